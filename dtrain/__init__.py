@@ -1,0 +1,35 @@
+"""Train PyTorch models on Zarr data larger than memory, on any Dask cluster.
+
+The public names are loaded when they are first used, so that ``import dtrain.data`` needs no torch and
+``dtrain --help`` is instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dtrain.config import TrainConfig
+    from dtrain.data.samples import Samples
+    from dtrain.data.source import open_samples
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Samples": "dtrain.data.samples",
+    "TrainConfig": "dtrain.config",
+    "open_samples": "dtrain.data.source",
+}
+
+__all__ = ["Samples", "TrainConfig", "__version__", "open_samples"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'dtrain' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "errors", "events"]

@@ -1,0 +1,544 @@
+"""TrainConfig: every value a run depends on, checked once, frozen, the same from TOML, YAML, JSON or Python.
+
+The schema is the whole of what users see; a key whose feature this version lacks is refused with a sentence
+when it is set, never accepted and ignored (`NOT_BUILT`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, Strict, TypeAdapter, ValidationError, model_validator
+
+from dtrain.errors import ConfigFileNotFound, InvalidConfig, NotSupportedYet, UsageError, did_you_mean
+
+Int = Annotated[int, Strict()]
+Natural = Annotated[int, Strict(), Field(ge=0)]
+Positive = Annotated[int, Strict(), Field(ge=1)]
+Float = Annotated[float, Strict()]
+NonNegative = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Strict(), Field(ge=0, lt=1)]
+Bool = Annotated[bool, Strict()]
+
+FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
+"""A reference to a user's function, ``module:function``."""
+
+LOSSES = ("mse", "mae", "huber", "cross_entropy", "bce")
+METRICS = ("accuracy", "mse", "mae", "perplexity", "bits_per_byte")
+SCHEDULES = ("constant", "cosine", "linear")
+
+
+class Table(BaseModel):
+    """A table of the configuration: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Slice(Table):
+    """``{ start, stop, step }`` along one dimension."""
+
+    start: Int = 0
+    stop: Int
+    step: Positive = 1
+
+
+class Store(Table):
+    """One of several stores (federated data)."""
+
+    path: str
+    workers: tuple[str, ...] = ()
+    replicas: Positive = 1
+
+
+Offsets = Int | tuple[Int, ...] | Slice
+
+
+class SplitConfig(Table):
+    """Shares of the data held out for validation and test."""
+
+    val: Share = 0.1
+    test: Share = 0.1
+
+    @model_validator(mode="after")
+    def _leaves_something(self) -> Self:
+        if self.val + self.test >= 1:
+            raise ValueError(f"val + test = {self.val + self.test:g} leaves nothing to train on; they must sum to < 1")
+        return self
+
+
+class DataConfig(Table):
+    """``[data]``: which samples there are and how they are cut."""
+
+    path: str | tuple[Store, ...] = ""
+    inputs: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    storage_options: dict[str, Any] = {}
+    group: str = ""
+    isel: dict[str, Int | Slice] = {}
+    sample_dim: str = "auto"
+    input_offsets: Offsets = 0
+    target_offsets: Offsets = 0
+    stride: Positive = 1
+    patch: dict[str, Positive] = {}
+    split: SplitConfig = SplitConfig()
+    split_order: Literal["auto", "random", "sequential"] = "auto"
+    val_path: str = ""
+    partition: Literal["stratified", "contiguous"] = "stratified"
+    normalize: tuple[str, ...] = ()
+    transform: str = ""
+    missing: Literal["error", "fill", "skip"] = "error"
+    non_finite: Literal["error", "allow"] = "error"
+    shuffle: Bool = True
+    memory: str = "auto"
+    cache: str = "auto"
+    reader: Literal["auto", "zarr", "zarrs"] = "auto"
+
+
+class TrainTable(Table):
+    """``[train]``: what one replica does in one round."""
+
+    loss: str = ""
+    metrics: tuple[str, ...] = ()
+    rounds: Positive = 20
+    local_epochs: Positive = 1
+    local_steps: Positive | None = None
+    sync_rounds: Natural = 0
+    batch_size: Positive | Literal["full"] = 100
+    micro_batch: Natural = 0
+    optimizer: str = "sgd"
+    optimizer_args: dict[str, Any] = {"lr": 0.01, "momentum": 0.9}
+    schedule: str = "constant"
+    warmup_steps: Natural = 0
+    clip_norm: NonNegative = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    init: str = ""
+    seed: Natural = 0
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.local_steps is not None and "local_epochs" in self.model_fields_set:
+            raise ValueError("local_epochs and local_steps are both given; give one of them")
+        return self
+
+
+class MixConfig(Table):
+    """``[average.mix]``: which replicas are averaged with which."""
+
+    topology: Literal["full", "ring", "exponential", "hierarchical"] = "full"
+    groups: Natural = 0
+    period: Positive = 1
+
+
+class OuterConfig(Table):
+    """``[average.outer]``: the outer optimizer on the pseudo-gradient."""
+
+    optimizer: str = "sgd"
+    args: dict[str, Any] = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
+
+
+class CodecConfig(Table):
+    """``[average.codec]``: how updates are compressed."""
+
+    name: Literal["bf16", "int8", "int4"] = "int8"
+    error_feedback: Bool = True
+
+
+class AverageConfig(Table):
+    """``[average]``: how the replicas' parameters become one set of parameters."""
+
+    replicas: Positive | Literal["auto"] = "auto"
+    weights: Literal["samples", "uniform", "fednova"] = "samples"
+    reduce: Literal["mean", "median", "trimmed"] = "mean"
+    inner_state: Literal["keep", "average", "reset"] = "keep"
+    prox: NonNegative = 0.0
+    max_rejected: Annotated[float, Strict(), Field(ge=0, le=1)] = 0.25
+    ema: Share = 0.0
+    recalibrate_batchnorm: Bool = False
+    mix: MixConfig = MixConfig()
+    outer: OuterConfig | None = None
+    codec: CodecConfig | None = None
+
+
+class StopConfig(Table):
+    """``[stop]``: when the requirement is met."""
+
+    metric: str = "val_loss"
+    mode: Literal["auto", "min", "max"] = "auto"
+    target: Float | None = None
+    patience: Positive | None = None
+    min_delta: NonNegative = 0.0
+
+
+class ClusterConfig(Table):
+    """``[cluster]``: where tasks run."""
+
+    scheduler: str = "local"
+    workers: Positive | Literal["auto"] = "auto"
+    threads: Positive = 1
+    memory: str = "auto"
+    allow_plain: Bool = False
+    slices: Positive | Literal["auto"] = "auto"
+    tls: dict[Literal["ca", "cert", "key"], str] = {}
+
+
+class RunConfig(Table):
+    """``[run]``: what is kept."""
+
+    dir: str = "runs"
+    commit_every: Positive | Literal["auto"] = "auto"
+    keep: Positive = 3
+    trackers: tuple[str, ...] = ()
+
+
+class TrainConfig(Table):
+    """The configuration of a run.
+
+    Raises
+    ------
+    InvalidConfig
+        A key is unknown, a value has the wrong type or is not allowed; every fault is named.
+    NotSupportedYet
+        A key asks for a feature that this version does not have.
+    """
+
+    model: str = ""
+    model_args: dict[str, Any] = {}
+    data: DataConfig = DataConfig()
+    train: TrainTable = TrainTable()
+    average: AverageConfig = AverageConfig()
+    stop: StopConfig = StopConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    run: RunConfig = RunConfig()
+
+    def __init__(self, **tables: Any) -> None:
+        try:
+            super().__init__(**tables)
+        except ValidationError as error:
+            raise InvalidConfig(*_sentences(error, tables)) from None
+        _check_names(self)
+        _refuse_what_is_not_built(self)
+
+
+# What this version does not do yet ----------------------------------------------------------------------
+
+NOT_BUILT: dict[str, str] = {
+    "data.storage_options": "remote stores",
+    "data.isel": "selecting along dimensions",
+    "data.input_offsets": "windows",
+    "data.target_offsets": "windows",
+    "data.stride": "windows",
+    "data.patch": "patches",
+    "data.val_path": "a separate validation store",
+    "data.normalize": "normalisation",
+    "data.transform": "transforms",
+    "data.cache": "the cache of decoded units",
+    "train.sync_rounds": "post-local SGD",
+    "train.precision": "bfloat16",
+    "average.reduce": "robust averaging",
+    "average.inner_state": "another policy for the inner optimizer's state",
+    "average.prox": "FedProx",
+    "average.ema": "an average over rounds",
+    "average.recalibrate_batchnorm": "recalibration of batch norm",
+    "average.mix.topology": "averaging among neighbours",
+    "average.mix.groups": "hierarchical averaging",
+    "average.mix.period": "hierarchical averaging",
+    "average.outer": "an outer optimizer",
+    "average.codec": "compressed updates",
+    "stop.metric": "stop rules",
+    "stop.mode": "stop rules",
+    "stop.target": "stop rules",
+    "stop.patience": "stop rules",
+    "stop.min_delta": "stop rules",
+    "cluster.slices": "cutting the reducer into slices",
+    "cluster.tls": "TLS clusters",
+    "run.trackers": "trackers",
+}
+NOT_BUILT_VALUES: dict[str, tuple[Any, str]] = {
+    "data.missing": ("skip", "skipping missing chunks"),
+    "data.reader": ("zarrs", "the zarrs reader"),
+    "train.device": ("cuda", "training on CUDA"),
+    "average.weights": ("fednova", "FedNova"),
+}
+
+
+def _refuse_what_is_not_built(config: TrainConfig) -> None:
+    if not isinstance(config.data.path, str):
+        raise NotSupportedYet("data.path is a list of stores, but this version trains on one.", "Give one path.")
+    for key, feature in NOT_BUILT.items():
+        given, default = value_of(config, key), value_of(DEFAULTS, key)
+        if given != default:
+            raise NotSupportedYet(
+                f"{key} = {_toml(given)}: this version does not have {feature} yet.", f"Leave {key} out."
+            )
+    for key, (value, feature) in NOT_BUILT_VALUES.items():
+        if value_of(config, key) == value:
+            raise NotSupportedYet(
+                f"{key} = {_toml(value)}: this version does not have {feature} yet.", f"Leave {key} out."
+            )
+
+
+# Names with a fixed list of values or a function of the user's ---------------------------------------------
+
+
+def _check_names(config: TrainConfig) -> None:
+    _check_name("train.loss", config.train.loss, LOSSES, empty=True)
+    for name in config.train.metrics:
+        _check_name("train.metrics", name, METRICS)
+    _check_name("train.schedule", config.train.schedule, SCHEDULES)
+    for key in ("data.memory", "cluster.memory"):
+        if (text := value_of(config, key)) != "auto":
+            parse_bytes(text, key)
+
+
+def _check_name(key: str, name: str, allowed: tuple[str, ...], *, empty: bool = False) -> None:
+    if name in allowed or FUNCTION.match(name) or (empty and not name):
+        return
+    raise InvalidConfig(
+        f'{key} = "{name}": allowed are {", ".join(allowed)} or "module:function"{did_you_mean(name, allowed)}'
+    )
+
+
+def parse_bytes(text: str, key: str) -> int:
+    """Return the number of bytes that a text like ``512MB`` or ``2GiB`` names.
+
+    Raises
+    ------
+    InvalidConfig
+        The text is not a positive number of bytes.
+    """
+    try:
+        value = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        value = 0
+    if value <= 0:
+        raise InvalidConfig(f'{key} = "{text}" is not a size; write "auto" or for example "512MB" or "2GiB".')
+    return value
+
+
+# Reading ------------------------------------------------------------------------------------------------
+
+
+def load_config(path: str | Path, settings: tuple[str, ...] = ()) -> TrainConfig:
+    """Read a config file, with ``key=value`` settings on top.
+
+    Parameters
+    ----------
+    path : path
+        A ``.toml``, ``.yaml``, ``.yml`` or ``.json`` file.
+    settings : tuple of str
+        ``"train.rounds=50"``; values in TOML syntax, bare words as strings. Paths in them are relative to the
+        working directory, paths in the file to the file.
+
+    Raises
+    ------
+    ConfigFileNotFound
+        There is no such file.
+    InvalidConfig
+        The file or a setting does not follow the schema.
+    """
+    tables = read_tables(path)
+    for setting in settings:
+        tables = _with_setting(tables, setting)
+    config = TrainConfig(**tables)
+    for key, value in {
+        "model": config.model,
+        "data.path": config.data.path,
+        "data.inputs": config.data.inputs,
+        "data.targets": config.data.targets,
+        "train.loss": config.train.loss,
+    }.items():
+        if not value:
+            raise InvalidConfig(
+                f"{path}: {key} is missing.", f"Every run needs {key}; `dtrain init` writes an example."
+            )
+    return config
+
+
+def read_tables(path: str | Path) -> dict[str, Any]:
+    """Return the nested tables of a config file, unchecked.
+
+    Raises
+    ------
+    ConfigFileNotFound
+        There is no such file.
+    InvalidConfig
+        The file is not valid TOML, YAML or JSON.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigFileNotFound(f"{path} is a directory, not a config file.", f"Try {path / 'dtrain.toml'}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigFileNotFound(f"{path}: no such config file.", "`dtrain init` writes one.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidConfig(f"{path}: cannot be read: {error}") from None
+    try:
+        tables = _parse(path.suffix.lower(), text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidConfig(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(tables, dict):
+        raise InvalidConfig(f"{path}: holds {type(tables).__name__}, not tables of keys.")
+    return tables
+
+
+def _parse(suffix: str, text: str) -> Any:
+    if suffix in (".yaml", ".yml"):
+        import yaml  # comes with Dask
+
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(str(error)) from None
+    if suffix == ".json":
+        return json.loads(text)
+    return tomllib.loads(text)
+
+
+PATH_KEYS = ("data.path", "data.val_path", "train.init", "run.dir")
+
+
+def _with_setting(tables: dict[str, Any], setting: str) -> dict[str, Any]:
+    key, equals, text = setting.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise UsageError(f"--set {setting}: write it as key=value, for example --set train.rounds=50")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    if key in PATH_KEYS and isinstance(value, str) and value and "://" not in value:
+        value = str(Path(value).absolute())
+    return _replaced(tables, key.split("."), value, key)
+
+
+def _replaced(tables: dict[str, Any], parts: list[str], value: Any, key: str) -> dict[str, Any]:
+    head, *rest = parts
+    if not rest:
+        return {**tables, head: value}
+    inner = tables.get(head, {})
+    if not isinstance(inner, dict):
+        raise InvalidConfig(f"--set {key}: {head} is not a table.")
+    return {**tables, head: _replaced(inner, rest, value, key)}
+
+
+# Views --------------------------------------------------------------------------------------------------
+
+
+def value_of(config: BaseModel, key: str) -> Any:
+    """Return the value at a dotted key."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def flat_values(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every dotted key with its value in plain types, in the order of the schema."""
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            yield from flat_values(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", TypeAdapter(Any).dump_python(value, mode="json")
+
+
+def to_toml(config: TrainConfig) -> str:
+    """Return the resolved configuration as TOML; keys without a value are left out."""
+    import tomli_w
+
+    tables = config.model_dump(mode="json", exclude_none=True)
+    if "local_steps" in tables["train"]:
+        del tables["train"]["local_epochs"]  # one of them is given, never both
+    return tomli_w.dumps(tables)
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> list[tuple[str, Any, Any]]:
+    """Return ``(key, old value, new value)`` for every key whose value differs."""
+    before, after = dict(flat_values(old)), dict(flat_values(new))
+    keys = list(dict.fromkeys([*before, *after]))
+    return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+
+
+def may_change(key: str, config: TrainConfig) -> bool:
+    """Whether a continued run may change this key: what cannot change a bit of the rounds to come."""
+    if key == "train.rounds":
+        return config.train.schedule == "constant"
+    if key in ("data.memory", "data.cache", "data.reader"):
+        return True
+    return key.startswith(("stop.", "cluster.", "run.")) and key != "cluster.threads"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json", exclude_none=True)
+    return json.dumps(value)
+
+
+# pydantic's errors as sentences ------------------------------------------------------------------------------
+
+
+def _sentences(error: ValidationError, tables: Mapping[str, Any]) -> tuple[str, str]:
+    seen: dict[str, str] = {}
+    for fault in error.errors(include_url=False):
+        key = _key(fault["loc"])
+        seen.setdefault(key, _sentence(key, fault["type"], fault["msg"], fault["input"], TrainConfig))
+    hint = "" if len(seen) == 1 else f"{len(seen)} keys are wrong."
+    return "; ".join(seen.values()), hint
+
+
+def _key(loc: tuple[int | str, ...]) -> str:
+    """Cut a pydantic location down to the config key: the names of a union's branches are not part of it."""
+    model: Any = TrainConfig
+    parts: list[str] = []
+    for part in loc:
+        fields = getattr(model, "model_fields", None)
+        if fields is None:
+            break
+        parts.append(str(part))
+        if part not in fields:
+            break
+        annotation = fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, Table)), None)
+    return ".".join(parts)
+
+
+def _sentence(key: str, kind: str, text: str, given: Any, root: type[Table]) -> str:
+    table, _, name = key.rpartition(".")
+    if kind == "extra_forbidden":
+        fields = list(_fields(root, table))
+        elsewhere = [k for k, _ in flat_values(DEFAULTS) if k.rpartition(".")[2] == name]
+        guess = f'; did you mean "{elsewhere[0]}"?' if elsewhere else did_you_mean(name, fields)
+        return f"{key}: no such key{guess}" if guess else f"{key}: no such key; [{table}] has {', '.join(fields)}"
+    text = text.removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{key}: {text}" if key else text
+    guess = ""
+    if kind == "literal_error" and isinstance(given, str):
+        guess = did_you_mean(given, re.findall(r"'([^']+)'", text))
+    text = re.sub(r"a valid dictionary( or instance of \w+)?", "a table", text).replace("a valid tuple", "a list")
+    return f"{key} = {_short(given)}: {text[0].lower()}{text[1:]}{guess}"
+
+
+def _fields(root: type[Table], table: str) -> Mapping[str, Any]:
+    model: Any = root
+    for part in filter(None, table.split(".")):
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, Table))
+    return dict(model.model_fields)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+DEFAULTS = TrainConfig.model_construct()

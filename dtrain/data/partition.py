@@ -1,0 +1,343 @@
+"""Cut the sample axis into units, cells, splits and partitions: integer arithmetic on metadata alone.
+
+    sample axis   0 . . . . . . . . . . . . . . . . . . . . . . . N
+    objects       |-------|-------|-------|-------|-------|-----|      as stored
+    units         |---------------|---------------|-------------|      read and decoded at once: whole objects
+    cells         |---------------|---------------|-------------|      what is dealt to splits and partitions
+
+Cells are whole units where there are enough of them (20 a replica, shares met within 10 %). Otherwise cells are
+runs of samples inside units; a unit whose cells have several owners is decoded by each of them.
+
+All that decides which samples go where is in `DataPlan`: small, plain, stored with the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from dtrain.data.order import DEAL, SPLIT, Ints, hash64
+from dtrain.data.samples import Samples, common_rows
+from dtrain.errors import ChunkTooLarge, OutOfMemory, TooFewSamples
+
+SplitName: TypeAlias = Literal["train", "val", "test", "all"]
+
+UNIT_BYTES = 1 << 20
+"""A unit holds at least this many decoded bytes if that leaves enough units."""
+WINDOW_BYTES = 64 << 20
+"""The window of the shuffle holds about this many decoded bytes, between 8 and 64 units."""
+UNITS_PER_REPLICA = 20
+"""With fewer units than this a replica, cuts go at samples inside units."""
+MAX_CELLS = 1 << 16
+"""Single samples are dealt where that makes no more cells than this."""
+SHARE_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataPlan:
+    """Which samples are read by whom: resolved once, at the first start of a run."""
+
+    num_samples: int
+    unit_rows: int
+    """Samples of a unit; the last one may be shorter."""
+    cell_rows: int
+    """Samples of a cell, at most `unit_rows`; cells never cross units."""
+    window: int
+    """Units that are shuffled into each other."""
+    replicas: int
+    eval_pieces: int
+    """Tasks that an evaluation is cut into."""
+    val: float
+    test: float
+    sequential: bool
+    """Splits are cut along the sample axis instead of drawn."""
+    contiguous: bool
+    """Partitions are runs of the train split instead of dealt by strata."""
+    shuffle: bool
+    seed: int
+    source: str
+    """Fingerprint of the store's metadata."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the plan; cursors are only good together with it."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def num_units(self) -> int:
+        """Units of the whole store."""
+        return math.ceil(self.num_samples / self.unit_rows)
+
+    @property
+    def cells_per_unit(self) -> int:
+        """Cells of a full unit."""
+        return math.ceil(self.unit_rows / self.cell_rows)
+
+    @property
+    def num_cells(self) -> int:
+        """Cells of the whole store."""
+        full, rest = divmod(self.num_samples, self.unit_rows)
+        return full * self.cells_per_unit + math.ceil(rest / self.cell_rows)
+
+    def unit_range(self, unit: int) -> tuple[int, int]:
+        """Return the first sample of a unit and the one after its last."""
+        start = unit * self.unit_rows
+        return start, min(start + self.unit_rows, self.num_samples)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The samples that one replica (or one evaluation task) owns."""
+
+    plan: DataPlan
+    cells: Ints
+    """Indices of its cells, ascending."""
+
+    @cached_property
+    def units(self) -> Ints:
+        """The units that hold its cells, ascending."""
+        return np.unique(self.cells // self.plan.cells_per_unit)
+
+    @cached_property
+    def part_sizes(self) -> Ints:
+        """Samples it owns of each of `units`."""
+        starts, stops = cell_bounds(self.plan, self.cells)
+        owner = np.searchsorted(self.units, self.cells // self.plan.cells_per_unit)
+        return np.bincount(owner, weights=stops - starts, minlength=len(self.units)).astype(np.int64)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of a pass."""
+        return int(self.part_sizes.sum())
+
+    def part_rows(self, part: int) -> Ints:
+        """Return the rows, counted from the unit's first, that it owns of ``units[part]``."""
+        unit = int(self.units[part])
+        per_unit = self.plan.cells_per_unit
+        first, last = np.searchsorted(self.cells, [unit * per_unit, (unit + 1) * per_unit])
+        starts, stops = cell_bounds(self.plan, self.cells[first:last])
+        base = unit * self.plan.unit_rows
+        lengths = stops - starts
+        offsets = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        rows: Ints = np.repeat(starts - base, lengths) + offsets
+        return rows
+
+
+def cell_bounds(plan: DataPlan, cells: Ints) -> tuple[Ints, Ints]:
+    """Return the first sample of each cell and the one after its last."""
+    unit, within = np.divmod(cells, plan.cells_per_unit)
+    starts = unit * plan.unit_rows + within * plan.cell_rows
+    ends = np.minimum((unit + 1) * plan.unit_rows, plan.num_samples)
+    return starts, np.minimum(starts + plan.cell_rows, ends)
+
+
+# Planning -----------------------------------------------------------------------------------------------
+
+
+def count_units(samples: Samples) -> int:
+    """Return the most units that the store can be cut into along its stored objects."""
+    return math.ceil(samples.num_samples / _boundary(samples))
+
+
+def plan_data(samples: Samples, *, replicas: int, seed: int) -> DataPlan:
+    """Resolve units, cells and window from metadata, the number of replicas and the seed; never from memory.
+
+    Raises
+    ------
+    TooFewSamples
+        There are fewer training samples than replicas, or a split asked for is empty.
+    """
+    if samples.num_samples == 0:
+        raise TooFewSamples(f"{samples.path} holds no samples along {samples.sample_dim}.")
+    boundary = _boundary(samples)
+    row_bytes = max(1, samples.row_bytes)
+    wanted = math.ceil(UNIT_BYTES / (boundary * row_bytes))
+    enough_units = samples.num_samples // (boundary * 3 * UNITS_PER_REPLICA * replicas)
+    unit_rows = min(samples.num_samples, boundary * max(1, min(wanted, enough_units)))
+    config = samples.config
+    plan = DataPlan(
+        num_samples=samples.num_samples,
+        unit_rows=unit_rows,
+        cell_rows=unit_rows,
+        window=min(64, max(8, WINDOW_BYTES // (unit_rows * row_bytes))),
+        replicas=replicas,
+        eval_pieces=replicas,
+        val=config.split.val,
+        test=config.split.test,
+        sequential=config.split_order == "sequential",
+        contiguous=config.partition == "contiguous",
+        shuffle=config.shuffle,
+        seed=seed,
+        source=samples.fingerprint,
+    )
+    plan = replace(plan, cell_rows=_cell_rows(plan))
+    train = sum(partition.num_samples for partition in train_partitions(plan))
+    if train < replicas:
+        raise TooFewSamples(
+            f"{samples.path}: {train:,} training samples for average.replicas = {replicas}; each replica needs one.",
+            "Ask for fewer replicas, or hold out less in data.split.",
+        )
+    for name in ("val", "test"):
+        if getattr(plan, name) > 0 and not len(split_cells(plan, name)):
+            raise TooFewSamples(
+                f"{samples.path}: data.split.{name} = {getattr(plan, name):g} of {samples.num_samples:,} samples "
+                "is less than one sample.",
+                f"Set data.split.{name} = 0, or hold out more.",
+            )
+    return plan
+
+
+def check_memory(samples: Samples, plan: DataPlan, limit: int, what: str) -> int:
+    """Return the bytes that the data path of one worker needs; refuse what cannot work.
+
+    Raises
+    ------
+    ChunkTooLarge
+        A single chunk is larger than the memory.
+    OutOfMemory
+        The units that must be in memory at once are.
+    """
+    for variable in samples.variables:
+        if variable.chunk_bytes > limit:
+            raise ChunkTooLarge(
+                f"{samples.path}: one chunk of {variable.name} {variable.chunks} decodes to "
+                f"{format_bytes(variable.chunk_bytes)}; {what} is {format_bytes(limit)}.",
+                "Store it in smaller chunks, or give the workers more memory (cluster.memory).",
+            )
+    needed = resident_bytes(samples, plan)
+    if needed > limit:
+        raise OutOfMemory(
+            f"{samples.path}: the shuffle holds {open_units(plan)} units of "
+            f"{format_bytes(plan.unit_rows * samples.row_bytes)} = {format_bytes(needed)}; "
+            f"{what} is {format_bytes(limit)}.",
+            "Give the workers more memory (cluster.memory), or store smaller chunks.",
+        )
+    return needed
+
+
+def open_units(plan: DataPlan) -> int:
+    """Return the most units that a replica has in memory at once."""
+    return min(plan.window if plan.shuffle else 1, plan.num_units)
+
+
+def resident_bytes(samples: Samples, plan: DataPlan) -> int:
+    """Return the decoded bytes of `open_units` units."""
+    return open_units(plan) * plan.unit_rows * samples.row_bytes
+
+
+def format_bytes(count: float) -> str:
+    """Return a count of bytes in the unit a person would use.
+
+    >>> format_bytes(1_500_000)
+    '1.5 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
+def _boundary(samples: Samples) -> int:
+    return min(common_rows([v.object_rows for v in samples.variables]), max(1, samples.num_samples))
+
+
+def _cell_rows(plan: DataPlan) -> int:
+    """Return the longest cell that gives every replica enough cells and every split its share."""
+    candidate = plan
+    for pieces in _pieces(plan):
+        candidate = replace(plan, cell_rows=math.ceil(plan.unit_rows / pieces))
+        if candidate.num_cells >= UNITS_PER_REPLICA * plan.replicas and _shares_met(candidate):
+            break
+    return candidate.cell_rows
+
+
+def _pieces(plan: DataPlan) -> Iterator[int]:
+    """Yield into how many cells to try to cut a unit.
+
+    A unit is decoded once for each owner of its cells, so few, long cells are tried first. With more cells than
+    owners finer cuts cost nothing more: then single samples, if they are not too many.
+    """
+    yield from range(1, min(plan.replicas + 2, plan.unit_rows) + 1)
+    finest = max(1, math.ceil(plan.num_samples / MAX_CELLS))
+    yield max(1, plan.unit_rows // finest)
+
+
+def _shares_met(plan: DataPlan) -> bool:
+    for name in ("val", "test"):
+        share = getattr(plan, name)
+        if share > 0:
+            starts, stops = cell_bounds(plan, split_cells(plan, name))
+            got = int((stops - starts).sum()) / plan.num_samples
+            if abs(got - share) > SHARE_TOLERANCE * share:
+                return False
+    return True
+
+
+# Splits and partitions ------------------------------------------------------------------------------------
+
+
+def split_cells(plan: DataPlan, split: SplitName) -> Ints:
+    """Return the cells of a split, ascending."""
+    count = plan.num_cells
+    if split == "all":
+        return np.arange(count)
+    num_val, num_test = round(count * plan.val), round(count * plan.test)
+    bounds = {"train": (0, count - num_val - num_test), "val": (count - num_val - num_test, count - num_test)}
+    start, stop = bounds.get(split, (count - num_test, count))
+    if plan.sequential:
+        return np.arange(start, stop)
+    ranked = np.argsort(hash64(plan.seed, SPLIT, np.arange(count)), kind="stable")
+    return np.sort(ranked[start:stop])
+
+
+def train_partitions(plan: DataPlan) -> tuple[Partition, ...]:
+    """Return the partition of each replica: together the train split, equal to within one cell.
+
+    `stratified`: of every `replicas` consecutive cells each replica gets one, by a seeded deal, so that all
+    partitions look alike. `contiguous`: each gets one run.
+    """
+    cells = split_cells(plan, "train")
+    if plan.contiguous:
+        return _runs(plan, cells, plan.replicas)
+    strata = math.ceil(len(cells) / plan.replicas)
+    draws = hash64(plan.seed, DEAL, np.arange(strata)[:, None], np.arange(plan.replicas)[None, :])
+    owner = np.argsort(draws, axis=1, kind="stable").ravel()[: len(cells)]
+    return tuple(Partition(plan, cells[owner == replica]) for replica in range(plan.replicas))
+
+
+def eval_partitions(plan: DataPlan, split: SplitName) -> tuple[Partition, ...]:
+    """Return the pieces that an evaluation of a split is cut into, in order; none of them is empty."""
+    cells = split_cells(plan, split)
+    return _runs(plan, cells, min(plan.eval_pieces, len(cells)))
+
+
+def _runs(plan: DataPlan, cells: Ints, count: int) -> tuple[Partition, ...]:
+    cuts = [round(i * len(cells) / count) for i in range(count + 1)] if count else []
+    return tuple(Partition(plan, cells[a:b]) for a, b in itertools.pairwise(cuts))
+
+
+def describe_plan(plan: DataPlan) -> dict[str, Any]:
+    """Return the counts that a person wants to see of a plan."""
+    parts = train_partitions(plan)
+    touched = sum(len(part.units) for part in parts)
+    distinct = len(np.unique(np.concatenate([part.units for part in parts])))
+    return {
+        "units": plan.num_units,
+        "unit_rows": plan.unit_rows,
+        "cells": plan.num_cells,
+        "cell_rows": plan.cell_rows,
+        "window_units": plan.window,
+        "partition_samples": [part.num_samples for part in parts],
+        "val_samples": sum(part.num_samples for part in eval_partitions(plan, "val")),
+        "test_samples": sum(part.num_samples for part in eval_partitions(plan, "test")),
+        "decodes_per_unit": touched / distinct,
+    }

@@ -1,0 +1,272 @@
+"""Open a Zarr group with xarray and describe its variables; find the chunks that are not stored.
+
+xarray defines the data set (variables, dimensions, attributes). What is read later is read through zarr, by
+integer ranges.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+from zarr.core.sync import sync
+
+from dtrain.config import DataConfig
+from dtrain.data.samples import Samples, Variable
+from dtrain.errors import (
+    ChunkMissing,
+    DataNotFound,
+    InvalidConfig,
+    LengthsDiffer,
+    NotSupportedYet,
+    NotZarr,
+    UnknownVariable,
+    UnsuitableVariable,
+    did_you_mean,
+)
+
+ArrayLike = zarr.Array[Any]
+
+METADATA_FILES = ("zarr.json", ".zgroup", ".zmetadata")
+CHECKSUM_CODECS = frozenset({"crc32c", "crc32", "adler32", "fletcher32", "jenkins_lookup3", "sharding_indexed"})
+
+
+def open_samples(
+    path: str | Path, *, inputs: list[str] | tuple[str, ...], targets: list[str] | tuple[str, ...], **data: Any
+) -> Samples:
+    """Describe the samples of a Zarr group. Reads metadata only.
+
+    Parameters
+    ----------
+    path : path
+        A Zarr v2 or v3 group, chunked or sharded, with named dimensions (as xarray writes it).
+    inputs, targets : list of str
+        Variables that the model is called with, in order, and that the loss compares with.
+    **data
+        The other keys of the table ``[data]``, for example ``split=dict(val=0.2, test=0.0)``.
+
+    Returns
+    -------
+    Samples
+
+    Raises
+    ------
+    DataNotFound, NotZarr
+        There is nothing at the path, or it is not a Zarr group.
+    UnknownVariable, LengthsDiffer, UnsuitableVariable
+        A variable is not there, has another number of samples, or cannot be trained on.
+    InvalidConfig
+        A key of `data` is wrong.
+
+    Examples
+    --------
+    >>> samples = open_samples("digits.zarr", inputs=["image"], targets=["label"])  # doctest: +SKIP
+    """
+    from dtrain.config import TrainConfig  # the whole schema checks the table
+
+    if isinstance(inputs, str) or isinstance(targets, str):
+        raise InvalidConfig("inputs and targets are lists of names.", 'Write inputs=["image"].')
+    tables = {**data, "path": str(path), "inputs": tuple(inputs), "targets": tuple(targets)}
+    return describe(TrainConfig(data=tables).data, Path.cwd())
+
+
+def describe(config: DataConfig, base: Path) -> Samples:
+    """Describe the samples that a ``[data]`` table names; a relative path is relative to `base`."""
+    if not config.inputs or not config.targets:
+        raise InvalidConfig("data.inputs and data.targets must each name at least one variable.")
+    path = locate(str(config.path), base)
+    dataset = _open_dataset(path, config.group)
+    group = open_group(str(path), config.group)
+    names = tuple(dict.fromkeys([*config.inputs, *config.targets]))
+    for name in names:
+        if name not in dataset.variables:
+            known = [str(key) for key in dataset.variables]
+            raise UnknownVariable(
+                f'{path}: variable "{name}" not found{did_you_mean(name, known)}',
+                f"It has {', '.join(known) or 'no variables'}.",
+            )
+    sample_dim = _sample_dim(config, dataset, names)
+    variables = tuple(_variable(name, dataset[name], group[name], sample_dim) for name in names)
+    lengths = {v.name: v.shape[v.sample_axis] for v in variables}
+    if len(set(lengths.values())) > 1:
+        said = ", ".join(f"{name} has {length:,}" for name, length in lengths.items())
+        raise LengthsDiffer(f"{path}: variables differ in length along {sample_dim}: {said}.")
+    num_samples = next(iter(lengths.values()))
+    return Samples(path=str(path), config=config, sample_dim=sample_dim, num_samples=num_samples, variables=variables)
+
+
+def locate(path: str, base: Path) -> Path:
+    """Return the absolute path of a local store.
+
+    Raises
+    ------
+    DataNotFound, NotZarr, NotSupportedYet
+        There is nothing, no Zarr group, or a URL.
+    """
+    if "://" in path:
+        raise NotSupportedYet(f'data.path = "{path}": this version reads local stores only.')
+    located = Path(base, Path(path).expanduser()).absolute()
+    if not located.exists():
+        raise DataNotFound(f"{path}: no such file or directory.", f"Looked for {located}")
+    if not any((located / name).is_file() for name in METADATA_FILES):
+        if (located / ".zarray").is_file():
+            raise NotZarr(f"{path} is a single Zarr array; a group of named variables is needed.")
+        raise NotZarr(f"{path} is not a Zarr group: it has none of {', '.join(METADATA_FILES)}.")
+    return located
+
+
+def open_group(path: str, group: str) -> zarr.Group:
+    """Open a group for reading."""
+    return zarr.open_group(path, path=group or None, mode="r")
+
+
+def _open_dataset(path: Path, group: str) -> xr.Dataset:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a store without consolidated metadata is as good
+        try:
+            return xr.open_dataset(
+                path, engine="zarr", group=group or None, chunks=None, decode_cf=False, consolidated=None
+            )
+        except KeyError as error:
+            text = str(error.args[0]) if error.args else ""
+            if "dimension" in text:
+                raise UnsuitableVariable(
+                    f"{path}: an array has no dimension names, so its sample dimension is unknown.",
+                    "Write the store with xarray, or give the arrays dimension_names.",
+                ) from None
+            raise NotZarr(f"{path}: {text}") from None
+        except (FileNotFoundError, zarr.errors.GroupNotFoundError):
+            if group:
+                known = sorted(str(key) for key, _ in zarr.open_group(str(path), mode="r").groups())
+                raise InvalidConfig(
+                    f'data.group = "{group}": no such group in {path}{did_you_mean(group, known)}',
+                    f"It has {', '.join(known) or 'no groups'}.",
+                ) from None
+            raise NotZarr(f"{path} is not a Zarr group of variables.") from None
+        except (ValueError, TypeError, OSError, zarr.errors.BaseZarrError) as error:
+            raise NotZarr(f"{path}: its Zarr metadata cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _sample_dim(config: DataConfig, dataset: xr.Dataset, names: tuple[str, ...]) -> str:
+    shared = [str(dim) for dim in dataset[names[0]].dims if all(dim in dataset[name].dims for name in names)]
+    if config.sample_dim == "auto":
+        if not shared:
+            said = ", ".join(f"{name}({', '.join(map(str, dataset[name].dims))})" for name in names)
+            raise LengthsDiffer(f"The variables share no dimension: {said}.", "All must have the sample dimension.")
+        return shared[0]
+    if config.sample_dim not in shared:
+        raise InvalidConfig(
+            f'data.sample_dim = "{config.sample_dim}": not a dimension of every variable'
+            f"{did_you_mean(config.sample_dim, shared)}",
+            f"They share {', '.join(shared) or 'none'}.",
+        )
+    return config.sample_dim
+
+
+def _variable(name: str, described: xr.DataArray, array: Any, sample_dim: str) -> Variable:
+    dtype = np.dtype(array.dtype)
+    if dtype.kind not in "fiub":
+        raise UnsuitableVariable(f"{name} has dtype {dtype}; only float, integer and bool arrays can be trained on.")
+    _check_encoding(name, described.attrs, dtype)
+    objects = tuple(int(n) for n in (array.shards or array.chunks))
+    return Variable(
+        name=name,
+        dims=tuple(str(dim) for dim in described.dims),
+        shape=tuple(int(n) for n in array.shape),
+        dtype=str(dtype),
+        chunks=tuple(int(n) for n in array.chunks),
+        objects=objects,
+        sample_axis=list(map(str, described.dims)).index(sample_dim),
+        checksums=_has_checksums(array),
+    )
+
+
+def _check_encoding(name: str, attributes: dict[Any, Any], dtype: np.dtype[Any]) -> None:
+    """Refuse CF encodings rather than train on numbers that mean something else."""
+    for key in ("scale_factor", "add_offset"):
+        if key in attributes:
+            raise NotSupportedYet(f"{name} is stored with {key}; this version does not decode it.")
+    if dtype.kind != "f" and ("_FillValue" in attributes or "missing_value" in attributes):
+        raise NotSupportedYet(
+            f"{name} ({dtype}) marks missing values with _FillValue; this version does not decode it."
+        )
+
+
+def _has_checksums(array: ArrayLike) -> bool:
+    codecs: list[Any] = list(array.compressors) + list(getattr(array, "filters", None) or ())
+    if array.metadata.zarr_format == 3:
+        codecs = list(array.metadata.codecs)
+        inner = [codec for outer in codecs for codec in getattr(outer, "codecs", ())]
+        codecs = inner or codecs
+    for codec in codecs:
+        described = codec.to_dict() if hasattr(codec, "to_dict") else codec.get_config()
+        name = described.get("name") or described.get("id")
+        options = described.get("configuration", described)
+        if name in CHECKSUM_CODECS or (name == "zstd" and options.get("checksum")):
+            return True
+    return False
+
+
+# Which chunks are stored ----------------------------------------------------------------------------------
+
+
+def object_keys(array: ArrayLike, objects: tuple[int, ...], axis: int, start: int, stop: int) -> Iterator[str]:
+    """Yield the store keys of the objects that rows ``start:stop`` of the sample axis touch."""
+    prefix = f"{array.path}/" if array.path else ""
+    ranges = [
+        range(start // size, math.ceil(stop / size)) if dim == axis else range(math.ceil(length / size))
+        for dim, (length, size) in enumerate(zip(array.shape, objects, strict=True))
+    ]
+    for index in itertools.product(*ranges):
+        yield prefix + array.metadata.encode_chunk_key(index)
+
+
+def first_missing(array: ArrayLike, keys: list[str]) -> str | None:
+    """Return the first of the keys that is not stored; one look at the store for each."""
+
+    async def look() -> str | None:
+        for key in keys:
+            if not await array.store.exists(key):
+                return key
+        return None
+
+    return sync(look())
+
+
+def check_presence(samples: Samples) -> None:
+    """Check that every stored object of every variable is there, by listing the store once a variable.
+
+    Raises
+    ------
+    ChunkMissing
+        Names the array and the first missing object.
+    """
+    group = open_group(samples.path, samples.config.group)
+    for variable in samples.variables:
+        array: Any = group[variable.name]
+        stored = set(sync(_collected(array.store.list_prefix(f"{array.path}/" if array.path else ""))))
+        keys = object_keys(array, variable.objects, variable.sample_axis, 0, samples.num_samples)
+        missing = [key for key in keys if key not in stored]
+        if missing:
+            raise chunk_missing(samples.path, variable, missing[0], len(missing))
+
+
+def chunk_missing(path: str, variable: Variable, key: str, count: int = 1) -> ChunkMissing:
+    """Return the error for an object that is not stored."""
+    return ChunkMissing(
+        f"{path}: chunk {key} of {variable.name} is missing"
+        + (f" ({count:,} of {variable.num_objects:,} are)" if count > 1 else f" (1 of {variable.num_objects:,})")
+        + "; Zarr would read it as the fill value.",
+        'Repair the store. If it leaves out chunks that hold only the fill value: data.missing = "fill".',
+    )
+
+
+async def _collected(keys: AsyncIterator[str]) -> list[str]:
+    return [key async for key in keys]

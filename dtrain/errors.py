@@ -1,0 +1,259 @@
+"""Every mistake or fault that a user can meet: one class each, with its exit code and its cure.
+
+A message says what was given and what is allowed, the hint what to do. Only a bug of dtrain itself
+reaches a user as anything else (exit code 1).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DtrainError(Exception):
+    """Base of all errors that dtrain raises on purpose.
+
+    Parameters
+    ----------
+    message : str
+        What was given, and what is allowed.
+    hint : str, optional
+        What to do about it.
+    """
+
+    code = 1
+    """Exit code of the command line."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+# 2: usage -----------------------------------------------------------------------------------------------
+
+
+class ConfigFileNotFound(DtrainError, FileNotFoundError):
+    """The config file does not exist."""
+
+    code = 2
+
+
+class RunNotFound(DtrainError, FileNotFoundError):
+    """There is no such run."""
+
+    code = 2
+
+
+class RoundNotFound(DtrainError, LookupError):
+    """The run keeps no such round."""
+
+    code = 2
+
+
+class UsageError(DtrainError, ValueError):
+    """An argument on the command line is wrong."""
+
+    code = 2
+
+
+# 3: config or plan invalid ------------------------------------------------------------------------------
+
+
+class InvalidConfig(DtrainError, ValueError):
+    """A key or value of the configuration is not allowed."""
+
+    code = 3
+
+
+class NotSupportedYet(InvalidConfig):
+    """A declared key asks for a feature that this version does not have."""
+
+
+class UnknownVariable(DtrainError, LookupError):
+    """The Zarr group has no variable of that name."""
+
+    code = 3
+
+
+class LengthsDiffer(DtrainError, ValueError):
+    """Variables disagree about the number of samples."""
+
+    code = 3
+
+
+class UnsuitableVariable(DtrainError, ValueError):
+    """A variable's dtype, dimensions or encoding cannot be trained on."""
+
+    code = 3
+
+
+class ShapesDiffer(DtrainError, ValueError):
+    """The model's output does not fit the target, or its input does not fit the model."""
+
+    code = 3
+
+
+class NotAModule(DtrainError, TypeError):
+    """The function given as model did not return a torch.nn.Module."""
+
+    code = 3
+
+
+class UnsuitableModel(DtrainError, TypeError):
+    """The module cannot be trained as it is."""
+
+    code = 3
+
+
+class UserCodeFailed(DtrainError, RuntimeError):
+    """A function of the user could not be found or raised an exception."""
+
+    code = 3
+
+
+class ChunkTooLarge(DtrainError, MemoryError):
+    """One stored chunk does not fit the memory of a worker."""
+
+    code = 3
+
+
+class TooFewSamples(DtrainError, ValueError):
+    """There are fewer samples than replicas, or a split is empty."""
+
+    code = 3
+
+
+class FirstLossNotFinite(DtrainError, ArithmeticError):
+    """The loss of the very first batch is not finite."""
+
+    code = 3
+
+
+# 4: run conflict ----------------------------------------------------------------------------------------
+
+
+class RunConflict(DtrainError, ValueError):
+    """The run exists with another configuration, data or code."""
+
+    code = 4
+
+
+class RunLocked(DtrainError, RuntimeError):
+    """Another process is training this run."""
+
+    code = 4
+
+
+class OutputExists(DtrainError, FileExistsError):
+    """A file to be written is already there."""
+
+    code = 4
+
+
+# 5: data missing or corrupt -----------------------------------------------------------------------------
+
+
+class DataNotFound(DtrainError, FileNotFoundError):
+    """There is nothing at the data's path."""
+
+    code = 5
+
+
+class NotZarr(DtrainError, ValueError):
+    """What lies at the data's path is not a Zarr group."""
+
+    code = 5
+
+
+class ChunkMissing(DtrainError, FileNotFoundError):
+    """A chunk that training reads is not stored; Zarr would silently give the fill value."""
+
+    code = 5
+
+
+class ChunkUndecodable(DtrainError, OSError):
+    """A stored chunk cannot be read or decoded."""
+
+    code = 5
+
+
+class NonFiniteData(DtrainError, ArithmeticError):
+    """A float variable holds NaN or infinity."""
+
+    code = 5
+
+
+class DataChanged(DtrainError, RuntimeError):
+    """The store is not the one the run was planned on."""
+
+    code = 5
+
+
+class RunDamaged(DtrainError, OSError):
+    """No committed round of a run can be read."""
+
+    code = 5
+
+
+# 6: cluster ---------------------------------------------------------------------------------------------
+
+
+class ClusterUnreachable(DtrainError, ConnectionError):
+    """No scheduler answers at the given address, or it has no worker."""
+
+    code = 6
+
+
+class ClusterUnsuitable(DtrainError, RuntimeError):
+    """Client and workers differ in versions, or a worker lacks a package."""
+
+    code = 6
+
+
+# 7: diverged --------------------------------------------------------------------------------------------
+
+
+class Diverged(DtrainError, ArithmeticError):
+    """Too many replicas gave parameters that are not finite."""
+
+    code = 7
+
+
+# 8: memory or disk --------------------------------------------------------------------------------------
+
+
+class OutOfMemory(DtrainError, MemoryError):
+    """A worker cannot hold what its task needs."""
+
+    code = 8
+
+
+class DiskFull(DtrainError, OSError):
+    """The run directory cannot be written."""
+
+    code = 8
+
+
+# 75: temporary; the same command continues ---------------------------------------------------------------
+
+
+class ClusterLost(DtrainError, ConnectionError):
+    """The scheduler or all workers went away; committed rounds are safe."""
+
+    code = 75
+
+
+class Stopped(DtrainError, RuntimeError):
+    """The process was asked to stop (SIGTERM or a time limit); committed rounds are safe."""
+
+    code = 75
+
+
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """Return ``; did you mean "..."?`` for the closest allowed name, or an empty string."""
+    close = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.6)
+    return f'; did you mean "{close[0]}"?' if close else ""

@@ -1,0 +1,101 @@
+"""What can be observed of a run, as frozen dataclasses. A reporter is a function of one event."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from dtrain.types import RoundResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStarted:
+    """The cluster is there and the first round begins."""
+
+    run: str
+    """The run's directory; empty without one."""
+    round: int
+    """Rounds that are already committed."""
+    rounds: int
+    """Rounds the run will have."""
+    replicas: int
+    samples: int
+    """Training samples."""
+    workers: int
+    dashboard: str
+    """Address of Dask's dashboard; empty without one."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundFinished:
+    """A round is averaged and evaluated."""
+
+    result: RoundResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaRejected:
+    """A replica's parameters were not finite and were left out of the average."""
+
+    round: int
+    replica: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundCommitted:
+    """A round lies complete in the run directory."""
+
+    round: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentReplayed:
+    """Work was lost with a worker and is done again from the last commit."""
+
+    round: int
+    """The committed round that work goes on from."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkersMoved:
+    """A replica runs on another worker than before."""
+
+    round: int
+    replica: int
+    worker: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundDamaged:
+    """A committed round does not verify; the one before it is used."""
+
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFinished:
+    """The run has ended."""
+
+    reason: Literal["rounds", "target", "patience", "max_time"]
+    rounds: int
+    params_sha256: str
+    val_loss: float | None
+    run: str
+
+
+Event: TypeAlias = (
+    RunStarted
+    | RoundFinished
+    | ReplicaRejected
+    | RoundCommitted
+    | SegmentReplayed
+    | WorkersMoved
+    | RoundDamaged
+    | RunFinished
+)
+Reporter: TypeAlias = Callable[[Event], None]
