@@ -1,0 +1,87 @@
+"""Loss and metrics of a model as sums that merge exactly: pieces can be evaluated anywhere and added in order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from dtrain.algorithm.local import TensorBatch
+from dtrain.algorithm.losses import Loss, classes_first, mae, mse
+from dtrain.errors import InvalidConfig
+
+Sums: TypeAlias = dict[str, tuple[float, int]]
+"""By name: the sum of a quantity, and how many it is the sum of."""
+Metric: TypeAlias = Callable[[Any, Any], tuple[float, int]]
+"""(outputs, targets) -> sum over the batch, and how many it is the sum of."""
+
+FROM_LOSS: dict[str, Callable[[float], float]] = {
+    "perplexity": lambda loss: math.exp(loss) if loss < 700 else math.inf,
+    "bits_per_byte": lambda loss: loss / math.log(2.0),
+}
+"""Metrics that are functions of the mean loss."""
+
+
+def evaluate(module: nn.Module, loss: Loss, metrics: Mapping[str, Metric], batches: Iterable[TensorBatch]) -> Sums:
+    """Return the sums of loss and metrics over batches."""
+    module.eval()
+    sums: Sums = {"loss": (0.0, 0), **dict.fromkeys(metrics, (0.0, 0))}
+    with torch.inference_mode():
+        for batch in batches:
+            outputs = module(*batch.inputs)
+            found: Sums = {"loss": (loss(outputs, batch.targets).item() * batch.size, batch.size)}
+            found.update({name: metric(outputs, batch.targets) for name, metric in metrics.items()})
+            sums = merge([sums, found])
+    return sums
+
+
+def merge(pieces: Sequence[Sums]) -> Sums:
+    """Add sums in the order given."""
+    return {
+        name: (sum(piece[name][0] for piece in pieces), sum(piece[name][1] for piece in pieces)) for name in pieces[0]
+    }
+
+
+def values(sums: Sums, wanted: Sequence[str]) -> dict[str, float]:
+    """Return ``loss`` and the wanted metrics as means."""
+    means = {name: total / count if count else math.nan for name, (total, count) in sums.items()}
+    found = {"loss": means["loss"]}
+    for name in wanted:
+        key = metric_key(name)
+        found[key] = FROM_LOSS[name](means["loss"]) if name in FROM_LOSS else means[key]
+    return found
+
+
+def metric_key(name: str) -> str:
+    """Return the name that a metric is reported by: of ``module:function`` the function."""
+    return name.rpartition(":")[2]
+
+
+def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[float, int]:
+    """Share of right predictions: the largest of the classes, or, for targets of the outputs' shape, logit > 0."""
+    if targets.is_floating_point() or outputs.shape == targets.shape:
+        if outputs.shape != targets.shape:
+            raise InvalidConfig(
+                f"metric accuracy: the output has shape {list(outputs.shape)}, the target {list(targets.shape)}."
+            )
+        right = (outputs > 0) == (targets > 0.5)
+    else:
+        right = classes_first(outputs, targets).argmax(1) == targets
+    return float(right.sum().item()), right.numel()
+
+
+def mean_metric(function: Callable[[Any, Any], Any]) -> Metric:
+    """Turn a function that returns the mean over the batch's samples into sums."""
+
+    def metric(outputs: Any, targets: Any) -> tuple[float, int]:
+        size = len(targets[0] if isinstance(targets, tuple) else targets)
+        return float(function(outputs, targets)) * size, size
+
+    return metric
+
+
+METRICS: dict[str, Metric] = {"accuracy": accuracy, "mse": mean_metric(mse), "mae": mean_metric(mae)}
+HIGHER_IS_BETTER = frozenset({"accuracy"})

@@ -1,0 +1,131 @@
+"""What every replica does in a round: steps, batches, cursors, seeds, learning rates. Integers and pure functions.
+
+A round of ``local_steps = H`` is H full batches of a cyclic stream (remainders carry over into the next pass); of
+``local_epochs = E`` it is E passes, the last batch of a pass may be short. Both are known before a round has run,
+so that round r + 1 can be planned while round r is still running.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+from dtrain.config import TrainTable
+from dtrain.types import Cursor, LocalTask, RoundPlan, TrainState
+
+Schedule: TypeAlias = Callable[[int, int], float]
+"""(step, total steps) -> factor on the learning rate; step counts a replica's finished steps from 0."""
+
+
+def plan_round(state: TrainState[Any], sizes: Sequence[int], train: TrainTable) -> RoundPlan:
+    """Return what each replica does in the round after `state`.
+
+    Parameters
+    ----------
+    state : TrainState
+    sizes : sequence of int
+        Samples of each replica's partition.
+    train : TrainTable
+    """
+    number = state.round + 1
+    tasks = tuple(
+        LocalTask(
+            round=number,
+            replica=replica,
+            cursor=state.cursors[replica],
+            step=state.steps[replica],
+            total_steps=train.rounds * steps_a_round(size, train),
+            num_steps=steps_a_round(size, train),
+            num_samples=samples_a_round(size, train),
+            num_epochs=0 if train.local_steps else train.local_epochs,
+            seed=task_seed(train.seed, number, replica),
+        )
+        for replica, size in enumerate(sizes)
+    )
+    return RoundPlan(number, tasks)
+
+
+def steps_a_round(size: int, train: TrainTable) -> int:
+    """Return the local steps that a replica with `size` samples takes in a round."""
+    if train.local_steps:
+        return train.local_steps
+    return train.local_epochs * (1 if train.batch_size == "full" else math.ceil(size / train.batch_size))
+
+
+def samples_a_round(size: int, train: TrainTable) -> int:
+    """Return the samples that a replica with `size` samples consumes in a round."""
+    if not train.local_steps:
+        return train.local_epochs * size
+    return train.local_steps * (size if train.batch_size == "full" else train.batch_size)
+
+
+def step_sizes(task: LocalTask, size: int, train: TrainTable) -> Iterator[tuple[int, ...]]:
+    """Yield, for each local step of a task, the sizes of its micro-batches."""
+    if train.batch_size == "full":
+        yield from (micro_sizes(size, train.micro_batch or 1024) for _ in range(task.num_steps))
+    elif task.num_epochs == 0:
+        yield from (micro_sizes(train.batch_size, train.micro_batch) for _ in range(task.num_steps))
+    else:
+        for _ in range(task.num_epochs):
+            for start in range(0, size, train.batch_size):
+                yield micro_sizes(min(train.batch_size, size - start), train.micro_batch)
+
+
+def micro_sizes(batch: int, micro: int) -> tuple[int, ...]:
+    """Cut a batch into micro-batches; ``micro = 0`` leaves it whole.
+
+    >>> micro_sizes(100, 32), micro_sizes(100, 0)
+    ((32, 32, 32, 4), (100,))
+    """
+    if micro == 0 or micro >= batch:
+        return (batch,)
+    full, rest = divmod(batch, micro)
+    return (micro,) * full + ((rest,) if rest else ())
+
+
+def cursor_after(task: LocalTask, size: int) -> Cursor:
+    """Return the cursor that a task leaves behind."""
+    consumed = task.cursor.epoch * size + task.cursor.position + task.num_samples
+    return Cursor(*divmod(consumed, size))
+
+
+def task_seed(seed: int, round_number: int, replica: int) -> int:
+    """Return the seed of a task: a hash, so that no two tasks of a run share a stream."""
+    digest = hashlib.sha256(f"{seed}/{round_number}/{replica}/local".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+# Learning-rate schedules ----------------------------------------------------------------------------------
+
+
+def schedule_named(name: str, warmup_steps: int) -> Schedule:
+    """Return a built-in schedule; the first `warmup_steps` rise linearly to 1."""
+    return with_warmup({"constant": constant, "cosine": cosine, "linear": linear}[name], warmup_steps)
+
+
+def with_warmup(schedule: Schedule, warmup_steps: int) -> Schedule:
+    """Return a schedule that rises linearly to 1 and then follows `schedule` over the remaining steps."""
+
+    def warmed(step: int, total: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        return schedule(step - warmup_steps, max(1, total - warmup_steps))
+
+    return warmed
+
+
+def constant(step: int, total: int) -> float:
+    """Return 1."""
+    return 1.0
+
+
+def cosine(step: int, total: int) -> float:
+    """Fall from 1 to 0 along half a cosine (Loshchilov and Hutter 2017, arXiv:1608.03983)."""
+    return 0.5 * (1.0 + math.cos(math.pi * min(step, total) / total))
+
+
+def linear(step: int, total: int) -> float:
+    """Fall from 1 to 0 in a straight line."""
+    return 1.0 - min(step, total) / total
