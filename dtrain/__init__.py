@@ -13,16 +13,36 @@ if TYPE_CHECKING:
     from dtrain.config import TrainConfig
     from dtrain.data.samples import Samples
     from dtrain.data.source import open_samples
+    from dtrain.run import Run, load_run
+    from dtrain.trainer import train, train_rounds
+    from dtrain.types import RoundResult, TrainState
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "RoundResult": "dtrain.types",
+    "Run": "dtrain.run",
     "Samples": "dtrain.data.samples",
     "TrainConfig": "dtrain.config",
+    "TrainState": "dtrain.types",
+    "load_run": "dtrain.run",
     "open_samples": "dtrain.data.source",
+    "train": "dtrain.trainer",
+    "train_rounds": "dtrain.trainer",
 }
 
-__all__ = ["Samples", "TrainConfig", "__version__", "open_samples"]
+__all__ = [
+    "RoundResult",
+    "Run",
+    "Samples",
+    "TrainConfig",
+    "TrainState",
+    "__version__",
+    "load_run",
+    "open_samples",
+    "train",
+    "train_rounds",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -300,10 +300,11 @@ def split_cells(plan: DataPlan, split: SplitName) -> Ints:
 
 
 def train_partitions(plan: DataPlan) -> tuple[Partition, ...]:
-    """Return the partition of each replica: together the train split, equal to within one cell.
+    """Return the partition of each replica: together the train split.
 
     `stratified`: of every `replicas` consecutive cells each replica gets one, by a seeded deal, so that all
-    partitions look alike. `contiguous`: each gets one run.
+    partitions look alike and are equal to within one cell. `contiguous`: each gets one run, cut where is
+    nearest to equal.
     """
     cells = split_cells(plan, "train")
     if plan.contiguous:
@@ -311,7 +312,9 @@ def train_partitions(plan: DataPlan) -> tuple[Partition, ...]:
     strata = math.ceil(len(cells) / plan.replicas)
     draws = hash64(plan.seed, DEAL, np.arange(strata)[:, None], np.arange(plan.replicas)[None, :])
     owner = np.argsort(draws, axis=1, kind="stable").ravel()[: len(cells)]
-    return tuple(Partition(plan, cells[owner == replica]) for replica in range(plan.replicas))
+    starts, stops = cell_bounds(plan, cells)
+    dealt = cells[np.argsort(starts - stops, kind="stable")]  # the short last cells of units after all others
+    return tuple(Partition(plan, np.sort(dealt[owner == replica])) for replica in range(plan.replicas))
 
 
 def eval_partitions(plan: DataPlan, split: SplitName) -> tuple[Partition, ...]:
@@ -321,8 +324,16 @@ def eval_partitions(plan: DataPlan, split: SplitName) -> tuple[Partition, ...]:
 
 
 def _runs(plan: DataPlan, cells: Ints, count: int) -> tuple[Partition, ...]:
-    cuts = [round(i * len(cells) / count) for i in range(count + 1)] if count else []
-    return tuple(Partition(plan, cells[a:b]) for a, b in itertools.pairwise(cuts))
+    """Cut cells into runs with samples as equal as their bounds allow; none is empty."""
+    if not count:
+        return ()
+    starts, stops = cell_bounds(plan, cells)
+    middles = np.cumsum(stops - starts) - (stops - starts) / 2
+    index = np.arange(count + 1)
+    cuts = np.searchsorted(middles, index * (int((stops - starts).sum()) / count))
+    cuts = np.maximum.accumulate(np.maximum(cuts, index) - index) + index
+    cuts = np.minimum(cuts, len(cells) - count + index)
+    return tuple(Partition(plan, cells[a:b]) for a, b in itertools.pairwise(cuts.tolist()))
 
 
 def describe_plan(plan: DataPlan) -> dict[str, Any]:

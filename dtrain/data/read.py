@@ -12,7 +12,7 @@ import numpy.typing as npt
 from dtrain.data.order import epoch_order
 from dtrain.data.partition import DataPlan, Partition
 from dtrain.data.samples import Samples, Variable, model_dtype
-from dtrain.data.source import chunk_missing, first_missing, object_keys, open_group
+from dtrain.data.source import chunk_missing, first_missing, first_truncated, object_keys, open_group
 from dtrain.errors import ChunkUndecodable, NonFiniteData
 from dtrain.types import Cursor
 
@@ -63,15 +63,16 @@ class UnitReader:
     def _read_variable(self, variable: Variable, start: int, stop: int) -> Array:
         array = self._arrays[variable.name]
         axis = variable.sample_axis
-        if self.samples.config.missing == "error":
-            keys = list(object_keys(array, variable.objects, axis, start, stop))
-            if key := first_missing(array, keys):
-                raise chunk_missing(self.samples.path, variable, key)
+        keys = list(object_keys(array, variable.objects, axis, start, stop))
+        if self.samples.config.missing == "error" and (key := first_missing(array, keys)):
+            raise chunk_missing(self.samples.path, variable, key)
+        if key := first_truncated(array, keys):
+            raise self._chunk_undecodable(variable, key, "the file is cut short")
         try:
             values = np.asarray(array[_along(axis, start, stop)])
         except Exception as error:
             raise self._undecodable(variable, start, stop, error) from error
-        if self.samples.config.non_finite == "error" and values.dtype.kind == "f" and not np.isfinite(values).all():
+        if self.samples.config.non_finite == "error" and values.dtype.kind == "f" and not _finite(values).all():
             raise self._non_finite(variable, start, values)
         return np.moveaxis(values, axis, 0)
 
@@ -82,13 +83,16 @@ class UnitReader:
             try:
                 array[selection]
             except Exception as cause:
-                return ChunkUndecodable(
-                    f"{self.samples.path}: chunk {key} of {variable.name} cannot be decoded: {_one_line(cause)}",
-                    "Restore it from a copy of the store.",
-                )
+                return self._chunk_undecodable(variable, key, _one_line(cause))
         return ChunkUndecodable(
             f"{self.samples.path}: {variable.name}[{start}:{stop}] could not be read: {_one_line(error)}",
             "Reading it again worked: the storage is unreliable. Run the same command again to continue.",
+        )
+
+    def _chunk_undecodable(self, variable: Variable, key: str, reason: str) -> ChunkUndecodable:
+        return ChunkUndecodable(
+            f"{self.samples.path}: chunk {key} of {variable.name} cannot be decoded: {reason}",
+            "Restore it from a copy of the store.",
         )
 
     def _objects(self, variable: Variable, start: int, stop: int) -> Iterator[tuple[tuple[slice, ...], str]]:
@@ -103,15 +107,23 @@ class UnitReader:
             yield tuple(slice(c, c + size) for c, size in zip(corner, variable.objects, strict=True)), key
 
     def _non_finite(self, variable: Variable, start: int, values: Array) -> NonFiniteData:
-        where = [int(i) for i in np.argwhere(~np.isfinite(values))[0]]
+        where = [int(i) for i in np.argwhere(~_finite(values))[0]]
         value = values[tuple(where)]
         where[variable.sample_axis] += start
         chunk = tuple(i // size for i, size in zip(where, variable.objects, strict=True))
         key = self._arrays[variable.name].metadata.encode_chunk_key(chunk)
         return NonFiniteData(
-            f"{self.samples.path}: {variable.name}{where} in chunk {key} is {value}.",
+            f"{self.samples.path}: {variable.name}{where} in chunk {key} is {value}"
+            f"{', which float32 cannot hold' if np.isfinite(value) else ''}.",
             'Repair or mask the data, or set data.non_finite = "allow".',
         )
+
+
+def _finite(values: Array) -> Array:
+    """Return where float values are finite as the model sees them: a large float64 is infinite in float32."""
+    with np.errstate(over="ignore"):
+        finite: Array = np.isfinite(values.astype(np.float32, copy=False))
+    return finite
 
 
 def _along(axis: int, start: int, stop: int) -> tuple[slice, ...]:
@@ -207,5 +219,6 @@ def _gathered(
         values, rows = opened[int(index)]
         where = np.flatnonzero(part == index)
         for name, target in out.items():
-            target[where] = values[name][rows[row[where]]]
+            with np.errstate(over="ignore"):  # non_finite = "allow"
+                target[where] = values[name][rows[row[where]]]
     return out

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 import zarr
+from zarr.abc.store import RangeByteRequest
+from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from dtrain.config import DataConfig
@@ -23,6 +25,7 @@ from dtrain.data.samples import Samples, Variable
 from dtrain.errors import (
     ChunkMissing,
     DataNotFound,
+    DtrainError,
     InvalidConfig,
     LengthsDiffer,
     NotSupportedYet,
@@ -35,7 +38,9 @@ from dtrain.errors import (
 ArrayLike = zarr.Array[Any]
 
 METADATA_FILES = ("zarr.json", ".zgroup", ".zmetadata")
-CHECKSUM_CODECS = frozenset({"crc32c", "crc32", "adler32", "fletcher32", "jenkins_lookup3", "sharding_indexed"})
+CHECKSUM_CODECS = frozenset(
+    {"crc32c", "crc32", "adler32", "fletcher32", "jenkins_lookup3", "gzip", "zlib", "bz2"}  # the last three hold one
+)
 
 
 def open_samples(
@@ -131,27 +136,36 @@ def _open_dataset(path: Path, group: str) -> xr.Dataset:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a store without consolidated metadata is as good
         try:
+            _check_group(path, group)
             return xr.open_dataset(
                 path, engine="zarr", group=group or None, chunks=None, decode_cf=False, consolidated=None
             )
-        except KeyError as error:
-            text = str(error.args[0]) if error.args else ""
-            if "dimension" in text:
+        except DtrainError:
+            raise
+        except zarr.errors.ContainsArrayError:
+            raise NotZarr(f"{path} is a single Zarr array; a group of named variables is needed.") from None
+        except zarr.errors.GroupNotFoundError:
+            raise NotZarr(f"{path} is not a Zarr group of variables.") from None
+        except Exception as error:  # broken metadata makes zarr raise whatever its first wrong guess leads to
+            text = " ".join(str(error).split()) or type(error).__name__
+            if isinstance(error, KeyError) and "dimension" in text:
                 raise UnsuitableVariable(
                     f"{path}: an array has no dimension names, so its sample dimension is unknown.",
                     "Write the store with xarray, or give the arrays dimension_names.",
                 ) from None
-            raise NotZarr(f"{path}: {text}") from None
-        except (FileNotFoundError, zarr.errors.GroupNotFoundError):
-            if group:
-                known = sorted(str(key) for key, _ in zarr.open_group(str(path), mode="r").groups())
-                raise InvalidConfig(
-                    f'data.group = "{group}": no such group in {path}{did_you_mean(group, known)}',
-                    f"It has {', '.join(known) or 'no groups'}.",
-                ) from None
-            raise NotZarr(f"{path} is not a Zarr group of variables.") from None
-        except (ValueError, TypeError, OSError, zarr.errors.BaseZarrError) as error:
-            raise NotZarr(f"{path}: its Zarr metadata cannot be read: {' '.join(str(error).split())}") from None
+            if "conflicting sizes" in text:
+                raise LengthsDiffer(f"{path}: variables differ in length: {text}.") from None
+            raise NotZarr(f"{path}: its Zarr metadata cannot be read: {text}") from None
+
+
+def _check_group(path: Path, group: str) -> None:
+    root = zarr.open_group(str(path), mode="r")
+    if group and not isinstance(root.get(group.strip("/")), zarr.Group):
+        known = sorted(str(key) for key, _ in root.groups())
+        raise InvalidConfig(
+            f'data.group = "{group}": no such group in {path}{did_you_mean(group, known)}',
+            f"It has {', '.join(known) or 'no groups'}.",
+        )
 
 
 def _sample_dim(config: DataConfig, dataset: xr.Dataset, names: tuple[str, ...]) -> str:
@@ -200,18 +214,24 @@ def _check_encoding(name: str, attributes: dict[Any, Any], dtype: np.dtype[Any])
 
 
 def _has_checksums(array: ArrayLike) -> bool:
-    codecs: list[Any] = list(array.compressors) + list(getattr(array, "filters", None) or ())
+    return any(name in CHECKSUM_CODECS or options.get("checksum") for name, options in _codecs(array))
+
+
+def _codecs(array: ArrayLike) -> list[tuple[str, dict[str, Any]]]:
+    """Return name and options of the codecs that a chunk goes through when it is written, in order."""
+    found = []
+    todo: list[Any] = [*(array.filters or ()), *array.compressors]
     if array.metadata.zarr_format == 3:
-        codecs = list(array.metadata.codecs)
-        inner = [codec for outer in codecs for codec in getattr(outer, "codecs", ())]
-        codecs = inner or codecs
-    for codec in codecs:
+        todo = list(array.metadata.codecs)
+    while todo:
+        codec = todo.pop(0)
+        if hasattr(codec, "codecs"):  # a shard's own checksum covers its index alone: the inner codecs count
+            todo = [*codec.codecs, *todo]
+            continue
         described = codec.to_dict() if hasattr(codec, "to_dict") else codec.get_config()
-        name = described.get("name") or described.get("id")
-        options = described.get("configuration", described)
-        if name in CHECKSUM_CODECS or (name == "zstd" and options.get("checksum")):
-            return True
-    return False
+        name = str(described.get("name") or described.get("id"))
+        found.append((name.removeprefix("numcodecs."), described.get("configuration", described)))
+    return found
 
 
 # Which chunks are stored ----------------------------------------------------------------------------------
@@ -238,6 +258,29 @@ def first_missing(array: ArrayLike, keys: list[str]) -> str | None:
         return None
 
     return sync(look())
+
+
+def first_truncated(array: ArrayLike, keys: list[str]) -> str | None:
+    """Return the first of the keys whose object is cut short in a way that Zarr decodes without an error.
+
+    There are two: an empty file of a sharded array reads as the fill value, and blosc reads beyond its input.
+    """
+    blosc = array.shards is None and _codecs(array)[-1:] and _codecs(array)[-1][0] == "blosc"
+
+    async def look() -> str | None:
+        for key in keys:
+            if not await array.store.exists(key):
+                continue
+            size = await array.store.getsize(key)
+            if size == 0:
+                return key
+            if blosc:
+                head = await array.store.get(key, default_buffer_prototype(), RangeByteRequest(0, 16))
+                if head is None or len(head) < 16 or int.from_bytes(head.to_bytes()[12:], "little") > size:
+                    return key
+        return None
+
+    return sync(look()) if blosc or array.shards is not None else None
 
 
 def check_presence(samples: Samples) -> None:

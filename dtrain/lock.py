@@ -1,0 +1,94 @@
+"""LOCK: one process trains a run.
+
+flock decides on one machine (the kernel lets go of it when the process dies, however it dies); the file's text
+and age decide between machines that share a file system on which flock may not reach across.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from dtrain.errors import RunLocked
+
+BEAT_SECONDS = 10.0
+STALE_SECONDS = 60.0
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold the lock of a run's directory.
+
+    Raises
+    ------
+    RunLocked
+        Another process trains the run; its host, process id and start are named.
+    """
+    path = run / "LOCK"
+    descriptor = _acquire(path)
+    done = threading.Event()
+    beat = threading.Thread(target=_beat, args=(path, done), name="dtrain-lock", daemon=True)
+    try:
+        os.truncate(descriptor, 0)
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        os.pwrite(descriptor, (json.dumps(holder) + "\n").encode(), 0)
+        beat.start()
+        yield
+    finally:
+        done.set()
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _acquire(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            text = os.pread(descriptor, 4096, 0)
+            os.close(descriptor)
+            raise _conflict(path, text) from None
+        text = os.pread(descriptor, 4096, 0)
+        if not _is_still(path, descriptor):  # its holder has removed it in the meantime
+            os.close(descriptor)
+            continue
+        if _held_elsewhere(text, os.fstat(descriptor).st_mtime):
+            os.close(descriptor)
+            raise _conflict(path, text)
+        return descriptor
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _held_elsewhere(text: bytes, beaten: float) -> bool:
+    with contextlib.suppress(ValueError, AttributeError):
+        host = json.loads(text).get("host")
+        return host != socket.gethostname() and time.time() - beaten < STALE_SECONDS
+    return False
+
+
+def _conflict(path: Path, text: bytes) -> RunLocked:
+    said = "another process"
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        holder = json.loads(text)
+        said = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    return RunLocked(f"{path.parent} is being trained by {said}.", "Wait for it, or train under another --run NAME.")
+
+
+def _beat(path: Path, done: threading.Event) -> None:
+    while not done.wait(BEAT_SECONDS):
+        with contextlib.suppress(OSError):
+            os.utime(path)

@@ -1,0 +1,81 @@
+"""The history of a run: one row a round, in history.jsonl and as an xarray.Dataset."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from dtrain.types import RoundResult
+
+Row = dict[str, Any]
+
+
+def row_of(result: RoundResult) -> Row:
+    """Return the row of a round; numbers that are not finite become None (null in JSON)."""
+    return {
+        "event": "round",
+        "round": result.round,
+        "train_loss": _finite(result.train_loss),
+        **{name: _finite(value) for name, value in result.metrics.items()},
+        "samples": result.samples,
+        "steps": result.steps,
+        "seconds": round(result.seconds, 4),
+        "bytes_reduced": result.bytes_reduced,
+        "rejected": result.rejected,
+        "retried": result.retried,
+        "params_sha256": result.params_sha256,
+        "replica_loss": [_finite(loss) for loss in result.replica_loss],
+    }
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a history.jsonl; a line that a killed process left half-written ends them."""
+    rows: list[Row] = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return rows
+    for line in text.splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def best_round(rows: Sequence[Mapping[str, Any]], metric: str = "val_loss", higher: bool = False) -> int | None:
+    """Return the round with the best value of a metric (of train_loss without validation); the first of equals."""
+    key = metric if any(row.get(metric) is not None for row in rows) else "train_loss"
+    scored = [(row[key], row["round"]) for row in rows if row.get(key) is not None]
+    if not scored:
+        return None
+    sign = -1 if higher and key == metric else 1
+    return int(min(scored, key=lambda pair: (sign * pair[0], pair[1]))[1])
+
+
+def dataset_of(rows: Sequence[Mapping[str, Any]]) -> xr.Dataset:
+    """Return the history as a Dataset over ``round``; replica_loss is over (round, replica)."""
+    numbers = [row["round"] for row in rows]
+    variables: dict[str, Any] = {}
+    for name in rows[0] if rows else ():
+        if name in ("event", "round"):
+            continue
+        values = [row.get(name) for row in rows]
+        if name == "params_sha256":
+            variables[name] = ("round", np.array(values, dtype=str))
+        elif name == "replica_loss":
+            variables[name] = (("round", "replica"), np.array(values, dtype=np.float64))
+        else:
+            dtype = np.int64 if all(isinstance(value, int) for value in values) else np.float64
+            variables[name] = ("round", np.array(values, dtype=dtype))
+    return xr.Dataset(variables, coords={"round": np.array(numbers, dtype=np.int64)})
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

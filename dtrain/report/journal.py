@@ -1,0 +1,39 @@
+"""Events -> history.jsonl and events.jsonl of a run directory."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from dtrain.checkpoint import append_line, write_text
+from dtrain.events import Event, RoundFinished, RunFinished, RunStarted
+from dtrain.report.history import read_rows, row_of
+
+HISTORY, EVENTS = "history.jsonl", "events.jsonl"
+
+
+def journal(run: Path, event: Event) -> None:
+    """Append an event to the file it belongs to.
+
+    Raises
+    ------
+    DiskFull
+        It could not be written.
+    """
+    if isinstance(event, RoundFinished):
+        append_line(run / HISTORY, json.dumps(row_of(event.result), allow_nan=False))
+    elif not isinstance(event, RunStarted | RunFinished):
+        row = {"event": type(event).__name__, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **asdict(event)}
+        append_line(run / EVENTS, json.dumps(row))
+
+
+def cut_history(run: Path, last: int) -> None:
+    """Drop the rows after round `last`, the newest commit: they will be written again."""
+    rows = read_rows(run / HISTORY)
+    kept = [row for row in rows if row["round"] <= last]
+    text = "".join(json.dumps(row) + "\n" for row in kept)
+    path = run / HISTORY
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        write_text(path, text)

@@ -1,0 +1,124 @@
+"""Events -> the terminal: a line a round, and below them one live line where stderr is a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dtrain.events import (
+    Event,
+    ReplicaRejected,
+    Reporter,
+    RoundDamaged,
+    RoundFinished,
+    RunFinished,
+    RunStarted,
+    SegmentReplayed,
+)
+from dtrain.types import RoundResult
+
+MAX_LINES = 50
+"""Rounds of longer runs are printed every so often."""
+
+
+@contextmanager
+def terminal_progress(*, color: bool = True, verbose: bool = False) -> Iterator[Reporter]:
+    """Give a reporter that writes to stderr; the live line is gone when the block ends.
+
+    Parameters
+    ----------
+    color : bool
+        Whether colours and the live line may be used; they never are if stderr is not a terminal.
+    verbose : bool
+        Whether to name every commit.
+    """
+    console = Console(file=sys.stderr, no_color=not color, highlight=False)
+    live = color and console.is_terminal
+    with Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not live,
+    ) as progress:
+        yield _Terminal(console, progress, verbose)
+
+
+class _Terminal:
+    """The reporter: remembers the run's length and the live line."""
+
+    def __init__(self, console: Console, progress: Progress, verbose: bool) -> None:
+        self._console = console
+        self._progress = progress
+        self._verbose = verbose
+        self._task: TaskID | None = None
+        self._rounds = 0
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case RunStarted():
+                self._start(event)
+            case RoundFinished(result):
+                self._advance(result)
+            case SegmentReplayed(round=number, reason=reason):
+                self._say(f"lost work with a worker; going on from round {number} ({_short(reason)})")
+            case ReplicaRejected(round=number, replica=replica):
+                self._say(f"round {number}: replica {replica} is not finite and was left out of the average")
+            case RoundDamaged(round=number, reason=reason):
+                self._say(f"round {number} is damaged and was skipped: {reason}")
+            case RunFinished():
+                self._finish(event)
+            case _ if self._verbose:
+                self._say(str(event))
+
+    def _start(self, event: RunStarted) -> None:
+        self._rounds = event.rounds
+        went = f", continuing after round {event.round} of {event.rounds}" if event.round else ""
+        self._say(
+            f"{event.run}: {event.samples:,} training samples, {event.replicas} replicas on {event.workers} workers"
+            + went
+        )
+        if event.dashboard:
+            self._say(f"dashboard {event.dashboard} · stop with Ctrl-C (committed rounds are kept)")
+        self._task = self._progress.add_task("round", total=event.rounds, completed=event.round, note="")
+
+    def _advance(self, result: RoundResult) -> None:
+        if self._task is not None:
+            self._progress.update(self._task, completed=result.round, note=_note(result))
+        every = -(-self._rounds // MAX_LINES)
+        if result.round % max(1, every) == 0 or result.round in (1, self._rounds):
+            losses = f"round {result.round:>{len(str(self._rounds))}}  train_loss {result.train_loss:.4f}"
+            found = "".join(f"  {name} {value:.4f}" for name, value in result.metrics.items())
+            self._say(f"{losses}{found}  {_speed(result)}  {result.seconds:.2f} s")
+
+    def _finish(self, event: RunFinished) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        loss = f", val_loss {event.val_loss:.4f}" if event.val_loss is not None else ""
+        self._say(f"done ({event.reason}): {event.rounds} rounds{loss}, in {event.run}")
+        self._say(f"params_sha256 {event.params_sha256}")
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+
+def _note(result: RoundResult) -> str:
+    val = result.metrics.get("val_loss")
+    return f"train {result.train_loss:.4f}" + (f" val {val:.4f}" if val is not None else "")
+
+
+def _speed(result: RoundResult) -> str:
+    return f"{result.samples / result.seconds:,.0f} samples/s" if result.seconds > 0 else ""
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,0 +1,286 @@
+"""ClusterRunner: a round as a handful of Dask tasks.
+
+    replica 0    local ----> parameters_of --.
+                     `-----> inner_of         \
+    replica 1    local ----> parameters_of ----> reduce --> mixed_of --> next round, evaluation
+                     `-----> inner_of                  `--> summary_of -> driver
+
+Parameters go from worker to worker. The driver sees futures and scalars, and a whole state only when it commits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from distributed import Client, Future, KilledWorker, WorkerPlugin, wait
+from distributed.comm.core import CommClosedError
+
+from dtrain.algorithm.evaluate import Sums
+from dtrain.algorithm.params import InnerState, Parameters
+from dtrain.data.partition import SplitName
+from dtrain.errors import ClusterLost, DtrainError
+from dtrain.runtime import tasks
+from dtrain.runtime.connect import Connection
+from dtrain.runtime.resident import Resident, RunSpec, install, remove, resident_of
+from dtrain.runtime.runner import SegmentLost
+from dtrain.runtime.serial import state_after
+from dtrain.runtime.tasks import Initial, Update
+from dtrain.types import LocalTask, RoundPlan, TrainState
+
+RESOURCE = {"dtrain": 1}
+"""Asked for by every task that runs the user's code, so that one runs at a time in a process."""
+PRIORITY_LOCAL, PRIORITY_EVALUATE, PRIORITY_REDUCE = 1, 0, 10
+POLL_SECONDS = 2.0
+NO_WORKERS_SECONDS = 120.0
+"""How long a cluster may be without any worker before the run gives up."""
+GONE = (
+    KilledWorker,
+    CommClosedError,
+    asyncio.CancelledError,
+    concurrent.futures.CancelledError,
+    TimeoutError,
+    OSError,
+)
+"""How Dask says that a value cannot be had any more."""
+
+
+class RunPlugin(WorkerPlugin):  # type: ignore[misc]
+    """Gives each worker, also those that join late, the resident of a run and the resource `dtrain`."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        self.name = f"dtrain-{spec.run_id}"
+        self.spec = spec
+
+    async def setup(self, worker: Any) -> None:
+        """Prepare a worker."""
+        install(self.spec)
+        await worker.set_resources(**RESOURCE)
+
+    def teardown(self, worker: Any) -> None:
+        """Forget the run."""
+        remove(self.spec.run_id)
+
+
+class ClusterRunner:
+    """Submits the tasks of a run to a Dask cluster.
+
+    Tasks are pinned loosely to a worker by replica: Dask alone would run all of them on the holder of the
+    parameters, and a strict pin hangs when the worker dies.
+    """
+
+    def __init__(self, connection: Connection, spec: RunSpec) -> None:
+        self.num_workers = connection.num_workers
+        self.dashboard = connection.dashboard
+        self._client: Client = connection.client
+        self._direct = True if connection.owned else None
+        self._spec = spec
+        self._resident = Resident(spec)  # on the driver for its arithmetic only
+        self._attempt = 0
+        self._places: dict[int, str] = {}
+        self._plugin = RunPlugin(spec)
+        self._client.register_plugin(self._plugin)
+
+    def initialise(self) -> Initial:
+        """Build the model and try it on one batch."""
+        future = self._submit(_initialise, "initialise", self._spec.run_id, resources=RESOURCE)
+        initial: Initial = self.collect([future])[0]
+        return initial
+
+    def place(self, state: TrainState[Any]) -> TrainState[Any]:
+        """Scatter a state from the driver to the workers of its replicas."""
+        self._attempt += 1
+        self._places = place_replicas(self._places, self._workers(), len(state.params))
+        try:
+            distinct = {id(params): params for params in state.params}
+            sent = {
+                key: self._scatter(params, [self._places[k] for k, p in enumerate(state.params) if p is params])
+                for key, params in distinct.items()
+            }
+            return replace(
+                state,
+                params=tuple(sent[id(params)] for params in state.params),
+                inner=tuple(self._scatter(inner, [self._places[k]]) for k, inner in enumerate(state.inner)),
+            )
+        except GONE as error:
+            raise self._lost(error) from error
+
+    def submit_round(self, state: TrainState[Any], plan: RoundPlan) -> tuple[TrainState[Any], Any]:
+        """Submit local steps and average of a round."""
+        self._places = place_replicas(self._places, self._workers(), len(plan.tasks))
+        contributed: list[Future] = []
+        inner: list[Future] = []
+        for task in plan.tasks:
+            k, at = task.replica, self._places[task.replica]
+            name = f"r{plan.round:05d}-k{k}"
+            update = self._submit(
+                _train_local,
+                f"local-{name}",
+                self._spec.run_id,
+                task,
+                state.params[k],
+                state.inner[k],
+                at=at,
+                resources=RESOURCE,
+                priority=PRIORITY_LOCAL,
+            )
+            contributed.append(
+                self._submit(tasks.parameters_of, f"parameters-{name}", update, at=at, priority=PRIORITY_REDUCE)
+            )
+            inner.append(self._submit(tasks.inner_of, f"inner-{name}", update, at=at, priority=PRIORITY_REDUCE))
+        name = f"r{plan.round:05d}"
+        weights = self._spec.config.average.weights
+        reduced = self._submit(tasks.reduce_round, f"reduce-{name}", weights, contributed, priority=PRIORITY_REDUCE)
+        mixed = self._submit(tasks.mixed_of, f"mixed-{name}", reduced, priority=PRIORITY_REDUCE)
+        summary = self._submit(tasks.summary_of, f"summary-{name}", reduced, priority=PRIORITY_REDUCE)
+        return state_after(self._resident, state, plan, mixed, inner), summary
+
+    def submit_evaluation(self, params: Any, split: SplitName) -> Any:
+        """Submit the evaluation of parameters on a split."""
+        places = list(self._places.values()) or self._workers()
+        sums = [
+            self._submit(
+                _evaluate_piece,
+                f"evaluate-{split}-p{piece}-{uuid.uuid4().hex[:8]}",
+                self._spec.run_id,
+                params,
+                split,
+                piece,
+                at=places[piece % len(places)],
+                resources=RESOURCE,
+                priority=PRIORITY_EVALUATE,
+            )
+            for piece in range(len(self._resident.eval_partitions(split)))
+        ]
+        return self._submit(tasks.merge_pieces, f"merge-{uuid.uuid4().hex[:8]}", sums) if sums else None
+
+    def collect(self, handles: Sequence[Any]) -> list[Any]:
+        """Wait for futures and return their values; None stays None."""
+        try:
+            self._wait([handle for handle in handles if handle is not None])
+            return list(self._client.gather(list(handles), direct=self._direct))
+        except DtrainError:
+            raise
+        except GONE as error:
+            raise self._lost(error) from error
+
+    def gather(self, state: TrainState[Any]) -> TrainState[Any]:
+        """Bring a state to the driver."""
+        distinct = {handle.key: handle for handle in (*state.params, *state.inner)}
+        values = dict(zip(distinct, self.collect(list(distinct.values())), strict=True))
+        return replace(
+            state,
+            params=tuple(values[handle.key] for handle in state.params),
+            inner=tuple(values[handle.key] for handle in state.inner),
+        )
+
+    def close(self) -> None:
+        """Take the run's residents away from the workers."""
+        if self._client.status == "running":
+            try:
+                self._client.unregister_worker_plugin(self._plugin.name)
+            except (*GONE, ValueError):
+                pass  # they are gone already
+
+    def _submit(
+        self,
+        function: Any,
+        name: str,
+        *arguments: Any,
+        at: str | None = None,
+        resources: Mapping[str, int] | None = None,
+        priority: int = 0,
+    ) -> Future:
+        return self._client.submit(
+            function,
+            *arguments,
+            key=f"dtrain-{name}-{self._spec.run_id}-a{self._attempt}",
+            workers=[at] if at else None,
+            allow_other_workers=at is not None,
+            resources=resources,
+            priority=priority,
+        )
+
+    def _scatter(self, value: Any, places: list[str]) -> Future:
+        # a list, since the values of a dict would be scattered one by one; broadcast within `places` only
+        addresses = sorted(set(places))
+        (future,) = self._client.scatter(
+            [value], workers=addresses, broadcast=len(addresses) > 1, direct=self._direct, hash=False
+        )
+        return future
+
+    def _workers(self) -> list[str]:
+        """Return the addresses of the live workers; wait a while for the first."""
+        deadline = time.monotonic() + NO_WORKERS_SECONDS
+        while not (addresses := sorted(self._client.nthreads())):
+            self._check_alive(deadline)
+            time.sleep(0.2)
+        return addresses
+
+    def _wait(self, futures: list[Future]) -> None:
+        deadline = time.monotonic() + NO_WORKERS_SECONDS
+        while True:
+            try:
+                wait(futures, timeout=POLL_SECONDS)
+                return
+            except TimeoutError:
+                if self._client.status == "running" and self._client.nthreads():
+                    deadline = time.monotonic() + NO_WORKERS_SECONDS
+                self._check_alive(deadline)
+
+    def _check_alive(self, deadline: float) -> None:
+        if self._client.status != "running":
+            raise ClusterLost("Lost the Dask scheduler. Committed rounds are safe.", AGAIN)
+        if time.monotonic() > deadline:
+            raise ClusterLost(
+                f"The cluster has had no worker for {NO_WORKERS_SECONDS:.0f} s. Committed rounds are safe.", AGAIN
+            )
+
+    def _lost(self, error: BaseException) -> Exception:
+        """Return what a vanished value means: the one place that knows how Dask says it."""
+        if self._client.status != "running":
+            return ClusterLost("Lost the Dask scheduler. Committed rounds are safe.", AGAIN)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return SegmentLost(reason, isinstance(error, KilledWorker))
+
+
+AGAIN = "Run the same command again to continue."
+
+
+def place_replicas(previous: Mapping[int, str], workers: Sequence[str], replicas: int) -> dict[int, str]:
+    """Return the worker of each replica: evenly spread, and where it was before if that is still even.
+
+    >>> place_replicas({0: "a", 1: "b", 2: "b"}, ["b", "c"], 4)
+    {0: 'c', 1: 'b', 2: 'b', 3: 'c'}
+    """
+    most = -(-replicas // len(workers))
+    load = dict.fromkeys(workers, 0)
+    placed: dict[int, str] = {}
+    for replica in range(replicas):
+        at = previous.get(replica)
+        if at in load and load[at] < most:
+            placed[replica] = at
+            load[at] += 1
+    for replica in range(replicas):
+        if replica not in placed:
+            at = min(workers, key=lambda worker: (load[worker], worker))
+            placed[replica] = at
+            load[at] += 1
+    return dict(sorted(placed.items()))
+
+
+def _initialise(run_id: str) -> Initial:
+    return tasks.initialise(resident_of(run_id))
+
+
+def _train_local(run_id: str, task: LocalTask, params: Parameters, inner: InnerState) -> Update:
+    return tasks.train_local(resident_of(run_id), task, params, inner)
+
+
+def _evaluate_piece(run_id: str, params: Parameters, split: SplitName, piece: int) -> Sums:
+    return tasks.evaluate_piece(resident_of(run_id), params, split, piece)

@@ -1,0 +1,191 @@
+"""Find or start a Dask cluster, and check that it can run tasks of dtrain."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import cloudpickle
+import dask
+from dask.system import CPU_COUNT
+from distributed import Client, LocalCluster
+from distributed.system import MEMORY_LIMIT
+
+from dtrain.config import ClusterConfig, parse_bytes
+from dtrain.errors import ClusterUnreachable, ClusterUnsuitable, InvalidConfig
+from dtrain.runtime import versions
+
+cloudpickle.register_pickle_by_value(versions)  # so that it also answers where dtrain is not installed
+
+CONNECT_TIMEOUT = 15.0
+"""Seconds to wait for a scheduler."""
+WORKERS_TIMEOUT = 60.0
+"""Seconds to wait for its first worker."""
+
+OWNED = {
+    # parameters on disk would be of no use, and a worker paused by torch's own memory stays paused for ever
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": False,
+    "distributed.scheduler.worker-ttl": "30s",
+    "distributed.worker.profile.enabled": False,
+}
+"""Dask's configuration of clusters that dtrain starts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A cluster that is there and fits."""
+
+    client: Client
+    num_workers: int
+    worker_memory: int
+    """Bytes; the least that a worker may use."""
+    dashboard: str
+    owned: bool
+    """Whether dtrain started it."""
+
+
+@contextmanager
+def open_cluster(config: ClusterConfig, base: Path, client: Client | None = None) -> Iterator[Connection]:
+    """Connect to the cluster that the configuration names, or to that of a given client; start a local one.
+
+    Parameters
+    ----------
+    config : ClusterConfig
+        ``scheduler`` is ``local``, an address, or the path of a scheduler file (relative to `base`).
+    base : Path
+    client : Client, optional
+        Takes precedence over ``scheduler``; it is not closed.
+
+    Raises
+    ------
+    ClusterUnreachable
+        No scheduler answers, or it has no worker.
+    ClusterUnsuitable
+        A worker has other versions, or lacks a package.
+    InvalidConfig
+        The address is not allowed.
+    """
+    if client is not None:
+        yield _checked(client, owned=False)
+    elif config.scheduler == "local":
+        with _local_cluster(config) as cluster, Client(cluster, direct_to_workers=True) as local:
+            yield _checked(local, owned=True)
+    else:
+        with _connected(config, base) as remote:
+            yield _checked(remote, owned=False)
+
+
+def local_workers(config: ClusterConfig) -> int:
+    """Return how many workers a local cluster gets: a core for each of the threads of a task."""
+    return max(1, CPU_COUNT // config.threads) if config.workers == "auto" else config.workers
+
+
+def local_worker_memory(config: ClusterConfig) -> int:
+    """Return the bytes that a worker of a local cluster may use."""
+    if config.memory != "auto":
+        return parse_bytes(config.memory, "cluster.memory")
+    return int(MEMORY_LIMIT) // local_workers(config)
+
+
+@contextmanager
+def _local_cluster(config: ClusterConfig) -> Iterator[LocalCluster]:
+    with dask.config.set(OWNED):
+        cluster = LocalCluster(
+            n_workers=local_workers(config),
+            threads_per_worker=2,  # one trains (resource dtrain), one reduces and answers
+            processes=True,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+            memory_limit=local_worker_memory(config),
+            silence_logs=logging.CRITICAL,
+        )
+    with cluster:
+        yield cluster
+
+
+@contextmanager
+def _connected(config: ClusterConfig, base: Path) -> Iterator[Client]:
+    address = config.scheduler
+    options: dict[str, Any] = {"address": address}
+    if "://" not in address:
+        file = Path(base, address).expanduser()
+        if not file.is_file():
+            raise ClusterUnreachable(
+                f'cluster.scheduler = "{address}": no such scheduler file.',
+                'Allowed are "local", "serial", an address such as tcp://127.0.0.1:8786, or a scheduler file.',
+            )
+        options = {"scheduler_file": str(file)}
+    else:
+        _check_address(config, address)
+    try:
+        client = Client(**options, timeout=CONNECT_TIMEOUT)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise ClusterUnreachable(
+            f"No Dask scheduler answers at {address} ({type(error).__name__} within {CONNECT_TIMEOUT:.0f} s).",
+            "Start one with `dask scheduler` and `dask worker ADDRESS`, or use --scheduler local.",
+        ) from error
+    with client:
+        yield client
+
+
+def _check_address(config: ClusterConfig, address: str) -> None:
+    scheme, host = urlsplit(address).scheme, urlsplit(address).hostname or ""
+    if scheme != "tcp":
+        raise InvalidConfig(f'cluster.scheduler = "{address}": this version connects with tcp:// only.')
+    if host not in ("localhost", "::1") and not host.startswith("127.") and not config.allow_plain:
+        raise InvalidConfig(
+            f'cluster.scheduler = "{address}" is neither encrypted nor on this machine: whoever reaches that port can '
+            "run code as you.",
+            "If the network is yours alone, set cluster.allow_plain = true.",
+        )
+
+
+def _checked(client: Client, *, owned: bool) -> Connection:
+    try:
+        client.wait_for_workers(1, timeout=WORKERS_TIMEOUT)
+    except TimeoutError:
+        raise ClusterUnreachable(
+            f"The scheduler at {client.scheduler.address} has no worker after {WORKERS_TIMEOUT:.0f} s.",
+            "Start one with `dask worker ADDRESS`.",
+        ) from None
+    if not owned:
+        check_versions(client.run(versions.versions))
+    workers = client.run(_memory_limit)
+    return Connection(
+        client=client,
+        num_workers=len(workers),
+        worker_memory=min(limit or int(MEMORY_LIMIT) for limit in workers.values()),
+        dashboard=client.dashboard_link or "",
+        owned=owned,
+    )
+
+
+def _memory_limit(dask_worker: Any) -> int | None:
+    limit: int | None = dask_worker.memory_manager.memory_limit
+    return limit
+
+
+def check_versions(found: dict[str, dict[str, str]]) -> None:
+    """Compare the versions of all workers with those here.
+
+    Raises
+    ------
+    ClusterUnsuitable
+        Names the worker, the package, what it has and what is needed.
+    """
+    here = versions.versions()
+    for address, there in sorted(found.items()):
+        for package, version in here.items():
+            if there.get(package, "") != version:
+                has = f"has {package} {there[package]}" if there.get(package) else f"lacks {package}"
+                raise ClusterUnsuitable(
+                    f"Worker {address} {has}; this process has {package} {version}.",
+                    "Install the same versions on client, scheduler and workers; the bits depend on them.",
+                )

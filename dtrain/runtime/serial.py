@@ -1,0 +1,75 @@
+"""SerialRunner: the whole of a round as a plain loop in this process. Debugger, and oracle of the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from dtrain.algorithm.plan import cursor_after
+from dtrain.data.partition import SplitName
+from dtrain.runtime import tasks
+from dtrain.runtime.resident import Resident, RunSpec
+from dtrain.runtime.tasks import Initial
+from dtrain.types import RoundPlan, TrainState
+
+
+class SerialRunner:
+    """Runs every task at once, where it is submitted."""
+
+    num_workers = 2
+    dashboard = ""
+
+    def __init__(self, spec: RunSpec) -> None:
+        self._resident = Resident(spec)
+
+    def initialise(self) -> Initial:
+        """Build the model and try it on one batch."""
+        return tasks.initialise(self._resident)
+
+    def place(self, state: TrainState[Any]) -> TrainState[Any]:
+        """Return the state: its values are their own handles."""
+        return state
+
+    def submit_round(self, state: TrainState[Any], plan: RoundPlan) -> tuple[TrainState[Any], Any]:
+        """Run a round."""
+        updates = [
+            tasks.train_local(self._resident, task, state.params[task.replica], state.inner[task.replica])
+            for task in plan.tasks
+        ]
+        weights = self._resident.spec.config.average.weights
+        mixed, summary = tasks.reduce_round(weights, [tasks.parameters_of(update) for update in updates])
+        return state_after(self._resident, state, plan, mixed, [tasks.inner_of(u) for u in updates]), summary
+
+    def submit_evaluation(self, params: Any, split: SplitName) -> Any:
+        """Evaluate parameters on a split."""
+        pieces = range(len(self._resident.eval_partitions(split)))
+        if not pieces:
+            return None
+        return tasks.merge_pieces([tasks.evaluate_piece(self._resident, params, split, piece) for piece in pieces])
+
+    def collect(self, handles: Sequence[Any]) -> list[Any]:
+        """Return the values."""
+        return list(handles)
+
+    def gather(self, state: TrainState[Any]) -> TrainState[Any]:
+        """Return the state."""
+        return state
+
+    def close(self) -> None:
+        """Release nothing."""
+
+
+def state_after(
+    resident: Resident, state: TrainState[Any], plan: RoundPlan, mixed: Any, inner: Sequence[Any]
+) -> TrainState[Any]:
+    """Return the state after a round, from the handles of its results."""
+    sizes = [partition.num_samples for partition in resident.partitions]
+    return replace(
+        state,
+        round=plan.round,
+        params=(mixed,) * len(plan.tasks),
+        inner=tuple(inner),
+        cursors=tuple(cursor_after(task, size) for task, size in zip(plan.tasks, sizes, strict=True)),
+        steps=tuple(task.step + task.num_steps for task in plan.tasks),
+    )

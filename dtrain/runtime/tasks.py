@@ -1,0 +1,272 @@
+"""What runs on a worker: pure functions of (resident, arguments). The only place where numpy becomes torch.
+
+A task never changes its arguments: on a cluster they may be shared with other tasks of the process.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dtrain.algorithm.evaluate import Sums, evaluate, merge
+from dtrain.algorithm.local import TensorBatch, run_local_steps
+from dtrain.algorithm.mix import average
+from dtrain.algorithm.params import (
+    InnerState,
+    Parameters,
+    empty_inner_state,
+    flatten,
+    is_finite,
+    layout_of,
+    load_into,
+    params_sha256,
+)
+from dtrain.algorithm.plan import step_sizes
+from dtrain.data.partition import SplitName
+from dtrain.data.read import Batch, read_batches
+from dtrain.errors import FirstLossNotFinite, ShapesDiffer
+from dtrain.runtime.resident import Resident, isolated
+from dtrain.runtime.usercode import user_code
+from dtrain.types import Contribution, Cursor, LocalTask, RoundSummary
+
+EVAL_BATCH = 1024
+"""Samples of an evaluation batch if training has no batch size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a local task returns. The parts travel to different places; see `parameters_of` and `inner_of`."""
+
+    params: Parameters
+    inner: InnerState
+    contribution: Contribution
+
+    def __sizeof__(self) -> int:  # Dask's memory accounting asks this
+        return self.params.__sizeof__() + self.inner.__sizeof__()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Initial:
+    """Parameters of round 0, and what one real batch says about the model."""
+
+    params: Parameters
+    inner: InnerState
+    loss: float
+    """Of the first batch of replica 0."""
+    inputs: tuple[str, ...]
+    """Name, dtype and shape of each input of that batch."""
+    outputs: str
+    num_params: int
+    """Trainable and frozen parameters, tied ones once."""
+    seconds: float
+    """Of one local step."""
+
+
+def initialise(resident: Resident) -> Initial:
+    """Build the model, and try it on one real batch.
+
+    Raises
+    ------
+    NotAModule, UnsuitableModel, UserCodeFailed
+        The model cannot be built or trained.
+    ShapesDiffer
+        It does not accept the inputs, or its output does not fit the targets.
+    FirstLossNotFinite
+        The loss of that batch is NaN or infinite.
+    """
+    spec = resident.spec
+    train = spec.config.train
+    with resident.lock, isolated(train.seed, spec.threads):
+        module = resident.module()
+        layout = layout_of(module)
+        params = flatten(module, layout)
+        partition = resident.partitions[0]
+        size = min(partition.num_samples, EVAL_BATCH if train.batch_size == "full" else train.batch_size)
+        batches = read_batches(resident.reader(), partition, Cursor(0, 0), [size], replica=0, shuffle=spec.plan.shuffle)
+        batch = to_torch(next(batches))
+        loss, outputs = _first_loss(resident, module, batch)
+        started = time.monotonic()
+        with user_code("The first local step"):
+            run_local_steps(
+                module, resident.recipe, empty_inner_state(), [(size, [batch])], first_step=0, total_steps=1
+            )
+        names = zip(spec.samples.config.inputs, batch.inputs, strict=True)
+        return Initial(
+            params=params,
+            inner=empty_inner_state(),
+            loss=loss,
+            inputs=tuple(f"{name} {_described(tensor)}" for name, tensor in names),
+            outputs=_described(outputs),
+            num_params=layout.num_params,
+            seconds=time.monotonic() - started,
+        )
+
+
+def _first_loss(resident: Resident, module: torch.nn.Module, batch: TensorBatch) -> tuple[float, Any]:
+    config = resident.spec.samples.config
+    with torch.no_grad():
+        module.train()
+        try:
+            outputs = module(*batch.inputs)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            said = ", ".join(f"{n} {_described(t)}" for n, t in zip(config.inputs, batch.inputs, strict=True))
+            raise ShapesDiffer(
+                f"The model does not accept the inputs {said}: {' '.join(str(error).split())}",
+                "Change the model, or data.inputs.",
+            ) from error
+        targets = batch.targets if isinstance(batch.targets, tuple) else (batch.targets,)
+        said = ", ".join(f"{n} {_described(t)}" for n, t in zip(config.targets, targets, strict=True))
+        try:
+            loss = resident.recipe.loss(outputs, batch.targets)
+            for metric in resident.metrics.values():
+                metric(outputs, batch.targets)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            raise ShapesDiffer(
+                f"The model's output {_described(outputs)} does not fit the targets {said}: "
+                f"{' '.join(str(error).split())}",
+                "Change the model, the loss, the metrics or data.targets.",
+            ) from error
+    if not isinstance(loss, torch.Tensor) or loss.ndim:
+        raise ShapesDiffer(
+            f"The loss returned {_described(loss)}; it must be a scalar tensor, the mean over the batch."
+        )
+    if not math.isfinite(loss.item()):
+        raise FirstLossNotFinite(
+            f"The loss of the first batch is {loss.item()} before any training.",
+            "Look at the scale of the inputs and at the model's initialisation.",
+        )
+    return loss.item(), outputs
+
+
+def train_local(resident: Resident, task: LocalTask, params: Parameters, inner: InnerState) -> Update:
+    """Run the local steps of one replica in one round.
+
+    A replica whose parameters are not finite afterwards keeps the inner state it came with.
+    """
+    spec = resident.spec
+    train = spec.config.train
+    partition = resident.partitions[task.replica]
+    reader = resident.reader()
+    started = time.monotonic()
+    doing = f"Round {task.round}, replica {task.replica}"
+    with resident.lock, isolated(task.seed, spec.threads), user_code(doing):
+        module = resident.module()
+        load_into(module, params)
+        sizes = list(step_sizes(task, partition.num_samples, train))
+        batches = read_batches(
+            reader,
+            partition,
+            task.cursor,
+            (micro for step in sizes for micro in step),
+            replica=task.replica,
+            shuffle=spec.plan.shuffle,
+        )
+        result = run_local_steps(
+            module,
+            resident.recipe,
+            inner,
+            ((sum(step), _taken(batches, len(step))) for step in sizes),
+            first_step=task.step,
+            total_steps=task.total_steps,
+        )
+        after = flatten(module, params.layout)
+    finite = is_finite(after)
+    return Update(
+        params=after,
+        inner=result.inner if finite else inner,
+        contribution=Contribution(
+            replica=task.replica,
+            samples=result.samples,
+            steps=result.steps,
+            loss_sum=result.loss_sum,
+            finite=finite,
+            units_decoded=reader.units_decoded,
+            bytes_read=reader.bytes_read,
+            seconds=time.monotonic() - started,
+        ),
+    )
+
+
+def parameters_of(update: Update) -> tuple[Parameters, Contribution]:
+    """Return what the average needs of an update; on its worker this copies nothing."""
+    return update.params, update.contribution
+
+
+def inner_of(update: Update) -> InnerState:
+    """Return what only the replica itself needs of an update."""
+    return update.inner
+
+
+def reduce_round(weights: str, updates: Sequence[tuple[Parameters, Contribution]]) -> tuple[Parameters, RoundSummary]:
+    """Average the replicas of a round, in replica order; those that are not finite are left out.
+
+    If none is finite the first one stands for all: the driver stops the run by the summary.
+    """
+    kept = [(params, c) for params, c in updates if c.finite] or list(updates[:1])
+    counts = [c.samples if weights == "samples" else 1 for _, c in kept]
+    mixed = average([params for params, _ in kept], counts)
+    summary = RoundSummary(
+        contributions=tuple(c for _, c in updates),
+        params_sha256=params_sha256(mixed),
+        bytes_reduced=sum(params.nbytes for params, _ in updates),
+    )
+    return mixed, summary
+
+
+def mixed_of(reduced: tuple[Parameters, RoundSummary]) -> Parameters:
+    """Return the averaged parameters."""
+    return reduced[0]
+
+
+def summary_of(reduced: tuple[Parameters, RoundSummary]) -> RoundSummary:
+    """Return the scalars of a round."""
+    return reduced[1]
+
+
+def evaluate_piece(resident: Resident, params: Parameters, split: SplitName, piece: int) -> Sums:
+    """Evaluate one piece of a split."""
+    spec = resident.spec
+    partition = resident.eval_partitions(split)[piece]
+    batch_size = spec.config.train.batch_size
+    size = spec.config.train.micro_batch or (EVAL_BATCH if batch_size == "full" else batch_size)
+    with resident.lock, isolated(spec.config.train.seed, spec.threads), user_code(f"Evaluating on {split}"):
+        module = resident.module()
+        load_into(module, params)
+        total = partition.num_samples
+        sizes = [min(size, total - start) for start in range(0, total, size)]
+        batches = read_batches(resident.reader(), partition, Cursor(0, 0), sizes, replica=0, shuffle=False)
+        return evaluate(module, resident.recipe.loss, resident.metrics, map(to_torch, batches))
+
+
+def merge_pieces(pieces: list[Sums]) -> Sums:
+    """Add the pieces of an evaluation in order."""
+    return merge(pieces)
+
+
+def to_torch(batch: Batch) -> TensorBatch:
+    """Turn a batch of numpy arrays into tensors on the same memory."""
+    targets = tuple(torch.from_numpy(array) for array in batch.targets)
+    return TensorBatch(
+        inputs=tuple(torch.from_numpy(array) for array in batch.inputs),
+        targets=targets[0] if len(targets) == 1 else targets,
+        size=batch.size,
+    )
+
+
+def _taken(batches: Iterator[Batch], count: int) -> Iterable[TensorBatch]:
+    for _ in range(count):
+        yield to_torch(next(batches))
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_described, value))})"
+    return type(value).__name__

@@ -1,0 +1,19 @@
+"""Versions of what decides bits. Only the standard library is imported: it also runs where dtrain is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+PACKAGES = ("dtrain", "torch", "numpy", "zarr", "distributed")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python (``major.minor``) and of `PACKAGES`; an empty text where one is missing."""
+    found = {"python": ".".join(platform.python_version_tuple()[:2])}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = ""
+    return found
