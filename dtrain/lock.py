@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dtrain.errors import RunLocked
 
@@ -47,7 +48,25 @@ def locked(run: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def holder(run: Path) -> dict[str, Any] | None:
+    """Return who is training a run (host, pid, since), or None; takes nothing and waits for nothing."""
+    path = run / "LOCK"
+    try:
+        with path.open("rb") as file:
+            text = file.read(4096)
+            beaten = os.fstat(file.fileno()).st_mtime
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                found: dict[str, Any] = json.loads(text)
+                return found
+            return json.loads(text) if _held_elsewhere(text, beaten) else None
+    except (OSError, ValueError):
+        return None
+
+
 def _acquire(path: Path) -> int:
+    patience = 5  # tries: `holder` may look at the file for an instant
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -55,7 +74,11 @@ def _acquire(path: Path) -> int:
         except OSError:
             text = os.pread(descriptor, 4096, 0)
             os.close(descriptor)
-            raise _conflict(path, text) from None
+            patience -= 1
+            if not patience:
+                raise _conflict(path, text) from None
+            time.sleep(0.05)
+            continue
         text = os.pread(descriptor, 4096, 0)
         if not _is_still(path, descriptor):  # its holder has removed it in the meantime
             os.close(descriptor)

@@ -264,9 +264,12 @@ def _pieces(plan: DataPlan) -> Iterator[int]:
     """Yield into how many cells to try to cut a unit.
 
     A unit is decoded once for each owner of its cells, so few, long cells are tried first. With more cells than
-    owners finer cuts cost nothing more: then single samples, if they are not too many.
+    owners finer cuts cost nothing more, and where all units fit the window decoding them is cheap: then single
+    samples are dealt, if they are not too many, and the parts are equal.
     """
-    yield from range(1, min(plan.replicas + 2, plan.unit_rows) + 1)
+    yield 1
+    if plan.num_units > plan.window:
+        yield from range(2, min(plan.replicas + 2, plan.unit_rows) + 1)
     finest = max(1, math.ceil(plan.num_samples / MAX_CELLS))
     yield max(1, plan.unit_rows // finest)
 

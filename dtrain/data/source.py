@@ -107,6 +107,12 @@ def describe(config: DataConfig, base: Path) -> Samples:
     return Samples(path=str(path), config=config, sample_dim=sample_dim, num_samples=num_samples, variables=variables)
 
 
+def list_variables(path: str | Path) -> dict[str, tuple[str, ...]]:
+    """Return the names and dimensions of a group's data variables (not its coordinates), in stored order."""
+    dataset = _open_dataset(locate(str(path), Path.cwd()), "")
+    return {str(name): tuple(map(str, array.dims)) for name, array in dataset.data_vars.items()}
+
+
 def locate(path: str, base: Path) -> Path:
     """Return the absolute path of a local store.
 

@@ -76,7 +76,7 @@ class _Terminal:
             case RoundDamaged(round=number, reason=reason):
                 self._say(f"round {number} is damaged and was skipped: {reason}")
             case RunFinished():
-                self._finish(event)
+                self._finish()
             case _ if self._verbose:
                 self._say(str(event))
 
@@ -100,12 +100,10 @@ class _Terminal:
             found = "".join(f"  {name} {value:.4f}" for name, value in result.metrics.items())
             self._say(f"{losses}{found}  {_speed(result)}  {result.seconds:.2f} s")
 
-    def _finish(self, event: RunFinished) -> None:
+    def _finish(self) -> None:
         if self._task is not None:
             self._progress.remove_task(self._task)
-        loss = f", val_loss {event.val_loss:.4f}" if event.val_loss is not None else ""
-        self._say(f"done ({event.reason}): {event.rounds} rounds{loss}, in {event.run}")
-        self._say(f"params_sha256 {event.params_sha256}")
+            self._task = None
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)

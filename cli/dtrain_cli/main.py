@@ -1,0 +1,118 @@
+"""The Typer app: wiring, global options, exit codes. Commands import dtrain inside their bodies."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from dtrain_cli import config, evaluate, init, plan, status, train
+from dtrain_cli.output import Options, error
+
+GLOBAL_FLAGS = {
+    "--json": "json",
+    "-q": "quiet",
+    "--quiet": "quiet",
+    "-v": "verbose",
+    "--verbose": "verbose",
+    "--no-color": "no_color",
+    "--debug": "debug",
+}
+
+app = typer.Typer(
+    name="dtrain",
+    help="Train PyTorch models on Zarr data larger than memory, on any Dask cluster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"dtrain {version('dtrain')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No narration and no progress.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tell more.")] = False,
+    no_color: Annotated[bool, typer.Option("--no-color", help="No colours and no live line (also NO_COLOR).")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Train PyTorch models on Zarr data larger than memory, on any Dask cluster."""
+
+
+app.command("init")(init.init)
+app.command("plan")(plan.plan)
+app.command("train")(train.train)
+app.command("status")(status.status)
+app.command("eval")(evaluate.evaluate)
+app.add_typer(config.app, name="config")
+
+
+def split_flags(arguments: list[str]) -> tuple[Options, list[str]]:
+    """Take the global flags out of the arguments, wherever they stand; flags after ``--`` are not ours."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    found = {GLOBAL_FLAGS[text] for text in arguments[:end] if text in GLOBAL_FLAGS}
+    rest = [text for text in arguments[:end] if text not in GLOBAL_FLAGS] + arguments[end:]
+    color = "no_color" not in found and not os.environ.get("NO_COLOR")
+    return Options("json" in found, "quiet" in found, "verbose" in found, color, "debug" in found), rest
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line; return its exit code."""
+    options, rest = split_flags(arguments)
+    if not options.color:
+        os.environ["NO_COLOR"] = "1"  # rich and typer look for it
+    try:
+        code: Any = typer.main.get_command(app).main(args=rest, prog_name="dtrain", standalone_mode=False, obj=options)
+        return code if isinstance(code, int) else 0
+    except KeyboardInterrupt:
+        error(options, 130, "Stopped by Ctrl-C.", "Committed rounds are kept; the same command continues.")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read us has gone
+        return 0
+    except Exception as fault:
+        return _report(options, fault)
+
+
+def _report(options: Options, fault: Exception) -> int:
+    if hasattr(fault, "exit_code") and hasattr(fault, "format_message"):  # typer's usage errors
+        error(options, 2, fault.format_message() or "no command", _usage(fault))
+        return 2
+    if type(fault).__name__ == "Abort":
+        return 130
+    from dtrain.errors import DtrainError
+
+    if options.debug:
+        import traceback
+
+        traceback.print_exception(fault)
+    if isinstance(fault, DtrainError):
+        error(options, fault.code, fault.message, fault.hint)
+        return fault.code
+    said = " ".join(str(fault).split())
+    error(options, 1, f"{type(fault).__name__}: {said}", "This is a bug of dtrain. --debug shows where it happened.")
+    return 1
+
+
+def _usage(fault: Any) -> str:
+    context = getattr(fault, "ctx", None)
+    command = context.command_path if context is not None else "dtrain"
+    return f"`{command} --help` shows what is allowed."
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,58 @@
+"""Where words go: results to stdout, narration to stderr, errors in at most four lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The global options."""
+
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    color: bool = True
+    debug: bool = False
+
+
+def result(options: Options, text: str, record: dict[str, Any]) -> None:
+    """Print a result: text for people, or one JSON object a line."""
+    if options.json:
+        print(json.dumps(record), flush=True)
+    else:
+        print(text, flush=True)
+
+
+def say(options: Options, text: str) -> None:
+    """Tell what is going on."""
+    if not options.quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def error(options: Options, code: int, message: str, hint: str = "", log: str = "") -> None:
+    """Print an error."""
+    red, plain = ("\033[31m", "\033[0m") if options.color and sys.stderr.isatty() else ("", "")
+    lines = [f"{red}error:{plain} {' '.join(message.split())}"]
+    lines += [f"  {' '.join(text.split())}" for text in (hint, log) if text]
+    print("\n".join(lines), file=sys.stderr, flush=True)
+    if options.json:
+        print(json.dumps({"event": "error", "code": code, "message": message, "hint": hint}), flush=True)
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Return rows of label and text as lines."""
+    width = max((len(label) for label, _ in rows), default=0)
+    return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
+
+
+def shown(path: Path | str) -> str:
+    """Return a path as a person would type it here."""
+    absolute = Path(path).absolute()
+    here = Path.cwd()
+    return os.path.relpath(absolute, here) if absolute.is_relative_to(here) else str(absolute)

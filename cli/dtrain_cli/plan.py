@@ -1,0 +1,22 @@
+"""dtrain plan: what a run would do."""
+
+from __future__ import annotations
+
+import typer
+
+from dtrain_cli.output import Options, result, say, table
+from dtrain_cli.train import CONFIG, SCHEDULER, SET, load_job
+
+
+def plan(ctx: typer.Context, config: CONFIG, settings: SET = None, scheduler: SCHEDULER = None) -> None:
+    """Show what training would do: partitions, steps, memory, traffic, and the loss of one real batch.
+
+    Trains nothing, writes nothing, and refuses with the arithmetic what cannot work.
+    """
+    from dtrain.planning import plan_job, plan_record, plan_rows
+
+    options: Options = ctx.obj
+    job = load_job(config, settings, scheduler)
+    planned = plan_job(job)
+    result(options, table(plan_rows(job, planned)), plan_record(planned))
+    say(options, f"nothing was written; next: dtrain train {config}")
