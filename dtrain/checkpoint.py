@@ -13,6 +13,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
@@ -33,6 +34,8 @@ from dtrain.types import Cursor, TrainState
 
 FORMAT = 1
 PARAMS, STATE, MANIFEST = "params.safetensors", "state.json", "manifest.json"
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, safetensors.SafetensorError)
+"""How files say that they are not what was written."""
 
 
 # Rounds -------------------------------------------------------------------------------------------------
@@ -66,7 +69,7 @@ def commit_round(run: Path, state: TrainState[Any], fingerprint: str) -> int:
         "cursors": [asdict(cursor) for cursor in state.cursors],
         "steps": list(state.steps),
         "layout": asdict(params.layout),
-        "inner": [[asdict(slot) for slot in inner.slots] for inner in state.inner],
+        "inner": [[_described_slot(slot) for slot in inner.slots] for inner in state.inner],
     }
     files[STATE] = _json(described)
     manifest = {
@@ -125,7 +128,7 @@ def load_round(directory: Path) -> tuple[TrainState[Any], str]:
         return state, described["fingerprint"]
     except RunDamaged:
         raise
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError, DtrainError) as error:
+    except (*UNREADABLE, DtrainError) as error:
         raise RunDamaged(f"{directory} cannot be read: {' '.join(str(error).split())}") from error
 
 
@@ -306,7 +309,11 @@ def _move_into_place(temporary: Path, final: Path) -> None:
     if final.exists():  # a damaged round that was skipped, and is done again
         aside = final.with_name(f".{final.name}-{uuid.uuid4().hex[:8]}")
         final.rename(aside)
-        temporary.rename(final)
+        try:
+            temporary.rename(final)
+        except BaseException:
+            aside.rename(final)
+            raise
         shutil.rmtree(aside, ignore_errors=True)
     else:
         temporary.rename(final)
@@ -352,5 +359,12 @@ def _layout(described: dict[str, Any]) -> Layout:
     return Layout(entries, described["num_params"], described["num_flat"], described["num_extra"])
 
 
+def _described_slot(slot: Slot) -> dict[str, Any]:
+    value = slot.value
+    return {**asdict(slot), "value": str(value) if isinstance(value, float) and not math.isfinite(value) else value}
+
+
 def _slot(described: dict[str, Any]) -> Slot:
-    return Slot(**{**described, "shape": tuple(described["shape"])})
+    value = described["value"]  # JSON has no inf and nan
+    plain = float(value) if isinstance(value, str) else value
+    return Slot(**{**described, "shape": tuple(described["shape"]), "value": plain})

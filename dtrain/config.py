@@ -10,6 +10,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
+from datetime import date, time
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -36,7 +37,7 @@ SCHEDULES = ("constant", "cosine", "linear")
 class Table(BaseModel):
     """A table of the configuration: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
 
 class Slice(Table):
@@ -216,12 +217,13 @@ class TrainConfig(Table):
     cluster: ClusterConfig = ClusterConfig()
     run: RunConfig = RunConfig()
 
-    def __init__(self, **tables: Any) -> None:
+    def __init__(self, /, **tables: Any) -> None:
         try:
             super().__init__(**tables)
         except ValidationError as error:
             raise InvalidConfig(*_sentences(error, tables)) from None
         _check_names(self)
+        _check_plain(self)
         _refuse_what_is_not_built(self)
 
 
@@ -302,6 +304,24 @@ def _check_name(key: str, name: str, allowed: tuple[str, ...], *, empty: bool = 
     raise InvalidConfig(
         f'{key} = "{name}": allowed are {", ".join(allowed)} or "module:function"{did_you_mean(name, allowed)}'
     )
+
+
+def _check_plain(config: TrainConfig) -> None:
+    """Refuse values that config.toml cannot hold: Python, YAML and JSON can give them."""
+    for key in ("model_args", "train.optimizer_args", "data.storage_options"):
+        _check_plain_value(key, value_of(config, key))
+
+
+def _check_plain_value(key: str, value: Any) -> None:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _check_plain_value(f"{key}.{name}", inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_plain_value(key, inner)
+    elif not isinstance(value, str | int | float | date | time):
+        what = "null" if value is None else f"a {type(value).__name__}"
+        raise InvalidConfig(f"{key} is {what}; allowed are text, numbers, booleans, dates, lists and tables.")
 
 
 def parse_bytes(text: str, key: str) -> int:
@@ -385,6 +405,8 @@ def read_tables(path: str | Path) -> dict[str, Any]:
         raise InvalidConfig(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(tables, dict):
         raise InvalidConfig(f"{path}: holds {type(tables).__name__}, not tables of keys.")
+    if odd := [key for key in tables if not isinstance(key, str)]:
+        raise InvalidConfig(f"{path}: the key {odd[0]!r} is not text; put it in quotes.")
     return tables
 
 
@@ -392,8 +414,12 @@ def _parse(suffix: str, text: str) -> Any:
     if suffix in (".yaml", ".yml"):
         import yaml  # comes with Dask
 
+        class Loader(yaml.SafeLoader):
+            """Reads 1e-3 as a number, as TOML and JSON do; PyYAML asks for 1.0e-3."""
+
+        Loader.add_implicit_resolver("tag:yaml.org,2002:float", YAML_FLOAT, list("-+.0123456789"))
         try:
-            return yaml.safe_load(text)
+            return yaml.load(text, Loader)
         except yaml.YAMLError as error:
             raise ValueError(str(error)) from None
     if suffix == ".json":
@@ -401,6 +427,7 @@ def _parse(suffix: str, text: str) -> Any:
     return tomllib.loads(text)
 
 
+YAML_FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 PATH_KEYS = ("data.path", "data.val_path", "train.init", "run.dir")
 
 
@@ -414,7 +441,7 @@ def _with_setting(tables: dict[str, Any], setting: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError:
         value = text.strip()
     if key in PATH_KEYS and isinstance(value, str) and value and "://" not in value:
-        value = str(Path(value).absolute())
+        value = str(Path(value).expanduser().absolute())
     return _replaced(tables, key.split("."), value, key)
 
 
@@ -439,6 +466,9 @@ def value_of(config: BaseModel, key: str) -> Any:
     return value
 
 
+PLAIN: TypeAdapter[Any] = TypeAdapter(Any, config=ConfigDict(ser_json_inf_nan="constants"))
+
+
 def flat_values(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every dotted key with its value in plain types, in the order of the schema."""
     for name in type(config).model_fields:
@@ -446,13 +476,14 @@ def flat_values(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]
         if isinstance(value, BaseModel):
             yield from flat_values(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", TypeAdapter(Any).dump_python(value, mode="json")
+            yield f"{prefix}{name}", PLAIN.dump_python(value, mode="json")
 
 
 def to_toml(config: TrainConfig) -> str:
     """Return the resolved configuration as TOML; keys without a value are left out."""
     import tomli_w
 
+    _check_plain(config)  # model_copy(update=...) checks nothing
     tables = config.model_dump(mode="json", exclude_none=True)
     if "local_steps" in tables["train"]:
         del tables["train"]["local_epochs"]  # one of them is given, never both
@@ -487,13 +518,19 @@ def _toml(value: Any) -> str:
 def _sentences(error: ValidationError, tables: Mapping[str, Any]) -> tuple[str, str]:
     seen: dict[str, str] = {}
     for fault in error.errors(include_url=False):
-        key = _key(fault["loc"])
-        seen.setdefault(key, _sentence(key, fault["type"], fault["msg"], fault["input"], TrainConfig))
+        key = _key(fault["loc"], fault["type"])
+        said = _sentence(key, fault["type"], fault["msg"], fault["input"], TrainConfig)
+        # a value that fits no branch of a union has a fault for each: together they say what is allowed
+        allowed = said.partition(": input should be ")[2]
+        if key not in seen:
+            seen[key] = said
+        elif allowed and allowed not in seen[key]:
+            seen[key] += f" or {allowed}"
     hint = "" if len(seen) == 1 else f"{len(seen)} keys are wrong."
     return "; ".join(seen.values()), hint
 
 
-def _key(loc: tuple[int | str, ...]) -> str:
+def _key(loc: tuple[int | str, ...], kind: str) -> str:
     """Cut a pydantic location down to the config key: the names of a union's branches are not part of it."""
     model: Any = TrainConfig
     parts: list[str] = []
@@ -501,9 +538,12 @@ def _key(loc: tuple[int | str, ...]) -> str:
         fields = getattr(model, "model_fields", None)
         if fields is None:
             break
-        parts.append(str(part))
+        if part == model.__name__:
+            continue
         if part not in fields:
+            parts += [str(part)] if kind == "extra_forbidden" else []
             break
+        parts.append(str(part))
         annotation = fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         model = next((c for c in candidates if isinstance(c, type) and issubclass(c, Table)), None)
@@ -516,7 +556,8 @@ def _sentence(key: str, kind: str, text: str, given: Any, root: type[Table]) -> 
         fields = list(_fields(root, table))
         elsewhere = [k for k, _ in flat_values(DEFAULTS) if k.rpartition(".")[2] == name]
         guess = f'; did you mean "{elsewhere[0]}"?' if elsewhere else did_you_mean(name, fields)
-        return f"{key}: no such key{guess}" if guess else f"{key}: no such key; [{table}] has {', '.join(fields)}"
+        where, known = f"[{table}]" if table else "the config", ", ".join(fields)
+        return f"{key}: no such key{guess or f'; {where} has {known}'}"
     text = text.removeprefix("Value error, ")
     if kind == "value_error":
         return f"{key}: {text}" if key else text

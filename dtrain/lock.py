@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dtrain.errors import RunLocked
+from dtrain.errors import DiskFull, RunLocked
 
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
@@ -31,15 +31,18 @@ def locked(run: Path) -> Iterator[None]:
     ------
     RunLocked
         Another process trains the run; its host, process id and start are named.
+    DiskFull
+        The lock cannot be written.
     """
     path = run / "LOCK"
     descriptor = _acquire(path)
     done = threading.Event()
     beat = threading.Thread(target=_beat, args=(path, done), name="dtrain-lock", daemon=True)
     try:
-        os.truncate(descriptor, 0)
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        os.pwrite(descriptor, (json.dumps(holder) + "\n").encode(), 0)
+        with _writing(path):
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, (json.dumps(holder) + "\n").encode(), 0)
         beat.start()
         yield
     finally:
@@ -68,7 +71,8 @@ def holder(run: Path) -> dict[str, Any] | None:
 def _acquire(path: Path) -> int:
     patience = 5  # tries: `holder` may look at the file for an instant
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        with _writing(path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -87,6 +91,16 @@ def _acquire(path: Path) -> int:
             os.close(descriptor)
             raise _conflict(path, text)
         return descriptor
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DiskFull(
+            f"{path} cannot be written: {error.strerror}.", "Set run.dir to a place that you may write to."
+        ) from error
 
 
 def _is_still(path: Path, descriptor: int) -> bool:

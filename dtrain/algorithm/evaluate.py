@@ -19,7 +19,7 @@ Metric: TypeAlias = Callable[[Any, Any], tuple[float, int]]
 """(outputs, targets) -> sum over the batch, and how many it is the sum of."""
 
 FROM_LOSS: dict[str, Callable[[float], float]] = {
-    "perplexity": lambda loss: math.exp(loss) if loss < 700 else math.inf,
+    "perplexity": lambda loss: math.inf if loss > 700 else math.exp(loss),
     "bits_per_byte": lambda loss: loss / math.log(2.0),
 }
 """Metrics that are functions of the mean loss."""

@@ -129,7 +129,7 @@ def optimizer_named(name: str) -> type[torch.optim.Optimizer]:
     if name.lower() not in known:
         raise InvalidConfig(
             f'train.optimizer = "{name}": torch.optim has no such optimizer{did_you_mean(name.lower(), known)}',
-            f'Allowed are {", ".join(sorted(known))} or "module:function".',
+            f'Allowed are {", ".join(sorted(known.keys() - {"lbfgs"}))} or "module:function".',
         )
     if name.lower() == "lbfgs":
         raise InvalidConfig('train.optimizer = "lbfgs" evaluates the loss several times a step; it is not supported.')

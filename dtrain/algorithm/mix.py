@@ -60,7 +60,13 @@ def _mixed_buffer(entry: Entry, tensors: Sequence[torch.Tensor], weights: Sequen
         if not bool((stacked == stacked[0]).all()):
             raise UnsuitableModel(f"The bool buffer {entry.name} differs between replicas; it cannot be averaged.")
         return stacked[0]
+    if stacked.is_complex():
+        parts = [torch.view_as_real(tensor) for tensor in tensors]
+        return torch.view_as_complex(_mixed_buffer(entry, parts, weights).to(parts[0].dtype))
     if not stacked.is_floating_point():
-        return stacked.amax(0)
+        return torch.from_numpy(np.asarray(stacked.numpy().max(0)))  # torch has no maximum of uint16, 32 and 64
+    wide = stacked.double()
+    if torch.equal(wide, wide[:1].expand_as(wide)):
+        return stacked[0]  # the float64 mean of equal float64 values may be off by one bit
     factors = torch.tensor(weights, dtype=torch.float64).reshape(-1, *[1] * (stacked.ndim - 1))
-    return (stacked.double() * factors).sum(0) / sum(weights)
+    return (wide * factors).sum(0) / sum(weights)

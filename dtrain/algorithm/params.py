@@ -203,12 +203,18 @@ def params_sha256(params: Parameters) -> str:
     return digest.hexdigest()
 
 
-def is_finite(params: Parameters) -> bool:
-    """Whether every parameter and float buffer is finite."""
-    if not np.isfinite(params.flat).all():
-        return False
-    tensors = (_view(params, e) for e in params.layout.entries if e.kind == "extra" and not e.alias)
-    return all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point())
+def is_finite(params: Parameters, before: Parameters | None = None) -> bool:
+    """Whether every parameter and float buffer is finite, or infinite as it was `before` (a mask of -inf)."""
+    entries = [entry for entry in params.layout.entries if not entry.alias]
+    return all(_finite(_view(params, entry), _view(before, entry) if before else None) for entry in entries)
+
+
+def _finite(tensor: torch.Tensor, before: torch.Tensor | None) -> bool:
+    if not tensor.is_floating_point() and not tensor.is_complex():
+        return True
+    wide = tensor if tensor.itemsize > 1 else tensor.float()  # torch.isfinite knows no float8
+    fine = torch.isfinite(wide)
+    return bool(fine.all()) or (before is not None and bool((fine | (tensor == before)).all()))
 
 
 # The inner optimizer's state ----------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def read_rows(path: Path) -> list[Row]:
     """Return the rows of a history.jsonl; a line that a killed process left half-written ends them."""
     rows: list[Row] = []
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return rows
     for line in text.splitlines():

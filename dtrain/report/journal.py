@@ -35,5 +35,5 @@ def cut_history(run: Path, last: int) -> None:
     kept = [row for row in rows if row["round"] <= last]
     text = "".join(json.dumps(row) + "\n" for row in kept)
     path = run / HISTORY
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+    if path.exists() and path.read_bytes() != text.encode():
         write_text(path, text)

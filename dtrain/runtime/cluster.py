@@ -78,7 +78,7 @@ class ClusterRunner:
         self.num_workers = connection.num_workers
         self.dashboard = connection.dashboard
         self._client: Client = connection.client
-        self._direct = True if connection.owned else None
+        self._direct = True  # past the scheduler; until a worker turns out to be out of the client's reach
         self._spec = spec
         self._resident = Resident(spec)  # on the driver for its arithmetic only
         self._attempt = 0
@@ -181,7 +181,7 @@ class ClusterRunner:
 
     def close(self) -> None:
         """Take the run's residents away from the workers."""
-        if self._client.status == "running":
+        if self._connected():
             try:
                 self._client.unregister_worker_plugin(self._plugin.name)
             except (*GONE, ValueError):
@@ -209,18 +209,32 @@ class ClusterRunner:
     def _scatter(self, value: Any, places: list[str]) -> Future:
         # a list, since the values of a dict would be scattered one by one; broadcast within `places` only
         addresses = sorted(set(places))
-        (future,) = self._client.scatter(
-            [value], workers=addresses, broadcast=len(addresses) > 1, direct=self._direct, hash=False
-        )
+        broadcast = len(addresses) > 1
+        try:
+            (future,) = self._client.scatter(
+                [value], workers=addresses, broadcast=broadcast, direct=self._direct, hash=False
+            )
+        except (OSError, TimeoutError):
+            if not self._direct or not set(addresses) <= set(self._live()):
+                raise
+            self._direct = False
+            (future,) = self._client.scatter([value], workers=addresses, broadcast=broadcast, direct=False, hash=False)
         return future
 
     def _workers(self) -> list[str]:
         """Return the addresses of the live workers; wait a while for the first."""
         deadline = time.monotonic() + NO_WORKERS_SECONDS
-        while not (addresses := sorted(self._client.nthreads())):
+        while True:
             self._check_alive(deadline)
+            if addresses := self._live():
+                return addresses
             time.sleep(0.2)
-        return addresses
+
+    def _live(self) -> list[str]:
+        try:
+            return sorted(self._client.nthreads())
+        except (*GONE, AttributeError):  # a client without a scheduler has no attribute of it
+            return []
 
     def _wait(self, futures: list[Future]) -> None:
         deadline = time.monotonic() + NO_WORKERS_SECONDS
@@ -229,12 +243,15 @@ class ClusterRunner:
                 wait(futures, timeout=POLL_SECONDS)
                 return
             except TimeoutError:
-                if self._client.status == "running" and self._client.nthreads():
+                if self._live():
                     deadline = time.monotonic() + NO_WORKERS_SECONDS
                 self._check_alive(deadline)
 
+    def _connected(self) -> bool:
+        return self._client.status == "running" and self._client.scheduler is not None
+
     def _check_alive(self, deadline: float) -> None:
-        if self._client.status != "running":
+        if not self._connected():
             raise ClusterLost("Lost the Dask scheduler. Committed rounds are safe.", AGAIN)
         if time.monotonic() > deadline:
             raise ClusterLost(
@@ -243,7 +260,7 @@ class ClusterRunner:
 
     def _lost(self, error: BaseException) -> Exception:
         """Return what a vanished value means: the one place that knows how Dask says it."""
-        if self._client.status != "running":
+        if not self._connected():
             return ClusterLost("Lost the Dask scheduler. Committed rounds are safe.", AGAIN)
         reason = " ".join(str(error).split()) or type(error).__name__
         return SegmentLost(reason, isinstance(error, KilledWorker))

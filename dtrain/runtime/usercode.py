@@ -6,17 +6,21 @@ cloudpickle's bytes differ from process to process; the identity of code is ther
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import sysconfig
+import textwrap
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import cloudpickle
@@ -26,8 +30,11 @@ from dtrain.errors import DtrainError, InvalidConfig, OutOfMemory, UserCodeFaile
 Functions = Mapping[str, Callable[..., Any]]
 """By config key (``model``, ``train.loss``, ``train.metrics.NAME`` ...): a function of the user's."""
 
-_INSTALLED = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+_PLACES = (Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+_INSTALLED = tuple(f"{place}{os.sep}" for place in _PLACES)
 _OURS = ("dtrain", "dtrain_cli")
+_IMPORTED: dict[str, tuple[Path, Path, bytes]] = {}
+"""Modules that were imported from next to a config: its directory, the file, and the file's text at that time."""
 
 
 def load_function(key: str, reference: str, base: Path) -> Callable[..., Any]:
@@ -49,7 +56,8 @@ def load_function(key: str, reference: str, base: Path) -> Callable[..., Any]:
             "Give the function again: dtrain.load_run(path, model=build).",
         )
     stem = base.joinpath(*module_name.split("."))
-    local = stem.with_suffix(".py").is_file() or (stem / "__init__.py").is_file()
+    local = _file_in(base, module_name) is not None
+    _forget_others(base.resolve(), module_name)
     if not local:
         try:
             found = importlib.util.find_spec(module_name)
@@ -61,7 +69,7 @@ def load_function(key: str, reference: str, base: Path) -> Callable[..., Any]:
                 "installed."
             )
     with user_code(f'Importing {module_name} for {key} = "{reference}"'):
-        module = _import_fresh(module_name, base) if local else importlib.import_module(module_name)
+        module = _import_from(base.resolve(), module_name) if local else importlib.import_module(module_name)
     value: Any = module
     for part in name.split("."):
         value = getattr(value, part, None)
@@ -75,22 +83,51 @@ def load_function(key: str, reference: str, base: Path) -> Callable[..., Any]:
     return function
 
 
-def _import_fresh(name: str, base: Path) -> ModuleType:
-    """Import a module from `base`, even if one of that name was imported from elsewhere or has changed since."""
-    top = name.partition(".")[0]
-    for loaded in [n for n in sys.modules if n == top or n.startswith(f"{top}.")]:
-        del sys.modules[loaded]
+def _import_from(base: Path, name: str) -> ModuleType:
+    before = set(sys.modules)
     importlib.invalidate_caches()
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # it hides a change made within the same second
     sys.path.insert(0, str(base))
     try:
         return importlib.import_module(name)
     finally:
         sys.path.remove(str(base))
+        sys.dont_write_bytecode = writes
+        for new in sys.modules.keys() - before:
+            if _is_local(sys.modules[new], base):
+                file = Path(str(sys.modules[new].__file__))
+                _IMPORTED[new] = (base, file, file.read_bytes())
+
+
+def _forget_others(base: Path, name: str) -> None:
+    """Drop modules that would stand for those of `base`: of another base, or whose files have changed since.
+
+    What was imported from `base` and has not changed stays, so that the functions of one config share their classes.
+    """
+    doomed = {other for other, module in list(sys.modules.items()) if _is_shadowed(module, base)}
+    if _file_in(base, name):
+        doomed |= {n for n in sys.modules if n.partition(".")[0] == name.partition(".")[0]} - _IMPORTED.keys()
+    if any(_is_stale(*imported, base) for imported in _IMPORTED.values()):
+        doomed |= _IMPORTED.keys()
+    for other in doomed:
+        sys.modules.pop(other, None)
+        _IMPORTED.pop(other, None)
+
+
+def _is_stale(imported_from: Path, file: Path, text: bytes, base: Path) -> bool:
+    return imported_from != base or not file.is_file() or file.read_bytes() != text
+
+
+def _file_in(base: Path, name: str) -> Path | None:
+    """Return the file below `base` that the name of a module means."""
+    stem = base.joinpath(*name.split("."))
+    return next((file for file in (stem / "__init__.py", stem.with_suffix(".py")) if file.is_file()), None)
 
 
 def pickle_functions(functions: Functions, base: Path) -> bytes:
     """Return the functions as cloudpickle bytes, with all modules below `base` by value."""
-    local = [module for module in list(sys.modules.values()) if _is_local(module, base)]
+    known = list(sys.modules.values())
+    local = [module for module in known if _is_local(module, base) or _is_shadowed(module, base)]
     registered = []
     try:
         for module in local:
@@ -115,67 +152,144 @@ def unpickle_functions(code: bytes) -> dict[str, Callable[..., Any]]:
 
 def directory_of(function: Callable[..., Any]) -> Path:
     """Return the directory of the file that defines a function; the working directory for a notebook's."""
+    file = _file_of(function)
+    return Path.cwd() if file is None else file.parent
+
+
+def _file_of(function: Callable[..., Any]) -> Path | None:
     try:
-        return Path(inspect.getfile(function)).resolve().parent
+        file = Path(inspect.getfile(inspect.unwrap(function)))
     except (TypeError, OSError):
-        return Path.cwd()
+        return None
+    return file.resolve() if file.is_file() else None
+
+
+# The text of user code -------------------------------------------------------------------------------------
 
 
 def source_sha256(function: Callable[..., Any], base: Path) -> str:
     """Return the SHA-256 of a function's source text.
 
-    Of a function in a module: the module's text, and that of the modules below `base` that it uses. Of one in a
-    notebook or script: its own text, and that of the functions and classes of ``__main__`` that it uses.
+    Of a function in a module: the module's text, and that of the files below `base` that it imports. Of one in a
+    notebook or script: its own text, that of the functions and classes of ``__main__`` that it uses, and of the files
+    below `base` that it imports or that define what it uses.
     """
-    module = inspect.getmodule(function)
-    if module is None or module.__name__ == "__main__" or getattr(module, "__file__", None) is None:
-        texts = dict(_texts_of_objects(function, {}))
+    texts: dict[str, str] = {}
+    module, file = str(getattr(function, "__module__", "")), _file_of(function)
+    if module == "__main__" or file is None:
+        _add_object(function, base, texts)
     else:
-        texts = dict(_texts_of_modules(module, base, {}))
+        _add_file(module, file, base, texts)
     digest = hashlib.sha256()
     for name in sorted(texts):
         digest.update(f"{name}\0{texts[name]}\0".encode())
     return digest.hexdigest()
 
 
-def _texts_of_modules(module: ModuleType, base: Path, found: dict[str, str]) -> dict[str, str]:
-    if module.__name__ in found:
-        return found
-    file = getattr(module, "__file__", None)
-    found[module.__name__] = Path(file).read_text(encoding="utf-8") if file and file.endswith(".py") else ""
-    for value in list(vars(module).values()):
-        other = value if isinstance(value, ModuleType) else sys.modules.get(str(getattr(value, "__module__", "")))
-        if other is not None and _is_local(other, base):
-            _texts_of_modules(other, base, found)
-    return found
+def _add_file(name: str, file: Path, base: Path, texts: dict[str, str]) -> None:
+    if name in texts:
+        return
+    texts[name] = text = file.read_text(encoding="utf-8", errors="replace") if file.suffix == ".py" else ""
+    if _is_below(base, file):
+        package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+        depth = len(package.split(".")) if package else 0
+        _add_imports(text, package, base, [base, file.parents[depth]], texts)
 
 
-def _texts_of_objects(value: Any, found: dict[str, str]) -> dict[str, str]:
-    name = getattr(value, "__qualname__", repr(value))
-    if name in found:
-        return found
+def _add_imports(text: str, package: str, base: Path, roots: list[Path], texts: dict[str, str]) -> None:
+    for imported in (package, *_imports(text, package)):
+        parts = imported.split(".")
+        for name in (".".join(parts[:count]) for count in range(1, len(parts) + 1)):
+            found = [file for root in roots if name and (file := _file_in(root, name)) and _is_below(base, file)]
+            if found:
+                _add_file(name, found[0], base, texts)
+
+
+def _imports(text: str, package: str) -> Iterator[str]:
+    """Yield the full names of all that may be modules in a text's import statements."""
     try:
-        found[name] = inspect.getsource(value)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")
+            above = parents[: len(parents) + 1 - node.level] if node.level else []
+            yield from (".".join([*above, *filter(None, [node.module]), alias.name]) for alias in node.names)
+
+
+def _add_object(value: Any, base: Path, texts: dict[str, str]) -> None:
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    if name in texts:
+        return
+    functions = list(_functions_of(value))
+    codes = [code for function in functions for code in _codes_of(function.__code__)]
+    try:
+        texts[name] = inspect.getsource(value)
     except (OSError, TypeError):  # typed at a prompt: no text is kept
-        code = getattr(value, "__code__", None)
-        found[name] = f"{code.co_code.hex()}{code.co_names}" if code else name
-    functions = [v for v in vars(value).values() if isinstance(v, FunctionType)] if isinstance(value, type) else [value]
-    for function in functions:
-        code, names = getattr(function, "__code__", None), getattr(function, "__globals__", {})
-        for used in code.co_names if code else ():
-            other = names.get(used)
-            if isinstance(other, FunctionType | type) and other.__module__ == "__main__":
-                _texts_of_objects(other, found)
-    return found
+        texts[name] = "".join(f"{code.co_code.hex()}{code.co_names}{_plain_constants(code)}" for code in codes)
+    _add_imports(textwrap.dedent(texts[name]), "", base, [base], texts)
+    names = functions[0].__globals__ if functions else {}
+    used = [names[n] for code in codes for n in code.co_names if n in names]
+    for other in [*used, *(value.__bases__ if isinstance(value, type) else ())]:
+        module = other if isinstance(other, ModuleType) else sys.modules.get(str(getattr(other, "__module__", "")))
+        if isinstance(other, FunctionType | type) and other.__module__ == "__main__":
+            _add_object(other, base, texts)
+        elif module is not None and _is_local(module, base):
+            _add_file(module.__name__, Path(str(module.__file__)), base, texts)
+
+
+def _functions_of(value: Any) -> Iterator[FunctionType]:
+    members = vars(value).values() if isinstance(value, type) else [inspect.unwrap(value)]
+    for member in members:
+        function = getattr(member, "__func__", getattr(member, "fget", member))  # static and class methods, properties
+        if isinstance(function, FunctionType):
+            yield function
+
+
+def _codes_of(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for inner in code.co_consts:  # functions, lambdas and comprehensions inside it
+        if isinstance(inner, CodeType):
+            yield from _codes_of(inner)
+
+
+def _plain_constants(code: CodeType) -> list[Any]:
+    return [value for value in code.co_consts if isinstance(value, str | int | float | None)]
+
+
+# Whose code a module is ------------------------------------------------------------------------------------
 
 
 def _is_local(module: Any, base: Path) -> bool:
-    file = getattr(module, "__file__", None)
-    name = str(getattr(module, "__name__", ""))
+    return _is_users(module) and _is_below(base, Path(module.__file__))
+
+
+def _is_shadowed(module: Any, base: Path) -> bool:
+    """Whether a module from elsewhere has the name of one in `base`."""
+    top = str(getattr(module, "__name__", "")).partition(".")[0]
+    return _is_users(module) and _file_in(base, top) is not None and not _is_below(base, Path(module.__file__))
+
+
+def _is_users(module: Any) -> bool:
+    file, name = getattr(module, "__file__", None), str(getattr(module, "__name__", ""))
     if not file or name == "__main__" or name.partition(".")[0] in _OURS:
         return False
-    path = Path(file).resolve()
-    return path.is_relative_to(base.resolve()) and not any(path.is_relative_to(place) for place in _INSTALLED)
+    return not _is_installed(Path(file))
+
+
+def _is_below(base: Path, file: Path) -> bool:
+    return not _is_installed(file) and file.resolve().is_relative_to(base.resolve())
+
+
+def _is_installed(file: Path) -> bool:
+    if str(file).startswith(_INSTALLED):  # so for most of the many modules, and quickly
+        return True
+    return str(file.resolve()).startswith(_INSTALLED)
 
 
 @contextmanager
@@ -199,7 +313,7 @@ def user_code(doing: str) -> Iterator[None]:
             ) from error
         frames = traceback.extract_tb(error.__traceback__)
         own = [f for f in frames if not Path(f.filename).resolve().is_relative_to(Path(__file__).resolve().parents[1])]
-        users = [f for f in own if not any(Path(f.filename).resolve().is_relative_to(p) for p in _INSTALLED)]
+        users = [f for f in own if not f.filename.startswith("<frozen ") and not _is_installed(Path(f.filename))]
         where = f" ({Path(users[-1].filename).name}:{users[-1].lineno})" if users else ""
         raise UserCodeFailed(
             f"{doing} raised {type(error).__name__}: {text}{where}", "Run with --debug to see the traceback."

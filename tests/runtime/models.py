@@ -1,0 +1,47 @@
+"""Models that the tests send to workers."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import nn
+
+
+def small() -> nn.Module:
+    """Everything that has state: dropout (RNG), batch norm (buffers), a tied weight."""
+    tied = nn.Linear(12, 12)
+    return nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), tied, nn.Dropout(0.2), tied, nn.Linear(12, 3))
+
+
+class Slow(nn.Module):
+    """Takes long enough to be killed in the middle."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.inner = small()
+        self.seconds = seconds
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds)
+        return self.inner(x)
+
+
+def slow(seconds: float = 0.03) -> nn.Module:
+    return Slow(seconds)
+
+
+class NanOnce(nn.Module):
+    """Its loss is NaN in batches that hold a sample with a first value above a threshold."""
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+        self.threshold = threshold
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * (float("nan") if bool((x[:, 0] > self.threshold).any()) and self.training else 1.0)
+
+
+def nan_once(threshold: float) -> nn.Module:
+    return NanOnce(threshold)

@@ -1,0 +1,174 @@
+"""Killed equals calm."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from distributed import Client
+
+import dtrain
+from dtrain.data.partition import cell_bounds, plan_data, train_partitions
+from dtrain.data.samples import Samples
+from dtrain.errors import ClusterLost, Diverged, OutOfMemory
+from dtrain.events import Event, ReplicaRejected, SegmentReplayed
+from dtrain.runtime.cluster import ClusterRunner
+from dtrain.runtime.runner import SegmentLost
+from tests.runtime import models
+
+
+def start(samples: Samples, tmp_path: Path, cluster: Any, model: Any = models.slow, **more: Any) -> dtrain.Run:
+    report, model_args = more.pop("report", None), more.pop("model_args", None)
+    average = {"replicas": 3, **more.pop("average", {})}
+    table = {"loss": "cross_entropy", "rounds": 3, "batch_size": 16, **more}
+    return dtrain.train(
+        model,
+        samples,
+        train=table,
+        average=average,
+        model_args=model_args,
+        cluster=cluster,
+        run_dir=tmp_path,
+        progress=False,
+        report=report,
+    )
+
+
+@pytest.fixture(scope="module")
+def calm(samples: Samples, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    run = start(samples, tmp_path_factory.mktemp("calm"), "serial", model_calm)
+    return [row["params_sha256"] for row in run.rows]
+
+
+def model_calm() -> Any:
+    return models.slow(0.0)
+
+
+@pytest.mark.parametrize("task", ["local-r00001", "local-r00002", "reduce-r00002", "evaluate"])
+def test_a_worker_killed_in_a_task(
+    samples: Samples,
+    tmp_path: Path,
+    own_client: Client,
+    calm: list[str],
+    kill_worker_in: Callable[[Client, str], Any],
+    task: str,
+) -> None:
+    kill_worker_in(own_client, task)
+    run = start(samples, tmp_path, own_client)
+    assert [row["params_sha256"] for row in run.rows] == calm
+
+
+def test_a_lost_segment_is_replayed_from_its_root(
+    samples: Samples, tmp_path: Path, client: Client, calm: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, lost = ClusterRunner.collect, []
+
+    def losing(self: ClusterRunner, handles: Any) -> Any:
+        values = original(self, handles)
+        if len(handles) == 2 and len(lost) < 2:
+            lost.append(1)
+            raise SegmentLost("as if the holder had died")
+        return values
+
+    monkeypatch.setattr(ClusterRunner, "collect", losing)
+    events: list[Event] = []
+    run = start(samples, tmp_path, client, model_calm, report=events.append)
+    assert [row["params_sha256"] for row in run.rows] == calm
+    assert [row["retried"] for row in run.rows] == [2, 0, 0]
+    assert sum(isinstance(event, SegmentReplayed) for event in events) == 2
+    logged = [json.loads(line)["event"] for line in (run.directory / "events.jsonl").read_text().splitlines()]
+    assert logged.count("SegmentReplayed") == 2
+
+
+@pytest.mark.parametrize(("killed", "error"), [(True, OutOfMemory), (False, ClusterLost)])
+def test_a_segment_that_is_always_lost_ends_the_run(
+    samples: Samples, tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch, killed: bool, error: Any
+) -> None:
+    def losing(self: ClusterRunner, state: Any, plan: Any) -> Any:
+        raise SegmentLost("always", killed)
+
+    monkeypatch.setattr(ClusterRunner, "submit_round", losing)
+    with pytest.raises(error, match="always"):
+        start(samples, tmp_path, client, model_calm)
+
+
+def test_the_scheduler_goes_away(samples: Samples, tmp_path: Path, own_client: Client) -> None:
+    def close(event: Event) -> None:
+        if getattr(getattr(event, "result", None), "round", 0) == 1:
+            own_client.cluster.close()
+
+    with pytest.raises(ClusterLost, match="scheduler"):
+        start(samples, tmp_path, own_client, model_calm, report=close)
+
+
+def between_the_two_largest(samples: Samples) -> float:
+    """A value of x[:, 0] that one training sample of three replicas exceeds."""
+    plan = plan_data(samples, replicas=3, seed=0)
+    rows = np.concatenate([p.cells for p in train_partitions(plan)])  # a cell is a sample here
+    assert plan.cell_rows == 1
+    starts, _ = cell_bounds(plan, rows)
+    values = np.sort(zarr.open_group(samples.path, mode="r")["x"][:][starts, 0])
+    return float(values[-2:].mean())
+
+
+def test_a_replica_that_is_not_finite_is_left_out(samples: Samples, tmp_path: Path) -> None:
+    events: list[Event] = []
+    run = start(
+        samples,
+        tmp_path,
+        "serial",
+        models.nan_once,
+        model_args={"threshold": between_the_two_largest(samples)},
+        average={"max_rejected": 0.7},
+        report=events.append,
+    )
+    assert [row["rejected"] for row in run.rows] == [1, 1, 1]
+    rejected = [event for event in events if isinstance(event, ReplicaRejected)]
+    assert len({event.replica for event in rejected}) == 1
+    assert all(bool(p.isfinite().all()) for p in run.model.parameters())
+
+
+def test_too_many_of_them_stop_the_run(samples: Samples, tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match="1 of 3 replicas"):
+        start(
+            samples,
+            tmp_path,
+            "serial",
+            models.nan_once,
+            model_args={"threshold": between_the_two_largest(samples)},
+        )
+
+
+def test_the_driver_is_killed_and_the_same_command_continues(blobs: Path, tmp_path: Path, calm: list[str]) -> None:
+    (tmp_path / "model.py").write_text(Path(models.__file__).read_text())
+    (tmp_path / "dtrain.toml").write_text(
+        f'''model = "model:slow"
+        data = {{ path = "{blobs}", inputs = ["x"], targets = ["y"] }}
+        train = {{ loss = "cross_entropy", rounds = 3, batch_size = 16 }}
+        average = {{ replicas = 3 }}
+        '''
+    )
+    command = [str(Path(sys.executable).parent / "dtrain"), "train", "dtrain.toml", "--run", "r", "-q", "--json"]
+    history = tmp_path / "runs" / "r" / "history.jsonl"
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (history.exists() and history.read_text().count("\n") >= 1):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)
+    rows = [json.loads(line) for line in history.read_text().splitlines()]
+    assert [row["params_sha256"] for row in rows] == calm
+    assert json.loads(again.stdout.splitlines()[-1])["params_sha256"] == calm[-1]

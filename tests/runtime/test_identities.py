@@ -1,0 +1,153 @@
+"""Whole runs against plain torch loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import dtrain
+from dtrain.algorithm.losses import LOSSES
+from dtrain.data.order import epoch_order
+from dtrain.data.partition import plan_data, train_partitions
+from dtrain.data.samples import Samples
+
+
+def linear() -> nn.Module:
+    return nn.Linear(6, 3)
+
+
+def final(model: Any, samples: Samples, train: dict[str, Any], replicas: int, tmp_path: Path) -> dict[str, Any]:
+    run = dtrain.train(
+        model,
+        samples,
+        train=train,
+        average={"replicas": replicas},
+        cluster="serial",
+        run_dir=tmp_path / "runs",
+        progress=False,
+    )
+    return dict(run.model.state_dict())
+
+
+def rows_of(samples: Samples, replicas: int, replica: int, epoch: int) -> np.ndarray:
+    """The samples of a pass in order, from the order's definition alone."""
+    plan = plan_data(samples, replicas=replicas, seed=0)
+    partition = train_partitions(plan)[replica]
+    found = []
+    for block in epoch_order(
+        partition.part_sizes, window=plan.window, shuffle=plan.shuffle, seed=0, replica=replica, epoch=epoch
+    ):
+        for part, row in zip(block.part, block.row, strict=True):
+            found.append(int(partition.units[part]) * plan.unit_rows + int(partition.part_rows(int(part))[row]))
+    return np.array(found)
+
+
+@pytest.fixture(scope="module")
+def arrays(blobs: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    import zarr
+
+    group: Any = zarr.open_group(blobs, mode="r")
+    return torch.from_numpy(group["x"][:].astype("float32")), torch.from_numpy(group["y"][:].astype("int64"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_one_replica_is_plain_training_of_the_same_batches_bit_for_bit(
+    samples: Samples, arrays: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
+    x, y = arrays
+    torch.manual_seed(0)
+    model = linear()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for epoch in range(4):
+        rows = rows_of(samples, 1, 0, epoch)
+        for start in range(0, len(rows), 16):
+            batch = rows[start : start + 16]
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+            optimizer.step()
+    table = {
+        "loss": "cross_entropy",
+        "rounds": 4,
+        "batch_size": 16,
+        "optimizer": "adam",
+        "optimizer_args": {"lr": 0.01},
+    }
+    got = final(linear, samples, table, 1, tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(got[name], tensor), name
+
+
+@pytest.mark.parametrize("replicas", [1, 3, 7])
+def test_full_batches_are_gradient_descent_on_one_machine(
+    blobs: Path, arrays: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, replicas: int
+) -> None:
+    samples = dtrain.open_samples(blobs, inputs=["x"], targets=["y"], split={"val": 0.1, "test": 0.2})
+    x, y = arrays
+    plan = plan_data(samples, replicas=replicas, seed=0)
+    sizes = [partition.num_samples for partition in train_partitions(plan)]
+    assert replicas == 1 or len(set(sizes)) > 1, "the parts are meant to be unequal"
+    rows = np.concatenate([rows_of(samples, replicas, k, 0) for k in range(replicas)])
+    torch.manual_seed(0)
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    for _ in range(5):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+        optimizer.step()
+    table = {
+        "loss": "cross_entropy",
+        "rounds": 5,
+        "batch_size": "full",
+        "micro_batch": 50,
+        "optimizer_args": {"lr": 0.5, "momentum": 0.9},
+    }
+    got = final(linear, samples, table, replicas, tmp_path)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_one_step_on_equal_parts_is_a_step_on_the_large_batch(tmp_path: Path, write_store: Callable[..., Path]) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(600, 6)).astype("float32"), rng.integers(0, 3, size=600)
+    store = write_store(
+        tmp_path / "equal.zarr",
+        {
+            "x": {"dims": ("n", "f"), "values": x, "chunks": (50, 6)},
+            "y": {"dims": ("n",), "values": y, "chunks": (50,)},
+        },
+    )
+    samples = dtrain.open_samples(store, inputs=["x"], targets=["y"], split={"val": 0.0, "test": 0.0})
+    passes = [rows_of(samples, 3, k, 0) for k in range(3)]
+    assert [len(rows) for rows in passes] == [200, 200, 200]
+    torch.manual_seed(0)
+    model = linear()
+    for step in range(6):
+        rows = np.concatenate([p[step * 20 : step * 20 + 20] for p in passes])
+        loss = LOSSES["cross_entropy"](model(torch.from_numpy(x[rows])), torch.from_numpy(y[rows]))
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter -= 0.1 * gradient
+    table = {
+        "loss": "cross_entropy",
+        "rounds": 6,
+        "local_steps": 1,
+        "batch_size": 20,
+        "optimizer_args": {"lr": 0.1},
+    }
+    got = final(linear, samples, table, 3, tmp_path)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-6, atol=1e-6)

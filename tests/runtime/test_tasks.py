@@ -1,0 +1,164 @@
+"""Tasks are pure, and what travels travels from worker to worker."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from distributed import Client, Future
+
+import dtrain
+from dtrain.algorithm.params import InnerState, Parameters
+from dtrain.data.samples import Samples
+from dtrain.runtime import serial
+from tests.runtime import models
+
+
+def start(samples: Samples, tmp_path: Path, cluster: Any, **train: Any) -> dtrain.Run:
+    table = {"loss": "cross_entropy", "rounds": 2, "batch_size": 16, **train}
+    return dtrain.train(
+        models.small,
+        samples,
+        train=table,
+        average={"replicas": 3},
+        cluster=cluster,
+        run_dir=tmp_path / "runs",
+        progress=False,
+    )
+
+
+def arrays_in(value: Any) -> list[np.ndarray]:
+    if isinstance(value, Parameters):
+        return [value.flat, value.extra]
+    if isinstance(value, InnerState):
+        return [value.data]
+    if isinstance(value, tuple | list):
+        return [array for item in value for array in arrays_in(item)]
+    return []
+
+
+@pytest.mark.parametrize("name", ["train_local", "evaluate_piece", "reduce_round"])
+def test_a_task_does_not_change_its_arguments(
+    samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    original, calls = getattr(serial.tasks, name), []
+
+    def watched(*arguments: Any) -> Any:
+        arrays = [array for argument in arguments for array in arrays_in(argument)]
+        assert arrays
+        before = [array.copy() for array in arrays]
+        for array in arrays:
+            array.flags.writeable = False  # as Dask may hand them over
+        result = original(*arguments)
+        for old, array in zip(before, arrays, strict=True):
+            np.testing.assert_array_equal(old, array)
+        calls.append(name)
+        return result
+
+    monkeypatch.setattr(serial.tasks, name, watched)
+    start(samples, tmp_path, "serial")
+    assert calls
+
+
+def test_a_task_leaves_the_process_as_it_was(samples: Samples, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    np.random.seed(5)
+    threads = torch.get_num_threads()
+    expected = torch.rand(3), np.random.rand(3)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    start(samples, tmp_path, "serial")
+    assert torch.equal(torch.rand(3), expected[0])
+    np.testing.assert_array_equal(np.random.rand(3), expected[1])
+    assert torch.get_num_threads() == threads
+
+
+def test_parameters_never_pass_through_the_scheduler_or_a_graph(
+    samples: Samples, tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, scatter, gather = Client.submit, Client.scatter, Client.gather
+    submitted, moved = [], []
+
+    def watched_submit(self: Client, function: Any, *arguments: Any, **options: Any) -> Any:
+        submitted.append(options["key"])
+        assert not arrays_in(arguments)
+        for argument in arguments:
+            flat = argument if isinstance(argument, list) else [argument]
+            assert all(isinstance(a, Future | str | int | dtrain.types.LocalTask) for a in flat), argument
+        return submit(self, function, *arguments, **options)
+
+    def watched_scatter(self: Client, *arguments: Any, **options: Any) -> Any:
+        moved.append(options["direct"])
+        return scatter(self, *arguments, **options)
+
+    def watched_gather(self: Client, *arguments: Any, **options: Any) -> Any:
+        moved.append(options["direct"])
+        return gather(self, *arguments, **options)
+
+    monkeypatch.setattr(Client, "submit", watched_submit)
+    monkeypatch.setattr(Client, "scatter", watched_scatter)
+    monkeypatch.setattr(Client, "gather", watched_gather)
+    start(samples, tmp_path, client)
+    assert submitted
+    assert moved
+    assert set(moved) == {True}
+
+
+def test_the_replicas_are_spread_and_one_trains_at_a_time(samples: Samples, tmp_path: Path, client: Client) -> None:
+    seen: list[tuple[str, str]] = []
+    client.subscribe_topic("placed", lambda event: seen.append(event[1]))
+
+    def build() -> Any:
+        from distributed import get_worker
+
+        get_worker().log_event("placed", os.getpid())
+        return models.small()
+
+    dtrain.train(
+        build,
+        samples,
+        train={"loss": "cross_entropy", "rounds": 1, "batch_size": 16},
+        average={"replicas": 2},
+        cluster=client,
+        run_dir=tmp_path / "runs",
+        progress=False,
+    )
+    assert len(set(seen)) == 2
+    client.unsubscribe_topic("placed")
+
+
+def test_nothing_of_a_run_stays_on_the_workers(samples: Samples, tmp_path: Path, client: Client) -> None:
+    start(samples, tmp_path, client)
+
+    def left() -> int:
+        from dtrain.runtime import resident
+
+        return len(resident._RESIDENTS)
+
+    assert set(client.run(left).values()) == {0}
+    keys = client.run_on_scheduler(lambda dask_scheduler: [str(key) for key in dask_scheduler.tasks])
+    assert [key for key in keys if key.startswith("dtrain-")] == []
+
+
+def test_tasks_in_the_scheduler_are_bounded_over_rounds(samples: Samples, tmp_path: Path, client: Client) -> None:
+    counts: list[int] = []
+
+    def count(event: Any) -> None:
+        if hasattr(event, "result"):
+            counts.append(client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)))
+
+    dtrain.train(
+        models.small,
+        samples,
+        train={"loss": "cross_entropy", "rounds": 30, "local_steps": 1},
+        average={"replicas": 3},
+        cluster=client,
+        run_dir=tmp_path / "runs",
+        progress=False,
+        report=count,
+    )
+    assert max(counts[10:]) <= max(counts[:10]) + 3

@@ -1,0 +1,110 @@
+"""Imports go downwards only."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+BASE = {"types", "config", "errors", "events"}
+BELOW: dict[str, set[str]] = {
+    "errors": set(),
+    "types": set(),
+    "config": {"errors"},
+    "events": {"types"},
+    "data": {"types", "config", "errors"},
+    "algorithm": {"types", "config", "errors"},
+    "checkpoint": {"algorithm", "types", "errors"},
+    "lock": {"errors"},
+    "report": {"checkpoint", *BASE},
+    "runtime": {"data", "algorithm", *BASE},
+    "job": {"runtime", "data", "algorithm", *BASE},
+    "run": {"job", "runtime", "report", "checkpoint", "data", "algorithm", *BASE},
+    "planning": {"job", "runtime", "data", "algorithm", *BASE},
+    "trainer": {"run", "job", "lock", "runtime", "report", "checkpoint", "data", "algorithm", *BASE},
+    "__init__": {"trainer", "run", "data", *BASE},
+}
+"""By layer: the layers it may import."""
+
+FENCED = {
+    "torch": {"algorithm", "checkpoint", "runtime", "job", "run"},
+    "zarr": {"data"},
+    "dask": {"runtime"},
+    "distributed": {"runtime", "job", "run", "trainer"},
+    "xarray": {"data", "report", "run"},
+    "rich": {"report"},
+    "typer": set(),
+}
+"""By third-party package: the layers that may import it."""
+
+
+def layer(path: Path) -> str:
+    parts = path.relative_to(ROOT / "dtrain").with_suffix("").parts
+    return parts[0]
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Every imported module, but those under `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            module = node.module or ""
+            inner = {alias.name for alias in node.names} if module == "dtrain" else set()
+            yield from (f"dtrain.{name}" for name in inner) if inner else (module,)
+        yield from imports(node)
+
+
+def offences(source: str, own: str) -> list[str]:
+    found = []
+    for name in imports(ast.parse(source)):
+        top, _, rest = name.partition(".")
+        used = rest.partition(".")[0]
+        if top == "dtrain" and used != own and used not in BELOW[own]:
+            found.append(f"{own} must not import {name}")
+        if top in FENCED and own not in FENCED[top]:
+            found.append(f"{own} must not import {top}")
+        if top == "dtrain_cli":
+            found.append(f"{own} must not import {name}")
+    return found
+
+
+MODULES = sorted((ROOT / "dtrain").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_only_what_lies_below(path: Path) -> None:
+    assert offences(path.read_text(encoding="utf-8"), layer(path)) == []
+
+
+def test_only_tasks_turns_numpy_into_torch_in_the_runtime() -> None:
+    users = {p.name for p in (ROOT / "dtrain" / "runtime").glob("*.py") if "from_numpy" in p.read_text()}
+    assert users == {"tasks.py"}
+
+
+def test_data_never_reaches_torch_or_dask() -> None:
+    import subprocess
+
+    code = (
+        "import sys, dtrain.data.read, dtrain.data.partition; print([m for m in ('torch', 'dask') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in ("[]", "['dask']")  # xarray imports dask where it is installed
+    code = f"import sys; sys.modules['torch'] = sys.modules['distributed'] = None; {code}"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_check_itself_can_fail() -> None:
+    assert offences("import torch", "data") == ["data must not import torch"]
+    assert offences("from dtrain.runtime.tasks import x", "algorithm") == [
+        "algorithm must not import dtrain.runtime.tasks"
+    ]
+    assert offences("def f():\n    from dtrain import trainer", "data") == ["data must not import dtrain.trainer"]
