@@ -1,0 +1,53 @@
+"""The README's code runs, and its tree is the tree."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dtrain_cli.main import run
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def commands() -> list[str]:
+    return [line[2:].partition("#")[0].strip() for line in TEXT.splitlines() if line.startswith("$ dtrain")]
+
+
+def test_the_commands_and_the_python_block(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(commands()) == 5
+    for command in commands():
+        words = command.split()[1:]
+        if words[0] in ("plan", "train", "eval"):
+            words += ["--scheduler", "serial"]
+        assert run(words) == 0, capsys.readouterr().err
+    assert "accuracy" in capsys.readouterr().out
+    (block,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    (digits / "block.py").write_text(block)
+    done = subprocess.run([sys.executable, "-W", "error", "block.py"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "'loss'" in done.stdout
+
+
+def test_the_tree_names_every_module_and_nothing_else() -> None:
+    tree = TEXT.split("## The tree")[1].split("```")[1]
+    named = {line.split()[0] for line in tree.splitlines() if line.split() and line.split()[0].endswith(".py")}
+    there = {path.name for path in (ROOT / "dtrain").rglob("*.py")}
+    assert named == there
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"(?:`|\$ )make ([a-z-]+)", TEXT):
+        assert f"\n{target}:" in makefile, target
