@@ -105,6 +105,7 @@ def _local_cluster(config: ClusterConfig) -> Iterator[LocalCluster]:
             dashboard_address="127.0.0.1:0",
             memory_limit=local_worker_memory(config),
             silence_logs=logging.CRITICAL,
+            preload=["dtrain.runtime.preload"],
         )
     with cluster:
         yield cluster
