@@ -62,6 +62,8 @@ def commit_round(run: Path, state: TrainState[Any], fingerprint: str) -> int:
     files = {PARAMS: save_tensors({name: tensor.clone() for name, tensor in tensors_of(params).items()})}
     for replica, inner in enumerate(state.inner):
         files[_inner_name(replica)] = save_tensors(_inner_tensors(inner))
+    for piece, outer in enumerate(state.outer):
+        files[_outer_name(piece)] = save_tensors(_inner_tensors(outer))
     described = {
         "format": FORMAT,
         "round": state.round,
@@ -70,6 +72,7 @@ def commit_round(run: Path, state: TrainState[Any], fingerprint: str) -> int:
         "steps": list(state.steps),
         "layout": asdict(params.layout),
         "inner": [[_described_slot(slot) for slot in inner.slots] for inner in state.inner],
+        "outer": [[_described_slot(slot) for slot in outer.slots] for outer in state.outer],
     }
     files[STATE] = _json(described)
     manifest = {
@@ -104,6 +107,8 @@ def load_round(directory: Path) -> tuple[TrainState[Any], str]:
     """
     try:
         manifest = json.loads((directory / MANIFEST).read_bytes())
+        if manifest["format"] != FORMAT:
+            raise RunDamaged(f"{directory} has format {manifest['format']}; this version reads format {FORMAT}.")
         files: dict[str, bytes] = {}
         for name, said in manifest["files"].items():
             data = (directory / Path(name).name).read_bytes()
@@ -113,15 +118,18 @@ def load_round(directory: Path) -> tuple[TrainState[Any], str]:
         described = json.loads(files[STATE])
         layout = _layout(described["layout"])
         params = from_tensors(load_tensors(files[PARAMS]), layout)
-        inner = tuple(
-            _inner_state([_slot(slot) for slot in slots], load_tensors(files[_inner_name(replica)]))
-            for replica, slots in enumerate(described["inner"])
+        inner, outer = (
+            tuple(
+                _inner_state([_slot(slot) for slot in slots], load_tensors(files[named(index)]))
+                for index, slots in enumerate(described[kind])
+            )
+            for kind, named in (("inner", _inner_name), ("outer", _outer_name))
         )
         state: TrainState[Any] = TrainState(
             round=described["round"],
             params=(params,) * len(inner),
             inner=inner,
-            outer=(),
+            outer=outer,
             cursors=tuple(Cursor(**cursor) for cursor in described["cursors"]),
             steps=tuple(described["steps"]),
         )
@@ -332,6 +340,10 @@ def _sha256(data: bytes) -> str:
 
 def _inner_name(replica: int) -> str:
     return f"inner-{replica:04d}.safetensors"
+
+
+def _outer_name(piece: int) -> str:
+    return f"outer-{piece:04d}.safetensors"
 
 
 def _inner_tensors(inner: InnerState) -> dict[str, torch.Tensor]:

@@ -14,7 +14,17 @@ from datetime import date, time
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, Strict, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    Strict,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from dtrain.errors import ConfigFileNotFound, InvalidConfig, NotSupportedYet, UsageError, did_you_mean
 
@@ -75,6 +85,15 @@ class SplitConfig(Table):
 class DataConfig(Table):
     """``[data]``: which samples there are and how they are cut."""
 
+    @field_validator("input_offsets", "target_offsets")
+    @classmethod
+    def _not_empty(cls, offsets: Offsets) -> Offsets:
+        if isinstance(offsets, Slice) and offsets.stop <= offsets.start:
+            raise ValueError(f"start = {offsets.start} and stop = {offsets.stop} hold no offset")
+        if offsets == ():
+            raise ValueError("is an empty list; give at least one offset")
+        return offsets
+
     path: str | tuple[Store, ...] = ""
     inputs: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
@@ -119,7 +138,7 @@ class TrainTable(Table):
     precision: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     init: str = ""
-    seed: Natural = 0
+    seed: Annotated[int, Strict(), Field(ge=0, lt=2**63)] = 0
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -232,11 +251,7 @@ class TrainConfig(Table):
 NOT_BUILT: dict[str, str] = {
     "data.storage_options": "remote stores",
     "data.isel": "selecting along dimensions",
-    "data.input_offsets": "windows",
-    "data.target_offsets": "windows",
-    "data.stride": "windows",
     "data.patch": "patches",
-    "data.val_path": "a separate validation store",
     "data.normalize": "normalisation",
     "data.transform": "transforms",
     "data.cache": "the cache of decoded units",
@@ -250,13 +265,7 @@ NOT_BUILT: dict[str, str] = {
     "average.mix.topology": "averaging among neighbours",
     "average.mix.groups": "hierarchical averaging",
     "average.mix.period": "hierarchical averaging",
-    "average.outer": "an outer optimizer",
     "average.codec": "compressed updates",
-    "stop.metric": "stop rules",
-    "stop.mode": "stop rules",
-    "stop.target": "stop rules",
-    "stop.patience": "stop rules",
-    "stop.min_delta": "stop rules",
     "cluster.slices": "cutting the reducer into slices",
     "cluster.tls": "TLS clusters",
     "run.trackers": "trackers",

@@ -13,10 +13,13 @@ from distributed import Client
 from distributed.system import MEMORY_LIMIT
 
 from dtrain.algorithm.local import optimizer_named
-from dtrain.config import FUNCTION, TrainConfig, parse_bytes
-from dtrain.data.partition import DataPlan, check_memory, count_units, plan_data
+from dtrain.algorithm.outer import outer_optimizer
+from dtrain.algorithm.stop import check_metric
+from dtrain.config import FUNCTION, DataConfig, TrainConfig, parse_bytes
+from dtrain.data.partition import DataPlan, check_memory, count_units, plan_data, plan_held_out
 from dtrain.data.samples import Samples
-from dtrain.data.source import check_presence, describe
+from dtrain.data.source import describe
+from dtrain.data.store import check_presence
 from dtrain.errors import InvalidConfig
 from dtrain.runtime.cluster import ClusterRunner
 from dtrain.runtime.connect import open_cluster
@@ -34,6 +37,8 @@ class Job:
 
     config: TrainConfig
     samples: Samples
+    held_out: Samples | None = None
+    """Of ``data.val_path``."""
     functions: Functions
     """The user's functions by config key."""
     base: Path
@@ -47,10 +52,15 @@ class Job:
 
 def job_from_config(config: TrainConfig, base: Path) -> Job:
     """Resolve a configuration whose paths are relative to `base`: import its functions, describe its samples."""
-    samples = describe(config.data, base)
+    samples, held_out = describe(config.data, base), describe_held_out(config.data, base)
     functions = {key: load_function(key, reference, base) for key, reference in _references(config).items()}
-    _check_optimizer(config)
-    return Job(config=config, samples=samples, functions=functions, base=base)
+    _check_names(config)
+    return Job(config=config, samples=samples, held_out=held_out, functions=functions, base=base)
+
+
+def describe_held_out(config: DataConfig, base: Path) -> Samples | None:
+    """Describe the store of ``data.val_path``, if there is one; its variables are those of ``data.path``."""
+    return describe(config.model_copy(update={"path": config.val_path}), base) if config.val_path else None
 
 
 def job_from_python(
@@ -69,8 +79,14 @@ def job_from_python(
     base_tables = config.model_dump(exclude_unset=True) if config is not None else given
     if "loss" in base_tables.get("train", {}) and callable(base_tables["train"]["loss"]):
         raise InvalidConfig('train.loss is a function; write its name as "module:function".')
-    named = model if isinstance(model, str) else f"{model.__module__}:{model.__qualname__}"
+    named = (
+        model
+        if isinstance(model, str)
+        else f"{model.__module__}:{getattr(model, '__qualname__', type(model).__qualname__)}"
+    )
     data = {**samples.config.model_dump(exclude_unset=True), "path": samples.path}
+    if samples.config.val_path:
+        data["val_path"] = str(Path(samples.config.val_path).expanduser().absolute())
     merged = {**base_tables, "model": named.replace("<locals>.", ""), "data": data}
     resolved = TrainConfig(**merged)
     if not resolved.train.loss:
@@ -81,8 +97,9 @@ def job_from_python(
     for key, reference in references.items():
         if key not in functions:
             functions[key] = load_function(key, reference, base)
-    _check_optimizer(resolved)
-    return Job(config=resolved, samples=samples, functions=functions, base=base)
+    _check_names(resolved)
+    held_out = describe_held_out(samples.config, Path.cwd())
+    return Job(config=resolved, samples=samples, held_out=held_out, functions=functions, base=base)
 
 
 def _references(config: TrainConfig) -> dict[str, str]:
@@ -97,7 +114,11 @@ def _references(config: TrainConfig) -> dict[str, str]:
     return {key: text for key, text in named.items() if key == "model" or FUNCTION.match(text)}
 
 
-def _check_optimizer(config: TrainConfig) -> None:
+def _check_names(config: TrainConfig) -> None:
+    """Refuse names that torch or the run does not know, before anything is started."""
+    if config.average.outer is not None:
+        outer_optimizer(config.average.outer)
+    check_metric(config, has_validation=config.data.split.val > 0 or bool(config.data.val_path))
     if not FUNCTION.match(config.train.optimizer):
         optimizer_named(config.train.optimizer)
 
@@ -150,6 +171,7 @@ def make_spec(job: Job, plan: DataPlan, run_id: str) -> RunSpec:
         run_id=run_id,
         samples=job.samples,
         plan=plan,
+        held_out=None if job.held_out is None else (job.held_out, plan_held_out(job.held_out, plan)),
         config=job.config,
         code=pickle_functions(job.functions, job.base),
         threads=job.config.cluster.threads,
@@ -163,8 +185,11 @@ def _resolved(job: Job, plan: DataPlan | None, workers: int, limit: int, what: s
     if memory != "auto":
         limit, what = min(limit, parse_bytes(memory, "data.memory")), "data.memory"
     check_memory(job.samples, plan, limit, what)
+    if job.held_out is not None:
+        check_memory(job.held_out, plan_held_out(job.held_out, plan), limit, what)
     if job.config.data.missing == "error":
-        check_presence(job.samples)
+        for samples in filter(None, (job.samples, job.held_out)):
+            check_presence(samples)
     return plan
 
 
@@ -179,6 +204,7 @@ def resolved_values(job: Job, plan: DataPlan) -> dict[str, Any]:
     """Return all that decides bits and was resolved at the first start: the content of plan.json."""
     return {
         "data": asdict(plan),
+        "held_out": None if job.held_out is None else asdict(plan_held_out(job.held_out, plan)),
         "fingerprint": plan.fingerprint,
         "threads": job.config.cluster.threads,
         "device": "cpu",

@@ -11,8 +11,10 @@ from dtrain.algorithm.plan import samples_a_round, steps_a_round
 from dtrain.data.partition import (
     DataPlan,
     describe_plan,
+    eval_partitions,
     format_bytes,
     open_units,
+    plan_held_out,
     resident_bytes,
     train_partitions,
 )
@@ -32,6 +34,8 @@ class RunPlan:
     """Local steps a round, by replica."""
     samples: int
     """Samples a round, by all replicas."""
+    held_out_samples: int | None
+    """Samples of ``data.val_path``."""
     rounds: int
     workers: int
     resident_bytes: int
@@ -68,6 +72,7 @@ def plan_job(job: Job) -> RunPlan:
         initial=initial,
         steps=steps,
         samples=sum(samples_a_round(n, train) for n in sizes),
+        held_out_samples=_held_out_samples(job, plan),
         rounds=train.rounds,
         workers=workers,
         resident_bytes=resident_bytes(job.samples, plan),
@@ -79,13 +84,21 @@ def plan_job(job: Job) -> RunPlan:
     )
 
 
+def _held_out_samples(job: Job, plan: DataPlan) -> int | None:
+    if job.held_out is None:
+        return None
+    return sum(piece.num_samples for piece in eval_partitions(plan_held_out(job.held_out, plan), "all"))
+
+
 def _resolved(job: Job, plan: DataPlan, workers: int) -> dict[str, tuple[Any, str]]:
     config = job.config
     found: dict[str, tuple[Any, str]] = {}
     if config.data.sample_dim == "auto":
         found["data.sample_dim"] = (job.samples.sample_dim, "the first dimension that all variables share")
     if config.data.split_order == "auto":
-        found["data.split_order"] = ("random", "samples have no windows")
+        found["data.split_order"] = (
+            ("sequential", "samples have windows") if plan.sequential else ("random", "samples have no windows")
+        )
     if config.data.reader == "auto":
         found["data.reader"] = ("zarr", "the only reader of this version")
     if config.train.device == "auto":
@@ -95,7 +108,7 @@ def _resolved(job: Job, plan: DataPlan, workers: int) -> dict[str, tuple[Any, st
     if config.cluster.workers == "auto" and config.cluster.scheduler == "local":
         found["cluster.workers"] = (workers, f"one for every {config.cluster.threads} of the cores")
     if config.run.commit_every == "auto":
-        found["run.commit_every"] = (1, "every round is committed")
+        found["run.commit_every"] = ("as measured", "so that commits take at most 2 % of the time")
     return found
 
 
@@ -110,11 +123,11 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
         *job.samples.rows(),
         (
             "units",
-            f"{counts['units']:,} of {counts['unit_rows']:,} samples "
+            f"{counts['units']:,} of {counts['unit_rows']:,} rows "
             f"({format_bytes(counts['unit_rows'] * job.samples.row_bytes)})"
             + (f", cut into {counts['cells']:,} cells of {counts['cell_rows']:,}" if shared > 1 else ""),
         ),
-        ("splits", f"train {sum(sizes):,}, val {counts['val_samples']:,}, test {counts['test_samples']:,} samples"),
+        ("splits", _splits(job, plan)),
         ("partitions", f"{len(sizes)} of {_range(sizes)} samples, {job.config.data.partition}"),
         ("reading", f"each unit is decoded {shared:.2f} times a pass, over all replicas"),
         ("chunks", missing + (f"; no checksums in {', '.join(unchecked)}" if unchecked else "; all have checksums")),
@@ -135,11 +148,20 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
     ]
 
 
+def _splits(job: Job, plan: RunPlan) -> str:
+    counts = plan.counts
+    val = f"{counts['val_samples']:,}" if plan.held_out_samples is None else f"{plan.held_out_samples:,} of val_path"
+    text = f"train {sum(counts['partition_samples']):,}, val {val}, test {counts['test_samples']:,} samples"
+    dropped = counts["dropped_samples"]
+    return text + (f"; {dropped:,} dropped whose window leaves its split" if dropped else "")
+
+
 def plan_record(plan: RunPlan) -> dict[str, Any]:
     """Return the plan as a JSON object."""
     return {
         "event": "plan",
         **plan.counts,
+        "held_out_samples": plan.held_out_samples,
         "replicas": plan.data.replicas,
         "fingerprint": plan.data.fingerprint,
         "num_params": plan.initial.num_params,

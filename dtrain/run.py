@@ -19,9 +19,10 @@ import xarray as xr
 from distributed import Client
 from torch import nn
 
-from dtrain.algorithm.evaluate import HIGHER_IS_BETTER, values
+from dtrain.algorithm.evaluate import values
 from dtrain.algorithm.params import load_into
-from dtrain.checkpoint import find_round, load_params, round_directory, write_text
+from dtrain.algorithm.stop import higher_is_better
+from dtrain.checkpoint import committed_rounds, find_round, load_params, round_directory, write_text
 from dtrain.config import TrainConfig, differences, may_change, to_toml
 from dtrain.data.partition import DataPlan, SplitName
 from dtrain.data.samples import Samples
@@ -35,7 +36,7 @@ from dtrain.errors import (
     UsageError,
     did_you_mean,
 )
-from dtrain.job import Functions, Job, job_from_config, open_runner, resolved_values
+from dtrain.job import Functions, Job, describe_held_out, job_from_config, open_runner, resolved_values
 from dtrain.report.history import Row, best_round, dataset_of, read_rows
 from dtrain.report.journal import HISTORY
 from dtrain.runtime.resident import build_module
@@ -75,8 +76,8 @@ class Run:
 
     @property
     def best_round(self) -> int | None:
-        """The round with the best validation loss; of the training loss where there is no validation."""
-        return best_of(self.rows, self.config)
+        """The committed round with the best ``stop.metric`` (``val_loss``); without validation the training loss."""
+        return best_of(self.rows, self.config, committed_rounds(self.directory))
 
     @cached_property
     def model(self) -> nn.Module:
@@ -168,12 +169,12 @@ class Run:
         if self.functions is not None and samples is not None:
             return Job(config=self.config, samples=samples, functions=self.functions, base=self.base)
         job = job_from_config(self.config, self.base) if self.functions is None else self._own_job()
-        return job if samples is None else replace(job, samples=samples)
+        return job if samples is None else replace(job, samples=samples, held_out=None)
 
     def _own_job(self) -> Job:
         assert self.functions is not None
-        samples = describe(self.config.data, self.base)
-        return Job(config=self.config, samples=samples, functions=self.functions, base=self.base)
+        samples, held_out = describe(self.config.data, self.base), describe_held_out(self.config.data, self.base)
+        return Job(config=self.config, samples=samples, held_out=held_out, functions=self.functions, base=self.base)
 
     def __repr__(self) -> str:
         return f"<dtrain.Run {self.directory} {len(self.rows)} of {self.config.train.rounds} rounds>"
@@ -247,13 +248,10 @@ def _touched(run: Path) -> float:
     return max(file.stat().st_mtime for file in files if file.exists())
 
 
-def best_of(rows: list[Row], config: TrainConfig) -> int | None:
-    """Return the best round by ``stop.metric``."""
-    metric = config.stop.metric
-    higher = config.stop.mode == "max" or (
-        config.stop.mode == "auto" and metric.removeprefix("val_") in HIGHER_IS_BETTER
-    )
-    return best_round(rows, metric, higher)
+def best_of(rows: list[Row], config: TrainConfig, committed: list[int]) -> int | None:
+    """Return the best of the committed rounds by ``stop.metric``."""
+    kept = [row for row in rows if row["round"] in committed]
+    return best_round(kept, config.stop.metric, higher_is_better(config))
 
 
 # Starting and continuing -----------------------------------------------------------------------------------
@@ -310,7 +308,10 @@ def read_plan(run: Path, job: Job) -> DataPlan | None:
             f"{run} was started with other code of {', '.join(changed)}.",
             "Train under another --run NAME, or undo the change.",
         )
-    if old.plan.source != job.samples.fingerprint:
+    held_out = old.resolved.get("held_out")
+    if old.plan.source != job.samples.fingerprint or (
+        held_out is not None and job.held_out is not None and held_out["source"] != job.held_out.fingerprint
+    ):
         raise DataChanged(
             f"{job.samples.path} has other shapes, dtypes or chunks than when {run} was started.",
             "Train under another --run NAME.",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ from typing import Any
 from distributed import Client
 
 from dtrain.algorithm.evaluate import values
+from dtrain.algorithm.params import empty_inner_state
 from dtrain.algorithm.plan import plan_round
+from dtrain.algorithm.stop import metric_of, stop_reason
 from dtrain.checkpoint import commit_round, load_tensor_file, newest_state, prune, sweep
 from dtrain.config import TrainConfig
 from dtrain.data.partition import DataPlan, train_partitions
@@ -31,61 +35,142 @@ from dtrain.events import (
 )
 from dtrain.job import Job, job_from_python, open_runner
 from dtrain.lock import locked
+from dtrain.report.history import row_of
 from dtrain.report.journal import cut_history, journal
-from dtrain.run import Run, best_of, next_run_directory, read_plan, run_directory, with_scheduler, write_run
+from dtrain.run import Run, next_run_directory, read_plan, run_directory, with_scheduler, write_run
 from dtrain.runtime.runner import Runner, SegmentLost
 from dtrain.types import Contribution, Cursor, RoundResult, RoundSummary, TrainState
 
 MAX_REPLAYS = 3
 """Times that one segment is begun again before the run gives up."""
+LOOK_AHEAD = 1
+"""Rounds that are submitted before the results of an earlier one have come back."""
+COMMIT_SHARE = 0.02
+"""With ``commit_every = "auto"``: the share of the time that commits may take."""
+MAX_COMMIT_EVERY = 100
+"""Bounds the rounds that a lost segment repeats, and the tasks that the scheduler remembers."""
 
 
 # The loop -----------------------------------------------------------------------------------------------
 
 
 def iterate_rounds(
-    runner: Runner, state: TrainState[Any], job: Job, plan: DataPlan, report: Reporter
+    runner: Runner,
+    state: TrainState[Any],
+    job: Job,
+    plan: DataPlan,
+    report: Reporter,
+    *,
+    before: Sequence[float | None] = (),
+    look_ahead: int | None = None,
 ) -> Iterator[RoundResult]:
-    """Yield the rounds after `state`, segment by segment.
+    """Yield the rounds after `state`, segment by segment, until the last one or a rule of ``[stop]``.
 
     A segment is rooted in a state that the driver holds, and ends with the next one. Whatever is lost on the way
     is done again from its root: the same bits.
+
+    Parameters
+    ----------
+    runner : Runner
+    state : TrainState
+        Held by the driver.
+    job : Job
+    plan : DataPlan
+    report : callable
+        Is told what is lost and replayed.
+    before : sequence of float or None
+        ``stop.metric`` of the rounds before.
+    look_ahead : int, optional
+        Rounds submitted ahead; it changes nothing but the speed.
     """
-    every = 1 if job.config.run.commit_every == "auto" else job.config.run.commit_every
-    rounds = job.config.train.rounds
-    yielded, replays = state.round, 0
-    while state.round < rounds:
-        end = min(rounds, (state.round // every + 1) * every)
+    ahead = LOOK_AHEAD if look_ahead is None else look_ahead
+    every, yielded, replays = first_cadence(job.config.run.commit_every), state.round, 0
+    while state.round < job.config.train.rounds:
+        end = min(job.config.train.rounds, next_commit(state.round, every, job.config.run.commit_every))
+        began, root, done = time.monotonic(), state, list[RoundResult]()
         try:
-            for result in _segment(runner, state, end, job, plan):
+            for result in _segment(runner, root, end, job, plan, before, ahead):
+                done.append(result)
                 if result.round > yielded:
                     yielded = result.round
                     yield replace(result, retried=replays)
-                state, replays = (result.state, 0) if result.state is not None else (state, replays)
+                if result.stop is not None:
+                    return
         except SegmentLost as lost:
             replays += 1
-            report(SegmentReplayed(round=state.round, reason=lost.reason))
+            report(SegmentReplayed(round=root.round, reason=lost.reason))
             if replays > MAX_REPLAYS:
-                raise _given_up(lost, state.round) from lost
+                raise _given_up(lost, root.round) from lost
+            continue
+        replays, before = 0, (*before, *(_metric(result, job) for result in done))
+        state = done[-1].state or state
+        seconds = sum(result.seconds for result in done)
+        every = commit_cadence(time.monotonic() - began - seconds, seconds / len(done), every)
 
 
-def _segment(runner: Runner, state: TrainState[Any], end: int, job: Job, plan: DataPlan) -> Iterator[RoundResult]:
+def first_cadence(commit_every: int | str) -> int:
+    """Return the rounds of the first segment: with "auto" one, so that a run is soon safe."""
+    return 1 if isinstance(commit_every, str) else commit_every
+
+
+def next_commit(finished: int, every: int, commit_every: int | str) -> int:
+    """Return the round of the next commit: a multiple of a fixed ``commit_every``, else `every` rounds on."""
+    return finished + every if isinstance(commit_every, str) else (finished // every + 1) * every
+
+
+def commit_cadence(overhead_seconds: float, round_seconds: float, every: int) -> int:
+    """Return after how many rounds to commit so that commits take `COMMIT_SHARE` of the time.
+
+    Parameters
+    ----------
+    overhead_seconds : float
+        What the last segment took beyond its rounds: gathering, writing and placing a state.
+    round_seconds : float
+        Mean of its rounds.
+    every : int
+        Rounds of the last segment; the next one has at most 4 times as many.
+
+    >>> commit_cadence(0.1, 1.0, 4), commit_cadence(1.0, 0.01, 1), commit_cadence(0.0, 1.0, 8)
+    (5, 4, 1)
+    """
+    wanted = math.ceil(overhead_seconds / (COMMIT_SHARE * max(round_seconds, 1e-6)))
+    return max(1, min(wanted, 4 * every, MAX_COMMIT_EVERY))
+
+
+def _segment(
+    runner: Runner,
+    state: TrainState[Any],
+    end: int,
+    job: Job,
+    plan: DataPlan,
+    before: Sequence[float | None],
+    look_ahead: int,
+) -> Iterator[RoundResult]:
+    """Yield the rounds from `state` to `end`; round r + 1 is submitted against the handles of round r."""
     sizes = [partition.num_samples for partition in train_partitions(plan)]
-    placed = runner.place(state)
-    while placed.round < end:
-        started = time.monotonic()
-        placed, summary = runner.submit_round(placed, plan_round(placed, sizes, job.config.train))
-        evaluation = runner.submit_evaluation(placed.params[0], "val")
-        summary, sums = runner.collect([summary, evaluation])
-        _check_rejected(placed.round, summary, job.config.average.max_rejected)
+    submitted = runner.place(state)
+    pending: deque[tuple[TrainState[Any], Any, Any]] = deque()
+    finished = time.monotonic()
+    while submitted.round < end or pending:
+        while submitted.round < end and len(pending) <= look_ahead:
+            submitted, summary = runner.submit_round(submitted, plan_round(submitted, sizes, job.config.train))
+            pending.append((submitted, summary, runner.submit_evaluation(submitted.params[0], "val")))
+        current, *handles = pending.popleft()
+        summary, sums = runner.collect(handles)
+        _check_finite(current.round, summary, job.config.average.max_rejected)
         found = values(sums, job.config.train.metrics) if sums is not None else {}
-        yield _result(
-            placed.round,
-            summary,
-            {f"val_{name}": value for name, value in found.items()},
-            time.monotonic() - started,
-            runner.gather(placed) if placed.round == end else None,
-        )
+        seconds, finished = time.monotonic() - finished, time.monotonic()
+        result = _result(current.round, summary, {f"val_{name}": value for name, value in found.items()}, seconds)
+        before = (*before, _metric(result, job))
+        result = replace(result, stop=stop_reason(before, job.config))
+        if result.stop is not None or current.round == end:
+            yield replace(result, state=runner.gather(current))
+            return
+        yield result
+
+
+def _metric(result: RoundResult, job: Job) -> float | None:
+    return metric_of(row_of(result), job.config)
 
 
 def _result(
@@ -93,7 +178,6 @@ def _result(
     summary: RoundSummary,
     metrics: dict[str, float],
     seconds: float,
-    state: TrainState[Any] | None,
 ) -> RoundResult:
     each = summary.contributions
     samples = sum(c.samples for c in each)
@@ -110,7 +194,8 @@ def _result(
         params_sha256=summary.params_sha256,
         replica_loss=tuple(c.loss_sum / c.samples for c in each),
         contributions=each,
-        state=state,
+        state=None,
+        stop=None,
     )
 
 
@@ -118,15 +203,18 @@ def _rejected(summary: RoundSummary) -> list[Contribution]:
     return [c for c in summary.contributions if not c.finite]
 
 
-def _check_rejected(number: int, summary: RoundSummary, allowed: float) -> None:
+def _check_finite(number: int, summary: RoundSummary, allowed: float) -> None:
+    cure = "Use a smaller learning rate, train.warmup_steps or train.clip_norm; committed rounds are safe."
     rejected, count = _rejected(summary), len(summary.contributions)
     if len(rejected) > allowed * count or len(rejected) == count:
         names = ", ".join(str(c.replica) for c in rejected[:5])
         raise Diverged(
             f"Round {number}: {len(rejected)} of {count} replicas ended with parameters that are not finite "
             f"(replica {names}); average.max_rejected = {allowed:g}.",
-            "Use a smaller learning rate, train.warmup_steps or train.clip_norm; committed rounds are safe.",
+            cure,
         )
+    if not summary.finite:
+        raise Diverged(f"Round {number}: the averaged parameters are not finite.", cure)
 
 
 def _given_up(lost: SegmentLost, committed: int) -> Exception:
@@ -152,7 +240,7 @@ def _initial_state(runner: Runner, job: Job, plan: DataPlan) -> TrainState[Any]:
         round=0,
         params=(params,) * count,
         inner=(initial.inner,) * count,
-        outer=(),
+        outer=() if job.config.average.outer is None else (empty_inner_state(),),
         cursors=(Cursor(0, 0),) * count,
         steps=(0,) * count,
     )
@@ -194,39 +282,53 @@ def train_job(
     """
     _make_directory(run)
     tell = report or (lambda event: None)
+    both = _both(run, tell)
     deadline = time.monotonic() + max_seconds if max_seconds is not None else None
     opened = Run(run, job.config, job.base, job.functions)
     with locked(run):
-        known = read_plan(run, job)
-        sweep(run)
-        state, fingerprint, damaged = newest_state(run)
-        if known is not None and state is not None and fingerprint != known.fingerprint:
-            raise DataChanged(f"{run}: plan.json is not the plan that round {state.round} was trained with.")
-        both = _both(run, tell)
-        for number, reason in damaged:
-            both(RoundDamaged(round=number, reason=reason))
-        cut_history(run, state.round if state is not None else 0)
-        if state is not None and state.round >= job.config.train.rounds:
-            write_run(run, job, known) if known is not None else None
-            tell(_finished(opened, "rounds"))
+        known, state = _resume(run, job, both)
+        before = [metric_of(row, job.config) for row in opened.rows]
+        ended = _ended(before, job.config)
+        if known is not None and state is not None and ended is not None:
+            write_run(run, job, known)
+            tell(_finished(opened, ended))
             return opened
         with open_runner(job, uuid.uuid4().hex[:8], plan=known, client=client) as (runner, plan):
             if state is None:
                 state = _initial_state(runner, job, plan)
             write_run(run, job, plan)
             tell(_started(run, state, job, plan, runner))
-            for result in iterate_rounds(runner, state, job, plan, both):
+            for result in iterate_rounds(runner, state, job, plan, both, before=before):
                 for contribution in result.contributions:
                     if not contribution.finite:
                         both(ReplicaRejected(round=result.round, replica=contribution.replica))
                 both(RoundFinished(result))
+                before.append(_metric(result, job))
                 if result.state is not None:
                     _commit(opened, result.state, plan, both)
-                    if deadline is not None and time.monotonic() > deadline and result.round < job.config.train.rounds:
+                    if deadline is not None and time.monotonic() > deadline and _ended(before, job.config) is None:
                         tell(_finished(opened, "max_time"))
                         raise Stopped(f"--max-time is over after round {result.round}.", "Run it again to continue.")
-    tell(_finished(opened, "rounds"))
+    tell(_finished(opened, _ended(before, job.config)))
     return opened
+
+
+def _resume(run: Path, job: Job, tell: Reporter) -> tuple[DataPlan | None, TrainState[Any] | None]:
+    """Return the plan and the newest good state of a run that was started before; cut its history back to it."""
+    known = read_plan(run, job)
+    sweep(run)
+    state, fingerprint, damaged = newest_state(run)
+    if known is not None and state is not None and fingerprint != known.fingerprint:
+        raise DataChanged(f"{run}: plan.json is not the plan that round {state.round} was trained with.")
+    for number, reason in damaged:
+        tell(RoundDamaged(round=number, reason=reason))
+    cut_history(run, state.round if state is not None else 0)
+    return known, state
+
+
+def _ended(values: Sequence[float | None], config: TrainConfig) -> Any:
+    """Return why a run with these values of ``stop.metric`` is complete, or None."""
+    return stop_reason(values, config) or ("rounds" if len(values) >= config.train.rounds else None)
 
 
 def _both(run: Path, tell: Reporter) -> Reporter:
@@ -249,7 +351,7 @@ def _make_directory(run: Path) -> None:
 def _commit(run: Run, state: TrainState[Any], plan: DataPlan, tell: Reporter) -> None:
     started = time.monotonic()
     written = commit_round(run.directory, state, plan.fingerprint)
-    prune(run.directory, run.config.run.keep, best_of(run.rows, run.config))
+    prune(run.directory, run.config.run.keep, run.best_round)
     tell(RoundCommitted(round=state.round, bytes=written, seconds=time.monotonic() - started))
 
 

@@ -7,7 +7,7 @@ have the same parameters, and the entries of `TrainState.params` are one and the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 Handle = TypeVar("Handle")
 """Where a value lies: the value itself (serial, on the driver) or a future of it (on a cluster)."""
@@ -97,6 +97,8 @@ class RoundSummary:
     contributions: tuple[Contribution, ...]
     """In replica order."""
     params_sha256: str
+    finite: bool
+    """Whether the averaged parameters are."""
     bytes_reduced: int
     """Bytes of parameters that were averaged, over all replicas."""
 
@@ -125,3 +127,5 @@ class RoundResult:
     contributions: tuple[Contribution, ...]
     state: TrainState[Any] | None
     """The state after the round, on the driver, in rounds that are to be committed."""
+    stop: Literal["target", "patience"] | None
+    """The rule of ``[stop]`` that makes this round the last."""

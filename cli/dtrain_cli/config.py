@@ -44,11 +44,12 @@ def show(
 
 
 @app.command("schema")
-def schema() -> None:
+def schema(ctx: typer.Context) -> None:
     """Print the JSON Schema of config files."""
     from dtrain.config import TrainConfig
 
-    print(json.dumps(TrainConfig.model_json_schema(), indent=1))
+    found = TrainConfig.model_json_schema()
+    result(ctx.obj, json.dumps(found, indent=1), found)
 
 
 def _keys(tables: dict[str, Any], prefix: str = "") -> list[str]:
@@ -61,7 +62,7 @@ def _keys(tables: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def _origin(key: str, value: Any, given: set[str], by_hand: set[str]) -> str:
-    if key in by_hand:
+    if any(key == name or name.startswith(f"{key}.") or key.startswith(f"{name}.") for name in by_hand):
         return "--set"
     if key in given:
         return "file"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -44,4 +45,4 @@ def evaluate(
     record = {"event": "eval", "run": shown(opened.directory), "round": number, "split": chosen, "samples": count}
     rows = [("run", f"{shown(opened.directory)} round {number}"), ("split", f"{chosen}, {count:,} samples")]
     rows += [(name, f"{value:.6g}") for name, value in found.items()]
-    result(options, table(rows), {**record, **found})
+    result(options, table(rows), {**record, **{k: v if math.isfinite(v) else None for k, v in found.items()}})

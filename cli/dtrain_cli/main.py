@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import Annotated, Any
 
@@ -20,6 +21,8 @@ GLOBAL_FLAGS = {
     "--no-color": "no_color",
     "--debug": "debug",
 }
+INTERRUPTED = 130
+JOINED = re.compile(r"^-[qv]{2,}$")
 
 app = typer.Typer(
     name="dtrain",
@@ -63,8 +66,9 @@ app.add_typer(config.app, name="config")
 def split_flags(arguments: list[str]) -> tuple[Options, list[str]]:
     """Take the global flags out of the arguments, wherever they stand; flags after ``--`` are not ours."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    found = {GLOBAL_FLAGS[text] for text in arguments[:end] if text in GLOBAL_FLAGS}
-    rest = [text for text in arguments[:end] if text not in GLOBAL_FLAGS] + arguments[end:]
+    ours = [f for text in arguments[:end] for f in ([f"-{c}" for c in text[1:]] if JOINED.match(text) else [text])]
+    found = {GLOBAL_FLAGS[text] for text in ours if text in GLOBAL_FLAGS}
+    rest = [text for text in ours if text not in GLOBAL_FLAGS] + arguments[end:]
     color = "no_color" not in found and not os.environ.get("NO_COLOR")
     return Options("json" in found, "quiet" in found, "verbose" in found, color, "debug" in found), rest
 
@@ -73,26 +77,28 @@ def run(arguments: list[str]) -> int:
     """Run the command line; return its exit code."""
     options, rest = split_flags(arguments)
     if not options.color:
-        os.environ["NO_COLOR"] = "1"  # rich and typer look for it
+        os.environ.update(NO_COLOR="1", TERM="dumb")  # rich and typer look for them
     try:
         code: Any = typer.main.get_command(app).main(args=rest, prog_name="dtrain", standalone_mode=False, obj=options)
-        return code if isinstance(code, int) else 0
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        error(options, 130, "Stopped by Ctrl-C.", "Committed rounds are kept; the same command continues.")
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read us has gone
+        code = INTERRUPTED
+    except (BrokenPipeError, SystemExit) as left:
+        if isinstance(left, SystemExit) and not isinstance(left.__context__, BrokenPipeError):  # typer makes it of one
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read us has gone
         return 0
     except Exception as fault:
         return _report(options, fault)
+    if code == INTERRUPTED:  # typer makes this of Ctrl-C
+        error(options, code, "Stopped by Ctrl-C.", "Committed rounds are kept; the same command continues.")
+    return code if isinstance(code, int) else 0
 
 
 def _report(options: Options, fault: Exception) -> int:
     if hasattr(fault, "exit_code") and hasattr(fault, "format_message"):  # typer's usage errors
         error(options, 2, fault.format_message() or "no command", _usage(fault))
         return 2
-    if type(fault).__name__ == "Abort":
-        return 130
     from dtrain.errors import DtrainError
 
     if options.debug:

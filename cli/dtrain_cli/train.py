@@ -102,16 +102,22 @@ def _done(event: Any) -> str:
     return f"done ({event.reason}): {event.rounds} rounds{loss}\nrun {event.run}\nparams_sha256 {event.params_sha256}"
 
 
+class _Terminated(BaseException):
+    """SIGTERM has come. Like KeyboardInterrupt no Exception: nothing on the way out takes it for a fault."""
+
+
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM end the command as an exception does: the cluster is closed, committed rounds are kept."""
+    """Let SIGTERM end the command as Ctrl-C does: the cluster is closed, committed rounds are kept."""
     from dtrain.errors import Stopped
 
     def stop(number: int, frame: Any) -> None:
-        raise Stopped("Stopped by SIGTERM.", "Committed rounds are kept; the same command continues.")
+        raise _Terminated
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except _Terminated:
+        raise Stopped("Stopped by SIGTERM.", "Committed rounds are kept; the same command continues.") from None
     finally:
         signal.signal(signal.SIGTERM, before)

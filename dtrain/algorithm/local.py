@@ -113,7 +113,7 @@ def make_optimizer(recipe: Recipe, params: list[nn.Parameter]) -> torch.optim.Op
         ) from None
 
 
-def optimizer_named(name: str) -> type[torch.optim.Optimizer]:
+def optimizer_named(name: str, key: str = "train.optimizer") -> type[torch.optim.Optimizer]:
     """Return the class of ``torch.optim`` of that name, in any case.
 
     Raises
@@ -128,11 +128,11 @@ def optimizer_named(name: str) -> type[torch.optim.Optimizer]:
     }
     if name.lower() not in known:
         raise InvalidConfig(
-            f'train.optimizer = "{name}": torch.optim has no such optimizer{did_you_mean(name.lower(), known)}',
+            f'{key} = "{name}": torch.optim has no such optimizer{did_you_mean(name.lower(), known)}',
             f'Allowed are {", ".join(sorted(known.keys() - {"lbfgs"}))} or "module:function".',
         )
     if name.lower() == "lbfgs":
-        raise InvalidConfig('train.optimizer = "lbfgs" evaluates the loss several times a step; it is not supported.')
+        raise InvalidConfig(f'{key} = "lbfgs" evaluates the loss several times a step; it is not supported.')
     return known[name.lower()]
 
 

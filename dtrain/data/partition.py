@@ -14,16 +14,17 @@ All that decides which samples go where is in `DataPlan`: small, plain, stored w
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from dtrain.config import SplitConfig
 from dtrain.data.order import DEAL, SPLIT, Ints, hash64
 from dtrain.data.samples import Samples, common_rows
 from dtrain.errors import ChunkTooLarge, OutOfMemory, TooFewSamples
@@ -46,10 +47,16 @@ class DataPlan:
     """Which samples are read by whom: resolved once, at the first start of a run."""
 
     num_samples: int
+    """Rows along the sample dimension."""
     unit_rows: int
-    """Samples of a unit; the last one may be shorter."""
+    """Rows of a unit; the last one may be shorter."""
     cell_rows: int
-    """Samples of a cell, at most `unit_rows`; cells never cross units."""
+    """Rows of a cell, at most `unit_rows`; cells never cross units."""
+    stride: int
+    """Anchors are its multiples."""
+    first_offset: int
+    last_offset: int
+    """The rows of a sample lie between them, counted from its anchor."""
     window: int
     """Units that are shuffled into each other."""
     replicas: int
@@ -88,18 +95,22 @@ class DataPlan:
         return full * self.cells_per_unit + math.ceil(rest / self.cell_rows)
 
     def unit_range(self, unit: int) -> tuple[int, int]:
-        """Return the first sample of a unit and the one after its last."""
+        """Return the first row of a unit and the one after its last."""
         start = unit * self.unit_rows
         return start, min(start + self.unit_rows, self.num_samples)
 
 
 @dataclass(frozen=True)
 class Partition:
-    """The samples that one replica (or one evaluation task) owns."""
+    """The samples that one replica (or one evaluation task) owns. A sample is known by its anchor row."""
 
     plan: DataPlan
     cells: Ints
-    """Indices of its cells, ascending."""
+    """Indices of its cells, ascending; each holds an anchor."""
+    first: Ints
+    """By cell: its first anchor."""
+    count: Ints
+    """By cell: the number of its anchors, `plan.stride` apart."""
 
     @cached_property
     def units(self) -> Ints:
@@ -109,34 +120,50 @@ class Partition:
     @cached_property
     def part_sizes(self) -> Ints:
         """Samples it owns of each of `units`."""
-        starts, stops = cell_bounds(self.plan, self.cells)
         owner = np.searchsorted(self.units, self.cells // self.plan.cells_per_unit)
-        return np.bincount(owner, weights=stops - starts, minlength=len(self.units)).astype(np.int64)
+        return np.bincount(owner, weights=self.count, minlength=len(self.units)).astype(np.int64)
 
     @property
     def num_samples(self) -> int:
         """Samples of a pass."""
-        return int(self.part_sizes.sum())
+        return int(self.count.sum())
 
-    def part_rows(self, part: int) -> Ints:
-        """Return the rows, counted from the unit's first, that it owns of ``units[part]``."""
-        unit = int(self.units[part])
-        per_unit = self.plan.cells_per_unit
-        first, last = np.searchsorted(self.cells, [unit * per_unit, (unit + 1) * per_unit])
-        starts, stops = cell_bounds(self.plan, self.cells[first:last])
-        base = unit * self.plan.unit_rows
-        lengths = stops - starts
-        offsets = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        rows: Ints = np.repeat(starts - base, lengths) + offsets
-        return rows
+    def part_anchors(self, part: int) -> Ints:
+        """Return the anchors that it owns of ``units[part]``, ascending."""
+        unit, per_unit = int(self.units[part]), self.plan.cells_per_unit
+        cells = slice(*np.searchsorted(self.cells, [unit * per_unit, (unit + 1) * per_unit]))
+        first, count = self.first[cells], self.count[cells]
+        within = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
+        anchors: Ints = np.repeat(first, count) + self.plan.stride * within
+        return anchors
 
 
 def cell_bounds(plan: DataPlan, cells: Ints) -> tuple[Ints, Ints]:
-    """Return the first sample of each cell and the one after its last."""
+    """Return the first row of each cell and the one after its last."""
     unit, within = np.divmod(cells, plan.cells_per_unit)
     starts = unit * plan.unit_rows + within * plan.cell_rows
     ends = np.minimum((unit + 1) * plan.unit_rows, plan.num_samples)
     return starts, np.minimum(starts + plan.cell_rows, ends)
+
+
+def cell_anchors(plan: DataPlan, split: SplitName) -> Partition:
+    """Return all cells of a split that hold anchors, as one partition.
+
+    The rows of a sample must all lie in its split: in a run of neighbouring cells of that split. Anchors whose
+    window leaves it are dropped.
+    """
+    cells = split_cells(plan, split)
+    starts, stops = cell_bounds(plan, cells)
+    begins = np.flatnonzero(np.diff(cells, prepend=-2) != 1)  # where a run of neighbours begins
+    lengths = np.diff(np.append(begins, len(cells)))
+    run_start = np.repeat(starts[begins], lengths)
+    run_stop = np.repeat(stops[begins + lengths - 1], lengths)
+    low = np.maximum(starts, run_start - plan.first_offset)
+    high = np.minimum(stops, run_stop - plan.last_offset)
+    first = -(-low // plan.stride) * plan.stride
+    count = np.maximum(0, -(-(high - first) // plan.stride))
+    kept = count > 0
+    return Partition(plan, cells[kept], first[kept], count[kept])
 
 
 # Planning -----------------------------------------------------------------------------------------------
@@ -147,7 +174,7 @@ def count_units(samples: Samples) -> int:
     return math.ceil(samples.num_samples / _boundary(samples))
 
 
-def plan_data(samples: Samples, *, replicas: int, seed: int) -> DataPlan:
+def plan_data(samples: Samples, *, replicas: int, seed: int, eval_pieces: int | None = None) -> DataPlan:
     """Resolve units, cells and window from metadata, the number of replicas and the seed; never from memory.
 
     Raises
@@ -167,12 +194,15 @@ def plan_data(samples: Samples, *, replicas: int, seed: int) -> DataPlan:
         num_samples=samples.num_samples,
         unit_rows=unit_rows,
         cell_rows=unit_rows,
+        stride=config.stride,
+        first_offset=samples.reach()[0],
+        last_offset=samples.reach()[1],
         window=min(64, max(8, WINDOW_BYTES // (unit_rows * row_bytes))),
         replicas=replicas,
-        eval_pieces=replicas,
-        val=config.split.val,
+        eval_pieces=eval_pieces or replicas,
+        val=0.0 if config.val_path else config.split.val,
         test=config.split.test,
-        sequential=config.split_order == "sequential",
+        sequential=config.split_order == "sequential" or (config.split_order == "auto" and samples.has_windows),
         contiguous=config.partition == "contiguous",
         shuffle=config.shuffle,
         seed=seed,
@@ -186,13 +216,20 @@ def plan_data(samples: Samples, *, replicas: int, seed: int) -> DataPlan:
             "Ask for fewer replicas, or hold out less in data.split.",
         )
     for name in ("val", "test"):
-        if getattr(plan, name) > 0 and not len(split_cells(plan, name)):
+        if getattr(plan, name) > 0 and not cell_anchors(plan, name).num_samples:
             raise TooFewSamples(
-                f"{samples.path}: data.split.{name} = {getattr(plan, name):g} of {samples.num_samples:,} samples "
-                "is less than one sample.",
+                f"{samples.path}: data.split.{name} = {getattr(plan, name):g} of {samples.num_samples:,} rows "
+                "holds no sample" + (" with its whole window." if samples.has_windows else "."),
                 f"Set data.split.{name} = 0, or hold out more.",
             )
     return plan
+
+
+def plan_held_out(samples: Samples, like: DataPlan) -> DataPlan:
+    """Return the plan of a store that is only evaluated: all of it is one split."""
+    config = samples.config
+    whole = replace(samples, config=config.model_copy(update={"split": SplitConfig(val=0.0, test=0.0)}))
+    return plan_data(whole, replicas=1, seed=like.seed, eval_pieces=like.eval_pieces)
 
 
 def check_memory(samples: Samples, plan: DataPlan, limit: int, what: str) -> int:
@@ -270,7 +307,7 @@ def _pieces(plan: DataPlan) -> Iterator[int]:
     yield 1
     if plan.num_units > plan.window:
         yield from range(2, min(plan.replicas + 2, plan.unit_rows) + 1)
-    finest = max(1, math.ceil(plan.num_samples / MAX_CELLS))
+    finest = max(plan.stride, math.ceil(plan.num_samples / MAX_CELLS))
     yield max(1, plan.unit_rows // finest)
 
 
@@ -309,39 +346,43 @@ def train_partitions(plan: DataPlan) -> tuple[Partition, ...]:
     partitions look alike and are equal to within one cell. `contiguous`: each gets one run, cut where is
     nearest to equal.
     """
-    cells = split_cells(plan, "train")
+    train = cell_anchors(plan, "train")
     if plan.contiguous:
-        return _runs(plan, cells, plan.replicas)
-    strata = math.ceil(len(cells) / plan.replicas)
+        return _runs(train, plan.replicas)
+    strata = math.ceil(len(train.cells) / plan.replicas)
     draws = hash64(plan.seed, DEAL, np.arange(strata)[:, None], np.arange(plan.replicas)[None, :])
-    owner = np.argsort(draws, axis=1, kind="stable").ravel()[: len(cells)]
-    starts, stops = cell_bounds(plan, cells)
-    dealt = cells[np.argsort(starts - stops, kind="stable")]  # the short last cells of units after all others
-    return tuple(Partition(plan, np.sort(dealt[owner == replica])) for replica in range(plan.replicas))
+    owner = np.argsort(draws, axis=1, kind="stable").ravel()[: len(train.cells)]
+    dealt = np.argsort(-train.count, kind="stable")  # cells with few samples after all others
+    return tuple(_chosen(train, np.sort(dealt[owner == replica])) for replica in range(plan.replicas))
 
 
 def eval_partitions(plan: DataPlan, split: SplitName) -> tuple[Partition, ...]:
     """Return the pieces that an evaluation of a split is cut into, in order; none of them is empty."""
-    cells = split_cells(plan, split)
-    return _runs(plan, cells, min(plan.eval_pieces, len(cells)))
+    whole = cell_anchors(plan, split)
+    return _runs(whole, min(plan.eval_pieces, len(whole.cells)))
 
 
-def _runs(plan: DataPlan, cells: Ints, count: int) -> tuple[Partition, ...]:
-    """Cut cells into runs with samples as equal as their bounds allow; none is empty."""
+def _runs(whole: Partition, count: int) -> tuple[Partition, ...]:
+    """Cut a partition into runs with samples as equal as the bounds of cells allow; none is empty."""
     if not count:
         return ()
-    starts, stops = cell_bounds(plan, cells)
-    middles = np.cumsum(stops - starts) - (stops - starts) / 2
+    middles = np.cumsum(whole.count) - whole.count / 2
     index = np.arange(count + 1)
-    cuts = np.searchsorted(middles, index * (int((stops - starts).sum()) / count))
+    cuts = np.searchsorted(middles, index * (whole.num_samples / count))
     cuts = np.maximum.accumulate(np.maximum(cuts, index) - index) + index
-    cuts = np.minimum(cuts, len(cells) - count + index)
-    return tuple(Partition(plan, cells[a:b]) for a, b in itertools.pairwise(cuts.tolist()))
+    cuts = np.minimum(cuts, len(whole.cells) - count + index)
+    return tuple(_chosen(whole, slice(a, b)) for a, b in pairwise(cuts.tolist()))
+
+
+def _chosen(whole: Partition, which: Any) -> Partition:
+    return Partition(whole.plan, whole.cells[which], whole.first[which], whole.count[which])
 
 
 def describe_plan(plan: DataPlan) -> dict[str, Any]:
     """Return the counts that a person wants to see of a plan."""
     parts = train_partitions(plan)
+    splits: tuple[SplitName, ...] = ("train", "val", "test")
+    anchors = math.ceil(plan.num_samples / plan.stride)
     touched = sum(len(part.units) for part in parts)
     distinct = len(np.unique(np.concatenate([part.units for part in parts])))
     return {
@@ -353,5 +394,6 @@ def describe_plan(plan: DataPlan) -> dict[str, Any]:
         "partition_samples": [part.num_samples for part in parts],
         "val_samples": sum(part.num_samples for part in eval_partitions(plan, "val")),
         "test_samples": sum(part.num_samples for part in eval_partitions(plan, "test")),
+        "dropped_samples": anchors - sum(cell_anchors(plan, split).num_samples for split in splits),
         "decodes_per_unit": touched / distinct,
     }

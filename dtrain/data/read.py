@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dtrain.data.order import epoch_order
+from dtrain.data.order import Block, Ints, epoch_order
 from dtrain.data.partition import DataPlan, Partition
-from dtrain.data.samples import Samples, Variable, model_dtype
-from dtrain.data.source import chunk_missing, first_missing, first_truncated, object_keys, open_group
-from dtrain.errors import ChunkUndecodable, NonFiniteData
+from dtrain.data.samples import Field, Samples, Variable, model_dtype
+from dtrain.data.store import chunk_missing, first_missing, first_truncated, object_keys, open_group
+from dtrain.errors import ChunkUndecodable, NonFiniteData, OutOfMemory
 from dtrain.types import Cursor
 
 Array = npt.NDArray[Any]
@@ -46,19 +46,23 @@ class UnitReader:
         self.units_decoded = 0
         self.bytes_read = 0
 
-    def read(self, unit: int) -> dict[str, Array]:
-        """Return the unit's rows of every variable, as stored but with the sample axis first.
+    def read(self, first: int, stop: int) -> dict[str, tuple[int, Array]]:
+        """Return, by variable, the rows that samples with anchors in ``first:stop`` need, after the first row's number.
+
+        Values are as stored, with the sample axis first.
 
         Raises
         ------
         ChunkMissing, ChunkUndecodable, NonFiniteData
             Names the array and the chunk.
         """
-        start, stop = self.plan.unit_range(unit)
-        arrays = {v.name: self._read_variable(v, start, stop) for v in self.samples.variables}
+        found: dict[str, tuple[int, Array]] = {}
+        for variable in self.samples.variables:
+            low, high = self.samples.reach(variable.name)
+            found[variable.name] = (first + low, self._read_variable(variable, first + low, stop + high))
         self.units_decoded += 1
-        self.bytes_read += sum(array.nbytes for array in arrays.values())
-        return arrays
+        self.bytes_read += sum(array.nbytes for _, array in found.values())
+        return found
 
     def _read_variable(self, variable: Variable, start: int, stop: int) -> Array:
         array = self._arrays[variable.name]
@@ -70,6 +74,11 @@ class UnitReader:
             raise self._chunk_undecodable(variable, key, "the file is cut short")
         try:
             values = np.asarray(array[_along(axis, start, stop)])
+        except MemoryError as error:
+            raise OutOfMemory(
+                f"{self.samples.path}: no memory for {variable.name}[{start}:{stop}].",
+                "Give the workers more memory (cluster.memory), or store smaller chunks.",
+            ) from error
         except Exception as error:
             raise self._undecodable(variable, start, stop, error) from error
         if self.samples.config.non_finite == "error" and values.dtype.kind == "f" and not _finite(values).all():
@@ -160,31 +169,43 @@ def read_batches(
         Whether the passes are shuffled.
     """
     stream = _stream(reader, partition, cursor, replica, shuffle)
-    rows: dict[str, Array] = {}
+    fields, num_inputs = reader.samples.fields, len(reader.samples.config.inputs)
+    block, opened = next(stream)
+    done = 0
     for size in sizes:
-        out = _empty(reader.samples, size)
+        tensors = [_empty(reader.samples, field, size) for field in fields]
         filled = 0
         while filled < size:
-            if not rows:
-                rows = next(stream)
-            count = len(next(iter(rows.values())))
-            taken = min(size - filled, count)
-            for name, values in rows.items():
-                out[name][filled : filled + taken] = values[:taken]
-            rows = {name: values[taken:] for name, values in rows.items()} if taken < count else {}
-            filled += taken
-        config = reader.samples.config
-        yield Batch(tuple(out[name] for name in config.inputs), tuple(out[name] for name in config.targets))
+            while done == len(block.part):
+                (block, opened), done = next(stream), 0
+            taken = slice(done, done + min(size - filled, len(block.part) - done))
+            for field, tensor in zip(fields, tensors, strict=True):
+                _gather(tensor, filled, field, opened, block.part[taken], block.row[taken])
+            filled, done = filled + taken.stop - taken.start, taken.stop
+        yield Batch(tuple(tensors[:num_inputs]), tuple(tensors[num_inputs:]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A part in memory."""
+
+    anchors: Ints
+    """By row of the part."""
+    values: dict[str, tuple[int, Array]]
+    """By variable: the number of the first row, and the rows."""
 
 
 def _stream(
     reader: UnitReader, partition: Partition, cursor: Cursor, replica: int, shuffle: bool
-) -> Iterator[dict[str, Array]]:
-    """Yield runs of rows in order, for ever; a unit is read when its first row is due, dropped after its last."""
+) -> Iterator[tuple[Block, dict[int, _Open]]]:
+    """Yield blocks of the order with their parts, for ever.
+
+    A part is read when its first row is due, and dropped when the block after its last one is asked for.
+    """
     plan = reader.plan
     epoch, position = cursor.epoch, cursor.position
     while True:
-        opened: dict[int, tuple[dict[str, Array], npt.NDArray[np.int64]]] = {}
+        opened: dict[int, _Open] = {}
         blocks = epoch_order(
             partition.part_sizes,
             window=plan.window,
@@ -195,30 +216,28 @@ def _stream(
             position=position,
         )
         for block in blocks:
-            for part in np.unique(block.part):
-                if int(part) not in opened:
-                    opened[int(part)] = (reader.read(int(partition.units[part])), partition.part_rows(int(part)))
-            if len(block.part):
-                yield _gathered(reader.samples, opened, block.part, block.row)
+            for part in np.unique(block.part).tolist():
+                if part not in opened:
+                    anchors = partition.part_anchors(part)
+                    opened[part] = _Open(anchors, reader.read(int(anchors[0]), int(anchors[-1]) + 1))
+            yield block, opened
             opened.pop(block.closed, None)
+        opened.clear()  # before the next pass opens its own
         epoch, position = epoch + 1, 0
 
 
-def _empty(samples: Samples, size: int) -> dict[str, Array]:
-    return {v.name: np.empty((size, *v.sample_shape), model_dtype(v.dtype)) for v in samples.variables}
+def _empty(samples: Samples, field: Field, size: int) -> Array:
+    variable = samples.variable(field.name)
+    window = (len(field.offsets),) if field.window else ()
+    return np.empty((size, *window, *variable.sample_shape), model_dtype(variable.dtype))
 
 
-def _gathered(
-    samples: Samples,
-    opened: dict[int, tuple[dict[str, Array], npt.NDArray[np.int64]]],
-    part: npt.NDArray[np.int64],
-    row: npt.NDArray[np.int64],
-) -> dict[str, Array]:
-    out = _empty(samples, len(part))
-    for index in np.unique(part):
-        values, rows = opened[int(index)]
+def _gather(tensor: Array, start: int, field: Field, opened: dict[int, _Open], part: Ints, row: Ints) -> None:
+    """Fill ``tensor[start:]`` with a field of the samples that are named by part and row."""
+    offsets = np.array(field.offsets)
+    for index in np.unique(part).tolist():
         where = np.flatnonzero(part == index)
-        for name, target in out.items():
-            with np.errstate(over="ignore"):  # non_finite = "allow"
-                target[where] = values[name][rows[row[where]]]
-    return out
+        base, values = opened[index].values[field.name]
+        rows = opened[index].anchors[row[where]] - base
+        with np.errstate(over="ignore"):  # float64 beyond float32, under non_finite = "allow"
+            tensor[start + where] = values[rows[:, None] + offsets if field.window else rows + offsets[0]]

@@ -11,7 +11,7 @@ from html import escape
 
 import numpy as np
 
-from dtrain.config import DataConfig
+from dtrain.config import DataConfig, Offsets, Slice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +34,12 @@ class Variable:
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """Shape of one sample: the other dimensions, in stored order."""
+        """Shape of one row: the other dimensions, in stored order."""
         return self.shape[: self.sample_axis] + self.shape[self.sample_axis + 1 :]
 
     @property
     def row_bytes(self) -> int:
-        """Decoded bytes of one sample."""
+        """Decoded bytes of one row of the sample dimension."""
         return math.prod(self.sample_shape) * np.dtype(self.dtype).itemsize
 
     @property
@@ -58,6 +58,18 @@ class Variable:
         return math.prod(math.ceil(n / size) for n, size in zip(self.shape, self.objects, strict=True))
 
 
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One tensor of a sample: a variable, read at offsets from the sample's anchor."""
+
+    name: str
+    """Of the variable."""
+    offsets: tuple[int, ...]
+    """In rows along the sample dimension."""
+    window: bool
+    """Whether the offsets are an axis of the tensor; without it there is one offset."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
     """The samples of a Zarr group: metadata only, nothing is read before training.
@@ -70,18 +82,37 @@ class Samples:
     config: DataConfig
     sample_dim: str
     num_samples: int
+    """Rows along the sample dimension. Without windows and stride each is a sample."""
     variables: tuple[Variable, ...]
     """Inputs, then targets; a variable that is both stands once."""
 
     @property
     def row_bytes(self) -> int:
-        """Decoded bytes of one sample over all variables."""
+        """Decoded bytes of one row of the sample dimension over all variables."""
         return sum(variable.row_bytes for variable in self.variables)
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """The tensors of a sample: the inputs, then the targets."""
+        config = self.config
+        inputs = [_field(name, config.input_offsets) for name in config.inputs]
+        return (*inputs, *(_field(name, config.target_offsets) for name in config.targets))
+
+    def reach(self, name: str | None = None) -> tuple[int, int]:
+        """Return the smallest and the largest offset from an anchor at which a variable (or any) is read."""
+        offsets = [o for field in self.fields if name in (None, field.name) for o in field.offsets]
+        return min(offsets), max(offsets)
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether a sample is more than one row."""
+        low, high = self.reach()
+        return low != high
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 over what the metadata says of shape, dtype and chunking; not over the path."""
-        described = [self.sample_dim, [asdict(v) for v in self.variables], self.config.inputs, self.config.targets]
+        described = [self.sample_dim, [asdict(v) for v in self.variables], [asdict(f) for f in self.fields]]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     def variable(self, name: str) -> Variable:
@@ -90,7 +121,7 @@ class Samples:
 
     def rows(self) -> list[tuple[str, str]]:
         """Return label and text of each line of the printed table."""
-        lines = [("samples", f"{self.num_samples:,} along {self.sample_dim}")]
+        lines = [("rows", f"{self.num_samples:,} along {self.sample_dim}")]
         for role, names in (("input", self.config.inputs), ("target", self.config.targets)):
             for name in names:
                 v = self.variable(name)
@@ -98,6 +129,9 @@ class Samples:
                 if v.objects != v.chunks:
                     stored += " in shards of " + "x".join(map(str, v.objects))
                 lines.append((f"{role} {name}", f"{v.dtype}[{', '.join(v.dims)}] {v.shape}, chunks {stored}"))
+        if self.has_windows or self.config.stride > 1:
+            low, high = self.reach()
+            lines.append(("windows", f"rows {low:+d} to {high:+d} around every multiple of {self.config.stride}"))
         return [*lines, ("store", self.path)]
 
     def __repr__(self) -> str:
@@ -109,6 +143,14 @@ class Samples:
             for label, text in self.rows()
         )
         return f"<table><caption>dtrain.Samples</caption>{cells}</table>"
+
+
+def _field(name: str, offsets: Offsets) -> Field:
+    if isinstance(offsets, int):
+        return Field(name, (offsets,), window=False)
+    if isinstance(offsets, Slice):
+        offsets = tuple(range(offsets.start, offsets.stop, offsets.step))
+    return Field(name, offsets, window=True)
 
 
 def model_dtype(stored: str) -> np.dtype[np.generic]:

@@ -1,9 +1,10 @@
-"""ClusterRunner: a round as a handful of Dask tasks.
+r"""ClusterRunner: a round as a handful of Dask tasks.
 
     replica 0    local ----> parameters_of --.
                      `-----> inner_of         \
-    replica 1    local ----> parameters_of ----> reduce --> mixed_of --> next round, evaluation
-                     `-----> inner_of                  `--> summary_of -> driver
+    replica 1    local ----> parameters_of ----> reduce --> mixed_of ---> next round, evaluation
+                     `-----> inner_of                |----> outer_of ---> next round
+                                                     `----> summary_of -> driver
 
 Parameters go from worker to worker. The driver sees futures and scalars, and a whole state only when it commits.
 """
@@ -106,6 +107,7 @@ class ClusterRunner:
                 state,
                 params=tuple(sent[id(params)] for params in state.params),
                 inner=tuple(self._scatter(inner, [self._places[k]]) for k, inner in enumerate(state.inner)),
+                outer=tuple(self._scatter(outer, [self._places[0]]) for outer in state.outer),
             )
         except GONE as error:
             raise self._lost(error) from error
@@ -134,11 +136,22 @@ class ClusterRunner:
             )
             inner.append(self._submit(tasks.inner_of, f"inner-{name}", update, at=at, priority=PRIORITY_REDUCE))
         name = f"r{plan.round:05d}"
-        weights = self._spec.config.average.weights
-        reduced = self._submit(tasks.reduce_round, f"reduce-{name}", weights, contributed, priority=PRIORITY_REDUCE)
+        reduced = self._submit(
+            tasks.reduce_round,
+            f"reduce-{name}",
+            self._spec.config.average,
+            contributed,
+            state.params[0],
+            list(state.outer),
+            priority=PRIORITY_REDUCE,
+        )
+        outer = [
+            self._submit(tasks.outer_of, f"outer-{name}-s{piece}", reduced, piece, priority=PRIORITY_REDUCE)
+            for piece in range(len(state.outer))
+        ]
         mixed = self._submit(tasks.mixed_of, f"mixed-{name}", reduced, priority=PRIORITY_REDUCE)
         summary = self._submit(tasks.summary_of, f"summary-{name}", reduced, priority=PRIORITY_REDUCE)
-        return state_after(self._resident, state, plan, mixed, inner), summary
+        return state_after(self._resident, state, plan, mixed, inner, outer), summary
 
     def submit_evaluation(self, params: Any, split: SplitName) -> Any:
         """Submit the evaluation of parameters on a split."""
@@ -171,12 +184,13 @@ class ClusterRunner:
 
     def gather(self, state: TrainState[Any]) -> TrainState[Any]:
         """Bring a state to the driver."""
-        distinct = {handle.key: handle for handle in (*state.params, *state.inner)}
+        distinct = {handle.key: handle for handle in (*state.params, *state.inner, *state.outer)}
         values = dict(zip(distinct, self.collect(list(distinct.values())), strict=True))
         return replace(
             state,
             params=tuple(values[handle.key] for handle in state.params),
             inner=tuple(values[handle.key] for handle in state.inner),
+            outer=tuple(values[handle.key] for handle in state.outer),
         )
 
     def close(self) -> None:

@@ -39,6 +39,8 @@ class RunSpec:
     """Names one execution of a run; keys and residents carry it."""
     samples: Samples
     plan: DataPlan
+    held_out: tuple[Samples, DataPlan] | None
+    """The store of ``data.val_path``, all of which is the split "val"."""
     config: TrainConfig
     code: bytes
     """The user's functions (`pickle_functions`)."""
@@ -72,11 +74,15 @@ class Resident:
     def eval_partitions(self, split: SplitName) -> tuple[Partition, ...]:
         """Return the pieces of an evaluation."""
         if split not in self._eval_partitions:
-            self._eval_partitions[split] = eval_partitions(self.spec.plan, split)
+            held_out = self.spec.held_out if split == "val" else None
+            plan, within = (self.spec.plan, split) if held_out is None else (held_out[1], "all")
+            self._eval_partitions[split] = eval_partitions(plan, within)
         return self._eval_partitions[split]
 
-    def reader(self) -> UnitReader:
-        """Return a reader with fresh counters."""
+    def reader(self, split: SplitName = "train") -> UnitReader:
+        """Return a reader of a split, with fresh counters."""
+        if split == "val" and self.spec.held_out is not None:
+            return UnitReader(*self.spec.held_out)
         return UnitReader(self.spec.samples, self.spec.plan)
 
     @cached_property

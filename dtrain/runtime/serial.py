@@ -37,9 +37,15 @@ class SerialRunner:
             tasks.train_local(self._resident, task, state.params[task.replica], state.inner[task.replica])
             for task in plan.tasks
         ]
-        weights = self._resident.spec.config.average.weights
-        mixed, summary = tasks.reduce_round(weights, [tasks.parameters_of(update) for update in updates])
-        return state_after(self._resident, state, plan, mixed, [tasks.inner_of(u) for u in updates]), summary
+        reduced = tasks.reduce_round(
+            self._resident.spec.config.average,
+            [tasks.parameters_of(update) for update in updates],
+            state.params[0],
+            state.outer,
+        )
+        inner = [tasks.inner_of(update) for update in updates]
+        after = state_after(self._resident, state, plan, reduced.params, inner, reduced.outer)
+        return after, reduced.summary
 
     def submit_evaluation(self, params: Any, split: SplitName) -> Any:
         """Evaluate parameters on a split."""
@@ -61,7 +67,12 @@ class SerialRunner:
 
 
 def state_after(
-    resident: Resident, state: TrainState[Any], plan: RoundPlan, mixed: Any, inner: Sequence[Any]
+    resident: Resident,
+    state: TrainState[Any],
+    plan: RoundPlan,
+    mixed: Any,
+    inner: Sequence[Any],
+    outer: Sequence[Any],
 ) -> TrainState[Any]:
     """Return the state after a round, from the handles of its results."""
     sizes = [partition.num_samples for partition in resident.partitions]
@@ -70,6 +81,7 @@ def state_after(
         round=plan.round,
         params=(mixed,) * len(plan.tasks),
         inner=tuple(inner),
+        outer=tuple(outer),
         cursors=tuple(cursor_after(task, size) for task, size in zip(plan.tasks, sizes, strict=True)),
         steps=tuple(task.step + task.num_steps for task in plan.tasks),
     )

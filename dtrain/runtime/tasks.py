@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from dtrain.algorithm.evaluate import Sums, evaluate, merge
 from dtrain.algorithm.local import TensorBatch, run_local_steps
 from dtrain.algorithm.mix import average
+from dtrain.algorithm.outer import outer_step
 from dtrain.algorithm.params import (
     InnerState,
     Parameters,
@@ -28,6 +29,7 @@ from dtrain.algorithm.params import (
     params_sha256,
 )
 from dtrain.algorithm.plan import step_sizes
+from dtrain.config import AverageConfig
 from dtrain.data.partition import SplitName
 from dtrain.data.read import Batch, read_batches
 from dtrain.errors import FirstLossNotFinite, ShapesDiffer
@@ -180,7 +182,7 @@ def train_local(resident: Resident, task: LocalTask, params: Parameters, inner: 
             total_steps=task.total_steps,
         )
         after = flatten(module, params.layout)
-    finite = is_finite(after)
+    finite = is_finite(after, params)
     return Update(
         params=after,
         inner=result.inner if finite else inner,
@@ -207,30 +209,68 @@ def inner_of(update: Update) -> InnerState:
     return update.inner
 
 
-def reduce_round(weights: str, updates: Sequence[tuple[Parameters, Contribution]]) -> tuple[Parameters, RoundSummary]:
-    """Average the replicas of a round, in replica order; those that are not finite are left out.
+@dataclass(frozen=True, slots=True)
+class Reduced:
+    """What a reduce task returns. The parts travel to different places."""
 
-    If none is finite the first one stands for all: the driver stops the run by the summary.
+    params: Parameters
+    outer: tuple[InnerState, ...]
+    summary: RoundSummary
+
+    def __sizeof__(self) -> int:
+        return self.params.__sizeof__() + sum(state.__sizeof__() for state in self.outer)
+
+
+def reduce_round(
+    config: AverageConfig,
+    updates: Sequence[tuple[Parameters, Contribution]],
+    theta: Parameters,
+    outer: Sequence[InnerState],
+) -> Reduced:
+    """Average the replicas of a round, in replica order, and take the step of the outer optimizer.
+
+    Replicas that are not finite are left out. If none is finite the first one stands for all: the driver stops the
+    run by the summary.
+
+    Parameters
+    ----------
+    config : AverageConfig
+    updates : sequence of (Parameters, Contribution)
+        In replica order.
+    theta : Parameters
+        What the round started from.
+    outer : sequence of InnerState
+        The outer optimizer's state by slice; empty without one.
     """
     kept = [(params, c) for params, c in updates if c.finite] or list(updates[:1])
-    counts = [c.samples if weights == "samples" else 1 for _, c in kept]
+    counts = [c.samples if config.weights == "samples" else 1 for _, c in kept]
     mixed = average([params for params, _ in kept], counts)
+    if config.outer is not None:
+        end = mixed.layout.num_params  # buffers never reach the outer optimizer
+        stepped, state = outer_step(theta.flat[:end], mixed.flat[:end], outer[0], config.outer)
+        mixed, outer = replace(mixed, flat=np.concatenate([stepped, mixed.flat[end:]])), (state,)
     summary = RoundSummary(
         contributions=tuple(c for _, c in updates),
         params_sha256=params_sha256(mixed),
+        finite=is_finite(mixed, theta),
         bytes_reduced=sum(params.nbytes for params, _ in updates),
     )
-    return mixed, summary
+    return Reduced(mixed, tuple(outer), summary)
 
 
-def mixed_of(reduced: tuple[Parameters, RoundSummary]) -> Parameters:
-    """Return the averaged parameters."""
-    return reduced[0]
+def mixed_of(reduced: Reduced) -> Parameters:
+    """Return the parameters that the next round starts from."""
+    return reduced.params
 
 
-def summary_of(reduced: tuple[Parameters, RoundSummary]) -> RoundSummary:
+def outer_of(reduced: Reduced, piece: int) -> InnerState:
+    """Return the outer optimizer's state for one slice."""
+    return reduced.outer[piece]
+
+
+def summary_of(reduced: Reduced) -> RoundSummary:
     """Return the scalars of a round."""
-    return reduced[1]
+    return reduced.summary
 
 
 def evaluate_piece(resident: Resident, params: Parameters, split: SplitName, piece: int) -> Sums:
@@ -244,7 +284,7 @@ def evaluate_piece(resident: Resident, params: Parameters, split: SplitName, pie
         load_into(module, params)
         total = partition.num_samples
         sizes = [min(size, total - start) for start in range(0, total, size)]
-        batches = read_batches(resident.reader(), partition, Cursor(0, 0), sizes, replica=0, shuffle=False)
+        batches = read_batches(resident.reader(split), partition, Cursor(0, 0), sizes, replica=0, shuffle=False)
         return evaluate(module, resident.recipe.loss, resident.metrics, map(to_torch, batches))
 
 

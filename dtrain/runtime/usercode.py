@@ -6,7 +6,7 @@ cloudpickle's bytes differ from process to process; the identity of code is ther
 
 from __future__ import annotations
 
-import ast
+import dis
 import hashlib
 import importlib
 import importlib.util
@@ -210,16 +210,17 @@ def _imports(text: str, package: str) -> Iterator[str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tree = ast.parse(text)
+            # not ast: while other threads format tracebacks it may raise SystemError (Python issue 106905)
+            whole = compile(text, "text", "exec", dont_inherit=True)
     except (SyntaxError, ValueError):
         return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parents = package.split(".")
-            above = parents[: len(parents) + 1 - node.level] if node.level else []
-            yield from (".".join([*above, *filter(None, [node.module]), alias.name]) for alias in node.names)
+    for code in _codes_of(whole):
+        steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+        for level, names, step in zip(steps, steps[1:], steps[2:], strict=False):
+            if step.opname == "IMPORT_NAME":  # comes after the loads of its level and of its list of names
+                parents = package.split(".")
+                above = parents[: len(parents) + 1 - level.argval] if level.argval else []
+                yield from (".".join(filter(None, [*above, step.argval, name])) for name in names.argval or [""])
 
 
 def _add_object(value: Any, base: Path, texts: dict[str, str]) -> None:

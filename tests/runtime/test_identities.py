@@ -44,7 +44,7 @@ def rows_of(samples: Samples, replicas: int, replica: int, epoch: int) -> np.nda
         partition.part_sizes, window=plan.window, shuffle=plan.shuffle, seed=0, replica=replica, epoch=epoch
     ):
         for part, row in zip(block.part, block.row, strict=True):
-            found.append(int(partition.units[part]) * plan.unit_rows + int(partition.part_rows(int(part))[row]))
+            found.append(int(partition.part_anchors(int(part))[row]))
     return np.array(found)
 
 

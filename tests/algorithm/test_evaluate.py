@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dtrain.algorithm.evaluate import METRICS, accuracy, evaluate, mean_metric, merge, metric_key, values
+from dtrain.algorithm.local import TensorBatch
+from dtrain.algorithm.losses import cross_entropy, mse
+from dtrain.errors import InvalidConfig, ShapesDiffer
+
+
+def classifier():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
+
+
+def samples(count):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, 4, generator=generator), torch.randint(0, 3, (count,), generator=generator)
+
+
+def batches(x, y, size):
+    return [TensorBatch((a,), b, len(b)) for a, b in zip(x.split(size), y.split(size), strict=True)]
+
+
+# Pieces and the whole -------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=5), st.integers(3, 12))
+def test_pieces_give_what_one_pass_gives(pieces, size):
+    x, y = samples(sum(pieces))
+    module, metrics = classifier(), {"accuracy": accuracy}
+    whole = evaluate(module, cross_entropy, metrics, batches(x, y, len(x)))
+    parts = [
+        evaluate(module, cross_entropy, metrics, batches(a, b, size))
+        for a, b in zip(x.split(pieces), y.split(pieces), strict=True)
+    ]
+    merged = merge(parts)
+    assert merged["loss"][1] == merged["accuracy"][1] == len(x)
+    assert merged["accuracy"] == whole["accuracy"]
+    assert merged["loss"][0] == pytest.approx(whole["loss"][0], rel=1e-5)
+
+
+def test_loss_and_accuracy_are_those_of_the_eval_mode():
+    x, y = samples(50)
+    module = classifier().train()
+    found = values(evaluate(module, cross_entropy, {"accuracy": accuracy}, batches(x, y, 7)), ["accuracy"])
+    module.eval()
+    outputs = module(x)
+    right = sum(int(row.index(max(row)) == label) for row, label in zip(outputs.tolist(), y.tolist(), strict=True))
+    assert 0 < right < 50
+    assert found["accuracy"] == right / 50
+    assert found["loss"] == pytest.approx(nn.functional.cross_entropy(outputs, y).item(), rel=1e-6)
+    assert module[1].num_batches_tracked.item() == 0
+
+
+def test_nothing_is_recorded_for_gradients():
+    x, y = samples(6)
+    seen = []
+
+    def loss(outputs, targets):
+        seen.append(outputs.requires_grad)
+        return cross_entropy(outputs, targets)
+
+    evaluate(classifier(), loss, {}, batches(x, y, 3))
+    assert seen == [False, False]
+
+
+def test_sums_merge_in_the_order_given():
+    pieces = [{"loss": (1e16, 1)}, {"loss": (1.0, 2)}, {"loss": (-1e16, 3)}]
+    assert merge(pieces) == {"loss": (0.0, 6)}  # 1 is lost behind 1e16
+    assert merge([pieces[0], pieces[2], pieces[1]]) == {"loss": (1.0, 6)}
+    assert merge([{"loss": (0.5, 2), "mae": (1.5, 2)}]) == {"loss": (0.5, 2), "mae": (1.5, 2)}
+
+
+def test_no_batches_give_nan():
+    found = values(evaluate(classifier(), cross_entropy, {"accuracy": accuracy}, []), ["accuracy", "perplexity"])
+    assert all(math.isnan(value) for value in found.values())
+    assert set(found) == {"loss", "accuracy", "perplexity"}
+
+
+def test_batches_of_other_sizes_count_by_their_samples():
+    module = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        module.weight.fill_(0.0)
+    given = [
+        TensorBatch((torch.zeros(1, 1),), torch.tensor([[2.0]]), 1),
+        TensorBatch((torch.zeros(3, 1),), torch.tensor([[0.0], [0.0], [3.0]]), 3),
+    ]
+    # squares 4 and 0, 0, 9; absolute errors 2 and 0, 0, 3
+    found = values(evaluate(module, mse, {"mae": METRICS["mae"], "mse": METRICS["mse"]}, given), ["mae", "mse"])
+    assert found == {"loss": 3.25, "mae": 1.25, "mse": 3.25}
+
+
+# Metrics --------------------------------------------------------------------------------------------------------
+
+
+def test_accuracy_with_the_classes_on_axis_1():
+    outputs = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]])
+    assert accuracy(outputs, torch.tensor([1, 0, 0])) == (2.0, 3)
+    image = torch.stack([torch.zeros(2, 3), torch.tensor([[1.0, -1.0, 1.0], [-1.0, 1.0, 1.0]])]).unsqueeze(0)
+    assert image.shape == (1, 2, 2, 3)
+    assert accuracy(image, torch.tensor([[[1, 0, 0], [0, 1, 0]]])) == (4.0, 6)
+
+
+def test_accuracy_with_the_classes_last():
+    outputs = torch.tensor([[[9.0, 0, 0, 0, 0], [0, 9, 0, 0, 0]], [[0, 0, 9, 0, 0], [0, 0, 0, 0, 9]]])
+    assert outputs.shape == (2, 2, 5)
+    assert accuracy(outputs, torch.tensor([[0, 1], [2, 3]])) == (3.0, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_accuracy_of_two_classes_takes_logits(dtype):
+    outputs = torch.tensor([2.0, -1.0, 0.1, -0.1, 0.0])
+    assert accuracy(outputs, torch.tensor([1, 0, 0, 1, 0]).to(dtype)) == (3.0, 5)
+    assert accuracy(outputs.reshape(5, 1), torch.tensor([1, 0, 0, 1, 0]).to(dtype).reshape(5, 1)) == (3.0, 5)
+
+
+def test_accuracy_names_shapes_that_do_not_fit():
+    with pytest.raises(InvalidConfig, match=r"shape \[4, 1\], the target \[4\]"):
+        accuracy(torch.zeros(4, 1), torch.zeros(4))
+    with pytest.raises(ShapesDiffer, match=r"float32\[4, 3\], the target int64\[5\]"):
+        accuracy(torch.zeros(4, 3), torch.zeros(5, dtype=torch.int64))
+
+
+def test_perplexity_and_bits_per_byte_are_of_the_mean_loss():
+    found = values({"loss": (3 * math.log(8.0), 3)}, ["perplexity", "bits_per_byte"])
+    assert found == {
+        "loss": pytest.approx(math.log(8.0), rel=1e-12),
+        "perplexity": pytest.approx(8.0, rel=1e-12),
+        "bits_per_byte": pytest.approx(3.0, rel=1e-12),
+    }
+
+
+def test_the_perplexity_of_a_huge_loss_is_infinite_and_of_nan_nan():
+    assert values({"loss": (1e6, 1)}, ["perplexity"])["perplexity"] == math.inf
+    assert math.isnan(values({"loss": (math.nan, 1)}, ["perplexity"])["perplexity"])
+
+
+def test_only_the_wanted_metrics_are_returned():
+    sums = {"loss": (2.0, 2), "mae": (4.0, 2)}
+    assert values(sums, []) == {"loss": 1.0}
+    assert values(sums, ["mae"]) == {"loss": 1.0, "mae": 2.0}
+
+
+def test_a_metric_of_the_users_is_averaged_over_the_samples():
+    bias = mean_metric(lambda outputs, targets: (outputs - targets).mean())
+    sums = [bias(torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3)), bias(torch.tensor([10.0]), torch.zeros(1))]
+    assert sums == [(6.0, 3), (10.0, 1)]
+    merged = merge([{"loss": (0.0, count), "bias": (total, count)} for total, count in sums])
+    assert values(merged, ["mine:bias"])["bias"] == 4.0
+
+
+def test_a_metric_over_several_targets_counts_the_first():
+    metric = mean_metric(lambda outputs, targets: 0.5)
+    assert metric(torch.zeros(6, 2), (torch.zeros(6), torch.zeros(6, 9))) == (3.0, 6)
+
+
+def test_metrics_are_reported_by_the_name_of_the_function():
+    assert metric_key("mine:skill.score") == "skill.score"
+    assert metric_key("accuracy") == "accuracy"

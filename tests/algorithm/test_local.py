@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dtrain.algorithm.local import Recipe, TensorBatch, make_optimizer, optimizer_named, run_local_steps
+from dtrain.algorithm.losses import cross_entropy, mse
+from dtrain.algorithm.params import InnerState, empty_inner_state
+from dtrain.algorithm.plan import constant, schedule_named
+from dtrain.errors import InvalidConfig, UserCodeFailed
+
+SGD = (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3})
+ADAM = (torch.optim.Adam, {"lr": 0.01})
+
+
+def recipe_of(kind=SGD, *, loss=cross_entropy, schedule=constant, clip_norm=0.0):
+    optimizer, options = kind
+    return Recipe(loss=loss, optimizer=optimizer, optimizer_args=options, schedule=schedule, clip_norm=clip_norm)
+
+
+def network():
+    torch.manual_seed(3)
+    layers = [nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 3)]
+    return nn.Sequential(*layers)
+
+
+def batches(count, size=6, first=0):
+    made = []
+    for step in range(first, first + count):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(size, 5, generator=generator)
+        made.append(TensorBatch((x,), torch.randint(0, 3, (size,), generator=generator), size))
+    return made
+
+
+def one_batch_a_step(made):
+    return [(batch.size, [batch]) for batch in made]
+
+
+def bits(module):
+    return {name: tensor.numpy().tobytes() for name, tensor in module.state_dict().items()}
+
+
+def train_plainly(module, made, kind, factor, clip_norm):
+    """Local SGD as anybody would write it; returns the sum of the samples' losses."""
+    optimizer = kind[0](module.parameters(), **kind[1])
+    module.train()
+    loss_sum = 0.0
+    for step, batch in enumerate(made):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(module(batch.inputs[0]), batch.targets)
+        loss.backward()
+        loss_sum += loss.item() * batch.size
+        if clip_norm:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = kind[1]["lr"] * factor(step)
+        optimizer.step()
+    return loss_sum
+
+
+def linear_after_warmup(step):
+    return (step + 1) / 4 if step < 4 else 1 - (step - 4) / 8
+
+
+SCHEDULES = {"constant": (constant, lambda step: 1.0), "linear": (schedule_named("linear", 4), linear_after_warmup)}
+
+
+@pytest.mark.parametrize("kind", [SGD, ADAM], ids=["sgd", "adam"])
+@pytest.mark.parametrize(("schedule", "by_hand"), SCHEDULES.values(), ids=SCHEDULES.keys())
+@pytest.mark.parametrize("clip_norm", [0.0, 0.05])
+@pytest.mark.parametrize("rounds", [1, 3, 12])
+def test_one_replica_is_plain_training_bit_for_bit(kind, schedule, by_hand, clip_norm, rounds):
+    made = batches(12)
+    plain = network()
+    torch.manual_seed(11)
+    loss_sum = train_plainly(plain, made, kind, by_hand, clip_norm)
+
+    module, inner, seen, losses = network(), empty_inner_state(), 0, []
+    recipe = recipe_of(kind, schedule=schedule, clip_norm=clip_norm)
+    torch.manual_seed(11)
+    for number in range(rounds):
+        steps = 12 // rounds
+        part = one_batch_a_step(made[number * steps : (number + 1) * steps])
+        result = run_local_steps(module, recipe, inner, part, first_step=seen, total_steps=12)
+        assert (result.steps, result.samples) == (steps, 6 * steps)
+        inner, seen = result.inner, seen + steps
+        losses.append(result.loss_sum)
+    assert bits(module) == bits(plain)
+    if rounds == 1:
+        assert losses == [loss_sum]
+    assert sum(losses) == pytest.approx(loss_sum, rel=1e-12)
+
+
+def test_each_part_of_the_recipe_makes_a_difference():
+    made = one_batch_a_step(batches(12))
+    ends = set()
+    for recipe in (
+        recipe_of(),
+        recipe_of(ADAM),
+        recipe_of(schedule=schedule_named("linear", 4)),
+        recipe_of(clip_norm=0.05),
+        recipe_of((torch.optim.SGD, {**SGD[1], "lr": 0.06})),
+    ):
+        module = network()
+        torch.manual_seed(11)
+        run_local_steps(module, recipe, empty_inner_state(), made, first_step=0, total_steps=12)
+        ends.add(bits(module)["0.weight"])
+    assert len(ends) == 5
+
+
+def test_one_step_by_hand():
+    module = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        module.weight.fill_(1.0)
+    batch = TensorBatch((torch.tensor([[1.0], [2.0]]),), torch.tensor([[0.0], [0.0]]), 2)
+    recipe = recipe_of((torch.optim.SGD, {"lr": 0.125}), loss=mse, schedule=lambda step, total: step / total)
+    result = run_local_steps(module, recipe, empty_inner_state(), [(2, [batch])], first_step=4, total_steps=8)
+    # loss (1 + 4) / 2 w^2 = 2.5, gradient 5, rate 0.125 * 4 / 8
+    assert (result.loss_sum, result.samples, result.steps) == (5.0, 2, 1)
+    assert module.weight.item() == 1 - 0.0625 * 5
+
+
+def test_clipping_by_hand():
+    module = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        module.weight.zero_()
+    # loss (w . x - t)^2 = 1 with x = (3, 4), t = 1: gradient -2 x, norm 10, clipped to 2.5
+    batch = TensorBatch((torch.tensor([[3.0, 4.0]]),), torch.tensor([[1.0]]), 1)
+    recipe = recipe_of((torch.optim.SGD, {"lr": 1.0}), loss=mse, clip_norm=2.5)
+    run_local_steps(module, recipe, empty_inner_state(), [(1, [batch])], first_step=0, total_steps=1)
+    assert module.weight.tolist()[0] == pytest.approx([1.5, 2.0], rel=1e-6)
+
+
+# Accumulation ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cuts", [(8,), (3, 3, 2), (1,) * 8, (5, 3)])
+@pytest.mark.parametrize("clip_norm", [0.0, 0.05])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(cuts, clip_norm):
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    recipe = recipe_of(clip_norm=clip_norm)
+    whole, module = model(), model()
+    steps = []
+    for batch in batches(5, size=8):
+        parts = zip(batch.inputs[0].split(cuts), batch.targets.split(cuts), strict=True)
+        steps.append((8, [TensorBatch((x,), y, len(y)) for x, y in parts]))
+    expected = run_local_steps(
+        whole, recipe, empty_inner_state(), one_batch_a_step(batches(5, size=8)), first_step=0, total_steps=5
+    )
+    result = run_local_steps(module, recipe, empty_inner_state(), steps, first_step=0, total_steps=5)
+    for cut, full in zip(module.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(cut, full, rtol=1e-6, atol=1e-7)
+    assert result.loss_sum == pytest.approx(expected.loss_sum, rel=1e-6)
+    assert (result.samples, result.steps) == (expected.samples, expected.steps) == (40, 5)
+
+
+def test_batches_are_taken_one_at_a_time():
+    open_now = []
+
+    def stream():
+        for batch in batches(4):
+            open_now.append(batch)
+            yield batch
+            open_now.remove(batch)
+            assert not open_now
+
+    source = stream()
+    steps = ((12, (next(source) for _ in range(2))) for _ in range(2))
+    result = run_local_steps(network(), recipe_of(), empty_inner_state(), steps, first_step=0, total_steps=2)
+    assert (result.steps, result.samples) == (2, 24)
+
+
+# What is left alone ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [SGD, ADAM], ids=["sgd", "adam"])
+def test_the_given_inner_state_is_not_changed(kind):
+    module = network()
+    first = run_local_steps(
+        module, recipe_of(kind), empty_inner_state(), one_batch_a_step(batches(2)), first_step=0, total_steps=4
+    )
+    data = first.inner.data.copy()
+    data.flags.writeable = False
+    given = InnerState(first.inner.slots, data)
+    before = data.tobytes()
+    second = run_local_steps(
+        module, recipe_of(kind), given, one_batch_a_step(batches(2, first=2)), first_step=2, total_steps=4
+    )
+    assert given.data.tobytes() == before
+    assert second.inner.data.tobytes() != before
+
+
+def test_frozen_parameters_stay_and_need_no_state():
+    module = network()
+    for parameter in module[0].parameters():
+        parameter.requires_grad_(False)
+    before = bits(module)
+    result = run_local_steps(
+        module, recipe_of(ADAM), empty_inner_state(), one_batch_a_step(batches(3)), first_step=0, total_steps=3
+    )
+    after = bits(module)
+    assert {n for n in after if after[n] == before[n]} == {"0.weight", "0.bias"}
+    assert {slot.param for slot in result.inner.slots} == set(range(4))  # norm and last layer
+
+
+def test_a_parameter_without_gradient_is_left_out():
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(5, 3), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.used(x)
+
+    module = Partly()
+    before = bits(module)
+    recipe = recipe_of(clip_norm=1.0)
+    run_local_steps(module, recipe, empty_inner_state(), one_batch_a_step(batches(2)), first_step=0, total_steps=2)
+    after = bits(module)
+    assert {n for n in after if after[n] == before[n]} == {"unused.weight", "unused.bias"}
+
+
+def test_the_module_is_in_train_mode():
+    module = network().eval()
+    run_local_steps(module, recipe_of(), empty_inner_state(), one_batch_a_step(batches(1)), first_step=0, total_steps=1)
+    assert module.training
+    assert module[1].num_batches_tracked.item() == 1
+
+
+def test_the_options_of_the_recipe_are_not_changed():
+    options = dict(SGD[1])
+    recipe = recipe_of((torch.optim.SGD, options), schedule=lambda step, total: 0.5)
+    run_local_steps(network(), recipe, empty_inner_state(), one_batch_a_step(batches(2)), first_step=0, total_steps=2)
+    assert options == SGD[1]
+
+
+def test_the_optimizers_default_rate_follows_the_schedule():
+    asked = []
+
+    class Spy(torch.optim.SGD):
+        def step(self, closure=None):
+            asked.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    recipe = recipe_of((Spy, {}), schedule=lambda step, total: 1 / (step + 1))
+    run_local_steps(network(), recipe, empty_inner_state(), one_batch_a_step(batches(3)), first_step=1, total_steps=9)
+    assert asked == [0.001 / 2, 0.001 * (1 / 3), 0.001 / 4]
+
+
+# Optimizers by name ---------------------------------------------------------------------------------------------
+
+NAMES = [
+    name
+    for name, value in vars(torch.optim).items()
+    if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and name not in ("Optimizer", "LBFGS")
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_of_torch_goes_by_its_name(name):
+    kind = getattr(torch.optim, name)
+    assert optimizer_named(name) is optimizer_named(name.lower()) is optimizer_named(name.upper()) is kind
+
+
+def test_torch_has_the_usual_optimizers():
+    assert {"SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adadelta", "Adafactor"} <= set(NAMES)
+
+
+def test_a_misspelt_optimizer_gets_a_guess_and_the_list():
+    with pytest.raises(InvalidConfig, match='did you mean "adamw"') as caught:
+        optimizer_named("adamww")
+    assert "adam, " in caught.value.hint
+    assert "lbfgs" not in caught.value.hint
+    with pytest.raises(InvalidConfig, match="no such optimizer"):
+        optimizer_named("optimizer")
+
+
+def test_lbfgs_is_refused():
+    with pytest.raises(InvalidConfig, match="not supported"):
+        optimizer_named("LBFGS")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        (torch.optim.SGD, {"learning_rate": 0.1}, "learning_rate"),
+        (torch.optim.SGD, {"lr": -1.0}, "-1.0"),
+        (torch.optim.SGD, {"lr": "fast"}, "fast"),
+        (torch.optim.SGD, {"lr": 0.1, "nesterov": True}, "momentum"),
+        (torch.optim.Adam, {"betas": 0.9}, "betas"),
+    ],
+)
+def test_bad_arguments_are_a_fault_of_the_user(kind, options, said):
+    with pytest.raises(UserCodeFailed, match=f"{kind.__name__} does not accept") as caught:
+        make_optimizer(recipe_of((kind, options)), list(nn.Linear(1, 1).parameters()))
+    assert said in caught.value.message
+    assert caught.value.code == 3
+
+
+def test_a_loss_that_is_not_finite_is_reported_as_it_is():
+    module = nn.Linear(5, 3)
+    batch = TensorBatch((torch.full((2, 5), math.nan),), torch.zeros(2, dtype=torch.int64), 2)
+    result = run_local_steps(module, recipe_of(), empty_inner_state(), [(2, [batch])], first_step=0, total_steps=1)
+    assert math.isnan(result.loss_sum)

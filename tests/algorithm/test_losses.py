@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dtrain.algorithm.losses import LOSSES, bce, classes_first, cross_entropy, huber, mae, mse
+from dtrain.errors import ShapesDiffer
+
+
+def floats(*values):
+    return torch.tensor(values, dtype=torch.float32)
+
+
+# Values by hand -------------------------------------------------------------------------------------------------
+
+
+def test_mse_mae_and_huber_by_hand():
+    outputs, targets = floats(1.0, 2.0, 5.0, 0.0), floats(1.0, 0.0, 1.0, 0.5)
+    # errors 0, 2, 4, -0.5
+    assert mse(outputs, targets).item() == (0 + 4 + 16 + 0.25) / 4
+    assert mae(outputs, targets).item() == (0 + 2 + 4 + 0.5) / 4
+    assert huber(outputs, targets).item() == (0 + 1.5 + 3.5 + 0.125) / 4  # |e| - 1/2 beyond 1, e^2 / 2 within
+
+
+def test_bce_takes_logits():
+    # -log sigmoid(0) = log 2; -log(1 - sigmoid(log 3)) = log 4
+    outputs, targets = floats(0.0, math.log(3.0)), floats(1.0, 0.0)
+    assert bce(outputs, targets).item() == pytest.approx((math.log(2) + math.log(4)) / 2, rel=1e-6)
+
+
+def test_cross_entropy_by_hand():
+    outputs = torch.log(floats(0.5, 0.25, 0.25, 0.1, 0.8, 0.1)).reshape(2, 3)
+    assert cross_entropy(outputs, torch.tensor([0, 2])).item() == pytest.approx(
+        (math.log(2) + math.log(10)) / 2, rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", ["mse", "mae", "huber", "bce"])
+def test_targets_may_be_integers_or_bools(name):
+    outputs = floats(0.5, -1.0, 2.0)
+    expected = LOSSES[name](outputs, floats(1.0, 0.0, 1.0)).item()
+    assert LOSSES[name](outputs, torch.tensor([1, 0, 1])).item() == expected
+    assert LOSSES[name](outputs, torch.tensor([True, False, True])).item() == expected
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_a_loss_is_the_mean_over_the_samples(name):
+    torch.manual_seed(0)
+    outputs = torch.randn(8, 3)
+    targets = torch.randint(0, 3, (8,)) if name == "cross_entropy" else torch.rand(8, 3)
+    each = [LOSSES[name](outputs[i : i + 1], targets[i : i + 1]).item() for i in range(8)]
+    assert LOSSES[name](outputs, targets).item() == pytest.approx(sum(each) / 8, rel=1e-6)
+
+
+# The class axis -------------------------------------------------------------------------------------------------
+
+
+def nll_by_hand(outputs, targets, place):
+    """Mean over all targets of -log softmax, element by element; place(index, class) -> index into outputs."""
+    total, count = 0.0, 0
+    classes = 3
+    for index in torch.cartesian_prod(*[torch.arange(n) for n in targets.shape]).reshape(-1, targets.ndim).tolist():
+        logits = [outputs[place(index, c)].item() for c in range(classes)]
+        total += math.log(sum(map(math.exp, logits))) - logits[targets[tuple(index)].item()]
+        count += 1
+    return total / count
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 5), (2, 4, 5)])
+def test_the_class_axis_is_the_first_after_the_samples_or_the_last(shape):
+    torch.manual_seed(0)
+    targets = torch.randint(0, 3, shape)
+    first = torch.randn(shape[0], 3, *shape[1:])
+    by_hand = nll_by_hand(first, targets, lambda index, c: (index[0], c, *index[1:]))
+    assert cross_entropy(first, targets).item() == pytest.approx(by_hand, rel=1e-5)
+    last = torch.randn(*shape, 3)
+    by_hand = nll_by_hand(last, targets, lambda index, c: (*index, c))
+    assert cross_entropy(last, targets).item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_where_both_axes_fit_it_is_axis_1():
+    torch.manual_seed(0)
+    outputs, targets = torch.randn(4, 3, 3), torch.randint(0, 3, (4, 3))
+    assert classes_first(outputs, targets) is outputs
+    by_hand = nll_by_hand(outputs, targets, lambda index, c: (index[0], c, index[1]))
+    assert cross_entropy(outputs, targets).item() == pytest.approx(by_hand, rel=1e-5)
+
+
+# What does not fit ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mse", "mae", "huber", "bce"])
+@pytest.mark.parametrize(("outputs", "targets"), [((4, 1), (4,)), ((4,), (4, 1)), ((4, 2), (4, 3)), ((4,), (1,))])
+def test_shapes_that_torch_would_broadcast_are_refused_by_name(name, outputs, targets):
+    with pytest.raises(ShapesDiffer) as caught:
+        LOSSES[name](torch.zeros(outputs), torch.zeros(targets))
+    assert f"float32{list(outputs)}" in caught.value.message
+    assert f"float32{list(targets)}" in caught.value.message
+    assert caught.value.code == 3
+
+
+@pytest.mark.parametrize(("outputs", "targets"), [((4, 3), (5,)), ((4,), (4,)), ((4, 3, 2), (4, 5)), ((4, 3), (4, 1))])
+def test_cross_entropy_names_shapes_without_a_class_axis(outputs, targets):
+    with pytest.raises(ShapesDiffer) as caught:
+        cross_entropy(torch.zeros(outputs), torch.zeros(targets, dtype=torch.int64))
+    assert f"float32{list(outputs)}" in caught.value.message
+    assert f"int64{list(targets)}" in caught.value.message
+
+
+def test_float_classes_are_refused():
+    with pytest.raises(ShapesDiffer, match=r"integer classes, but the target is float32\[4\]"):
+        cross_entropy(torch.zeros(4, 3), torch.zeros(4))
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_several_outputs_or_targets_need_a_loss_of_ones_own(name):
+    one = torch.zeros(4)
+    with pytest.raises(ShapesDiffer, match="tuple of 2"):
+        LOSSES[name]((one, one), one)
+    with pytest.raises(ShapesDiffer, match="tuple of 2"):
+        LOSSES[name](one, (one, one))
+    with pytest.raises(ShapesDiffer, match="NoneType"):
+        LOSSES[name](None, one)

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dtrain.algorithm.plan import (
+    constant,
+    cosine,
+    cursor_after,
+    linear,
+    micro_sizes,
+    plan_round,
+    samples_a_round,
+    schedule_named,
+    step_sizes,
+    steps_a_round,
+    task_seed,
+    with_warmup,
+)
+from dtrain.config import TrainTable
+from dtrain.types import Cursor, TrainState
+
+sizes = st.integers(1, 400)
+lengths = st.one_of(
+    st.fixed_dictionaries({"local_epochs": st.integers(1, 4)}),
+    st.fixed_dictionaries({"local_steps": st.integers(1, 9)}),
+)
+tables = st.builds(
+    lambda length, batch, micro: TrainTable(**length, batch_size=batch, micro_batch=micro),
+    lengths,
+    st.one_of(st.integers(1, 150), st.just("full")),
+    st.integers(0, 60),
+)
+
+
+def start(replicas=1, **changes):
+    state = TrainState(
+        round=0,
+        params=(None,) * replicas,
+        inner=(None,) * replicas,
+        outer=(),
+        cursors=(Cursor(0, 0),) * replicas,
+        steps=(0,) * replicas,
+    )
+    return replace(state, **changes)
+
+
+def task_of(size, table, **changes):
+    return replace(plan_round(start(), [size], table).tasks[0], **changes)
+
+
+# How much a round is ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("table", "size", "steps", "samples"),
+    [
+        ({"batch_size": 100}, 250, 3, 250),  # 100 + 100 + 50
+        ({"batch_size": 100}, 200, 2, 200),
+        ({"batch_size": 100}, 1, 1, 1),
+        ({"batch_size": 100, "local_epochs": 2}, 250, 6, 500),  # the short batch comes twice
+        ({"batch_size": 100, "local_steps": 5}, 250, 5, 500),
+        ({"batch_size": 100, "local_steps": 5}, 7, 5, 500),  # batches larger than the partition
+        ({"batch_size": "full"}, 250, 1, 250),
+        ({"batch_size": "full", "local_epochs": 3}, 250, 3, 750),
+        ({"batch_size": "full", "local_steps": 4}, 250, 4, 1000),
+    ],
+)
+def test_steps_and_samples_of_a_round(table, size, steps, samples):
+    train = TrainTable(**table)
+    assert steps_a_round(size, train) == steps
+    assert samples_a_round(size, train) == samples
+
+
+@given(tables, sizes)
+def test_the_batches_are_as_many_as_announced(train, size):
+    batches = list(step_sizes(task_of(size, train), size, train))
+    assert len(batches) == steps_a_round(size, train)
+    assert sum(map(sum, batches)) == samples_a_round(size, train)
+    most = train.micro_batch or (1024 if train.batch_size == "full" else train.batch_size)
+    assert all(0 < micro <= most for batch in batches for micro in batch)
+
+
+@given(st.integers(1, 4), st.integers(1, 150), sizes)
+def test_batches_never_cross_passes(epochs, batch_size, size):
+    train = TrainTable(local_epochs=epochs, batch_size=batch_size)
+    ends, seen = set(), 0
+    for batch in step_sizes(task_of(size, train), size, train):
+        assert seen // size == (seen + sum(batch) - 1) // size
+        seen += sum(batch)
+        ends.add(seen)
+    assert {size * (epoch + 1) for epoch in range(epochs)} <= ends
+
+
+@given(st.integers(1, 9), st.integers(1, 150), sizes)
+def test_local_steps_are_full_batches(steps, batch_size, size):
+    train = TrainTable(local_steps=steps, batch_size=batch_size)
+    assert [sum(b) for b in step_sizes(task_of(size, train), size, train)] == [batch_size] * steps
+
+
+@given(lengths, sizes, st.integers(0, 60))
+def test_full_is_one_step_a_pass(length, size, micro):
+    train = TrainTable(**length, batch_size="full", micro_batch=micro)
+    passes = length.get("local_epochs") or length["local_steps"]
+    assert [sum(b) for b in step_sizes(task_of(size, train), size, train)] == [size] * passes
+
+
+def test_the_batches_of_two_passes_by_hand():
+    train = TrainTable(local_epochs=2, batch_size=100, micro_batch=40)
+    assert list(step_sizes(task_of(230, train), 230, train)) == 2 * [(40, 40, 20), (40, 40, 20), (30,)]
+    full = TrainTable(batch_size="full")
+    assert list(step_sizes(task_of(2500, full), 2500, full)) == [(1024, 1024, 452)]
+
+
+@given(st.integers(1, 300), st.integers(0, 300))
+def test_micro_batches_make_up_the_batch(batch, micro):
+    cut = micro_sizes(batch, micro)
+    assert sum(cut) == batch
+    assert len(set(cut[:-1])) <= 1
+    assert cut[-1] <= cut[0] <= (micro or batch)
+
+
+# From round to round --------------------------------------------------------------------------------------------
+
+
+def test_a_cursor_goes_on_in_the_cyclic_stream():
+    train = TrainTable(local_steps=3, batch_size=10)
+    task = task_of(25, train)
+    assert cursor_after(task, 25) == Cursor(1, 5)  # 30 = 1 * 25 + 5
+    assert cursor_after(replace(task, cursor=Cursor(4, 20)), 25) == Cursor(6, 0)  # 120 + 30 = 6 * 25
+    assert cursor_after(task, 7) == Cursor(4, 2)
+
+
+@given(tables, st.lists(sizes, min_size=1, max_size=4), st.integers(1, 5))
+def test_rounds_follow_each_other_without_gap(train, partitions, rounds):
+    state = start(len(partitions))
+    for number in range(1, rounds + 1):
+        plan = plan_round(state, partitions, train)
+        assert plan.round == number
+        assert [(t.round, t.replica) for t in plan.tasks] == [(number, k) for k in range(len(partitions))]
+        assert [t.step for t in plan.tasks] == [(number - 1) * steps_a_round(size, train) for size in partitions]
+        state = replace(
+            state,
+            round=number,
+            cursors=tuple(cursor_after(t, size) for t, size in zip(plan.tasks, partitions, strict=True)),
+            steps=tuple(t.step + t.num_steps for t in plan.tasks),
+        )
+    consumed = [cursor.epoch * size + cursor.position for cursor, size in zip(state.cursors, partitions, strict=True)]
+    assert consumed == [rounds * samples_a_round(size, train) for size in partitions]
+    if not train.local_steps:
+        assert state.cursors == (Cursor(rounds * train.local_epochs, 0),) * len(partitions)
+
+
+def test_a_task_knows_the_length_of_the_run_and_its_passes():
+    train = TrainTable(local_epochs=2, batch_size=100, rounds=7)
+    first, second = plan_round(start(2), [250, 90], train).tasks
+    assert (first.num_steps, first.total_steps, first.num_samples, first.num_epochs) == (6, 42, 500, 2)
+    assert (second.num_steps, second.total_steps, second.num_samples, second.num_epochs) == (2, 14, 180, 2)
+    counted = plan_round(start(), [250], TrainTable(local_steps=5, rounds=7)).tasks[0]
+    assert (counted.num_epochs, counted.num_steps, counted.total_steps) == (0, 5, 35)
+
+
+# Seeds ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_two_tasks_share_a_seed():
+    seeds = {task_seed(seed, number, k) for seed in range(5) for number in range(1, 60) for k in range(40)}
+    assert len(seeds) == 5 * 59 * 40
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_numbers_that_run_together_give_other_seeds():
+    assert task_seed(1, 11, 1) != task_seed(11, 1, 1)
+    assert task_seed(0, 1, 12) != task_seed(0, 11, 2)
+
+
+def test_a_seed_is_the_same_in_every_process():
+    # printf 0/1/0/local | sha256sum  ->  6508758779e56ee3...; as little-endian 0xe36ee57987750865, halved
+    assert task_seed(0, 1, 0) == 0xE36EE57987750865 // 2
+    assert plan_round(start(), [10], TrainTable(seed=0)).tasks[0].seed == 8194144202087105586
+
+
+# Schedules ------------------------------------------------------------------------------------------------------
+
+
+def test_constant_is_one():
+    assert {constant(step, 10) for step in range(20)} == {1.0}
+
+
+def test_cosine_by_hand():
+    assert cosine(0, 8) == 1.0
+    assert cosine(2, 8) == pytest.approx((1 + math.sqrt(0.5)) / 2, rel=1e-15)
+    assert cosine(4, 8) == pytest.approx(0.5, rel=1e-15)
+    assert cosine(6, 8) == pytest.approx((1 - math.sqrt(0.5)) / 2, rel=1e-15)
+    assert cosine(8, 8) == 0.0
+    assert cosine(100, 8) == 0.0
+
+
+def test_linear_by_hand():
+    assert [linear(step, 4) for step in range(7)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0]
+
+
+def test_warmup_rises_to_one_and_the_schedule_starts_after_it():
+    warmed = schedule_named("linear", 4)
+    # 4 steps of warm-up, then linear over the other 5
+    assert [warmed(step, 9) for step in range(10)] == [0.25, 0.5, 0.75, 1.0, 1.0, 0.8, 0.6, 0.4, pytest.approx(0.2), 0]
+    assert [schedule_named("constant", 2)(step, 5) for step in range(5)] == [0.5, 1.0, 1.0, 1.0, 1.0]
+
+
+def test_without_warmup_nothing_changes():
+    for name, plain in {"constant": constant, "cosine": cosine, "linear": linear}.items():
+        assert [schedule_named(name, 0)(step, 9) for step in range(12)] == [plain(step, 9) for step in range(12)]
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "linear"])
+def test_a_warmup_longer_than_the_run_only_rises(name):
+    assert [schedule_named(name, 10)(step, 5) for step in range(5)] == [0.1, 0.2, 0.3, 0.4, 0.5]
+
+
+def test_a_schedule_of_the_users_can_be_warmed_up():
+    asked = []
+    warmed = with_warmup(lambda step, total: asked.append((step, total)) or 0.5, 3)
+    assert [warmed(step, 7) for step in range(5)] == [1 / 3, 2 / 3, 1.0, 0.5, 0.5]
+    assert asked == [(0, 4), (1, 4)]
+
+
+@given(st.sampled_from(["cosine", "linear"]), st.integers(1, 500), st.integers(0, 20))
+def test_factors_lie_between_zero_and_one_and_fall_after_the_warmup(name, total, warmup):
+    factors = [schedule_named(name, warmup)(step, total) for step in range(total)]
+    assert all(0 < factor <= 1 for factor in factors)
+    after = factors[warmup:]
+    assert after == sorted(after, reverse=True)

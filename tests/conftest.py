@@ -1,0 +1,95 @@
+"""The hypothesis profile, and fixtures that write stores: shared by all tests."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import settings
+
+settings.register_profile("dtrain", deadline=None, max_examples=60, derandomize=True, database=None)
+settings.load_profile("dtrain")
+
+
+@pytest.fixture(scope="session")
+def write_store() -> Callable[..., Path]:
+    """A function that writes a Zarr group, every chunk of it.
+
+    write_store(path, {"x": dict(dims=("n", "k"), values=..., chunks=(4, 2), shards=(8, 2))}, zarr_format=2)
+    """
+    return _write_store
+
+
+def _write_store(
+    path: Path,
+    arrays: Mapping[str, Mapping[str, Any]],
+    *,
+    zarr_format: int = 3,
+    group: str = "",
+    consolidated: bool = False,
+) -> Path:
+    with warnings.catch_warnings(), zarr.config.set({"array.write_empty_chunks": True}):
+        warnings.simplefilter("ignore")  # zarr warns of what the v3 specification lacks; dtrain reads it all the same
+        zarr.create_group(path, zarr_format=zarr_format, overwrite=False)
+        root = zarr.open_group(path, path=group or None, mode="a", zarr_format=zarr_format)
+        for name, described in arrays.items():
+            options = dict(described)
+            dims, values = options.pop("dims"), np.asarray(options.pop("values"))
+            if zarr_format == 3:
+                options["dimension_names"] = dims
+            else:
+                options["fill_value"] = options.get("fill_value")
+                if dims is not None:
+                    options["attributes"] = {"_ARRAY_DIMENSIONS": list(dims), **options.get("attributes", {})}
+            array = root.create_array(name, shape=values.shape, dtype=values.dtype, **options)
+            array[...] = values
+        if consolidated:
+            zarr.consolidate_metadata(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def numbered() -> Callable[..., np.ndarray]:
+    """A function that makes an array whose values tell sample and place apart: sample * places + place."""
+    return _numbered
+
+
+def _numbered(count: int, shape: tuple[int, ...] = (), dtype: Any = "float32", axis: int = 0) -> np.ndarray:
+    places = max(1, int(np.prod(shape, dtype=int)))
+    values = np.arange(count * places).reshape(count, *shape)
+    dtype = np.dtype(dtype)
+    if dtype.kind == "b":
+        values = values % 3 == 0
+    elif dtype.kind in "ui":
+        values = values % (np.iinfo(dtype).max + 1)
+    return np.moveaxis(values.astype(dtype), 0, axis)
+
+
+@pytest.fixture(scope="session")
+def chunk_files() -> Callable[..., list[str]]:
+    """A function that lists the files of a store that hold data, relative to it."""
+    return _chunk_files
+
+
+def _chunk_files(store: Path, under: str = "") -> list[str]:
+    found = (str(path.relative_to(store)) for path in (store / under).rglob("*") if path.is_file())
+    return sorted(name for name in found if Path(name).name not in ("zarr.json", ".zgroup", ".zarray", ".zattrs"))
+
+
+@pytest.fixture(scope="session")
+def grid_keys() -> Callable[..., list[str]]:
+    """A function that lists the keys of an array's grid of stored objects, written out by hand."""
+    return _grid_keys
+
+
+def _grid_keys(name: str, counts: tuple[int, ...], zarr_format: int) -> list[str]:
+    places = itertools.product(*map(range, counts))
+    if zarr_format == 2:
+        return [f"{name}/{'.'.join(map(str, place))}" for place in places]
+    return ["/".join([name, "c", *map(str, place)]) for place in places]

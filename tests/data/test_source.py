@@ -1,0 +1,533 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shutil
+import tempfile
+from pathlib import Path
+
+import numcodecs
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
+
+from dtrain.config import TrainConfig
+from dtrain.data.samples import Samples, Variable
+from dtrain.data.source import describe, list_variables, open_samples
+from dtrain.data.store import check_presence, first_missing, object_keys, open_group
+from dtrain.errors import (
+    ChunkMissing,
+    DataNotFound,
+    InvalidConfig,
+    LengthsDiffer,
+    NotSupportedYet,
+    NotZarr,
+    UnknownVariable,
+    UnsuitableVariable,
+)
+
+FORMATS = pytest.mark.parametrize("zarr_format", [2, 3])
+
+
+@pytest.fixture
+def small(write_store, tmp_path):
+    """Write x(n, k) and y(n) of 10 samples, or other arrays, and return the path."""
+    x = {"dims": ("n", "k"), "values": np.arange(20.0).reshape(10, 2), "chunks": (4, 2)}
+    y = {"dims": ("n",), "values": np.arange(10, dtype="int32"), "chunks": (3,)}
+
+    def write(zarr_format=3, name="store.zarr", group="", consolidated=False, **arrays):
+        arrays = {"x": x, "y": y, **arrays}
+        options = {"zarr_format": zarr_format, "group": group, "consolidated": consolidated}
+        return write_store(tmp_path / name, arrays, **options)
+
+    return write
+
+
+def open_xy(path, **data):
+    return open_samples(path, **{"inputs": ["x"], "targets": ["y"], **data})
+
+
+# What the metadata says ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("consolidated", [False, True])
+@FORMATS
+def test_every_variable_is_described_as_it_is_stored(write_store, tmp_path, zarr_format, consolidated):
+    arrays = {
+        "image": {"dims": ("n", "h", "w"), "values": np.zeros((30, 4, 6), "float32"), "chunks": (7, 4, 3)},
+        "wide": {"dims": ("n", "f"), "values": np.zeros((30, 5), "float64"), "chunks": (10, 2)},
+        "half": {"dims": ("n",), "values": np.zeros(30, "float16"), "chunks": (30,)},
+        "raw": {"dims": ("h", "n"), "values": np.zeros((4, 30), "uint8"), "chunks": (1, 8)},
+        "label": {"dims": ("n",), "values": np.zeros(30, "int32"), "chunks": (11,)},
+        "mask": {"dims": ("n", "h"), "values": np.zeros((30, 4), "bool"), "chunks": (6, 4)},
+    }
+    path = write_store(tmp_path / "all.zarr", arrays, zarr_format=zarr_format, consolidated=consolidated)
+    samples = open_samples(path, inputs=["image", "wide", "half", "raw"], targets=["label", "mask"])
+    assert (samples.num_samples, samples.sample_dim, samples.path) == (30, "n", str(path))
+    assert [v.name for v in samples.variables] == ["image", "wide", "half", "raw", "label", "mask"]
+    assert [v.dtype for v in samples.variables] == ["float32", "float64", "float16", "uint8", "int32", "bool"]
+    assert [v.shape for v in samples.variables] == [(30, 4, 6), (30, 5), (30,), (4, 30), (30,), (30, 4)]
+    assert [v.chunks for v in samples.variables] == [(7, 4, 3), (10, 2), (30,), (1, 8), (11,), (6, 4)]
+    assert [v.objects for v in samples.variables] == [v.chunks for v in samples.variables]
+    assert [v.dims for v in samples.variables] == [array["dims"] for array in arrays.values()]
+    assert [v.sample_axis for v in samples.variables] == [0, 0, 0, 1, 0, 0]
+    assert [v.sample_shape for v in samples.variables] == [(4, 6), (5,), (), (4,), (), (4,)]
+    assert [v.row_bytes for v in samples.variables] == [96, 40, 2, 4, 4, 4]
+    assert [v.object_rows for v in samples.variables] == [7, 10, 30, 8, 11, 6]
+    assert [v.chunk_bytes for v in samples.variables] == [336, 160, 60, 8, 44, 24]
+    assert [v.num_objects for v in samples.variables] == [10, 9, 1, 16, 3, 5]
+    assert samples.row_bytes == 150
+
+
+def test_objects_of_a_sharded_array_are_its_shards(write_store, tmp_path):
+    arrays = {
+        "x": {"dims": ("k", "n"), "values": np.zeros((4, 30)), "chunks": (2, 3), "shards": (4, 12)},
+        "y": {"dims": ("n",), "values": np.zeros(30), "chunks": (5,), "shards": (10,)},
+    }
+    samples = open_xy(write_store(tmp_path / "s.zarr", arrays))
+    x, y = samples.variables
+    assert (x.chunks, x.objects, x.object_rows, x.num_objects) == ((2, 3), (4, 12), 12, 3)
+    assert (y.chunks, y.objects, y.object_rows, y.num_objects) == ((5,), (10,), 10, 3)
+    assert "chunks 2x3 in shards of 4x12" in repr(samples)
+
+
+@FORMATS
+def test_big_endian_arrays_can_be_opened(small, zarr_format):
+    y = {"dims": ("n",), "values": np.arange(10, dtype=">f4"), "chunks": (4,)}
+    variable = open_xy(small(zarr_format, y=y)).variable("y")
+    assert (np.dtype(variable.dtype).kind, np.dtype(variable.dtype).itemsize) == ("f", 4)
+
+
+@pytest.mark.filterwarnings("ignore:Consolidated metadata")
+@pytest.mark.parametrize("consolidated", [False, True])
+@FORMATS
+def test_a_store_that_xarray_wrote(tmp_path, zarr_format, consolidated):
+    data = xr.Dataset(
+        {"x": (("time", "lat"), np.ones((6, 3), "float32")), "y": ("time", np.arange(6))},
+        coords={"time": np.arange(6).astype("datetime64[D]"), "lat": [1.0, 2.0, 3.0]},
+    )
+    data.to_zarr(tmp_path / "x.zarr", zarr_format=zarr_format, consolidated=consolidated)
+    samples = open_xy(tmp_path / "x.zarr")
+    assert (samples.sample_dim, samples.num_samples) == ("time", 6)
+    assert samples.variable("x").dims == ("time", "lat")
+
+
+@pytest.mark.parametrize("consolidated", [False, True])
+@pytest.mark.parametrize("group", ["a", "a/b", "/a/b/"])
+@FORMATS
+def test_variables_of_a_nested_group(small, zarr_format, group, consolidated):
+    samples = open_xy(small(zarr_format, group=group.strip("/"), consolidated=consolidated), group=group)
+    assert samples.num_samples == 10
+    check_presence(samples)
+
+
+def test_a_variable_that_is_input_and_target_stands_once(small):
+    samples = open_samples(small(), inputs=["y", "x"], targets=["x"])
+    assert [v.name for v in samples.variables] == ["y", "x"]
+
+
+@FORMATS
+def test_data_variables_are_listed_without_coordinates(tmp_path, zarr_format):
+    data = xr.Dataset({"x": (("n", "k"), np.zeros((3, 2))), "y": ("n", np.zeros(3))}, coords={"n": [1, 2, 3]})
+    data.to_zarr(tmp_path / "s.zarr", zarr_format=zarr_format, consolidated=False)
+    assert list_variables(tmp_path / "s.zarr") == {"x": ("n", "k"), "y": ("n",)}
+
+
+def test_opening_reads_no_chunk(small, chunk_files):
+    path = small()
+    for name in chunk_files(path):
+        (path / name).write_bytes(b"not a chunk")
+    assert open_xy(path).num_samples == 10
+
+
+def test_a_relative_path_is_relative_to_the_working_directory_or_the_base(small, monkeypatch, tmp_path):
+    path = small()
+    monkeypatch.chdir(tmp_path)
+    assert open_xy("store.zarr").path == str(path)
+    monkeypatch.chdir("/")
+    config = TrainConfig(data={"path": "store.zarr", "inputs": ["x"], "targets": ["y"]}).data
+    assert describe(config, tmp_path).path == str(path)
+
+
+@pytest.mark.parametrize(
+    ("dims", "auto"), [((("t", "n"), ("n", "t")), "t"), ((("k", "n"), ("n",)), "n"), ((("n", "k"), ("k", "n")), "n")]
+)
+def test_the_sample_dimension_is_the_first_shared_one_of_the_first_variable(write_store, tmp_path, dims, auto):
+    lengths = {"n": 6, "t": 4, "k": 3}
+    arrays = {
+        name: {"dims": of, "values": np.zeros([lengths[dim] for dim in of]), "chunks": (2,) * len(of)}
+        for name, of in zip("xy", dims, strict=True)
+    }
+    samples = open_xy(write_store(tmp_path / "s.zarr", arrays))
+    assert (samples.sample_dim, samples.num_samples) == (auto, lengths[auto])
+
+
+def test_the_sample_dimension_can_be_named(write_store, tmp_path):
+    arrays = {
+        "x": {"dims": ("a", "b"), "values": np.zeros((4, 6)), "chunks": (4, 3)},
+        "y": {"dims": ("a", "b"), "values": np.zeros((4, 6)), "chunks": (2, 6)},
+    }
+    samples = open_xy(write_store(tmp_path / "s.zarr", arrays), sample_dim="b")
+    assert [(v.sample_axis, v.sample_shape, v.object_rows) for v in samples.variables] == [(1, (4,), 3), (1, (4,), 6)]
+    assert samples.num_samples == 6
+
+
+def test_the_fingerprint_tells_stores_apart_but_not_their_paths(small):
+    y32 = {"dims": ("n",), "values": np.arange(10, dtype="int32"), "chunks": (3,)}
+    first = open_xy(small(name="a"))
+    assert open_xy(small(name="b", y=y32)).fingerprint == first.fingerprint
+    others = [
+        open_xy(small(name="dtype", y={**y32, "values": np.arange(10, dtype="int64")})),
+        open_xy(small(name="chunks", y={**y32, "chunks": (4,)})),
+        open_xy(small(name="shards", y={**y32, "shards": (6,)})),
+        open_xy(first.path, inputs=["x", "y"]),
+        open_xy(first.path, inputs=["y"], targets=["x"]),
+    ]
+    assert len({samples.fingerprint for samples in [first, *others]}) == 6
+
+
+def test_samples_print_as_a_table(small):
+    samples = open_xy(small())
+    assert repr(samples).splitlines()[0] == "<dtrain.Samples>"
+    assert "10 along n" in repr(samples)
+    assert "float64[n, k] (10, 2), chunks 4x2" in repr(samples)
+    assert "&lt;" in dataclasses.replace(samples, path="<b>")._repr_html_()
+    assert "<b>" not in dataclasses.replace(samples, path="<b>")._repr_html_()
+
+
+# What is refused -------------------------------------------------------------------------------------------
+
+
+def test_a_path_where_nothing_is(tmp_path):
+    with pytest.raises(DataNotFound, match=r"nowhere\.zarr: no such file") as caught:
+        open_xy(tmp_path / "nowhere.zarr")
+    assert caught.value.code == 5
+
+
+def test_a_plain_folder_and_a_file_are_not_zarr(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("{}")
+    for name in ("folder", "file"):
+        with pytest.raises(NotZarr, match=name) as caught:
+            open_xy(tmp_path / name)
+        assert caught.value.code == 5
+
+
+@FORMATS
+def test_a_single_array_is_not_a_group(tmp_path, zarr_format):
+    zarr.create_array(tmp_path / "a.zarr", data=np.zeros(4), zarr_format=zarr_format)
+    with pytest.raises(NotZarr, match="single Zarr array") as caught:
+        open_xy(tmp_path / "a.zarr")
+    assert caught.value.code == 5
+
+
+BROKEN = ["", "{", "[]", "null", "7", '{"zarr_format": 4, "node_type": "group"}', "\x00\xff"]
+
+
+@pytest.mark.parametrize("group", ["", "a"])
+@pytest.mark.parametrize("text", BROKEN)
+@pytest.mark.parametrize("name", ["zarr.json", ".zgroup", ".zmetadata"])
+def test_broken_group_metadata_is_not_zarr(tmp_path, name, text, group):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(NotZarr) as caught:
+        open_xy(tmp_path, group=group)
+    assert str(tmp_path) in caught.value.message
+
+
+@pytest.mark.parametrize("text", [*BROKEN, "{}", '{"zarr_format": 3, "node_type": "array"}', '{"shape": [-1]}'])
+@pytest.mark.parametrize(("zarr_format", "name"), [(2, ".zarray"), (2, ".zattrs"), (3, "zarr.json")])
+def test_broken_array_metadata_is_an_error_of_dtrain(small, zarr_format, name, text):
+    path = small(zarr_format)
+    (path / "x" / name).write_text(text)
+    with pytest.raises((NotZarr, UnknownVariable, UnsuitableVariable)):
+        open_xy(path)
+
+
+@pytest.mark.parametrize("text", BROKEN[:-1])
+def test_broken_consolidated_metadata_is_not_zarr(small, text):
+    path = small(2, consolidated=True)
+    (path / ".zmetadata").write_text(text)
+    with pytest.raises(NotZarr):
+        open_xy(path)
+
+
+@FORMATS
+def test_an_unknown_variable_is_named_with_the_closest_one(small, zarr_format):
+    path = small(zarr_format, temperature={"dims": ("n",), "values": np.zeros(10), "chunks": (5,)})
+    with pytest.raises(UnknownVariable, match='"temprature" not found; did you mean "temperature"') as caught:
+        open_xy(path, targets=["temprature"])
+    assert caught.value.code == 3
+    assert {*caught.value.hint.removeprefix("It has ").rstrip(".").split(", ")} == {"x", "y", "temperature"}
+    with pytest.raises(UnknownVariable, match="no variables"):
+        open_xy(small(zarr_format, name="nested", group="a"))
+
+
+@pytest.mark.parametrize("sample_dim", ["auto", "n"])
+@FORMATS
+def test_variables_of_different_length(small, zarr_format, sample_dim):
+    path = small(zarr_format, y={"dims": ("n",), "values": np.zeros(7), "chunks": (3,)})
+    with pytest.raises(LengthsDiffer, match=r"length 7 .*length 10|length 10 .*length 7") as caught:
+        open_xy(path, sample_dim=sample_dim)
+    assert caught.value.code == 3
+
+
+def test_variables_that_grew_apart_behind_stale_consolidated_metadata(small):
+    path = small(2, group="a", consolidated=True)
+    array = zarr.open_group(path, path="a", mode="r+", use_consolidated=False)["y"]
+    array.resize((7,))
+    with pytest.raises(LengthsDiffer) as caught:
+        open_xy(path, group="a")
+    assert "x has 10, y has 7" in caught.value.message
+
+
+@FORMATS
+def test_variables_without_a_shared_dimension(small, zarr_format):
+    path = small(zarr_format, y={"dims": ("station",), "values": np.zeros(10), "chunks": (3,)})
+    with pytest.raises(LengthsDiffer, match=r"x\(n, k\), y\(station\)") as caught:
+        open_xy(path)
+    assert caught.value.code == 3
+
+
+@pytest.mark.parametrize("sample_dim", ["m", "k"])
+def test_a_sample_dimension_that_is_not_shared(small, sample_dim):
+    with pytest.raises(InvalidConfig, match="not a dimension of every variable") as caught:
+        open_xy(small(), sample_dim=sample_dim)
+    assert (caught.value.code, caught.value.hint) == (3, "They share n.")
+
+
+@pytest.mark.parametrize("group", ["b", "a/b", "train/x", "trian"])
+@FORMATS
+def test_a_group_that_is_not_there(small, zarr_format, group):
+    path = small(zarr_format, group="train")
+    with pytest.raises(InvalidConfig, match=f'data.group = "{group}": no such group') as caught:
+        open_xy(path, group=group)
+    assert (caught.value.code, caught.value.hint) == (3, "It has train.")
+    assert ('did you mean "train"?' in caught.value.message) == (group in ("trian", "train/x"))
+
+
+@pytest.mark.filterwarnings("ignore")  # zarr's own, that v3 has no specification for these dtypes
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array(list("abcdefghij")),
+        np.array([b"ab"] * 10),
+        np.array(["ab"] * 10, np.dtypes.StringDType()),
+        np.arange(10).astype("datetime64[s]"),
+        np.arange(10).astype("timedelta64[s]"),
+        np.zeros(10, "complex64"),
+        np.zeros(10, [("a", "f4"), ("b", "i4")]),
+    ],
+    ids=lambda values: str(values.dtype),
+)
+@FORMATS
+def test_dtypes_that_cannot_be_trained_on(small, zarr_format, values):
+    path = small(zarr_format, y={"dims": ("n",), "values": values, "chunks": (5,)})
+    with pytest.raises(UnsuitableVariable, match="y has dtype") as caught:
+        open_xy(path)
+    assert caught.value.code == 3
+
+
+@FORMATS
+def test_strings_that_xarray_wrote_as_objects(tmp_path, zarr_format):
+    data = xr.Dataset({"x": ("n", np.zeros(3)), "y": ("n", np.array(["a", "bb", "c"], object))})
+    data.to_zarr(tmp_path / "s.zarr", zarr_format=zarr_format, consolidated=False)
+    with pytest.raises(UnsuitableVariable, match="y has dtype"):
+        open_xy(tmp_path / "s.zarr")
+
+
+@pytest.mark.parametrize("attribute", ["scale_factor", "add_offset"])
+@FORMATS
+def test_packed_variables_are_not_supported_yet(small, zarr_format, attribute):
+    y = {"dims": ("n",), "values": np.zeros(10, "int16"), "chunks": (5,), "attributes": {attribute: 0.5}}
+    with pytest.raises(NotSupportedYet, match=f"y is stored with {attribute}") as caught:
+        open_xy(small(zarr_format, y=y))
+    assert caught.value.code == 3
+
+
+@FORMATS
+def test_integers_with_a_fill_value_are_not_supported_yet(tmp_path, zarr_format):
+    data = xr.Dataset({"x": ("n", np.zeros(3)), "y": ("n", np.arange(3))})
+    data.to_zarr(tmp_path / "s.zarr", zarr_format=zarr_format, consolidated=False, encoding={"y": {"_FillValue": -1}})
+    with pytest.raises(NotSupportedYet, match=r"y \(int64\) marks missing values"):
+        open_xy(tmp_path / "s.zarr")
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/a.zarr", "https://host/a.zarr", "file:///tmp/a.zarr", "zip::s3://b/a"])
+def test_urls_are_not_supported_yet(url):
+    with pytest.raises(NotSupportedYet, match="local stores only") as caught:
+        open_xy(url)
+    assert caught.value.code == 3
+
+
+@FORMATS
+def test_an_array_without_dimension_names(small, zarr_format):
+    path = small(zarr_format, y={"dims": None, "values": np.zeros(10), "chunks": (5,)})
+    with pytest.raises(UnsuitableVariable, match="no dimension names") as caught:
+        open_xy(path)
+    assert caught.value.code == 3
+
+
+@pytest.mark.parametrize("names", [{"inputs": "x"}, {"targets": "y"}, {"inputs": []}, {"targets": ()}, {"inputs": [1]}])
+def test_names_that_are_not_lists_of_names(small, names):
+    with pytest.raises(InvalidConfig) as caught:
+        open_xy(small(), **names)
+    assert caught.value.code == 3
+
+
+def test_a_misspelt_key_of_data(small):
+    with pytest.raises(InvalidConfig, match=r'data.sample_dims: no such key; did you mean "sample_dim"'):
+        open_xy(small(), sample_dims="n")
+
+
+# Which chunks are stored ------------------------------------------------------------------------------------
+
+
+@st.composite
+def layouts(draw):
+    """Draw (shape, chunks, shards or None, sample axis, zarr format)."""
+    dims = draw(st.integers(1, 3))
+    shape = tuple(draw(st.integers(1, 9)) for _ in range(dims))
+    chunks = tuple(draw(st.integers(1, length)) for length in shape)
+    sharded = draw(st.booleans())
+    shards = tuple(size * draw(st.integers(1, 3)) for size in chunks) if sharded else None
+    return shape, chunks, shards, draw(st.integers(0, dims - 1)), 3 if sharded else draw(st.sampled_from([2, 3]))
+
+
+@given(layouts(), st.data())
+def test_object_keys_are_the_files_that_hold_the_rows(write_store, chunk_files, layout, data):
+    shape, chunks, shards, axis, zarr_format = layout
+    start = data.draw(st.integers(0, shape[axis] - 1))
+    stop = data.draw(st.integers(start + 1, shape[axis]))
+    dims = tuple("n" if dim == axis else f"d{dim}" for dim in range(len(shape)))
+    described = {"dims": dims, "values": np.zeros(shape), "chunks": chunks, "shards": shards}
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_store(Path(folder, "s"), {"x": described}, zarr_format=zarr_format, group="g")
+        array = open_group(str(path), "g")["x"]
+        objects = shards or chunks
+        assert sorted(object_keys(array, objects, axis, 0, shape[axis])) == chunk_files(path)
+        touched = {int(i) // objects[axis] for i in range(start, stop)}
+        places = itertools.product(
+            *(sorted({i // size for i in range(n)}) for n, size in zip(shape, objects, strict=True))
+        )
+        dot = "." if zarr_format == 2 else "/"
+        head = "g/x/" if zarr_format == 2 else "g/x/c/"
+        expected = [head + dot.join(map(str, place)) for place in places if place[axis] in touched]
+        keys = list(object_keys(array, objects, axis, start, stop))
+        assert keys == expected
+        assert first_missing(array, keys) is None
+        gone = data.draw(st.sampled_from(keys))
+        (path / gone).unlink()
+        assert first_missing(array, keys) == gone
+
+
+LAYOUTS = {
+    "v2": (2, {"chunks": (4, 2)}, "x/2.1", 8),
+    "v3": (3, {"chunks": (4, 2)}, "x/c/2/1", 8),
+    "sharded": (3, {"chunks": (2, 1), "shards": (4, 2)}, "x/c/2/1", 8),
+    "other axis": (3, {"chunks": (3, 5)}, "x/c/3/0", 4),
+}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_missing_chunk_is_named(small, kind):
+    zarr_format, chunking, key, objects = LAYOUTS[kind]
+    values = np.ones((10, 4)) if kind == "other axis" else np.ones((13, 4))
+    x = {"dims": ("n", "k"), "values": values, **chunking}
+    y = {"dims": ("n",), "values": np.zeros(len(values)), "chunks": (5,)}
+    path = small(zarr_format, x=x, y=y)
+    samples = open_xy(path)
+    check_presence(samples)
+    assert samples.variable("x").num_objects == objects
+    (path / key).unlink()
+    with pytest.raises(ChunkMissing) as caught:
+        check_presence(samples)
+    assert caught.value.code == 5
+    assert f"chunk {key} of x is missing (1 of {objects})" in caught.value.message
+    assert 'missing = "fill"' in caught.value.hint
+
+
+@FORMATS
+def test_several_missing_chunks_are_counted_and_the_first_is_named(small, grid_keys, zarr_format):
+    path = small(zarr_format, group="g")
+    for key in grid_keys("g/y", (4,), zarr_format)[1:]:
+        (path / key).unlink()
+    first = grid_keys("g/y", (4,), zarr_format)[1]
+    with pytest.raises(ChunkMissing, match=rf"chunk {first} of y is missing \(3 of 4 are\)"):
+        check_presence(open_xy(path, group="g"))
+
+
+def test_chunks_of_variables_that_are_not_used_may_be_missing(small):
+    path = small(z={"dims": ("n",), "values": np.zeros(10), "chunks": (5,)})
+    shutil.rmtree(path / "z" / "c")
+    check_presence(open_xy(path))
+
+
+def test_a_variable_is_not_taken_for_one_whose_name_it_begins(small):
+    longer = {"dims": ("n", "k"), "values": np.zeros((10, 2)), "chunks": (4, 2)}
+    path = small(x2=longer)
+    shutil.rmtree(path / "x" / "c")
+    with pytest.raises(ChunkMissing, match=r"chunk x/c/0/0 of x is missing \(3 of 3 are\)"):
+        check_presence(open_xy(path))
+
+
+# Checksums --------------------------------------------------------------------------------------------------
+
+CODECS = {
+    "v2 none": (2, {"compressors": None}, False),
+    "v2 blosc": (2, {"compressors": numcodecs.Blosc("lz4")}, False),
+    "v2 zstd": (2, {"compressors": numcodecs.Zstd()}, False),
+    "v2 zstd checksum": (2, {"compressors": numcodecs.Zstd(checksum=True)}, True),
+    "v2 gzip": (2, {"compressors": numcodecs.GZip()}, True),
+    "v2 zlib": (2, {"compressors": numcodecs.Zlib()}, True),
+    "v2 bz2": (2, {"compressors": numcodecs.BZ2()}, True),
+    "v2 crc32 filter": (2, {"compressors": numcodecs.Zstd(), "filters": [numcodecs.CRC32()]}, True),
+    "v2 fletcher32 filter": (2, {"compressors": None, "filters": [numcodecs.Fletcher32()]}, True),
+    "v3 none": (3, {"compressors": None}, False),
+    "v3 blosc": (3, {"compressors": BloscCodec()}, False),
+    "v3 zstd": (3, {"compressors": ZstdCodec()}, False),
+    "v3 zstd checksum": (3, {"compressors": ZstdCodec(checksum=True)}, True),
+    "v3 gzip": (3, {"compressors": GzipCodec()}, True),
+    "v3 crc32c": (3, {"compressors": [ZstdCodec(), Crc32cCodec()]}, True),
+    "v3 numcodecs crc32c": (3, {"compressors": {"name": "numcodecs.crc32c", "configuration": {}}}, True),
+    "sharded": (3, {"shards": (8, 2), "compressors": None}, False),
+    "sharded zstd checksum": (3, {"shards": (8, 2), "compressors": ZstdCodec(checksum=True)}, True),
+    "sharded crc32c": (3, {"shards": (8, 2), "compressors": [BloscCodec(), Crc32cCodec()]}, True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3 specification")
+@pytest.mark.parametrize("codec", CODECS)
+def test_checksums_says_whether_a_flipped_bit_is_found(write_store, tmp_path, chunk_files, codec):
+    zarr_format, options, checksums = CODECS[codec]
+    values = np.random.default_rng(0).normal(size=(8, 2))
+    x = {"dims": ("n", "k"), "values": values, "chunks": (4, 2), **options}
+    path = write_store(tmp_path / "s.zarr", {"x": x}, zarr_format=zarr_format)
+    variable = open_samples(path, inputs=["x"], targets=["x"]).variable("x")
+    assert variable.checksums is checksums
+    if not checksums and "none" not in codec:
+        return  # a decoder may find a flipped bit by luck
+    file = path / chunk_files(path)[0]
+    stored = file.read_bytes()
+    silent = 0
+    for bit in range(0, 8 * len(stored), 7):
+        flipped = bytearray(stored)
+        flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        try:
+            silent += not np.array_equal(zarr.open_group(path, mode="r")["x"][...], values)
+        except Exception:  # found
+            continue
+    assert (silent == 0) == checksums
+
+
+def test_sample_metadata_is_plain_and_frozen(small):
+    samples = open_xy(small())
+    assert isinstance(samples, Samples)
+    assert isinstance(samples.variables[0], Variable)
+    assert all(type(n) is int for v in samples.variables for n in (*v.shape, *v.chunks, *v.objects))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        samples.num_samples = 3

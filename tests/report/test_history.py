@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from dtrain.checkpoint import append_line
+from dtrain.events import ReplicaRejected, RoundCommitted, RoundFinished, RunFinished, RunStarted
+from dtrain.report.history import best_round, dataset_of, read_rows, row_of
+from dtrain.report.journal import cut_history, journal
+from dtrain.types import Contribution, RoundResult
+
+
+def result_of(number=1, **changes):
+    contributions = tuple(
+        Contribution(
+            replica=k, samples=10, steps=2, loss_sum=5.0, finite=True, units_decoded=1, bytes_read=100, seconds=0.1
+        )
+        for k in range(2)
+    )
+    values = {
+        "round": number,
+        "train_loss": 0.5,
+        "metrics": {"val_loss": 0.75, "val_accuracy": 0.875},
+        "samples": 20,
+        "steps": 4,
+        "seconds": 1.23456789,
+        "bytes_reduced": 800,
+        "rejected": 0,
+        "retried": 1,
+        "params_sha256": "ab" * 32,
+        "replica_loss": (0.25, 0.75),
+        "contributions": contributions,
+        "state": None,
+    }
+    return RoundResult(**{**dict.fromkeys(RoundResult.__dataclass_fields__), **values, **changes})
+
+
+def write_rows(run, *numbers, tail=""):
+    lines = [json.dumps(row_of(result_of(number))) for number in numbers]
+    (run / "history.jsonl").write_text("".join(line + "\n" for line in lines) + tail)
+    return lines
+
+
+# Rows -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_has_the_keys_of_the_contract():
+    assert row_of(result_of()) == {
+        "event": "round",
+        "round": 1,
+        "train_loss": 0.5,
+        "val_loss": 0.75,
+        "val_accuracy": 0.875,
+        "samples": 20,
+        "steps": 4,
+        "seconds": 1.2346,
+        "bytes_reduced": 800,
+        "rejected": 0,
+        "retried": 1,
+        "params_sha256": "ab" * 32,
+        "replica_loss": [0.25, 0.75],
+    }
+    # SPEC section 5, in its order
+    assert list(row_of(result_of())) == [
+        *("event", "round", "train_loss", "val_loss", "val_accuracy", "samples", "steps", "seconds", "bytes_reduced"),
+        *("rejected", "retried", "params_sha256", "replica_loss"),
+    ]
+
+
+def test_without_validation_there_is_no_val_loss():
+    assert not [key for key in row_of(result_of(metrics={})) if key.startswith("val")]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_become_null(bad):
+    row = row_of(result_of(train_loss=bad, metrics={"val_loss": bad, "val_mae": 1.0}, replica_loss=(bad, 2.0)))
+    assert (row["train_loss"], row["val_loss"], row["val_mae"], row["replica_loss"]) == (None, None, 1.0, [None, 2.0])
+    assert "null" in json.dumps(row, allow_nan=False)
+
+
+def test_a_loss_keeps_all_its_digits():
+    row = json.loads(json.dumps(row_of(result_of(train_loss=1 / 3, replica_loss=(0.1, 2 / 3)))))
+    assert row["train_loss"] == 1 / 3
+    assert row["replica_loss"] == [0.1, 2 / 3]
+
+
+# As a data set --------------------------------------------------------------------------------------------------
+
+
+def test_the_history_as_a_dataset():
+    rows = [
+        row_of(result_of(1)),
+        row_of(result_of(2, train_loss=math.nan, metrics={"val_loss": math.inf, "val_accuracy": 1.0})),
+        row_of(result_of(4, replica_loss=(math.nan, 3.0))),
+    ]
+    history = dataset_of(rows)
+    assert history.sizes == {"round": 3, "replica": 2}
+    assert history["round"].values.tolist() == [1, 2, 4]
+    assert set(history.data_vars) == set(rows[0]) - {"event", "round"}
+    np.testing.assert_array_equal(history.train_loss, [0.5, math.nan, 0.5])
+    np.testing.assert_array_equal(history.val_loss, [0.75, math.nan, 0.75])
+    np.testing.assert_array_equal(history.val_accuracy, [0.875, 1.0, 0.875])
+    np.testing.assert_array_equal(history.replica_loss, [[0.25, 0.75], [0.25, 0.75], [math.nan, 3.0]])
+    assert history.params_sha256.values.tolist() == ["ab" * 32] * 3
+    assert (history.samples.dtype, history.train_loss.dtype) == (np.int64, np.float64)
+    assert history.train_loss.sel(round=4).item() == 0.5
+
+
+def test_the_history_of_no_rounds_is_empty():
+    assert dict(dataset_of([]).sizes) == {"round": 0}
+
+
+# The best round -------------------------------------------------------------------------------------------------
+
+
+def rows_with(name, *values):
+    return [{"round": number, "train_loss": -float(number), name: value} for number, value in enumerate(values, 1)]
+
+
+@pytest.mark.parametrize(
+    ("values", "higher", "best"),
+    [
+        ((3.0, 1.0, 2.0), False, 2),
+        ((3.0, 1.0, 2.0), True, 1),
+        ((2.0, 1.0, 1.0), False, 2),  # the first of equals
+        ((1.0, 2.0, 2.0), True, 2),
+        ((None, 2.0, 3.0), False, 2),
+        ((None, 2.0, 3.0), True, 3),
+        ((0.0, 1.0), False, 1),
+    ],
+)
+def test_the_best_round_by_a_metric(values, higher, best):
+    assert best_round(rows_with("val_loss", *values), "val_loss", higher) == best
+
+
+def test_without_validation_the_training_loss_decides_and_lower_is_better():
+    rows = [{"round": 1, "train_loss": 2.0}, {"round": 2, "train_loss": 1.0}, {"round": 3, "train_loss": 3.0}]
+    assert best_round(rows) == 2
+    assert best_round(rows, "val_accuracy", higher=True) == 2
+    assert best_round(rows_with("val_loss", None, None)) == 2
+
+
+def test_without_any_number_no_round_is_best():
+    assert best_round([]) is None
+    assert best_round([{"round": 1, "train_loss": None}]) is None
+
+
+# Files ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_read_back_as_it_was_written(tmp_path):
+    journal(tmp_path, RoundFinished(result_of(1)))
+    journal(tmp_path, RoundFinished(result_of(2, train_loss=math.nan)))
+    assert read_rows(tmp_path / "history.jsonl") == [row_of(result_of(1)), row_of(result_of(2, train_loss=math.nan))]
+
+
+def test_a_missing_history_is_empty(tmp_path):
+    assert read_rows(tmp_path / "history.jsonl") == []
+
+
+@pytest.mark.parametrize("tail", ['{"event": "round", "rou', "\0\0\0\0", '{"a": "\\ud8', "garbage"])
+def test_a_line_that_a_killed_process_left_half_written_ends_the_history(tmp_path, tail):
+    write_rows(tmp_path, 1, 2, tail=tail)
+    assert [row["round"] for row in read_rows(tmp_path / "history.jsonl")] == [1, 2]
+
+
+def test_nothing_is_read_behind_a_broken_line(tmp_path):
+    lines = write_rows(tmp_path, 1, 2, 3)
+    (tmp_path / "history.jsonl").write_text("\n".join([lines[0], lines[1][:20], lines[2]]) + "\n")
+    assert [row["round"] for row in read_rows(tmp_path / "history.jsonl")] == [1]
+
+
+def test_bytes_that_are_no_text_end_the_history(tmp_path):
+    write_rows(tmp_path, 1)
+    with (tmp_path / "history.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe\x00")
+    assert [row["round"] for row in read_rows(tmp_path / "history.jsonl")] == [1]
+    cut_history(tmp_path, 1)
+    assert (tmp_path / "history.jsonl").read_text() == json.dumps(row_of(result_of(1))) + "\n"
+
+
+@pytest.mark.parametrize("last", [0, 1, 2, 3, 9])
+@pytest.mark.parametrize("tail", ["", '{"event": "ro'])
+def test_the_history_is_cut_back_to_the_newest_commit(tmp_path, last, tail):
+    lines = write_rows(tmp_path, 1, 2, 3, tail=tail)
+    cut_history(tmp_path, last)
+    assert (tmp_path / "history.jsonl").read_text() == "".join(line + "\n" for line in lines[:last])
+    assert [path.name for path in tmp_path.iterdir()] == ["history.jsonl"]
+
+
+def test_after_a_cut_lines_can_be_appended(tmp_path):
+    lines = write_rows(tmp_path, 1, 2, tail='{"event": "ro')
+    cut_history(tmp_path, 1)
+    append_line(tmp_path / "history.jsonl", lines[1])
+    assert (tmp_path / "history.jsonl").read_text() == f"{lines[0]}\n{lines[1]}\n"
+
+
+def test_a_history_that_needs_no_cut_is_left_alone(tmp_path):
+    write_rows(tmp_path, 1, 2)
+    before = (tmp_path / "history.jsonl").stat()
+    cut_history(tmp_path, 2)
+    assert (tmp_path / "history.jsonl").stat() == before
+
+
+def test_a_run_without_history_needs_no_cut(tmp_path):
+    cut_history(tmp_path, 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rounds_go_to_the_history_and_faults_and_commits_to_the_events(tmp_path):
+    journal(tmp_path, RoundFinished(result_of(1)))
+    journal(tmp_path, ReplicaRejected(round=1, replica=3))
+    journal(tmp_path, RoundCommitted(round=1, bytes=10, seconds=0.5))
+    started = {"run": "r", "round": 0, "rounds": 1, "replicas": 2, "samples": 20, "workers": 2, "dashboard": ""}
+    journal(tmp_path, RunStarted(**started))
+    journal(tmp_path, RunFinished(reason="rounds", rounds=1, params_sha256="ab", val_loss=None, run="r"))
+    assert [row["event"] for row in read_rows(tmp_path / "history.jsonl")] == ["round"]
+    rejected, committed = read_rows(tmp_path / "events.jsonl")
+    assert (rejected.pop("time")[:2], rejected) == ("20", {"event": "ReplicaRejected", "round": 1, "replica": 3})
+    assert committed["event"] == "RoundCommitted"
+    assert (committed["round"], committed["bytes"], committed["seconds"]) == (1, 10, 0.5)

@@ -1,0 +1,725 @@
+from __future__ import annotations
+
+import ast
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import dtrain
+from dtrain.algorithm.params import (
+    InnerState,
+    Slot,
+    empty_inner_state,
+    flatten,
+    layout_of,
+    load_into,
+    pack_inner_state,
+    params_sha256,
+    unpack_inner_state,
+)
+from dtrain.checkpoint import (
+    append_line,
+    commit_round,
+    committed_rounds,
+    find_round,
+    load_params,
+    load_round,
+    load_tensor_file,
+    newest_state,
+    prune,
+    round_directory,
+    sweep,
+    write_text,
+)
+from dtrain.errors import DiskFull, RoundNotFound, RunDamaged
+from dtrain.types import Cursor, TrainState
+
+
+def network(seed):
+    torch.manual_seed(seed)
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    module[3].weight = module[2].weight
+    module.register_buffer("wide", torch.randn(3, dtype=torch.float64))
+    module.register_buffer("narrow", torch.randn(3).to(torch.bfloat16))
+    module.register_buffer("flag", torch.tensor(True))
+    module.register_buffer("mask", torch.tensor([-math.inf, 0.0]))
+    return module
+
+
+def adam_state(module, steps):
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        module(torch.randn(5, 3)).square().mean().backward()
+        optimizer.step()
+    return pack_inner_state(optimizer, list(module.parameters()))
+
+
+PLAIN = (True, None, 3, 0.1, -0.0, math.inf, -math.inf, 1e-300, 2**70)
+"""Plain values that an optimizer may keep."""
+
+
+def state_of(number, replicas=2):
+    """A state as it is after a round, with all that can be in one."""
+    module = network(number)
+    inner = [adam_state(network(number + k), steps=2) for k in range(replicas - 1)]
+    slots = tuple(Slot(0, f"value{i}", "", (), 0, 0, value) for i, value in enumerate(PLAIN))
+    last = inner[0] if inner else empty_inner_state()
+    return TrainState(
+        round=number,
+        params=(flatten(module, layout_of(module)),) * replicas,
+        inner=(*inner, InnerState((*last.slots, *slots), last.data)),
+        outer=(),
+        cursors=tuple(Cursor(number, 7 * k) for k in range(replicas)),
+        steps=tuple(10 * number + k for k in range(replicas)),
+    )
+
+
+def bits(state):
+    """All of a state in values that can be compared."""
+    return (
+        state.round,
+        [(p.layout, p.flat.tobytes(), p.extra.tobytes()) for p in state.params],
+        [([(slot, type(slot.value), str(slot.value)) for slot in i.slots], i.data.tobytes()) for i in state.inner],
+        state.outer,
+        state.cursors,
+        state.steps,
+    )
+
+
+STATES = {number: state_of(number) for number in (1, 2, 3)}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with rounds 1 and 2."""
+    commit_round(tmp_path, STATES[1], "plan")
+    commit_round(tmp_path, STATES[2], "plan")
+    return tmp_path
+
+
+def left_over(run):
+    return [path.name for path in (run / "rounds").glob(".*")]
+
+
+# There and back -------------------------------------------------------------------------------------------------
+
+
+def test_a_committed_round_comes_back_bit_for_bit(tmp_path):
+    state = STATES[2]
+    commit_round(tmp_path, state, "plan")
+    back, fingerprint = load_round(round_directory(tmp_path, 2))
+    assert fingerprint == "plan"
+    assert bits(back) == bits(state)
+    assert params_sha256(load_params(round_directory(tmp_path, 2))) == params_sha256(state.params[0])
+    assert left_over(tmp_path) == []
+
+
+def test_a_state_without_steps_comes_back(tmp_path):
+    module = nn.Linear(2, 1)
+    params = flatten(module, layout_of(module))
+    start = TrainState(
+        round=0,
+        params=(params,) * 3,
+        inner=(empty_inner_state(),) * 3,
+        outer=(),
+        cursors=(Cursor(0, 0),) * 3,
+        steps=(0,) * 3,
+    )
+    commit_round(tmp_path, start, "")
+    assert bits(load_round(round_directory(tmp_path, 0))[0]) == bits(start)
+
+
+def test_training_goes_on_from_a_loaded_round_as_if_nothing_had_been(run):
+    ends = []
+    for state in (STATES[2], load_round(round_directory(run, 2))[0]):
+        module = network(5)
+        load_into(module, state.params[0])
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+        unpack_inner_state(state.inner[0], optimizer, list(module.parameters()))
+        module(torch.ones(2, 3) * torch.tensor([[1.0], [2.0]])).square().mean().backward()
+        optimizer.step()
+        ends.append(params_sha256(flatten(module, layout_of(module))))
+    assert ends[0] == ends[1] != params_sha256(STATES[2].params[0])
+
+
+def test_arrays_may_be_read_only_as_dask_gives_them(tmp_path):
+    state = STATES[1]
+    params = replace_arrays(state.params[0])
+    inner = tuple(InnerState(i.slots, read_only(i.data)) for i in state.inner)
+    commit_round(tmp_path, replace(state, params=(params,) * 2, inner=inner), "plan")
+    assert bits(load_round(round_directory(tmp_path, 1))[0]) == bits(state)
+
+
+def read_only(array):
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+def replace_arrays(params):
+    return replace(params, flat=read_only(params.flat), extra=read_only(params.extra))
+
+
+def test_the_manifest_lists_every_file_with_its_sha256(run):
+    directory = round_directory(run, 2)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    files = {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "manifest.json"}
+    assert set(files) == {
+        "params.safetensors",
+        "inner-0000.safetensors",
+        "inner-0001.safetensors",
+        "state.json",
+    }
+    assert manifest["files"] == {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
+    }
+    assert manifest["round"] == 2
+
+
+def test_the_bytes_written_are_returned(tmp_path):
+    written = commit_round(tmp_path, STATES[1], "plan")
+    files = [p.stat().st_size for p in round_directory(tmp_path, 1).iterdir() if p.name != "manifest.json"]
+    assert written == sum(files)
+
+
+def test_params_safetensors_is_the_state_dict(run):
+    tensors = safetensors.torch.load_file(round_directory(run, 2) / "params.safetensors")
+    state = network(2).state_dict()
+    assert tensors.keys() == state.keys()
+    for name, tensor in state.items():
+        assert tensors[name].dtype == tensor.dtype
+        assert torch.equal(tensors[name], tensor)
+
+
+def test_the_files_of_a_state_are_the_same_bytes_every_time(tmp_path):
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        commit_round(tmp_path / place, STATES[1], "plan")
+    one, two = (round_directory(tmp_path / place, 1) for place in ("a", "b"))
+    assert {p.name: p.read_bytes() for p in one.iterdir()} == {p.name: p.read_bytes() for p in two.iterdir()}
+
+
+def test_short_writes_are_continued(tmp_path, monkeypatch):
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:97]))
+    commit_round(tmp_path, STATES[1], "plan")
+    assert bits(load_round(round_directory(tmp_path, 1))[0]) == bits(STATES[1])
+
+
+def test_committing_over_a_damaged_round_replaces_it(run):
+    (round_directory(run, 2) / "manifest.json").write_text("{}")
+    (round_directory(run, 2) / "odd").write_text("odd")
+    commit_round(run, STATES[2], "other plan")
+    back, fingerprint = load_round(round_directory(run, 2))
+    assert (bits(back), fingerprint) == (bits(STATES[2]), "other plan")
+    assert not (round_directory(run, 2) / "odd").exists()
+    assert left_over(run) == []
+
+
+# Damage ---------------------------------------------------------------------------------------------------------
+
+FILES = ("params.safetensors", "inner-0000.safetensors", "inner-0001.safetensors", "state.json", "manifest.json")
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size - 3),
+    "empty": lambda path: os.truncate(path, 0),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "flipped bit": flip,
+    "missing": lambda path: path.unlink(),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "a directory": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_round_is_named_and_the_one_before_is_used(run, name, damage):
+    damage(round_directory(run, 2) / name)
+    with pytest.raises(RunDamaged) as caught:
+        load_round(round_directory(run, 2))
+    assert caught.value.code == 5
+    state, fingerprint, damaged = newest_state(run)
+    assert bits(state) == bits(STATES[1])
+    assert fingerprint == "plan"
+    assert [number for number, _ in damaged] == [2]
+    assert "round-000002" in damaged[0][1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "[]",
+        "3",
+        "null",
+        '"text"',
+        '{"files": []}',
+        '{"files": {}}',
+        '{"files": {"state.json": 3}}',
+        '{"files": {"state.json": {}}}',
+        '{"files": {"state.json": {"bytes": "x", "sha256": 3}}}',
+        '{"files": {"../../rounds": {"bytes": 1, "sha256": ""}}}',
+        '{"files": {"\\u0000": {"bytes": 1, "sha256": ""}}}',
+        "\xff\xfe garbage",
+    ],
+)
+def test_a_garbage_manifest_is_damage(run, text):
+    (round_directory(run, 2) / "manifest.json").write_bytes(text.encode("latin-1"))
+    state, _, damaged = newest_state(run)
+    assert state.round == 1
+    assert [number for number, _ in damaged] == [2]
+
+
+def test_any_flipped_bit_of_a_manifest_is_damage_or_changes_nothing(run):
+    path = round_directory(run, 2) / "manifest.json"
+    good = path.read_bytes()
+    harmless = 0
+    for place in range(len(good)):
+        flipped = bytearray(good)
+        flipped[place] ^= 1 << (place % 8)
+        path.write_bytes(flipped)
+        try:
+            state, _ = load_round(round_directory(run, 2))
+        except RunDamaged:
+            continue
+        harmless += 1  # the format's or the round's number, or white space
+        assert bits(state) == bits(STATES[2])
+    assert harmless < len(good) / 8
+
+
+def test_if_all_rounds_are_damaged_the_run_is(run):
+    for number in (1, 2):
+        flip(round_directory(run, number) / "params.safetensors")
+    with pytest.raises(RunDamaged, match="none of its 2 committed rounds can be read") as caught:
+        newest_state(run)
+    assert "round-000002" in caught.value.message
+    assert caught.value.code == 5
+
+
+def test_a_run_without_rounds_has_no_state(tmp_path):
+    assert newest_state(tmp_path) == (None, "", [])
+    assert committed_rounds(tmp_path) == []
+
+
+def test_temporary_directories_are_no_rounds(run):
+    shutil.copytree(round_directory(run, 2), run / "rounds" / ".round-000003-0badcafe")
+    assert committed_rounds(run) == [1, 2]
+    assert newest_state(run)[0].round == 2
+
+
+# Full and broken disks --------------------------------------------------------------------------------------------
+
+CALLS = ("open", "write", "fsync", "close", "mkdir", "rename")
+
+
+class Killed(BaseException):
+    """Stands for a process that is gone: nothing of what it would do afterwards is done."""
+
+
+class Disk:
+    """Counts the calls that change a disk, and fails at one of them; deleting what is left is not counted."""
+
+    def __init__(self, monkeypatch, fail_at=None, error=None):
+        self.calls, self.fail_at, self.error, self.deleting = [], fail_at, error, False
+        for name in CALLS:
+            monkeypatch.setattr(os, name, self.counted(name, getattr(os, name)))
+        monkeypatch.setattr(shutil, "rmtree", self.uncounted(shutil.rmtree))
+
+    @property
+    def dead(self):
+        return self.error is Killed and self.fail_at is not None and len(self.calls) > self.fail_at
+
+    def counted(self, name, real):
+        def call(*arguments, **options):
+            if self.deleting:
+                return real(*arguments, **options)
+            self.calls.append(name)
+            failing = len(self.calls) - 1 == self.fail_at
+            if name == "close":  # a failing close has closed all the same
+                real(*arguments, **options)
+            if self.dead:
+                raise Killed
+            if failing:
+                raise OSError(self.error, os.strerror(self.error))
+            return None if name == "close" else real(*arguments, **options)
+
+        return call
+
+    def uncounted(self, real):
+        def call(*arguments, **options):
+            if self.dead:
+                return
+            self.deleting = True
+            real(*arguments, **options)
+            self.deleting = False
+
+        return call
+
+
+def before_first(run):
+    return 1, None
+
+
+def before_second(run):
+    commit_round(run, STATES[1], "plan")
+    return 2, STATES[1]
+
+
+def before_repair(run):
+    commit_round(run, STATES[1], "plan")
+    commit_round(run, STATES[2], "plan")
+    flip(round_directory(run, 2) / "state.json")
+    return 2, STATES[1]
+
+
+STARTS = pytest.mark.parametrize("before", [before_first, before_second, before_repair])
+
+
+def calls_of(monkeypatch, run, before):
+    number, _ = before(run)
+    with monkeypatch.context() as patch:
+        disk = Disk(patch)
+        commit_round(run, STATES[number], "plan")
+    return disk.calls
+
+
+@STARTS
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_a_failing_disk_loses_no_round(tmp_path, monkeypatch, before, error):
+    (tmp_path / "counted").mkdir()
+    calls = calls_of(monkeypatch, tmp_path / "counted", before)
+    assert set(calls) == set(CALLS)
+    ends = set()
+    for fail_at, name in enumerate(calls):
+        run = tmp_path / str(fail_at)
+        run.mkdir()
+        number, old = before(run)
+        failed = None
+        with monkeypatch.context() as patch:
+            Disk(patch, fail_at, error)
+            try:
+                commit_round(run, STATES[number], "plan")
+            except DiskFull as raised:
+                failed = raised
+        found = newest_state(run)[0] if committed_rounds(run) else None
+        if failed is None:
+            assert name == "mkdir"  # of rounds/, which was there
+            assert bits(found) == bits(STATES[number])
+        else:
+            assert os.strerror(error) in failed.message
+            assert failed.code == 8
+            assert (found and bits(found)) in ((old and bits(old)), bits(STATES[number]))
+        assert left_over(run) == []
+        ends.add(found.round if found else None)
+    assert ends == {number, old.round if old else None}
+
+
+@STARTS
+def test_a_killed_process_loses_no_round(tmp_path, monkeypatch, before):
+    (tmp_path / "counted").mkdir()
+    calls = calls_of(monkeypatch, tmp_path / "counted", before)
+    ends, litter = set(), 0
+    for fail_at in range(len(calls)):
+        run = tmp_path / str(fail_at)
+        run.mkdir()
+        number, old = before(run)
+        with monkeypatch.context() as patch:
+            Disk(patch, fail_at, Killed)
+            with pytest.raises(Killed):
+                commit_round(run, STATES[number], "plan")
+        found = newest_state(run)[0] if committed_rounds(run) else None
+        assert (found and bits(found)) in ((old and bits(old)), bits(STATES[number]))
+        ends.add(found.round if found else None)
+        litter += bool(left_over(run))
+        sweep(run)
+        assert left_over(run) == []
+        commit_round(run, STATES[number], "plan")
+        assert bits(newest_state(run)[0]) == bits(STATES[number])
+    assert ends == {number, old.round if old else None}
+    assert litter > 5
+
+
+def test_a_full_disk_says_what_to_do(tmp_path, monkeypatch):
+    Disk(monkeypatch, 5, errno.ENOSPC)
+    with pytest.raises(DiskFull, match="round 1 could not be written") as caught:
+        commit_round(tmp_path, STATES[1], "plan")
+    assert "Free some space" in caught.value.hint
+
+
+def test_an_interrupt_leaves_nothing_behind(run, monkeypatch):
+    def interrupted(descriptor):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            commit_round(run, STATES[3], "plan")
+    assert left_over(run) == []
+    assert bits(newest_state(run)[0]) == bits(STATES[2])
+
+
+def test_a_run_directory_that_is_gone_is_a_disk_error(tmp_path):
+    with pytest.raises(DiskFull):
+        commit_round(tmp_path / "gone", STATES[1], "plan")
+
+
+# Order on the disk --------------------------------------------------------------------------------------------------
+
+
+def test_everything_is_synced_before_the_rename_and_the_rename_after(tmp_path, monkeypatch):
+    log, names = [], {}
+    opened, synced, renamed = os.open, os.fsync, os.rename
+
+    def spy_open(path, *arguments, **options):
+        descriptor = opened(path, *arguments, **options)
+        names[descriptor] = Path(path).name
+        return descriptor
+
+    monkeypatch.setattr(os, "open", spy_open)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced(descriptor), log.append(names[descriptor])))
+    monkeypatch.setattr(os, "rename", lambda a, b: (renamed(a, b), log.append("rename")))
+    commit_round(tmp_path, STATES[1], "plan")
+    assert sorted(log[:4]) == sorted(name for name in FILES if name != "manifest.json")
+    assert log[4] == "manifest.json"
+    assert log[5].startswith(".round-000001-")
+    assert log[6:] == ["rename", "rounds"]
+
+
+# Permissions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mask", "file_mode", "directory_mode"), [(0o027, 0o640, 0o750), (0o002, 0o664, 0o775)])
+def test_the_umask_is_honoured(tmp_path, mask, file_mode, directory_mode):
+    before = os.umask(mask)
+    try:
+        commit_round(tmp_path, STATES[1], "plan")
+        write_text(tmp_path / "config.toml", "a = 1\n")
+        append_line(tmp_path / "history.jsonl", "{}")
+    finally:
+        os.umask(before)
+
+    def mode(path):
+        return stat.S_IMODE(path.stat().st_mode)
+
+    directory = round_directory(tmp_path, 1)
+    files = [*directory.iterdir(), tmp_path / "config.toml", tmp_path / "history.jsonl"]
+    assert {mode(path) for path in files} == {file_mode}
+    assert {mode(directory), mode(directory.parent)} == {directory_mode}
+
+
+# Which rounds are kept ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many(tmp_path):
+    """A run of ten rounds; their content does not matter."""
+    for number in range(1, 11):
+        round_directory(tmp_path, number).mkdir(parents=True)
+        (round_directory(tmp_path, number) / "state.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "kept"),
+    [
+        (3, None, [8, 9, 10]),
+        (3, 4, [4, 8, 9, 10]),
+        (3, 9, [8, 9, 10]),
+        (1, 10, [10]),
+        (1, 1, [1, 10]),
+        (20, 2, list(range(1, 11))),
+        (3, 77, [8, 9, 10]),
+    ],
+)
+def test_the_newest_and_the_best_rounds_are_kept(many, keep, best, kept):
+    prune(many, keep, best)
+    assert committed_rounds(many) == kept
+    assert left_over(many) == []
+
+
+def test_a_round_that_cannot_be_deleted_is_in_nobodys_way(many, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(errno.EACCES, "no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        prune(many, 3, None)
+    assert committed_rounds(many) == [8, 9, 10]
+    assert len(left_over(many)) == 7
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refuse)
+        prune(many, 1, None)
+    assert committed_rounds(many) == [8, 9, 10]
+    sweep(many)
+    assert left_over(many) == []
+
+
+def test_sweep_takes_temporary_directories_only(run):
+    (run / "rounds" / ".round-000003-0badcafe").mkdir()
+    (run / "rounds" / ".round-000003-0badcafe" / "params.safetensors").write_text("x")
+    (run / "rounds" / "notes").mkdir()
+    sweep(run)
+    assert sorted(path.name for path in (run / "rounds").iterdir()) == ["notes", "round-000001", "round-000002"]
+    sweep(run / "nothing")
+
+
+def test_rounds_sort_by_their_numbers(tmp_path):
+    for number in (2, 10, 999_999, 1_000_000):
+        round_directory(tmp_path, number).mkdir(parents=True)
+    (tmp_path / "rounds" / "round-x").mkdir()
+    assert committed_rounds(tmp_path) == [2, 10, 999_999, 1_000_000]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "best", "found"),
+    [("last", 4, 10), ("best", 4, 4), ("best", None, 10), ("best", 77, 10), ("7", 4, 7), ("007", 4, 7)],
+)
+def test_a_round_is_found_by_name_or_number(many, wanted, best, found):
+    assert find_round(many, wanted, best) == found
+
+
+@pytest.mark.parametrize("wanted", ["11", "0", "-1", "first", "", "1.0"])
+def test_a_round_that_is_not_kept_is_exit_code_2(many, wanted):
+    with pytest.raises(RoundNotFound, match=f'keeps no round "{wanted}"') as caught:
+        find_round(many, wanted, 4)
+    assert caught.value.hint.startswith("Kept are best, last and 1, 2, 3")
+    assert caught.value.code == 2
+
+
+def test_without_rounds_none_is_found(tmp_path):
+    with pytest.raises(RoundNotFound, match="no committed round yet"):
+        find_round(tmp_path, "last", None)
+
+
+# Other files --------------------------------------------------------------------------------------------------------
+
+
+def test_write_text_replaces_the_whole_file_or_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "config.toml"
+    write_text(path, "old, and longer\n")
+    write_text(path, "é\n")
+    assert path.read_text(encoding="utf-8") == "é\n"
+    for fail_at in range(4):  # open, write, fsync, close of the temporary file
+        with monkeypatch.context() as patch:
+            Disk(patch, fail_at, errno.ENOSPC)
+            with pytest.raises(DiskFull, match=r"config\.toml could not be written"):
+                write_text(path, "new\n")
+        assert path.read_text(encoding="utf-8") == "é\n"
+        assert [p.name for p in tmp_path.iterdir()] == ["config.toml"]
+
+
+def test_append_line_appends(tmp_path, monkeypatch):
+    path = tmp_path / "history.jsonl"
+    append_line(path, '{"round": 1}')
+    append_line(path, '{"round": 2}')
+    assert path.read_text() == '{"round": 1}\n{"round": 2}\n'
+    for fail_at in range(4):
+        with monkeypatch.context() as patch:
+            Disk(patch, fail_at, errno.ENOSPC)
+            with pytest.raises(DiskFull, match=r"history\.jsonl could not be written"):
+                append_line(path, "{}")
+    assert path.read_text().startswith('{"round": 1}\n{"round": 2}\n')
+
+
+def test_parameters_can_be_taken_from_a_safetensors_file(tmp_path):
+    module = network(1)
+    layout = layout_of(network(2))
+    path = tmp_path / "start.safetensors"
+    safetensors.torch.save_file({name: t.clone() for name, t in module.state_dict().items()}, path)
+    assert params_sha256(load_tensor_file(path, layout)) == params_sha256(flatten(module, layout))
+    with pytest.raises(RunDamaged, match="differ in name"):
+        load_tensor_file(path, layout_of(nn.Linear(1, 1)))
+    path.write_bytes(b"garbage")
+    with pytest.raises(RunDamaged, match="cannot be used"):
+        load_tensor_file(path, layout)
+    with pytest.raises(RunDamaged, match="No such file"):
+        load_tensor_file(tmp_path / "nothing", layout)
+
+
+# No code from files -------------------------------------------------------------------------------------------------
+
+PACKAGE = Path(dtrain.__file__).parent
+SOURCES = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "cli" / "dtrain_cli").rglob("*.py")]
+EXECUTING = {"pickle", "_pickle", "dill", "joblib", "shelve", "marshal"}
+
+
+def called(node):
+    """The dotted name of what a call calls."""
+    parts, value = [], node.func
+    while isinstance(value, ast.Attribute):
+        parts.append(value.attr)
+        value = value.value
+    parts.append(getattr(value, "id", ""))
+    return ".".join(reversed(parts))
+
+
+def faults(text):
+    """What in a source text can run code from a file."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name.partition(".")[0] in EXECUTING)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            if node.module.partition(".")[0] in EXECUTING:
+                yield node.module
+            yield from (f"torch.{a.name}" for a in node.names if node.module == "torch" and a.name in ("load", "jit"))
+        elif isinstance(node, ast.Call):
+            name = called(node)
+            if name in ("torch.load", "torch.jit.load", "yaml.unsafe_load", "yaml.full_load", "eval", "exec"):
+                yield name
+            if any(keyword.arg == "allow_pickle" for keyword in node.keywords):
+                yield "allow_pickle"
+
+
+def test_nothing_in_the_package_can_run_code_from_a_file():
+    assert len(SOURCES) > 20
+    found = {str(path): list(faults(path.read_text(encoding="utf-8"))) for path in SOURCES}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_cloudpickle_is_where_the_users_code_travels_and_nowhere_else():
+    users = {path.name for path in SOURCES if "cloudpickle" in path.read_text(encoding="utf-8").split('"""', 2)[2]}
+    assert users <= {"usercode.py", "versions.py", "connect.py"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import pickle",
+        "import numpy, pickle as p",
+        "from pickle import loads",
+        "torch.load(path)",
+        "from torch import load",
+        "np.load(path, allow_pickle=True)",
+        "numpy.load(path, allow_pickle=flag)",
+    ],
+)
+def test_the_check_itself_can_fail(text):
+    assert list(faults(text))
+
+
+def test_no_other_files_are_read_than_the_manifest_names(run, monkeypatch):
+    read = []
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path.name), real(path))[1])
+    (round_directory(run, 2) / "extra.safetensors").write_bytes(b"x")
+    load_round(round_directory(run, 2))
+    assert sorted(read) == sorted(FILES)
