@@ -437,7 +437,7 @@ def _parse(suffix: str, text: str) -> Any:
 
 
 YAML_FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-PATH_KEYS = ("data.path", "data.val_path", "train.init", "run.dir")
+PATH_KEYS = ("data.path", "data.val_path", "train.init", "run.dir", "cluster.scheduler")
 
 
 def _with_setting(tables: dict[str, Any], setting: str) -> dict[str, Any]:
@@ -449,7 +449,7 @@ def _with_setting(tables: dict[str, Any], setting: str) -> dict[str, Any]:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    if key in PATH_KEYS and isinstance(value, str) and value and "://" not in value:
+    if key in PATH_KEYS and isinstance(value, str) and "://" not in value and value not in ("", "local", "serial"):
         value = str(Path(value).expanduser().absolute())
     return _replaced(tables, key.split("."), value, key)
 

@@ -27,6 +27,22 @@ class RunStarted:
     """Address of Dask's dashboard; empty without one."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepsTaken:
+    """A local task is on its way. Comes a few times a second at most; may come twice, late, or not at all."""
+
+    round: int
+    replica: int
+    step: int
+    """Local steps of the task that are done."""
+    steps: int
+    """Local steps of the task."""
+    samples: int
+    """Samples of the task that are done."""
+    seconds: float
+    """Since the task began."""
+
+
 @dataclass(frozen=True, slots=True)
 class RoundFinished:
     """A round is averaged and evaluated."""
@@ -90,6 +106,7 @@ class RunFinished:
 
 Event: TypeAlias = (
     RunStarted
+    | StepsTaken
     | RoundFinished
     | ReplicaRejected
     | RoundCommitted

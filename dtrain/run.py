@@ -24,7 +24,7 @@ from dtrain.algorithm.params import load_into
 from dtrain.algorithm.stop import higher_is_better
 from dtrain.checkpoint import committed_rounds, find_round, load_params, round_directory, write_text
 from dtrain.config import TrainConfig, differences, may_change, to_toml
-from dtrain.data.partition import DataPlan, SplitName
+from dtrain.data.partition import DataPlan, SplitName, plan_held_out
 from dtrain.data.samples import Samples
 from dtrain.data.source import describe
 from dtrain.errors import (
@@ -141,8 +141,8 @@ class Run:
         client = cluster if isinstance(cluster, Client) else None
         if client is None:
             job = replace(job, config=with_scheduler(job.config, str(cluster)))
-        plan = self.plan if samples is None else None
-        if plan is not None and job.samples.fingerprint != plan.source:
+        plan = self.plan if samples is None else plan_held_out(samples, self.plan) if split == "all" else None
+        if samples is None and plan is not None and job.samples.fingerprint != plan.source:
             raise DataChanged(
                 f"{job.samples.path} is not the store that the run was trained on: its metadata differ.",
                 "Name other data with --data.",

@@ -21,7 +21,7 @@ from dtrain.checkpoint import commit_round, load_tensor_file, newest_state, prun
 from dtrain.config import TrainConfig
 from dtrain.data.partition import DataPlan, train_partitions
 from dtrain.data.samples import Samples
-from dtrain.errors import ClusterLost, DataChanged, DiskFull, Diverged, OutOfMemory, Stopped
+from dtrain.errors import ClusterLost, DataChanged, DiskFull, Diverged, OutOfMemory, RunDamaged, Stopped
 from dtrain.events import (
     Event,
     ReplicaRejected,
@@ -35,8 +35,8 @@ from dtrain.events import (
 )
 from dtrain.job import Job, job_from_python, open_runner
 from dtrain.lock import locked
-from dtrain.report.history import row_of
-from dtrain.report.journal import cut_history, journal
+from dtrain.report.history import read_rows, row_of
+from dtrain.report.journal import HISTORY, cut_history, journal
 from dtrain.run import Run, next_run_directory, read_plan, run_directory, with_scheduler, write_run
 from dtrain.runtime.runner import Runner, SegmentLost
 from dtrain.types import Contribution, Cursor, RoundResult, RoundSummary, TrainState
@@ -105,7 +105,8 @@ def iterate_rounds(
         replays, before = 0, (*before, *(_metric(result, job) for result in done))
         state = done[-1].state or state
         seconds = sum(result.seconds for result in done)
-        every = commit_cadence(time.monotonic() - began - seconds, seconds / len(done), every)
+        if job.config.run.commit_every == "auto":
+            every = commit_cadence(time.monotonic() - began - seconds, seconds / len(done), every)
 
 
 def first_cadence(commit_every: int | str) -> int:
@@ -298,6 +299,7 @@ def train_job(
                 state = _initial_state(runner, job, plan)
             write_run(run, job, plan)
             tell(_started(run, state, job, plan, runner))
+            runner.on_progress = tell
             for result in iterate_rounds(runner, state, job, plan, both, before=before):
                 for contribution in result.contributions:
                     if not contribution.finite:
@@ -323,6 +325,11 @@ def _resume(run: Path, job: Job, tell: Reporter) -> tuple[DataPlan | None, Train
     for number, reason in damaged:
         tell(RoundDamaged(round=number, reason=reason))
     cut_history(run, state.round if state is not None else 0)
+    if state is not None and [row["round"] for row in read_rows(run / HISTORY)] != list(range(1, state.round + 1)):
+        raise RunDamaged(
+            f"{run / HISTORY} does not hold the {state.round} rounds that are committed.",
+            "Restore it from a copy, or start again under another --run NAME.",
+        )
     return known, state
 
 

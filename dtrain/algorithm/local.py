@@ -54,6 +54,7 @@ def run_local_steps(
     *,
     first_step: int,
     total_steps: int,
+    on_step: Callable[[int, int], None] = lambda steps, samples: None,
 ) -> LocalResult:
     """Take one inner-optimizer step for each element of `steps`; changes the module's parameters.
 
@@ -69,6 +70,8 @@ def run_local_steps(
         mean loss over the whole batch.
     first_step, total_steps : int
         The replica's steps before this task, and at the end of the run: what the schedule is a function of.
+    on_step : callable
+        Is told the steps and samples of this task that are done, after each step.
 
     Returns
     -------
@@ -92,6 +95,7 @@ def run_local_steps(
         optimizer.step()
         samples += batch_size
         step += 1
+        on_step(step - first_step, samples)
     return LocalResult(pack_inner_state(optimizer, params), loss_sum, samples, step - first_step)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,11 +19,14 @@ from dtrain.events import (
     RunFinished,
     RunStarted,
     SegmentReplayed,
+    StepsTaken,
 )
 from dtrain.types import RoundResult
 
 MAX_LINES = 50
 """Rounds of longer runs are printed every so often."""
+PLAIN_SECONDS = 20.0
+"""Without a live line, a long round says how far it is this often."""
 
 
 @contextmanager
@@ -48,6 +52,7 @@ def terminal_progress(*, color: bool = True, verbose: bool = False) -> Iterator[
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # results that go elsewhere go there
         disable=not live,
     ) as progress:
         yield _Terminal(console, progress, verbose)
@@ -62,11 +67,15 @@ class _Terminal:
         self._verbose = verbose
         self._task: TaskID | None = None
         self._rounds = 0
+        self._steps: dict[int, StepsTaken] = {}
+        self._said = time.monotonic()
 
     def __call__(self, event: Event) -> None:
         match event:
             case RunStarted():
                 self._start(event)
+            case StepsTaken():
+                self._step(event)
             case RoundFinished(result):
                 self._advance(result)
             case SegmentReplayed(round=number, reason=reason):
@@ -91,7 +100,21 @@ class _Terminal:
             self._say(f"dashboard {event.dashboard} · stop with Ctrl-C (committed rounds are kept)")
         self._task = self._progress.add_task("round", total=event.rounds, completed=event.round, note="")
 
+    def _step(self, event: StepsTaken) -> None:
+        """Show how far the replicas of a long round are: on the live line, else in a line now and then."""
+        self._steps = {k: e for k, e in self._steps.items() if e.round == event.round}
+        self._steps[event.replica] = event
+        shown = [self._steps[k] for k in sorted(self._steps)]
+        speed = sum(e.samples / e.seconds for e in shown)
+        text = f"round {event.round}: {_replicas(shown)}, {speed:,.0f} samples/s"
+        if self._task is not None:
+            self._progress.update(self._task, note=text)
+        now = time.monotonic()
+        if self._progress.disable and now - self._said >= PLAIN_SECONDS:
+            self._say(text)
+
     def _advance(self, result: RoundResult) -> None:
+        self._steps = {}
         if self._task is not None:
             self._progress.update(self._task, completed=result.round, note=_note(result))
         every = -(-self._rounds // MAX_LINES)
@@ -106,7 +129,16 @@ class _Terminal:
             self._task = None
 
     def _say(self, text: str) -> None:
+        self._said = time.monotonic()
         self._console.print(text, markup=False, soft_wrap=True)
+
+
+def _replicas(events: list[StepsTaken]) -> str:
+    """Return ``replica 0 7/10, replica 1 6/10`` for few, the slowest and the fastest for many."""
+    if len(events) <= 4:
+        return ", ".join(f"replica {e.replica} {e.step}/{e.steps}" for e in events)
+    done = sorted(e.step / e.steps for e in events)
+    return f"{len(events)} replicas at {done[0]:.0%} to {done[-1]:.0%}"
 
 
 def _note(result: RoundResult) -> str:

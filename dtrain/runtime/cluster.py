@@ -15,17 +15,19 @@ import asyncio
 import concurrent.futures
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from queue import SimpleQueue
 from typing import Any
 
-from distributed import Client, Future, KilledWorker, WorkerPlugin, wait
+from distributed import Client, Future, KilledWorker, WorkerPlugin, get_worker, wait
 from distributed.comm.core import CommClosedError
 
 from dtrain.algorithm.evaluate import Sums
 from dtrain.algorithm.params import InnerState, Parameters
 from dtrain.data.partition import SplitName
 from dtrain.errors import ClusterLost, DtrainError
+from dtrain.events import StepsTaken
 from dtrain.runtime import tasks
 from dtrain.runtime.connect import Connection
 from dtrain.runtime.resident import Resident, RunSpec, install, remove, resident_of
@@ -37,7 +39,7 @@ from dtrain.types import LocalTask, RoundPlan, TrainState
 RESOURCE = {"dtrain": 1}
 """Asked for by every task that runs the user's code, so that one runs at a time in a process."""
 PRIORITY_LOCAL, PRIORITY_EVALUATE, PRIORITY_REDUCE = 1, 0, 10
-POLL_SECONDS = 2.0
+POLL_SECONDS = 0.5
 NO_WORKERS_SECONDS = 120.0
 """How long a cluster may be without any worker before the run gives up."""
 GONE = (
@@ -86,6 +88,9 @@ class ClusterRunner:
         self._places: dict[int, str] = {}
         self._plugin = RunPlugin(spec)
         self._client.register_plugin(self._plugin)
+        self.on_progress: Callable[[StepsTaken], None] = lambda event: None
+        self._progress: SimpleQueue[dict[str, Any]] = SimpleQueue()
+        self._client.subscribe_topic(self._plugin.name, lambda event: self._progress.put(event[1]["steps"]))
 
     def initialise(self) -> Initial:
         """Build the model and try it on one batch."""
@@ -197,6 +202,7 @@ class ClusterRunner:
         """Take the run's residents away from the workers."""
         if self._connected():
             try:
+                self._client.unsubscribe_topic(self._plugin.name)
                 self._client.unregister_worker_plugin(self._plugin.name)
             except (*GONE, ValueError):
                 pass  # they are gone already
@@ -260,6 +266,9 @@ class ClusterRunner:
                 if self._live():
                     deadline = time.monotonic() + NO_WORKERS_SECONDS
                 self._check_alive(deadline)
+            finally:
+                while not self._progress.empty():
+                    self.on_progress(StepsTaken(**self._progress.get()))
 
     def _connected(self) -> bool:
         return self._client.status == "running" and self._client.scheduler is not None
@@ -310,7 +319,10 @@ def _initialise(run_id: str) -> Initial:
 
 
 def _train_local(run_id: str, task: LocalTask, params: Parameters, inner: InnerState) -> Update:
-    return tasks.train_local(resident_of(run_id), task, params, inner)
+    def progress(event: StepsTaken) -> None:
+        get_worker().log_event(f"dtrain-{run_id}", {"steps": asdict(event)})  # Dask adds a key
+
+    return tasks.train_local(resident_of(run_id), task, params, inner, progress)
 
 
 def _evaluate_piece(run_id: str, params: Parameters, split: SplitName, piece: int) -> Sums:

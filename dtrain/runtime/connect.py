@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,7 +130,7 @@ def _connected(config: ClusterConfig, base: Path) -> Iterator[Client]:
         _check_address(config, address)
     try:
         client = Client(**options, timeout=CONNECT_TIMEOUT)
-    except (OSError, TimeoutError, ValueError) as error:
+    except (OSError, TimeoutError, ValueError, TypeError, KeyError, AssertionError) as error:  # of a half-written file
         raise ClusterUnreachable(
             f"No Dask scheduler answers at {address} ({type(error).__name__} within {CONNECT_TIMEOUT:.0f} s).",
             "Start one with `dask scheduler` and `dask worker ADDRESS`, or use --scheduler local.",
@@ -142,12 +143,19 @@ def _check_address(config: ClusterConfig, address: str) -> None:
     scheme, host = urlsplit(address).scheme, urlsplit(address).hostname or ""
     if scheme != "tcp":
         raise InvalidConfig(f'cluster.scheduler = "{address}": this version connects with tcp:// only.')
-    if host not in ("localhost", "::1") and not host.startswith("127.") and not config.allow_plain:
+    if not _is_loopback(host) and not config.allow_plain:
         raise InvalidConfig(
             f'cluster.scheduler = "{address}" is neither encrypted nor on this machine: whoever reaches that port can '
             "run code as you.",
             "If the network is yours alone, set cluster.allow_plain = true.",
         )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, whatever it resolves to
+        return False
 
 
 def _checked(client: Client, *, owned: bool) -> Connection:

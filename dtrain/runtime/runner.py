@@ -6,10 +6,11 @@ The loop never looks inside; it may submit against handles whose values do not e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from dtrain.data.partition import SplitName
+from dtrain.events import StepsTaken
 from dtrain.runtime.tasks import Initial
 from dtrain.types import RoundPlan, TrainState
 
@@ -38,6 +39,8 @@ class Runner(Protocol):
 
     num_workers: int
     """Workers at the start; a serial runner counts as 2."""
+    on_progress: Callable[[StepsTaken], None]
+    """Is told how far local tasks are, while `collect` waits."""
     dashboard: str
     """Address of Dask's dashboard; empty without one."""
 

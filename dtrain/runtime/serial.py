@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from dtrain.algorithm.plan import cursor_after
 from dtrain.data.partition import SplitName
+from dtrain.events import StepsTaken
 from dtrain.runtime import tasks
 from dtrain.runtime.resident import Resident, RunSpec
 from dtrain.runtime.tasks import Initial
@@ -22,6 +23,7 @@ class SerialRunner:
 
     def __init__(self, spec: RunSpec) -> None:
         self._resident = Resident(spec)
+        self.on_progress: Callable[[StepsTaken], None] = lambda event: None
 
     def initialise(self) -> Initial:
         """Build the model and try it on one batch."""
@@ -34,7 +36,9 @@ class SerialRunner:
     def submit_round(self, state: TrainState[Any], plan: RoundPlan) -> tuple[TrainState[Any], Any]:
         """Run a round."""
         updates = [
-            tasks.train_local(self._resident, task, state.params[task.replica], state.inner[task.replica])
+            tasks.train_local(
+                self._resident, task, state.params[task.replica], state.inner[task.replica], self.on_progress
+            )
             for task in plan.tasks
         ]
         reduced = tasks.reduce_round(

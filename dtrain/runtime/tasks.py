@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -32,11 +33,15 @@ from dtrain.algorithm.plan import step_sizes
 from dtrain.config import AverageConfig
 from dtrain.data.partition import SplitName
 from dtrain.data.read import Batch, read_batches
-from dtrain.errors import FirstLossNotFinite, ShapesDiffer
+from dtrain.errors import DtrainError, FirstLossNotFinite, ShapesDiffer
+from dtrain.events import StepsTaken
 from dtrain.runtime.resident import Resident, isolated
 from dtrain.runtime.usercode import user_code
 from dtrain.types import Contribution, Cursor, LocalTask, RoundSummary
 
+Progress: TypeAlias = Callable[[StepsTaken], None]
+
+PROGRESS_SECONDS = 0.5
 EVAL_BATCH = 1024
 """Samples of an evaluation batch if training has no batch size."""
 
@@ -115,29 +120,25 @@ def _timed_step(resident: Resident, module: torch.nn.Module, batch: TensorBatch)
 
 
 def _first_loss(resident: Resident, module: torch.nn.Module, batch: TensorBatch) -> tuple[float, Any]:
+    """Return the loss of a batch and the model's outputs; errors of torch become sentences about shapes."""
     config = resident.spec.samples.config
-    with torch.no_grad():
+    with torch.no_grad(), user_code("The first batch"):
         module.train()
-        try:
+        said = ", ".join(f"{n} {_described(t)}" for n, t in zip(config.inputs, batch.inputs, strict=True))
+        with _shapes(f"The model does not accept the inputs {said}", "Change the model, or data.inputs."):
             outputs = module(*batch.inputs)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            said = ", ".join(f"{n} {_described(t)}" for n, t in zip(config.inputs, batch.inputs, strict=True))
-            raise ShapesDiffer(
-                f"The model does not accept the inputs {said}: {' '.join(str(error).split())}",
-                "Change the model, or data.inputs.",
-            ) from error
         targets = batch.targets if isinstance(batch.targets, tuple) else (batch.targets,)
         said = ", ".join(f"{n} {_described(t)}" for n, t in zip(config.targets, targets, strict=True))
-        try:
+        if "train.loss" in resident.functions:
             loss = resident.recipe.loss(outputs, batch.targets)
+        with _shapes(
+            f"The model's output {_described(outputs)} does not fit the targets {said}",
+            "Change the model, the loss, the metrics or data.targets.",
+        ):
+            if "train.loss" not in resident.functions:
+                loss = resident.recipe.loss(outputs, batch.targets)
             for metric in resident.metrics.values():
                 metric(outputs, batch.targets)
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-            raise ShapesDiffer(
-                f"The model's output {_described(outputs)} does not fit the targets {said}: "
-                f"{' '.join(str(error).split())}",
-                "Change the model, the loss, the metrics or data.targets.",
-            ) from error
     if not isinstance(loss, torch.Tensor) or loss.ndim:
         raise ShapesDiffer(
             f"The loss returned {_described(loss)}; it must be a scalar tensor, the mean over the batch."
@@ -150,10 +151,24 @@ def _first_loss(resident: Resident, module: torch.nn.Module, batch: TensorBatch)
     return loss.item(), outputs
 
 
-def train_local(resident: Resident, task: LocalTask, params: Parameters, inner: InnerState) -> Update:
+@contextmanager
+def _shapes(message: str, hint: str) -> Iterator[None]:
+    """Turn what torch raises of wrong shapes and dtypes into `ShapesDiffer`."""
+    try:
+        yield
+    except DtrainError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise ShapesDiffer(f"{message}: {' '.join(str(error).split())}", hint) from error
+
+
+def train_local(
+    resident: Resident, task: LocalTask, params: Parameters, inner: InnerState, progress: Progress = lambda event: None
+) -> Update:
     """Run the local steps of one replica in one round.
 
-    A replica whose parameters are not finite afterwards keeps the inner state it came with.
+    A replica whose parameters are not finite afterwards keeps the inner state it came with. `progress` is told how
+    far it is, every `PROGRESS_SECONDS`.
     """
     spec = resident.spec
     train = spec.config.train
@@ -180,6 +195,7 @@ def train_local(resident: Resident, task: LocalTask, params: Parameters, inner: 
             ((sum(step), _taken(batches, len(step))) for step in sizes),
             first_step=task.step,
             total_steps=task.total_steps,
+            on_step=_at_intervals(progress, task),
         )
         after = flatten(module, params.layout)
     finite = is_finite(after, params)
@@ -197,6 +213,27 @@ def train_local(resident: Resident, task: LocalTask, params: Parameters, inner: 
             seconds=time.monotonic() - started,
         ),
     )
+
+
+def _at_intervals(progress: Progress, task: LocalTask) -> Callable[[int, int], None]:
+    began = last = time.monotonic()
+
+    def on_step(step: int, samples: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= PROGRESS_SECONDS:
+            last = now
+            event = StepsTaken(
+                round=task.round,
+                replica=task.replica,
+                step=step,
+                steps=task.num_steps,
+                samples=samples,
+                seconds=now - began,
+            )
+            progress(event)
+
+    return on_step
 
 
 def parameters_of(update: Update) -> tuple[Parameters, Contribution]:

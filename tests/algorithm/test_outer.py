@@ -1,0 +1,98 @@
+"""The outer optimizer against closed forms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dtrain.algorithm.outer import outer_optimizer, outer_step, pseudo_gradient
+from dtrain.algorithm.params import empty_inner_state
+from dtrain.config import OuterConfig, TrainConfig
+from dtrain.errors import InvalidConfig, UserCodeFailed
+
+DILOCO = OuterConfig()
+
+
+def run(config, rounds, delta, theta0=1.0):
+    """Rounds whose replicas always end `delta` below where they began: a constant pseudo-gradient."""
+    theta, state, path = np.array([theta0], np.float32), empty_inner_state(), []
+    for _ in range(rounds):
+        theta, state = outer_step(theta, theta - np.float32(delta), state, config)
+        path.append(float(theta[0]))
+    return path
+
+
+def test_the_default_is_diloco():
+    assert (DILOCO.optimizer, DILOCO.args) == ("sgd", {"lr": 0.7, "momentum": 0.9, "nesterov": True})
+
+
+def test_diloco_follows_its_closed_form():
+    # v_t = g (1 - 0.9^t) / 0.1 ; Nesterov step g + 0.9 v_t ; theta_T = theta_0 - 0.7 sum_t (g + 0.9 v_t)
+    g, theta, expected = 0.01, 1.0, []
+    for t in range(1, 41):
+        theta -= 0.7 * (g + 0.9 * g * (1 - 0.9**t) / 0.1)
+        expected.append(theta)
+    np.testing.assert_allclose(run(DILOCO, 40, g), expected, atol=2e-5)
+    assert (1 - expected[0]) / g == pytest.approx(1.33)  # the first round moves 1.33 times the mean update
+    assert (expected[38] - expected[39]) / g == pytest.approx(6.9, abs=0.1)  # the fortieth 6.9 times
+
+
+def test_sgd_with_rate_one_is_the_mean_to_rounding():
+    config = OuterConfig(optimizer="sgd", args={"lr": 1.0})
+    rng = np.random.default_rng(0)
+    theta, mean = rng.normal(size=(2, 1000)).astype(np.float32)
+    stepped, _ = outer_step(theta, mean, empty_inner_state(), config)
+    np.testing.assert_allclose(stepped, mean, atol=1e-6)
+
+
+def test_adam_takes_a_step_of_its_rate_against_the_sign():
+    config = OuterConfig(optimizer="adam", args={"lr": 0.1})
+    assert run(config, 3, 0.5) == pytest.approx([0.9, 0.8, 0.7], abs=1e-5)
+    assert run(config, 1, -0.5) == pytest.approx([1.1], abs=1e-5)
+
+
+def test_the_difference_is_taken_in_float64():
+    theta, mean = np.array([1e8], np.float32), np.array([-1.0], np.float32)
+    assert pseudo_gradient(theta, mean).tolist() == [np.float32(1e8 + 1.0)]
+    assert pseudo_gradient(theta, theta).tolist() == [0.0]
+
+
+def test_slices_stepped_apart_are_the_whole_bit_for_bit():
+    rng = np.random.default_rng(1)
+    theta, mean = rng.normal(size=(2, 999)).astype(np.float32)
+    whole, state = outer_step(theta, mean, empty_inner_state(), DILOCO)
+    whole, _ = outer_step(whole, mean, state, DILOCO)
+    parts = []
+    for part in (slice(0, 400), slice(400, 999)):
+        piece, state = outer_step(theta[part], mean[part], empty_inner_state(), DILOCO)
+        parts.append(outer_step(piece, mean[part], state, DILOCO)[0])
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+def test_arguments_are_not_changed():
+    theta, mean = np.ones(5, np.float32), np.zeros(5, np.float32)
+    _, state = outer_step(theta, mean, empty_inner_state(), DILOCO)
+    before = state.data.copy()
+    for array in (theta, mean, state.data):
+        array.flags.writeable = False
+    outer_step(theta, mean, state, DILOCO)
+    np.testing.assert_array_equal(theta, 1)
+    np.testing.assert_array_equal(state.data, before)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "Muon", "sparseadam"])
+def test_optimizers_of_whole_tensors_are_refused(name):
+    with pytest.raises(InvalidConfig, match="whole tensors"):
+        outer_optimizer(OuterConfig(optimizer=name, args={}))
+
+
+def test_unknown_names_and_arguments():
+    with pytest.raises(InvalidConfig, match=r'average.outer.optimizer = "sdg".*did you mean "sgd"'):
+        outer_optimizer(OuterConfig(optimizer="sdg"))
+    with pytest.raises(UserCodeFailed, match=r"SGD does not accept average.outer.args"):
+        outer_optimizer(OuterConfig(args={"learning_rate": 1.0}))
+
+
+def test_the_table_alone_means_diloco():
+    assert TrainConfig(average={"outer": {}}).average.outer == DILOCO
+    assert TrainConfig().average.outer is None

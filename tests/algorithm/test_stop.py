@@ -1,0 +1,71 @@
+"""Stop rules as functions of the history."""
+
+from __future__ import annotations
+
+import pytest
+
+from dtrain.algorithm.stop import check_metric, stop_reason
+from dtrain.config import TrainConfig
+from dtrain.errors import InvalidConfig
+
+
+def config(**stop):
+    return TrainConfig(train={"metrics": ["accuracy"]}, stop=stop)
+
+
+def test_without_a_rule_nothing_stops():
+    assert stop_reason([1.0] * 1000, config()) is None
+    assert stop_reason([], config(target=1.0, patience=1)) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"), [([0.5], None), ([0.1], "target"), ([0.05], "target"), ([0.05, 0.2], None), ([None], None)]
+)
+def test_target_looks_at_the_last_value(values, reason):
+    assert stop_reason(values, config(target=0.1)) == reason
+
+
+def test_target_of_an_accuracy_is_reached_from_below():
+    stop = config(metric="val_accuracy", target=0.9)
+    assert stop_reason([0.95], stop) == "target"
+    assert stop_reason([0.85], stop) is None
+    assert stop_reason([0.85], config(metric="val_accuracy", target=0.9, mode="min")) == "target"
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ([3, 2, 1], None),
+        ([1, 2], None),
+        ([1, 2, 2], "patience"),
+        ([3, 2, 2.5, 1.9, 2], None),
+        ([3, 2, 2, 2], "patience"),
+        ([1, None, None], "patience"),
+        ([None, None], "patience"),
+    ],
+)
+def test_patience_counts_rounds_since_the_best(values, reason):
+    assert stop_reason(values, config(patience=2)) == reason
+
+
+def test_an_improvement_of_less_than_min_delta_is_none():
+    values = [1.0, 0.95, 0.91, 0.89]
+    assert stop_reason(values[:3], config(patience=2, min_delta=0.1)) == "patience"
+    assert stop_reason(values, config(patience=3, min_delta=0.1)) is None  # 0.89 is better by more than 0.1
+    assert stop_reason(values, config(patience=2)) is None
+
+
+def test_patience_of_an_accuracy():
+    assert stop_reason([0.5, 0.6, 0.6, 0.55], config(metric="val_accuracy", patience=2)) == "patience"
+    assert stop_reason([0.5, 0.6, 0.7], config(metric="val_accuracy", patience=1)) is None
+
+
+def test_a_metric_that_no_round_has_is_refused():
+    with pytest.raises(
+        InvalidConfig, match=r'stop.metric = "val_acuracy" is not computed; did you mean "val_accuracy"'
+    ):
+        check_metric(config(metric="val_acuracy", target=0.9), has_validation=True)
+    with pytest.raises(InvalidConfig, match="Computed are train_loss"):
+        check_metric(config(target=0.9), has_validation=False)
+    check_metric(config(metric="val_nothing"), has_validation=True)  # no rule is set
+    check_metric(config(metric="val_accuracy", patience=1), has_validation=True)

@@ -1,0 +1,255 @@
+"""dtrain init."""
+
+import json
+import tomllib
+
+import numpy as np
+import pytest
+import zarr
+
+from tests.cli.helpers import last, objects, tree
+
+FILES = {
+    "digits": ["digits.zarr", "dtrain.toml", "model.py"],
+    "tabular": ["dtrain.toml", "model.py", "tabular.zarr"],
+}
+
+
+def plan_and_train(cli, config, *more):
+    planned = cli("--json", "plan", config, "--scheduler", "serial", *more)
+    assert planned.code == 0, planned.err
+    trained = cli("-q", "--json", "train", config, "--scheduler", "serial", "--set", "train.rounds=2", *more)
+    assert trained.code == 0, trained.err
+    assert last(trained)["rounds"] == 2
+    return last(planned), objects(trained.out)
+
+
+@pytest.mark.parametrize("template", FILES)
+def test_a_template_is_written_and_trains(cli, tmp_path, template):
+    outcome = cli("--json", "init", "new/here", "--template", template)
+    assert outcome.code == 0
+    assert sorted(p.name for p in (tmp_path / "new/here").iterdir()) == FILES[template]
+    assert objects(outcome.out) == [
+        {"event": "init", "written": [f"new/here/{n}" for n in ("dtrain.toml", "model.py", f"{template}.zarr")]}
+    ]
+    assert outcome.err == "next: dtrain plan new/here/dtrain.toml, then dtrain train new/here/dtrain.toml\n"
+    planned, trained = plan_and_train(cli, "new/here/dtrain.toml")
+    assert all(planned["checksums"].values())
+    assert trained[1]["val_loss"] < trained[0]["val_loss"]
+
+
+def test_without_a_name_this_directory(cli, tmp_path):
+    outcome = cli("init", "--template", "digits")
+    assert outcome.code == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == FILES["digits"]
+    assert outcome.out == "wrote dtrain.toml\nwrote model.py\nwrote digits.zarr\n"
+
+
+@pytest.mark.parametrize("template", FILES)
+def test_data_of_a_template_has_checksums_and_all_its_chunks(cli, tmp_path, template):
+    with zarr.config.set({"array.write_empty_chunks": False}):  # as it is outside of the tests
+        assert cli("init", "--template", template).code == 0
+    group = zarr.open_group(tmp_path / f"{template}.zarr", mode="r")
+    for name, array in group.arrays():
+        assert array.metadata.zarr_format == 3
+        assert array.nchunks_initialized == array.nchunks > 10, name
+        assert [c.to_dict()["configuration"].get("checksum") for c in array.compressors] == [True], name
+
+
+def test_a_chunk_of_zeros_is_stored_too(tmp_path):
+    import xarray as xr
+
+    from dtrain_cli.datasets import write_store
+
+    data = xr.Dataset({"a": (("n", "k"), np.zeros((30, 2), "float32")), "b": (("n",), np.arange(30) // 20)})
+    with zarr.config.set({"array.write_empty_chunks": False}):
+        write_store(data, tmp_path / "zeros.zarr", rows=10)
+    group = zarr.open_group(tmp_path / "zeros.zarr", mode="r")
+    assert {name: array.nchunks_initialized for name, array in group.arrays()} == {"a": 3, "b": 3}
+
+
+@pytest.mark.parametrize("there", ["dtrain.toml", "model.py", "digits.zarr"])
+def test_nothing_is_overwritten(cli, tmp_path, there):
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "dir" / there).write_text("mine")
+    before = tree(tmp_path)
+    outcome = cli("--json", "init", "dir", "--template", "digits")
+    assert outcome.code == last(outcome)["code"] == 4
+    assert f"dir/{there}" in outcome.err
+    assert tree(tmp_path) == before
+    assert (tmp_path / "dir" / there).read_text() == "mine"
+
+
+def test_init_twice(cli, tmp_path):
+    assert cli("init", "--template", "digits").code == 0
+    before = tree(tmp_path)
+    assert cli("init", "--template", "digits").code == 4
+    assert cli("init", "--template", "tabular").code == 4
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--template", "digit"], 2, ["digit", "digits, tabular", 'did you mean "digits"?']),
+        (["--template", "images"], 2, ["images", "digits, tabular"]),
+        (["--template", "forecast"], 3, ["forecast"]),
+        (["--template", "image"], 3, ["image"]),
+        (["--template", "digits", "--data", "a.zarr"], 2, ["--data", "tabular"]),
+        (["--data", "nothing.zarr"], 5, ["nothing.zarr"]),
+        (["--data", "text"], 5, ["text"]),
+        (["text", "--template", "tabular"], 4, ["text"]),
+        (["text/below", "--template", "tabular"], 8, ["text/below"]),
+    ],
+)
+def test_what_init_refuses(cli, tmp_path, arguments, code, words):
+    (tmp_path / "text").write_text("no directory, no store")
+    before = tree(tmp_path)
+    outcome = cli("--json", "init", *arguments)
+    assert outcome.code == code
+    assert outcome.err.startswith("error: ")
+    assert outcome.err.count("\n") <= 4
+    for word in words:
+        assert word in last(outcome)["message"]
+    assert tree(tmp_path) == before
+
+
+def store(write_store, tmp_path, arrays, name="given.zarr"):
+    full = {}
+    for key, (dims, values) in arrays.items():
+        values = np.asarray(values)
+        full[key] = {"dims": dims, "values": values, "chunks": (min(10, len(values)), *values.shape[1:])}
+    return write_store(tmp_path / name, full)
+
+
+def test_integer_labels_become_classes(cli, write_store, tmp_path, numbered):
+    labels = np.arange(60) % 6 + 1  # the largest is 6: seven classes
+    store(write_store, tmp_path, {"x": (("n", "k"), numbered(60, (3,)) / 100), "label": (("n",), labels)})
+    outcome = cli("init", "job", "--data", "given.zarr")
+    assert outcome.code == 0, outcome.err
+    assert sorted(p.name for p in (tmp_path / "job").iterdir()) == ["dtrain.toml", "model.py"]
+    written = tomllib.loads((tmp_path / "job/dtrain.toml").read_text())
+    assert written["train"]["loss"] == "cross_entropy"
+    assert written["train"]["metrics"] == ["accuracy"]
+    assert written["model_args"] == {"features": 3, "outputs": [7]}
+    assert written["data"] == {"path": "../given.zarr", "inputs": ["x"], "targets": ["label"]}
+    plan_and_train(cli, "job/dtrain.toml")
+
+
+def test_a_float_target_becomes_a_regression(cli, write_store, tmp_path, numbered):
+    arrays = {
+        "temperature": (("n", "k"), numbered(60, (3,)) / 100),
+        "grid": (("n", "a", "b"), numbered(60, (2, 2), "float64") / 100),
+        "station": (("n",), numbered(60, dtype="int32")),
+        "y": (("n", "m"), numbered(60, (2,)) / 100),
+        "altitude": (("k",), np.zeros(3)),
+    }
+    store(write_store, tmp_path, arrays)
+    outcome = cli("init", "--data", tmp_path / "given.zarr", tmp_path / "elsewhere")
+    assert outcome.code == 0, outcome.err
+    written = tomllib.loads((tmp_path / "elsewhere/dtrain.toml").read_text())
+    assert written["train"]["loss"] == "mse"
+    assert written["train"]["metrics"] == ["mae"]
+    assert sorted(written["data"]["inputs"]) == ["grid", "station", "temperature"]
+    assert written["data"]["targets"] == ["y"]
+    assert written["model_args"] == {"features": 3 + 4 + 1, "outputs": [2]}
+    plan_and_train(cli, tmp_path / "elsewhere/dtrain.toml")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "loss", "outputs"),
+    [
+        ("bool", (), "cross_entropy", [2]),
+        ("uint8", (), "cross_entropy", [3]),
+        ("int16", (2,), "cross_entropy", [3, 2]),
+        ("float32", (), "mse", []),
+        ("float64", (2, 2), "mse", [2, 2]),
+    ],
+)
+def test_dtypes_and_shapes_of_targets(cli, write_store, tmp_path, numbered, dtype, shape, loss, outputs):
+    rng = np.random.default_rng(0)
+    target = rng.random((60, *shape)) if dtype.startswith("float") else rng.integers(0, 3, (60, *shape))
+    arrays = {"x": (("n", "k"), rng.random((60, 3))), "targets": (("n", "a", "b")[: 1 + len(shape)], target)}
+    arrays["targets"] = (arrays["targets"][0], target.astype(dtype))
+    store(write_store, tmp_path, arrays)
+    assert cli("init", "--data", "given.zarr").code == 0
+    written = tomllib.loads((tmp_path / "dtrain.toml").read_text())
+    assert (written["train"]["loss"], written["model_args"]["outputs"]) == (loss, outputs)
+    plan_and_train(cli, "dtrain.toml")
+
+
+def test_the_target_is_found_by_its_name_or_is_the_last(cli, write_store, tmp_path, numbered):
+    values = (("n", "k"), numbered(60, (2,)))
+    for number, (arrays, target) in enumerate([({"y": values, "z": values}, "y"), ({"a": values, "b": values}, "b")]):
+        store(write_store, tmp_path, arrays, f"{number}.zarr")
+        assert cli("init", f"job{number}", "--data", f"{number}.zarr").code == 0
+        written = tomllib.loads((tmp_path / f"job{number}/dtrain.toml").read_text())
+        assert written["data"]["targets"] == [target]
+
+
+def test_a_path_with_quotes_and_letters_of_all_kinds(cli, write_store, tmp_path, numbered):
+    name = 'my "best" dätä 🙂 \\ $x.zarr'
+    store(write_store, tmp_path, {"x": (("n", "k"), numbered(60, (3,)) / 100), "y": (("n",), numbered(60) / 60)}, name)
+    assert cli("init", "job", "--data", name).code == 0
+    plan_and_train(cli, "job/dtrain.toml")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "code", "words"),
+    [
+        ({"y": (("n",), np.zeros(20))}, 2, ["two variables", "y"]),
+        ({"x": (("a",), np.zeros(20)), "y": (("b",), np.zeros(20))}, 2, ["first dimension", "y"]),
+        ({"x": (("n",), np.zeros(20, "datetime64[s]")), "y": (("n",), np.zeros(20))}, 3, ["x", "datetime64"]),
+    ],
+)
+def test_stores_that_fill_no_config_file(cli, write_store, tmp_path, arrays, code, words):
+    store(write_store, tmp_path, arrays)
+    before = tree(tmp_path)
+    outcome = cli("--json", "init", "job", "--data", "given.zarr")
+    assert outcome.code == code, outcome.err
+    for word in words:
+        assert word in last(outcome)["message"]
+    assert tree(tmp_path) == before
+
+
+def test_a_store_without_samples(cli, write_store, tmp_path):
+    empty = {"x": {"dims": ("n", "k"), "values": np.zeros((0, 2)), "chunks": (5, 2)}}
+    empty["y"] = {"dims": ("n",), "values": np.zeros(0, "int64"), "chunks": (5,)}
+    write_store(tmp_path / "given.zarr", empty)
+    outcome = cli("--json", "init", "job", "--data", "given.zarr")
+    assert outcome.code == 3
+    assert "no samples" in last(outcome)["message"]
+    assert not (tmp_path / "job").exists()
+
+
+def test_negative_integers_are_no_classes(cli, write_store, tmp_path, numbered):
+    store(write_store, tmp_path, {"x": (("n", "k"), numbered(60, (3,)) / 100), "y": (("n",), np.arange(60) % 3 - 1)})
+    assert cli("init", "--data", "given.zarr").code == 0
+    assert tomllib.loads((tmp_path / "dtrain.toml").read_text())["train"]["loss"] == "mse"
+    plan_and_train(cli, "dtrain.toml")
+
+
+def test_labels_that_cannot_be_decoded(cli, write_store, tmp_path, numbered):
+    path = store(write_store, tmp_path, {"x": (("n", "k"), numbered(60, (3,))), "y": (("n",), np.arange(60) % 3)})
+    (path / "y" / "c" / "2").write_bytes(b"nonsense")
+    outcome = cli("--json", "init", "job", "--data", "given.zarr")
+    assert outcome.code == 5, outcome.err
+    assert "given.zarr: y[20:30]" in last(outcome)["message"]
+    assert not (tmp_path / "job").exists()
+
+
+def test_a_missing_chunk_of_labels_is_left_to_plan(cli, write_store, tmp_path, numbered):
+    path = store(write_store, tmp_path, {"x": (("n", "k"), numbered(60, (3,))), "y": (("n",), np.arange(60) % 3)})
+    (path / "y" / "c" / "2").unlink()
+    assert cli("init", "job", "--data", "given.zarr").code == 0
+    assert tomllib.loads((tmp_path / "job/dtrain.toml").read_text())["model_args"]["outputs"] == [3]
+    assert cli("plan", "job/dtrain.toml", "--scheduler", "serial").code == 5
+    plan_and_train(cli, "job/dtrain.toml", "--set", "data.missing=fill")
+
+
+def test_the_config_file_of_a_template_means_the_same_as_json(cli, tmp_path):
+    assert cli("init", "--template", "tabular").code == 0
+    tables = tomllib.loads((tmp_path / "dtrain.toml").read_text())
+    (tmp_path / "dtrain.json").write_text(json.dumps(tables))
+    shown = [last(cli("--json", "config", "show", f"dtrain.{suffix}")) for suffix in ("toml", "json")]
+    assert shown[0] == shown[1]

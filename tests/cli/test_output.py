@@ -1,0 +1,180 @@
+"""Results on stdout, narration on stderr; colours, quiet and debug."""
+
+import json
+import os
+import pty
+import subprocess
+import threading
+
+import pytest
+
+from tests.cli.helpers import SCRIPT, objects
+
+ESCAPE = "\x1b"
+
+
+def at_a_terminal(*arguments, stdout_too=True, **env):
+    """Run the console script with a terminal for stderr (and stdout); return exit code, stdout and stderr."""
+    ours, theirs = pty.openpty()
+    said = bytearray()
+
+    def listen():
+        while True:
+            try:
+                data = os.read(ours, 65536)
+            except OSError:  # nobody has the other end any more
+                return
+            if not data:
+                return
+            said.extend(data)
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    try:
+        done = subprocess.run(
+            [SCRIPT, *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=theirs if stdout_too else subprocess.PIPE,
+            stderr=theirs,
+            env={**os.environ, "TERM": "xterm-256color", **env},
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(theirs)
+        listener.join()
+        os.close(ours)
+    return done.returncode, (done.stdout or b"").decode(), said.decode()
+
+
+def commands(job):
+    return {
+        "init": ("init", "new", "--template", "tabular"),
+        "plan": ("plan", job.config),
+        "train": ("train", job.config, "--run", "another"),
+        "again": ("train", job.config),
+        "status": ("status", job.run),
+        "eval": ("eval", job.run),
+        "show": ("config", "show", job.config),
+        "schema": ("config", "schema"),
+    }
+
+
+NAMES = ("init", "plan", "train", "again", "status", "eval", "show", "schema")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_with_json_stdout_holds_an_object_a_line(cli, job, name):
+    outcome = cli("--json", *commands(job)[name])
+    assert outcome.code == 0, outcome.err
+    found = objects(outcome.out)
+    assert found
+    assert all(isinstance(one, dict) for one in found)
+    assert name == "schema" or all("event" in one for one in found)
+    assert "{" not in outcome.err
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quiet_silences_narration_but_not_results(cli, job, name):
+    outcome = cli("-q", *commands(job)[name])
+    assert outcome.code == 0
+    assert outcome.err == ""
+    assert outcome.out.endswith("\n")
+    assert outcome.out.strip()
+
+
+def test_quiet_and_json_together(cli, project):
+    outcome = cli("-q", "--json", "train", project().config, "--run", "another")
+    assert [one["event"] for one in objects(outcome.out)] == ["round", "round", "done"]
+    assert outcome.err == ""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_words_hold_no_escape_codes_where_there_is_no_terminal(cli, job, name):
+    outcome = cli(*commands(job)[name])
+    assert ESCAPE not in outcome.out + outcome.err
+
+
+def test_quiet_does_not_silence_errors(cli):
+    outcome = cli("-q", "status", "nowhere")
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: ")
+
+
+def test_verbose_tells_of_commits(cli, project):
+    job = project()
+    assert "RoundCommitted" not in cli("train", job.config).err
+    assert cli("-v", "train", job.config, "--run", "another").err.count("RoundCommitted") == 2
+
+
+def test_debug_prints_a_traceback(cli):
+    outcome = cli("--debug", "--json", "status", "nowhere")
+    assert outcome.code == 2
+    assert "Traceback" in outcome.err
+    assert "RunNotFound" in outcome.err
+    assert "error: nowhere: no such run" in outcome.err
+    assert [one["event"] for one in objects(outcome.out)] == ["error"]
+    assert "Traceback" not in cli("status", "nowhere").err
+
+
+def test_debug_shows_the_users_own_lines(cli, project):
+    job = project(model="def build():\n    return 1 / 0\n")
+    outcome = cli("train", job.config, "--debug")
+    assert outcome.code == 3
+    assert "return 1 / 0" in outcome.err
+
+
+@pytest.mark.parametrize("arguments", [["statsu"], ["--help"]])
+def test_at_a_terminal_there_are_colours(arguments):
+    assert ESCAPE in at_a_terminal(*arguments)[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env"),
+    [
+        (["--no-color", "statsu"], {}),
+        (["statsu"], {"NO_COLOR": "1"}),
+        (["--no-color", "--help"], {}),
+        (["--help"], {"NO_COLOR": "1"}),
+        (["train", "--help", "--no-color"], {}),
+    ],
+)
+def test_colours_can_be_turned_off(arguments, env):
+    _, _, said = at_a_terminal(*arguments, **env)
+    assert said
+    assert ESCAPE not in said
+
+
+def test_an_empty_no_color_does_not_count():
+    assert ESCAPE in at_a_terminal("statsu", NO_COLOR="")[2]
+
+
+def test_training_at_a_terminal_without_colours(project):
+    code, _, said = at_a_terminal("--no-color", "train", project().config)
+    assert code == 0
+    assert "done (rounds)" in said
+    assert ESCAPE not in said
+
+
+def test_results_go_to_stdout_while_stderr_is_a_terminal(project):
+    code, out, said = at_a_terminal("--json", "train", project().config, stdout_too=False)
+    assert code == 0, said
+    assert [one["event"] for one in objects(out)] == ["round", "round", "done"]
+    assert '"event"' not in said
+
+
+@pytest.mark.parametrize("arguments", ["config schema", "config show job/dtrain.toml"])
+def test_a_reader_that_leaves_is_no_error(project, arguments):
+    project()
+    command = f"set -o pipefail; '{SCRIPT}' {arguments} | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_an_error_of_many_lines_is_folded(capsys):
+    from dtrain_cli.output import Options, error
+
+    error(Options(json=True), 3, "one\ntwo\n  three", "four\nfive", "six")
+    out, err = capsys.readouterr()
+    assert err == "error: one two three\n  four five\n  six\n"
+    assert json.loads(out) == {"event": "error", "code": 3, "message": "one\ntwo\n  three", "hint": "four\nfive"}

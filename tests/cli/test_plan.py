@@ -1,0 +1,135 @@
+"""dtrain plan."""
+
+import pytest
+
+from tests.cli.helpers import last, objects, tree
+
+KEYS = {
+    "event",
+    "units",
+    "unit_rows",
+    "cells",
+    "cell_rows",
+    "window_units",
+    "partition_samples",
+    "val_samples",
+    "test_samples",
+    "decodes_per_unit",
+    "replicas",
+    "fingerprint",
+    "num_params",
+    "first_loss",
+    "steps",
+    "samples_a_round",
+    "rounds",
+    "workers",
+    "resident_bytes",
+    "reduced_bytes",
+    "commit_bytes",
+    "round_seconds",
+    "checksums",
+    "resolved",
+}
+
+
+def test_the_numbers_as_an_object(cli, project):
+    outcome = cli("--json", "plan", project().config)
+    assert outcome.code == 0, outcome.err
+    (found,) = objects(outcome.out)
+    assert set(found) >= KEYS
+    params = (3 * 5 + 5) + (5 * 4 + 4)
+    assert {key: found[key] for key in KEYS - {"fingerprint", "first_loss", "round_seconds", "resolved"}} == {
+        "event": "plan",
+        "units": 3,
+        "unit_rows": 20,
+        "cells": 60,
+        "cell_rows": 1,
+        "window_units": 64,
+        "partition_samples": [24, 24],
+        "val_samples": 6,
+        "test_samples": 6,
+        "decodes_per_unit": 2.0,
+        "replicas": 2,
+        "num_params": params,
+        "steps": [3, 3],
+        "samples_a_round": 48,
+        "rounds": 2,
+        "workers": 2,
+        "resident_bytes": 60 * (3 * 4 + 8),
+        "reduced_bytes": params * 4 * 2,
+        "commit_bytes": params * 4,
+        "checksums": {"x": False, "label": False},
+    }
+    assert found["first_loss"] == pytest.approx(1.4, abs=0.4)
+    assert found["round_seconds"] >= 0
+    assert all(set(value) == {"value", "why"} for value in found["resolved"].values())
+    assert found["resolved"]["average.replicas"]["value"] == 2
+    assert found["resolved"]["data.sample_dim"]["value"] == "sample"
+
+
+def test_the_numbers_in_words(cli, project):
+    job = project()
+    outcome = cli("plan", job.config)
+    assert outcome.code == 0
+    for words in [
+        "60 along sample",
+        "float32[sample, k] (60, 3), chunks 20x3",
+        "int64[sample] (60,), chunks 20",
+        "train 48, val 6, test 6 samples",
+        "2 of 24 samples, stratified",
+        "no checksums in x, label",
+        "44 parameters; x float32[8, 3] -> float32[8, 4]",
+        "cross_entropy of one real batch: 1.",
+        "3 local steps a replica, batch 8: 48 samples, 2 rounds",
+        "352 B averaged a round, 176 B a commit",
+        "auto average.replicas  2: the smaller of 2 workers and the units of the store",
+    ]:
+        assert words in outcome.out
+    assert outcome.err == f"nothing was written; next: dtrain train {job.config}\n"
+
+
+def test_nothing_is_written_and_nothing_trained(cli, project, tmp_path):
+    job = project()
+    before = tree(tmp_path)
+    first = last(cli("--json", "plan", job.config))
+    assert tree(tmp_path) == before
+    again = last(cli("--json", "plan", job.config))
+    assert first["first_loss"] == again["first_loss"]
+    assert not (job.dir / "runs").exists()
+
+
+def test_a_plan_leaves_a_run_alone(cli, project):
+    job = project()
+    assert cli("-q", "train", job.config).code == 0
+    before = tree(job.dir)
+    assert cli("-q", "plan", job.config, "--set", "train.rounds=9", "--set", "average.replicas=3").code == 0
+    assert tree(job.dir) == before
+
+
+def test_a_plan_is_what_training_then_does(cli, project):
+    job = project()
+    planned = last(cli("--json", "plan", job.config))
+    outcome = cli("--json", "train", job.config)
+    row = objects(outcome.out)[0]
+    assert row["samples"] == planned["samples_a_round"]
+    assert row["steps"] == sum(planned["steps"])
+    assert row["bytes_reduced"] == planned["reduced_bytes"]
+    assert planned["fingerprint"] in (job.run / "plan.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        (["average.replicas=3"], {"replicas": 3, "partition_samples": [16, 16, 16]}),
+        (["train.local_steps=5"], {"steps": [5, 5], "samples_a_round": 80}),
+        (["train.batch_size=full"], {"steps": [1, 1], "samples_a_round": 48}),
+        (["train.local_epochs=2"], {"steps": [6, 6], "samples_a_round": 96}),
+        (["data.split={ val = 0.0, test = 0.0 }"], {"val_samples": 0, "test_samples": 0, "samples_a_round": 60}),
+        (["data.shuffle=false"], {"resident_bytes": 20 * 20}),
+        (["train.rounds=1000"], {"rounds": 1000}),
+    ],
+)
+def test_settings_change_the_plan(cli, project, settings, found):
+    outcome = cli("--json", "plan", project().config, *[w for text in settings for w in ("--set", text)])
+    assert outcome.code == 0, outcome.err
+    assert {key: last(outcome)[key] for key in found} == found

@@ -1,0 +1,302 @@
+"""dtrain status and dtrain eval: what is known of a run afterwards, or while it trains."""
+
+import json
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.cli.helpers import blobs, history, kept, last, objects, tree
+
+LIVE = {"event", "run", "state", "round", "rounds", "committed", "best_round", "last", "holder"}
+
+
+@pytest.fixture
+def run(job):
+    return job.run
+
+
+def best(run):
+    return min(history(run), key=lambda row: row["val_loss"])["round"]
+
+
+# status --------------------------------------------------------------------------------------------------------
+
+
+def test_the_status_of_a_run_that_is_done(cli, run):
+    outcome = cli("--json", "status", run)
+    assert outcome.code == 0
+    assert outcome.err == ""
+    (found,) = objects(outcome.out)
+    assert found == {
+        "event": "status",
+        "run": "job/runs/job",
+        "state": "done",
+        "round": 4,
+        "rounds": 4,
+        "committed": [1, 2, 3, 4],
+        "best_round": best(run),
+        "last": history(run)[-1],
+        "holder": None,
+    }
+
+
+def test_the_status_in_words(cli, run):
+    outcome = cli("status", run)
+    lines = outcome.out.splitlines()
+    assert lines[0] == "run     job/runs/job: done"
+    assert lines[1] == "rounds  4 of 4, committed 1, 2, 3, 4"
+    row = history(run)[-1]
+    assert lines[2] == (
+        f"last    round 4: train_loss {row['train_loss']:.4f}, val_loss {row['val_loss']:.4f}, "
+        f"val_accuracy {row['val_accuracy']:.4f}"
+    )
+    assert lines[3].startswith(f"best    round {best(run)}: ")
+    assert outcome.err == ""
+
+
+def test_a_metric_of_zero_is_shown(cli, run):
+    rows = [{**row, "val_accuracy": 0.0} for row in history(run)]
+    (run / "history.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert "val_accuracy 0.0000" in cli("status", run).out
+
+
+def test_the_status_of_a_run_that_was_stopped(cli, project):
+    job = project()
+    assert cli("-q", "train", job.config, "--max-time", "0s").code == 75
+    found = last(cli("--json", "status", job.run))
+    assert (found["state"], found["round"], found["rounds"], found["committed"]) == ("stopped", 1, 2, [1])
+    assert "job/runs/job: stopped" in cli("status", job.run).out
+
+
+def test_a_run_that_met_its_target_is_done(cli, project):
+    job = project({"train": {"rounds": 9}, "stop": {"target": 100.0}})
+    outcome = cli("-q", "--json", "train", job.config)
+    assert outcome.code == 0, outcome.err
+    assert (last(outcome)["reason"], last(outcome)["rounds"]) == ("target", 1)
+    found = last(cli("--json", "status", job.run))
+    assert (found["state"], found["round"], found["rounds"]) == ("done", 1, 9)
+    assert objects(cli("-q", "--json", "train", job.config).out) == [last(outcome)]
+
+
+def test_a_run_whose_last_round_is_not_committed_is_not_done(cli, job):
+    shutil.rmtree(job.run / "rounds/round-000004")
+    found = last(cli("--json", "status", job.run))
+    assert (found["state"], found["round"], found["committed"]) == ("stopped", 4, [1, 2, 3])
+
+
+def test_the_status_of_a_run_that_trains(cli, project):
+    from dtrain.lock import locked
+
+    job = project()
+    assert cli("-q", "train", job.config, "--max-time", "0s").code == 75
+    with locked(job.run):
+        before = tree(job.run)
+        found = last(cli("--json", "status", job.run))
+        assert set(found) == LIVE
+        assert found["state"] == "running"
+        assert found["holder"]["pid"] == os.getpid()
+        assert f"job/runs/job: running (process {os.getpid()} on " in cli("status", job.run).out
+        assert tree(job.run) == before
+
+
+def test_the_status_of_a_run_without_a_round(cli, project):
+    job = project(model="import torch\n\ndef build():\n    return torch.nn.Linear(3, 4)\n")
+    assert cli("-q", "train", job.config).code == 0
+    shutil.rmtree(job.run / "rounds")
+    (job.run / "history.jsonl").unlink()
+    found = last(cli("--json", "status", job.run))
+    assert (found["state"], found["round"], found["committed"], found["last"]) == ("stopped", 0, [], None)
+    assert "0 of 2, committed none" in cli("status", job.run).out
+
+
+def test_a_half_written_line_of_history_is_no_obstacle(cli, run):
+    path = run / "history.jsonl"
+    path.write_text(path.read_text()[:-30])
+    found = last(cli("--json", "status", run))
+    assert (found["round"], found["committed"]) == (3, [1, 2, 3, 4])
+
+
+def test_without_a_name_the_newest_run(cli, project):
+    for name in ("new", "old"):
+        assert cli("-q", "train", project(name=name).config).code == 0
+    for path in (p for p in Path("old/runs/old").rglob("*") if p.is_file()):
+        os.utime(path, (1, 1))
+    assert last(cli("--json", "status"))["run"] == "new/runs/new"
+    assert last(cli("--json", "status", "old"))["run"] == "old/runs/old"
+
+
+def test_watching_a_run_that_is_done_ends_at_once(cli, run):
+    outcome = cli("--json", "status", run, "--watch")
+    assert outcome.code == 0
+    assert [row["state"] for row in objects(outcome.out)] == ["done"]
+
+
+def test_watching_a_run_until_it_ends(cli, run):
+    from dtrain.lock import locked
+
+    ready = threading.Event()
+
+    def train():
+        with locked(run):
+            ready.set()
+            time.sleep(1.5)
+
+    driver = threading.Thread(target=train)
+    driver.start()
+    ready.wait()
+    outcome = cli("--json", "status", run, "--watch")
+    driver.join()
+    states = [row["state"] for row in objects(outcome.out)]
+    assert states == ["running", "done"]
+
+
+# eval ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", ["1", "3", "last", "best"])
+def test_the_values_of_validation_are_those_of_the_history(cli, run, number):
+    outcome = cli("--json", "eval", run, "--split", "val", "--round", number)
+    assert outcome.code == 0, outcome.err
+    (found,) = objects(outcome.out)
+    wanted = {"last": 4, "best": best(run)}.get(number) or int(number)
+    row = history(run)[wanted - 1]
+    assert found == {
+        "event": "eval",
+        "run": "job/runs/job",
+        "round": wanted,
+        "split": "val",
+        "samples": 6,
+        "loss": row["val_loss"],
+        "accuracy": row["val_accuracy"],
+    }
+
+
+def test_the_default_is_the_best_round_on_the_test_split(cli, run):
+    found = last(cli("--json", "eval", run))
+    assert (found["round"], found["split"], found["samples"]) == (best(run), "test", 6)
+    assert found == last(cli("--json", "eval", run, "--round", "best", "--split", "test"))
+
+
+def test_the_whole_store(cli, run):
+    found = last(cli("--json", "eval", run, "--split", "all"))
+    assert found["samples"] == 60
+    assert found["loss"] > 0
+
+
+def test_the_values_in_words(cli, run):
+    found = last(cli("--json", "eval", run))
+    outcome = cli("eval", "job")
+    assert outcome.out.splitlines() == [
+        f"run       job/runs/job round {found['round']}",
+        "split     test, 6 samples",
+        f"loss      {found['loss']:.6g}",
+        f"accuracy  {found['accuracy']:.6g}",
+    ]
+
+
+def test_other_data(cli, run, write_store, tmp_path):
+    whole = last(cli("--json", "eval", run, "--split", "all"))
+    shutil.copytree("job/train.zarr", "copy.zarr")
+    outcome = cli("--json", "eval", run, "--data", "copy.zarr")
+    assert outcome.code == 0, outcome.err
+    assert last(outcome)["split"] == "all"
+    assert last(outcome)["samples"] == 60
+    assert last(outcome)["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    assert last(cli("--json", "eval", run, "--data", "copy.zarr", "--split", "test"))["samples"] == 6
+
+    write_store(tmp_path / "few.zarr", blobs(10, chunk=3))
+    outcome = cli("--json", "eval", run, "--data", "few.zarr")
+    assert outcome.code == 0, outcome.err
+    assert last(outcome)["samples"] == 10
+
+
+def test_a_single_sample_of_other_data(cli, run, write_store, tmp_path):
+    write_store(tmp_path / "one.zarr", blobs(1, chunk=1))
+    outcome = cli("--json", "eval", run, "--data", "one.zarr")
+    assert outcome.code == 0, outcome.err
+    assert last(outcome)["samples"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ("path", 5, ["nothing.zarr"]),
+        ("variable", 3, ['"label"']),
+        ("shape", 3, ["8x4 and 3x5"]),
+        ("nan", 5, ["x[3, 0]"]),
+    ],
+)
+def test_other_data_that_do_not_fit(cli, run, write_store, tmp_path, change, code, words):
+    arrays = blobs(20)
+    if change == "variable":
+        arrays["lable"] = arrays.pop("label")
+    elif change == "shape":
+        arrays["x"] = {**arrays["x"], "values": np.zeros((20, 4), "float32"), "chunks": (20, 4)}
+    elif change == "nan":
+        arrays["x"]["values"][3, 0] = np.nan
+    if change != "path":
+        write_store(tmp_path / "other.zarr", arrays)
+    outcome = cli("--json", "eval", run, "--data", "nothing.zarr" if change == "path" else "other.zarr")
+    assert outcome.code == code, outcome.err
+    for word in words:
+        assert word in last(outcome)["message"]
+
+
+def test_evaluation_writes_nothing(cli, run):
+    before = tree(run)
+    assert cli("-q", "eval", run).code == 0
+    assert tree(run) == before
+
+
+def test_values_that_are_not_finite_are_null(cli, project):
+    far = {**blobs()["x"], "values": blobs()["x"]["values"] * 1e6}
+    linear = "import torch\n\ndef build():\n    return torch.nn.Linear(3, 4)\n"
+    tables = {"train": {"metrics": ["perplexity"], "optimizer_args": {"lr": 1e-12}}}
+    job = project(tables, model=linear, arrays={"x": far})
+    assert cli("-q", "train", job.config).code == 0
+    assert history(job.run)[-1]["val_perplexity"] is None
+    outcome = cli("--json", "eval", job.run, "--split", "val", "--round", "last")
+    assert outcome.code == 0, outcome.err
+    assert '"perplexity": null' in outcome.out
+    assert "perplexity  inf" in cli("eval", job.run, "--split", "val", "--round", "last").out
+
+
+def test_data_that_have_changed_since_training(cli, run, write_store):
+    shutil.rmtree("job/train.zarr")
+    write_store(run.parents[1].absolute() / "train.zarr", blobs(40))
+    outcome = cli("--json", "eval", run)
+    assert outcome.code == 5
+    assert "train.zarr" in last(outcome)["message"]
+    assert "--data" in last(outcome)["hint"]
+
+
+def test_a_round_that_is_damaged(cli, run):
+    (run / "rounds/round-000004/params.safetensors").write_bytes(b"torn")
+    outcome = cli("--json", "eval", run, "--round", "4")
+    assert outcome.code == 5
+    assert "round-000004/params.safetensors" in last(outcome)["message"]
+    assert cli("-q", "eval", run, "--round", "3").code == 0
+
+
+def test_a_best_round_that_is_not_kept_gives_way_to_the_last(cli, run):
+    shutil.rmtree(run / f"rounds/round-{best(run):06d}")
+    assert last(cli("--json", "eval", run))["round"] == kept(run)[-1]
+
+
+@pytest.mark.slow
+def test_evaluation_on_a_local_cluster_gives_the_same_values(cli, run):
+    arguments = ("--json", "eval", run, "--split", "val")
+    outcome = cli(*arguments, "--scheduler", "local")
+    assert outcome.code == 0, outcome.err
+    assert last(outcome) == last(cli(*arguments))
+
+
+def test_a_run_is_found_from_its_projects_directory(cli, run, monkeypatch):
+    monkeypatch.chdir("job")
+    assert last(cli("--json", "eval", "job"))["run"] == "runs/job"
+    assert last(cli("--json", "status"))["run"] == "runs/job"

@@ -1,0 +1,233 @@
+"""Rounds ahead, segments and commits change when things happen, never what."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import Client, SchedulerPlugin
+
+import dtrain
+from dtrain import trainer
+from dtrain.data.samples import Samples
+from dtrain.events import Event, RoundCommitted, RoundFinished
+from dtrain.trainer import commit_cadence, next_commit
+from tests.runtime import models
+
+OUTER = {"optimizer": "sgd", "args": {"lr": 0.7, "momentum": 0.9, "nesterov": True}}
+
+
+def start(samples: Samples, tmp_path: Path, cluster: Any, **more: Any) -> dtrain.Run:
+    report = more.pop("report", None)
+    tables = {
+        "train": {"loss": "cross_entropy", "rounds": 12, "local_steps": 2, "batch_size": 16, **more.pop("train", {})},
+        "average": {"replicas": 3, "outer": OUTER},
+        **more,
+    }
+    config = dtrain.TrainConfig(**tables)
+    return dtrain.train(
+        models.small, samples, config=config, cluster=cluster, run_dir=tmp_path, progress=False, report=report
+    )
+
+
+def rows(run: dtrain.Run) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in ("seconds", "retried")} for row in run.rows]
+
+
+@pytest.fixture(scope="module")
+def calm(samples: Samples, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return rows(start(samples, tmp_path_factory.mktemp("calm"), "serial"))
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+@pytest.mark.parametrize("every", [1, 3, 10])
+def test_look_ahead_and_commits_change_no_bit(
+    samples: Samples,
+    tmp_path: Path,
+    client: Client,
+    calm: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    ahead: int,
+    every: int,
+) -> None:
+    monkeypatch.setattr(trainer, "LOOK_AHEAD", ahead)
+    committed: list[int] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, RoundCommitted):
+            committed.append(event.round)
+
+    run = start(samples, tmp_path, client, run={"commit_every": every}, report=note)
+    assert rows(run) == calm
+    assert committed == sorted({*range(every, 13, every), 12})
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+@pytest.mark.parametrize("every", [1, 10])
+def test_a_stop_rule_gives_the_same_last_round(
+    samples: Samples,
+    tmp_path: Path,
+    client: Client,
+    calm: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    ahead: int,
+    every: int,
+) -> None:
+    monkeypatch.setattr(trainer, "LOOK_AHEAD", ahead)
+    losses = [row["val_loss"] for row in calm]
+    target = sorted(losses)[len(losses) // 2]
+    last = next(i for i, loss in enumerate(losses, start=1) if loss <= target)
+    assert 1 < last < 12
+    run = start(samples, tmp_path, client, run={"commit_every": every}, stop={"target": target})
+    assert rows(run) == calm[:last]
+    assert run.model is not None
+    assert sorted(path.name for path in (run.directory / "rounds").iterdir())[-1] == f"round-{last:06d}"
+
+
+def test_a_run_that_has_stopped_stays_stopped(
+    samples: Samples, tmp_path: Path, calm: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = {"target": calm[4]["val_loss"]}
+    config = {
+        "train": {"loss": "cross_entropy", "rounds": 12, "local_steps": 2, "batch_size": 16},
+        "average": {"replicas": 3, "outer": OUTER},
+    }
+    events: list[Event] = []
+
+    def again(**stopping: Any) -> dtrain.Run:
+        given = dtrain.TrainConfig(**config, **stopping)
+        return dtrain.train(
+            models.small,
+            samples,
+            config=given,
+            cluster="serial",
+            run="r",
+            run_dir=tmp_path,
+            progress=False,
+            report=events.append,
+        )
+
+    first = rows(again(stop=stop))
+    assert first == calm[: len(first)]
+    assert len(first) < 12
+    assert events[-1].reason == "target"
+    events.clear()
+    assert rows(again(stop=stop)) == first
+    assert [type(event).__name__ for event in events] == ["RunFinished"]
+    assert events[-1].reason == "target"
+    assert rows(again()) == calm  # without the rule it goes on, and ends as if it had never stopped
+
+
+def test_resume_with_an_outer_optimizer(samples: Samples, tmp_path: Path, calm: list[dict[str, Any]]) -> None:
+    def until(rounds: int) -> dtrain.Run:
+        return dtrain.train(
+            models.small,
+            samples,
+            train={"loss": "cross_entropy", "rounds": rounds, "local_steps": 2, "batch_size": 16},
+            average={"replicas": 3, "outer": OUTER},
+            cluster="serial",
+            run="r",
+            run_dir=tmp_path,
+            progress=False,
+        )
+
+    until(5)
+    assert rows(until(12)) == calm
+
+
+def test_the_next_round_is_submitted_before_the_last_one_is_evaluated(
+    samples: Samples, tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dtrain.runtime.cluster import ClusterRunner
+
+    seen: list[tuple[str, int]] = []
+    submit, collect = ClusterRunner.submit_round, ClusterRunner.collect
+
+    def watched_submit(self: ClusterRunner, state: Any, plan: Any) -> Any:
+        seen.append(("submit", plan.round))
+        return submit(self, state, plan)
+
+    def watched_collect(self: ClusterRunner, handles: Any) -> Any:
+        if len(handles) == 2:
+            seen.append(("collect", sum(kind == "collect" for kind, _ in seen) + 1))
+        return collect(self, handles)
+
+    monkeypatch.setattr(ClusterRunner, "submit_round", watched_submit)
+    monkeypatch.setattr(ClusterRunner, "collect", watched_collect)
+    start(samples, tmp_path, client, run={"commit_every": 12})
+    order = {step: i for i, step in enumerate(seen)}
+    for number in range(1, 12):
+        assert order["submit", number + 1] < order["collect", number]
+
+
+def test_scheduler_tasks_are_bounded_and_no_old_task_runs_again(
+    samples: Samples, tmp_path: Path, own_client: Client
+) -> None:
+    """300 rounds; near the end the holder of the parameters is killed, and only its own segment is repeated."""
+    counts: list[int] = []
+    client, scheduler = own_client, own_client.cluster.scheduler
+    started: list[int] = []
+    before: list[int] = []
+
+    class Recorder(SchedulerPlugin):
+        def transition(self, key: Any, start: str, finish: str, *arguments: Any, **options: Any) -> None:
+            if finish == "processing" and (found := re.match(r"dtrain-local-r(\d+)", str(key))):
+                started.append(int(found[1]))
+
+    scheduler.add_plugin(Recorder())
+
+    def watch(event: Event) -> None:
+        if isinstance(event, RoundFinished):
+            counts.append(len(scheduler.tasks))
+            if event.result.round == 295:
+                before.append(len(started))
+                kill_holder(client)
+
+    table = {"rounds": 300, "optimizer_args": {"lr": 0.001}}
+    run = start(samples, tmp_path, client, train=table, run={"commit_every": 10}, report=watch)
+    tasks_a_round = 3 * 3 + 3 + 1 + 3  # local, parameters, inner; reduce, mixed, summary; outer; evaluation
+    assert max(counts) <= 12 * tasks_a_round + 30
+    assert set(started) == set(range(1, 301))
+    assert len(started) <= 900 + 30  # one segment at most is repeated
+    assert min(started[before[0] :]) > 290
+    assert rows(run) == rows(start(samples, tmp_path / "calm", "serial", train=table))
+
+
+def kill_holder(client: Client) -> None:
+    import os
+    import signal
+
+    pids = client.run(os.getpid)
+    holders = {
+        address
+        for key, addresses in client.who_has().items()
+        if str(key).startswith(("dtrain-mixed", "dtrain-reduce"))
+        for address in addresses
+    }
+    assert holders
+    for address in list(holders)[:1]:
+        os.kill(pids[address], signal.SIGKILL)
+
+
+def test_commits_take_two_percent() -> None:
+    assert commit_cadence(0.02, 1.0, 1) == 1
+    assert commit_cadence(0.2, 1.0, 10) == 10
+    assert commit_cadence(0.2, 1.0, 1) == 4  # grows step by step
+    assert commit_cadence(50.0, 0.01, 1000) == trainer.MAX_COMMIT_EVERY
+    assert [next_commit(7, 3, 3), next_commit(6, 3, 3), next_commit(7, 3, "auto")] == [9, 9, 10]
+
+
+def test_auto_commits_less_often_when_rounds_are_short(samples: Samples, tmp_path: Path) -> None:
+    committed: Counter[int] = Counter()
+
+    def note(event: Event) -> None:
+        if isinstance(event, RoundCommitted):
+            committed[event.round] += 1
+
+    start(samples, tmp_path, "serial", train={"rounds": 40, "local_steps": 1}, report=note)
+    assert committed[1] == 1
+    assert committed[40] == 1
+    assert len(committed) < 30
