@@ -17,8 +17,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(VENV)/.installed
-	@test -f demo/dtrain.toml || $(BIN)/dtrain init demo --template digits
+	@test -f demo/dtrain.toml || $(BIN)/dtrain init demo
 	$(BIN)/dtrain train demo/dtrain.toml
+	$(BIN)/python demo/generate.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

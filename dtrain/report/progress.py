@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -68,6 +69,7 @@ class _Terminal:
         self._task: TaskID | None = None
         self._rounds = 0
         self._steps: dict[int, StepsTaken] = {}
+        self._recent: deque[RoundResult] = deque(maxlen=6)
         self._said = time.monotonic()
 
     def __call__(self, event: Event) -> None:
@@ -113,15 +115,21 @@ class _Terminal:
         if self._progress.disable and now - self._said >= PLAIN_SECONDS:
             self._say(text)
 
+    def _speed(self) -> float:
+        """Return samples a second over the last rounds; single ones come in bursts when rounds are submitted ahead."""
+        seconds = sum(result.seconds for result in self._recent)
+        return sum(result.samples for result in self._recent) / max(seconds, 1e-9)
+
     def _advance(self, result: RoundResult) -> None:
         self._steps = {}
+        self._recent.append(result)
         if self._task is not None:
             self._progress.update(self._task, completed=result.round, note=_note(result))
         every = -(-self._rounds // MAX_LINES)
         if result.round % max(1, every) == 0 or result.round in (1, self._rounds):
             losses = f"round {result.round:>{len(str(self._rounds))}}  train_loss {result.train_loss:.4f}"
             found = "".join(f"  {name} {value:.4f}" for name, value in result.metrics.items())
-            self._say(f"{losses}{found}  {_speed(result)}  {result.seconds:.2f} s")
+            self._say(f"{losses}{found}  {self._speed():,.0f} samples/s")
 
     def _finish(self) -> None:
         if self._task is not None:
@@ -144,10 +152,6 @@ def _replicas(events: list[StepsTaken]) -> str:
 def _note(result: RoundResult) -> str:
     val = result.metrics.get("val_loss")
     return f"train {result.train_loss:.4f}" + (f" val {val:.4f}" if val is not None else "")
-
-
-def _speed(result: RoundResult) -> str:
-    return f"{result.samples / result.seconds:,.0f} samples/s" if result.seconds > 0 else ""
 
 
 def _short(text: str) -> str:
