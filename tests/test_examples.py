@@ -47,6 +47,16 @@ def test_the_original_example_runs_as_a_script_on_a_local_cluster() -> None:
     assert re.search(r"test loss 0\.0\d+, accuracy 0\.\d+", done.stdout)
 
 
+def test_the_language_model_learns_and_writes(tmp_path: Path) -> None:
+    example = load("language_model")
+    run = example.main(tmp_path, cluster="serial", rounds=4, num_bytes=200_000)
+    bits = run.history.val_bits_per_byte.values
+    assert bits[-1] < bits[0] < 8.0
+    text = example.generate(run.model, "def ", length=10)
+    assert text.startswith("def ")
+    assert len(text.encode()) >= 14
+
+
 def test_by_hand_runs_as_a_script() -> None:
     (path,) = [path for path in EXAMPLES if path.stem == "local_sgd_by_hand"]
     done = subprocess.run([sys.executable, "-W", "error", str(path)], capture_output=True, text=True, check=True)
