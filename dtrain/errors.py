@@ -115,7 +115,7 @@ class UserCodeFailed(DtrainError, RuntimeError):
     code = 3
 
 
-class ChunkTooLarge(DtrainError, MemoryError):
+class ChunkTooLarge(DtrainError, ValueError):
     """One stored chunk does not fit the memory of a worker."""
 
     code = 3
@@ -226,7 +226,7 @@ class Diverged(DtrainError, ArithmeticError):
 # 8: memory or disk --------------------------------------------------------------------------------------
 
 
-class OutOfMemory(DtrainError, MemoryError):
+class OutOfMemory(DtrainError, RuntimeError):
     """A worker cannot hold what its task needs."""
 
     code = 8

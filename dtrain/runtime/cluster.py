@@ -4,7 +4,7 @@ r"""ClusterRunner: a round as a handful of Dask tasks.
                      `-----> inner_of         \
     replica 1    local ----> parameters_of ----> reduce --> mixed_of ---> next round, evaluation
                      `-----> inner_of                |----> outer_of ---> next round
-                                                     `----> summary_of -> driver
+                                                     `----> summarise -> driver
 
 Parameters go from worker to worker. The driver sees futures and scalars, and a whole state only when it commits.
 """
@@ -41,6 +41,8 @@ RESOURCE = {"dtrain": 1}
 PRIORITY_LOCAL, PRIORITY_EVALUATE, PRIORITY_REDUCE = 1, 2, 10
 """A worker evaluates a round before it trains the next one: later would not be faster, and results come evenly."""
 POLL_SECONDS = 0.5
+ASK_SECONDS = 1.0
+"""How long the list of workers is taken for true; tasks pinned to one that is gone run elsewhere."""
 NO_WORKERS_SECONDS = 120.0
 """How long a cluster may be without any worker before the run gives up."""
 GONE = (
@@ -87,6 +89,8 @@ class ClusterRunner:
         self._resident = Resident(spec)  # on the driver for its arithmetic only
         self._attempt = 0
         self._places: dict[int, str] = {}
+        self._known: list[str] = []
+        self._asked = 0.0
         self._plugin = RunPlugin(spec)
         self._client.register_plugin(self._plugin)
         self.on_progress: Callable[[StepsTaken], None] = lambda event: None
@@ -102,6 +106,7 @@ class ClusterRunner:
     def place(self, state: TrainState[Any]) -> TrainState[Any]:
         """Scatter a state from the driver to the workers of its replicas."""
         self._attempt += 1
+        self._known = []
         self._places = place_replicas(self._places, self._workers(), len(state.params))
         try:
             distinct = {id(params): params for params in state.params}
@@ -156,7 +161,7 @@ class ClusterRunner:
             for piece in range(len(state.outer))
         ]
         mixed = self._submit(tasks.mixed_of, f"mixed-{name}", reduced, priority=PRIORITY_REDUCE)
-        summary = self._submit(tasks.summary_of, f"summary-{name}", reduced, priority=PRIORITY_REDUCE)
+        summary = self._submit(tasks.summarise, f"summary-{name}", reduced, state.params[0])
         return state_after(self._resident, state, plan, mixed, inner, outer), summary
 
     def submit_evaluation(self, params: Any, split: SplitName) -> Any:
@@ -243,11 +248,14 @@ class ClusterRunner:
         return future
 
     def _workers(self) -> list[str]:
-        """Return the addresses of the live workers; wait a while for the first."""
+        """Return the addresses of the live workers, as of a second ago; wait a while for the first."""
+        if self._known and time.monotonic() - self._asked < ASK_SECONDS:
+            return self._known
         deadline = time.monotonic() + NO_WORKERS_SECONDS
         while True:
             self._check_alive(deadline)
             if addresses := self._live():
+                self._known, self._asked = addresses, time.monotonic()
                 return addresses
             time.sleep(0.2)
 

@@ -49,7 +49,7 @@ class SerialRunner:
         )
         inner = [tasks.inner_of(update) for update in updates]
         after = state_after(self._resident, state, plan, reduced.params, inner, reduced.outer)
-        return after, reduced.summary
+        return after, tasks.summarise(reduced, state.params[0])
 
     def submit_evaluation(self, params: Any, split: SplitName) -> Any:
         """Evaluate parameters on a split."""

@@ -252,7 +252,8 @@ class Reduced:
 
     params: Parameters
     outer: tuple[InnerState, ...]
-    summary: RoundSummary
+    contributions: tuple[Contribution, ...]
+    bytes_reduced: int
 
     def __sizeof__(self) -> int:
         return self.params.__sizeof__() + sum(state.__sizeof__() for state in self.outer)
@@ -286,13 +287,8 @@ def reduce_round(
         end = mixed.layout.num_params  # buffers never reach the outer optimizer
         stepped, state = outer_step(theta.flat[:end], mixed.flat[:end], outer[0], config.outer)
         mixed, outer = replace(mixed, flat=np.concatenate([stepped, mixed.flat[end:]])), (state,)
-    summary = RoundSummary(
-        contributions=tuple(c for _, c in updates),
-        params_sha256=params_sha256(mixed),
-        finite=is_finite(mixed, theta),
-        bytes_reduced=sum(params.nbytes for params, _ in updates),
-    )
-    return Reduced(mixed, tuple(outer), summary)
+    contributions = tuple(contribution for _, contribution in updates)
+    return Reduced(mixed, tuple(outer), contributions, sum(params.nbytes for params, _ in updates))
 
 
 def mixed_of(reduced: Reduced) -> Parameters:
@@ -305,9 +301,14 @@ def outer_of(reduced: Reduced, piece: int) -> InnerState:
     return reduced.outer[piece]
 
 
-def summary_of(reduced: Reduced) -> RoundSummary:
-    """Return the scalars of a round."""
-    return reduced.summary
+def summarise(reduced: Reduced, theta: Parameters) -> RoundSummary:
+    """Return the scalars of a round that started from `theta`; the next round does not wait for their hash."""
+    return RoundSummary(
+        contributions=reduced.contributions,
+        params_sha256=params_sha256(reduced.params),
+        finite=is_finite(reduced.params, theta),
+        bytes_reduced=reduced.bytes_reduced,
+    )
 
 
 def evaluate_piece(resident: Resident, params: Parameters, split: SplitName, piece: int) -> Sums:

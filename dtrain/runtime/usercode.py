@@ -128,9 +128,11 @@ def pickle_functions(functions: Functions, base: Path) -> bytes:
     """Return the functions as cloudpickle bytes, with all modules below `base` by value."""
     known = list(sys.modules.values())
     local = [module for module in known if _is_local(module, base) or _is_shadowed(module, base)]
-    registered = []
+    before, registered = cloudpickle.list_registry_pickle_by_value(), []
     try:
         for module in local:
+            if module.__name__ in before:  # by the user, and not ours to take back
+                continue
             cloudpickle.register_pickle_by_value(module)
             registered.append(module)
         return bytes(cloudpickle.dumps(dict(functions)))

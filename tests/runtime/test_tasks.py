@@ -13,8 +13,10 @@ from distributed import Client, Future
 
 import dtrain
 from dtrain.algorithm.params import InnerState, Parameters
+from dtrain.config import AverageConfig
 from dtrain.data.samples import Samples
 from dtrain.runtime import serial
+from dtrain.types import LocalTask
 from tests.runtime import models
 
 
@@ -88,7 +90,7 @@ def test_parameters_never_pass_through_the_scheduler_or_a_graph(
         assert not arrays_in(arguments)
         for argument in arguments:
             flat = argument if isinstance(argument, list) else [argument]
-            assert all(isinstance(a, Future | str | int | dtrain.types.LocalTask) for a in flat), argument
+            assert all(isinstance(a, Future | str | int | LocalTask | AverageConfig) for a in flat), argument
         return submit(self, function, *arguments, **options)
 
     def watched_scatter(self: Client, *arguments: Any, **options: Any) -> Any:

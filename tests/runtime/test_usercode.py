@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 
+import cloudpickle
 import pytest
 
 from dtrain.errors import InvalidConfig, OutOfMemory, UserCodeFailed
@@ -568,3 +569,17 @@ def test_errors_of_dtrain_and_interrupts_pass():
         raise InvalidConfig("mine")
     with pytest.raises(KeyboardInterrupt), user_code("Building"):
         raise KeyboardInterrupt
+
+
+def test_a_module_that_the_user_registered_stays_registered(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def build():\n    return 1\n")
+    function = load_function("model", "mine:build", tmp_path)
+    module = sys.modules["mine"]
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        pickle_functions({"model": function}, tmp_path)
+        assert "mine" in cloudpickle.list_registry_pickle_by_value()
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)
+    pickle_functions({"model": function}, tmp_path)
+    assert "mine" not in cloudpickle.list_registry_pickle_by_value()
