@@ -243,8 +243,13 @@ class InnerState:
     slots: tuple[Slot, ...]
     data: Bytes
 
-    def __sizeof__(self) -> int:
-        return object.__sizeof__(self) + self.data.nbytes
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return self.data.nbytes
+
+    def __sizeof__(self) -> int:  # Dask's memory accounting asks this
+        return object.__sizeof__(self) + self.nbytes
 
 
 def empty_inner_state() -> InnerState:

@@ -33,13 +33,15 @@ from dtrain.runtime.connect import Connection
 from dtrain.runtime.resident import Resident, RunSpec, install, remove, resident_of
 from dtrain.runtime.runner import SegmentLost
 from dtrain.runtime.serial import state_after
-from dtrain.runtime.tasks import Initial, Update
+from dtrain.runtime.tasks import Initial, Reduced, Update
 from dtrain.types import LocalTask, RoundPlan, TrainState
 
 RESOURCE = {"dtrain": 1}
 """Asked for by every task that runs the user's code, so that one runs at a time in a process."""
 PRIORITY_LOCAL, PRIORITY_EVALUATE, PRIORITY_REDUCE = 1, 2, 10
 """A worker evaluates a round before it trains the next one: later would not be faster, and results come evenly."""
+SMALL_BYTES = 1 << 20
+"""What may travel for nothing, rather than be left behind by a task of its own."""
 POLL_SECONDS = 0.5
 ASK_SECONDS = 1.0
 """How long the list of workers is taken for true; tasks pinned to one that is gone run elsewhere."""
@@ -91,6 +93,7 @@ class ClusterRunner:
         self._places: dict[int, str] = {}
         self._known: list[str] = []
         self._asked = 0.0
+        self._travels_whole = False
         self._plugin = RunPlugin(spec)
         self._client.register_plugin(self._plugin)
         self.on_progress: Callable[[StepsTaken], None] = lambda event: None
@@ -110,6 +113,7 @@ class ClusterRunner:
         self._places = place_replicas(self._places, self._workers(), len(state.params))
         try:
             distinct = {id(params): params for params in state.params}
+            self._travels_whole = travels_whole(state)
             sent = {
                 key: self._scatter(params, [self._places[k] for k, p in enumerate(state.params) if p is params])
                 for key, params in distinct.items()
@@ -142,10 +146,8 @@ class ClusterRunner:
                 resources=RESOURCE,
                 priority=PRIORITY_LOCAL,
             )
-            contributed.append(
-                self._submit(tasks.parameters_of, f"parameters-{name}", update, at=at, priority=PRIORITY_REDUCE)
-            )
-            inner.append(self._submit(tasks.inner_of, f"inner-{name}", update, at=at, priority=PRIORITY_REDUCE))
+            contributed.append(self._part(tasks.parameters_of, f"parameters-{name}", update, at=at))
+            inner.append(self._part(tasks.inner_of, f"inner-{name}", update, at=at))
         name = f"r{plan.round:05d}"
         reduced = self._submit(
             tasks.reduce_round,
@@ -157,10 +159,9 @@ class ClusterRunner:
             priority=PRIORITY_REDUCE,
         )
         outer = [
-            self._submit(tasks.outer_of, f"outer-{name}-s{piece}", reduced, piece, priority=PRIORITY_REDUCE)
-            for piece in range(len(state.outer))
+            self._part(tasks.outer_of, f"outer-{name}-s{piece}", reduced, piece) for piece in range(len(state.outer))
         ]
-        mixed = self._submit(tasks.mixed_of, f"mixed-{name}", reduced, priority=PRIORITY_REDUCE)
+        mixed = self._part(tasks.mixed_of, f"mixed-{name}", reduced)
         summary = self._submit(tasks.summarise, f"summary-{name}", reduced, state.params[0])
         return state_after(self._resident, state, plan, mixed, inner, outer), summary
 
@@ -197,11 +198,12 @@ class ClusterRunner:
         """Bring a state to the driver."""
         distinct = {handle.key: handle for handle in (*state.params, *state.inner, *state.outer)}
         values = dict(zip(distinct, self.collect(list(distinct.values())), strict=True))
+        mixed = {handle.key: tasks.mixed_of(values[handle.key]) for handle in state.params}
         return replace(
             state,
-            params=tuple(values[handle.key] for handle in state.params),
-            inner=tuple(values[handle.key] for handle in state.inner),
-            outer=tuple(values[handle.key] for handle in state.outer),
+            params=tuple(mixed[handle.key] for handle in state.params),
+            inner=tuple(tasks.inner_of(values[handle.key]) for handle in state.inner),
+            outer=tuple(tasks.outer_of(values[handle.key], piece) for piece, handle in enumerate(state.outer)),
         )
 
     def close(self) -> None:
@@ -231,6 +233,12 @@ class ClusterRunner:
             resources=resources,
             priority=priority,
         )
+
+    def _part(self, function: Any, name: str, whole: Future, *arguments: Any, at: str | None = None) -> Future:
+        """Submit a task that takes a part out of a result, or, where that costs more than it saves, return it whole."""
+        if self._travels_whole:
+            return whole
+        return self._submit(function, name, whole, *arguments, at=at, priority=PRIORITY_REDUCE)
 
     def _scatter(self, value: Any, places: list[str]) -> Future:
         # a list, since the values of a dict would be scattered one by one; broadcast within `places` only
@@ -298,6 +306,16 @@ class ClusterRunner:
         return SegmentLost(reason, isinstance(error, KilledWorker))
 
 
+def travels_whole(state: TrainState[Any]) -> bool:
+    """Whether results travel whole: parameters together with the states of the optimizers.
+
+    Those states are for nothing where the parameters go, so they must be small. Before the first step they are
+    empty, and say nothing of what they will be.
+    """
+    states = (*state.inner, *state.outer) if state.round > 0 else state.params
+    return all(value.nbytes <= SMALL_BYTES for value in states)
+
+
 AGAIN = "Run the same command again to continue."
 
 
@@ -327,12 +345,12 @@ def _initialise(run_id: str) -> Initial:
     return tasks.initialise(resident_of(run_id))
 
 
-def _train_local(run_id: str, task: LocalTask, params: Parameters, inner: InnerState) -> Update:
+def _train_local(run_id: str, task: LocalTask, params: Reduced | Parameters, inner: Update | InnerState) -> Update:
     def progress(event: StepsTaken) -> None:
         get_worker().log_event(f"dtrain-{run_id}", {"steps": asdict(event)})  # Dask adds a key
 
-    return tasks.train_local(resident_of(run_id), task, params, inner, progress)
+    return tasks.train_local(resident_of(run_id), task, tasks.mixed_of(params), tasks.inner_of(inner), progress)
 
 
-def _evaluate_piece(run_id: str, params: Parameters, split: SplitName, piece: int) -> Sums:
-    return tasks.evaluate_piece(resident_of(run_id), params, split, piece)
+def _evaluate_piece(run_id: str, params: Reduced | Parameters, split: SplitName, piece: int) -> Sums:
+    return tasks.evaluate_piece(resident_of(run_id), tasks.mixed_of(params), split, piece)

@@ -48,7 +48,7 @@ EVAL_BATCH = 1024
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What a local task returns. The parts travel to different places; see `parameters_of` and `inner_of`."""
+    """What a local task returns; `parameters_of` and `inner_of` take it apart."""
 
     params: Parameters
     inner: InnerState
@@ -236,19 +236,33 @@ def _at_intervals(progress: Progress, task: LocalTask) -> Callable[[int, int], N
     return on_step
 
 
-def parameters_of(update: Update) -> tuple[Parameters, Contribution]:
-    """Return what the average needs of an update; on its worker this copies nothing."""
-    return update.params, update.contribution
+# The parts of an update and of a reduced round go to different places. Large ones are taken apart by tasks of their
+# own, which copy nothing; small ones travel whole, and are taken apart where they are used.
 
 
-def inner_of(update: Update) -> InnerState:
+def parameters_of(update: Update | tuple[Parameters, Contribution]) -> tuple[Parameters, Contribution]:
+    """Return what the average needs of an update."""
+    return (update.params, update.contribution) if isinstance(update, Update) else update
+
+
+def inner_of(update: Update | InnerState) -> InnerState:
     """Return what only the replica itself needs of an update."""
-    return update.inner
+    return update.inner if isinstance(update, Update) else update
+
+
+def mixed_of(reduced: Reduced | Parameters) -> Parameters:
+    """Return the parameters that the next round starts from."""
+    return reduced.params if isinstance(reduced, Reduced) else reduced
+
+
+def outer_of(reduced: Reduced | InnerState, piece: int) -> InnerState:
+    """Return the outer optimizer's state for one slice."""
+    return reduced.outer[piece] if isinstance(reduced, Reduced) else reduced
 
 
 @dataclass(frozen=True, slots=True)
 class Reduced:
-    """What a reduce task returns. The parts travel to different places."""
+    """What a reduce task returns; `mixed_of`, `outer_of` and `summarise` take it apart."""
 
     params: Parameters
     outer: tuple[InnerState, ...]
@@ -261,9 +275,9 @@ class Reduced:
 
 def reduce_round(
     config: AverageConfig,
-    updates: Sequence[tuple[Parameters, Contribution]],
-    theta: Parameters,
-    outer: Sequence[InnerState],
+    updates: Sequence[Update | tuple[Parameters, Contribution]],
+    theta: Reduced | Parameters,
+    outer: Sequence[Reduced | InnerState],
 ) -> Reduced:
     """Average the replicas of a round, in replica order, and take the step of the outer optimizer.
 
@@ -273,40 +287,32 @@ def reduce_round(
     Parameters
     ----------
     config : AverageConfig
-    updates : sequence of (Parameters, Contribution)
+    updates : sequence of Update or (Parameters, Contribution)
         In replica order.
-    theta : Parameters
+    theta : Reduced or Parameters
         What the round started from.
-    outer : sequence of InnerState
+    outer : sequence of Reduced or InnerState
         The outer optimizer's state by slice; empty without one.
     """
-    kept = [(params, c) for params, c in updates if c.finite] or list(updates[:1])
+    pairs = [parameters_of(update) for update in updates]
+    before, states = mixed_of(theta), tuple(outer_of(state, piece) for piece, state in enumerate(outer))
+    kept = [(params, c) for params, c in pairs if c.finite] or pairs[:1]
     counts = [c.samples if config.weights == "samples" else 1 for _, c in kept]
     mixed = average([params for params, _ in kept], counts)
     if config.outer is not None:
         end = mixed.layout.num_params  # buffers never reach the outer optimizer
-        stepped, state = outer_step(theta.flat[:end], mixed.flat[:end], outer[0], config.outer)
-        mixed, outer = replace(mixed, flat=np.concatenate([stepped, mixed.flat[end:]])), (state,)
-    contributions = tuple(contribution for _, contribution in updates)
-    return Reduced(mixed, tuple(outer), contributions, sum(params.nbytes for params, _ in updates))
+        stepped, state = outer_step(before.flat[:end], mixed.flat[:end], states[0], config.outer)
+        mixed, states = replace(mixed, flat=np.concatenate([stepped, mixed.flat[end:]])), (state,)
+    contributions = tuple(contribution for _, contribution in pairs)
+    return Reduced(mixed, states, contributions, sum(params.nbytes for params, _ in pairs))
 
 
-def mixed_of(reduced: Reduced) -> Parameters:
-    """Return the parameters that the next round starts from."""
-    return reduced.params
-
-
-def outer_of(reduced: Reduced, piece: int) -> InnerState:
-    """Return the outer optimizer's state for one slice."""
-    return reduced.outer[piece]
-
-
-def summarise(reduced: Reduced, theta: Parameters) -> RoundSummary:
+def summarise(reduced: Reduced, theta: Reduced | Parameters) -> RoundSummary:
     """Return the scalars of a round that started from `theta`; the next round does not wait for their hash."""
     return RoundSummary(
         contributions=reduced.contributions,
         params_sha256=params_sha256(reduced.params),
-        finite=is_finite(reduced.params, theta),
+        finite=is_finite(reduced.params, mixed_of(theta)),
         bytes_reduced=reduced.bytes_reduced,
     )
 

@@ -87,6 +87,26 @@ def test_a_stop_rule_gives_the_same_last_round(
     assert sorted(path.name for path in (run.directory / "rounds").iterdir())[-1] == f"round-{last:06d}"
 
 
+def test_large_results_are_taken_apart_to_the_same_bits(
+    samples: Samples, tmp_path: Path, client: Client, calm: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dtrain.runtime import cluster
+
+    keys: set[str] = set()
+    submit = Client.submit
+
+    def watched(self: Client, *arguments: Any, **options: Any) -> Any:
+        keys.add(options["key"].split("-")[1])
+        return submit(self, *arguments, **options)
+
+    monkeypatch.setattr(Client, "submit", watched)
+    assert rows(start(samples, tmp_path, client, run={"commit_every": 5})) == calm
+    assert keys == {"initialise", "local", "reduce", "summary", "evaluate", "merge"}
+    monkeypatch.setattr(cluster, "SMALL_BYTES", -1)
+    assert rows(start(samples, tmp_path, client, run={"commit_every": 5})) == calm
+    assert keys >= {"parameters", "inner", "mixed", "outer"}
+
+
 def test_a_run_that_has_stopped_stays_stopped(
     samples: Samples, tmp_path: Path, calm: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
