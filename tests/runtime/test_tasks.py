@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,15 @@ def test_nothing_of_a_run_stays_on_the_workers(samples: Samples, tmp_path: Path,
         return len(resident._RESIDENTS)
 
     assert set(client.run(left).values()) == {0}
-    keys = client.run_on_scheduler(lambda dask_scheduler: [str(key) for key in dask_scheduler.tasks])
-    assert [key for key in keys if key.startswith("dtrain-")] == []
+
+    def keys() -> list[str]:
+        known = client.run_on_scheduler(lambda dask_scheduler: [str(key) for key in dask_scheduler.tasks])
+        return [key for key in known if key.startswith("dtrain-")]
+
+    deadline = time.monotonic() + 10  # futures are released in the background
+    while keys() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert keys() == []
 
 
 def test_tasks_in_the_scheduler_are_bounded_over_rounds(samples: Samples, tmp_path: Path, client: Client) -> None:
