@@ -11,6 +11,7 @@ import pytest
 from distributed import Client
 
 import dtrain
+from dtrain import trainer
 from dtrain.data.samples import Samples
 from dtrain.errors import Stopped
 from dtrain.types import RoundResult
@@ -67,10 +68,13 @@ def test_serial_equals_cluster_whatever_a_round_is(
     assert without_timings(train(client, **changes)) == without_timings(train(**changes))
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_the_number_of_workers_changes_nothing(train: Callable[..., dtrain.Run], workers: int) -> None:
-    local = train("local", config={"cluster": {"workers": workers}})
-    assert without_timings(local) == without_timings(train())
+@pytest.mark.parametrize(("workers", "ahead", "every"), [(1, 2, 3), (2, 0, 10), (3, 1, 1)])
+def test_the_number_of_workers_changes_nothing(
+    train: Callable[..., dtrain.Run], monkeypatch: pytest.MonkeyPatch, workers: int, ahead: int, every: int
+) -> None:
+    monkeypatch.setattr(trainer, "LOOK_AHEAD", ahead)
+    config = {"cluster": {"workers": workers}, "run": {"commit_every": every}}
+    assert without_timings(train("local", rounds=5, config=config)) == without_timings(train(rounds=5))
 
 
 def test_commits_every_third_round_change_nothing(train: Callable[..., dtrain.Run], client: Client) -> None:
@@ -91,8 +95,6 @@ def test_resumed_equals_uninterrupted(
 def test_stopped_in_the_middle_of_a_segment_replays_the_lost_rounds(
     train: Callable[..., dtrain.Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dtrain import trainer
-
     original = trainer._segment
 
     def stopping(*arguments: Any) -> Any:
