@@ -26,7 +26,8 @@ BELOW: dict[str, set[str]] = {
     "job": {"runtime", "data", "algorithm", *BASE},
     "run": {"job", "runtime", "report", "checkpoint", "data", "algorithm", *BASE},
     "planning": {"job", "runtime", "data", "algorithm", *BASE},
-    "trainer": {"run", "job", "lock", "runtime", "report", "checkpoint", "data", "algorithm", *BASE},
+    "rounds": {"job", "runtime", "report", "checkpoint", "data", "algorithm", *BASE},
+    "trainer": {"rounds", "run", "job", "lock", "runtime", "report", "checkpoint", "data", "algorithm", *BASE},
     "__init__": {"trainer", "run", "data", *BASE},
 }
 """By layer: the layers it may import."""

@@ -11,7 +11,7 @@ import pytest
 from distributed import Client
 
 import dtrain
-from dtrain import trainer
+from dtrain import rounds
 from dtrain.data.samples import Samples
 from dtrain.errors import Stopped
 from dtrain.types import RoundResult
@@ -72,7 +72,7 @@ def test_serial_equals_cluster_whatever_a_round_is(
 def test_the_number_of_workers_changes_nothing(
     train: Callable[..., dtrain.Run], monkeypatch: pytest.MonkeyPatch, workers: int, ahead: int, every: int
 ) -> None:
-    monkeypatch.setattr(trainer, "LOOK_AHEAD", ahead)
+    monkeypatch.setattr(rounds, "LOOK_AHEAD", ahead)
     config = {"cluster": {"workers": workers}, "run": {"commit_every": every}}
     assert without_timings(train("local", rounds=5, config=config)) == without_timings(train(rounds=5))
 
@@ -95,7 +95,7 @@ def test_resumed_equals_uninterrupted(
 def test_stopped_in_the_middle_of_a_segment_replays_the_lost_rounds(
     train: Callable[..., dtrain.Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = trainer._segment
+    original = rounds._segment
 
     def stopping(*arguments: Any) -> Any:
         for result in original(*arguments):
@@ -105,7 +105,7 @@ def test_stopped_in_the_middle_of_a_segment_replays_the_lost_rounds(
 
     every_third = {"run": {"commit_every": 3}}
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_segment", stopping)
+        patch.setattr(rounds, "_segment", stopping)
         with pytest.raises(Stopped):
             train(run="cut", rounds=6, config=every_third)
     resumed = train(run="cut", rounds=6, config=every_third)

@@ -11,10 +11,10 @@ import pytest
 from distributed import Client, SchedulerPlugin
 
 import dtrain
-from dtrain import trainer
+from dtrain import rounds
 from dtrain.data.samples import Samples
 from dtrain.events import Event, RoundCommitted, RoundFinished
-from dtrain.trainer import commit_cadence, next_commit
+from dtrain.rounds import commit_cadence, next_commit
 from tests.runtime import models
 
 OUTER = {"optimizer": "sgd", "args": {"lr": 0.7, "momentum": 0.9, "nesterov": True}}
@@ -53,7 +53,7 @@ def test_look_ahead_and_commits_change_no_bit(
     ahead: int,
     every: int,
 ) -> None:
-    monkeypatch.setattr(trainer, "LOOK_AHEAD", ahead)
+    monkeypatch.setattr(rounds, "LOOK_AHEAD", ahead)
     committed: list[int] = []
 
     def note(event: Event) -> None:
@@ -76,7 +76,7 @@ def test_a_stop_rule_gives_the_same_last_round(
     ahead: int,
     every: int,
 ) -> None:
-    monkeypatch.setattr(trainer, "LOOK_AHEAD", ahead)
+    monkeypatch.setattr(rounds, "LOOK_AHEAD", ahead)
     losses = [row["val_loss"] for row in calm]
     target = sorted(losses)[len(losses) // 2]
     last = next(i for i, loss in enumerate(losses, start=1) if loss <= target)
@@ -236,7 +236,7 @@ def test_commits_take_two_percent() -> None:
     assert commit_cadence(0.02, 1.0, 1) == 1
     assert commit_cadence(0.2, 1.0, 10) == 10
     assert commit_cadence(0.2, 1.0, 1) == 4  # grows step by step
-    assert commit_cadence(50.0, 0.01, 1000) == trainer.MAX_COMMIT_EVERY
+    assert commit_cadence(50.0, 0.01, 1000) == rounds.MAX_COMMIT_EVERY
     assert [next_commit(7, 3, 3), next_commit(6, 3, 3), next_commit(7, 3, "auto")] == [9, 9, 10]
 
 
