@@ -10,6 +10,16 @@ from dtrain.types import RoundResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterOpening:
+    """The place where tasks run is being started or connected to, which takes some seconds."""
+
+    run: str
+    """The run's directory."""
+    scheduler: str
+    """``cluster.scheduler``, or the address of a client that was given."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunStarted:
     """The cluster is there and the first round begins."""
 
@@ -105,7 +115,8 @@ class RunFinished:
 
 
 Event: TypeAlias = (
-    RunStarted
+    ClusterOpening
+    | RunStarted
     | StepsTaken
     | RoundFinished
     | ReplicaRejected

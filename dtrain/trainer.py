@@ -18,6 +18,7 @@ from dtrain.data.partition import DataPlan, train_partitions
 from dtrain.data.samples import Samples
 from dtrain.errors import DataChanged, DiskFull, RunDamaged, Stopped
 from dtrain.events import (
+    ClusterOpening,
     Event,
     ReplicaRejected,
     Reporter,
@@ -81,6 +82,8 @@ def train_job(
             write_run(run, job, known)
             tell(_finished(opened, ended))
             return opened
+        scheduler = job.config.cluster.scheduler if client is None else str(client.scheduler.address)
+        tell(ClusterOpening(run=str(run), scheduler=scheduler))
         with open_runner(job, uuid.uuid4().hex[:8], plan=known, client=client) as (runner, plan):
             if state is None:
                 state = initial_state(runner, job, plan)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dtrain.checkpoint import append_line, write_text
-from dtrain.events import Event, RoundFinished, RunFinished, RunStarted, StepsTaken
+from dtrain.events import ClusterOpening, Event, RoundFinished, RunFinished, RunStarted, StepsTaken
 from dtrain.report.history import read_rows, row_of
 
 HISTORY, EVENTS = "history.jsonl", "events.jsonl"
@@ -24,7 +24,7 @@ def journal(run: Path, event: Event) -> None:
     """
     if isinstance(event, RoundFinished):
         append_line(run / HISTORY, json.dumps(row_of(event.result), allow_nan=False))
-    elif not isinstance(event, RunStarted | RunFinished | StepsTaken):
+    elif not isinstance(event, ClusterOpening | RunStarted | RunFinished | StepsTaken):
         row = {"event": type(event).__name__, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **asdict(event)}
         append_line(run / EVENTS, json.dumps(row))
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dtrain.events import (
+    ClusterOpening,
     Event,
     ReplicaRejected,
     Reporter,
@@ -74,6 +75,10 @@ class _Terminal:
 
     def __call__(self, event: Event) -> None:
         match event:
+            case ClusterOpening(run=run, scheduler=scheduler) if scheduler != "serial":
+                self._say(
+                    f"{run}: " + ("starting local workers" if scheduler == "local" else f"connecting to {scheduler}")
+                )
             case RunStarted():
                 self._start(event)
             case StepsTaken():
