@@ -1,0 +1,86 @@
+"""Clusters that fit, and those that do not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from distributed import Client
+
+from dtrain.config import ClusterConfig
+from dtrain.errors import ClusterUnreachable, ClusterUnsuitable
+from dtrain.runtime import connect
+from dtrain.runtime.connect import check_versions, local_worker_memory, local_workers, open_cluster
+from dtrain.runtime.versions import versions
+
+
+def test_workers_with_the_same_versions_are_accepted() -> None:
+    check_versions({"tcp://127.0.0.1:1": versions(), "tcp://127.0.0.1:2": versions()})
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "words"),
+    [
+        ("torch", "", "Worker tcp://127.0.0.1:2 lacks torch; this process has torch"),
+        ("zarr", "2.18.7", "Worker tcp://127.0.0.1:2 has zarr 2.18.7; this process has zarr"),
+        ("python", "3.9", "has python 3.9"),
+    ],
+)
+def test_a_worker_with_others_is_named(package: str, version: str, words: str) -> None:
+    found = {"tcp://127.0.0.1:1": versions(), "tcp://127.0.0.1:2": {**versions(), package: version}}
+    with pytest.raises(ClusterUnsuitable, match=words) as caught:
+        check_versions(found)
+    assert caught.value.code == 6
+
+
+def test_versions_are_told_where_dtrain_is_not_installed() -> None:
+    """The function travels by value, and needs the standard library alone."""
+    import cloudpickle
+
+    code = "import sys, pickle; print(pickle.loads(sys.stdin.buffer.read())()['python'])"
+    blocked = f"import sys; sys.modules['dtrain'] = None; {code}"
+    done = subprocess.run(
+        [sys.executable, "-c", blocked], input=cloudpickle.dumps(versions), capture_output=True, cwd="/", check=True
+    )
+    assert done.stdout.decode().strip() == versions()["python"]
+
+
+def test_a_scheduler_without_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from distributed import LocalCluster
+
+    monkeypatch.setattr(connect, "WORKERS_TIMEOUT", 0.5)
+    with (
+        LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address="127.0.0.1:0") as empty,
+        Client(empty) as client,
+        pytest.raises(ClusterUnreachable, match="has no worker"),
+        open_cluster(ClusterConfig(), tmp_path, client),
+    ):
+        pass
+
+
+def test_a_local_cluster_listens_on_the_loopback_interface_only(tmp_path: Path) -> None:
+    config = ClusterConfig(workers=1, memory="1GB")
+    with open_cluster(config, tmp_path) as connection:
+        assert connection.num_workers == 1
+        assert connection.worker_memory == 10**9
+        family = [psutil.Process(os.getpid()), *psutil.Process(os.getpid()).children(recursive=True)]
+        listening = {
+            c.laddr.ip for process in family for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN
+        }
+        assert connection.dashboard.startswith("http://127.0.0.1:")
+    assert listening == {"127.0.0.1"}
+
+
+def test_threads_decide_how_many_local_workers_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connect, "CPU_COUNT", 8)
+    monkeypatch.setattr(connect, "MEMORY_LIMIT", 16 * 2**30)
+    assert local_workers(ClusterConfig()) == 8
+    assert local_workers(ClusterConfig(threads=3)) == 2
+    assert local_workers(ClusterConfig(threads=16)) == 1
+    assert local_workers(ClusterConfig(workers=5)) == 5
+    assert local_worker_memory(ClusterConfig(threads=4)) == 8 * 2**30
+    assert local_worker_memory(ClusterConfig(memory="2GiB")) == 2 * 2**30
