@@ -47,7 +47,7 @@ SCHEDULES = ("constant", "cosine", "linear")
 class Table(BaseModel):
     """A table of the configuration: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants", protected_namespaces=())
 
 
 class Slice(Table):

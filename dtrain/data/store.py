@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import zarr
 from zarr.abc.store import RangeByteRequest
@@ -15,7 +15,7 @@ from zarr.core.sync import sync
 from dtrain.data.samples import Samples, Variable
 from dtrain.errors import ChunkMissing
 
-ArrayLike = zarr.Array[Any]
+ArrayLike: TypeAlias = "zarr.Array[Any]"  # older versions of zarr cannot be subscripted
 
 CHECKSUM_CODECS = frozenset(
     {"crc32c", "crc32", "adler32", "fletcher32", "jenkins_lookup3", "gzip", "zlib", "bz2"}  # the last three hold one
