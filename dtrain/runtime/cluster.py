@@ -21,6 +21,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from distributed import Client, Future, KilledWorker, WorkerPlugin, get_worker, wait
+from distributed.client import ClosedClientError
 from distributed.comm.core import CommClosedError
 
 from dtrain.algorithm.evaluate import Sums
@@ -224,15 +225,18 @@ class ClusterRunner:
         resources: Mapping[str, int] | None = None,
         priority: int = 0,
     ) -> Future:
-        return self._client.submit(
-            function,
-            *arguments,
-            key=f"dtrain-{name}-{self._spec.run_id}-a{self._attempt}",
-            workers=[at] if at else None,
-            allow_other_workers=at is not None,
-            resources=resources,
-            priority=priority,
-        )
+        try:
+            return self._client.submit(
+                function,
+                *arguments,
+                key=f"dtrain-{name}-{self._spec.run_id}-a{self._attempt}",
+                workers=[at] if at else None,
+                allow_other_workers=at is not None,
+                resources=resources,
+                priority=priority,
+            )
+        except ClosedClientError as error:  # the scheduler went away between two rounds
+            raise self._lost(error) from error
 
     def _part(self, function: Any, name: str, whole: Future, *arguments: Any, at: str | None = None) -> Future:
         """Submit a task that takes a part out of a result, or, where that costs more than it saves, return it whole."""
@@ -257,11 +261,11 @@ class ClusterRunner:
 
     def _workers(self) -> list[str]:
         """Return the addresses of the live workers, as of a second ago; wait a while for the first."""
-        if self._known and time.monotonic() - self._asked < ASK_SECONDS:
-            return self._known
         deadline = time.monotonic() + NO_WORKERS_SECONDS
         while True:
             self._check_alive(deadline)
+            if self._known and time.monotonic() - self._asked < ASK_SECONDS:
+                return self._known
             if addresses := self._live():
                 self._known, self._asked = addresses, time.monotonic()
                 return addresses
@@ -292,7 +296,7 @@ class ClusterRunner:
 
     def _check_alive(self, deadline: float) -> None:
         if not self._connected():
-            raise ClusterLost("Lost the Dask scheduler. Committed rounds are safe.", AGAIN)
+            raise _scheduler_lost()
         if time.monotonic() > deadline:
             raise ClusterLost(
                 f"The cluster has had no worker for {NO_WORKERS_SECONDS:.0f} s. Committed rounds are safe.", AGAIN
@@ -301,7 +305,7 @@ class ClusterRunner:
     def _lost(self, error: BaseException) -> Exception:
         """Return what a vanished value means: the one place that knows how Dask says it."""
         if not self._connected():
-            return ClusterLost("Lost the Dask scheduler. Committed rounds are safe.", AGAIN)
+            return _scheduler_lost()
         reason = " ".join(str(error).split()) or type(error).__name__
         return SegmentLost(reason, isinstance(error, KilledWorker))
 
@@ -317,6 +321,10 @@ def travels_whole(state: TrainState[Any]) -> bool:
 
 
 AGAIN = "Run the same command again to continue."
+
+
+def _scheduler_lost() -> ClusterLost:
+    return ClusterLost("Lost the Dask scheduler. Committed rounds are safe.", AGAIN)
 
 
 def place_replicas(previous: Mapping[int, str], workers: Sequence[str], replicas: int) -> dict[int, str]:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import zarr
 from distributed import Client
+from distributed.client import ClosedClientError
 
 import dtrain
 from dtrain.data.partition import cell_bounds, plan_data, train_partitions
@@ -88,6 +89,23 @@ def test_a_lost_segment_is_replayed_from_its_root(
     assert sum(isinstance(event, SegmentReplayed) for event in events) == 2
     logged = [json.loads(line)["event"] for line in (run.directory / "events.jsonl").read_text().splitlines()]
     assert logged.count("SegmentReplayed") == 2
+
+
+def test_a_client_that_cannot_submit_is_a_lost_segment(
+    samples: Samples, tmp_path: Path, client: Client, calm: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, refused = Client.submit, []
+
+    def refusing(self: Client, *arguments: Any, **options: Any) -> Any:
+        if "local-r00002" in options["key"] and not refused:
+            refused.append(options["key"])
+            raise ClosedClientError("as if between two rounds")
+        return submit(self, *arguments, **options)
+
+    monkeypatch.setattr(Client, "submit", refusing)
+    run = start(samples, tmp_path, client, model_calm)
+    assert refused
+    assert [row["params_sha256"] for row in run.rows] == calm
 
 
 @pytest.mark.parametrize(("killed", "error"), [(True, OutOfMemory), (False, ClusterLost)])
