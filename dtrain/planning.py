@@ -106,7 +106,7 @@ def _resolved(job: Job, plan: DataPlan, workers: int) -> dict[str, tuple[Any, st
     if config.average.replicas == "auto":
         found["average.replicas"] = (plan.replicas, f"the smaller of {workers} workers and the units of the store")
     if config.cluster.workers == "auto" and config.cluster.scheduler == "local":
-        found["cluster.workers"] = (workers, f"one for every {config.cluster.threads} of the cores")
+        found["cluster.workers"] = (workers, f"a core for each of the {config.cluster.threads} threads of a task")
     if config.run.commit_every == "auto":
         found["run.commit_every"] = ("as measured", "so that commits take at most 2 % of the time")
     return found
@@ -143,9 +143,13 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
         ),
         ("memory", f"{open_units(plan.data)} open units a replica: {format_bytes(plan.resident_bytes)}"),
         ("traffic", f"{format_bytes(plan.reduced_bytes)} averaged a round, {format_bytes(plan.commit_bytes)} a commit"),
-        ("time", f"about {plan.round_seconds:.1f} s of local steps a round on {plan.workers} workers (estimate)"),
+        ("time", f"{_seconds(plan.round_seconds)} of local steps a round on {plan.workers} workers (estimate)"),
         *((f"auto {key}", f"{value}: {why}") for key, (value, why) in plan.resolved.items()),
     ]
+
+
+def _seconds(seconds: float) -> str:
+    return f"about {seconds:.1f} s" if seconds >= 0.1 else "less than 0.1 s"
 
 
 def _splits(job: Job, plan: RunPlan) -> str:

@@ -1,0 +1,59 @@
+"""Long rounds tell how far they are, replica by replica."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dtrain
+from dtrain.data.samples import Samples
+from dtrain.events import Event, RoundFinished, StepsTaken
+from dtrain.report.progress import terminal_progress
+from tests.runtime import models
+
+
+def events_of(samples: Samples, tmp_path: Path, cluster: Any) -> list[Event]:
+    events: list[Event] = []
+    dtrain.train(
+        models.slow,
+        samples,
+        train={"loss": "cross_entropy", "rounds": 1, "local_steps": 45, "batch_size": 8},
+        average={"replicas": 2},
+        model_args={"seconds": 0.05},
+        cluster=cluster,
+        run_dir=tmp_path,
+        progress=False,
+        report=events.append,
+    )
+    return events
+
+
+@pytest.mark.parametrize("place", ["serial", "cluster"])
+def test_steps_come_before_the_round_is_finished(
+    samples: Samples, tmp_path: Path, request: pytest.FixtureRequest, place: str
+) -> None:
+    where = "serial" if place == "serial" else request.getfixturevalue("client")
+    events = events_of(samples, tmp_path, where)
+    finished = next(i for i, event in enumerate(events) if isinstance(event, RoundFinished))
+    steps = [event for event in events[:finished] if isinstance(event, StepsTaken)]
+    assert {event.replica for event in steps} == {0, 1}
+    for replica in (0, 1):
+        own = [event.step for event in steps if event.replica == replica]
+        assert own == sorted(own)
+        assert len(set(own)) >= 2
+    assert all(event.samples == event.step * 8 and event.steps == 45 for event in steps)
+    logged = (tmp_path / "run-1" / "events.jsonl").read_text()
+    assert "StepsTaken" not in logged
+
+
+def test_without_a_terminal_a_long_round_says_so_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dtrain.report.progress.PLAIN_SECONDS", 0.0)
+    with terminal_progress(color=False) as show:
+        for replica, step in ((0, 3), (1, 2)):
+            show(StepsTaken(round=7, replica=replica, step=step, steps=10, samples=step * 50, seconds=0.5))
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["round 7: replica 0 3/10, 300 samples/s", "round 7: replica 0 3/10, replica 1 2/10, 500 samples/s"]
