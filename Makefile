@@ -3,12 +3,17 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-all lint format clean
+# The newest zarr needs a newer Python; the data layer needs neither torch nor Dask.
+PYTHON_NEWEST ?= $(shell command -v python3.13 || command -v python3.12)
+NEWEST := .venv-newest
+
+.PHONY: help demo test test-all test-newest lint format clean
 
 help:
 	@echo "make demo      install into .venv, write demo/ and train on it"
 	@echo "make test      install into .venv, lint, then the test suite"
 	@echo "make test-all  the same with the slow tests"
+	@echo "make test-newest  tests/data with the newest zarr, on Python 3.12 or 3.13 (PYTHON_NEWEST=...)"
 	@echo "make lint      ruff and mypy"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -32,9 +37,20 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pytest
 
+$(NEWEST)/.installed: pyproject.toml
+	@test -n "$(PYTHON_NEWEST)" || { echo "make test-newest needs Python 3.12 or 3.13: make test-newest PYTHON_NEWEST=..."; exit 2; }
+	$(PYTHON_NEWEST) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install -q --upgrade zarr xarray numpy pydantic zarrs s3fs aiohttp \
+		"moto[s3]" flask flask-cors cloudpickle pytest pytest-timeout hypothesis
+	$(NEWEST)/bin/python -m pip install -q --no-deps -e .
+	@touch $@
+
+test-newest: $(NEWEST)/.installed
+	$(NEWEST)/bin/python -m pytest tests/data -p no:cacheprovider
+
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(NEWEST) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dtrain.data.samples import Samples
     from dtrain.data.source import open_samples
     from dtrain.run import Run, load_run
+    from dtrain.runtime.batches import batches
     from dtrain.trainer import train, train_rounds
     from dtrain.types import RoundResult, TrainState
 
@@ -25,6 +26,7 @@ _PUBLIC = {
     "Samples": "dtrain.data.samples",
     "TrainConfig": "dtrain.config",
     "TrainState": "dtrain.types",
+    "batches": "dtrain.runtime.batches",
     "load_run": "dtrain.run",
     "open_samples": "dtrain.data.source",
     "train": "dtrain.trainer",
@@ -38,6 +40,7 @@ __all__ = [
     "TrainConfig",
     "TrainState",
     "__version__",
+    "batches",
     "load_run",
     "open_samples",
     "train",

@@ -97,7 +97,7 @@ class DataConfig(Table):
     path: str | tuple[Store, ...] = ""
     inputs: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
-    storage_options: dict[str, Any] = {}
+    storage_options: dict[str, Any] = Field(default={}, repr=False)
     group: str = ""
     isel: dict[str, Int | Slice] = {}
     sample_dim: str = "auto"
@@ -249,14 +249,7 @@ class TrainConfig(Table):
 # What this version does not do yet ----------------------------------------------------------------------
 
 NOT_BUILT: dict[str, str] = {
-    "data.storage_options": "remote stores",
-    "data.isel": "selecting along dimensions",
-    "data.patch": "patches",
-    "data.normalize": "normalisation",
-    "data.transform": "transforms",
-    "data.cache": "the cache of decoded units",
     "train.sync_rounds": "post-local SGD",
-    "train.precision": "bfloat16",
     "average.reduce": "robust averaging",
     "average.inner_state": "another policy for the inner optimizer's state",
     "average.prox": "FedProx",
@@ -271,16 +264,11 @@ NOT_BUILT: dict[str, str] = {
     "run.trackers": "trackers",
 }
 NOT_BUILT_VALUES: dict[str, tuple[Any, str]] = {
-    "data.missing": ("skip", "skipping missing chunks"),
-    "data.reader": ("zarrs", "the zarrs reader"),
-    "train.device": ("cuda", "training on CUDA"),
     "average.weights": ("fednova", "FedNova"),
 }
 
 
 def _refuse_what_is_not_built(config: TrainConfig) -> None:
-    if not isinstance(config.data.path, str):
-        raise NotSupportedYet("data.path is a list of stores, but this version trains on one.", "Give one path.")
     for key, feature in NOT_BUILT.items():
         given, default = value_of(config, key), value_of(DEFAULTS, key)
         if given != default:
@@ -305,14 +293,21 @@ def _check_names(config: TrainConfig) -> None:
     for key in ("data.memory", "cluster.memory"):
         if (text := value_of(config, key)) != "auto":
             parse_bytes(text, key)
+    if config.data.cache != "auto":
+        cache_bytes(config.data.cache)
+    _check_name("data.transform", config.data.transform, (), empty=True)
+    known = (*config.data.inputs, *config.data.targets)
+    if odd := [name for name in config.data.normalize if name not in known]:
+        raise InvalidConfig(
+            f'data.normalize names "{odd[0]}", which is neither an input nor a target{did_you_mean(odd[0], known)}'
+        )
 
 
 def _check_name(key: str, name: str, allowed: tuple[str, ...], *, empty: bool = False) -> None:
     if name in allowed or FUNCTION.match(name) or (empty and not name):
         return
-    raise InvalidConfig(
-        f'{key} = "{name}": allowed are {", ".join(allowed)} or "module:function"{did_you_mean(name, allowed)}'
-    )
+    names = ", ".join([*allowed, '"module:function"']).replace(', "module', ' or "module')
+    raise InvalidConfig(f'{key} = "{name}": allowed are {names}{did_you_mean(name, allowed)}')
 
 
 def _check_plain(config: TrainConfig) -> None:
@@ -331,6 +326,11 @@ def _check_plain_value(key: str, value: Any) -> None:
     elif not isinstance(value, str | int | float | date | time):
         what = "null" if value is None else f"a {type(value).__name__}"
         raise InvalidConfig(f"{key} is {what}; allowed are text, numbers, booleans, dates, lists and tables.")
+
+
+def cache_bytes(text: str) -> int:
+    """Return the bytes that ``data.cache`` allows; 0 turns the cache off."""
+    return 0 if text.strip().rstrip("bB").strip() == "0" else parse_bytes(text, "data.cache")
 
 
 def parse_bytes(text: str, key: str) -> int:
@@ -488,6 +488,27 @@ def flat_values(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{name}", PLAIN.dump_python(value, mode="json")
 
 
+SECRET = re.compile(r"key|secret|token|password|passwd|credential|signature|connection_string", re.IGNORECASE)
+REDACTED = "***"
+
+
+def without_secrets(config: TrainConfig) -> TrainConfig:
+    """Return the configuration as a run keeps it: values in ``data.storage_options`` that look secret are ``***``."""
+    kept = _redacted(config.data.storage_options)
+    return config.model_copy(update={"data": config.data.model_copy(update={"storage_options": kept})})
+
+
+def _redacted(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _redacted(value)
+        if isinstance(value, Mapping)
+        else REDACTED
+        if isinstance(value, str) and SECRET.search(key)
+        else value
+        for key, value in options.items()
+    }
+
+
 def to_toml(config: TrainConfig) -> str:
     """Return the resolved configuration as TOML; keys without a value are left out."""
     import tomli_w
@@ -510,7 +531,7 @@ def may_change(key: str, config: TrainConfig) -> bool:
     """Whether a continued run may change this key: what cannot change a bit of the rounds to come."""
     if key == "train.rounds":
         return config.train.schedule == "constant"
-    if key in ("data.memory", "data.cache", "data.reader"):
+    if key in ("data.memory", "data.cache", "data.reader", "data.storage_options"):
         return True
     return key.startswith(("stop.", "cluster.", "run.")) and key != "cluster.threads"
 
@@ -574,6 +595,7 @@ def _sentence(key: str, kind: str, text: str, given: Any, root: type[Table]) -> 
     if kind == "literal_error" and isinstance(given, str):
         guess = did_you_mean(given, re.findall(r"'([^']+)'", text))
     text = re.sub(r"a valid dictionary( or instance of \w+)?", "a table", text).replace("a valid tuple", "a list")
+    given = REDACTED if key.startswith("data.storage_options") else given
     return f"{key} = {_short(given)}: {text[0].lower()}{text[1:]}{guess}"
 
 

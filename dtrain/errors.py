@@ -163,6 +163,12 @@ class DataNotFound(DtrainError, FileNotFoundError):
     code = 5
 
 
+class StoreForbidden(DtrainError, PermissionError):
+    """A server refuses access to the data."""
+
+    code = 5
+
+
 class NotZarr(DtrainError, ValueError):
     """What lies at the data's path is not a Zarr group."""
 
@@ -243,6 +249,12 @@ class DiskFull(DtrainError, OSError):
 
 class ClusterLost(DtrainError, ConnectionError):
     """The scheduler or all workers went away; committed rounds are safe."""
+
+    code = 75
+
+
+class StoreUnavailable(DtrainError, ConnectionError):
+    """A server that holds the data fails or does not answer, also when it is asked again."""
 
     code = 75
 

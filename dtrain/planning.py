@@ -8,27 +8,38 @@ from dataclasses import dataclass
 from typing import Any
 
 from dtrain.algorithm.plan import samples_a_round, steps_a_round
-from dtrain.data.partition import (
-    DataPlan,
-    describe_plan,
-    eval_partitions,
-    format_bytes,
-    open_units,
-    plan_held_out,
-    resident_bytes,
-    train_partitions,
-)
+from dtrain.data.memory import MemoryLaw
+from dtrain.data.partition import DataPlan, JointPlan, describe_plan, eval_partitions, format_bytes, plan_held_out
+from dtrain.data.read import choose_readers
+from dtrain.data.samples import Samples
 from dtrain.job import Job, open_runner
 from dtrain.runtime.tasks import Initial
+
+ESTIMATE_UNITS = 16
+"""Units of each partition from which a plan estimates mean and deviation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorePlan:
+    """What a run reads of one store."""
+
+    samples: Samples
+    data: DataPlan
+    counts: dict[str, Any]
+    """Of `describe_plan`."""
+    memory: MemoryLaw
+    workers: tuple[str, ...]
+    """The only ones that read it."""
+    readers: dict[str, tuple[str, str]]
+    """By variable: the reader, and why it is taken."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
     """The numbers of a run that has not started."""
 
-    data: DataPlan
-    counts: dict[str, Any]
-    """Of `describe_plan`."""
+    data: JointPlan
+    stores: tuple[StorePlan, ...]
     initial: Initial
     steps: tuple[int, ...]
     """Local steps a round, by replica."""
@@ -38,8 +49,6 @@ class RunPlan:
     """Samples of ``data.val_path``."""
     rounds: int
     workers: int
-    resident_bytes: int
-    """Decoded bytes of a replica's open units."""
     reduced_bytes: int
     """Bytes of parameters averaged a round."""
     commit_bytes: int
@@ -50,37 +59,60 @@ class RunPlan:
     resolved: dict[str, tuple[Any, str]]
     """By key that was "auto": the value, and why."""
 
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that the data path of a worker needs at most."""
+        apart = [store.memory.total for store in self.stores if store.workers]
+        beside = sum(store.memory.total for store in self.stores if not store.workers)
+        return max([*apart, beside])
 
-def plan_job(job: Job) -> RunPlan:
+
+def plan_job(job: Job, *, full: bool = False) -> RunPlan:
     """Resolve a job as `train` would, check its data, and try the model on one real batch.
+
+    Parameters
+    ----------
+    job : Job
+    full : bool
+        Look for missing chunks in every shard, also of remote stores with very many.
 
     Raises
     ------
     DtrainError
         Whatever would stop the run at its start.
     """
-    with open_runner(job, uuid.uuid4().hex[:8]) as (runner, plan):
+    with open_runner(job, uuid.uuid4().hex[:8], most_units=ESTIMATE_UNITS, full=full) as (runner, resolved):
         initial = runner.initialise()
-        workers = runner.num_workers
-    train = job.config.train
-    sizes = [partition.num_samples for partition in train_partitions(plan)]
+        workers, sources = runner.num_workers, runner.spec.sources
+    train, plan = job.config.train, resolved.plan
+    sizes = [partition.num_samples for partition in plan.partitions()]
     steps = tuple(steps_a_round(size, train) for size in sizes)
     size = initial.params.nbytes
+    stores = tuple(
+        StorePlan(
+            samples=source.samples,
+            data=source.plan,
+            counts=describe_plan(source.samples, source.plan),
+            memory=source.memory,
+            workers=source.workers,
+            readers=choose_readers(source.samples, job.config.data.reader),
+        )
+        for source in sources
+    )
     return RunPlan(
         data=plan,
-        counts=describe_plan(plan),
+        stores=stores,
         initial=initial,
         steps=steps,
         samples=sum(samples_a_round(n, train) for n in sizes),
-        held_out_samples=_held_out_samples(job, plan),
+        held_out_samples=_held_out_samples(job, plan.plans[0]),
         rounds=train.rounds,
         workers=workers,
-        resident_bytes=resident_bytes(job.samples, plan),
         reduced_bytes=size * plan.replicas,
         commit_bytes=size,
         round_seconds=initial.seconds * max(steps) * math.ceil(plan.replicas / workers),
-        checksums={v.name: v.checksums for v in job.samples.variables},
-        resolved=_resolved(job, plan, workers),
+        checksums={v.name: v.checksums for v in stores[0].samples.variables},
+        resolved=_resolved(job, stores, resolved.device, workers),
     )
 
 
@@ -90,21 +122,37 @@ def _held_out_samples(job: Job, plan: DataPlan) -> int | None:
     return sum(piece.num_samples for piece in eval_partitions(plan_held_out(job.held_out, plan), "all"))
 
 
-def _resolved(job: Job, plan: DataPlan, workers: int) -> dict[str, tuple[Any, str]]:
-    config = job.config
+def _resolved(job: Job, stores: tuple[StorePlan, ...], device: str, workers: int) -> dict[str, tuple[Any, str]]:
+    config, first = job.config, stores[0]
     found: dict[str, tuple[Any, str]] = {}
     if config.data.sample_dim == "auto":
-        found["data.sample_dim"] = (job.samples.sample_dim, "the first dimension that all variables share")
+        found["data.sample_dim"] = (first.samples.sample_dim, "the first dimension that all variables share")
     if config.data.split_order == "auto":
         found["data.split_order"] = (
-            ("sequential", "samples have windows") if plan.sequential else ("random", "samples have no windows")
+            ("sequential", "samples have windows") if first.data.sequential else ("random", "samples have no windows")
         )
     if config.data.reader == "auto":
-        found["data.reader"] = ("zarr", "the only reader of this version")
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for name, choice in first.readers.items():
+            reasons.setdefault(choice, []).append(name)
+        names = ", ".join(dict.fromkeys(reader for reader, _ in reasons))
+        why = "; ".join(f"{reader} for {', '.join(of)}, since {why}" for (reader, why), of in reasons.items())
+        found["data.reader"] = (names, why)
+    if config.data.memory == "auto":
+        found["data.memory"] = (format_bytes(first.memory.limit), first.memory.what)
+    if config.data.cache == "auto":
+        cached = first.memory.train.limits.cached
+        found["data.cache"] = (
+            format_bytes(first.memory.cached_bytes),
+            f"what is left: {cached:,} of the {first.counts['partition_units']:,} units of a replica",
+        )
     if config.train.device == "auto":
-        found["train.device"] = ("cpu", "the only device of this version")
+        why = "every worker has a GPU" if device == "cuda" else "not every worker has a GPU"
+        found["train.device"] = (device, why)
     if config.average.replicas == "auto":
-        found["average.replicas"] = (plan.replicas, f"the smaller of {workers} workers and the units of the store")
+        replicas = sum(store.data.replicas for store in stores)
+        why = f"the smaller of {workers} workers and the units of the store"
+        found["average.replicas"] = (replicas, why if isinstance(config.data.path, str) else "the sum of the stores'")
     if config.cluster.workers == "auto" and config.cluster.scheduler == "local":
         found["cluster.workers"] = (workers, f"a core for each of the {config.cluster.threads} threads of a task")
     if config.run.commit_every == "auto":
@@ -114,46 +162,72 @@ def _resolved(job: Job, plan: DataPlan, workers: int) -> dict[str, tuple[Any, st
 
 def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
     """Return label and text of each line that a person reads."""
-    counts, train = plan.counts, job.config.train
+    train = job.config.train
     unchecked = [name for name, has in plan.checksums.items() if not has]
-    sizes = counts["partition_samples"]
-    shared = counts["decodes_per_unit"]
-    missing = "all chunks are there" if job.config.data.missing == "error" else "missing chunks read as fill value"
+    missing = {
+        "error": "all chunks are there",
+        "fill": "missing chunks read as fill value",
+        "skip": f"samples of missing chunks are left out ({_total(plan, 'absent_rows'):,} rows)",
+    }[job.config.data.missing]
     return [
-        *job.samples.rows(),
-        (
-            "units",
-            f"{counts['units']:,} of {counts['unit_rows']:,} rows "
-            f"({format_bytes(counts['unit_rows'] * job.samples.row_bytes)})"
-            + (f", cut into {counts['cells']:,} cells of {counts['cell_rows']:,}" if shared > 1 else ""),
-        ),
-        ("splits", _splits(job, plan)),
-        ("partitions", f"{len(sizes)} of {_range(sizes)} samples, {job.config.data.partition}"),
-        ("reading", f"each unit is decoded {shared:.2f} times a pass, over all replicas"),
+        *(row for store in plan.stores for row in _store_rows(job, plan, store)),
         ("chunks", missing + (f"; no checksums in {', '.join(unchecked)}" if unchecked else "; all have checksums")),
         (
             "model",
             f"{plan.initial.num_params:,} parameters; {', '.join(plan.initial.inputs)} -> {plan.initial.outputs}",
         ),
-        ("first loss", f"{train.loss} of one real batch: {plan.initial.loss:.4f}"),
+        ("first loss", f"{train.loss} of one real batch: {plan.initial.loss:.4f}{_estimated(job)}"),
         (
             "round",
             f"{_range(plan.steps)} local steps a replica, batch {train.batch_size}: {plan.samples:,} samples, "
             f"{plan.rounds} rounds",
         ),
-        ("memory", f"{open_units(plan.data)} open units a replica: {format_bytes(plan.resident_bytes)}"),
         ("traffic", f"{format_bytes(plan.reduced_bytes)} averaged a round, {format_bytes(plan.commit_bytes)} a commit"),
         ("time", f"{_seconds(plan.round_seconds)} of local steps a round on {plan.workers} workers (estimate)"),
         *((f"auto {key}", f"{value}: {why}") for key, (value, why) in plan.resolved.items()),
     ]
 
 
+def _store_rows(job: Job, plan: RunPlan, store: StorePlan) -> list[tuple[str, str]]:
+    counts, sizes = store.counts, store.counts["partition_samples"]
+    shared, unit = counts["decodes_per_unit"], format_bytes(store.memory.train.unit)
+    rows = [
+        *store.samples.rows(),
+        (
+            "units",
+            f"{counts['units']:,} of {counts['unit_rows']:,} rows ({unit})"
+            + (f", cut into {counts['cells']:,} cells of {counts['cell_rows']:,}" if shared > 1 else ""),
+        ),
+        ("splits", _splits(plan, store)),
+        ("partitions", f"{len(sizes)} of {_range(sizes)} samples, {job.config.data.partition}"),
+        (
+            "reading",
+            f"{format_bytes(counts['decoded_bytes'])} decoded a pass over all replicas, read amplification "
+            f"{counts['read_amplification']:.2f}, each unit {shared:.2f} times",
+        ),
+        ("memory", store.memory.sentence()),
+    ]
+    if store.workers:
+        rows.append(("workers", f"only {', '.join(store.workers)} read it"))
+    return rows
+
+
+def _estimated(job: Job) -> str:
+    if not job.config.data.normalize:
+        return ""
+    return f" (normalised by the first {ESTIMATE_UNITS} units of each partition)"
+
+
+def _total(plan: RunPlan, key: str) -> int:
+    return sum(store.counts[key] for store in plan.stores)
+
+
 def _seconds(seconds: float) -> str:
     return f"about {seconds:.1f} s" if seconds >= 0.1 else "less than 0.1 s"
 
 
-def _splits(job: Job, plan: RunPlan) -> str:
-    counts = plan.counts
+def _splits(plan: RunPlan, store: StorePlan) -> str:
+    counts = store.counts
     val = f"{counts['val_samples']:,}" if plan.held_out_samples is None else f"{plan.held_out_samples:,} of val_path"
     text = f"train {sum(counts['partition_samples']):,}, val {val}, test {counts['test_samples']:,} samples"
     dropped = counts["dropped_samples"]
@@ -161,10 +235,11 @@ def _splits(job: Job, plan: RunPlan) -> str:
 
 
 def plan_record(plan: RunPlan) -> dict[str, Any]:
-    """Return the plan as a JSON object."""
-    return {
+    """Return the plan as a JSON object; of several stores, the counts of the first, and all under ``stores``."""
+    first = plan.stores[0]
+    record = {
         "event": "plan",
-        **plan.counts,
+        **first.counts,
         "held_out_samples": plan.held_out_samples,
         "replicas": plan.data.replicas,
         "fingerprint": plan.data.fingerprint,
@@ -175,11 +250,37 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
         "rounds": plan.rounds,
         "workers": plan.workers,
         "resident_bytes": plan.resident_bytes,
+        "memory": memory_record(first.memory),
         "reduced_bytes": plan.reduced_bytes,
         "commit_bytes": plan.commit_bytes,
         "round_seconds": round(plan.round_seconds, 3),
         "checksums": plan.checksums,
+        "readers": {name: reader for name, (reader, _) in first.readers.items()},
         "resolved": {key: {"value": value, "why": why} for key, (value, why) in plan.resolved.items()},
+    }
+    if len(plan.stores) > 1:
+        record["stores"] = [
+            {"path": store.samples.path, "workers": list(store.workers), **store.counts} for store in plan.stores
+        ]
+    return record
+
+
+def memory_record(law: MemoryLaw) -> dict[str, Any]:
+    """Return the terms of the memory law."""
+    train, evaluate = law.train, law.evaluate
+    return {
+        "limit": law.limit,
+        "total": law.total,
+        "unit": train.unit,
+        "open_units": train.open,
+        "ahead_units": train.limits.ahead,
+        "cached_units": train.limits.cached,
+        "read_threads": train.limits.threads,
+        "loaders": train.kept,
+        "batches": train.buffers,
+        "scratch": train.scratch,
+        "evaluate": evaluate.total if evaluate else 0,
+        "cached": law.cached_bytes,
     }
 
 

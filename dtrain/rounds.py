@@ -15,7 +15,7 @@ from dtrain.algorithm.params import empty_inner_state
 from dtrain.algorithm.plan import plan_round
 from dtrain.algorithm.stop import metric_of, stop_reason
 from dtrain.checkpoint import load_tensor_file
-from dtrain.data.partition import DataPlan, train_partitions
+from dtrain.data.partition import JointPlan
 from dtrain.errors import ClusterLost, Diverged, OutOfMemory
 from dtrain.events import Reporter, SegmentReplayed
 from dtrain.job import Job
@@ -37,7 +37,7 @@ def iterate_rounds(
     runner: Runner,
     state: TrainState[Any],
     job: Job,
-    plan: DataPlan,
+    plan: JointPlan,
     report: Reporter,
     *,
     before: Sequence[float | None] = (),
@@ -54,7 +54,7 @@ def iterate_rounds(
     state : TrainState
         Held by the driver.
     job : Job
-    plan : DataPlan
+    plan : JointPlan
     report : callable
         Is told what is lost and replayed.
     before : sequence of float or None
@@ -122,12 +122,12 @@ def _segment(
     state: TrainState[Any],
     end: int,
     job: Job,
-    plan: DataPlan,
+    plan: JointPlan,
     before: Sequence[float | None],
     look_ahead: int,
 ) -> Iterator[RoundResult]:
     """Yield the rounds from `state` to `end`; round r + 1 is submitted against the handles of round r."""
-    sizes = [partition.num_samples for partition in train_partitions(plan)]
+    sizes = [partition.num_samples for partition in plan.partitions()]
     submitted = runner.place(state)
     pending: deque[tuple[TrainState[Any], Any, Any]] = deque()
     finished = time.monotonic()
@@ -211,7 +211,7 @@ def _given_up(lost: SegmentLost, committed: int) -> Exception:
     )
 
 
-def initial_state(runner: Runner, job: Job, plan: DataPlan) -> TrainState[Any]:
+def initial_state(runner: Runner, job: Job, plan: JointPlan) -> TrainState[Any]:
     """Return the state of round 0: what the user's function builds, or the tensors of ``train.init``."""
     initial = runner.initialise()
     params = initial.params

@@ -23,10 +23,9 @@ from dtrain.algorithm.evaluate import values
 from dtrain.algorithm.params import load_into
 from dtrain.algorithm.stop import higher_is_better
 from dtrain.checkpoint import committed_rounds, find_round, load_params, round_directory, write_text
-from dtrain.config import TrainConfig, differences, may_change, to_toml
-from dtrain.data.partition import DataPlan, SplitName, plan_held_out
+from dtrain.config import TrainConfig, differences, may_change, to_toml, without_secrets
+from dtrain.data.partition import JointPlan, SplitName, plan_held_out
 from dtrain.data.samples import Samples
-from dtrain.data.source import describe
 from dtrain.errors import (
     DataChanged,
     RunConflict,
@@ -36,7 +35,19 @@ from dtrain.errors import (
     UsageError,
     did_you_mean,
 )
-from dtrain.job import Functions, Job, describe_held_out, job_from_config, open_runner, resolved_values
+from dtrain.job import (
+    Functions,
+    Job,
+    Resolved,
+    describe_held_out,
+    job_from_config,
+    open_runner,
+    open_stores,
+    plan_like,
+    resolved_from,
+    resolved_values,
+    store_of,
+)
 from dtrain.report.history import Row, best_round, dataset_of, read_rows
 from dtrain.report.journal import HISTORY
 from dtrain.runtime.resident import build_module
@@ -141,13 +152,14 @@ class Run:
         client = cluster if isinstance(cluster, Client) else None
         if client is None:
             job = replace(job, config=with_scheduler(job.config, str(cluster)))
-        plan = self.plan if samples is None else plan_held_out(samples, self.plan) if split == "all" else None
-        if samples is None and plan is not None and job.samples.fingerprint != plan.source:
-            raise DataChanged(
-                f"{job.samples.path} is not the store that the run was trained on: its metadata differ.",
-                "Name other data with --data.",
-            )
-        with open_runner(job, uuid.uuid4().hex[:8], plan=plan, client=client) as (runner, _):
+        known = self.resolution
+        if samples is not None:
+            like = known.plan.plans[0]
+            plan = plan_held_out(samples, like) if split == "all" else plan_like(samples, self.config)
+            known = replace(known, plan=JointPlan((plan,)), contents=())
+        else:
+            known = replace(known, contents=())  # it is the samples that are there that count
+        with open_runner(job, uuid.uuid4().hex[:8], known=known, client=client) as (runner, _):
             placed = runner.place(_state_for(params))
             handle = runner.submit_evaluation(placed.params[0], split)
             if handle is None:
@@ -156,9 +168,14 @@ class Run:
         return values(sums, self.config.train.metrics), number, sums["loss"][1]
 
     @property
-    def plan(self) -> DataPlan:
-        """The data plan that was resolved at the first start."""
-        return DataPlan(**self.resolved["data"])
+    def plan(self) -> JointPlan:
+        """The plan of the data that was resolved at the first start."""
+        return self.resolution.plan
+
+    @property
+    def resolution(self) -> Resolved:
+        """All that was resolved at the first start."""
+        return resolved_from(self.resolved)
 
     @cached_property
     def resolved(self) -> dict[str, Any]:
@@ -167,14 +184,14 @@ class Run:
 
     def _job(self, samples: Samples | None) -> Job:
         if self.functions is not None and samples is not None:
-            return Job(config=self.config, samples=samples, functions=self.functions, base=self.base)
+            return Job(config=self.config, stores=store_of(samples), functions=self.functions, base=self.base)
         job = job_from_config(self.config, self.base) if self.functions is None else self._own_job()
-        return job if samples is None else replace(job, samples=samples, held_out=None)
+        return job if samples is None else replace(job, stores=store_of(samples), held_out=None)
 
     def _own_job(self) -> Job:
         assert self.functions is not None
-        samples, held_out = describe(self.config.data, self.base), describe_held_out(self.config.data, self.base)
-        return Job(config=self.config, samples=samples, held_out=held_out, functions=self.functions, base=self.base)
+        stores, held_out = open_stores(self.config.data, self.base), describe_held_out(self.config.data, self.base)
+        return Job(config=self.config, stores=stores, held_out=held_out, functions=self.functions, base=self.base)
 
     def __repr__(self) -> str:
         return f"<dtrain.Run {self.directory} {len(self.rows)} of {self.config.train.rounds} rounds>"
@@ -281,7 +298,7 @@ def next_run_directory(job: Job, root: Path) -> Path:
     return parent / f"run-{number}"
 
 
-def read_plan(run: Path, job: Job) -> DataPlan | None:
+def read_plan(run: Path, job: Job) -> Resolved | None:
     """Return the plan of a run that was started before, or None; refuse to continue what has changed.
 
     Raises
@@ -294,7 +311,7 @@ def read_plan(run: Path, job: Job) -> DataPlan | None:
     if not (run / PLAN).is_file():
         return None
     old = load_run(run)
-    blocked = [d for d in differences(old.config, job.config) if not may_change(d[0], job.config)]
+    blocked = [d for d in differences(old.config, without_secrets(job.config)) if not may_change(d[0], job.config)]
     if blocked:
         said = "; ".join(f"{key} was {_said(before)}, is {_said(after)}" for key, before, after in blocked[:4])
         raise RunConflict(
@@ -309,17 +326,23 @@ def read_plan(run: Path, job: Job) -> DataPlan | None:
             "Train under another --run NAME, or undo the change.",
         )
     held_out = old.resolved.get("held_out")
-    if old.plan.source != job.samples.fingerprint or (
+    plans = old.plan.plans
+    differs = [
+        store.samples is not None and plan.source != store.samples.fingerprint
+        for plan, store in zip(plans, job.stores, strict=True)
+    ]
+    if any(differs) or (
         held_out is not None and job.held_out is not None and held_out["source"] != job.held_out.fingerprint
     ):
+        path = job.stores[differs.index(True)].config.path if any(differs) else job.config.data.val_path
         raise DataChanged(
-            f"{job.samples.path} has other shapes, dtypes or chunks than when {run} was started.",
+            f"{path} has other shapes, dtypes or chunks than when {run} was started.",
             "Train under another --run NAME.",
         )
-    return old.plan
+    return old.resolution
 
 
-def write_run(run: Path, job: Job, plan: DataPlan) -> None:
+def write_run(run: Path, job: Job, resolved: Resolved) -> None:
     """Write what describes a run: config.toml, env.json and, at the first start, plan.json.
 
     Raises
@@ -327,7 +350,7 @@ def write_run(run: Path, job: Job, plan: DataPlan) -> None:
     DiskFull
         It cannot be written.
     """
-    write_text(run / CONFIG, to_toml(job.config))
+    write_text(run / CONFIG, to_toml(without_secrets(job.config)))
     environment = {
         **versions(),
         "platform": platform.platform(),
@@ -337,7 +360,7 @@ def write_run(run: Path, job: Job, plan: DataPlan) -> None:
     }
     write_text(run / ENV, json.dumps(environment, indent=1) + "\n")
     if not (run / PLAN).exists():
-        write_text(run / PLAN, json.dumps(resolved_values(job, plan), indent=1) + "\n")
+        write_text(run / PLAN, json.dumps(resolved_values(job, resolved), indent=1) + "\n")
 
 
 def with_scheduler(config: TrainConfig, scheduler: str) -> TrainConfig:

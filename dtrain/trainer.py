@@ -14,7 +14,7 @@ from distributed import Client
 from dtrain.algorithm.stop import metric_of, stop_reason
 from dtrain.checkpoint import commit_round, newest_state, prune, sweep
 from dtrain.config import TrainConfig
-from dtrain.data.partition import DataPlan, train_partitions
+from dtrain.data.partition import JointPlan
 from dtrain.data.samples import Samples
 from dtrain.errors import DataChanged, DiskFull, RunDamaged, Stopped
 from dtrain.events import (
@@ -28,7 +28,7 @@ from dtrain.events import (
     RunFinished,
     RunStarted,
 )
-from dtrain.job import Job, job_from_python, open_runner
+from dtrain.job import Job, Resolved, job_from_python, open_runner
 from dtrain.lock import locked
 from dtrain.report.history import read_rows
 from dtrain.report.journal import HISTORY, cut_history, journal
@@ -84,10 +84,11 @@ def train_job(
             return opened
         scheduler = job.config.cluster.scheduler if client is None else str(client.scheduler.address)
         tell(ClusterOpening(run=str(run), scheduler=scheduler))
-        with open_runner(job, uuid.uuid4().hex[:8], plan=known, client=client) as (runner, plan):
+        with open_runner(job, uuid.uuid4().hex[:8], known=known, client=client) as (runner, resolved):
+            plan = resolved.plan
             if state is None:
                 state = initial_state(runner, job, plan)
-            write_run(run, job, plan)
+            write_run(run, job, resolved)
             tell(_started(run, state, job, plan, runner))
             runner.on_progress = tell
             for result in iterate_rounds(runner, state, job, plan, both, before=before):
@@ -105,12 +106,12 @@ def train_job(
     return opened
 
 
-def _resume(run: Path, job: Job, tell: Reporter) -> tuple[DataPlan | None, TrainState[Any] | None]:
+def _resume(run: Path, job: Job, tell: Reporter) -> tuple[Resolved | None, TrainState[Any] | None]:
     """Return the plan and the newest good state of a run that was started before; cut its history back to it."""
     known = read_plan(run, job)
     sweep(run)
     state, fingerprint, damaged = newest_state(run)
-    if known is not None and state is not None and fingerprint != known.fingerprint:
+    if known is not None and state is not None and fingerprint != known.plan.fingerprint:
         raise DataChanged(f"{run}: plan.json is not the plan that round {state.round} was trained with.")
     for number, reason in damaged:
         tell(RoundDamaged(round=number, reason=reason))
@@ -145,20 +146,20 @@ def _make_directory(run: Path) -> None:
         ) from error
 
 
-def _commit(run: Run, state: TrainState[Any], plan: DataPlan, tell: Reporter) -> None:
+def _commit(run: Run, state: TrainState[Any], plan: JointPlan, tell: Reporter) -> None:
     started = time.monotonic()
     written = commit_round(run.directory, state, plan.fingerprint)
     prune(run.directory, run.config.run.keep, run.best_round)
     tell(RoundCommitted(round=state.round, bytes=written, seconds=time.monotonic() - started))
 
 
-def _started(run: Path, state: TrainState[Any], job: Job, plan: DataPlan, runner: Runner) -> RunStarted:
+def _started(run: Path, state: TrainState[Any], job: Job, plan: JointPlan, runner: Runner) -> RunStarted:
     return RunStarted(
         run=str(run),
         round=state.round,
         rounds=job.config.train.rounds,
         replicas=plan.replicas,
-        samples=sum(partition.num_samples for partition in train_partitions(plan)),
+        samples=sum(partition.num_samples for partition in plan.partitions()),
         workers=runner.num_workers,
         dashboard=runner.dashboard,
     )
@@ -260,7 +261,8 @@ def train_rounds(
     ...         break
     """
     job, client = _python_job(model, samples, config, model_args, cluster, train=train, average=average)
-    with open_runner(job, uuid.uuid4().hex[:8], client=client) as (runner, plan):
+    with open_runner(job, uuid.uuid4().hex[:8], client=client) as (runner, resolved):
+        plan = resolved.plan
         yield from iterate_rounds(runner, initial_state(runner, job, plan), job, plan, lambda event: None)
 
 

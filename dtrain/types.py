@@ -88,6 +88,8 @@ class Contribution:
     bytes_read: int
     """Decoded bytes."""
     seconds: float
+    waited: float = 0.0
+    """Of them, seconds that the steps waited for batches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

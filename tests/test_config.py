@@ -30,6 +30,7 @@ from dtrain.config import (
     read_tables,
     to_toml,
     value_of,
+    without_secrets,
 )
 from dtrain.errors import ConfigFileNotFound, InvalidConfig, NotSupportedYet, UsageError
 
@@ -487,9 +488,23 @@ def test_a_value_that_is_not_built_is_refused_by_name(key):
     assert caught.value.message == f"{key} = {json.dumps(value)}: this version does not have {feature} yet."
 
 
-def test_a_list_of_stores_is_refused_by_name():
-    with pytest.raises(NotSupportedYet, match=r"data\.path is a list of stores"):
-        TrainConfig(data={"path": [{"path": "a.zarr"}]})
+def test_a_list_of_stores():
+    config = TrainConfig(data={"path": [{"path": "a.zarr"}, {"path": "b.zarr", "workers": ["w"], "replicas": 2}]})
+    assert [(store.path, store.workers, store.replicas) for store in config.data.path] == [
+        ("a.zarr", (), 1),
+        ("b.zarr", ("w",), 2),
+    ]
+    assert TrainConfig(**tomllib.loads(to_toml(config))) == config
+
+
+@pytest.mark.parametrize("cache", ["0", "0B", "512MB", "auto"])
+def test_sizes_of_the_cache(cache):
+    assert TrainConfig(data={"cache": cache}).data.cache == cache
+
+
+def test_normalize_names_inputs_or_targets():
+    with pytest.raises(InvalidConfig, match='data.normalize names "imag", .* did you mean "image"'):
+        TrainConfig(data={"inputs": ["image"], "targets": ["y"], "normalize": ["imag"]})
 
 
 # Settings on the command line ---------------------------------------------------------------------------------------
@@ -673,6 +688,7 @@ MAY_CHANGE = {
     "data.memory",
     "data.cache",
     "data.reader",
+    "data.storage_options",
 }
 
 
@@ -685,3 +701,19 @@ def test_a_continued_run_may_change_what_the_contract_says():
 def test_the_rounds_may_not_change_where_the_rate_depends_on_them(schedule):
     config = TrainConfig(train={"schedule": schedule})
     assert {key for key, _ in flat_values(config) if may_change(key, config)} == MAY_CHANGE - {"train.rounds"}
+
+
+def test_a_run_keeps_no_secrets():
+    options = {"key": "AK", "secret": "xyz", "anon": False, "client_kwargs": {"endpoint_url": "http://h", "token": "t"}}
+    config = TrainConfig(data={"path": "s3://b/a.zarr", "storage_options": options})
+    kept = without_secrets(config).data.storage_options
+    assert kept == {
+        "key": "***",
+        "secret": "***",
+        "anon": False,
+        "client_kwargs": {"endpoint_url": "http://h", "token": "***"},
+    }
+    assert "xyz" not in repr(config)
+    with pytest.raises(InvalidConfig) as caught:
+        TrainConfig(data={"storage_options": "secret"})
+    assert "secret" not in caught.value.message

@@ -127,9 +127,9 @@ def _inspected(path: Path) -> dict[str, Any]:
     if not samples.num_samples:
         raise TooFewSamples(f"{path} holds no samples along {samples.sample_dim}.")
     described = samples.variable(target)
-    features = sum(math.prod(samples.variable(name).sample_shape) for name in inputs)
+    features = sum(math.prod(samples.variable(name).row_shape) for name in inputs)
     classes = _count_classes(path, target) if np.dtype(described.dtype).kind in "iub" else 0
-    outputs = [classes, *described.sample_shape] if classes else list(described.sample_shape)
+    outputs = [classes, *described.row_shape] if classes else list(described.row_shape)
     loss = "cross_entropy" if classes else "mse"
     return {"features": features, "outputs": outputs, "inputs": inputs, "targets": [target], "loss": loss}
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from dtrain_cli.output import Options, result, say, table
 from dtrain_cli.train import CONFIG, SCHEDULER, SET, load_job
 
 
-def plan(ctx: typer.Context, config: CONFIG, settings: SET = None, scheduler: SCHEDULER = None) -> None:
+def plan(
+    ctx: typer.Context,
+    config: CONFIG,
+    settings: SET = None,
+    scheduler: SCHEDULER = None,
+    full: Annotated[bool, typer.Option("--full", help="Look for missing chunks in every shard.")] = False,
+) -> None:
     """Show what training would do: partitions, steps, memory, traffic, and the loss of one real batch.
 
     Trains nothing, writes nothing, and refuses with the arithmetic what cannot work.
@@ -17,6 +25,6 @@ def plan(ctx: typer.Context, config: CONFIG, settings: SET = None, scheduler: SC
 
     options: Options = ctx.obj
     job = load_job(config, settings, scheduler)
-    planned = plan_job(job)
+    planned = plan_job(job, full=full)
     result(options, table(plan_rows(job, planned)), plan_record(planned))
     say(options, f"nothing was written; next: dtrain train {config}")

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from dtrain.algorithm.local import TensorBatch
+from dtrain.algorithm.local import TensorBatch, autocast
 from dtrain.algorithm.losses import Loss, classes_first, mae, mse
 from dtrain.errors import InvalidConfig
 
@@ -25,14 +25,22 @@ FROM_LOSS: dict[str, Callable[[float], float]] = {
 """Metrics that are functions of the mean loss."""
 
 
-def evaluate(module: nn.Module, loss: Loss, metrics: Mapping[str, Metric], batches: Iterable[TensorBatch]) -> Sums:
+def evaluate(
+    module: nn.Module,
+    loss: Loss,
+    metrics: Mapping[str, Metric],
+    batches: Iterable[TensorBatch],
+    precision: str = "float32",
+) -> Sums:
     """Return the sums of loss and metrics over batches."""
     module.eval()
     sums: Sums = {"loss": (0.0, 0), **dict.fromkeys(metrics, (0.0, 0))}
     with torch.inference_mode():
         for batch in batches:
-            outputs = module(*batch.inputs)
-            found: Sums = {"loss": (loss(outputs, batch.targets).item() * batch.size, batch.size)}
+            with autocast(precision, batch):
+                outputs = module(*batch.inputs)
+                value = loss(outputs, batch.targets)
+            found: Sums = {"loss": (value.item() * batch.size, batch.size)}
             found.update({name: metric(outputs, batch.targets) for name, metric in metrics.items()})
             sums = merge([sums, found])
     return sums

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,13 @@ class TensorBatch:
     inputs: tuple[torch.Tensor, ...]
     targets: torch.Tensor | tuple[torch.Tensor, ...]
     size: int
+    split: str = "train"
+    """``train``, ``val``, ``test`` or ``all``: a transform may do other things to samples that are only evaluated."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield inputs and targets: ``for (x,), y in batches``."""
+        yield self.inputs
+        yield self.targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +42,8 @@ class Recipe:
     schedule: Schedule
     clip_norm: float
     """0: no clipping."""
+    precision: str = "float32"
+    """``bfloat16``: forward and loss under autocast; parameters, gradients and the optimizer stay float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +96,8 @@ def run_local_steps(
     for batch_size, micro_batches in steps:
         optimizer.zero_grad(set_to_none=True)
         for batch in micro_batches:
-            loss = recipe.loss(module(*batch.inputs), batch.targets)
+            with autocast(recipe.precision, batch):
+                loss = recipe.loss(module(*batch.inputs), batch.targets)
             loss_sum += loss.item() * batch.size
             (loss if batch.size == batch_size else loss * (batch.size / batch_size)).backward()  # type: ignore[no-untyped-call]
         if recipe.clip_norm > 0:
@@ -97,6 +108,13 @@ def run_local_steps(
         step += 1
         on_step(step - first_step, samples)
     return LocalResult(pack_inner_state(optimizer, params), loss_sum, samples, step - first_step)
+
+
+def autocast(precision: str, batch: TensorBatch) -> AbstractContextManager[Any]:
+    """Return the context in which model and loss are called."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(batch.inputs[0].device.type, dtype=torch.bfloat16)
 
 
 def make_optimizer(recipe: Recipe, params: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -295,4 +295,6 @@ def unpack_inner_state(state: InnerState, optimizer: torch.optim.Optimizer, para
         if slot.dtype:
             raw = state.data[slot.offset : slot.offset + slot.size].copy()
             value = torch.from_numpy(raw).view(getattr(torch, slot.dtype)).reshape(slot.shape)
+            if slot.key != "step":  # as torch itself loads it: that one stays on the CPU
+                value = value.to(params[slot.param].device)
         optimizer.state[params[slot.param]][slot.key] = value

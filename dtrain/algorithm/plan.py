@@ -73,6 +73,18 @@ def step_sizes(task: LocalTask, size: int, train: TrainTable) -> Iterator[tuple[
                 yield micro_sizes(min(train.batch_size, size - start), train.micro_batch)
 
 
+def endless_sizes(size: int, train: TrainTable) -> Iterator[int]:
+    """Yield the sizes of the micro-batches of a replica from the start of any of its tasks on, for ever."""
+    while True:
+        if train.batch_size == "full":
+            yield from micro_sizes(size, train.micro_batch or 1024)
+        elif train.local_steps:
+            yield from micro_sizes(train.batch_size, train.micro_batch)
+        else:
+            for start in range(0, size, train.batch_size):
+                yield from micro_sizes(min(train.batch_size, size - start), train.micro_batch)
+
+
 def micro_sizes(batch: int, micro: int) -> tuple[int, ...]:
     """Cut a batch into micro-batches; ``micro = 0`` leaves it whole.
 

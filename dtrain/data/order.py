@@ -15,7 +15,8 @@ numbers, so any position can be sought without walking to it. The hash is writte
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,7 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 
-SPLIT, DEAL, PART, ROW = range(4)
+SPLIT, DEAL, PART, ROW, CACHE, TRANSFORM = range(6)
 """What a hash is drawn for, so that no two draws are the same."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -113,38 +114,81 @@ def _shuffled(sizes: Ints, window: int, keys: tuple[int, int, int], position: in
     if first >= count:
         return
     oldest = max(0, first + 1 - window)
-    frontier = _frontier(first, window)
-    pool = [_places(int(parts[i]), i, int(sizes[parts[i]]), count, window, keys) for i in range(oldest, first)]
-    part, row, place = (np.concatenate([a[k] for a in pool] or [np.zeros(0, np.int64)]) for k in range(3))
-    waiting = place >= frontier
-    emitted = int(starts[oldest]) + int(np.count_nonzero(~waiting))
-    part, row, place = part[waiting], row[waiting], place[waiting]
-    for i in range(first, count):
-        opened = _places(int(parts[i]), i, int(sizes[parts[i]]), count, window, keys)
-        part, row, place = (np.concatenate(pair) for pair in zip((part, row, place), opened, strict=True))
-        out = place < _frontier(i + 1, window) if i + 1 < count else np.ones(len(place), bool)
-        order = np.flatnonzero(out)[np.argsort(place[out], kind="stable")]
-        finished = range(max(0, i + 1 - window), i + 2 - window) if i + 1 < count else range(0)
-        closed = int(parts[finished[0]]) if len(finished) else -1
-        yield max(0, min(len(order), position - emitted)), Block(part[order], row[order], closed)
-        emitted += len(order)
-        part, row, place = part[~out], row[~out], place[~out]
+    opened: deque[_Opened] = deque()
+    emitted = int(starts[oldest])
+    for i in range(oldest, count):
+        opened.append(_opened(int(parts[i]), i, int(sizes[parts[i]]), count, window, keys))
+        if i < first:
+            continue
+        if i == first:
+            emitted += sum(part.before(i) for part in opened)
+        block_parts, rows = _emit(opened, i)
+        finished = i + 1 - window if i + 1 - window >= 0 and i + 1 < count else None
+        closed = -1 if finished is None else int(parts[finished])
+        yield max(0, min(len(rows), position - emitted)), Block(block_parts, rows, closed)
+        emitted += len(rows)
+        if finished is not None:
+            opened.popleft()
 
 
 _BITS = 40
 """A place is a fixed-point number in half parts: 24 bits before the point, 40 behind it."""
 
 
-def _frontier(i: int, window: int) -> int:
-    """Return the place where the window of the i-th part begins."""
-    return max(0, 2 * i + 1 - window) << _BITS
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """The rows of a part, put together by the step that emits them."""
+
+    part: int
+    first: int
+    """The step that opened it."""
+    rows: Ints
+    places: Ints
+    cuts: Ints
+    """Where the rows of step `first`, of the one after it, and so on begin."""
+
+    def before(self, step: int) -> int:
+        """Return how many of its rows earlier steps have emitted."""
+        return int(self.cuts[min(step - self.first, len(self.cuts) - 1)])
+
+    def of(self, step: int) -> slice:
+        """Return its rows of a step."""
+        return slice(self.before(step), self.before(step + 1))
 
 
-def _places(
-    part: int, i: int, size: int, count: int, window: int, keys: tuple[int, int, int]
-) -> tuple[Ints, Ints, Ints]:
-    """Draw a place in the window of the i-th part for each of its rows."""
+def _opened(part: int, i: int, size: int, count: int, window: int, keys: tuple[int, int, int]) -> _Opened:
+    """Draw a place in the window of the i-th part for each of its rows.
+
+    A step emits what lies before the window of the next part, which begins at half part 2 * (step + 1) + 1 - window.
+    """
     start, stop = max(0, 2 * i + 1 - window), min(2 * count, 2 * i + 1 + window)
-    rows = np.arange(size)
-    draws = (hash64(*keys, ROW, part, rows) >> np.uint64(64 - _BITS)).astype(np.int64)
-    return np.full(size, part), rows, (start << _BITS) + draws * (stop - start)
+    draws = (hash64(*keys, ROW, part, np.arange(size)) >> np.uint64(64 - _BITS)).astype(np.int64)
+    places = (start << _BITS) + draws * (stop - start)
+    steps = np.minimum(((places >> _BITS) + window - 1) // 2, count - 1) - i
+    order = np.argsort(steps.astype(np.int16) if window < 1 << 14 else steps, kind="stable")  # 16 bits sort by radix
+    cuts = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.bincount(steps))])
+    return _Opened(part, i, order, places[order], cuts)
+
+
+def _emit(opened: Iterable[_Opened], step: int) -> tuple[Ints, Ints]:
+    """Return part and row of what a step emits: by place, then by the order of parts, then by row."""
+    found = [(part.part, part.rows[where], part.places[where]) for part in opened for where in (part.of(step),)]
+    lengths = [len(rows) for _, rows, _ in found]
+    rows = np.concatenate([rows for _, rows, _ in found] or [np.zeros(0, np.int64)])
+    parts = np.repeat(np.array([part for part, _, _ in found], np.int64), lengths)
+    places = np.concatenate([places for _, _, places in found] or [np.zeros(0, np.int64)])
+    order = _stable_order(places)
+    return parts[order], rows[order]
+
+
+def _stable_order(places: Ints) -> Ints:
+    """Return ``argsort(places, kind="stable")``: with room for the index in the key, by a sort that is not."""
+    if not len(places):
+        return places
+    bits = (len(places) - 1).bit_length()
+    low = int(places.min())
+    if (int(places.max()) - low).bit_length() + bits > 63:
+        return np.argsort(places, kind="stable")
+    keys = (places - low) << bits | np.arange(len(places))
+    keys.sort()
+    return keys & ((1 << bits) - 1)

@@ -8,6 +8,9 @@
 Cells are whole units where there are enough of them (20 a replica, shares met within 10 %). Otherwise cells are
 runs of samples inside units; a unit whose cells have several owners is decoded by each of them.
 
+A shard that is too large to be a unit holds several. Its cells are dealt together, so that it has one owner, where
+there are enough shards.
+
 All that decides which samples go where is in `DataPlan`: small, plain, stored with the run.
 """
 
@@ -27,7 +30,7 @@ import numpy as np
 from dtrain.config import SplitConfig
 from dtrain.data.order import DEAL, SPLIT, Ints, hash64
 from dtrain.data.samples import Samples, common_rows
-from dtrain.errors import ChunkTooLarge, OutOfMemory, TooFewSamples
+from dtrain.errors import TooFewSamples
 
 SplitName: TypeAlias = Literal["train", "val", "test", "all"]
 
@@ -35,6 +38,11 @@ UNIT_BYTES = 1 << 20
 """A unit holds at least this many decoded bytes if that leaves enough units."""
 WINDOW_BYTES = 64 << 20
 """The window of the shuffle holds about this many decoded bytes, between 8 and 64 units."""
+WHOLE_OBJECT_BYTES = 8 << 20
+"""Shards up to this size are read whole; larger ones hold several units."""
+GROWN_BYTES = 32 << 20
+"""Units grow up to this size where windows would otherwise read much twice."""
+MAX_AMPLIFICATION = 1.10
 UNITS_PER_REPLICA = 20
 """With fewer units than this a replica, cuts go at samples inside units."""
 MAX_CELLS = 1 << 16
@@ -52,6 +60,14 @@ class DataPlan:
     """Rows of a unit; the last one may be shorter."""
     cell_rows: int
     """Rows of a cell, at most `unit_rows`; cells never cross units."""
+    group: int = 1
+    """Neighbouring cells that are dealt together."""
+    first_row: int = 0
+    """Rows before it are not used."""
+    absent: tuple[tuple[int, int], ...] = ()
+    """Runs of rows that are not stored and not used: first, and the one after the last."""
+    patches: int = 1
+    """Samples that every anchor is cut into."""
     stride: int
     """Anchors are its multiples."""
     first_offset: int
@@ -89,6 +105,11 @@ class DataPlan:
         return math.ceil(self.unit_rows / self.cell_rows)
 
     @property
+    def num_groups(self) -> int:
+        """Groups of cells of the whole store."""
+        return math.ceil(self.num_cells / self.group)
+
+    @property
     def num_cells(self) -> int:
         """Cells of the whole store."""
         full, rest = divmod(self.num_samples, self.unit_rows)
@@ -121,12 +142,20 @@ class Partition:
     def part_sizes(self) -> Ints:
         """Samples it owns of each of `units`."""
         owner = np.searchsorted(self.units, self.cells // self.plan.cells_per_unit)
-        return np.bincount(owner, weights=self.count, minlength=len(self.units)).astype(np.int64)
+        anchors = np.bincount(owner, weights=self.count, minlength=len(self.units)).astype(np.int64)
+        return anchors * self.plan.patches
 
     @property
     def num_samples(self) -> int:
         """Samples of a pass."""
-        return int(self.count.sum())
+        return int(self.count.sum()) * self.plan.patches
+
+    def spans(self) -> tuple[Ints, Ints]:
+        """Return, by part, its first anchor and the row after its last."""
+        owner = self.cells // self.plan.cells_per_unit
+        begins = np.flatnonzero(np.diff(owner, prepend=-1))
+        ends = np.append(begins[1:], len(owner)) - 1
+        return self.first[begins], self.first[ends] + (self.count[ends] - 1) * self.plan.stride + 1
 
     def part_anchors(self, part: int) -> Ints:
         """Return the anchors that it owns of ``units[part]``, ascending."""
@@ -143,7 +172,8 @@ def cell_bounds(plan: DataPlan, cells: Ints) -> tuple[Ints, Ints]:
     unit, within = np.divmod(cells, plan.cells_per_unit)
     starts = unit * plan.unit_rows + within * plan.cell_rows
     ends = np.minimum((unit + 1) * plan.unit_rows, plan.num_samples)
-    return starts, np.minimum(starts + plan.cell_rows, ends)
+    stops = np.minimum(starts + plan.cell_rows, ends)
+    return np.clip(starts, plan.first_row, stops), stops
 
 
 def cell_anchors(plan: DataPlan, split: SplitName) -> Partition:
@@ -171,10 +201,17 @@ def cell_anchors(plan: DataPlan, split: SplitName) -> Partition:
 
 def count_units(samples: Samples) -> int:
     """Return the most units that the store can be cut into along its stored objects."""
-    return math.ceil(samples.num_samples / _boundary(samples))
+    return math.ceil((samples.num_samples - samples.first_row) / _boundary(samples))
 
 
-def plan_data(samples: Samples, *, replicas: int, seed: int, eval_pieces: int | None = None) -> DataPlan:
+def plan_data(
+    samples: Samples,
+    *,
+    replicas: int,
+    seed: int,
+    eval_pieces: int | None = None,
+    absent: tuple[tuple[int, int], ...] = (),
+) -> DataPlan:
     """Resolve units, cells and window from metadata, the number of replicas and the seed; never from memory.
 
     Raises
@@ -184,16 +221,16 @@ def plan_data(samples: Samples, *, replicas: int, seed: int, eval_pieces: int | 
     """
     if samples.num_samples == 0:
         raise TooFewSamples(f"{samples.path} holds no samples along {samples.sample_dim}.")
-    boundary = _boundary(samples)
+    unit_rows = _unit_rows(samples, replicas, whole=not absent)
     row_bytes = max(1, samples.row_bytes)
-    wanted = math.ceil(UNIT_BYTES / (boundary * row_bytes))
-    enough_units = samples.num_samples // (boundary * 3 * UNITS_PER_REPLICA * replicas)
-    unit_rows = min(samples.num_samples, boundary * max(1, min(wanted, enough_units)))
     config = samples.config
     plan = DataPlan(
         num_samples=samples.num_samples,
         unit_rows=unit_rows,
         cell_rows=unit_rows,
+        first_row=samples.first_row,
+        absent=absent,
+        patches=len(samples.tiles),
         stride=config.stride,
         first_offset=samples.reach()[0],
         last_offset=samples.reach()[1],
@@ -208,8 +245,16 @@ def plan_data(samples: Samples, *, replicas: int, seed: int, eval_pieces: int | 
         seed=seed,
         source=samples.fingerprint,
     )
-    plan = replace(plan, cell_rows=_cell_rows(plan))
+    plan = replace(plan, group=_group(samples, plan))
+    if plan.group == 1:
+        plan = replace(plan, cell_rows=_cell_rows(plan))
     train = sum(partition.num_samples for partition in train_partitions(plan))
+    if train == 0 and samples.has_windows:
+        raise TooFewSamples(
+            f"{samples.path}: samples span {plan.last_offset - plan.first_offset + 1:,} rows of {samples.sample_dim}; "
+            f"no run of the training split is as long ({samples.num_samples - samples.first_row:,} rows in all).",
+            'Use a shorter window, hold out less in data.split, or set data.split_order = "sequential".',
+        )
     if train < replicas:
         raise TooFewSamples(
             f"{samples.path}: {train:,} training samples for average.replicas = {replicas}; each replica needs one.",
@@ -232,44 +277,6 @@ def plan_held_out(samples: Samples, like: DataPlan) -> DataPlan:
     return plan_data(whole, replicas=1, seed=like.seed, eval_pieces=like.eval_pieces)
 
 
-def check_memory(samples: Samples, plan: DataPlan, limit: int, what: str) -> int:
-    """Return the bytes that the data path of one worker needs; refuse what cannot work.
-
-    Raises
-    ------
-    ChunkTooLarge
-        A single chunk is larger than the memory.
-    OutOfMemory
-        The units that must be in memory at once are.
-    """
-    for variable in samples.variables:
-        if variable.chunk_bytes > limit:
-            raise ChunkTooLarge(
-                f"{samples.path}: one chunk of {variable.name} {variable.chunks} decodes to "
-                f"{format_bytes(variable.chunk_bytes)}; {what} is {format_bytes(limit)}.",
-                "Store it in smaller chunks, or give the workers more memory (cluster.memory).",
-            )
-    needed = resident_bytes(samples, plan)
-    if needed > limit:
-        raise OutOfMemory(
-            f"{samples.path}: the shuffle holds {open_units(plan)} units of "
-            f"{format_bytes(plan.unit_rows * samples.row_bytes)} = {format_bytes(needed)}; "
-            f"{what} is {format_bytes(limit)}.",
-            "Give the workers more memory (cluster.memory), or store smaller chunks.",
-        )
-    return needed
-
-
-def open_units(plan: DataPlan) -> int:
-    """Return the most units that a replica has in memory at once."""
-    return min(plan.window if plan.shuffle else 1, plan.num_units)
-
-
-def resident_bytes(samples: Samples, plan: DataPlan) -> int:
-    """Return the decoded bytes of `open_units` units."""
-    return open_units(plan) * plan.unit_rows * samples.row_bytes
-
-
 def format_bytes(count: float) -> str:
     """Return a count of bytes in the unit a person would use.
 
@@ -284,7 +291,51 @@ def format_bytes(count: float) -> str:
 
 
 def _boundary(samples: Samples) -> int:
-    return min(common_rows([v.object_rows for v in samples.variables]), max(1, samples.num_samples))
+    return min(common_rows([v.object_rows for v in samples.streamed]), max(1, samples.num_samples))
+
+
+def _unit_rows(samples: Samples, replicas: int, *, whole: bool) -> int:
+    """Return the rows of a unit: the smallest run that reads efficiently.
+
+    Small objects are put together up to `UNIT_BYTES`, large shards cut at their inner chunks. Then it grows, as
+    long as windows reach so far beyond it that much is read twice, and there are enough units.
+    """
+    boundary, row_bytes = _boundary(samples), max(1, samples.row_bytes)
+    rows = samples.num_samples - samples.first_row
+    inner = common_rows([v.chunk_rows for v in samples.streamed])
+    if boundary * row_bytes > WHOLE_OBJECT_BYTES and boundary > inner and boundary % inner == 0:
+        sizes = [inner * n for n in range(1, boundary // inner + 1) if boundary % (inner * n) == 0]
+        start = max([size for size in sizes if size * row_bytes <= 2 * UNIT_BYTES] or sizes[:1])
+        candidates = [size for size in sizes if size >= start]
+    else:
+        wanted = math.ceil(UNIT_BYTES / (boundary * row_bytes)) if whole else 1
+        enough_units = rows // (boundary * 3 * UNITS_PER_REPLICA * replicas)
+        start = boundary * max(1, min(wanted, enough_units))
+        most = min(GROWN_BYTES // row_bytes, rows // (UNITS_PER_REPLICA * replicas))
+        candidates = [start, *range(start + boundary, most + 1, boundary)]
+    grown = [size for size in candidates if size == start or size * row_bytes <= GROWN_BYTES]
+    enough = next((size for size in grown if _amplification(samples, size) <= MAX_AMPLIFICATION), grown[-1])
+    return min(samples.num_samples, enough)
+
+
+def _amplification(samples: Samples, unit_rows: int) -> float:
+    """Return the bytes decoded for a unit in the middle of the store, over the bytes of its rows."""
+    decoded = 0
+    for v in samples.streamed:
+        low, high = samples.reach(v.name)
+        first = (unit_rows * 8 + low) // v.chunk_rows
+        decoded += (-(-(unit_rows * 9 + high) // v.chunk_rows) - first) * v.chunk_rows * v.row_bytes
+    return decoded / max(1, unit_rows * samples.row_bytes)
+
+
+def _group(samples: Samples, plan: DataPlan) -> int:
+    """Return how many units are dealt together: those of a shard, if there are enough shards."""
+    boundary = _boundary(samples)
+    group = boundary // plan.unit_rows if boundary % plan.unit_rows == 0 else 1
+    candidate = replace(plan, group=group)
+    groups = len(np.unique(_present_cells(candidate) // group))
+    enough = groups >= UNITS_PER_REPLICA * plan.replicas and _shares_met(candidate)
+    return group if enough else 1
 
 
 def _cell_rows(plan: DataPlan) -> int:
@@ -292,7 +343,7 @@ def _cell_rows(plan: DataPlan) -> int:
     candidate = plan
     for pieces in _pieces(plan):
         candidate = replace(plan, cell_rows=math.ceil(plan.unit_rows / pieces))
-        if candidate.num_cells >= UNITS_PER_REPLICA * plan.replicas and _shares_met(candidate):
+        if len(_present_cells(candidate)) >= UNITS_PER_REPLICA * plan.replicas and _shares_met(candidate):
             break
     return candidate.cell_rows
 
@@ -305,10 +356,15 @@ def _pieces(plan: DataPlan) -> Iterator[int]:
     samples are dealt, if they are not too many, and the parts are equal.
     """
     yield 1
-    if plan.num_units > plan.window:
+    if math.ceil((plan.num_samples - plan.first_row) / plan.unit_rows) > plan.window:
         yield from range(2, min(plan.replicas + 2, plan.unit_rows) + 1)
     finest = max(plan.stride, math.ceil(plan.num_samples / MAX_CELLS))
     yield max(1, plan.unit_rows // finest)
+
+
+def _used_rows(plan: DataPlan) -> int:
+    starts, stops = cell_bounds(plan, _present_cells(plan))
+    return max(1, int((stops - starts).sum()))
 
 
 def _shares_met(plan: DataPlan) -> bool:
@@ -316,7 +372,7 @@ def _shares_met(plan: DataPlan) -> bool:
         share = getattr(plan, name)
         if share > 0:
             starts, stops = cell_bounds(plan, split_cells(plan, name))
-            got = int((stops - starts).sum()) / plan.num_samples
+            got = int((stops - starts).sum()) / _used_rows(plan)
             if abs(got - share) > SHARE_TOLERANCE * share:
                 return False
     return True
@@ -327,16 +383,28 @@ def _shares_met(plan: DataPlan) -> bool:
 
 def split_cells(plan: DataPlan, split: SplitName) -> Ints:
     """Return the cells of a split, ascending."""
-    count = plan.num_cells
+    cells = _present_cells(plan)
+    groups = np.unique(cells // plan.group)
+    count = len(groups)
     if split == "all":
-        return np.arange(count)
+        return cells
     num_val, num_test = round(count * plan.val), round(count * plan.test)
     bounds = {"train": (0, count - num_val - num_test), "val": (count - num_val - num_test, count - num_test)}
     start, stop = bounds.get(split, (count - num_test, count))
-    if plan.sequential:
-        return np.arange(start, stop)
-    ranked = np.argsort(hash64(plan.seed, SPLIT, np.arange(count)), kind="stable")
-    return np.sort(ranked[start:stop])
+    ranked = groups
+    if not plan.sequential:
+        ranked = groups[np.argsort(hash64(plan.seed, SPLIT, groups), kind="stable")]
+    return cells[np.isin(cells // plan.group, ranked[start:stop])]
+
+
+def _present_cells(plan: DataPlan) -> Ints:
+    """Return the cells with rows that are used, ascending: without a row that is absent."""
+    cells = np.arange(plan.num_cells)
+    starts, stops = cell_bounds(plan, cells)
+    used = starts < stops
+    for first, after in plan.absent:
+        used &= (stops <= first) | (starts >= after)
+    return cells[used]
 
 
 def train_partitions(plan: DataPlan) -> tuple[Partition, ...]:
@@ -349,11 +417,14 @@ def train_partitions(plan: DataPlan) -> tuple[Partition, ...]:
     train = cell_anchors(plan, "train")
     if plan.contiguous:
         return _runs(train, plan.replicas)
-    strata = math.ceil(len(train.cells) / plan.replicas)
+    groups, member = np.unique(train.cells // plan.group, return_inverse=True)
+    strata = math.ceil(len(groups) / plan.replicas)
     draws = hash64(plan.seed, DEAL, np.arange(strata)[:, None], np.arange(plan.replicas)[None, :])
-    owner = np.argsort(draws, axis=1, kind="stable").ravel()[: len(train.cells)]
-    dealt = np.argsort(-train.count, kind="stable")  # cells with few samples after all others
-    return tuple(_chosen(train, np.sort(dealt[owner == replica])) for replica in range(plan.replicas))
+    owner = np.empty(len(groups), np.int64)
+    samples = np.bincount(member, weights=train.count).astype(np.int64)
+    dealt = np.argsort(-samples, kind="stable")  # groups with few samples after all others
+    owner[dealt] = np.argsort(draws, axis=1, kind="stable").ravel()[: len(groups)]
+    return tuple(_chosen(train, np.flatnonzero(owner[member] == replica)) for replica in range(plan.replicas))
 
 
 def eval_partitions(plan: DataPlan, split: SplitName) -> tuple[Partition, ...]:
@@ -368,7 +439,7 @@ def _runs(whole: Partition, count: int) -> tuple[Partition, ...]:
         return ()
     middles = np.cumsum(whole.count) - whole.count / 2
     index = np.arange(count + 1)
-    cuts = np.searchsorted(middles, index * (whole.num_samples / count))
+    cuts = np.searchsorted(middles, index * (int(whole.count.sum()) / count))
     cuts = np.maximum.accumulate(np.maximum(cuts, index) - index) + index
     cuts = np.minimum(cuts, len(whole.cells) - count + index)
     return tuple(_chosen(whole, slice(a, b)) for a, b in pairwise(cuts.tolist()))
@@ -378,13 +449,47 @@ def _chosen(whole: Partition, which: Any) -> Partition:
     return Partition(whole.plan, whole.cells[which], whole.first[which], whole.count[which])
 
 
-def describe_plan(plan: DataPlan) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class JointPlan:
+    """The plans of all stores of a run; their replicas are numbered through, store by store."""
+
+    plans: tuple[DataPlan, ...]
+
+    @property
+    def replicas(self) -> int:
+        """Replicas of all stores."""
+        return sum(plan.replicas for plan in self.plans)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the plans; cursors are only good together with it."""
+        if len(self.plans) == 1:
+            return self.plans[0].fingerprint
+        return hashlib.sha256(" ".join(plan.fingerprint for plan in self.plans).encode()).hexdigest()
+
+    def partitions(self) -> tuple[Partition, ...]:
+        """Return the partition of each replica."""
+        return tuple(partition for plan in self.plans for partition in train_partitions(plan))
+
+    def stores(self) -> tuple[int, ...]:
+        """Return, by replica, the number of its store."""
+        return tuple(number for number, plan in enumerate(self.plans) for _ in range(plan.replicas))
+
+    def pieces(self, split: SplitName) -> tuple[tuple[int, Partition], ...]:
+        """Return the pieces that an evaluation is cut into, each with the number of its store."""
+        return tuple(
+            (number, piece) for number, plan in enumerate(self.plans) for piece in eval_partitions(plan, split)
+        )
+
+
+def describe_plan(samples: Samples, plan: DataPlan) -> dict[str, Any]:
     """Return the counts that a person wants to see of a plan."""
     parts = train_partitions(plan)
     splits: tuple[SplitName, ...] = ("train", "val", "test")
-    anchors = math.ceil(plan.num_samples / plan.stride)
+    anchors = -(-plan.num_samples // plan.stride) - -(-plan.first_row // plan.stride)
     touched = sum(len(part.units) for part in parts)
     distinct = len(np.unique(np.concatenate([part.units for part in parts])))
+    decoded, distinct_bytes = decoded_bytes(samples, parts)
     return {
         "units": plan.num_units,
         "unit_rows": plan.unit_rows,
@@ -394,6 +499,28 @@ def describe_plan(plan: DataPlan) -> dict[str, Any]:
         "partition_samples": [part.num_samples for part in parts],
         "val_samples": sum(part.num_samples for part in eval_partitions(plan, "val")),
         "test_samples": sum(part.num_samples for part in eval_partitions(plan, "test")),
-        "dropped_samples": anchors - sum(cell_anchors(plan, split).num_samples for split in splits),
+        "dropped_samples": anchors * plan.patches - sum(cell_anchors(plan, split).num_samples for split in splits),
         "decodes_per_unit": touched / distinct,
+        "partition_units": max(len(part.units) for part in parts),
+        "decoded_bytes": decoded,
+        "read_amplification": decoded / max(1, distinct_bytes),
+        "patches": plan.patches,
+        "absent_rows": sum(stop - start for start, stop in plan.absent),
     }
+
+
+def decoded_bytes(samples: Samples, parts: tuple[Partition, ...]) -> tuple[int, int]:
+    """Return the bytes decoded in a pass over all partitions, and those of the distinct chunks among them."""
+    decoded = distinct = 0
+    for v in samples.streamed:
+        low, high = samples.reach(v.name)
+        spans = [part.spans() for part in parts]
+        first = np.concatenate([start + low for start, _ in spans]) // v.chunk_rows
+        after = -(-np.concatenate([stop + high for _, stop in spans]) // v.chunk_rows)
+        chunk = v.chunk_rows * v.row_bytes
+        decoded += int((after - first).sum()) * chunk
+        order = np.argsort(first, kind="stable")
+        first, after = first[order], np.maximum.accumulate(after[order])
+        before = np.concatenate([first[:1], after[:-1]])
+        distinct += int(np.maximum(0, after - np.maximum(first, before)).sum()) * chunk
+    return decoded, distinct

@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -26,8 +27,12 @@ from distributed.comm.core import CommClosedError
 
 from dtrain.algorithm.evaluate import Sums
 from dtrain.algorithm.params import InnerState, Parameters
+from dtrain.config import DataConfig
 from dtrain.data.partition import SplitName
-from dtrain.errors import ClusterLost, DtrainError
+from dtrain.data.samples import Samples
+from dtrain.data.source import describe
+from dtrain.data.statistics import Moments, merge_moments
+from dtrain.errors import ClusterLost, ClusterUnsuitable, DtrainError
 from dtrain.events import StepsTaken
 from dtrain.runtime import tasks
 from dtrain.runtime.connect import Connection
@@ -88,7 +93,7 @@ class ClusterRunner:
         self.dashboard = connection.dashboard
         self._client: Client = connection.client
         self._direct = True  # past the scheduler; until a worker turns out to be out of the client's reach
-        self._spec = spec
+        self.spec = spec
         self._resident = Resident(spec)  # on the driver for its arithmetic only
         self._attempt = 0
         self._places: dict[int, str] = {}
@@ -103,7 +108,7 @@ class ClusterRunner:
 
     def initialise(self) -> Initial:
         """Build the model and try it on one batch."""
-        future = self._submit(_initialise, "initialise", self._spec.run_id, resources=RESOURCE)
+        future = self._submit(_initialise, "initialise", self.spec.run_id, resources=RESOURCE)
         initial: Initial = self.collect([future])[0]
         return initial
 
@@ -111,7 +116,7 @@ class ClusterRunner:
         """Scatter a state from the driver to the workers of its replicas."""
         self._attempt += 1
         self._known = []
-        self._places = place_replicas(self._places, self._workers(), len(state.params))
+        self._places = self._placed(len(state.params))
         try:
             distinct = {id(params): params for params in state.params}
             self._travels_whole = travels_whole(state)
@@ -130,7 +135,7 @@ class ClusterRunner:
 
     def submit_round(self, state: TrainState[Any], plan: RoundPlan) -> tuple[TrainState[Any], Any]:
         """Submit local steps and average of a round."""
-        self._places = place_replicas(self._places, self._workers(), len(plan.tasks))
+        self._places = self._placed(len(plan.tasks))
         contributed: list[Future] = []
         inner: list[Future] = []
         for task in plan.tasks:
@@ -139,11 +144,11 @@ class ClusterRunner:
             update = self._submit(
                 _train_local,
                 f"local-{name}",
-                self._spec.run_id,
+                self.spec.run_id,
                 task,
                 state.params[k],
                 state.inner[k],
-                at=at,
+                at=self._allowed(k) or at,
                 resources=RESOURCE,
                 priority=PRIORITY_LOCAL,
             )
@@ -153,7 +158,7 @@ class ClusterRunner:
         reduced = self._submit(
             tasks.reduce_round,
             f"reduce-{name}",
-            self._spec.config.average,
+            self.spec.config.average,
             contributed,
             state.params[0],
             list(state.outer),
@@ -166,22 +171,40 @@ class ClusterRunner:
         summary = self._submit(tasks.summarise, f"summary-{name}", reduced, state.params[0])
         return state_after(self._resident, state, plan, mixed, inner, outer), summary
 
+    def submit_moments(self, most_units: int | None) -> Any:
+        """Submit a pass over the training rows."""
+        self._places = self._placed(self.spec.plan.replicas)
+        moments = [
+            self._submit(
+                _take_moments,
+                f"moments-k{k}",
+                self.spec.run_id,
+                k,
+                most_units,
+                at=self._allowed(k) or at,
+                resources=RESOURCE,
+            )
+            for k, at in self._places.items()
+        ]
+        return self._submit(merge_moments, "moments", moments)
+
     def submit_evaluation(self, params: Any, split: SplitName) -> Any:
         """Submit the evaluation of parameters on a split."""
         places = list(self._places.values()) or self._workers()
+        pieces = self._resident.pieces(split)
         sums = [
             self._submit(
                 _evaluate_piece,
                 f"evaluate-{split}-p{piece}-{uuid.uuid4().hex[:8]}",
-                self._spec.run_id,
+                self.spec.run_id,
                 params,
                 split,
                 piece,
-                at=places[piece % len(places)],
+                at=source.workers or places[piece % len(places)],
                 resources=RESOURCE,
                 priority=PRIORITY_EVALUATE,
             )
-            for piece in range(len(self._resident.eval_partitions(split)))
+            for piece, (source, _) in enumerate(pieces)
         ]
         return self._submit(tasks.merge_pieces, f"merge-{uuid.uuid4().hex[:8]}", sums) if sums else None
 
@@ -221,17 +244,18 @@ class ClusterRunner:
         function: Any,
         name: str,
         *arguments: Any,
-        at: str | None = None,
+        at: str | tuple[str, ...] | None = None,
         resources: Mapping[str, int] | None = None,
         priority: int = 0,
     ) -> Future:
+        """Submit a task: best on the worker `at`, or on no other than those of the tuple `at`."""
         try:
             return self._client.submit(
                 function,
                 *arguments,
-                key=f"dtrain-{name}-{self._spec.run_id}-a{self._attempt}",
-                workers=[at] if at else None,
-                allow_other_workers=at is not None,
+                key=f"dtrain-{name}-{self.spec.run_id}-a{self._attempt}",
+                workers=[at] if isinstance(at, str) else list(at) if at else None,
+                allow_other_workers=isinstance(at, str),
                 resources=resources,
                 priority=priority,
             )
@@ -258,6 +282,19 @@ class ClusterRunner:
             self._direct = False
             (future,) = self._client.scatter([value], workers=addresses, broadcast=broadcast, direct=False, hash=False)
         return future
+
+    def _allowed(self, replica: int) -> tuple[str, ...]:
+        """Return the only workers that may read a replica's store; none: all may."""
+        return self.spec.sources[self._resident.stores[replica]].workers
+
+    def _placed(self, replicas: int) -> dict[int, str]:
+        """Return the worker of each replica."""
+        live = self._workers()
+        allowed = {k: own for k in range(replicas) if (own := self._allowed(k))}
+        placed = place_replicas(self._places, live, replicas)
+        for replica, workers in allowed.items():
+            placed[replica] = next((worker for worker in workers if worker in live), workers[0])
+        return placed
 
     def _workers(self) -> list[str]:
         """Return the addresses of the live workers, as of a second ago; wait a while for the first."""
@@ -362,3 +399,26 @@ def _train_local(run_id: str, task: LocalTask, params: Reduced | Parameters, inn
 
 def _evaluate_piece(run_id: str, params: Reduced | Parameters, split: SplitName, piece: int) -> Sums:
     return tasks.evaluate_piece(resident_of(run_id), tasks.mixed_of(params), split, piece)
+
+
+def _take_moments(run_id: str, replica: int, most_units: int | None) -> dict[str, Moments]:
+    return tasks.take_moments(resident_of(run_id), replica, most_units)
+
+
+def describe_there(connection: Connection, config: DataConfig, base: Path, workers: tuple[str, ...]) -> Samples:
+    """Describe a store by a worker that can see it.
+
+    Raises
+    ------
+    ClusterUnsuitable
+        None of the workers is there.
+    """
+    live = [worker for worker in workers if worker in connection.client.nthreads()]
+    if not live:
+        raise ClusterUnsuitable(
+            f"data.path {config.path}: none of its workers ({', '.join(workers)}) is in the cluster.",
+            f"There are {', '.join(sorted(connection.client.nthreads()))}.",
+        )
+    future = connection.client.submit(describe, config, base, workers=live, pure=False)
+    found: Samples = future.result()
+    return found

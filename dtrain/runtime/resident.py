@@ -7,11 +7,14 @@ the `RunSpec`; nothing in it changes what a task computes.
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,13 +25,29 @@ from torch import nn
 from dtrain.algorithm.evaluate import FROM_LOSS, METRICS, Metric, mean_metric, metric_key
 from dtrain.algorithm.local import Recipe, optimizer_named
 from dtrain.algorithm.losses import LOSSES
-from dtrain.algorithm.plan import schedule_named, with_warmup
+from dtrain.algorithm.plan import endless_sizes, schedule_named, with_warmup
 from dtrain.config import TrainConfig
-from dtrain.data.partition import DataPlan, Partition, SplitName, eval_partitions, train_partitions
+from dtrain.data.encoding import Scaling
+from dtrain.data.gather import Allocate
+from dtrain.data.loader import Loader
+from dtrain.data.memory import LoaderLaw, MemoryLaw
+from dtrain.data.partition import DataPlan, JointPlan, Partition, SplitName, eval_partitions
 from dtrain.data.read import UnitReader
 from dtrain.data.samples import Samples
 from dtrain.errors import NotAModule
 from dtrain.runtime.usercode import unpickle_functions, user_code
+from dtrain.types import Cursor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One store of a run."""
+
+    samples: Samples
+    plan: DataPlan
+    memory: MemoryLaw
+    workers: tuple[str, ...] = ()
+    """The only workers that may read it; any, if there are none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,15 +56,23 @@ class RunSpec:
 
     run_id: str
     """Names one execution of a run; keys and residents carry it."""
-    samples: Samples
-    plan: DataPlan
-    held_out: tuple[Samples, DataPlan] | None
+    sources: tuple[Source, ...]
+    held_out: Source | None
     """The store of ``data.val_path``, all of which is the split "val"."""
+    scalings: Mapping[str, Scaling]
+    """By variable of ``data.normalize``."""
     config: TrainConfig
     code: bytes
     """The user's functions (`pickle_functions`)."""
     threads: int
     """Threads of torch in a task; they decide bits."""
+    device: str
+    """``cpu`` or ``cuda``."""
+
+    @property
+    def plan(self) -> JointPlan:
+        """The plans of all stores."""
+        return JointPlan(tuple(source.plan for source in self.sources))
 
 
 class Resident:
@@ -55,6 +82,9 @@ class Resident:
 
     def __init__(self, spec: RunSpec) -> None:
         self.spec = spec
+        self._pieces: dict[SplitName, tuple[tuple[Source, Partition], ...]] = {}
+        self._readers: dict[int, UnitReader] = {}
+        self._loaders: OrderedDict[tuple[str, int], Loader] = OrderedDict()
 
     @cached_property
     def functions(self) -> dict[str, Callable[..., Any]]:
@@ -65,25 +95,101 @@ class Resident:
     @cached_property
     def partitions(self) -> tuple[Partition, ...]:
         """The partition of each replica."""
-        return train_partitions(self.spec.plan)
+        return self.spec.plan.partitions()
 
     @cached_property
-    def _eval_partitions(self) -> dict[SplitName, tuple[Partition, ...]]:
-        return {}
+    def stores(self) -> tuple[int, ...]:
+        """The number of each replica's store."""
+        return self.spec.plan.stores()
 
-    def eval_partitions(self, split: SplitName) -> tuple[Partition, ...]:
-        """Return the pieces of an evaluation."""
-        if split not in self._eval_partitions:
+    def pieces(self, split: SplitName) -> tuple[tuple[Source, Partition], ...]:
+        """Return the pieces of an evaluation, each with its store."""
+        if split not in self._pieces:
             held_out = self.spec.held_out if split == "val" else None
-            plan, within = (self.spec.plan, split) if held_out is None else (held_out[1], "all")
-            self._eval_partitions[split] = eval_partitions(plan, within)
-        return self._eval_partitions[split]
+            if held_out is not None:
+                found = tuple((held_out, piece) for piece in eval_partitions(held_out.plan, "all"))
+            else:
+                found = tuple((self.spec.sources[store], piece) for store, piece in self.spec.plan.pieces(split))
+            self._pieces[split] = found
+        return self._pieces[split]
 
-    def reader(self, split: SplitName = "train") -> UnitReader:
-        """Return a reader of a split, with fresh counters."""
-        if split == "val" and self.spec.held_out is not None:
-            return UnitReader(*self.spec.held_out)
-        return UnitReader(self.spec.samples, self.spec.plan)
+    # Loaders ------------------------------------------------------------------------------------------------
+
+    def reader(self, source: Source) -> UnitReader:
+        """Return the reader of a store: opened once in a process."""
+        if id(source) not in self._readers:
+            threads = source.memory.train.limits.threads
+            self._readers[id(source)] = UnitReader(source.samples, self.spec.config.data.reader, threads)
+        return self._readers[id(source)]
+
+    def train_loader(self, replica: int, cursor: Cursor) -> Loader:
+        """Return the loader of a replica at a cursor: the one that is there, or a new one."""
+        source = self.spec.sources[self.stores[replica]]
+        law = source.memory.train
+        partition = self.partitions[replica]
+        sizes = endless_sizes(partition.num_samples, self.spec.config.train)
+        shuffle = source.plan.shuffle
+        return self._loader(("train", replica), source, partition, cursor, sizes, law, replica, shuffle)
+
+    def eval_loader(self, split: SplitName, piece: int, sizes: Sequence[int]) -> Loader:
+        """Return the loader of a piece of a split, at its beginning."""
+        source, partition = self.pieces(split)[piece]
+        law = source.memory.evaluate or source.memory.train
+        key, endless = (split, piece), itertools.cycle(sizes)
+        return self._loader(key, source, partition, Cursor(0, 0), endless, law, 0, False)
+
+    def _loader(
+        self,
+        key: tuple[str, int],
+        source: Source,
+        partition: Partition,
+        cursor: Cursor,
+        sizes: Iterator[int],
+        law: LoaderLaw,
+        replica: int,
+        shuffle: bool,
+    ) -> Loader:
+        found = self._loaders.pop(key, None)
+        if found is not None:
+            # passes that are not shuffled are all the same
+            there = replace(found.cursor, epoch=cursor.epoch) if not shuffle else found.cursor
+            if found.alive and there == cursor:
+                self._loaders[key] = found
+                return found
+            found.close()
+        kind = [other for other in self._loaders if (other[0] == "train") == (key[0] == "train")]
+        for other in kind[: max(0, len(kind) + 1 - max(1, law.kept))]:  # the ones that were used longest ago
+            self._loaders.pop(other).close()
+        loader = Loader(
+            self.reader(source),
+            partition,
+            cursor,
+            sizes,
+            replica=replica,
+            shuffle=shuffle,
+            limits=law.limits,
+            scalings=self.spec.scalings,
+            allocate=self._allocate,
+        )
+        self._loaders[key] = loader
+        return loader
+
+    def release(self, key: tuple[str, int]) -> None:
+        """Close a loader that is not kept."""
+        loader = self._loaders.pop(key, None)
+        if loader is not None:
+            loader.close()
+
+    @property
+    def _allocate(self) -> Allocate:
+        if self.spec.device == "cpu":
+            return np.empty
+        return _pinned
+
+    def close(self) -> None:
+        """Close all loaders."""
+        for key in list(self._loaders):
+            self.release(key)
 
     @cached_property
     def _template(self) -> nn.Module:
@@ -105,6 +211,7 @@ class Resident:
             if "train.schedule" in own
             else schedule_named(train.schedule, train.warmup_steps),
             clip_norm=train.clip_norm,
+            precision=train.precision,
         )
 
     @cached_property
@@ -141,7 +248,8 @@ def isolated(seed: int, threads: int) -> Iterator[None]:
     """Seed torch, numpy and random for one task, and put all global state back afterwards."""
     states = random.getstate(), np.random.get_state()
     before = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]):
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
@@ -154,6 +262,11 @@ def isolated(seed: int, threads: int) -> Iterator[None]:
             np.random.set_state(states[1])
 
 
+def _pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    """Return an array in memory from which a GPU copies by itself."""
+    return torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, pin_memory=True).numpy().view(dtype)
+
+
 # Residents of this process, by run_id. The plugin of each run puts its own here and takes it away.
 _RESIDENTS: dict[str, Resident] = {}
 
@@ -164,8 +277,10 @@ def install(spec: RunSpec) -> None:
 
 
 def remove(run_id: str) -> None:
-    """Forget a run."""
-    _RESIDENTS.pop(run_id, None)
+    """Forget a run; its loaders end in their own time."""
+    resident = _RESIDENTS.pop(run_id, None)
+    if resident is not None:
+        threading.Thread(target=resident.close, name="dtrain-close", daemon=True).start()
 
 
 def resident_of(run_id: str) -> Resident:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from dtrain.data.partition import SplitName
 from dtrain.events import StepsTaken
+from dtrain.runtime.resident import RunSpec
 from dtrain.runtime.tasks import Initial
 from dtrain.types import RoundPlan, TrainState
 
@@ -37,6 +38,7 @@ class SegmentLost(Exception):
 class Runner(Protocol):
     """Executes the tasks of one run."""
 
+    spec: RunSpec
     num_workers: int
     """Workers at the start; a serial runner counts as 2."""
     on_progress: Callable[[StepsTaken], None]
@@ -54,6 +56,10 @@ class Runner(Protocol):
 
     def submit_round(self, state: TrainState[Any], plan: RoundPlan) -> tuple[TrainState[Any], Any]:
         """Submit a round; return the state after it and its `RoundSummary`, both as handles."""
+        ...
+
+    def submit_moments(self, most_units: int | None) -> Any:
+        """Submit a pass over the training rows; return the moments of ``data.normalize`` as a handle."""
         ...
 
     def submit_evaluation(self, params: Any, split: SplitName) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from dtrain.algorithm.plan import cursor_after
 from dtrain.data.partition import SplitName
+from dtrain.data.statistics import merge_moments
 from dtrain.events import StepsTaken
 from dtrain.runtime import tasks
 from dtrain.runtime.resident import Resident, RunSpec
@@ -22,6 +23,7 @@ class SerialRunner:
     dashboard = ""
 
     def __init__(self, spec: RunSpec) -> None:
+        self.spec = spec
         self._resident = Resident(spec)
         self.on_progress: Callable[[StepsTaken], None] = lambda event: None
 
@@ -51,9 +53,14 @@ class SerialRunner:
         after = state_after(self._resident, state, plan, reduced.params, inner, reduced.outer)
         return after, tasks.summarise(reduced, state.params[0])
 
+    def submit_moments(self, most_units: int | None) -> Any:
+        """Return the moments of the variables of ``data.normalize``."""
+        replicas = range(self._resident.spec.plan.replicas)
+        return merge_moments([tasks.take_moments(self._resident, k, most_units) for k in replicas])
+
     def submit_evaluation(self, params: Any, split: SplitName) -> Any:
         """Evaluate parameters on a split."""
-        pieces = range(len(self._resident.eval_partitions(split)))
+        pieces = range(len(self._resident.pieces(split)))
         if not pieces:
             return None
         return tasks.merge_pieces([tasks.evaluate_piece(self._resident, params, split, piece) for piece in pieces])
@@ -67,7 +74,8 @@ class SerialRunner:
         return state
 
     def close(self) -> None:
-        """Release nothing."""
+        """Close the loaders."""
+        self._resident.close()
 
 
 def state_after(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dtrain.algorithm.evaluate import Sums, evaluate, merge
-from dtrain.algorithm.local import TensorBatch, run_local_steps
+from dtrain.algorithm.local import TensorBatch, autocast, run_local_steps
 from dtrain.algorithm.mix import average
 from dtrain.algorithm.outer import outer_step
 from dtrain.algorithm.params import (
@@ -31,10 +31,13 @@ from dtrain.algorithm.params import (
 )
 from dtrain.algorithm.plan import step_sizes
 from dtrain.config import AverageConfig
+from dtrain.data.gather import Batch
+from dtrain.data.loader import read_batches
 from dtrain.data.partition import SplitName
-from dtrain.data.read import Batch, read_batches
+from dtrain.data.statistics import Moments, partition_moments
 from dtrain.errors import DtrainError, FirstLossNotFinite, ShapesDiffer
 from dtrain.events import StepsTaken
+from dtrain.runtime.batches import as_tensors, on_device, transformed
 from dtrain.runtime.resident import Resident, isolated
 from dtrain.runtime.usercode import user_code
 from dtrain.types import Contribution, Cursor, LocalTask, RoundSummary
@@ -93,14 +96,25 @@ def initialise(resident: Resident) -> Initial:
         module = resident.module()
         layout = layout_of(module)
         params = flatten(module, layout)
-        partition = resident.partitions[0]
+        source, partition = spec.sources[0], resident.partitions[0]
         size = min(partition.num_samples, EVAL_BATCH if train.batch_size == "full" else train.batch_size)
-        batches = read_batches(resident.reader(), partition, Cursor(0, 0), [size], replica=0, shuffle=spec.plan.shuffle)
-        batch = to_torch(next(batches))
+        batches = read_batches(
+            resident.reader(source),
+            partition,
+            Cursor(0, 0),
+            [size],
+            replica=0,
+            shuffle=source.plan.shuffle,
+            limits=replace(source.memory.train.limits, cached=0),
+            scalings=spec.scalings,
+        )
+        with closing(batches):
+            batch = next(prepared(resident, batches, "train", 0, Cursor(0, 0), partition.num_samples))
+        module.to(spec.device)
         loss, outputs = _first_loss(resident, module, batch)
         with user_code("The first local step"):
             seconds = [_timed_step(resident, module, batch) for _ in range(2)][-1]  # the first one is slower
-        names = zip(spec.samples.config.inputs, batch.inputs, strict=True)
+        names = zip(spec.config.data.inputs, batch.inputs, strict=True)
         return Initial(
             params=params,
             inner=empty_inner_state(),
@@ -121,8 +135,8 @@ def _timed_step(resident: Resident, module: torch.nn.Module, batch: TensorBatch)
 
 def _first_loss(resident: Resident, module: torch.nn.Module, batch: TensorBatch) -> tuple[float, Any]:
     """Return the loss of a batch and the model's outputs; errors of torch become sentences about shapes."""
-    config = resident.spec.samples.config
-    with torch.no_grad(), user_code("The first batch"):
+    config, precision = resident.spec.config.data, resident.spec.config.train.precision
+    with torch.no_grad(), user_code("The first batch"), autocast(precision, batch):
         module.train()
         said = ", ".join(f"{n} {_described(t)}" for n, t in zip(config.inputs, batch.inputs, strict=True))
         with _shapes(f"The model does not accept the inputs {said}", "Change the model, or data.inputs."):
@@ -173,21 +187,16 @@ def train_local(
     spec = resident.spec
     train = spec.config.train
     partition = resident.partitions[task.replica]
-    reader = resident.reader()
     started = time.monotonic()
     doing = f"Round {task.round}, replica {task.replica}"
     with resident.lock, isolated(task.seed, spec.threads), user_code(doing):
         module = resident.module()
         load_into(module, params)
+        module.to(spec.device)
         sizes = list(step_sizes(task, partition.num_samples, train))
-        batches = read_batches(
-            reader,
-            partition,
-            task.cursor,
-            (micro for step in sizes for micro in step),
-            replica=task.replica,
-            shuffle=spec.plan.shuffle,
-        )
+        loader = resident.train_loader(task.replica, task.cursor)
+        found = loader.batches(micro for step in sizes for micro in step)
+        batches = prepared(resident, found, "train", task.replica, task.cursor, partition.num_samples)
         result = run_local_steps(
             module,
             resident.recipe,
@@ -198,6 +207,7 @@ def train_local(
             on_step=_at_intervals(progress, task),
         )
         after = flatten(module, params.layout)
+        counted = loader.counted()
     finite = is_finite(after, params)
     return Update(
         params=after,
@@ -208,9 +218,10 @@ def train_local(
             steps=result.steps,
             loss_sum=result.loss_sum,
             finite=finite,
-            units_decoded=reader.units_decoded,
-            bytes_read=reader.bytes_read,
+            units_decoded=counted.units,
+            bytes_read=counted.bytes,
             seconds=time.monotonic() - started,
+            waited=counted.waited,
         ),
     )
 
@@ -320,16 +331,30 @@ def summarise(reduced: Reduced, theta: Reduced | Parameters) -> RoundSummary:
 def evaluate_piece(resident: Resident, params: Parameters, split: SplitName, piece: int) -> Sums:
     """Evaluate one piece of a split."""
     spec = resident.spec
-    partition = resident.eval_partitions(split)[piece]
+    source, partition = resident.pieces(split)[piece]
     batch_size = spec.config.train.batch_size
     size = spec.config.train.micro_batch or (EVAL_BATCH if batch_size == "full" else batch_size)
     with resident.lock, isolated(spec.config.train.seed, spec.threads), user_code(f"Evaluating on {split}"):
         module = resident.module()
         load_into(module, params)
+        module.to(spec.device)
         total = partition.num_samples
         sizes = [min(size, total - start) for start in range(0, total, size)]
-        batches = read_batches(resident.reader(split), partition, Cursor(0, 0), sizes, replica=0, shuffle=False)
-        return evaluate(module, resident.recipe.loss, resident.metrics, map(to_torch, batches))
+        loader = resident.eval_loader(split, piece, sizes)
+        batches = prepared(resident, loader.batches(sizes), split, piece, Cursor(0, 0), total)
+        try:
+            return evaluate(module, resident.recipe.loss, resident.metrics, batches, spec.config.train.precision)
+        finally:
+            if not source.memory.evaluate or not source.memory.evaluate.kept:
+                resident.release((split, piece))
+
+
+def take_moments(resident: Resident, replica: int, most_units: int | None = None) -> dict[str, Moments]:
+    """Return the moments of the variables of ``data.normalize`` over the rows of a replica's partition."""
+    spec = resident.spec
+    source, partition = spec.sources[resident.stores[replica]], resident.partitions[replica]
+    reader = resident.reader(source)
+    return partition_moments(reader, partition, spec.config.data.normalize, most_units)
 
 
 def merge_pieces(pieces: list[Sums]) -> Sums:
@@ -337,19 +362,21 @@ def merge_pieces(pieces: list[Sums]) -> Sums:
     return merge(pieces)
 
 
-def to_torch(batch: Batch) -> TensorBatch:
-    """Turn a batch of numpy arrays into tensors on the same memory."""
-    targets = tuple(torch.from_numpy(array) for array in batch.targets)
-    return TensorBatch(
-        inputs=tuple(torch.from_numpy(array) for array in batch.inputs),
-        targets=targets[0] if len(targets) == 1 else targets,
-        size=batch.size,
-    )
+def prepared(
+    resident: Resident, batches: Iterator[Batch], split: SplitName, stream: int, cursor: Cursor, pass_size: int
+) -> Iterator[TensorBatch]:
+    """Yield batches as the model takes them: as tensors, transformed, on the device."""
+    spec, transform = resident.spec, resident.functions.get("data.transform")
+    tensors = as_tensors(batches, split)
+    if transform is not None:
+        position = cursor.epoch * pass_size + cursor.position
+        tensors = transformed(tensors, transform, spec.config.train.seed, stream, position)
+    return tensors if spec.device == "cpu" else on_device(tensors, spec.device)
 
 
-def _taken(batches: Iterator[Batch], count: int) -> Iterable[TensorBatch]:
+def _taken(batches: Iterator[TensorBatch], count: int) -> Iterable[TensorBatch]:
     for _ in range(count):
-        yield to_torch(next(batches))
+        yield next(batches)
 
 
 def _described(value: Any) -> str:

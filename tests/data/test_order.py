@@ -184,8 +184,8 @@ def test_passes_differ_between_epochs_replicas_and_seeds():
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_seeking_does_not_walk_the_pass(monkeypatch, shuffle):
     placed = []
-    places = order._places
-    monkeypatch.setattr(order, "_places", lambda *args: placed.append(args[0]) or places(*args))
+    places = order._opened
+    monkeypatch.setattr(order, "_opened", lambda *args: placed.append(args[0]) or places(*args))
     sizes, window = np.full(20_000, 5), 8
     blocks = epoch_order(sizes, window=window, shuffle=shuffle, seed=0, replica=0, epoch=0, position=99_900)
     first = next(block for block in blocks if len(block.part))

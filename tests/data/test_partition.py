@@ -17,19 +17,16 @@ from dtrain.data.partition import (
     DataPlan,
     Partition,
     cell_bounds,
-    check_memory,
     count_units,
     describe_plan,
     eval_partitions,
     format_bytes,
-    open_units,
     plan_data,
-    resident_bytes,
     split_cells,
     train_partitions,
 )
 from dtrain.data.samples import Samples, Variable, common_rows
-from dtrain.errors import ChunkTooLarge, OutOfMemory, TooFewSamples
+from dtrain.errors import TooFewSamples
 
 
 def variable(name, num_samples, object_rows, *, row=(), dtype="float32", chunk_rows=None):
@@ -42,6 +39,7 @@ def variable(name, num_samples, object_rows, *, row=(), dtype="float32", chunk_r
         objects=(object_rows, *row),
         sample_axis=0,
         checksums=False,
+        select=tuple((0, n, 1) for n in (num_samples, *row)),
     )
 
 
@@ -49,7 +47,8 @@ def make_samples(num_samples, *object_rows, row=(), val=0.0, test=0.0, path="p.z
     variables = tuple(
         variable(f"v{i}", num_samples, rows, row=row, chunk_rows=chunk_rows) for i, rows in enumerate(object_rows)
     )
-    table = {"path": path, "inputs": ["v0"], "targets": ["v0"], "split": {"val": val, "test": test}, **data}
+    names = [v.name for v in variables]
+    table = {"path": path, "inputs": names, "targets": ["v0"], "split": {"val": val, "test": test}, **data}
     config = TrainConfig(data=table).data
     return Samples(path=path, config=config, sample_dim="n", num_samples=num_samples, variables=variables)
 
@@ -90,6 +89,11 @@ def problems(draw, shares=((0.0, 0.0), (0.1, 0.1), (0.25, 0.0), (0.01, 0.3), (0.
         shuffle=draw(st.booleans()),
     )
     return samples, draw(st.integers(1, 9)), draw(st.integers(0, 2**40))
+
+
+def plan_from(table):
+    """A plan from what JSON gives back of it."""
+    return DataPlan(**{**table, "absent": tuple(map(tuple, table["absent"]))})
 
 
 def plan_or_none(problem):
@@ -327,6 +331,67 @@ def test_an_evaluation_is_cut_into_runs_none_of_them_empty(plan):
         assert joined(p.cells.tolist() for p in partitions) == cells.tolist()
 
 
+@settings(max_examples=200)
+@given(problems(shares=((0.0, 0.0), (0.2, 0.1))), st.floats(0, 0.95), st.data())
+def test_rows_that_are_not_used_belong_to_nobody_and_every_replica_has_something(problem, before, data):
+    samples, replicas, seed = problem
+    first_row = int(before * samples.num_samples)
+    rows = st.integers(first_row, samples.num_samples)
+    runs = sorted({tuple(sorted(data.draw(st.tuples(rows, rows)))) for _ in range(data.draw(st.integers(0, 3)))})
+    absent = tuple((a, b) for a, b in runs if a < b)
+    try:
+        plan = plan_data(replace(samples, first_row=first_row), replicas=replicas, seed=seed, absent=absent)
+    except TooFewSamples:
+        return
+    owned = [samples_of(p) for p in train_partitions(plan)]
+    held = [samples_of(p) for name in ("val", "test") for p in eval_partitions(plan, name)]
+    assert all(owned)
+    assert all(held)
+    found = joined(owned + held)
+    assert len(set(found)) == len(found)
+    gone = {row for a, b in absent for row in range(a, b)}
+    cells = walk_cells(plan)
+    whole = [range(max(start, first_row), stop) for _, start, stop in cells if stop > first_row]
+    expected = joined(cell for cell in whole if not gone.intersection(cell))
+    assert sorted(found) == expected
+    described = describe_plan(replace(samples, first_row=first_row), plan)
+    assert described["dropped_samples"] == samples.num_samples - first_row - len(found)
+    assert described["absent_rows"] == sum(b - a for a, b in absent)
+
+
+def test_of_a_few_selected_rows_at_the_end_of_a_large_store_every_replica_gets_some():
+    # the units before them are many, but they are not there to be dealt
+    samples = replace(make_samples(20_000, 20), first_row=19_950)
+    counts = [p.num_samples for p in train_partitions(plan_data(samples, replicas=4, seed=0))]
+    assert sum(counts) == 50
+    assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize(
+    ("object_rows", "widths", "kept"),
+    [
+        ([10, 1000], [100, 1], ["v1"]),  # all labels in one chunk beside small images
+        ([10, 10], [100, 1], []),
+        ([10, 5], [100, 1], []),  # its objects fit into those of the large one
+        ([10, 1000], [10, 1], []),  # not small
+        ([10, 20], [100, 1], ["v1"]),
+        ([1000, 1000], [100, 1], []),
+    ],
+)
+def test_small_variables_in_long_chunks_are_kept_whole(object_rows, widths, kept):
+    variables = tuple(
+        variable(f"v{i}", 1000, rows, row=(width,))
+        for i, (rows, width) in enumerate(zip(object_rows, widths, strict=True))
+    )
+    samples = replace(make_samples(1000, *object_rows), variables=variables)
+    assert [v.name for v in samples.kept_whole] == kept
+    assert [v.name for v in samples.streamed] == [v.name for v in variables if v.name not in kept]
+    plan = plan_data(samples, replicas=1, seed=0)
+    if kept:
+        assert plan.unit_rows == 10  # as if it were not there
+        assert describe_plan(samples, plan)["read_amplification"] == 1
+
+
 # What is refused --------------------------------------------------------------------------------------------
 
 
@@ -360,35 +425,7 @@ def test_a_split_of_less_than_one_sample(shares, name):
     assert caught.value.code == 3
 
 
-# Memory -----------------------------------------------------------------------------------------------------
-
-
-def test_a_chunk_larger_than_the_memory():
-    samples = make_samples(10_000, 1000, row=(250,))  # chunks of 1000 * 250 * 4 bytes
-    plan = plan_data(samples, replicas=1, seed=0)
-    with pytest.raises(ChunkTooLarge, match=r"v0 \(1000, 250\) decodes to 1\.0 MB; the limit is 999\.9 kB") as caught:
-        check_memory(samples, plan, 999_900, "the limit")
-    assert caught.value.code == 3
-
-
-def test_a_window_larger_than_the_memory():
-    samples = make_samples(10_000, 1000, row=(250,))  # 10 units of 1 MB, a window of up to 64
-    plan = plan_data(samples, replicas=1, seed=0)
-    assert (plan.unit_rows, plan.window, open_units(plan)) == (1000, 64, 10)
-    message = r"holds 10 units of 1\.0 MB = 10\.0 MB; memory of a worker is 5\.0 MB"
-    with pytest.raises(OutOfMemory, match=message) as caught:
-        check_memory(samples, plan, 5_000_000, "memory of a worker")
-    assert caught.value.code == 8
-    assert check_memory(samples, plan, 10_000_000, "memory") == resident_bytes(samples, plan) == 10_000_000
-    in_order = replace(plan, shuffle=False)
-    assert check_memory(samples, in_order, 1_000_000, "memory") == 1_000_000
-
-
-def test_a_window_smaller_than_the_store_is_what_memory_must_hold():
-    samples = make_samples(100_000, 100, 50, row=(250, 10))
-    plan = plan_data(samples, replicas=1, seed=0)
-    assert (plan.unit_rows, plan.window, plan.num_units) == (100, 33, 1000)  # 2 MB: 64 MiB // 2 MB
-    assert check_memory(samples, plan, 10**9, "memory") == 33 * 100 * 20_000
+# Bytes ------------------------------------------------------------------------------------------------------
 
 
 def test_bytes_are_written_for_people():
@@ -405,7 +442,7 @@ def test_the_same_arguments_give_the_same_plan(problem):
     plan = plan_or_none(problem)
     assert plan == plan_or_none(problem)
     if plan is not None:
-        again = DataPlan(**json.loads(json.dumps(dataclasses.asdict(plan))))
+        again = plan_from(json.loads(json.dumps(dataclasses.asdict(plan))))
         assert again == plan
         assert again.fingerprint == plan.fingerprint
         pairs = zip(train_partitions(plan), train_partitions(again), strict=True)
@@ -426,13 +463,14 @@ def test_the_fingerprint_covers_every_field():
     fingerprints = {plan.fingerprint}
     for field in dataclasses.fields(plan):
         value = getattr(plan, field.name)
-        other = not value if isinstance(value, bool) else value + "x" if isinstance(value, str) else value + 1
+        others = {bool: lambda v: not v, str: lambda v: v + "x", tuple: lambda v: (*v, (3, 4))}
+        other = others.get(type(value), lambda v: v + 1)(value)
         fingerprints.add(replace(plan, **{field.name: other}).fingerprint)
     assert len(fingerprints) == 1 + len(dataclasses.fields(plan))
     assert all(len(f) == 64 for f in fingerprints)
 
 
-@pytest.mark.parametrize("object_rows", [10_000, 100_000_000])
+@pytest.mark.parametrize("object_rows", [1, 10_000, 100_000_000])
 def test_a_huge_store_is_planned_in_seconds_and_little_memory(object_rows):
     samples = make_samples(1_000_000_000, object_rows, row=(256,), val=0.05, test=0.05)
     tracemalloc.start()
@@ -443,7 +481,7 @@ def test_a_huge_store_is_planned_in_seconds_and_little_memory(object_rows):
     seconds = time.perf_counter() - began
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert plan.num_units == 1_000_000_000 // object_rows
+    assert plan.num_units == -(-1_000_000_000 // max(1024, object_rows))  # units of at least 1 MiB
     assert sum(counts) + sum(p.num_samples for n in ("val", "test") for p in eval_partitions(plan, n)) == 1_000_000_000
     assert max(counts) - min(counts) <= plan.cell_rows
     assert abs(sum(counts) - 900_000_000) <= 10_000_000
@@ -453,8 +491,9 @@ def test_a_huge_store_is_planned_in_seconds_and_little_memory(object_rows):
 
 
 def test_the_counts_that_people_see():
-    plan = plan_data(make_samples(100, 10, val=0.2, test=0.1), replicas=2, seed=0)
-    seen = describe_plan(plan)
+    samples = make_samples(100, 10, val=0.2, test=0.1)
+    plan = plan_data(samples, replicas=2, seed=0)
+    seen = describe_plan(samples, plan)
     cells = walk_cells(plan)
     owners = {}
     for replica, partition in enumerate(train_partitions(plan)):
@@ -467,7 +506,9 @@ def test_the_counts_that_people_see():
 
 
 def test_whole_units_are_decoded_once():
-    assert describe_plan(plan_data(make_samples(10_000, 10), replicas=3, seed=0))["decodes_per_unit"] == 1
+    samples = make_samples(10_000, 10)
+    seen = describe_plan(samples, plan_data(samples, replicas=3, seed=0))
+    assert seen["decodes_per_unit"] == seen["read_amplification"] == 1
 
 
 def test_a_partition_of_no_cells_holds_nothing():

@@ -1,0 +1,132 @@
+"""Does the data path keep to its memory law? Peak memory of a pass, against what `plan` says, for data of any size.
+
+    python benchmarks/memory.py                     1, 4 and 16 times a budget of 128 MB: a few minutes
+    python benchmarks/memory.py --budget 512MB --times 32 --dir DIR      16 GB on disk
+
+Each measurement is a process of its own: its resident memory just before the first batch, and the most that it had
+in two shuffled passes over the data. The difference must stay below 1.10 x the law.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import zarr
+
+from dtrain.config import parse_bytes
+
+ROW = 256
+LAYOUTS = ("chunks", "shards", "large shard", "windows")
+
+
+def write(path: Path, layout: str, size: int, budget: int) -> None:
+    """Write `size` bytes of float32[n, 256] and int64[n]: a few different objects, copied to all places."""
+    chunk = 1024
+    shard = {
+        "chunks": None,
+        "windows": None,
+        "shards": 16 * chunk,
+        "large shard": budget * 6 // 10 // (ROW * 4) // chunk * chunk,
+    }
+    rows = shard[layout]
+    step = rows or chunk
+    count = max(2 * step, size // (ROW * 4) // step * step)
+    group = zarr.open_group(path, mode="w")
+    x = group.create_array(
+        "x",
+        shape=(count, ROW),
+        chunks=(chunk, ROW),
+        shards=(rows, ROW) if rows else None,
+        dtype="float32",
+        dimension_names=("n", "k"),
+    )
+    y = group.create_array("y", shape=(count,), chunks=(step,), dtype="int64", dimension_names=("n",))
+    y[:] = np.arange(count)
+    rng = np.random.default_rng(0)
+    x[:step] = rng.integers(0, 4096, (step, ROW)).astype("float32")
+    first = path / "x" / "c" / "0" / "0"
+    for number in range(1, count // step):
+        place = path / "x" / "c" / str(number) / "0"
+        place.parent.mkdir()
+        shutil.copyfile(first, place)
+
+
+def measure(path: str, layout: str, budget: str, reader: str) -> dict[str, Any]:
+    """Run two passes in this process."""
+    import torch  # noqa: F401
+
+    import dtrain
+    from dtrain.runtime.batches import law_of
+
+    windows = {"input_offsets": [-2, -1, 0], "target_offsets": 1} if layout == "windows" else {}
+    samples = dtrain.open_samples(path, inputs=["x"], targets=["y"], split={"val": 0.0, "test": 0.0}, **windows)
+    law = law_of(samples, batch_size=256, memory=budget)
+    process, peak, done = psutil.Process(), 0, threading.Event()
+    base = process.memory_info().rss
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began, count = time.monotonic(), 0
+    for batch in dtrain.batches(samples, batch_size=256, epochs=2, memory=budget, reader=reader):
+        count += batch.size
+    seconds = time.monotonic() - began
+    done.set()
+    watcher.join()
+    return {"base": base, "peak": peak, "law": law.total, "samples": count, "seconds": seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", default="128MB")
+    parser.add_argument("--times", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--readers", nargs="+", default=["zarr", "zarrs"])
+    parser.add_argument("--dir", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(measure(*options.child)))
+        return
+    budget, found = parse_bytes(options.budget, "--budget"), []
+    print(f"{'layout':<12} {'reader':<6} {'data':>9} {'law':>9} {'peak':>9} {'peak/law':>9} {'samples/s':>10}")
+    for layout in options.layouts:
+        for times in options.times:
+            with tempfile.TemporaryDirectory(dir=options.dir) as folder:
+                path = Path(folder) / "data.zarr"
+                write(path, layout, times * budget, budget)
+                for reader in options.readers:
+                    child = [sys.executable, __file__, "--child", str(path), layout, options.budget, reader]
+                    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+                    done = subprocess.run(child, check=True, capture_output=True, text=True, env=environment)
+                    row = {"layout": layout, "reader": reader, "data": times * budget, **json.loads(done.stdout)}
+                    found.append(row)
+                    used = row["peak"] - row["base"]
+                    print(
+                        f"{layout:<12} {reader:<6} {row['data'] / 1e6:>6.0f} MB {row['law'] / 1e6:>6.1f} MB "
+                        f"{used / 1e6:>6.1f} MB {used / row['law']:>9.2f} {row['samples'] / row['seconds']:>10,.0f}",
+                        flush=True,
+                    )
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""From a batch of the loader to what the model takes: tensors, the user's transform, the way to a GPU.
+
+And `batches`: all of it as an iterator, for a training loop of one's own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from distributed.system import MEMORY_LIMIT
+
+from dtrain.algorithm.local import TensorBatch
+from dtrain.config import cache_bytes, parse_bytes
+from dtrain.data.gather import Batch
+from dtrain.data.loader import Loader
+from dtrain.data.memory import MemoryLaw, Reading, plan_memory
+from dtrain.data.order import TRANSFORM, hash64
+from dtrain.data.partition import DataPlan, Partition, SplitName, cell_anchors, plan_data, train_partitions
+from dtrain.data.presence import absent_rows, check_presence
+from dtrain.data.read import UnitReader
+from dtrain.data.samples import Samples
+from dtrain.data.statistics import partition_moments, scalings_of
+from dtrain.errors import InvalidConfig, TooFewSamples, UserCodeFailed
+from dtrain.runtime.usercode import load_function
+from dtrain.types import Cursor
+
+
+def as_tensors(batches: Iterator[Batch], split: str) -> Iterator[TensorBatch]:
+    """Yield batches of numpy arrays as tensors on the same memory."""
+    for batch in batches:
+        targets = tuple(torch.from_numpy(array) for array in batch.targets)
+        yield TensorBatch(
+            inputs=tuple(torch.from_numpy(array) for array in batch.inputs),
+            targets=targets[0] if len(targets) == 1 else targets,
+            size=batch.size,
+            split=split,
+        )
+
+
+def transformed(
+    batches: Iterator[TensorBatch], transform: Callable[..., Any], seed: int, stream: int, position: int
+) -> Iterator[TensorBatch]:
+    """Yield transformed batches; the generator that a transform is given depends on the batch's place alone."""
+    for batch in batches:
+        drawn = int(hash64(seed, TRANSFORM, *batch.split.encode(), stream, position))
+        position += batch.size
+        yield apply_transform(transform, batch, drawn >> 1)
+
+
+def apply_transform(transform: Callable[..., Any], batch: TensorBatch, seed: int) -> TensorBatch:
+    """Call ``data.transform`` with a batch and a generator of its own.
+
+    Raises
+    ------
+    UserCodeFailed
+        It returned something else than a batch, or one of another size.
+    """
+    found = transform(batch, torch.Generator().manual_seed(seed))
+    if not isinstance(found, TensorBatch):
+        raise UserCodeFailed(
+            f"The function given as data.transform returned {type(found).__name__}, not a batch.",
+            "Return the batch, or dataclasses.replace(batch, inputs=(...)).",
+        )
+    tensors = (*found.inputs, *(found.targets if isinstance(found.targets, tuple) else (found.targets,)))
+    wrong = [len(tensor) for tensor in tensors if len(tensor) != batch.size]
+    if wrong or found.size != batch.size:
+        raise UserCodeFailed(
+            f"The function given as data.transform returned {wrong[0] if wrong else found.size} samples for a batch "
+            f"of {batch.size}.",
+            "A transform keeps the number of samples.",
+        )
+    return found
+
+
+def on_device(batches: Iterator[TensorBatch], device: str) -> Iterator[TensorBatch]:
+    """Yield batches on a GPU; the next one is copied on a stream of its own while this one is used.
+
+    A pinned batch is held until its copy is done: the loader uses its memory again once nobody refers to it.
+    """
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    waiting: tuple[TensorBatch, TensorBatch, torch.cuda.Event] | None = None
+    for batch in batches:
+        with torch.cuda.stream(side):
+            moved = _moved(batch, device)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(side)
+        if waiting is not None:
+            yield _arrived(*waiting)
+        waiting = (batch, moved, done)
+    if waiting is not None:
+        yield _arrived(*waiting)
+
+
+def _moved(batch: TensorBatch, device: str) -> TensorBatch:
+    def to(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    targets = batch.targets
+    moved = tuple(map(to, targets)) if isinstance(targets, tuple) else to(targets)
+    return replace(batch, inputs=tuple(map(to, batch.inputs)), targets=moved)
+
+
+def _arrived(source: TensorBatch, moved: TensorBatch, done: torch.cuda.Event) -> TensorBatch:
+    current = torch.cuda.current_stream()
+    current.wait_event(done)
+    targets = moved.targets if isinstance(moved.targets, tuple) else (moved.targets,)
+    for tensor in (*moved.inputs, *targets):
+        tensor.record_stream(current)
+    done.synchronize()  # then `source` may go
+    return moved
+
+
+class Batches:
+    """An iterator of torch batches that reads ahead, and knows how far it is.
+
+    Made by `batches`. It ends its threads when it is exhausted, closed or forgotten.
+    """
+
+    def __init__(self, loader: Loader, prepared: Iterator[TensorBatch]) -> None:
+        self._loader = loader
+        self._prepared = prepared
+
+    @property
+    def cursor(self) -> Cursor:
+        """Where the next batch begins: give it to `batches` to go on from there."""
+        return self._loader.cursor
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> TensorBatch:
+        try:
+            return next(self._prepared)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the threads."""
+        self._loader.close()
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if "_loader" in vars(self):
+            self.close()
+
+
+def batches(
+    samples: Samples,
+    *,
+    batch_size: int = 100,
+    split: SplitName = "train",
+    epochs: int | None = 1,
+    drop_last: bool = False,
+    replica: int = 0,
+    replicas: int = 1,
+    seed: int = 0,
+    cursor: Cursor | None = None,
+    memory: str | None = None,
+    cache: str | None = None,
+    reader: str | None = None,
+) -> Batches:
+    """Iterate over torch batches in this process: dtrain's data path for a loop of your own.
+
+    Parameters
+    ----------
+    samples : Samples
+        From `open_samples`: variables, windows, patches, splits, shuffling, normalisation and transform.
+    batch_size : int
+        Samples of a batch.
+    split : {"train", "val", "test", "all"}
+        Only "train" is shuffled.
+    epochs : int, optional
+        Passes; the last batch of a pass may be short. None: full batches of one pass after the other, for ever.
+    drop_last : bool
+        Leave out the short batch at the end of a pass.
+    replica, replicas : int
+        Which of several equal partitions of the training split to read.
+    seed : int
+        Of partitions and order.
+    cursor : Cursor, optional
+        Where to begin: what `Batches.cursor` was.
+    memory, cache, reader : str, optional
+        As the keys of ``[data]``, in whose place they stand.
+
+    Returns
+    -------
+    Batches
+        Of objects with `inputs` (a tuple), `targets` (a tensor, or a tuple of several) and `size`.
+
+    Raises
+    ------
+    TooFewSamples
+        The split is empty.
+    OutOfMemory, ChunkTooLarge
+        `memory` does not suffice.
+    DtrainError
+        The data are missing or damaged.
+
+    Examples
+    --------
+    >>> for (image,), label in batches(samples, batch_size=64):  # doctest: +SKIP
+    ...     loss = criterion(model(image), label)
+    """
+    _check(batch_size=batch_size, replicas=replicas)
+    if not 0 <= replica < replicas:
+        raise InvalidConfig(f"replica = {replica}: allowed are 0 to {replicas - 1}, as replicas = {replicas}.")
+    config = samples.config
+    if config.missing == "error":
+        check_presence(samples)
+    plan = _plan(samples, replicas, seed)
+    found = train_partitions(plan) if split == "train" else _whole(plan, split)
+    partition = found[replica if split == "train" else 0]
+    shuffle = plan.shuffle and split == "train"
+    law = _law(samples, partition, batch_size, shuffle, memory, cache)
+    opened = UnitReader(samples, config.reader if reader is None else reader, law.train.limits.threads)
+    scalings = {}
+    if config.normalize:
+        moments = partition_moments(opened, _whole(plan, "train")[0], config.normalize)
+        scalings = scalings_of(moments, samples.variables)
+    start = cursor or Cursor(0, 0)
+    consumed = start.epoch * partition.num_samples + start.position
+    loader = Loader(
+        opened,
+        partition,
+        start,
+        _sizes(partition.num_samples, batch_size, start, epochs),
+        replica=replica,
+        shuffle=shuffle,
+        limits=law.train.limits,
+        scalings=scalings,
+        total=None if epochs is None else max(0, epochs * partition.num_samples - consumed),
+    )
+    tensors = as_tensors(loader.stream(), split)
+    if config.transform:
+        transform = load_function("data.transform", config.transform, Path.cwd())
+        tensors = transformed(tensors, transform, seed, replica, consumed)
+    if drop_last:
+        tensors = (batch for batch in tensors if batch.size == batch_size)
+    return Batches(loader, tensors)
+
+
+def law_of(
+    samples: Samples, *, batch_size: int = 100, replicas: int = 1, memory: str | None = None, cache: str | None = None
+) -> MemoryLaw:
+    """Return the memory law that `batches` keeps to with these arguments, on the training split."""
+    plan = _plan(samples, replicas, 0)
+    return _law(samples, train_partitions(plan)[0], batch_size, plan.shuffle, memory, cache)
+
+
+def _plan(samples: Samples, replicas: int, seed: int) -> DataPlan:
+    absent = absent_rows(samples) if samples.config.missing == "skip" else ()
+    return plan_data(samples, replicas=replicas, seed=seed, absent=absent)
+
+
+def _law(
+    samples: Samples, partition: Partition, batch_size: int, shuffle: bool, memory: str | None, cache: str | None
+) -> MemoryLaw:
+    config = samples.config
+    limit, what = int(MEMORY_LIMIT) // 2, "half of this machine's memory"
+    if (asked := config.memory if memory is None else memory) != "auto":
+        limit, what = parse_bytes(asked, "memory"), "memory"
+    kept = config.cache if cache is None else cache
+    reading = Reading(
+        samples=samples,
+        plan=partition.plan,
+        loaders=1,
+        units=len(partition.units),
+        batch_size=batch_size,
+        shuffle=shuffle,
+    )
+    return plan_memory(reading, None, limit, what, None if kept == "auto" else cache_bytes(kept))
+
+
+def _check(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InvalidConfig(f"{name} = {value!r}: a positive integer is needed.")
+
+
+def _whole(plan: DataPlan, split: SplitName) -> tuple[Partition, ...]:
+    """Return a whole split as one partition."""
+    found = cell_anchors(plan, split)
+    if not found.num_samples:
+        raise TooFewSamples(f'The split "{split}" holds no samples.', "Choose another, or hold out more.")
+    return (found,)
+
+
+def _sizes(size: int, batch: int, start: Cursor, epochs: int | None) -> Iterator[int]:
+    """Yield the sizes of the batches of passes that begin at a cursor."""
+    if epochs is None:
+        yield from itertools.repeat(batch)
+    position = start.position
+    for _ in range(start.epoch, epochs or 0):
+        full, rest = divmod(size - position, batch)
+        yield from itertools.repeat(batch, full)
+        if rest:
+            yield rest
+        position = 0

@@ -1,0 +1,972 @@
+"""The stream of batches: every sample once a pass, the same bits however it is read, in bounded memory."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import random
+import tempfile
+import threading
+import time
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dtrain.data import memory
+from dtrain.data.encoding import Scaling
+from dtrain.data.loader import Loader, read_batches
+from dtrain.data.memory import Limits
+from dtrain.data.order import epoch_order
+from dtrain.data.partition import eval_partitions, plan_data, train_partitions
+from dtrain.data.read import UnitReader
+from dtrain.data.source import open_samples
+from dtrain.errors import ChunkMissing, ChunkUndecodable
+from dtrain.types import Cursor
+from tests.data.helpers import (
+    START,
+    WHOLE,
+    Spy,
+    batches,
+    by_sample,
+    index_of,
+    one_pass,
+    only_partition,
+    open_all,
+    opened,
+    remembering,
+    same_bits,
+    stores,
+    threads,
+    vector,
+)
+
+some_limits = st.builds(
+    Limits,
+    ahead=st.integers(0, 6),
+    cached=st.integers(0, 12),
+    threads=st.integers(1, 4),
+    buffers=st.integers(2, 5),
+)
+
+
+@pytest.fixture(autouse=True)
+def started():
+    """A function that returns the threads of loaders that a test has started; none may be left at its end."""
+    before = threads()
+    yield lambda: threads() - before
+    gc.collect()
+    assert threads() <= before
+
+
+@pytest.fixture
+def numbers(write_store, tmp_path):
+    """Write v0(n, 2) whose rows hold their number and its negative, and index(n), in chunks of `rows`."""
+
+    def write(count, rows, name="s", **options):
+        n = np.arange(count, dtype="float32")
+        v0 = {"dims": ("n", "k"), "values": np.stack([n, -n], 1), "chunks": (rows, 2), **options}
+        return write_store(tmp_path / name, {"v0": v0, "index": vector(np.arange(count), rows)})
+
+    return write
+
+
+@pytest.fixture
+def one_batch_a_group(monkeypatch):
+    """Batches are assembled one by one."""
+    monkeypatch.setattr(memory, "GROUP_BATCHES", 1)
+
+
+def wait_until(true, seconds=10.0):
+    limit = time.monotonic() + seconds
+    while not true() and time.monotonic() < limit:
+        time.sleep(0.002)
+    assert true()
+
+
+# A pass -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50)
+@given(
+    stores(),
+    st.integers(1, 9),
+    st.integers(1, 10),
+    st.integers(1, 13),
+    st.booleans(),
+    st.sampled_from(["zarr", "auto"]),
+)
+def test_each_sample_comes_exactly_once_a_pass_with_its_values(
+    write_store, store, replicas, window, batch, shuffle, which
+):
+    with tempfile.TemporaryDirectory() as folder:
+        arrays, samples, plan = opened(write_store, folder, store, replicas, window)
+        seen = []
+        for replica, partition in enumerate(train_partitions(plan)):
+            reader = UnitReader(samples, which)
+            found = batches(reader, partition, one_pass(partition, batch), replica=replica, shuffle=shuffle)
+            assert [b.size for b in found] == one_pass(partition, batch)
+            assert reader.units_decoded == len(partition.units)
+            seen += index_of(found)
+            for b in found:
+                where = b.targets[-1]
+                for name, values in zip(samples.config.inputs, b.inputs, strict=True):
+                    stored = by_sample(arrays, name)
+                    kind = np.float32 if stored.dtype.kind == "f" else np.int64
+                    assert values.dtype == kind
+                    np.testing.assert_array_equal(values, stored[where].astype(kind))
+                np.testing.assert_array_equal(b.targets[0], b.inputs[0])
+        assert sorted(seen) == list(range(samples.num_samples))
+
+
+@settings(max_examples=20)
+@given(stores(), st.integers(1, 9), st.integers(1, 5))
+def test_without_shuffle_samples_come_in_stored_order(write_store, store, replicas, window):
+    with tempfile.TemporaryDirectory() as folder:
+        _, samples, plan = opened(write_store, folder, store, replicas, window, partition="contiguous")
+        reader = UnitReader(samples)
+        seen = []
+        for partition in train_partitions(plan):
+            seen += index_of(batches(reader, partition, one_pass(partition), shuffle=False))
+        assert seen == list(range(samples.num_samples))
+
+
+@settings(max_examples=20)
+@given(stores(), st.integers(1, 3))
+def test_train_val_and_test_together_hold_each_sample_once(write_store, store, replicas):
+    with tempfile.TemporaryDirectory() as folder:
+        zarr_format, arrays = store
+        path = write_store(Path(folder, "s.zarr"), arrays, zarr_format=zarr_format)
+        samples = open_all(path, arrays, split={"val": 0.3, "test": 0.2})
+        if samples.num_samples < 10:
+            return
+        plan = plan_data(samples, replicas=replicas, seed=1)
+        reader = UnitReader(samples)
+        seen = []
+        for partition in (*train_partitions(plan), *eval_partitions(plan, "val"), *eval_partitions(plan, "test")):
+            seen += index_of(batches(reader, partition, one_pass(partition), shuffle=False))
+        assert sorted(seen) == list(range(samples.num_samples))
+
+
+# The cyclic stream ------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(stores(), st.integers(1, 4), st.integers(1, 5), st.integers(1, 90), st.booleans(), some_limits)
+def test_batches_go_on_with_the_next_pass(write_store, store, replicas, window, batch, shuffle, limits):
+    with tempfile.TemporaryDirectory() as folder:
+        _, samples, plan = opened(write_store, folder, store, replicas, window)
+        reader = remembering(samples)
+        partition = train_partitions(plan)[0]
+        count = partition.num_samples
+        steps = 2 * count // batch + 3
+        stream = index_of(batches(reader, partition, [batch] * steps, shuffle=shuffle, limits=limits))
+        assert len(stream) == steps * batch
+        owned = sorted(stream[:count])
+        assert len(set(owned)) == count
+        for epoch in range(steps * batch // count):
+            alone = index_of(batches(reader, partition, [count], cursor=Cursor(epoch, 0), shuffle=shuffle))
+            assert stream[epoch * count : (epoch + 1) * count] == alone
+            assert sorted(alone) == owned
+
+
+@settings(max_examples=30)
+@given(stores(), st.integers(1, 4), st.integers(1, 5), st.integers(1, 17), st.booleans(), some_limits, st.data())
+def test_a_stream_resumed_at_a_cursor_is_the_rest_of_the_stream(
+    write_store, store, replicas, window, batch, shuffle, limits, data
+):
+    with tempfile.TemporaryDirectory() as folder:
+        _, samples, plan = opened(write_store, folder, store, replicas, window)
+        reader = remembering(samples)
+        partition = train_partitions(plan)[-1]
+        count = partition.num_samples
+        whole = index_of(batches(reader, partition, [3 * count], shuffle=shuffle))
+        for _ in range(4):
+            done = data.draw(st.integers(0, 3 * count - 1))
+            steps = (3 * count - done) // batch
+            cursor = Cursor(*divmod(done, count))
+            rest = batches(reader, partition, [batch] * steps, cursor=cursor, shuffle=shuffle, limits=limits)
+            assert index_of(rest) == whole[done : done + steps * batch]
+        at_end = batches(reader, partition, [count], cursor=Cursor(0, count), shuffle=shuffle)
+        assert index_of(at_end) == whole[count : 2 * count]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_cursor_of_a_loader_is_that_of_the_batch_it_gives_next(numbers, shuffle):
+    samples = open_all(numbers(60, 5), ["v0"])
+    _, partition = only_partition(samples)
+    reader = remembering(samples)
+    whole = index_of(batches(reader, partition, [180], shuffle=shuffle))
+    sizes = [7, 1, 50, 2, 60, 13, 30]
+    loader = Loader(reader, partition, START, iter(sizes), replica=0, shuffle=shuffle, limits=Limits())
+    done = 0
+    for size in sizes:
+        assert loader.cursor == Cursor(*divmod(done, 60))
+        assert loader.take().targets[-1].tolist() == whole[done : done + size]
+        done += size
+    assert loader.cursor == Cursor(*divmod(done, 60))
+    for _ in range(2):  # not once only
+        with pytest.raises(StopIteration):
+            loader.take()
+    loader.close()
+
+
+def test_the_order_depends_on_replica_epoch_and_seed_alone(numbers):
+    samples = open_all(numbers(60, 5), ["v0"])
+    plan, partition = only_partition(samples)
+    reader = remembering(samples)
+
+    def order(seed=0, **options):
+        return tuple(index_of(batches(reader, replace(partition, plan=replace(plan, seed=seed)), [60], **options)))
+
+    assert order() == order()
+    different = {order(), order(replica=1), order(cursor=Cursor(1, 0)), order(seed=1)}
+    assert len(different) == 4
+    assert len({order(shuffle=False, replica=r, cursor=Cursor(e, 0)) for r in range(2) for e in range(2)}) == 1
+
+
+@settings(max_examples=40)
+@given(stores(), st.integers(1, 3), st.integers(1, 9), st.booleans(), st.lists(st.integers(0, 40), max_size=12))
+def test_any_sizes_of_batches_cut_the_same_stream(write_store, store, replicas, window, shuffle, sizes):
+    with tempfile.TemporaryDirectory() as folder:
+        _, samples, plan = opened(write_store, folder, store, replicas, window)
+        reader, partition = remembering(samples), train_partitions(plan)[0]
+        found = batches(reader, partition, sizes, shuffle=shuffle)
+        assert [batch.size for batch in found] == sizes
+        assert index_of(found) == index_of(batches(reader, partition, [sum(sizes)], shuffle=shuffle))
+        endless = read_batches(
+            reader, partition, START, itertools.chain(sizes, itertools.repeat(1)), replica=0, shuffle=shuffle
+        )
+        again = [next(endless).targets[-1].tolist() for _ in sizes]
+        endless.close()
+        assert [batch.targets[-1].tolist() for batch in found] == again
+
+
+def test_a_batch_of_another_size_than_asked_for_is_a_bug(numbers):
+    samples = open_all(numbers(20, 5), ["v0"])
+    _, partition = only_partition(samples)
+    loader = Loader(UnitReader(samples), partition, START, [3, 4], replica=0, shuffle=True, limits=Limits())
+    stream = loader.batches([3, 5])
+    assert next(stream).size == 3
+    with pytest.raises(AssertionError, match="a batch of 4 samples, 5 are asked for"):
+        next(stream)
+    loader.close()
+
+
+# The same bits, whatever it may use ---------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(
+    stores(),
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.integers(1, 13),
+    st.booleans(),
+    some_limits,
+    st.sampled_from(["zarr", "auto"]),
+    st.data(),
+)
+def test_limits_and_readers_do_not_change_a_bit(
+    write_store, store, replicas, window, batch, shuffle, limits, which, data
+):
+    with tempfile.TemporaryDirectory() as folder:
+        _, samples, plan = opened(write_store, folder, store, replicas, window)
+        partition = train_partitions(plan)[-1]
+        start = data.draw(st.integers(0, 2 * partition.num_samples))
+        cursor = Cursor(*divmod(start, partition.num_samples))
+        sizes = [batch] * (3 * partition.num_samples // batch + 1)
+        options = {"cursor": cursor, "replica": 1, "shuffle": shuffle}
+        least = Limits(ahead=0, cached=0, threads=1, buffers=2)
+        plain = batches(UnitReader(samples, "zarr"), partition, sizes, limits=least, **options)
+        other = batches(UnitReader(samples, which, threads=2), partition, sizes, limits=limits, **options)
+        assert same_bits(plain, other)
+
+
+# Memory: slots ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(stores(), st.integers(1, 3), st.integers(1, 6), st.booleans(), some_limits, st.integers(1, 4))
+def test_slots_are_open_units_ahead_and_cached_and_never_more_than_two_passes_need(
+    write_store, store, replicas, window, shuffle, limits, passes
+):
+    with tempfile.TemporaryDirectory() as folder:
+        _, samples, plan = opened(write_store, folder, store, replicas, window)
+        partition = train_partitions(plan)[0]
+        units = len(partition.units)
+        cached = min(limits.cached, units)
+        slots = cached + min(min(window if shuffle else 1, units) + limits.ahead, 2 * (units - cached))
+        reader = remembering(samples)
+        spy = Spy(reader)
+        sizes = [partition.num_samples] * passes
+        loader = Loader(reader, partition, START, sizes, replica=0, shuffle=shuffle, limits=limits)
+        arenas = loader._slots.arenas
+        assert {name: len(arena) for name, arena in arenas.items()} == {v.name: slots for v in samples.moving}
+        assert all(
+            arena[0].nbytes == plan.unit_rows * samples.variable(name).row_bytes for name, arena in arenas.items()
+        )
+        seen = [loader.take().targets[-1].copy() for _ in sizes]
+        loader.close()
+        expected = sorted(seen[0].tolist())
+        assert all(sorted(part.tolist()) == expected for part in seen)
+        counts = spy.units(plan)
+        assert set(counts) == set(partition.units.tolist())
+        once = [unit for unit, count in counts.items() if count == 1]
+        if passes > 1:
+            assert len(once) == cached  # kept from the first pass on, the others are read in each
+        assert all(count in (1, passes) for count in counts.values())
+        assert spy.most <= limits.threads
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_nothing_is_read_that_a_sequence_of_sizes_does_not_need(numbers, shuffle):
+    samples = open_all(numbers(400, 4), ["v0"])
+    plan, partition = only_partition(samples, unit_rows=4, cell_rows=4, window=5)
+    for sizes in ([1], [4], [5, 3], [100, 1], [399], [400], [401], [801, 7]):
+        reader = UnitReader(samples)
+        spy = Spy(reader)
+        found = index_of(batches(reader, partition, sizes, shuffle=shuffle, limits=Limits(ahead=50, threads=4)))
+        needed, left = 0, sum(sizes)
+        for epoch in itertools.count():  # the parts of the blocks that hold the samples
+            blocks = epoch_order(
+                partition.part_sizes, window=5, shuffle=shuffle, seed=plan.seed, replica=0, epoch=epoch
+            )
+            taken = set()
+            for block in blocks:
+                if left <= 0:
+                    break
+                taken |= set(block.part.tolist())
+                left -= len(block.part)
+            needed += len(taken)
+            if left <= 0:
+                break
+        assert len(spy.reads) == needed
+        assert len(set(found)) == min(400, sum(sizes))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("ahead", [0, 1, 5])
+def test_units_are_read_ahead_while_the_consumer_does_something_else(numbers, one_batch_a_group, shuffle, ahead):
+    samples = open_all(numbers(320, 4), ["v0"])
+    _, partition = only_partition(samples, unit_rows=4, cell_rows=4, window=6)
+    reader = remembering(samples)  # faster than the consumer
+    batches(reader, partition, [320])
+    spy = Spy(reader)
+    limits = Limits(ahead=ahead, buffers=2)
+    loader = Loader(reader, partition, START, itertools.repeat(4), replica=0, shuffle=shuffle, limits=limits)
+    for step in range(1, 60):
+        loader.take()
+        time.sleep(0.004)
+        if step % 15:
+            continue
+        # the batch that was taken and the one that waits; open or ahead, as slots allow
+        wait_until(lambda least=step + 1 + ahead: len(spy.reads) >= least)
+        time.sleep(0.02)
+        assert len(spy.reads) <= step + 1 + (6 if shuffle else 1) + ahead
+    loader.close()
+
+
+def test_a_slow_store_is_read_by_as_many_threads_as_allowed(numbers):
+    samples = open_all(numbers(200, 5), ["v0"])
+    _, partition = only_partition(samples, unit_rows=5, cell_rows=5)
+    for count in (1, 3):
+        reader = UnitReader(samples)
+        original = reader.read_into
+
+        def slowly(first, stop, out, original=original):
+            time.sleep(0.005)
+            return original(first, stop, out)
+
+        reader.read_into = slowly
+        spy = Spy(reader)
+        limits = Limits(ahead=8, threads=count)
+        assert len(index_of(batches(reader, partition, [200], limits=limits))) == 200
+        assert spy.most == count
+
+
+def test_a_loader_counts_what_it_reads_itself(numbers):
+    samples = open_all(numbers(60, 5), ["v0"])
+    _, partition = only_partition(samples, unit_rows=5, cell_rows=5)
+    reader = UnitReader(samples)
+    loaders = [
+        Loader(reader, partition, START, [120], replica=r, shuffle=True, limits=Limits(cached=c))
+        for r, c in enumerate((0, 4))
+    ]
+    for loader in loaders:
+        loader.take()
+    assert [loader.units_decoded for loader in loaders] == [24, 20]
+    assert [loader.bytes_decoded for loader in loaders] == [120 * (8 + 8), 100 * (8 + 8)]
+    assert (reader.units_decoded, reader.bytes_decoded) == (44, 220 * 16)
+    for loader in loaders:
+        loader.close()
+
+
+def test_what_has_been_counted_is_told_once(numbers):
+    samples = open_all(numbers(60, 5), ["v0"])
+    _, partition = only_partition(samples, unit_rows=5, cell_rows=5)
+    loader = Loader(
+        remembering(samples), partition, START, iter([60, 60]), replica=0, shuffle=False, limits=Limits(), total=120
+    )
+    loader.take()
+    loader.take()
+    loader.close()
+    first, second = loader.counted(), loader.counted()
+    assert (first.units, second.units) == (24, 0)
+    assert first.waited == loader.waited
+    assert second.waited == second.bytes == 0
+
+
+def test_of_an_iterator_whose_sum_is_known_nothing_more_is_read(numbers):
+    samples = open_all(numbers(400, 4), ["v0"])
+    _, partition = only_partition(samples, unit_rows=4, cell_rows=4)
+    for options in ({"total": 50}, {}):
+        reader = UnitReader(samples)
+        limits = Limits(ahead=9)
+        loader = Loader(reader, partition, START, iter([20, 30]), replica=0, shuffle=False, limits=limits, **options)
+        assert [loader.take().size for _ in range(2)] == [20, 30]
+        loader.close()
+        if options:
+            assert reader.units_decoded == 13
+        else:
+            assert 13 <= reader.units_decoded <= 13 + 9
+
+
+# Memory: batches ----------------------------------------------------------------------------------------------
+
+
+def test_batches_may_be_written_to_and_are_contiguous(numbers):
+    samples = open_all(numbers(6, 6), ["v0"])
+    _, partition = only_partition(samples)
+    found = []
+    for batch in read_batches(UnitReader(samples), partition, START, [3] * 40, replica=0, shuffle=False):
+        assert all(array.flags.writeable and array.flags.c_contiguous for array in (*batch.inputs, *batch.targets))
+        found += batch.inputs[0][:, 0].tolist()
+        batch.inputs[0][:] = -1  # as a model may, in place
+        batch.targets[1][:] = -1
+    assert found == [0, 1, 2, 3, 4, 5] * 20
+
+
+HOW_KEPT = {
+    "not at all": lambda array: None,
+    "itself": lambda array: array,
+    "a view": lambda array: array[1:, ::-1],
+    "a view of a view": lambda array: array[::2].reshape(-1).view("uint8"),
+    "a buffer": lambda array: memoryview(array),
+}
+
+
+def bits_of(kept):
+    return None if kept is None else np.asarray(kept).tobytes()
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.sampled_from(list(HOW_KEPT)), min_size=150, max_size=150),
+    st.sampled_from([1, 2, 8, 32]),
+    st.integers(2, 5),
+    st.integers(1, 20),
+    st.lists(st.booleans(), min_size=150, max_size=150),
+)
+def test_what_is_kept_of_a_batch_stays_as_it_is(numbers_of_60, kinds, group, buffers, batch, writes):
+    _, reader, partition = numbers_of_60
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "GROUP_BATCHES", group)
+        stream = read_batches(
+            reader, partition, START, [batch] * 150, replica=0, shuffle=True, limits=Limits(buffers=buffers)
+        )
+        whole = np.array(index_of(batches(reader, partition, [150 * batch])))
+        kept = []
+        for step, (found, kind, write) in enumerate(zip(stream, kinds, writes, strict=True)):
+            expected = whole[step * batch : (step + 1) * batch]
+            assert found.targets[-1].tolist() == expected.tolist()
+            np.testing.assert_array_equal(found.inputs[0], np.stack([expected, -expected], 1))
+            if write:  # what a model does to its batch is its own business
+                found.inputs[0][:] += step * 1000
+                found.targets[-1][:] = -step
+            part = HOW_KEPT[kind](found.inputs[0] if step % 2 else found.targets[0])
+            kept.append((part, bits_of(part)))
+            del found, part
+            if step > 20 and step % 7 == 0:
+                kept[step - 20] = (None, None)  # let go of later
+        assert all(bits_of(part) == bits for part, bits in kept)
+
+
+@pytest.fixture(scope="module")
+def numbers_of_60(write_store, tmp_path_factory):
+    n = np.arange(60, dtype="float32")
+    v0 = {"dims": ("n", "k"), "values": np.stack([n, -n], 1), "chunks": (5, 2)}
+    path = write_store(tmp_path_factory.mktemp("kept") / "s", {"v0": v0, "index": vector(np.arange(60), 5)})
+    samples = open_all(path, ["v0"])
+    _, partition = only_partition(samples)
+    return samples, remembering(samples), partition
+
+
+@pytest.mark.parametrize("buffers", [2, 4])
+@pytest.mark.parametrize("group", [1, 32])
+def test_buffers_are_used_again_once_nobody_refers_to_them(numbers_of_60, monkeypatch, buffers, group):
+    _, reader, partition = numbers_of_60
+    monkeypatch.setattr(memory, "GROUP_BATCHES", group)
+    made = []
+
+    def allocate(shape, dtype):
+        made.append(weakref.ref(array := np.empty(shape, dtype)))
+        return array
+
+    loader = Loader(
+        reader,
+        partition,
+        START,
+        itertools.repeat(6),
+        replica=0,
+        shuffle=True,
+        limits=Limits(buffers=buffers),
+        allocate=allocate,
+    )
+    for batch in loader.batches([6] * 3000):
+        assert batch.size == 6
+    assert len(made) <= 3 * buffers  # v0, v0 as a target, and index
+    del batch
+    loader.close()
+    del loader
+    gc.collect()
+    assert not any(ref() is not None for ref in made)
+
+
+def test_a_batch_that_is_kept_keeps_its_memory_alone(numbers_of_60, monkeypatch):
+    _, reader, partition = numbers_of_60
+    monkeypatch.setattr(memory, "GROUP_BATCHES", 1)
+    made = []
+
+    def allocate(shape, dtype):
+        made.append(weakref.ref(array := np.empty(shape, dtype)))
+        return array
+
+    loader = Loader(
+        reader,
+        partition,
+        START,
+        itertools.repeat(6),
+        replica=0,
+        shuffle=True,
+        limits=Limits(buffers=2),
+        allocate=allocate,
+    )
+    kept = [loader.take() for _ in range(200)]
+    alive = [ref for ref in made if ref() is not None]
+    assert 3 * 200 <= len(alive) <= 3 * (200 + 2)
+    del kept[5:]
+    gc.collect()
+    for _ in range(200):
+        loader.take()
+    gc.collect()
+    assert sum(ref() is not None for ref in made) <= 3 * (5 + 3)
+    loader.close()
+
+
+@pytest.mark.parametrize("kind", ["a view", "a part"])
+def test_memory_that_is_a_view_of_other_memory_is_not_used_again_too_early(numbers_of_60, monkeypatch, kind):
+    # pinned memory comes as a view of what torch gives; views of it refer to that alone, never to the view
+    _, reader, partition = numbers_of_60
+    monkeypatch.setattr(memory, "GROUP_BATCHES", 1)
+
+    def allocate(shape, dtype):
+        size = int(np.prod(shape)) * dtype.itemsize
+        block = np.empty(size if kind == "a view" else size + 64, "uint8")
+        return block[-size:].view(dtype).reshape(shape)
+
+    limits = Limits(buffers=2)
+    loader = Loader(reader, partition, START, [6] * 50, replica=0, shuffle=True, limits=limits, allocate=allocate)
+    kept = []
+    for _ in range(50):
+        batch = loader.take()
+        kept.append((batch.targets[-1], batch.targets[-1].copy()))
+    loader.close()
+    for now, before in kept:
+        np.testing.assert_array_equal(now, before)
+
+
+@pytest.mark.parametrize("group", [1, 7, 32])
+def test_batches_lie_at_aligned_addresses(write_store, tmp_path, monkeypatch, group):
+    # the last bits of a vectorised sum depend on where in memory it begins
+    monkeypatch.setattr(memory, "GROUP_BATCHES", group)
+    arrays = {
+        "v0": {"dims": ("n", "k"), "values": np.zeros((40, 3)), "chunks": (5, 3)},
+        "static": {"dims": ("k",), "values": np.zeros(3), "chunks": (3,)},
+        "index": vector(np.arange(40), 5),
+    }
+    samples = open_all(write_store(tmp_path / "s", arrays), arrays)
+    _, partition = only_partition(samples)
+    for sizes in ([1, 2, 3, 5, 7, 11] * 5, [16] * 20, [1] * 50):
+        for batch in read_batches(UnitReader(samples), partition, START, sizes, replica=0, shuffle=True):
+            arrays = (*batch.inputs, *batch.targets)
+            assert [array.__array_interface__["data"][0] % 64 for array in arrays] == [0] * len(arrays)
+
+
+def test_batches_of_growing_size_get_buffers_of_their_size(numbers_of_60, monkeypatch):
+    _, reader, partition = numbers_of_60
+    monkeypatch.setattr(memory, "GROUP_BATCHES", 1)
+    sizes = [1, 50, 2, 51, 200, 3, 1000, 1, 1] * 3
+    whole = index_of(batches(reader, partition, [sum(sizes)]))
+    done = 0
+    for size, batch in zip(
+        sizes,
+        read_batches(reader, partition, START, sizes, replica=0, shuffle=True, limits=Limits(buffers=2)),
+        strict=True,
+    ):
+        assert batch.targets[-1].tolist() == whole[done : done + size]
+        done += size
+
+
+# Variables that are the same for all samples --------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_static(write_store, tmp_path):
+    arrays = {
+        "v0": {"dims": ("n", "y"), "values": np.arange(40.0).reshape(20, 2), "chunks": (4, 2)},
+        "height": {"dims": ("y", "x"), "values": np.arange(6.0).reshape(2, 3), "chunks": (1, 2)},
+        "place": {"dims": (), "values": np.array(7, "int16"), "chunks": ()},
+        "index": vector(np.arange(20), 4),
+    }
+    path = write_store(tmp_path / "s", arrays)
+
+    def opened(inputs=("v0", "height", "place"), targets=("index",), **data):
+        return open_samples(path, inputs=inputs, targets=targets, **{"split": WHOLE, "sample_dim": "n", **data})
+
+    return opened
+
+
+def test_a_static_variable_is_read_once_and_repeated_without_copying(with_static):
+    samples = with_static()
+    _, partition = only_partition(samples)
+    reader = UnitReader(samples)
+    before = reader.store.requests
+    for size, batch in zip(
+        [1, 5, 20, 3],
+        read_batches(reader, partition, START, [1, 5, 20, 3], replica=0, shuffle=True),
+        strict=True,
+    ):
+        _, height, place = batch.inputs
+        assert (height.shape, height.dtype, place.shape, place.dtype) == ((size, 2, 3), "float32", (size,), "int64")
+        np.testing.assert_array_equal(height, np.broadcast_to(np.arange(6.0).reshape(2, 3), (size, 2, 3)))
+        assert place.tolist() == [7] * size
+        assert height.strides[0] == place.strides[0] == 0
+    keys = 2 * 2 + 1 + 2 * (5 + 2) * 2  # height, place; v0 and index: a pass, and 9 samples of the next
+    assert reader.store.requests - before <= keys
+    requests = reader.store.requests
+    batches(reader, partition, [3])
+    assert reader.store.requests - requests <= 10  # of v0 and index
+
+
+def test_a_static_variable_has_no_windows_and_may_be_the_only_input(with_static):
+    samples = with_static(inputs=["height"], targets=["index"], input_offsets=[-1, 0], target_offsets=[0, 1])
+    assert [samples.field_shape(field) for field in samples.fields] == [(2, 3), (2,)]
+    _, partition = only_partition(samples)
+    (batch,) = batches(UnitReader(samples), partition, [partition.num_samples], shuffle=False)
+    assert batch.targets[0].tolist() == [[i, i + 1] for i in range(19)]  # only what is read decides
+    assert batch.inputs[0].shape == (19, 2, 3)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_what_a_model_writes_into_a_static_input_does_not_reach_other_batches(with_static, size):
+    samples = with_static()
+    _, partition = only_partition(samples)
+    seen = []
+    for batch in read_batches(UnitReader(samples), partition, START, [size] * 3, replica=0, shuffle=False):
+        seen.append(batch.inputs[1][0].tolist())
+        batch.inputs[1][...] = -1  # torch lets zero_() and x[...] = 0 through, although samples share their memory
+    assert seen == [[[0, 1, 2], [3, 4, 5]]] * 3
+
+
+# Standardised -------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(st.data())
+def test_variables_are_standardised_on_the_way(write_store, data):
+    draw = data.draw
+    axis = draw(st.sampled_from([None, 0, 1]))
+    window = draw(st.sampled_from([0, [0, 1], {"start": -1, "stop": 2}, [0, 2, 1]]))
+    dtype = draw(st.sampled_from(["float32", "float64", "int16"]))
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    values = rng.integers(-50, 50, (20, 3, 4)).astype(dtype)
+    arrays = {
+        "v0": {"dims": ("n", "c", "x"), "values": values, "chunks": (4, 2, 4)},
+        "static": {"dims": ("c", "x"), "values": values[0], "chunks": (3, 4)},
+        "index": vector(np.arange(20), 4),
+    }
+    if dtype == "int16":  # packed
+        for name in ("v0", "static"):
+            arrays[name]["attributes"] = {"scale_factor": 0.5, "add_offset": 1.0}
+    decoded = values * (0.5 if dtype == "int16" else 1.0) + (1.0 if dtype == "int16" else 0.0)
+    length = {None: 1, 0: 3, 1: 4}[axis]
+    mean, std = rng.normal(size=length), rng.uniform(0.5, 2, length)
+    shape = {None: (1, 1), 0: (3, 1), 1: (1, 4)}[axis]
+    expected = (decoded.astype("f4") - mean.reshape(shape).astype("f4")) / std.reshape(shape).astype("f4")
+    scaling = Scaling(tuple(mean.tolist()), tuple(std.tolist()), axis)
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_store(Path(folder, "s"), arrays)
+        samples = open_samples(
+            path, inputs=["v0", "static"], targets=["v0", "index"], sample_dim="n", split=WHOLE, input_offsets=window
+        )
+        _, partition = only_partition(samples)
+        scalings = {"v0": scaling, "static": scaling}
+        for batch in batches(UnitReader(samples), partition, [3, 6, 5], scalings=scalings):
+            anchors = batch.targets[1]
+            offsets = np.array(range(-1, 2) if isinstance(window, dict) else window)
+            np.testing.assert_array_equal(batch.inputs[0], expected[np.add.outer(anchors, offsets)])
+            np.testing.assert_array_equal(batch.targets[0], expected[anchors])
+            np.testing.assert_array_equal(batch.inputs[1], np.broadcast_to(expected[0], (len(anchors), 3, 4)))
+
+
+# Ends: closed, abandoned, failed --------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 12), st.integers(1, 40), some_limits, st.booleans(), st.floats(0, 0.004))
+def test_a_loader_can_be_closed_at_any_time(numbers_of_60, steps, batch, limits, shuffle, pause):
+    samples, _, partition = numbers_of_60
+    reader = UnitReader(samples)
+    before = threads()
+    loader = Loader(reader, partition, START, itertools.repeat(batch), replica=0, shuffle=shuffle, limits=limits)
+    assert loader.alive
+    for _ in range(steps):
+        loader.take()
+    time.sleep(pause)
+    loader.close()
+    assert threads() <= before
+    assert not loader.alive
+    loader.close()  # again does no harm
+    assert not loader._slots.arenas
+
+
+def test_closing_waits_for_reads_that_are_under_way_but_begins_no_other(numbers):
+    samples = open_all(numbers(400, 4), ["v0"])
+    _, partition = only_partition(samples, unit_rows=4, cell_rows=4, window=20)
+    reader = UnitReader(samples)
+    original, go, begun = reader.read_into, threading.Event(), []
+
+    def slowly(first, stop, out):
+        begun.append(first)
+        go.wait(10)
+        return original(first, stop, out)
+
+    reader.read_into = slowly
+    loader = Loader(reader, partition, START, itertools.repeat(4), replica=0, shuffle=True, limits=Limits(threads=2))
+    wait_until(lambda: len(begun) == 2)
+    closer = threading.Thread(target=loader.close)
+    closer.start()
+    time.sleep(0.02)
+    go.set()
+    closer.join(10)
+    assert not closer.is_alive()
+    assert len(begun) == 2
+
+
+def test_an_iterator_that_is_abandoned_closes_its_loader(started, numbers_of_60):
+    _, reader, partition = numbers_of_60
+    stream = read_batches(reader, partition, START, itertools.repeat(5), replica=0, shuffle=True)
+    next(stream)
+    assert started()
+    del stream
+    gc.collect()
+    assert not started()
+    for batch in read_batches(reader, partition, START, itertools.repeat(5), replica=0, shuffle=True):
+        assert batch.size == 5
+        break
+    gc.collect()
+    assert not started()
+
+
+def test_a_stream_that_is_not_begun_begins_nothing(started, numbers_of_60):
+    _, reader, partition = numbers_of_60
+    stream = read_batches(reader, partition, START, [5], replica=0, shuffle=True)
+    assert not started()
+    stream.close()
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["taken after", "waiting"])
+def test_taking_from_a_loader_that_is_closed_does_not_hang(numbers, one_batch_a_group, late):
+    samples = open_all(numbers(40, 4), ["v0"])
+    _, partition = only_partition(samples, unit_rows=4, cell_rows=4)
+    reader = UnitReader(samples)
+    original, go = reader.read_into, threading.Event()
+
+    def slowly(first, stop, out):
+        go.wait(10)
+        return original(first, stop, out)
+
+    reader.read_into = slowly
+    loader = Loader(reader, partition, START, itertools.repeat(4), replica=0, shuffle=True, limits=Limits())
+    raised = []
+
+    def take():
+        try:
+            for _ in range(100):
+                loader.take()
+        except BaseException as error:
+            raised.append(error)
+
+    taker = threading.Thread(target=take, daemon=True)
+    if late:
+        taker.start()
+        time.sleep(0.02)
+    threading.Timer(0.02, go.set).start()
+    loader.close()
+    if not late:
+        taker.start()
+    taker.join(5)
+    hangs = taker.is_alive()
+    if hangs:
+        loader._groups.put(RuntimeError("the test ends"))
+        taker.join(5)
+    assert not hangs
+    assert len(raised) == 1
+
+
+class Failing(Exception):
+    pass
+
+
+def failing_reader(samples, where, error):
+    reader = UnitReader(samples)
+    original = reader.read_into
+
+    def read_into(first, stop, out):
+        if first <= where < stop:
+            raise error
+        return original(first, stop, out)
+
+    reader.read_into = read_into
+    return reader
+
+
+@pytest.mark.parametrize("error", [Failing("no luck"), MemoryError(), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_an_error_in_a_read_thread_reaches_the_consumer_each_time_it_asks(
+    started, numbers, one_batch_a_group, shuffle, error
+):
+    samples = open_all(numbers(400, 4), ["v0"])
+    _, partition = only_partition(samples, unit_rows=4, cell_rows=4, window=5)
+    reader = failing_reader(samples, 250, error)
+    loader = Loader(reader, partition, START, itertools.repeat(4), replica=0, shuffle=shuffle, limits=Limits(threads=3))
+    whole = index_of(batches(UnitReader(samples), partition, [400], shuffle=shuffle))
+    got = []
+
+    def take_all():
+        while True:
+            got.extend(loader.take().targets[-1].tolist())
+
+    with pytest.raises(type(error)) as caught:
+        take_all()
+    assert caught.value is error
+    assert got == whole[: len(got)]  # what came before it is as it should be
+    assert 250 not in got
+    if not shuffle:
+        assert got == list(range(248))
+    for _ in range(2):
+        with pytest.raises(type(error)):
+            loader.take()
+    wait_until(lambda: not loader.alive)
+    assert loader.cursor == Cursor(0, len(got))
+    loader.close()
+    assert not started()
+
+
+def test_an_error_in_a_unit_that_is_kept_is_raised_as_well(numbers):
+    samples = open_all(numbers(40, 4), ["v0"])
+    _, partition = only_partition(samples, unit_rows=4, cell_rows=4)
+    reader = failing_reader(samples, 20, Failing())
+    with pytest.raises(Failing):
+        batches(reader, partition, [40], limits=Limits(cached=10))
+
+
+def test_an_error_in_the_sizes_or_the_allocator_reaches_the_consumer(numbers_of_60):
+    _, reader, partition = numbers_of_60
+
+    def sizes():
+        raise Failing
+        yield 3
+
+    loader = Loader(reader, partition, START, sizes(), replica=0, shuffle=True, limits=Limits())
+    with pytest.raises(Failing):
+        loader.take()
+    loader.close()
+
+    def allocate(shape, dtype):
+        raise MemoryError
+
+    loader = Loader(reader, partition, START, [3], replica=0, shuffle=True, limits=Limits(), allocate=allocate)
+    with pytest.raises(MemoryError):
+        loader.take()
+    loader.close()
+
+
+def test_faults_come_out_of_the_stream_of_batches(started, numbers, one_batch_a_group):
+    path = numbers(12, 3)
+    samples = open_all(path, ["v0"])
+    _, partition = only_partition(samples, unit_rows=3, cell_rows=3)
+    (path / "v0/c/2/0").unlink()
+    stream = read_batches(UnitReader(samples), partition, START, [3] * 4, replica=0, shuffle=False)
+    assert [len(next(stream).inputs[0]) for _ in range(2)] == [3, 3]
+    with pytest.raises(ChunkMissing, match="v0/c/2/0"):
+        next(stream)
+    assert not started()
+
+
+def test_a_static_variable_that_cannot_be_read_leaves_no_thread(with_static):
+    samples = with_static()
+    Path(samples.path, "height/c/0/0").write_bytes(b"garbage")
+    with pytest.raises(ChunkUndecodable, match="chunk height/c/0/0 of height"):
+        batches(UnitReader(samples), only_partition(samples)[1], [3])
+
+
+def test_two_loaders_of_one_reader_do_not_disturb_each_other(numbers_of_60):
+    samples, _, partition = numbers_of_60
+    reader = UnitReader(samples)
+    expected = [index_of(batches(reader, partition, [10] * 30, replica=r)) for r in range(2)]
+    streams = [read_batches(reader, partition, START, [10] * 30, replica=r, shuffle=True) for r in range(2)]
+    found = [[], []]
+    turns = [0] * 30 + [1] * 30
+    random.Random(0).shuffle(turns)
+    for turn in turns:
+        found[turn] += next(streams[turn]).targets[-1].tolist()
+    assert found == expected
+    for stream in streams:
+        stream.close()
+
+
+def test_many_loaders_used_by_as_many_threads(numbers_of_60):
+    samples, _, partition = numbers_of_60
+    reader = UnitReader(samples)
+    expected = [index_of(batches(reader, partition, [7] * 40, replica=r)) for r in range(4)]
+    found = [[] for _ in range(4)]
+
+    def consume(replica):
+        limits = Limits(ahead=replica, cached=3 * replica, threads=1 + replica % 2)
+        stream = read_batches(reader, partition, START, [7] * 40, replica=replica, shuffle=True, limits=limits)
+        for batch in stream:
+            found[replica] += batch.targets[-1].tolist()
+
+    workers = [threading.Thread(target=consume, args=(r,)) for r in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert found == expected
+
+
+def test_reading_single_threaded_stores_of_one_unit_does_not_hang(numbers):
+    samples = open_all(numbers(5, 5), ["v0"])
+    _, partition = only_partition(samples)
+    for ahead, cached, count in itertools.product((0, 1, 9), (0, 1, 5), (1, 3)):
+        limits = Limits(ahead=ahead, cached=cached, threads=count, buffers=2)
+        kept = list(
+            read_batches(UnitReader(samples), partition, START, [3] * 50, replica=0, shuffle=True, limits=limits)
+        )
+        assert np.bincount(index_of(kept)).tolist() == [30] * 5

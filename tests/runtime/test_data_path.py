@@ -1,0 +1,405 @@
+"""The data path in whole runs: what it keeps, what it computes on the way, where it may read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from distributed import Client
+
+import dtrain
+from dtrain.config import TrainConfig
+from dtrain.data.partition import JointPlan, cell_bounds, split_cells, train_partitions
+from dtrain.errors import ClusterUnsuitable, DtrainError, InvalidConfig, LengthsDiffer, UserCodeFailed
+from dtrain.job import job_from_config
+from dtrain.trainer import train_job
+from tests.runtime import models
+
+
+def shas(run: dtrain.Run) -> list[str]:
+    return [row["params_sha256"] for row in run.rows]
+
+
+@pytest.fixture
+def start(tmp_path: Path, blobs: Path) -> Callable[..., dtrain.Run]:
+    """Train on the blobs by a config: start("name", data={...}, train={...}, model="tests.runtime.models:small")."""
+
+    def run(name: str, client: Client | None = None, report: Any = None, **tables: Any) -> dtrain.Run:
+        data = {"path": str(blobs), "inputs": ["x"], "targets": ["y"], **tables.pop("data", {})}
+        train = {"loss": "cross_entropy", "rounds": 3, "batch_size": 16, **tables.pop("train", {})}
+        config = TrainConfig(
+            **{
+                "model": "tests.runtime.models:small",
+                "data": data,
+                "train": train,
+                "average": {"replicas": 2},
+                "cluster": {"scheduler": "serial"},
+                **tables,
+            }
+        )
+        return train_job(job_from_config(config, tmp_path), tmp_path / "runs" / name, client=client, report=report)
+
+    return run
+
+
+def noisy(batch: Any, generator: torch.Generator) -> Any:
+    (x,) = batch.inputs
+    return dataclasses.replace(batch, inputs=(x + torch.randn(x.shape, generator=generator),))
+
+
+def noisy_in_training(batch: Any, generator: torch.Generator) -> Any:
+    return noisy(batch, generator) if batch.split == "train" else batch
+
+
+def unchanged(batch: Any, generator: torch.Generator) -> Any:
+    return batch
+
+
+def forgetful(batch: Any, generator: torch.Generator) -> Any:
+    return None
+
+
+def halving(batch: Any, generator: torch.Generator) -> Any:
+    return dataclasses.replace(batch, inputs=tuple(x[::2] for x in batch.inputs))
+
+
+# Speed changes no bit -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "data",
+    [{"memory": "2MB"}, {"cache": "0"}, {"cache": "5kB"}, {"reader": "zarr"}, {"reader": "zarrs", "memory": "1GB"}],
+)
+def test_memory_cache_and_reader_change_no_bit(start: Callable[..., dtrain.Run], data: dict[str, str]) -> None:
+    assert shas(start("other", data=data)) == shas(start("plain"))
+
+
+def test_a_continued_run_may_change_them(start: Callable[..., dtrain.Run]) -> None:
+    start("cut", train={"rounds": 2})
+    run = start("cut", data={"cache": "0", "reader": "zarr", "memory": "3MB"})
+    assert shas(run) == shas(start("whole"))
+
+
+# The loader goes on between rounds ------------------------------------------------------------------------------
+
+
+def decoded(start: Callable[..., dtrain.Run], rounds: int, client: Client | None = None, **tables: Any) -> list[int]:
+    """Units decoded in each round by all replicas, and the units of one pass over all partitions."""
+    found: list[int] = []
+
+    def report(event: Any) -> None:
+        if type(event).__name__ == "RoundFinished":
+            found.append(sum(c.units_decoded for c in event.result.contributions))
+
+    run = start("counted", client, report, train={"rounds": rounds}, **tables)
+    return [*found, sum(len(part.units) for part in run.plan.partitions())]
+
+
+@pytest.mark.parametrize("where", ["serial", "cluster"])
+def test_no_unit_is_read_again_at_a_round_boundary(
+    start: Callable[..., dtrain.Run], client: Client, where: str
+) -> None:
+    *found, units = decoded(start, 30, client if where == "cluster" else None, data={"cache": "0"})
+    assert (len(found), units) == (30, 12)
+    # with batches this small the loaders are some passes ahead; thrown away at each boundary, they would read
+    # these passes every round
+    assert 30 * units - 12 <= sum(found) <= (30 + 10) * units
+
+
+def test_with_room_for_all_units_they_are_read_once(start: Callable[..., dtrain.Run], client: Client) -> None:
+    *found, units = decoded(start, 5, client)
+    assert sum(found) <= units
+
+
+# Normalisation ---------------------------------------------------------------------------------------------------
+
+
+def test_normalize_standardises_by_the_training_rows(
+    start: Callable[..., dtrain.Run], client: Client, blobs: Path
+) -> None:
+    import zarr
+
+    run = start("normal", client, data={"normalize": ["x"]})
+    kept = json.loads((run.directory / "plan.json").read_text())["normalize"]
+    x = np.asarray(zarr.open_group(blobs, mode="r")["x"][...]).astype("float32").astype("float64")
+    rows = np.concatenate([part.part_anchors(i) for part in run.plan.partitions() for i in range(len(part.units))])
+    assert len(set(rows)) == len(rows) < len(x)
+    np.testing.assert_allclose(kept["x"]["mean"], x[rows].mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(kept["x"]["std"], x[rows].std(axis=0), rtol=1e-12)
+    assert kept["x"]["axis"] == 0  # a feature has its own mean
+    assert shas(run) == shas(start("serial", data={"normalize": ["x"]})) != shas(start("plain"))
+
+
+def test_a_run_keeps_its_normalisation(start: Callable[..., dtrain.Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = start("whole", data={"normalize": ["x"]})
+    start("cut", data={"normalize": ["x"]}, train={"rounds": 2})
+    monkeypatch.setattr("dtrain.job.scalings_of", None)  # a second pass over the data would fail
+    assert shas(start("cut", data={"normalize": ["x"]})) == shas(whole)
+    assert whole.evaluate(split="test", round="last")["loss"] > 0
+
+
+# Transforms ------------------------------------------------------------------------------------------------------
+
+
+def test_a_transform_draws_the_same_numbers_everywhere(start: Callable[..., dtrain.Run], client: Client) -> None:
+    data = {"transform": "tests.runtime.test_data_path:noisy_in_training"}
+    whole = start("whole", data=data)
+    assert shas(whole) == shas(start("cluster", client, data=data)) != shas(start("plain"))
+    start("cut", data=data, train={"rounds": 1})
+    assert shas(start("cut", data=data)) == shas(whole)
+
+
+def test_a_transform_sees_evaluated_batches_too_and_knows_them(start: Callable[..., dtrain.Run]) -> None:
+    def losses(name: str) -> list[float]:
+        run = start(name, data={"transform": f"tests.runtime.test_data_path:{name}"})
+        return [row["val_loss"] for row in run.rows]
+
+    assert losses("noisy")[0] != losses("noisy_in_training")[0]
+    assert shas(start("same", data={"transform": "tests.runtime.test_data_path:unchanged"})) == shas(start("plain"))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("forgetful", "returned NoneType, not a batch"), ("halving", r"returned 8 samples for a batch of 16")],
+)
+def test_a_transform_returns_a_batch_of_the_same_size(start: Callable[..., dtrain.Run], name: str, said: str) -> None:
+    with pytest.raises(UserCodeFailed, match=said) as caught:
+        start("bad", data={"transform": f"tests.runtime.test_data_path:{name}"})
+    assert caught.value.code == 3
+
+
+def test_another_transform_is_other_code(start: Callable[..., dtrain.Run]) -> None:
+    run = start("one", data={"transform": "tests.runtime.test_data_path:unchanged"})
+    assert set(json.loads((run.directory / "plan.json").read_text())["code"]) == {"model", "data.transform"}
+
+
+# Precision and device ----------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_keeps_float32_parameters(start: Callable[..., dtrain.Run], client: Client) -> None:
+    train = {"precision": "bfloat16"}
+    run = start("half", train=train)
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+    assert shas(run) == shas(start("cluster", client, train=train)) != shas(start("plain"))
+    start("cut", train={**train, "rounds": 1})
+    assert shas(start("cut", train=train)) == shas(run)
+    assert abs(run.rows[-1]["val_loss"] - start("plain").rows[-1]["val_loss"]) < 0.05
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_cuda_without_a_gpu_is_refused(start: Callable[..., dtrain.Run]) -> None:
+    with pytest.raises(ClusterUnsuitable, match="not every worker has a GPU") as caught:
+        start("gpu", train={"device": "cuda"})
+    assert caught.value.code == 6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU on this machine")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_cuda_trains_evaluates_and_resumes(start: Callable[..., dtrain.Run], precision: str) -> None:
+    train = {"device": "cuda", "precision": precision, "optimizer": "adamw", "optimizer_args": {"lr": 0.01}}
+    whole = start("whole", train=train)
+    start("cut", train={**train, "rounds": 1})
+    assert shas(start("cut", train=train)) == shas(whole)
+    assert whole.evaluate(split="test", round="last")["loss"] > 0
+    on_cpu = start("cpu", train={**train, "device": "cpu"})
+    assert abs(whole.rows[-1]["val_loss"] - on_cpu.rows[-1]["val_loss"]) < 0.05
+
+
+# Several stores ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stores(tmp_path: Path, write_store: Callable[..., Path]) -> Callable[..., Path]:
+    """A function that writes a store of blobs: stores("a", 300)."""
+
+    def write(name: str, count: int, features: int = 6) -> Path:
+        rng = np.random.default_rng(len(name) + count)
+        x = rng.normal(size=(count, features))
+        y = (x.sum(axis=1) > 0).astype("int32")
+        arrays = {
+            "x": {"dims": ("n", "f"), "values": x, "chunks": (20, features)},
+            "y": {"dims": ("n",), "values": y, "chunks": (20,)},
+        }
+        path = tmp_path / name / "private.zarr"
+        path.parent.mkdir()
+        return write_store(path, arrays)
+
+    return write
+
+
+def test_several_stores_each_with_its_replicas(
+    start: Callable[..., dtrain.Run], stores: Callable[..., Path], client: Client
+) -> None:
+    paths = [{"path": str(stores("a", 300))}, {"path": str(stores("bb", 500)), "replicas": 2}]
+    both = {"data": {"path": paths}, "average": {}}
+    run = start("serial", **both)
+    assert isinstance(run.plan, JointPlan)
+    assert (run.plan.replicas, run.plan.stores()) == (3, (0, 1, 1))
+    assert [len(row["replica_loss"]) for row in run.rows] == [3, 3, 3]
+    assert [part.num_samples for part in run.plan.partitions()] == [
+        part.num_samples for plan in run.plan.plans for part in train_partitions(plan)
+    ]
+    held_out = sum(piece.num_samples for _, piece in run.plan.pieces("test"))
+    assert run.evaluation(None, split="test", round="last", cluster="serial")[2] == held_out == 30 + 50
+    assert shas(run) == shas(start("cluster", client, **both))
+    start("cut", train={"rounds": 1}, **both)
+    assert shas(start("cut", **both)) == shas(run)
+
+
+def test_parameters_travel_and_data_stay(
+    start: Callable[..., dtrain.Run], stores: Callable[..., Path], own_client: Client
+) -> None:
+    """Two workers that each see another directory: the same path is another store to each, and none to the driver."""
+    workers = sorted(own_client.nthreads())
+    folders = [stores("a", 300).parent, stores("bb", 500).parent]
+    for worker, folder in zip(workers, folders, strict=True):
+        own_client.run(os.chdir, str(folder), workers=[worker])
+    own = "/proc/self/cwd/private.zarr"
+    assert not Path(own).exists()
+    private = [{"path": own, "workers": [worker]} for worker in workers]
+    run = start("private", own_client, data={"path": private}, average={})
+    open_to_all = [{"path": str(folder / "private.zarr")} for folder in folders]
+    assert shas(run) == shas(start("open", data={"path": open_to_all}, average={}))
+
+
+def test_a_worker_that_is_not_there(start: Callable[..., dtrain.Run], blobs: Path, client: Client) -> None:
+    path = [{"path": str(blobs), "workers": ["tcp://127.0.0.1:1"]}]
+    with pytest.raises(ClusterUnsuitable, match=r"none of its workers \(tcp://127\.0\.0\.1:1\)") as caught:
+        start("nowhere", client, data={"path": path}, average={})
+    assert client.scheduler is not None
+    assert "tcp://127.0.0.1" in caught.value.hint
+
+
+def test_stores_of_another_kind(start: Callable[..., dtrain.Run], stores: Callable[..., Path]) -> None:
+    paths = [{"path": str(stores("a", 100))}, {"path": str(stores("b", 100, features=5))}]
+    with pytest.raises(LengthsDiffer, match=r"a row of x is float32\[5\]; in .* it is float32\[6\]"):
+        start("mixed", data={"path": paths}, average={})
+
+
+def test_replicas_that_the_stores_do_not_have(start: Callable[..., dtrain.Run], stores: Callable[..., Path]) -> None:
+    paths = [{"path": str(stores("a", 100))}, {"path": str(stores("b", 100))}]
+    with pytest.raises(InvalidConfig, match=r"average.replicas = 5, but the stores of data.path have 2 together"):
+        start("five", data={"path": paths}, average={"replicas": 5})
+
+
+# Shapes of samples ---------------------------------------------------------------------------------------------------
+
+
+def test_patches_selection_and_a_variable_without_samples(
+    tmp_path: Path, write_store: Callable[..., Path], client: Client, start: Callable[..., dtrain.Run]
+) -> None:
+    rng = np.random.default_rng(5)
+    field = rng.normal(size=(120, 3, 8, 12))
+    arrays = {
+        "t": {"dims": ("time", "level", "lat", "lon"), "values": field, "chunks": (6, 3, 8, 12)},
+        "mask": {"dims": ("lat", "lon"), "values": rng.normal(size=(8, 12)), "chunks": (8, 12)},
+    }
+    path = write_store(tmp_path / "field.zarr", arrays)
+    tables = {
+        "data": {
+            "path": str(path),
+            "inputs": ["t", "mask"],
+            "targets": ["t"],
+            "sample_dim": "time",
+            "isel": {"level": 1, "time": {"start": 3, "stop": 110}},
+            "input_offsets": [-1, 0],
+            "target_offsets": 1,
+            "patch": {"lat": 4, "lon": 5},
+            "normalize": ["t"],
+        },
+        "train": {"loss": "mse", "rounds": 2, "optimizer_args": {"lr": 0.01}},
+        "model": "tests.runtime.models:forecast",
+    }
+    run = start("serial", **tables)
+    plan = run.plan.plans[0]
+    assert (plan.patches, plan.first_row, plan.num_samples) == (2 * 3, 3, 110)
+    assert sum(row["samples"] for row in run.rows[:1]) == sum(p.num_samples for p in run.plan.partitions())
+    starts, stops = cell_bounds(plan, split_cells(plan, "all"))
+    assert (int(starts.min()), int(stops.max())) == (3, 110)
+    assert shas(run) == shas(start("cluster", client, **tables))
+
+
+def test_samples_of_missing_chunks_can_be_skipped(
+    start: Callable[..., dtrain.Run], stores: Callable[..., Path]
+) -> None:
+    path = stores("a", 400)
+    (path / "x/c/3/0").unlink()
+    with pytest.raises(DtrainError) as caught:
+        start("error", data={"path": str(path)})
+    assert caught.value.code == 5
+    run = start("skip", data={"path": str(path), "missing": "skip"})
+    assert run.plan.plans[0].absent == ((60, 80),)
+    everything = [*run.plan.partitions(), *(p for s in ("val", "test") for _, p in run.plan.pieces(s))]
+    rows = np.concatenate([part.part_anchors(i) for part in everything for i in range(len(part.units))])
+    assert sorted(rows.tolist()) == [*range(60), *range(80, 400)]
+
+
+# A loop of one's own -------------------------------------------------------------------------------------------------
+
+
+def test_batches_hold_each_sample_once_a_pass(blobs: Path) -> None:
+    samples = dtrain.open_samples(blobs, inputs=["x"], targets=["y"], split={"val": 0.2, "test": 0.0})
+    import zarr
+
+    x = torch.from_numpy(np.asarray(zarr.open_group(blobs, mode="r")["x"][...]).astype("float32"))
+    found = [(inputs[0].clone(), targets.clone()) for inputs, targets in dtrain.batches(samples, batch_size=50)]
+    assert [len(targets) for _, targets in found[:-1]] == [50] * (len(found) - 1)
+    held_out = [inputs[0].clone() for inputs, _ in dtrain.batches(samples, batch_size=50, split="val")]
+    rows = torch.cat([*(rows for rows, _ in found), *held_out])
+    assert rows.shape == x.shape
+    assert torch.equal(rows[rows[:, 0].argsort()], x[x[:, 0].argsort()])
+
+
+def test_batches_go_on_at_a_cursor(blobs: Path) -> None:
+    samples = dtrain.open_samples(blobs, inputs=["x"], targets=["y"])
+    whole = [batch.inputs[0].clone() for batch in dtrain.batches(samples, batch_size=32, epochs=2)]
+    with dtrain.batches(samples, batch_size=32, epochs=2) as some:
+        first = [next(some).inputs[0].clone() for _ in range(7)]
+        cursor = some.cursor
+    rest = [batch.inputs[0].clone() for batch in dtrain.batches(samples, batch_size=32, epochs=2, cursor=cursor)]
+    assert len(first) + len(rest) == len(whole)
+    assert all(torch.equal(a, b) for a, b in zip([*first, *rest], whole, strict=True))
+
+
+def test_batches_end_their_threads(blobs: Path) -> None:
+    import threading
+
+    before = threading.active_count()
+    samples = dtrain.open_samples(blobs, inputs=["x"], targets=["y"])
+    for _ in dtrain.batches(samples, batch_size=64):
+        pass
+    endless = dtrain.batches(samples, batch_size=64, epochs=None)
+    assert [next(endless).size for _ in range(50)] == [64] * 50
+    del endless
+    left = [t.name for t in threading.enumerate() if t.name.startswith("dtrain-")]
+    assert not left
+    assert threading.active_count() <= before + 8  # zarr's own threads stay
+
+
+def test_short_batches_can_be_dropped_and_partitions_are_disjoint(blobs: Path) -> None:
+    samples = dtrain.open_samples(blobs, inputs=["x"], targets=["y"], split={"val": 0.0, "test": 0.0})
+    sizes = [batch.size for batch in dtrain.batches(samples, batch_size=100, drop_last=True)]
+    assert sizes == [100] * 6
+    parts = [
+        torch.cat([b.inputs[0][:, 0].clone() for b in dtrain.batches(samples, replica=k, replicas=3)]) for k in range(3)
+    ]
+    assert sum(map(len, parts)) == 611
+    assert len(set(torch.cat(parts).tolist())) == 611
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"batch_size": 2.5}, {"replica": 2}, {"cache": "many"}])
+def test_arguments_of_batches_are_checked(blobs: Path, wrong: dict[str, Any]) -> None:
+    samples = dtrain.open_samples(blobs, inputs=["x"], targets=["y"])
+    with pytest.raises(InvalidConfig):
+        dtrain.batches(samples, **wrong)
+
+
+def test_models_used_here_exist() -> None:
+    assert models.forecast()
