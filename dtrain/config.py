@@ -116,7 +116,7 @@ class DataConfig(Table):
     shuffle: Bool = True
     memory: str = "auto"
     cache: str = "auto"
-    reader: Literal["auto", "zarr", "zarrs"] = "auto"
+    reader: Literal["auto", "numcodecs", "zarrs", "zarr"] = "auto"
 
 
 class TrainTable(Table):

@@ -33,11 +33,12 @@ def test_the_commands_and_the_python_block(digits: Path, capsys: pytest.CaptureF
             words += ["--scheduler", "serial"]
         assert run(words) == 0, capsys.readouterr().err
     assert "accuracy" in capsys.readouterr().out
-    (block,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    (digits / "block.py").write_text(block)
-    done = subprocess.run([sys.executable, "-W", "error", "block.py"], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert "'loss'" in done.stdout
+    train, loop = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    for block, said in ((train, "'loss'"), ("import dtrain\n" + loop, "")):
+        (digits / "block.py").write_text(block)
+        done = subprocess.run([sys.executable, "-W", "error", "block.py"], capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout
 
 
 def test_the_tree_names_every_module_and_nothing_else() -> None:

@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -95,7 +95,7 @@ class Loader:
         self._closed = threading.Event()
         self._group: _Group | None = None
         self._next = 0
-        self._retired: list[tuple[Array, ...]] = []
+        self._retired: list[_Group] = []
         self._thread = threading.Thread(target=self._assemble, name="dtrain-assemble", daemon=True)
         self._thread.start()
 
@@ -152,13 +152,13 @@ class Loader:
     def _advance(self) -> None:
         """Give back the buffers that nobody refers to any more, and wait for the next group."""
         if self._group is not None:
-            self._retired.append(self._group.memory)
+            self._retired.append(self._group)
             self._group = None
-        for memory in self._retired[:]:
+        for group in self._retired[:]:
             # the consumer may still hold the last batch: its memory is taken back a group later
-            if _unreferenced(memory):
-                self._retired = [other for other in self._retired if other is not memory]
-                self._buffers.put(memory)
+            if group.references() == group.alone:
+                self._retired = [other for other in self._retired if other is not group]
+                self._buffers.put(group)
                 self._permits.release()
         if len(self._retired) > 1:  # somebody keeps a batch, which then keeps its memory
             del self._retired[0]
@@ -218,7 +218,7 @@ class Loader:
 
     def _read_blocks(self) -> Iterator[Rows]:
         """Yield the rows of each block once its parts are in memory; give slots back when the next one is due."""
-        coming: deque[tuple[int, Block, list[int]]] = deque()
+        coming: deque[tuple[int, Block]] = deque()
         opened: set[tuple[int, int]] = set()
         wanted: deque[tuple[int, int]] = deque()  # in the order in which they are needed
         ahead = 0
@@ -228,23 +228,23 @@ class Loader:
                 if following is None:
                     break
                 epoch, block = following
-                new = [part for part in np.unique(block.part).tolist() if (epoch, part) not in opened]
-                opened.update((epoch, part) for part in new)
-                wanted.extend((epoch, part) for part in new)
-                ahead += len(new)
-                coming.append((epoch, block, new))
+                opened.update((epoch, part) for part in block.opens)
+                wanted.extend((epoch, part) for part in block.opens)
+                ahead += len(block.opens)
+                coming.append((epoch, block))
             self._request(wanted)
             if not coming:
                 return
-            epoch, block, new = coming.popleft()
-            ahead -= len(new)
-            for part in new:
+            epoch, block = coming.popleft()
+            ahead -= len(block.opens)
+            for part in block.opens:
                 self._check_open()
                 self._slots.wait(epoch, part)
             yield self._slots.rows(epoch, block)
             over = {(epoch, block.closed)} & opened
             if coming and coming[0][0] != epoch:  # the pass is over
                 over = {key for key in opened if key[0] == epoch}
+                self._slots.forget(epoch)
             for key in over:
                 self._slots.release(*key)
             opened -= over
@@ -287,24 +287,21 @@ class _Group:
     """By batch and field; None for a field that is the same for all samples."""
     whole: tuple[Array, ...] | None
     """By field: all samples, if the batches lie without gaps."""
+    alone: tuple[int, ...] = ()
+    """What `references` is if nobody else has one of its arrays."""
+
+    def references(self) -> tuple[int, ...]:
+        """Count the references to each array.
+
+        A tensor refers to the array that it was made of, and a view of an array to the memory.
+        """
+        views = [array for fields in self.batches for array in fields if array is not None]
+        return (*map(sys.getrefcount, self.memory), *map(sys.getrefcount, views))
 
 
 def _moved(cursor: Cursor, size: int, pass_size: int) -> Cursor:
     passes, position = divmod(cursor.position + size, pass_size)
     return Cursor(cursor.epoch + passes, position)
-
-
-def _unreferenced(memory: tuple[Array, ...]) -> bool:
-    """Whether only the tuple refers to its arrays. A view, and a tensor on it, refers to the array it looks at."""
-    return all(sys.getrefcount(array) <= _ALONE for array in memory)
-
-
-def _count_alone() -> int:
-    memory = (np.empty(0),)
-    return next(sys.getrefcount(array) for array in memory)
-
-
-_ALONE = _count_alone()
 
 
 def _blocks(
@@ -353,18 +350,21 @@ class _Slots:
         ranks = np.argsort(hash64(plan.seed, CACHE, partition.units), kind="stable")
         self._cacheable = set(ranks[: limits.cached].tolist())
         self._cached: dict[int, tuple[int, Future[None]]] = {}
-        self._by_part = np.full(len(partition.units), -1, np.int64)
+        self._by_part: dict[int, Ints] = {}
+        """By epoch and part: its slot."""
         self._relative: dict[int, Ints] = {}
         self._table_start = np.zeros(len(partition.units), np.int64)
         self._regular = plan.cell_rows >= plan.unit_rows  # then a part's anchors are a run
 
     def request(self, epoch: int, part: int) -> bool:
         """Begin to read a part, unless it is kept; return whether there was a slot for it."""
+        by_part = self._by_part.setdefault(epoch, np.full(len(self._partition.units), -1, np.int64))
         if part in self._cached:
+            by_part[part] = self._cached[part][0]
             return True
         if not self._free:
             return False
-        slot = self._free.pop()
+        slot = by_part[part] = self._free.pop()
         anchors = self._partition.part_anchors(part)
         if not self._regular:
             self._relative[part] = anchors - anchors[0]
@@ -387,19 +387,18 @@ class _Slots:
         """Return where the samples of a block lie."""
         if not len(block.part):
             return Rows(block.part, block.row, block.row if self._patches > 1 else None)
-        parts = np.unique(block.part).tolist()
         relative, tile = block.row, None
         if self._patches > 1:
             relative, tile = np.divmod(block.row, self._patches)
-        for part in parts:
-            self._by_part[part] = self._cached[part][0] if part in self._cached else self._slot_of[epoch, part]
         if self._regular:
-            relative = relative * self._partition.plan.stride
+            if self._partition.plan.stride > 1:
+                relative = relative * self._partition.plan.stride
         else:
+            parts = np.unique(block.part).tolist()
             tables = [self._relative[part] for part in parts]
             self._table_start[parts] = np.cumsum([0, *map(len, tables[:-1])])
             relative = np.concatenate(tables)[self._table_start[block.part] + relative]
-        return Rows(self._by_part[block.part], relative, tile)
+        return Rows(self._by_part[epoch][block.part], relative, tile)
 
     def release(self, epoch: int, part: int) -> None:
         """Give back the slot of a part that is not needed any more; a cached one stays."""
@@ -407,6 +406,10 @@ class _Slots:
         if slot is not None:
             del self._futures[epoch, part]
             self._free.append(slot)
+
+    def forget(self, epoch: int) -> None:
+        """Give back what is known of a pass that is over."""
+        self._by_part.pop(epoch, None)
 
     def close(self) -> None:
         """Begin no further read."""
@@ -432,7 +435,7 @@ class _Buffers:
         self._num_inputs = len(samples.config.inputs)
         self._gatherers = [Gatherer(samples, f, scalings.get(f.name)) for f in samples.fields]
         self._allocate = allocate
-        self._free: list[tuple[Array, ...]] = []
+        self._free: list[_Group] = []
         self._statics: list[Array | None] = []
         for gatherer in self._gatherers:
             static = None
@@ -442,6 +445,12 @@ class _Buffers:
 
     def get(self, sizes: Sequence[int]) -> _Group:
         """Return memory for batches of these sizes."""
+        if self._free and self._free[-1].sizes == tuple(sizes):
+            return self._free.pop()
+        group = self._cut(sizes)
+        return replace(group, alone=group.references())
+
+    def _cut(self, sizes: Sequence[int]) -> _Group:
         ends = np.cumsum(sizes)
         starts = tuple((ends - sizes).tolist())
         strides = [math.prod(g.shape) * g.variable.model_dtype.itemsize for g in self._gatherers]
@@ -472,7 +481,7 @@ class _Buffers:
 
     def _memory(self, needed: list[int]) -> tuple[Array, ...]:
         while self._free:
-            memory = self._free.pop()
+            memory = self._free.pop().memory
             if all(len(array) >= size for array, size in zip(memory, needed, strict=True)):
                 return memory
         return tuple(_own(self._allocate((size,), np.dtype(np.uint8))) for size in needed)
@@ -481,9 +490,9 @@ class _Buffers:
         """Whether a field is one array for all samples."""
         return self._statics[k] is not None and not self._gatherers[k].is_cut
 
-    def put(self, memory: tuple[Array, ...]) -> None:
+    def put(self, group: _Group) -> None:
         """Take memory back."""
-        self._free.append(memory)
+        self._free.append(group)
 
     def fill(self, group: _Group, start: int, stop: int, arenas: dict[str, Array], rows: Rows) -> None:
         """Fill samples ``start:stop`` of a group."""

@@ -15,9 +15,10 @@ numbers, so any position can be sought without walking to it. The hash is writte
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -28,17 +29,22 @@ Hashes = npt.NDArray[np.uint64]
 SPLIT, DEAL, PART, ROW, CACHE, TRANSFORM = range(6)
 """What a hash is drawn for, so that no two draws are the same."""
 
+ORDERED_ROWS = 8192
+"""About so many rows of a pass are put in order together."""
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def hash64(*keys: int | Ints) -> Hashes:
+def hash64(*keys: int | Ints, start: Hashes | int = 0) -> Hashes:
     """Hash integers (broadcast against each other) to uint64: splitmix64's finaliser, once a key.
+
+    ``hash64(a, b)`` is ``hash64(b, start=hash64(a))``.
 
     References
     ----------
     Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014.
     """
-    state = np.zeros((), np.uint64)
+    state = np.asarray(start, np.uint64)
     with np.errstate(over="ignore"):
         for key in keys:
             state = (state ^ np.asarray(key).astype(np.uint64)) + _GOLDEN
@@ -61,6 +67,8 @@ class Block:
     """Per row: index of its part in the partition."""
     row: Ints
     """Per row: index within the part."""
+    opens: tuple[int, ...]
+    """The parts of which it holds the first rows since `position`."""
     closed: int
     """The part that is finished with this block, or -1."""
 
@@ -85,11 +93,10 @@ def epoch_order(
     """
     blocks = _shuffled(sizes, window, (seed, replica, epoch), position) if shuffle else _in_order(sizes, position)
     for skip, block in blocks:
-        if skip >= len(block.part):
-            if block.closed >= 0:
-                yield Block(block.part[:0], block.row[:0], block.closed)
-        else:
-            yield Block(block.part[skip:], block.row[skip:], block.closed)
+        if skip < len(block.part):
+            yield Block(block.part[skip:], block.row[skip:], block.opens, block.closed)
+        elif block.opens or block.closed >= 0:
+            yield Block(block.part[:0], block.row[:0], block.opens, block.closed)
 
 
 def _in_order(sizes: Ints, position: int) -> Iterator[tuple[int, Block]]:
@@ -98,7 +105,7 @@ def _in_order(sizes: Ints, position: int) -> Iterator[tuple[int, Block]]:
     for part in range(first, len(sizes)):
         size = int(sizes[part])
         skip = max(0, position - int(ends[part]) + size)
-        yield skip, Block(np.full(size, part), np.arange(size), part)
+        yield skip, Block(np.full(size, part), np.arange(size), (part,), part)
 
 
 def _shuffled(sizes: Ints, window: int, keys: tuple[int, int, int], position: int) -> Iterator[tuple[int, Block]]:
@@ -106,6 +113,7 @@ def _shuffled(sizes: Ints, window: int, keys: tuple[int, int, int], position: in
 
     Step i opens the i-th part of the permuted pass and emits all rows that lie before the window of part i + 1.
     Then part i + 1 - window is finished. Before step i, between starts[i + 1 - window] and starts[i] rows are out.
+    Steps of few rows are put in order together: that costs no more than one of them.
     """
     count = len(sizes)
     parts = permutation(count, *keys, PART)
@@ -114,21 +122,33 @@ def _shuffled(sizes: Ints, window: int, keys: tuple[int, int, int], position: in
     if first >= count:
         return
     oldest = max(0, first + 1 - window)
-    opened: deque[_Opened] = deque()
-    emitted = int(starts[oldest])
-    for i in range(oldest, count):
-        opened.append(_opened(int(parts[i]), i, int(sizes[parts[i]]), count, window, keys))
-        if i < first:
-            continue
-        if i == first:
-            emitted += sum(part.before(i) for part in opened)
-        block_parts, rows = _emit(opened, i)
-        finished = i + 1 - window if i + 1 - window >= 0 and i + 1 < count else None
-        closed = -1 if finished is None else int(parts[finished])
-        yield max(0, min(len(rows), position - emitted)), Block(block_parts, rows, closed)
-        emitted += len(rows)
-        if finished is not None:
+    seed = hash64(*keys, ROW)
+    opened = deque(_open(parts, sizes, range(oldest, first), window, seed))
+    emitted, begin = int(starts[oldest]) + sum(part.before(first) for part in opened), first
+    due: dict[int, list[int]] | None = None  # by step: the parts that it opens
+    while begin < count:
+        end = min(count, begin + max(1, min(64, ORDERED_ROWS * count // int(starts[-1]))))
+        new = list(_open(parts, sizes, range(begin, end), window, seed))
+        opened.extend(new)
+        block_parts, rows, bounds = _emit(opened, begin, end, window, count)
+        if due is not None:
+            for part in new:
+                due[part.next_step(part.first)].append(part.part)
+        elif position < emitted + bounds[-1]:
+            now = begin + int(np.searchsorted(bounds, position - emitted, side="right")) - 1
+            rest = set(block_parts[position - emitted : bounds[now + 1 - begin]].tolist())
+            due = defaultdict(list)
+            for part in opened:
+                due[now if part.part in rest else part.next_step(max(part.first, now + 1))].append(part.part)
+        for i, (low, high) in zip(range(begin, end), pairwise(bounds), strict=True):
+            closed = int(parts[i + 1 - window]) if i + 1 >= window and i + 1 < count else -1
+            skip = max(0, min(high - low, position - emitted))
+            opens = tuple(due.pop(i, ())) if due else ()
+            yield skip, Block(block_parts[low:high], rows[low:high], opens, closed)
+            emitted += high - low
+        while opened and opened[0].first + window <= end:
             opened.popleft()
+        begin = end
 
 
 _BITS = 40
@@ -149,36 +169,48 @@ class _Opened:
 
     def before(self, step: int) -> int:
         """Return how many of its rows earlier steps have emitted."""
-        return int(self.cuts[min(step - self.first, len(self.cuts) - 1)])
+        return int(self.cuts[max(0, min(step - self.first, len(self.cuts) - 1))])
 
-    def of(self, step: int) -> slice:
-        """Return its rows of a step."""
-        return slice(self.before(step), self.before(step + 1))
+    def next_step(self, step: int) -> int:
+        """Return the first step from `step` on that emits some of its rows; -1 if none does."""
+        found = int(np.searchsorted(self.cuts, self.before(step), side="right"))
+        return self.first + found - 1 if found < len(self.cuts) else -1
+
+    def of(self, begin: int, end: int) -> slice:
+        """Return its rows of some steps."""
+        return slice(self.before(begin), self.before(end))
 
 
-def _opened(part: int, i: int, size: int, count: int, window: int, keys: tuple[int, int, int]) -> _Opened:
+def _open(parts: Ints, sizes: Ints, ranks: range, window: int, seed: Hashes) -> Iterator[_Opened]:
     """Draw a place in the window of the i-th part for each of its rows.
 
     A step emits what lies before the window of the next part, which begins at half part 2 * (step + 1) + 1 - window.
     """
-    start, stop = max(0, 2 * i + 1 - window), min(2 * count, 2 * i + 1 + window)
-    draws = (hash64(*keys, ROW, part, np.arange(size)) >> np.uint64(64 - _BITS)).astype(np.int64)
-    places = (start << _BITS) + draws * (stop - start)
-    steps = np.minimum(((places >> _BITS) + window - 1) // 2, count - 1) - i
-    order = np.argsort(steps.astype(np.int16) if window < 1 << 14 else steps, kind="stable")  # 16 bits sort by radix
-    cuts = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.bincount(steps))])
-    return _Opened(part, i, order, places[order], cuts)
+    count = len(parts)
+    chosen = parts[ranks.start : ranks.stop]
+    for i, part, state in zip(ranks, chosen.tolist(), hash64(chosen, start=seed), strict=True):
+        start, stop = max(0, 2 * i + 1 - window), min(2 * count, 2 * i + 1 + window)
+        draws = (hash64(np.arange(sizes[part]), start=state) >> np.uint64(64 - _BITS)).astype(np.int64)
+        places = (start << _BITS) + draws * (stop - start)
+        steps = np.minimum(((places >> _BITS) + window - 1) // 2, count - 1) - i
+        order = np.argsort(steps.astype(np.int16) if window < 1 << 14 else steps, kind="stable")  # 16 bits: by radix
+        cuts = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.bincount(steps))])
+        yield _Opened(part, i, order, places[order], cuts)
 
 
-def _emit(opened: Iterable[_Opened], step: int) -> tuple[Ints, Ints]:
-    """Return part and row of what a step emits: by place, then by the order of parts, then by row."""
-    found = [(part.part, part.rows[where], part.places[where]) for part in opened for where in (part.of(step),)]
+def _emit(opened: Iterable[_Opened], begin: int, end: int, window: int, count: int) -> tuple[Ints, Ints, list[int]]:
+    """Return part and row of what steps emit, and where each of them begins: by place, then by part, then by row."""
+    found = [(part.part, part.rows[where], part.places[where]) for part in opened for where in (part.of(begin, end),)]
     lengths = [len(rows) for _, rows, _ in found]
     rows = np.concatenate([rows for _, rows, _ in found] or [np.zeros(0, np.int64)])
     parts = np.repeat(np.array([part for part, _, _ in found], np.int64), lengths)
     places = np.concatenate([places for _, _, places in found] or [np.zeros(0, np.int64)])
     order = _stable_order(places)
-    return parts[order], rows[order]
+    limits = np.array([(2 * step + 3 - window) << _BITS for step in range(begin, end)], np.int64)
+    bounds = [0, *np.searchsorted(places[order], limits).tolist()]
+    if end == count:  # the last step emits the rest
+        bounds[-1] = len(rows)
+    return parts[order], rows[order], bounds
 
 
 def _stable_order(places: Ints) -> Ints:

@@ -29,7 +29,7 @@ import numpy as np
 
 from dtrain.config import SplitConfig
 from dtrain.data.order import DEAL, SPLIT, Ints, hash64
-from dtrain.data.samples import Samples, common_rows
+from dtrain.data.samples import WHOLE_OBJECT_BYTES, Samples, common_rows
 from dtrain.errors import TooFewSamples
 
 SplitName: TypeAlias = Literal["train", "val", "test", "all"]
@@ -38,8 +38,6 @@ UNIT_BYTES = 1 << 20
 """A unit holds at least this many decoded bytes if that leaves enough units."""
 WINDOW_BYTES = 64 << 20
 """The window of the shuffle holds about this many decoded bytes, between 8 and 64 units."""
-WHOLE_OBJECT_BYTES = 8 << 20
-"""Shards up to this size are read whole; larger ones hold several units."""
 GROWN_BYTES = 32 << 20
 """Units grow up to this size where windows would otherwise read much twice."""
 MAX_AMPLIFICATION = 1.10

@@ -1,11 +1,12 @@
-"""Zarr -> units in memory: decoded by zarr or zarrs, and checked for what neither of them says."""
+"""Zarr -> units in memory: decoded by numcodecs, zarrs or zarr, and checked for what none of them says."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -15,11 +16,13 @@ import zarr
 from zarr.core import codec_pipeline
 from zarr.core.buffer import default_buffer_prototype
 
+from dtrain.data.decode import Chunk, Decoder, Undecodable, chunks_of, entry_of, runs_of
 from dtrain.data.encoding import is_missing
 from dtrain.data.presence import chunk_missing
-from dtrain.data.samples import Samples, Select, Variable
+from dtrain.data.samples import WHOLE_OBJECT_BYTES, Samples, Select, Variable
 from dtrain.data.store import (
     NO_CHUNK,
+    Version,
     array_in,
     ends_in_blosc,
     group_in,
@@ -41,6 +44,8 @@ from dtrain.errors import (
 
 Array = npt.NDArray[Any]
 
+MANY_CHUNKS, SMALL_CHUNK_BYTES = 256, 32 << 10
+"""Shards of so many chunks, each smaller than this, are decoded faster by zarrs: a call from Python costs 15 us."""
 MIN_DENSITY = 0.5
 """Inner chunks of a shard are read in one request if they make up this share of the bytes between them."""
 
@@ -52,13 +57,18 @@ class UnitReader:
     ----------
     samples : Samples
     reader : str
-        ``auto``, ``zarr`` or ``zarrs``; the bits are the same.
+        ``auto``, ``numcodecs``, ``zarrs`` or ``zarr``; the bits are the same.
     threads : int
         Threads that zarrs decodes with.
+    absent : tuple of (int, int)
+        Runs of rows that nobody needs (`DataPlan.absent`): chunks that are missing there are no fault.
     """
 
-    def __init__(self, samples: Samples, reader: str = "auto", threads: int = 1) -> None:
+    def __init__(
+        self, samples: Samples, reader: str = "auto", threads: int = 1, absent: tuple[tuple[int, int], ...] = ()
+    ) -> None:
         self.samples = samples
+        self.absent = absent
         self.readers = choose_readers(samples, reader)
         self.store = open_store(samples.path, samples.config.storage_options)
         self._root = "" if is_remote(samples.path) else samples.path
@@ -69,6 +79,10 @@ class UnitReader:
         self._blosc = {name: ends_in_blosc(array) for name, array in self._arrays.items()}
         for array in self._arrays.values():
             self.store.watch(array)
+        self._decoders = {
+            name: Decoder(self._arrays[name]) for name, (chosen, _) in self.readers.items() if chosen == "numcodecs"
+        }
+        self._rooms = threading.local()
         self._fast: dict[str, Any] = {}
         if names := [name for name, (chosen, _) in self.readers.items() if chosen == "zarrs"]:
             self._fast, refused = _open_with_zarrs(samples, names, threads)
@@ -78,7 +92,7 @@ class UnitReader:
                         f'data.reader = "zarrs" does not read {name}: {why}.', 'Set data.reader = "auto", or "zarr".'
                     )
                 self.readers[name] = ("zarr", f"zarrs refuses it: {why}")
-        self._seen: dict[str, tuple[int, int]] = {}
+        self._seen: dict[str, Version | None] = {}
         self._lock, self._keeping = threading.Lock(), threading.Lock()
         self._kept: dict[str, Array] = {}
         self.units_decoded = 0
@@ -137,7 +151,7 @@ class UnitReader:
                 samples = self.samples
                 shape = (samples.num_samples - samples.first_row, *variable.row_shape)
                 rows = np.empty(shape, variable.kept_dtype)
-                self._fill(variable, samples.first_row, samples.num_samples, rows, finite=False)
+                self._fill(variable, samples.first_row, samples.num_samples, rows, check=False)
                 self._kept[variable.name] = rows
             return self._kept[variable.name]
 
@@ -157,18 +171,13 @@ class UnitReader:
                 self._fill(variable, 0, 0, found[variable.name])
         return found
 
-    def _fill(self, variable: Variable, start: int, stop: int, out: Array, *, finite: bool = True) -> None:
-        array = self._fast.get(variable.name, self._arrays[variable.name])
+    def _fill(self, variable: Variable, start: int, stop: int, out: Array, *, check: bool = True) -> None:
         select = variable.selection(start, stop)
-        keys = list(selected_keys(array, variable.objects, select))
-        fast = variable.name in self._fast
-        # a variable that is kept whole is read with the rows that "skip" leaves out
-        strict = self.samples.config.missing == "error" or (self.samples.config.missing == "skip" and finite)
-        if fast:
-            self._look_at_files(variable, keys)
         try:
-            with self.store.holding({} if fast else self._parts(variable, select)):
-                self._decode(array, variable, select, out)
+            if variable.name in self._decoders:
+                self._read_files(variable, select, out)
+            else:
+                self._ask_zarr(variable, select, out)
         except DtrainError:
             raise
         except MemoryError as error:
@@ -176,14 +185,123 @@ class UnitReader:
                 f"{self.samples.path}: no memory for {variable.name}[{start}:{stop}].",
                 "Give the workers more memory (cluster.memory), or store smaller chunks.",
             ) from error
-        except Exception as error:
-            self._check_objects(variable, keys, strict)
-            raise self._undecodable(variable, select, error) from error
-        self._check_objects(variable, keys, strict)
-        if strict:
-            self._check_inner_chunks(variable, select)
-        if finite and self.samples.config.non_finite == "error":
+        if check and self.samples.config.non_finite == "error":
             self._check_finite(variable, start, out)
+
+    # By numcodecs -------------------------------------------------------------------------------------------
+
+    def _read_files(self, variable: Variable, select: Select, out: Array) -> None:
+        """Read the chunks of a local store one by one."""
+        target = _as_stored(variable, select, out)
+        if self._layouts[variable.name] is not None:
+            self._read_shards(variable, select, target)
+            return
+        for chunk in chunks_of(variable.chunks, select):
+            key = self._key(variable, chunk.place)
+            stored, version = self._read_file(variable, key)
+            if stored is None:
+                self._check_absent(variable, key, chunk.place)
+            self._decode_chunk(variable, key, stored, chunk, target)
+            self._check_version(variable, key, version)
+
+    def _read_shards(self, variable: Variable, select: Select, target: Array) -> None:
+        layout = self._layouts[variable.name]
+        assert layout is not None
+        shards: dict[tuple[int, ...], list[Chunk]] = {}
+        for chunk in chunks_of(variable.chunks, select):
+            place = tuple(c // count for c, count in zip(chunk.place, layout.counts, strict=True))
+            shards.setdefault(place, []).append(chunk)
+        grid = [-(-n // size) for n, size in zip(variable.shape, variable.chunks, strict=True)]
+        for place, chunks in shards.items():
+            key = self._key(variable, place)
+            corner = tuple(p * count for p, count in zip(place, layout.counts, strict=True))
+            there = (min(count, n - first) for count, n, first in zip(layout.counts, grid, corner, strict=True))
+            everything = len(chunks) == math.prod(there)
+            whole, version = self._read_file(variable, key) if everything else (None, None)
+            index = self.store.index(key, layout) if whole is None else self.store.index_in(key, layout, whole)
+            if index is None:
+                if os.path.exists(os.path.join(self._root, key)):
+                    raise self._chunk_undecodable(variable, key, "its index is cut short or damaged")
+                self._check_absent(variable, key, place)
+                for chunk in chunks:
+                    self._decode_chunk(variable, key, None, chunk, target)
+                self._check_version(variable, key, None)
+                continue
+            stored = []
+            for chunk in chunks:
+                if entry_of(index, chunk, corner)[0] != NO_CHUNK:
+                    stored.append(chunk)
+                    continue
+                self._check_absent(variable, key, chunk.place, inner=True)
+                self._decode_chunk(variable, key, None, chunk, target)
+            runs = [(0, 0, stored)] if whole is not None else runs_of(index, stored, corner, MIN_DENSITY)
+            for begin, end, among in runs:
+                part = whole
+                if part is None:
+                    part, version = self._read_file(variable, key, begin, end)
+                if part is None:
+                    raise chunk_missing(self.samples.path, variable, key)
+                for chunk in among:
+                    start, length = entry_of(index, chunk, corner)
+                    if start + length - begin > len(part):
+                        raise self._chunk_undecodable(variable, key, "the file is cut short")
+                    self._decode_chunk(variable, key, part[start - begin :][:length], chunk, target)
+                self._check_version(variable, key, version)
+
+    def _decode_chunk(
+        self, variable: Variable, key: str, stored: memoryview | None, chunk: Chunk, target: Array
+    ) -> None:
+        decoder = self._decoders[variable.name]
+        if stored is None:
+            target[chunk.target] = decoder.fill
+            return
+        try:
+            decoder.decode(stored, chunk, target, self._room("decoded"))
+        except Undecodable as error:
+            raise self._chunk_undecodable(variable, key, str(error)) from error
+
+    def _read_file(
+        self, variable: Variable, key: str, start: int = 0, stop: int | None = None
+    ) -> tuple[memoryview | None, Version | None]:
+        try:
+            return self.store.read_file(key, self._room("stored"), start, stop) or (None, None)
+        except OSError as error:
+            raise self._chunk_undecodable(variable, key, f"it cannot be read: {error.strerror}") from error
+
+    def _key(self, variable: Variable, place: tuple[int, ...]) -> str:
+        array = self._arrays[variable.name]
+        return (f"{array.path}/" if array.path else "") + str(array.metadata.encode_chunk_key(place))
+
+    def _room(self, what: str) -> Callable[[int], memoryview]:
+        """Return what gives memory of the thread that asks: the same again each time."""
+
+        def room(size: int) -> memoryview:
+            memory: bytearray = getattr(self._rooms, what, bytearray())
+            if len(memory) < size:
+                memory = bytearray(size)
+                setattr(self._rooms, what, memory)
+            return memoryview(memory)[:size]
+
+        return room
+
+    # By zarr or zarrs ---------------------------------------------------------------------------------------
+
+    def _ask_zarr(self, variable: Variable, select: Select, out: Array) -> None:
+        array = self._fast.get(variable.name, self._arrays[variable.name])
+        keys = list(selected_keys(array, variable.objects, select))
+        fast = variable.name in self._fast
+        if fast:
+            self._look_at_files(variable, keys)
+        try:
+            with self.store.holding({} if fast else self._parts(variable, select)):
+                self._decode(array, variable, select, out)
+        except (DtrainError, MemoryError):
+            raise
+        except Exception as error:
+            self._check_objects(variable, select)
+            raise self._undecodable(variable, select, error) from error
+        self._check_objects(variable, select)
+        self._check_inner_chunks(variable, select)
 
     def _decode(self, array: Any, variable: Variable, select: Select, out: Array) -> None:
         key = tuple(slice(*part) for part in select)
@@ -193,10 +311,8 @@ class UnitReader:
             array.get_basic_selection(key, out=target)
             return
         values = np.asarray(array[key]).reshape(lengths)
-        if variable.sample_axis > 0:
-            values = np.moveaxis(values, variable.sample_axis, 0)
         with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32 becomes infinite, and is then found
-            out[...] = values.reshape(out.shape)
+            _as_stored(variable, select, out)[...] = values
 
     # Faults of stored objects -------------------------------------------------------------------------------
 
@@ -263,45 +379,60 @@ class UnitReader:
                     if is_short_blosc(file.read(16), size):
                         self.store.short.add(key)
 
-    def _check_objects(self, variable: Variable, keys: list[str], strict: bool) -> None:
+    def _check_objects(self, variable: Variable, select: Select) -> None:
         """Raise what has been noted of these objects while they were read."""
-        absent = [key for key in keys if key in self.store.absent]
-        short = [key for key in keys if key in self.store.short]
-        if short:
-            raise self._chunk_undecodable(variable, short[0], "the file is cut short")
-        if absent and strict:
-            raise chunk_missing(self.samples.path, variable, absent[0])
-        if self._root:
-            self._check_unchanged(variable, keys)
+        array = self._arrays[variable.name]
+        places = list(itertools.product(*touched(variable.objects, select)))
+        keys = list(selected_keys(array, variable.objects, select))
+        for key in keys:
+            if key in self.store.short:
+                raise self._chunk_undecodable(variable, key, "the file is cut short")
+        for place, key in zip(places, keys, strict=True):
+            if key in self.store.absent:
+                self._check_absent(variable, key, place)
+        for key in keys if self._root else ():
+            try:
+                found = os.stat(os.path.join(self._root, key))
+                self._check_version(variable, key, (found.st_size, found.st_mtime_ns))
+            except OSError:
+                self._check_version(variable, key, None)
 
     def _check_inner_chunks(self, variable: Variable, select: Select) -> None:
         """Raise if a shard that was read does not have all of its chunks."""
         layout = self._layouts[variable.name]
-        if layout is None:
+        if layout is None or self.samples.config.missing == "fill":
             return
         for place, key, chunks, _ in self._shards(variable, select):
             index = self.store.index(key, layout)
             if index is None:
-                raise chunk_missing(self.samples.path, variable, key)
-            gone = np.argwhere(index[np.ix_(*chunks)][..., 0] == NO_CHUNK)
-            if len(gone):
-                inside = tuple(along[i] for along, i in zip(chunks, gone[0].tolist(), strict=True))
+                if key not in self.store.absent:
+                    raise self._chunk_undecodable(variable, key, "its index is cut short or damaged")
+                continue
+            for gone in np.argwhere(index[np.ix_(*chunks)][..., 0] == NO_CHUNK).tolist():
+                inside = [along[i] for along, i in zip(chunks, gone, strict=True)]
                 inner = tuple(p * n + i for p, n, i in zip(place, layout.counts, inside, strict=True))
-                raise chunk_missing(self.samples.path, variable, key, inner=inner)
+                self._check_absent(variable, key, inner, inner=True)
 
-    def _check_unchanged(self, variable: Variable, keys: list[str]) -> None:
-        """Compare the files with what they were when they were first read."""
-        for key in keys:
-            try:
-                found = os.stat(os.path.join(self._root, key))
-                now = (found.st_size, found.st_mtime_ns)
-            except OSError:
-                now = (-1, -1)
-            if self._seen.setdefault(key, now) != now:
-                raise DataChanged(
-                    f"{self.samples.path}: chunk {key} of {variable.name} has been written again since it was read.",
-                    "Train on data that nobody writes to; start a new run (--run NAME) for the data as they are now.",
-                )
+    def _check_absent(self, variable: Variable, key: str, place: tuple[int, ...], *, inner: bool = False) -> None:
+        """Raise for a chunk that is not there, unless the fill value may stand for it, or nobody needs its rows."""
+        missing = self.samples.config.missing
+        if missing == "fill":
+            return
+        if missing == "skip" and not variable.is_static:
+            rows = variable.chunk_rows if inner else variable.object_rows
+            first = place[variable.sample_axis] * rows
+            after = min(first + rows, self.samples.num_samples)
+            if any(start <= first and after <= stop for start, stop in self.absent):
+                return
+        raise chunk_missing(self.samples.path, variable, key, inner=place if inner else None)
+
+    def _check_version(self, variable: Variable, key: str, now: Version | None) -> None:
+        """Compare a file with what it was when it was first read."""
+        if self._seen.setdefault(key, now) != now:
+            raise DataChanged(
+                f"{self.samples.path}: chunk {key} of {variable.name} has been written again since it was read.",
+                "Train on data that nobody writes to; start a new run (--run NAME) for the data as they are now.",
+            )
 
     def _undecodable(self, variable: Variable, select: Select, error: Exception) -> ChunkUndecodable:
         """Find the object that cannot be decoded by reading them one by one, with the reader that failed."""
@@ -344,6 +475,9 @@ class UnitReader:
             bad = is_missing(view, variable.encoding)
         else:
             return
+        if bad is not None and not variable.is_static:
+            for first, after in self.absent:
+                bad[max(0, first - start) : max(0, after - start)] = False
         if bad is not None and bad.any():
             raise self._non_finite(variable, start, np.argwhere(bad)[0].tolist())
 
@@ -379,33 +513,44 @@ def choose_readers(samples: Samples, wanted: str) -> dict[str, tuple[str, str]]:
     InvalidConfig
         zarrs is asked for, but not installed, or does not read a variable.
     """
-    reason = _no_zarrs(samples)
     found: dict[str, tuple[str, str]] = {}
     for v in samples.variables:
-        steps = any(step != 1 for _, _, step in v.select)
-        why = (
-            reason
-            or v.only_zarr
-            or ("it is read with a step" if steps else "")
-            or ("it is small" if v.is_static else "")
-        )
-        if wanted == "zarrs" and why and not v.is_static:
+        why = _why_not(samples, v)
+        if why.get(wanted) and not v.is_static:
             raise InvalidConfig(
-                f'data.reader = "zarrs" does not read {v.name}: {why}.', 'Set data.reader = "auto", or "zarr".'
+                f'data.reader = "{wanted}" does not read {v.name}: {why[wanted]}.', 'Set data.reader = "auto".'
             )
-        if wanted == "zarr" or why:
-            found[v.name] = ("zarr", why or "asked for")
+        if wanted == "zarr" or why.get(wanted):
+            found[v.name] = ("zarr", why.get(wanted) or "asked for")
+        elif wanted != "auto":
+            found[v.name] = (wanted, "asked for")
+        elif not why["numcodecs"] and (why["zarrs"] or not _is_fine(v)):
+            found[v.name] = ("numcodecs", "the store is local and its codecs are the usual ones")
+        elif not why["zarrs"]:
+            found[v.name] = ("zarrs", why["numcodecs"] or "its shards hold many small chunks")
         else:
-            found[v.name] = (
-                "zarrs",
-                "asked for" if wanted == "zarrs" else "the store is local and zarrs knows its codecs",
-            )
+            found[v.name] = ("zarr", why["numcodecs"])
     return found
 
 
-def _no_zarrs(samples: Samples) -> str:
-    if is_remote(samples.path):
-        return "the store is remote"
+def _is_fine(variable: Variable) -> bool:
+    chunks = math.prod(variable.objects) // math.prod(variable.chunks)
+    whole = variable.chunk_bytes * chunks <= WHOLE_OBJECT_BYTES  # of larger shards, parts are read
+    return whole and chunks >= MANY_CHUNKS and variable.chunk_bytes < SMALL_CHUNK_BYTES
+
+
+def _why_not(samples: Samples, variable: Variable) -> dict[str, str]:
+    """Return, by reader, why it does not read a variable."""
+    remote = "the store is remote" if is_remote(samples.path) else ""
+    steps = "it is read with a step" if any(step != 1 for _, _, step in variable.select) else ""
+    small = "it is small" if variable.is_static else ""
+    return {
+        "numcodecs": remote or variable.not_numcodecs,
+        "zarrs": remote or _no_zarrs() or variable.not_zarrs or steps or small,
+    }
+
+
+def _no_zarrs() -> str:
     try:
         import zarrs  # noqa: F401
     except ImportError:
@@ -414,6 +559,15 @@ def _no_zarrs(samples: Samples) -> str:
 
 
 _OPENING = threading.Lock()  # zarr's configuration belongs to the whole process
+
+
+def _as_stored(variable: Variable, select: Select, out: Array) -> Array:
+    """Return a view of rows with the axes of the array: the samples' where they are stored, and the dropped ones."""
+    lengths = [len(range(*part)) for part in select]
+    if variable.sample_axis <= 0:
+        return out.reshape(lengths)
+    axis = variable.sample_axis
+    return np.moveaxis(out.reshape(lengths[axis], *lengths[:axis], *lengths[axis + 1 :]), 0, axis)
 
 
 def _best_settings(samples: Samples) -> dict[str, Any]:

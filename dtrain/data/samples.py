@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from html import escape
 from typing import Any, TypeAlias
@@ -20,6 +20,8 @@ Select: TypeAlias = tuple[tuple[int, int, int], ...]
 """Start, stop and step along each dimension; never empty."""
 
 
+WHOLE_OBJECT_BYTES = 8 << 20
+"""Shards up to this size are read whole; larger ones hold several units."""
 SMALL_SHARE = 16
 SMALL_BYTES = 64 << 20
 """A variable is small if it has this share of the bytes of all, and not more bytes than this."""
@@ -49,8 +51,10 @@ class Variable:
     """Dimensions of which one place is selected; a row does not have them."""
     encoding: Encoding | None = None
     """How values are packed; None if they are as they are."""
-    only_zarr: str = ""
-    """Why no other reader than zarr's own reads it right; empty if others do."""
+    not_zarrs: str = ""
+    """Why zarrs does not read it right; empty if it does."""
+    not_numcodecs: str = ""
+    """Why it is not decoded by numcodecs alone; empty if it is."""
 
     @property
     def is_static(self) -> bool:
@@ -233,7 +237,7 @@ class Samples:
             self.sample_dim,
             self.first_row,
             self.num_samples,
-            [asdict(v) for v in self.variables],
+            [asdict(replace(v, not_zarrs="", not_numcodecs="")) for v in self.variables],
             [asdict(f) for f in self.fields],
             [asdict(tile) for tile in self.tiles],
         ]

@@ -19,9 +19,10 @@ import zarr
 from zarr.core.sync import sync
 
 from dtrain.config import DataConfig
+from dtrain.data.decode import why_not
 from dtrain.data.encoding import Encoding
 from dtrain.data.samples import Samples, Tile, Variable
-from dtrain.data.store import ReadStore, has_checksums, is_http, is_remote, only_zarr, open_store
+from dtrain.data.store import ReadStore, has_checksums, is_http, is_remote, not_zarrs, open_store
 from dtrain.errors import (
     DataNotFound,
     DtrainError,
@@ -325,7 +326,8 @@ def _variable(name: str, described: xr.DataArray, array: Any, sample_dim: str, s
         select=tuple(part for part, _ in whole),
         dropped=tuple(axis for axis, (_, dropped) in enumerate(whole) if dropped),
         encoding=_encoding(name, described, array),
-        only_zarr=only_zarr(array),
+        not_zarrs=not_zarrs(array),
+        not_numcodecs=why_not(array),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+import os
 import random
 import threading
 import time
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar, cast
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import zarr
@@ -40,6 +42,8 @@ from dtrain.errors import (
 
 ArrayLike: TypeAlias = "zarr.Array[Any]"  # older versions of zarr cannot be subscripted
 Result = TypeVar("Result")
+Version: TypeAlias = tuple[int, int]
+"""Of a file: its size, and when it was last written, in nanoseconds."""
 
 CHECKSUM_CODECS = frozenset(
     {"crc32c", "crc32", "adler32", "fletcher32", "jenkins_lookup3", "gzip", "zlib", "bz2"}  # the last three hold one
@@ -186,6 +190,7 @@ class ReadStore(WrapperStore[Store]):
         self._indices: OrderedDict[str, Buffer] = OrderedDict()
         self._held: dict[str, list[tuple[int, Buffer]]] = {}
         self._lock, self._asking = threading.Lock(), threading.Lock()
+        self._root = str(store.root) if isinstance(store, LocalStore) else ""
 
     def _with_store(self, store: Store) -> ReadStore:
         return ReadStore(store, self.path)
@@ -212,6 +217,38 @@ class ReadStore(WrapperStore[Store]):
         local: Any = self._store
         return self._noted(key, byte_range, local.get_sync(key, prototype=prototype, byte_range=byte_range))
 
+    def read_file(
+        self, key: str, room: Callable[[int], memoryview], start: int = 0, stop: int | None = None
+    ) -> tuple[memoryview, Version] | None:
+        """Return an object of a local store, or a part of it, and which version of the file it is; None: not there.
+
+        Parameters
+        ----------
+        key : str
+        room : callable
+            Gives so many bytes of memory to read into.
+        start, stop : int, optional
+            The part; less of it if the object ends before.
+        """
+        try:
+            with open(os.path.join(self._root, key), "rb", buffering=0) as file:
+                facts = os.fstat(file.fileno())
+                end = facts.st_size if stop is None else min(stop, facts.st_size)
+                value = room(max(0, end - start))
+                if start:
+                    file.seek(start)
+                done = 0
+                while done < len(value) and (count := file.readinto(value[done:])):
+                    done += count
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            with self._lock:
+                self.requests += 1
+            return None
+        with self._lock:
+            self.requests += 1
+            self.bytes_read += done
+        return value[:done], (facts.st_size, facts.st_mtime_ns)
+
     def _watching(self, key: str) -> tuple[ShardLayout | None, bool]:
         return next((found for prefix, found in self._watched.items() if key.startswith(prefix)), (None, False))
 
@@ -234,10 +271,7 @@ class ReadStore(WrapperStore[Store]):
         if layout is not None and (index := layout.index_of(value, byte_range)) is not None:
             if byte_range is None and layout.end(index) > len(value):
                 self.short.add(key)
-            with self._lock:
-                self._indices[key] = index
-                while len(self._indices) * layout.index_bytes > INDEX_CACHE_BYTES:
-                    self._indices.popitem(last=False)
+            self._keep_index(key, layout, index)
         return value
 
     async def get_ranges(
@@ -279,7 +313,7 @@ class ReadStore(WrapperStore[Store]):
         return await self._patiently(key, lambda: self._store.getsize(key))
 
     def index(self, key: str, layout: ShardLayout) -> npt.NDArray[np.uint64] | None:
-        """Return offset and length of each inner chunk of a shard, in C order; None if it is not there.
+        """Return offset and length of each inner chunk of a shard; None if it is not there, cut short or damaged.
 
         Kept from the last time that it or its whole shard was read.
         """
@@ -290,9 +324,21 @@ class ReadStore(WrapperStore[Store]):
                     SuffixByteRequest(layout.index_bytes) if layout.at_end else RangeByteRequest(0, layout.index_bytes)
                 )
                 buffer = sync(self.get(key, default_buffer_prototype(), request))
-        if buffer is None or len(buffer) < layout.index_bytes:
-            return None
-        return layout.parse(buffer)
+        return None if buffer is None else layout.checked(_view(buffer))
+
+    def index_in(self, key: str, layout: ShardLayout, shard: memoryview) -> npt.NDArray[np.uint64] | None:
+        """Return the same out of a shard that has been read."""
+        part = shard[max(0, len(shard) - layout.index_bytes) :] if layout.at_end else shard[: layout.index_bytes]
+        self._keep_index(key, layout, default_buffer_prototype().buffer.from_bytes(bytes(part)))
+        return layout.checked(part)
+
+    def _keep_index(self, key: str, layout: ShardLayout, index: Buffer) -> None:
+        if layout.checked(_view(index)) is None:
+            return
+        with self._lock:
+            self._indices[key] = index
+            while len(self._indices) * layout.index_bytes > INDEX_CACHE_BYTES:
+                self._indices.popitem(last=False)
 
     @contextmanager
     def holding(self, ranges: Mapping[str, tuple[int, int | None]]) -> Iterator[None]:
@@ -380,6 +426,11 @@ class ReadStore(WrapperStore[Store]):
         raise AssertionError("unreachable")
 
 
+def _view(buffer: Buffer) -> memoryview:
+    values: Any = buffer.as_numpy_array()
+    return memoryview(values)
+
+
 async def _collected(keys: AsyncIterator[str]) -> list[str]:
     return [key async for key in keys]
 
@@ -406,13 +457,21 @@ class ShardLayout:
 
     References
     ----------
-    Zarr v3, ``sharding_indexed``: (offset, length) of each inner chunk as little-endian uint64, C order.
+    Zarr v3, ``sharding_indexed``: (offset, length) of each inner chunk as uint64, C order.
     """
 
     counts: tuple[int, ...]
     """Inner chunks of a shard along each dimension."""
-    index_bytes: int
+    dtype: str
+    """Of the numbers, with their byte order."""
+    has_checksum: bool
+    """Whether a CRC32C follows them."""
     at_end: bool
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the index."""
+        return 16 * math.prod(self.counts) + 4 * self.has_checksum
 
     def is_index(self, byte_range: ByteRequest | None) -> bool:
         """Whether a request is for the index of a shard."""
@@ -431,17 +490,30 @@ class ShardLayout:
 
     def end(self, index: Buffer) -> int:
         """Return where the last inner chunk ends."""
-        entries = self.parse(index).reshape(-1, 2)
+        entries = self.parse(_view(index)).reshape(-1, 2)
         there = entries[entries[:, 0] != NO_CHUNK]
         return int(there.sum(axis=1, dtype=np.uint64).max()) if len(there) else 0
 
-    def parse(self, index: Buffer) -> npt.NDArray[np.uint64]:
+    def checked(self, index: memoryview) -> npt.NDArray[np.uint64] | None:
+        """Return the same as `parse`; None if it is cut short, or not what its checksum says."""
+        if len(index) < self.index_bytes:
+            return None
+        if self.has_checksum and int.from_bytes(index[-4:], "little") != crc32c(index[:-4]):
+            return None
+        return self.parse(index)
+
+    def parse(self, index: memoryview) -> npt.NDArray[np.uint64]:
         """Return uint64[*counts, 2]: offset and length; both are the largest number where there is no chunk."""
-        numbers = np.frombuffer(index.to_bytes(), "<u8", count=2 * math.prod(self.counts))
-        return numbers.reshape(*self.counts, 2)
+        numbers = np.frombuffer(index, self.dtype, count=2 * math.prod(self.counts))
+        return numbers.astype(np.uint64, copy=False).reshape(*self.counts, 2)
 
 
 NO_CHUNK = np.uint64(2**64 - 1)
+
+
+def crc32c(values: memoryview) -> int:
+    """Return the checksum of RFC 3720."""
+    return int(google_crc32c.value(np.frombuffer(values, np.uint8)))
 
 
 def shard_layout(array: ArrayLike) -> ShardLayout | None:
@@ -453,16 +525,16 @@ def shard_layout(array: ArrayLike) -> ShardLayout | None:
     names = [type(inner).__name__ for inner in codec.index_codecs]
     if names not in (["BytesCodec"], ["BytesCodec", "Crc32cCodec"]):
         return None
-    if getattr(getattr(codec.index_codecs[0], "endian", None), "value", "little") != "little":
-        return None
+    endian = codec.index_codecs[0].endian
+    order = ">" if str(getattr(endian, "value", endian)) == "big" else "<"
     counts = tuple(shard // chunk for shard, chunk in zip(array.shards, array.chunks, strict=True))
     at_end = str(getattr(codec.index_location, "value", codec.index_location)) == "end"
-    return ShardLayout(counts, 16 * math.prod(counts) + 4 * (len(names) - 1), at_end)
+    return ShardLayout(counts, f"{order}u8", len(names) > 1, at_end)
 
 
 def ends_in_blosc(array: ArrayLike) -> bool:
     """Whether a stored object is what blosc wrote."""
-    return array.shards is None and _codecs(array)[-1:] != [] and _codecs(array)[-1][0] == "blosc"
+    return array.shards is None and [name for name, _ in codecs_of(array)][-1:] == ["blosc"]
 
 
 def _is_cut_short(value: Buffer, byte_range: ByteRequest | None, layout: ShardLayout | None, blosc: bool) -> bool:
@@ -507,14 +579,14 @@ def touched(sizes: tuple[int, ...], select: Select) -> list[list[int]]:
 
 def has_checksums(array: ArrayLike) -> bool:
     """Whether a codec of the array detects flipped bits."""
-    return any(name in CHECKSUM_CODECS or options.get("checksum") for name, options in _codecs(array))
+    return any(name in CHECKSUM_CODECS or options.get("checksum") for name, _, options in _codecs(array))
 
 
 ZARRS_CODECS = frozenset({"bytes", "blosc", "zstd", "gzip", "crc32c", "transpose"})
-"""What both readers are tested to decode to the same bits."""
+"""What zarrs is tested to decode to the same bits."""
 
 
-def only_zarr(array: ArrayLike) -> str:
+def not_zarrs(array: ArrayLike) -> str:
     """Return why zarrs does not read an array, or an empty string if it does."""
     dtype = np.dtype(array.dtype)
     if not dtype.isnative:
@@ -523,12 +595,16 @@ def only_zarr(array: ArrayLike) -> str:
         return "its order is F"
     if array.fill_value is None:
         return "it has no fill value"
-    odd = [name for name, _ in _codecs(array) if name not in ZARRS_CODECS]
+    odd = [name for name, _ in codecs_of(array) if name not in ZARRS_CODECS]
     return f"codec {odd[0]}" if odd else ""
 
 
-def _codecs(array: ArrayLike) -> list[tuple[str, dict[str, Any]]]:
-    """Return name and options of the codecs that a chunk goes through when it is written, in order."""
+def codecs_of(array: ArrayLike) -> list[tuple[str, Any]]:
+    """Return name and codec of the codecs that a chunk goes through when it is written, in order."""
+    return [(name, codec) for name, codec, _ in _codecs(array)]
+
+
+def _codecs(array: ArrayLike) -> list[tuple[str, Any, dict[str, Any]]]:
     found = []
     todo: list[Any] = [*(array.filters or ()), *array.compressors]
     if array.metadata.zarr_format == 3:
@@ -540,5 +616,5 @@ def _codecs(array: ArrayLike) -> list[tuple[str, dict[str, Any]]]:
             continue
         described = codec.to_dict() if hasattr(codec, "to_dict") else codec.get_config()
         name = str(described.get("name") or described.get("id"))
-        found.append((name.removeprefix("numcodecs."), described.get("configuration", described)))
+        found.append((name.removeprefix("numcodecs."), codec, described.get("configuration", described)))
     return found

@@ -223,7 +223,8 @@ def batches(
     partition = found[replica if split == "train" else 0]
     shuffle = plan.shuffle and split == "train"
     law = _law(samples, partition, batch_size, shuffle, memory, cache)
-    opened = UnitReader(samples, config.reader if reader is None else reader, law.train.limits.threads)
+    threads = law.train.limits.threads
+    opened = UnitReader(samples, config.reader if reader is None else reader, threads, plan.absent)
     scalings = {}
     if config.normalize:
         moments = partition_moments(opened, _whole(plan, "train")[0], config.normalize)

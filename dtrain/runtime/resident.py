@@ -119,7 +119,9 @@ class Resident:
         """Return the reader of a store: opened once in a process."""
         if id(source) not in self._readers:
             threads = source.memory.train.limits.threads
-            self._readers[id(source)] = UnitReader(source.samples, self.spec.config.data.reader, threads)
+            self._readers[id(source)] = UnitReader(
+                source.samples, self.spec.config.data.reader, threads, source.plan.absent
+            )
         return self._readers[id(source)]
 
     def train_loader(self, replica: int, cursor: Cursor) -> Loader:

@@ -14,10 +14,12 @@ from dtrain.data.loader import read_batches
 from dtrain.data.partition import plan_data, train_partitions
 from dtrain.data.read import UnitReader
 from dtrain.data.source import open_samples
+from dtrain.errors import InvalidConfig
 from dtrain.types import Cursor
 
 START = Cursor(0, 0)
 WHOLE = {"val": 0.0, "test": 0.0}
+readers = st.sampled_from(["zarr", "zarrs", "auto"])
 DTYPES = ["float32", "float64", "float16", "uint8", "int16", "int32", "int64", "bool"]
 
 
@@ -71,6 +73,14 @@ def opened(write_store, folder, store, replicas, window, **data):
     samples = open_all(path, arrays, **data)
     plan = plan_data(samples, replicas=min(replicas, samples.num_samples), seed=3)
     return arrays, samples, replace(plan, window=window)
+
+
+def reader_of(samples, reader="auto", **options):
+    """The reader asked for; "auto" where it does not read a variable."""
+    try:
+        return UnitReader(samples, reader, **options)
+    except InvalidConfig:
+        return UnitReader(samples, "auto", **options)
 
 
 # Batches ----------------------------------------------------------------------------------------------------

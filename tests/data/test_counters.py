@@ -26,7 +26,18 @@ from dtrain.data.read import UnitReader
 from dtrain.data.source import open_samples
 from dtrain.data.store import ReadStore
 from dtrain.types import Cursor
-from tests.data.helpers import START, WHOLE, Spy, batches, only_partition, open_all, same_bits, vector
+from tests.data.helpers import (
+    START,
+    WHOLE,
+    Spy,
+    batches,
+    only_partition,
+    open_all,
+    reader_of,
+    readers,
+    same_bits,
+    vector,
+)
 from tests.data.test_partition import make_samples
 
 
@@ -69,7 +80,7 @@ def asked(monkeypatch):
 
 def passes(samples, part, count, *, limits=None, replica=0, shuffle=True, which="zarr"):
     """Run whole passes, and return (reader, counts of all but opening the store)."""
-    reader = UnitReader(samples, which)
+    reader = reader_of(samples, which)
     counted = Counted(reader)
     stream = read_batches(
         reader, part, START, [part.num_samples] * count, replica=replica, shuffle=shuffle, limits=limits or Limits()
@@ -177,7 +188,7 @@ def test_a_shard_larger_than_8_mib_is_read_in_units_of_whole_inner_chunks(write_
     assert len(shards) == 3
     size = sum((Path(samples.path) / key).stat().st_size for key in shards)
     for count, which in ((1, "zarr"), (2, "zarr"), (1, "auto")):
-        reader = UnitReader(samples, which)
+        reader = reader_of(samples, which)
         counted = Counted(reader)
         stream = read_batches(
             reader, part, START, [part.num_samples] * count, replica=0, shuffle=True, limits=Limits(threads=1)
@@ -310,7 +321,7 @@ def test_inner_chunks_that_lie_apart_are_not_read_together_with_what_is_between(
 # Windows ----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25)
+@settings(max_examples=18)
 @given(
     st.integers(150, 400),
     st.tuples(st.integers(1, 30), st.integers(1, 30)),
@@ -447,8 +458,8 @@ def test_the_units_that_are_kept_are_chosen_by_the_seed_and_spread(write_store, 
 # Resume -----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25)
-@given(st.floats(0, 2.99), st.integers(1, 9), st.booleans(), st.integers(1, 9), st.sampled_from(["zarr", "auto"]))
+@settings(max_examples=18)
+@given(st.floats(0, 2.99), st.integers(1, 9), st.booleans(), st.integers(1, 9), readers)
 def test_a_stream_cut_at_random_goes_on_bit_by_bit(cut_store, share, batch, shuffle, window, which):
     samples, plan = cut_store
     part = train_partitions(replace(plan, window=window))[1]
@@ -457,7 +468,7 @@ def test_a_stream_cut_at_random_goes_on_bit_by_bit(cut_store, share, batch, shuf
     steps = min(30, (3 * count - done) // batch)
     whole = batches(UnitReader(samples), part, [done, *[batch] * steps], replica=1, shuffle=shuffle)
     rest = batches(
-        UnitReader(samples, which),
+        reader_of(samples, which),
         part,
         [batch] * steps,
         cursor=Cursor(*divmod(done, count)),

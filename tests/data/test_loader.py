@@ -38,6 +38,8 @@ from tests.data.helpers import (
     only_partition,
     open_all,
     opened,
+    reader_of,
+    readers,
     remembering,
     same_bits,
     stores,
@@ -91,14 +93,14 @@ def wait_until(true, seconds=10.0):
 # A pass -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=50)
+@settings(max_examples=35)
 @given(
     stores(),
     st.integers(1, 9),
     st.integers(1, 10),
     st.integers(1, 13),
     st.booleans(),
-    st.sampled_from(["zarr", "auto"]),
+    readers,
 )
 def test_each_sample_comes_exactly_once_a_pass_with_its_values(
     write_store, store, replicas, window, batch, shuffle, which
@@ -107,7 +109,7 @@ def test_each_sample_comes_exactly_once_a_pass_with_its_values(
         arrays, samples, plan = opened(write_store, folder, store, replicas, window)
         seen = []
         for replica, partition in enumerate(train_partitions(plan)):
-            reader = UnitReader(samples, which)
+            reader = reader_of(samples, which)
             found = batches(reader, partition, one_pass(partition, batch), replica=replica, shuffle=shuffle)
             assert [b.size for b in found] == one_pass(partition, batch)
             assert reader.units_decoded == len(partition.units)
@@ -229,7 +231,7 @@ def test_the_order_depends_on_replica_epoch_and_seed_alone(numbers):
     assert len({order(shuffle=False, replica=r, cursor=Cursor(e, 0)) for r in range(2) for e in range(2)}) == 1
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(stores(), st.integers(1, 3), st.integers(1, 9), st.booleans(), st.lists(st.integers(0, 40), max_size=12))
 def test_any_sizes_of_batches_cut_the_same_stream(write_store, store, replicas, window, shuffle, sizes):
     with tempfile.TemporaryDirectory() as folder:
@@ -260,7 +262,7 @@ def test_a_batch_of_another_size_than_asked_for_is_a_bug(numbers):
 # The same bits, whatever it may use ---------------------------------------------------------------------------
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     stores(),
     st.integers(1, 3),
@@ -268,7 +270,7 @@ def test_a_batch_of_another_size_than_asked_for_is_a_bug(numbers):
     st.integers(1, 13),
     st.booleans(),
     some_limits,
-    st.sampled_from(["zarr", "auto"]),
+    readers,
     st.data(),
 )
 def test_limits_and_readers_do_not_change_a_bit(
@@ -283,14 +285,14 @@ def test_limits_and_readers_do_not_change_a_bit(
         options = {"cursor": cursor, "replica": 1, "shuffle": shuffle}
         least = Limits(ahead=0, cached=0, threads=1, buffers=2)
         plain = batches(UnitReader(samples, "zarr"), partition, sizes, limits=least, **options)
-        other = batches(UnitReader(samples, which, threads=2), partition, sizes, limits=limits, **options)
+        other = batches(reader_of(samples, which, threads=2), partition, sizes, limits=limits, **options)
         assert same_bits(plain, other)
 
 
 # Memory: slots ------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60)
+@settings(max_examples=35)
 @given(stores(), st.integers(1, 3), st.integers(1, 6), st.booleans(), some_limits, st.integers(1, 4))
 def test_slots_are_open_units_ahead_and_cached_and_never_more_than_two_passes_need(
     write_store, store, replicas, window, shuffle, limits, passes
@@ -464,7 +466,7 @@ def bits_of(kept):
     return None if kept is None else np.asarray(kept).tobytes()
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     st.lists(st.sampled_from(list(HOW_KEPT)), min_size=150, max_size=150),
     st.sampled_from([1, 2, 8, 32]),
@@ -727,7 +729,7 @@ def test_variables_are_standardised_on_the_way(write_store, data):
 # Ends: closed, abandoned, failed --------------------------------------------------------------------------------
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.integers(0, 12), st.integers(1, 40), some_limits, st.booleans(), st.floats(0, 0.004))
 def test_a_loader_can_be_closed_at_any_time(numbers_of_60, steps, batch, limits, shuffle, pause):
     samples, _, partition = numbers_of_60

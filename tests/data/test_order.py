@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ PART, ROW = 2, 3  # what a hash is drawn for; written out here because the order
 sizes = st.lists(st.integers(1, 7), min_size=1, max_size=25)
 windows = st.integers(1, 10)
 shuffles = st.booleans()
+together = st.sampled_from([1, 5, 20, 8192])
 keys = st.fixed_dictionaries({"seed": st.integers(0, 2**63), "replica": st.integers(0, 9), "epoch": st.integers(0, 9)})
 
 
@@ -110,9 +112,10 @@ def test_the_golden_file_was_not_written_by_what_it_tests():
         assert pass_by_hand(**case) == expected
 
 
-@given(sizes, windows, keys)
-def test_a_shuffled_pass_is_the_rows_sorted_by_their_places(sizes, window, keys):
-    assert rows_of(walk(sizes, window=window, shuffle=True, **keys)) == pass_by_hand(sizes, window, **keys)
+@given(sizes, windows, keys, together)
+def test_a_shuffled_pass_is_the_rows_sorted_by_their_places(sizes, window, keys, together):
+    with mock.patch.object(order, "ORDERED_ROWS", together):
+        assert rows_of(walk(sizes, window=window, shuffle=True, **keys)) == pass_by_hand(sizes, window, **keys)
 
 
 @given(sizes, windows, keys)
@@ -127,12 +130,19 @@ def test_each_row_comes_exactly_once_a_pass(sizes, window, shuffle, keys):
     assert sorted(rows) == [(part, row) for part, size in enumerate(sizes) for row in range(size)]
 
 
-@given(sizes, windows, shuffles, keys)
-def test_the_order_from_any_position_is_the_rest_of_the_pass(sizes, window, shuffle, keys):
+@given(sizes, windows, shuffles, keys, together)
+def test_the_order_from_any_position_is_the_rest_of_the_pass(sizes, window, shuffle, keys, together):
     whole = rows_of(walk(sizes, window=window, shuffle=shuffle, **keys))
     for position in range(len(whole) + 3):
-        rest = walk(sizes, window=window, shuffle=shuffle, position=position, **keys)
+        with mock.patch.object(order, "ORDERED_ROWS", together):
+            rest = walk(sizes, window=window, shuffle=shuffle, position=position, **keys)
         assert rows_of(rest) == whole[position:]
+        seen = set()
+        for block in rest:
+            new = set(block.part.tolist()) - seen
+            assert set(block.opens) == new
+            assert len(block.opens) == len(new)
+            seen |= new
 
 
 @given(sizes, windows, shuffles, keys, st.floats(0, 1))
@@ -184,13 +194,14 @@ def test_passes_differ_between_epochs_replicas_and_seeds():
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_seeking_does_not_walk_the_pass(monkeypatch, shuffle):
     placed = []
-    places = order._opened
-    monkeypatch.setattr(order, "_opened", lambda *args: placed.append(args[0]) or places(*args))
+    opened = order._Opened
+    monkeypatch.setattr(order, "_Opened", lambda *args: placed.append(args[0]) or opened(*args))
     sizes, window = np.full(20_000, 5), 8
-    blocks = epoch_order(sizes, window=window, shuffle=shuffle, seed=0, replica=0, epoch=0, position=99_900)
+    blocks = epoch_order(sizes, window=window, shuffle=shuffle, seed=0, replica=0, epoch=0, position=50_000)
     first = next(block for block in blocks if len(block.part))
     assert len(first.part) > 0
-    assert len(placed) <= 2 * window
+    assert len(placed) <= window + 64
+    assert (len(placed) > 0) == shuffle
 
 
 def test_a_window_of_one_opens_one_part_after_the_other():

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from dtrain.config import TrainConfig
 from dtrain.data.partition import (
     DataPlan,
+    JointPlan,
     Partition,
     cell_bounds,
     count_units,
@@ -144,6 +145,21 @@ def test_units_are_whole_objects_and_no_cell_crosses_a_unit(problem):
     assert all(any(a <= start < stop <= b for a, b in [units[unit]]) for unit, start, stop in cells)
     assert [a for a, _ in units] == list(range(0, plan.num_samples, plan.unit_rows))
     assert units[-1][1] == plan.num_samples
+
+
+def test_units_of_a_store_with_gaps_are_single_objects():
+    # so that as little as can be is left out with a chunk that is missing
+    samples = make_samples(1_000_000, 10, row=(25,))
+    assert plan_data(samples, replicas=4, seed=0).unit_rows == 4160
+    assert plan_data(samples, replicas=4, seed=0, absent=((100, 110),)).unit_rows == 10
+
+
+@pytest.mark.parametrize(("object_rows", "unit_rows", "group"), [(2048, 2048, 1), (2112, 352, 6)])
+def test_shards_of_more_than_8_mib_are_cut(object_rows, unit_rows, group):
+    # a row has 4 KiB: 2048 rows are 8 MiB; of 352 rows of 2112, 1.4 MiB, the next longer divisor is more than 2 MiB
+    samples = make_samples(object_rows * 100, object_rows, row=(1024,), chunk_rows=32)
+    plan = plan_data(samples, replicas=2, seed=0)
+    assert (plan.unit_rows, plan.group) == (unit_rows, group)
 
 
 def test_units_follow_shards_not_their_inner_chunks():
@@ -509,6 +525,23 @@ def test_whole_units_are_decoded_once():
     samples = make_samples(10_000, 10)
     seen = describe_plan(samples, plan_data(samples, replicas=3, seed=0))
     assert seen["decodes_per_unit"] == seen["read_amplification"] == 1
+
+
+def test_plans_of_several_stores_are_numbered_through():
+    plans = (
+        plan_data(make_samples(300, 10, val=0.2), replicas=2, seed=0),
+        plan_data(make_samples(90, 5, val=0.2), replicas=1, seed=0, eval_pieces=3),
+    )
+    joint = JointPlan(plans)
+    assert (joint.replicas, joint.stores()) == (3, (0, 0, 1))
+    expected = [*train_partitions(plans[0]), *train_partitions(plans[1])]
+    assert [samples_of(p) for p in joint.partitions()] == [samples_of(p) for p in expected]
+    pieces = joint.pieces("val")
+    assert [store for store, _ in pieces] == [0, 0, 1, 1, 1]
+    assert [samples_of(p) for _, p in pieces] == [samples_of(p) for plan in plans for p in eval_partitions(plan, "val")]
+    assert JointPlan(plans[:1]).fingerprint == plans[0].fingerprint
+    others = [plans[:1], plans[1:], plans, plans[::-1], (plans[0], replace(plans[1], seed=1))]
+    assert len({JointPlan(tuple(of)).fingerprint for of in others}) == 5
 
 
 def test_a_partition_of_no_cells_holds_nothing():

@@ -12,17 +12,28 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from zarr.codecs import TransposeCodec
 
 from dtrain.data.read import UnitReader, choose_readers
 from dtrain.data.source import open_samples
 from dtrain.errors import InvalidConfig, NonFiniteData
-from tests.data.helpers import WHOLE, batches, by_sample, only_partition, open_all, stores, vector
+from tests.data.helpers import (
+    WHOLE,
+    batches,
+    by_sample,
+    only_partition,
+    open_all,
+    reader_of,
+    readers,
+    stores,
+    vector,
+)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     stores(),
-    st.sampled_from(["zarr", "auto"]),
+    readers,
     st.sampled_from([0, 2, [-2, 1]]),
     st.sampled_from([0, [3, 1]]),
     st.data(),
@@ -32,7 +43,7 @@ def test_a_unit_holds_the_rows_that_its_anchors_need(write_store, store, which, 
         zarr_format, arrays = store
         path = write_store(Path(folder, "s"), arrays, zarr_format=zarr_format)
         samples = open_all(path, arrays, input_offsets=inputs, target_offsets=targets)
-        reader = UnitReader(samples, which)
+        reader = reader_of(samples, which)
         low, high = samples.reach()
         if samples.num_samples <= high - low:
             return
@@ -48,7 +59,7 @@ def test_a_unit_holds_the_rows_that_its_anchors_need(write_store, store, which, 
             assert start == first + low
             assert rows.dtype == ("float32" if expected.dtype == "float64" else expected.dtype)
             np.testing.assert_array_equal(rows, expected)
-            decoded += rows.nbytes
+            decoded += rows.nbytes * (variable not in samples.kept_whole)
             np.testing.assert_array_equal(
                 reader.read_rows(variable, first, stop), by_sample(arrays, variable.name)[first:stop]
             )
@@ -230,6 +241,7 @@ def two(write_store, folder, zarr_format=3, **options):
     return write_store(Path(folder, "s"), {"v0": v0, "index": index}, zarr_format=zarr_format)
 
 
+USUAL = "the store is local and its codecs are the usual ones"
 ODD = {
     "byte order": (2, {"values": np.zeros((8, 3), ">f4"), "fill_value": 0}, "its byte order is >"),
     "order": (2, {"order": "F", "fill_value": 0}, "its order is F"),
@@ -246,8 +258,8 @@ def test_what_zarrs_does_not_read_is_read_by_zarr(write_store, tmp_path, kind):
     path = two(write_store, tmp_path, zarr_format, **options)
     samples = open_all(path, ["v0"])
     readers = choose_readers(samples, "auto")
-    assert readers["v0"] == ("zarr", why)
-    assert readers["index"][0] == "zarrs"
+    assert readers["v0"] == (("numcodecs", USUAL) if kind == "fill value" else ("zarr", why))
+    assert readers["index"][0] == "numcodecs"
     stored = zarr.open_group(path, mode="r")["v0"][...]
     np.testing.assert_array_equal(UnitReader(samples).read(0, 8)["v0"][1], stored)
     with pytest.raises(InvalidConfig, match=f'data.reader = "zarrs" does not read v0: {why}') as caught:
@@ -255,17 +267,45 @@ def test_what_zarrs_does_not_read_is_read_by_zarr(write_store, tmp_path, kind):
     assert caught.value.code == 3
 
 
-def test_zarrs_reads_what_it_knows(write_store, tmp_path):
+def test_a_reader_is_taken_that_is_asked_for_and_reads_the_store(write_store, tmp_path):
     samples = open_all(two(write_store, tmp_path), ["v0"])
-    assert {chosen for chosen, _ in choose_readers(samples, "auto").values()} == {"zarrs"}
-    assert {chosen for chosen, _ in choose_readers(samples, "zarrs").values()} == {"zarrs"}
-    assert set(choose_readers(samples, "zarr").values()) == {("zarr", "asked for")}
+    assert set(choose_readers(samples, "auto").values()) == {("numcodecs", USUAL)}
+    for asked in ("numcodecs", "zarrs", "zarr"):
+        assert set(choose_readers(samples, asked).values()) == {(asked, "asked for")}
+    with pytest.raises(InvalidConfig, match='data.reader = "numcodecs" does not read v0: its order is F'):
+        UnitReader(open_all(two(write_store, tmp_path / "f", 2, order="F"), ["v0"]), "numcodecs")
 
 
-def test_a_step_and_a_static_variable_are_read_by_zarr(write_store, tmp_path):
+def test_what_numcodecs_does_not_read_is_read_by_zarrs(write_store, tmp_path):
+    transposed = {"filters": [TransposeCodec(order=(1, 0))], "compressors": None}
+    path = two(write_store, tmp_path, 3, **transposed)
+    samples = open_all(path, ["v0"])
+    assert choose_readers(samples, "auto")["v0"] == ("zarrs", "codec transpose")
+    for which in ("auto", "zarr"):
+        np.testing.assert_array_equal(UnitReader(samples, which).read(2, 7)["v0"][1], read_zarr(path)[2:7])
+    samples = open_all(path, ["v0"], isel={"k": {"start": 0, "stop": 3, "step": 2}})
+    assert choose_readers(samples, "auto")["v0"] == ("zarr", "codec transpose")
+
+
+def read_zarr(path):
+    return zarr.open_group(path, mode="r")["v0"][...]
+
+
+@pytest.mark.parametrize(
+    ("chunk", "shard", "which"), [(2, 512, "zarrs"), (2, 256, "numcodecs"), (4000, 8000, "numcodecs")]
+)
+def test_many_small_chunks_in_shards_are_read_by_zarrs(write_store, tmp_path, chunk, shard, which):
+    v0 = {"dims": ("n", "k"), "values": np.ones((8000, 3)), "chunks": (chunk, 3), "shards": (shard, 3)}
+    path = write_store(tmp_path / "s", {"v0": v0, "index": vector(np.arange(8000), 8000)})
+    samples = open_all(path, ["v0"])
+    assert choose_readers(samples, "auto")["v0"][0] == which
+    assert UnitReader(samples).read(2000, 4000)["v0"][1].sum() == 6000
+
+
+def test_a_step_is_not_read_by_zarrs(write_store, tmp_path):
     path = two(write_store, tmp_path)
     samples = open_all(path, ["v0"], isel={"k": {"start": 0, "stop": 3, "step": 2}})
-    assert choose_readers(samples, "auto")["v0"] == ("zarr", "it is read with a step")
+    assert choose_readers(samples, "auto")["v0"] == ("numcodecs", USUAL)
     with pytest.raises(InvalidConfig, match="it is read with a step"):
         choose_readers(samples, "zarrs")
     static = open_samples(path, inputs=["v0"], targets=["index"], sample_dim="n", split=WHOLE)
@@ -275,7 +315,7 @@ def test_a_step_and_a_static_variable_are_read_by_zarr(write_store, tmp_path):
 def test_without_zarrs_zarr_reads(write_store, tmp_path, monkeypatch):
     samples = open_all(two(write_store, tmp_path), ["v0"])
     monkeypatch.setitem(sys.modules, "zarrs", None)
-    assert set(choose_readers(samples, "auto").values()) == {("zarr", "zarrs is not installed")}
+    assert set(choose_readers(samples, "auto").values()) == {("numcodecs", USUAL)}
     with pytest.raises(InvalidConfig, match="zarrs is not installed"):
         UnitReader(samples, "zarrs")
 

@@ -28,7 +28,17 @@ from dtrain.data.presence import absent_chunks, absent_rows, check_presence
 from dtrain.data.read import UnitReader
 from dtrain.data.source import open_samples
 from dtrain.errors import ChunkMissing, InvalidConfig, LengthsDiffer, TooFewSamples
-from tests.data.helpers import START, WHOLE, batches, index_of, one_pass, only_partition, vector
+from tests.data.helpers import (
+    START,
+    WHOLE,
+    batches,
+    index_of,
+    one_pass,
+    only_partition,
+    reader_of,
+    readers,
+    vector,
+)
 
 SPLITS = ("train", "val", "test")
 
@@ -126,7 +136,7 @@ def patch_of(values, dims, tile):
 offsets = st.sampled_from([0, 0, 2, [-1, 0], {"start": 0, "stop": 3, "step": 1}, [0, 3, 1]])
 
 
-@settings(max_examples=70)
+@settings(max_examples=50)
 @given(st.data())
 def test_samples_are_what_numpy_selects(write_store, data):
     draw = data.draw
@@ -161,7 +171,7 @@ def test_samples_are_what_numpy_selects(write_store, data):
         assert plan.patches == len(samples.tiles) == len(tiles)
         every = [*listed(inputs), *listed(targets)]
         seen: Counter = Counter()
-        reader = UnitReader(samples, draw(st.sampled_from(["zarr", "auto"])))
+        reader = reader_of(samples, draw(readers))
         selected = {name: rows_of(described, isel) for name, described in arrays.items()}
         batch = draw(st.integers(1, 40))
         for split in SPLITS:
@@ -314,6 +324,26 @@ def test_rows_before_the_selection_do_not_count_for_the_shares_of_splits(write_s
     assert seen["decodes_per_unit"] == 1
 
 
+@pytest.mark.parametrize("which", ["zarr", "zarrs", "auto"])
+def test_a_small_variable_that_is_kept_whole_is_counted_from_the_first_selected_row(write_store, tmp_path, which):
+    arrays = {
+        "v": {"dims": ("n", "x"), "values": np.arange(6000.0).reshape(60, 100), "chunks": (5, 100)},
+        "index": vector(np.arange(60, dtype="int32"), 60),
+    }
+    path = write_store(tmp_path / "s", arrays)
+    samples = open_store(
+        path, inputs=["v"], isel={"n": {"start": 13, "stop": 51}}, input_offsets=[-1, 0], target_offsets=2
+    )
+    assert [v.name for v in samples.kept_whole] == ["index"]
+    _, partition = only_partition(samples)
+    (batch,) = batches(reader_of(samples, which), partition, [partition.num_samples])
+    anchors = batch.targets[0] - 2
+    assert sorted(anchors.tolist()) == list(range(14, 49))
+    np.testing.assert_array_equal(batch.inputs[0][:, 1, 0], anchors * 100)
+    rows = reader_of(samples, which).read(20, 30)["index"]
+    assert (rows[0], rows[1].tolist()) == (22, list(range(22, 32)))
+
+
 # Patches --------------------------------------------------------------------------------------------------------
 
 
@@ -367,7 +397,7 @@ def test_a_dimension_that_isel_drops_cannot_be_patched(store):
 # missing = "skip" -------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(st.data())
 def test_samples_of_missing_chunks_are_left_out_and_no_other_value_changes(write_store, chunk_files, data):
     draw = data.draw
@@ -404,7 +434,7 @@ def test_samples_of_missing_chunks_are_left_out_and_no_other_value_changes(write
             return
         (partition,) = train_partitions(plan)
         every = [*listed(inputs), *listed(targets)]
-        reader = UnitReader(samples, draw(st.sampled_from(["zarr", "auto"])))
+        reader = reader_of(samples, draw(readers), absent=absent)
         selected = {name: rows_of(described, isel) for name, described in arrays.items()}
         sizes_of = [partition.num_samples, partition.num_samples]
         seen = []
@@ -457,7 +487,7 @@ def test_just_the_rows_of_missing_chunks_are_left_out(write_store, tmp_path, zar
     plan = plan_data(samples, replicas=1, seed=0, absent=absent_rows(samples))
     (partition,) = train_partitions(plan)
     expected = [n for n in range(100) if n // 10 not in gone]
-    assert sorted(index_of(batches(UnitReader(samples), partition, [len(expected)]))) == expected
+    assert sorted(index_of(batches(UnitReader(samples, absent=plan.absent), partition, [len(expected)]))) == expected
     assert describe_plan(samples, plan)["dropped_samples"] == 10 * len(gone)
 
 
@@ -473,7 +503,7 @@ def test_an_inner_chunk_that_is_missing_is_skipped_alone(write_store, tmp_path):
     plan = plan_data(samples, replicas=1, seed=0, absent=absent_rows(samples))
     plan = replace(plan, cell_rows=10)
     (partition,) = train_partitions(plan)
-    found = index_of(batches(UnitReader(samples), partition, [90]))
+    found = index_of(batches(UnitReader(samples, absent=plan.absent), partition, [90]))
     assert sorted(found) == [n for n in range(1, 101) if not 31 <= n <= 40]
 
 
@@ -499,7 +529,7 @@ def test_a_chunk_that_goes_missing_after_the_plan_is_not_read_as_the_fill_value(
     (partition,) = train_partitions(plan)
     (path / "v/c/7").unlink()
     with pytest.raises(ChunkMissing, match="v/c/7"):
-        batches(UnitReader(samples), partition, [partition.num_samples])
+        batches(UnitReader(samples, absent=plan.absent), partition, [partition.num_samples])
 
 
 def test_a_static_variable_cannot_be_skipped(store):

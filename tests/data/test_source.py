@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
 from dtrain.config import TrainConfig
-from dtrain.data.presence import check_presence
+from dtrain.data.presence import check_presence, content_digest
 from dtrain.data.samples import Samples, Variable
 from dtrain.data.source import describe, list_variables, open_samples
 from dtrain.data.store import object_keys, open_group
@@ -459,6 +459,31 @@ def test_a_variable_is_not_taken_for_one_whose_name_it_begins(small):
     shutil.rmtree(path / "x" / "c")
     with pytest.raises(ChunkMissing, match=r"chunk x/c/0/0 of x is missing \(3 of 3 are\)"):
         check_presence(open_xy(path))
+
+
+@FORMATS
+def test_the_digest_of_a_store_follows_what_is_stored_not_where_or_when(small, tmp_path, zarr_format):
+    path = small(zarr_format, z={"dims": ("n",), "values": np.zeros(10), "chunks": (5,)})
+    first = content_digest(open_xy(path))
+    assert set(first) == {"x", "y"}
+    shutil.copytree(path, tmp_path / "copy")
+    assert content_digest(open_xy(tmp_path / "copy")) == first
+    key = "x/2.0" if zarr_format == 2 else "x/c/2/0"
+    shutil.rmtree(path / "z")
+    assert content_digest(open_xy(path)) == first  # it is not used
+    stored = (path / key).read_bytes()
+    digests = {first["x"]}
+    for damage in (stored + b"1", stored[:-1], None):
+        if damage is None:
+            (path / key).unlink()
+        else:
+            (path / key).write_bytes(damage)
+        found = content_digest(open_xy(path))
+        assert found["y"] == first["y"]
+        digests.add(found["x"])
+    assert len(digests) == 4
+    without = open_xy(path, isel={"n": {"start": 0, "stop": 8}})  # the last object is not selected
+    assert content_digest(without)["x"] == content_digest(open_xy(tmp_path / "copy", isel=without.config.isel))["x"]
 
 
 # Checksums --------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def rows_of_train(plan):
     return np.concatenate([np.arange(a, b) for a, b in zip(starts.tolist(), stops.tolist(), strict=True)])
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     st.integers(30, 120),
     st.integers(1, 12),

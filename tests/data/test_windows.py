@@ -209,6 +209,25 @@ def test_resume_in_a_pass_of_windows(write_store, tmp_path):
         np.testing.assert_array_equal(stream(Cursor(0, position), [total]), whole[position : position + total])
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("offsets", [0, [-2, 0, 1], {"start": 0, "stop": 6, "step": 2}])
+@pytest.mark.parametrize("stride", [2, 3, 7])
+def test_anchors_of_whole_units_lie_a_stride_apart(write_store, tmp_path, stride, offsets, shuffle):
+    path = write(write_store, tmp_path, 403, (20, 10))
+    samples = open_samples(
+        path, inputs=["t", "u"], targets=["t"], input_offsets=offsets, stride=stride, split={"val": 0.0, "test": 0.0}
+    )
+    plan = replace(plan_data(samples, replicas=2, seed=0), unit_rows=20, cell_rows=20)
+    seen: Counter[int] = Counter()
+    for replica, partition in enumerate(train_partitions(plan)):
+        (batch,) = read_batches(
+            UnitReader(samples), partition, START, [partition.num_samples], replica=replica, shuffle=shuffle
+        )
+        check_values(batch, offsets, 0, seen)
+    low, high = min(0, *listed(offsets), 0), max(0, *listed(offsets), 0)
+    assert sorted(seen.elements()) == [a for a in range(0, 403, stride) if a + low >= 0 and a + high < 403]
+
+
 def test_a_window_longer_than_a_split_is_refused(write_store, tmp_path):
     path = write(write_store, tmp_path, 100, (10, 10))
     samples = open_samples(
