@@ -1,7 +1,8 @@
 """The resident loader: partition + cursor -> batches, read ahead by threads in bounded memory.
 
     read threads      units --> slots of an arena          at most B (open) + R (ahead) + C (cached, never evicted)
-    one assembler     slots --> groups of batches          a few buffers, used again when nobody refers to them
+    one assembler     slots --> groups of batches          a few buffers, used again when nobody refers to them;
+                                                           it reads units too while it would have to wait for one
     the consumer      takes batches, in the order that the plan says
 
 All three keep going while parameters travel, until they run out of slots or buffers. The order of samples is a
@@ -19,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -327,6 +329,35 @@ def _blocks(
         epoch, position = epoch + 1, 0
 
 
+class _Read:
+    """A read that a thread of the pool does, or the one that waits for it: whoever begins first."""
+
+    def __init__(self, pool: ThreadPoolExecutor, read: Callable[[int, int, int], None], *what: int) -> None:
+        self._read = partial(read, *what)
+        self._future: Future[None] = pool.submit(self._read)
+
+    @property
+    def done(self) -> bool:
+        """Whether it is over, well or not."""
+        return self._future.done()
+
+    def claimed(self) -> bool:
+        """Take it away from the pool; false if that is too late."""
+        return self._future.cancel()
+
+    def run(self) -> None:
+        """Do it now; what it raises is kept until it is waited for."""
+        self._future = Future()
+        try:
+            self._future.set_result(self._read())
+        except BaseException as error:
+            self._future.set_exception(error)
+
+    def result(self) -> None:
+        """Wait for it, and raise what it raised."""
+        self._future.result()
+
+
 class _Slots:
     """An arena of units: each slot holds the rows of one part, or is free."""
 
@@ -344,12 +375,15 @@ class _Slots:
             for v in samples.moving
         }
         self._free = list(range(slots))
+        self._closed = False
         self._pool = ThreadPoolExecutor(limits.threads, thread_name_prefix="dtrain-read")
         self._slot_of: dict[tuple[int, int], int] = {}
-        self._futures: dict[tuple[int, int], Future[None]] = {}
+        self._reads: dict[tuple[int, int], _Read] = {}
+        self._waiting: deque[_Read] = deque()
+        """Reads that no thread may have begun, in the order in which they are needed."""
         ranks = np.argsort(hash64(plan.seed, CACHE, partition.units), kind="stable")
         self._cacheable = set(ranks[: limits.cached].tolist())
-        self._cached: dict[int, tuple[int, Future[None]]] = {}
+        self._cached: dict[int, tuple[int, _Read]] = {}
         self._by_part: dict[int, Ints] = {}
         """By epoch and part: its slot."""
         self._relative: dict[int, Ints] = {}
@@ -368,20 +402,30 @@ class _Slots:
         anchors = self._partition.part_anchors(part)
         if not self._regular:
             self._relative[part] = anchors - anchors[0]
-        future = self._pool.submit(self._read, slot, int(anchors[0]), int(anchors[-1]) + 1)
+        read = _Read(self._pool, self._read, slot, int(anchors[0]), int(anchors[-1]) + 1)
+        self._waiting.append(read)
         if part in self._cacheable:
-            self._cached[part] = (slot, future)
+            self._cached[part] = (slot, read)
         else:
-            self._slot_of[epoch, part], self._futures[epoch, part] = slot, future
+            self._slot_of[epoch, part], self._reads[epoch, part] = slot, read
         return True
 
     def _read(self, slot: int, first: int, stop: int) -> None:
         self._count(self._reader.read_into(first, stop, {name: arena[slot] for name, arena in self.arenas.items()}))
 
     def wait(self, epoch: int, part: int) -> None:
-        """Wait until a part is in memory."""
-        future = self._cached[part][1] if part in self._cached else self._futures[epoch, part]
-        future.result()
+        """Wait until a part is in memory, and read what is due next meanwhile: a core has no better use."""
+        read = self._cached[part][1] if part in self._cached else self._reads[epoch, part]
+        while not read.done:
+            if self._closed:
+                return
+            while self._waiting and not self._waiting[0].claimed():
+                self._waiting.popleft()
+            if self._waiting:
+                self._waiting.popleft().run()
+            else:
+                break
+        read.result()
 
     def rows(self, epoch: int, block: Block) -> Rows:
         """Return where the samples of a block lie."""
@@ -404,7 +448,7 @@ class _Slots:
         """Give back the slot of a part that is not needed any more; a cached one stays."""
         slot = self._slot_of.pop((epoch, part), None)
         if slot is not None:
-            del self._futures[epoch, part]
+            del self._reads[epoch, part]
             self._free.append(slot)
 
     def forget(self, epoch: int) -> None:
@@ -413,6 +457,7 @@ class _Slots:
 
     def close(self) -> None:
         """Begin no further read."""
+        self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def clear(self) -> None:
@@ -420,7 +465,8 @@ class _Slots:
         self._pool.shutdown(wait=True)
         self.arenas.clear()
         self._cached.clear()
-        self._futures.clear()
+        self._reads.clear()
+        self._waiting.clear()
 
 
 ALIGNMENT = 64

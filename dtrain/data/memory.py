@@ -2,7 +2,7 @@
 
     slots     (B open + R ahead + C cached) units     for each replica, and for each piece of an evaluation
     buffers   a few groups of batches                 likewise
-    scratch   what decoding one unit needs            for each read thread
+    scratch   what decoding one unit needs            for each read thread, and the assembler
 
 What a worker may hold changes its speed only: how many units it keeps, how many loaders it keeps.
 """
@@ -10,6 +10,7 @@ What a worker may hold changes its speed only: how many units it keeps, how many
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -18,7 +19,7 @@ from dtrain.data.samples import Samples
 from dtrain.data.store import is_remote
 from dtrain.errors import ChunkTooLarge, OutOfMemory
 
-GROUP_BYTES = 1 << 20
+GROUP_BYTES = 4 << 20
 """Batches are assembled together until they have this size, so that small ones cost no more than large ones."""
 GROUP_BATCHES = 32
 BUFFERS = 4
@@ -27,7 +28,8 @@ LARGE_BATCH_BYTES = 32 << 20
 """Of batches larger than this there are two buffers only."""
 AHEAD = 3
 AHEAD_REMOTE = 8
-THREADS = 2
+THREADS = min(4, max(1, (os.cpu_count() or 2) // 2))
+"""The assembler reads too when it would wait: together they use the cores, and more threads would fight for them."""
 THREADS_REMOTE = 8
 
 
@@ -40,7 +42,7 @@ class Limits:
     cached: int = 0
     """Units that are kept once they are read."""
     threads: int = THREADS
-    """Units that are read at once."""
+    """That read units, besides the assembler."""
     buffers: int = BUFFERS
     """Groups of batches; at least 2."""
 
@@ -115,7 +117,7 @@ class LoaderLaw:
     buffers: int
     """Bytes of all buffers of a loader."""
     scratch: int
-    """Bytes that a read thread needs."""
+    """Bytes that a thread needs which decodes."""
 
     @property
     def moving(self) -> int:
@@ -130,7 +132,7 @@ class LoaderLaw:
     @property
     def total(self) -> int:
         """Bytes of all of them."""
-        each = self.moving * self.unit + self.buffers + self.limits.threads * self.scratch
+        each = self.moving * self.unit + self.buffers + (self.limits.threads + 1) * self.scratch
         return max(1, self.kept) * each + self.cached_bytes
 
     def sentence(self) -> str:
@@ -139,7 +141,7 @@ class LoaderLaw:
         return (
             f"{max(1, self.kept)} x ({self.moving} units ({self.open} open, {limits.ahead} ahead) of "
             f"{format_bytes(self.unit)}"
-            f" + batches {format_bytes(self.buffers)} + decoding {limits.threads} x {format_bytes(self.scratch)})"
+            f" + batches {format_bytes(self.buffers)} + decoding {limits.threads + 1} x {format_bytes(self.scratch)})"
         )
 
 
@@ -244,7 +246,7 @@ def plan_memory(train: Reading, evaluate: Reading | None, limit: int, what: str,
             limit=limit,
             what=what,
         )
-        for r, t in ((ahead, threads), (2, 2), (1, 1))
+        for r, t in ((ahead, threads), (2, min(2, threads)), (1, 1))
         for count, kept in [
             (train.loaders, evaluate.loaders if evaluate else 0),
             *((n, 0) for n in range(train.loaders, 0, -1)),

@@ -36,6 +36,8 @@ SplitName: TypeAlias = Literal["train", "val", "test", "all"]
 
 UNIT_BYTES = 1 << 20
 """A unit holds at least this many decoded bytes if that leaves enough units."""
+PART_BYTES = 4 << 20
+"""Of a large shard, a unit holds at most this many."""
 WINDOW_BYTES = 64 << 20
 """The window of the shuffle holds about this many decoded bytes, between 8 and 64 units."""
 GROWN_BYTES = 32 << 20
@@ -303,7 +305,7 @@ def _unit_rows(samples: Samples, replicas: int, *, whole: bool) -> int:
     inner = common_rows([v.chunk_rows for v in samples.streamed])
     if boundary * row_bytes > WHOLE_OBJECT_BYTES and boundary > inner and boundary % inner == 0:
         sizes = [inner * n for n in range(1, boundary // inner + 1) if boundary % (inner * n) == 0]
-        start = max([size for size in sizes if size * row_bytes <= 2 * UNIT_BYTES] or sizes[:1])
+        start = max([size for size in sizes if size * row_bytes <= PART_BYTES] or sizes[:1])
         candidates = [size for size in sizes if size >= start]
     else:
         wanted = math.ceil(UNIT_BYTES / (boundary * row_bytes)) if whole else 1

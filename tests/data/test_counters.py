@@ -183,7 +183,7 @@ def test_a_shard_larger_than_8_mib_is_read_in_units_of_whole_inner_chunks(write_
     # a row is 8 KiB: shards of 1152 rows are 9 MiB, their inner chunks of 96 rows 0.75 MiB
     samples = big_shards(write_store, tmp_path / "s", shards=1152, chunks=96, rows=2 * 1152 + 500)
     plan, part = only_partition(samples)
-    assert (plan.unit_rows, plan.group) == (192, 1)  # two of twelve chunks: 1.5 MiB; three shards are few
+    assert (plan.unit_rows, plan.group) == (384, 1)  # four of twelve chunks: 3 MiB; three shards are few
     shards = [key for key in chunk_files(Path(samples.path)) if key.startswith("x/")]
     assert len(shards) == 3
     size = sum((Path(samples.path) / key).stat().st_size for key in shards)
@@ -196,11 +196,11 @@ def test_a_shard_larger_than_8_mib_is_read_in_units_of_whole_inner_chunks(write_
         for batch in stream:
             np.testing.assert_array_equal(batch.inputs[0][:, 0], batch.targets[1])
             assert not batch.inputs[0][:, 1:].any()
-        assert reader.units_decoded == count * plan.num_units == count * 15
+        assert reader.units_decoded == count * plan.num_units == count * 8
         requests, indices, read = counted.get()
         assert indices == 3  # one a shard, in all passes together
         if which == "zarr":
-            assert requests == count * 15 + 3  # index(n) has three objects; it is small, so it is kept
+            assert requests == count * 8 + 3  # index(n) has three objects; it is small, so it is kept
             assert read <= count * size + 3 * (index_size(samples) + 16 * 12 + 4)
 
 
@@ -212,7 +212,7 @@ def index_size(samples):
 def small_shards(write_store, tmp_path, monkeypatch):
     """What counts as large is scaled down by 1024, so that small stores have many large shards."""
     monkeypatch.setattr(partition, "WHOLE_OBJECT_BYTES", 8 << 10)
-    monkeypatch.setattr(partition, "UNIT_BYTES", 1 << 10)
+    monkeypatch.setattr(partition, "PART_BYTES", 2 << 10)
     monkeypatch.setattr(partition, "GROWN_BYTES", 32 << 10)
 
     def write(shards, shard_rows=24, chunk_rows=2, rows=None, blocks=1, **data):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dtrain.data import memory
 from dtrain.data.loader import Loader
 from dtrain.data.memory import (
     Limits,
@@ -32,6 +33,11 @@ def reading(samples, *, loaders=3, batch_size=50, shuffle=True, units=None, **pl
     return Reading(samples=samples, plan=planned, loaders=loaders, units=units, batch_size=batch_size, shuffle=shuffle)
 
 
+@pytest.fixture(autouse=True)
+def _four_cores(monkeypatch):
+    monkeypatch.setattr(memory, "THREADS", 2)
+
+
 # One variable v0 of 1000 rows of 25 float32 (100 bytes) in chunks of 10, input and target: a sample has 200 bytes.
 HUNDRED = make_samples(1000, 10, row=(25,))
 
@@ -42,15 +48,15 @@ def test_the_terms_of_the_law_by_hand():
     assert law.unit == slot_bytes(HUNDRED, reading(HUNDRED).plan) == 1_000
     assert (law.kept, law.open, law.units, law.limits) == (3, 8, 100, Limits(ahead=3, cached=0, threads=2, buffers=4))
     assert law.moving == 8 + 3
-    assert law.buffers == 4 * 32 * 50 * 200  # 32 batches of 10 kB are less than 1 MiB
+    assert law.buffers == 4 * 32 * 50 * 200  # 32 batches of 10 kB are less than 4 MiB
     assert law.scratch == 2 * (1 + 1) * 1_000  # the chunk of a unit, and one more if they do not lie alike
-    assert law.total == 3 * (11 * 1_000 + 1_280_000 + 2 * 4_000)
+    assert law.total == 3 * (11 * 1_000 + 1_280_000 + 3 * 4_000)  # two threads, and the assembler
     assert law.cached_bytes == 0
     whole = plan_memory(reading(HUNDRED), reading(HUNDRED, loaders=2, shuffle=False), 10_000_000, "the limit", cache=0)
     assert whole.train == law
     assert (whole.evaluate.open, whole.evaluate.moving) == (1, 4)  # in order, one unit is open
-    assert whole.total == law.total + 2 * (4 * 1_000 + 1_280_000 + 8_000) == 6_481_000
-    assert "train 3 x (11 units (8 open, 3 ahead) of 1.0 kB + batches 1.3 MB + decoding 2 x 4.0 kB)" in whole.sentence()
+    assert whole.total == law.total + 2 * (4 * 1_000 + 1_280_000 + 12_000) == 6_501_000
+    assert "train 3 x (11 units (8 open, 3 ahead) of 1.0 kB + batches 1.3 MB + decoding 3 x 4.0 kB)" in whole.sentence()
     assert whole.sentence().endswith("= 6.5 MB")
 
 
@@ -59,17 +65,17 @@ def test_groups_of_batches_by_hand():
         return reading(HUNDRED, batch_size=batch_size).law(kept=1, ahead=3, threads=2)
 
     assert law(1).buffers == 4 * 32 * 200
-    assert law(1_000).buffers == 4 * ((1 << 20) + 200_000)  # as many batches as make 1 MiB, and less than one more
-    assert law(10_000).buffers == 4 * ((1 << 20) + 2_000_000)
-    assert law(200_000).buffers == 2 * ((1 << 20) + 40_000_000)  # large ones have two buffers
+    assert law(1_000).buffers == 4 * ((4 << 20) + 200_000)  # as many batches as make 4 MiB, and less than one more
+    assert law(10_000).buffers == 4 * ((4 << 20) + 2_000_000)
+    assert law(200_000).buffers == 2 * ((4 << 20) + 40_000_000)  # large ones have two buffers
     assert law(200_000).limits.buffers == 2
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"), [(1, 32), (100, 32), (163, 32), (164, 32), (200, 27), (5_000, 2), (5_242, 2), (5_243, 1)]
+    ("size", "expected"), [(1, 32), (100, 32), (655, 32), (656, 32), (800, 27), (20_000, 2), (20_971, 2), (20_972, 1)]
 )
-def test_as_many_batches_are_assembled_together_as_make_1_mib(size, expected):
-    # 27 * 200 * 200 bytes are the first that are at least 1 MiB
+def test_as_many_batches_are_assembled_together_as_make_4_mib(size, expected):
+    # 27 * 800 * 200 bytes are the first that are at least 4 MiB
     assert group_batches(itertools.repeat(size), HUNDRED) == [size] * expected
     assert group_batches(iter([size]), HUNDRED) == [size]
     assert group_batches(iter([]), HUNDRED) == []
@@ -111,7 +117,7 @@ def plan_for(limit, cache=None, loaders=3, pieces=2, **options):
 
 def test_what_is_left_is_shared_by_the_caches():
     least = plan_for(10**9, cache=0).total
-    assert least == 6_481_000
+    assert least == 6_501_000
     wanted = (3 + 2) * 100 * 1_000
     for share in (0.0, 0.01, 0.25, 0.5, 0.999, 1.0, 7.0):
         room = int(share * wanted)
@@ -140,22 +146,22 @@ def test_without_an_evaluation_training_has_all():
     [
         (0, 3, 2, 3, 2),
         (1, 3, 0, 3, 2),  # one loader of an evaluation at a time
-        (1_292_001, 2, 0, 3, 2),  # a train loader less
-        (1_292_001 + 1_299_000, 1, 0, 3, 2),
-        (1_292_001 + 2 * 1_299_000, 1, 0, 2, 2),  # two units of less
-        (1_292_001 + 2 * 1_299_000 + 2_000, 1, 0, 1, 1),
+        (1_296_001, 2, 0, 3, 2),  # a train loader less
+        (1_296_001 + 1_303_000, 1, 0, 3, 2),
+        (1_296_001 + 2 * 1_303_000, 1, 0, 2, 2),  # two units of less
+        (1_296_001 + 2 * 1_303_000 + 2_000, 1, 0, 1, 1),
     ],
 )
 def test_short_memory_means_fewer_loaders_then_less_ahead(short_by, kept, evaluate, ahead, threads):
-    law = plan_for(6_481_000 - short_by)
+    law = plan_for(6_501_000 - short_by)
     assert (law.train.kept, law.evaluate.kept) == (kept, evaluate)
     assert (law.train.limits.ahead, law.train.limits.threads) == (ahead, threads)
     assert (law.evaluate.limits.ahead, law.evaluate.limits.threads) == (ahead, threads)
-    assert law.total <= 6_481_000 - short_by
+    assert law.total <= 6_501_000 - short_by
 
 
 def test_too_little_memory_is_refused_with_the_arithmetic():
-    least = (9 * 1_000 + 1_280_000 + 4_000) + (2 * 1_000 + 1_280_000 + 4_000)
+    least = (9 * 1_000 + 1_280_000 + 8_000) + (2 * 1_000 + 1_280_000 + 8_000)
     law = plan_for(least)
     assert law.total == least
     assert (law.train.limits.cached, law.evaluate.limits.cached) == (0, 0)
@@ -165,8 +171,8 @@ def test_too_little_memory_is_refused_with_the_arithmetic():
     assert error.code == 8
     assert (
         "p.zarr: the data path needs train 1 x (9 units (8 open, 1 ahead) of 1.0 kB + batches 1.3 MB + "
-        "decoding 1 x 4.0 kB) + evaluate 1 x (2 units (1 open, 1 ahead) of 1.0 kB + batches 1.3 MB + "
-        "decoding 1 x 4.0 kB) = 2.6 MB; the limit is 2.6 MB."
+        "decoding 2 x 4.0 kB) + evaluate 1 x (2 units (1 open, 1 ahead) of 1.0 kB + batches 1.3 MB + "
+        "decoding 2 x 4.0 kB) = 2.6 MB; the limit is 2.6 MB."
     ) in error.message
     assert "cluster.memory" in error.hint
 

@@ -154,9 +154,9 @@ def test_units_of_a_store_with_gaps_are_single_objects():
     assert plan_data(samples, replicas=4, seed=0, absent=((100, 110),)).unit_rows == 10
 
 
-@pytest.mark.parametrize(("object_rows", "unit_rows", "group"), [(2048, 2048, 1), (2112, 352, 6)])
+@pytest.mark.parametrize(("object_rows", "unit_rows", "group"), [(2048, 2048, 1), (2112, 704, 3)])
 def test_shards_of_more_than_8_mib_are_cut(object_rows, unit_rows, group):
-    # a row has 4 KiB: 2048 rows are 8 MiB; of 352 rows of 2112, 1.4 MiB, the next longer divisor is more than 2 MiB
+    # a row has 4 KiB: 2048 rows are 8 MiB; of 704 rows of 2112, 2.8 MiB, the next longer divisor is more than 4 MiB
     samples = make_samples(object_rows * 100, object_rows, row=(1024,), chunk_rows=32)
     plan = plan_data(samples, replicas=2, seed=0)
     assert (plan.unit_rows, plan.group) == (unit_rows, group)
