@@ -42,6 +42,7 @@ class StepsTaken:
     """A local task is on its way. Comes a few times a second at most; may come twice, late, or not at all."""
 
     round: int
+    """0: the pass over the rows for ``data.normalize``; its steps are units."""
     replica: int
     step: int
     """Local steps of the task that are done."""

@@ -32,6 +32,7 @@ from dtrain.data.samples import Samples
 from dtrain.data.source import describe
 from dtrain.data.statistics import scalings_of
 from dtrain.errors import ClusterUnsuitable, DataChanged, InvalidConfig, LengthsDiffer
+from dtrain.events import StepsTaken
 from dtrain.runtime.cluster import ClusterRunner, describe_there
 from dtrain.runtime.connect import Connection, open_cluster
 from dtrain.runtime.resident import RunSpec, Source
@@ -207,6 +208,7 @@ def open_runner(
     client: Client | None = None,
     most_units: int | None = None,
     full: bool = False,
+    on_progress: Callable[[StepsTaken], None] | None = None,
 ) -> Iterator[tuple[Runner, Resolved]]:
     """Open the place that the job's configuration names, resolve what decides bits, and give a runner.
 
@@ -223,6 +225,8 @@ def open_runner(
         Units of each partition that ``data.normalize`` looks at, for an estimate; all of them, if not given.
     full : bool
         Look for missing chunks in every shard, also of remote stores with very many.
+    on_progress : callable, optional
+        Is told how far the pass for ``data.normalize`` is.
 
     Raises
     ------
@@ -244,6 +248,7 @@ def open_runner(
         normalize = job.config.data.normalize
         if normalize and not resolved.scalings:
             with place.runner(make_spec(job, resolved, f"{run_id}-n", place)) as runner:
+                runner.on_progress = on_progress or runner.on_progress
                 moments = runner.collect([runner.submit_moments(most_units)])[0]
             scalings = scalings_of(moments, job.samples.variables)
             resolved = replace(resolved, scalings=scalings)

@@ -84,7 +84,7 @@ def train_job(
             return opened
         scheduler = job.config.cluster.scheduler if client is None else str(client.scheduler.address)
         tell(ClusterOpening(run=str(run), scheduler=scheduler))
-        with open_runner(job, uuid.uuid4().hex[:8], known=known, client=client) as (runner, resolved):
+        with open_runner(job, uuid.uuid4().hex[:8], known=known, client=client, on_progress=tell) as (runner, resolved):
             plan = resolved.plan
             if state is None:
                 state = initial_state(runner, job, plan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,19 +81,26 @@ def moments_of(values: npt.NDArray[Any], axis: int | None) -> Moments:
 
 
 def partition_moments(
-    reader: UnitReader, partition: Partition, names: Iterable[str], most_units: int | None = None
+    reader: UnitReader,
+    partition: Partition,
+    names: Iterable[str],
+    most_units: int | None = None,
+    on_unit: Callable[[int, int], None] = lambda units, rows: None,
 ) -> dict[str, Moments]:
     """Return, by variable, the moments of the rows that a partition owns: one pass, unit by unit.
 
-    `most_units` makes it an estimate, from the first units.
+    `most_units` makes it an estimate, from the first units. `on_unit` is told how many units and rows are done.
     """
     found: dict[str, Moments] = {}
+    units = count = 0
     for name in names:
         variable = reader.samples.variable(name)
         axis = channel_axis(variable)
         for rows in itertools.islice(_rows(reader, partition, variable), most_units):
             more = moments_of(unpack(rows, variable.encoding), axis)
             found[name] = found[name] + more if name in found else more
+            units, count = units + 1, count + len(rows)
+            on_unit(units, count)
     return found
 
 
@@ -104,7 +111,7 @@ def _rows(reader: UnitReader, partition: Partition, variable: Variable) -> Itera
     starts, stops = cell_bounds(partition.plan, partition.cells)
     owner = partition.cells // partition.plan.cells_per_unit
     for unit in partition.units.tolist():
-        of_unit = owner == unit
+        of_unit = slice(*np.searchsorted(owner, [unit, unit + 1]))
         first, last = int(starts[of_unit].min()), int(stops[of_unit].max())
         rows = reader.read_rows(variable, first, last)
         owned = np.zeros(len(rows), bool)

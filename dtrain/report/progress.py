@@ -105,6 +105,7 @@ class _Terminal:
         )
         if event.dashboard:
             self._say(f"dashboard {event.dashboard} · stop with Ctrl-C (committed rounds are kept)")
+        self._finish()
         self._task = self._progress.add_task("round", total=event.rounds, completed=event.round, note="")
 
     def _step(self, event: StepsTaken) -> None:
@@ -113,7 +114,12 @@ class _Terminal:
         self._steps[event.replica] = event
         shown = [self._steps[k] for k in sorted(self._steps)]
         speed = sum(e.samples / e.seconds for e in shown)
-        text = f"round {event.round}: {_replicas(shown)}, {speed:,.0f} samples/s"
+        what = f"round {event.round}" if event.round else "mean and deviation, units"
+        text = f"{what}: {_replicas(shown)}, {speed:,.0f} samples/s"
+        if not event.round and not self._progress.disable:  # rounds have not begun
+            if self._task is None:
+                self._task = self._progress.add_task("data", total=1.0, note="")
+            self._progress.update(self._task, completed=min(e.step / e.steps for e in shown))
         if self._task is not None:
             self._progress.update(self._task, note=text)
         now = time.monotonic()

@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -391,10 +392,12 @@ def _initialise(run_id: str) -> Initial:
 
 
 def _train_local(run_id: str, task: LocalTask, params: Reduced | Parameters, inner: Update | InnerState) -> Update:
-    def progress(event: StepsTaken) -> None:
-        get_worker().log_event(f"dtrain-{run_id}", {"steps": asdict(event)})  # Dask adds a key
+    resident, progress = resident_of(run_id), partial(_tell, run_id)
+    return tasks.train_local(resident, task, tasks.mixed_of(params), tasks.inner_of(inner), progress)
 
-    return tasks.train_local(resident_of(run_id), task, tasks.mixed_of(params), tasks.inner_of(inner), progress)
+
+def _tell(run_id: str, event: StepsTaken) -> None:
+    get_worker().log_event(f"dtrain-{run_id}", {"steps": asdict(event)})  # Dask adds a key
 
 
 def _evaluate_piece(run_id: str, params: Reduced | Parameters, split: SplitName, piece: int) -> Sums:
@@ -402,7 +405,7 @@ def _evaluate_piece(run_id: str, params: Reduced | Parameters, split: SplitName,
 
 
 def _take_moments(run_id: str, replica: int, most_units: int | None) -> dict[str, Moments]:
-    return tasks.take_moments(resident_of(run_id), replica, most_units)
+    return tasks.take_moments(resident_of(run_id), replica, most_units, partial(_tell, run_id))
 
 
 def describe_there(connection: Connection, config: DataConfig, base: Path, workers: tuple[str, ...]) -> Samples:

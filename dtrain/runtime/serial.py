@@ -56,7 +56,7 @@ class SerialRunner:
     def submit_moments(self, most_units: int | None) -> Any:
         """Return the moments of the variables of ``data.normalize``."""
         replicas = range(self._resident.spec.plan.replicas)
-        return merge_moments([tasks.take_moments(self._resident, k, most_units) for k in replicas])
+        return merge_moments([tasks.take_moments(self._resident, k, most_units, self.on_progress) for k in replicas])
 
     def submit_evaluation(self, params: Any, split: SplitName) -> Any:
         """Evaluate parameters on a split."""

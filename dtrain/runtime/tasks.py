@@ -204,7 +204,7 @@ def train_local(
             ((sum(step), _taken(batches, len(step))) for step in sizes),
             first_step=task.step,
             total_steps=task.total_steps,
-            on_step=_at_intervals(progress, task),
+            on_step=_at_intervals(progress, task.round, task.replica, task.num_steps),
         )
         after = flatten(module, params.layout)
         counted = loader.counted()
@@ -226,7 +226,7 @@ def train_local(
     )
 
 
-def _at_intervals(progress: Progress, task: LocalTask) -> Callable[[int, int], None]:
+def _at_intervals(progress: Progress, round: int, replica: int, steps: int) -> Callable[[int, int], None]:
     began = last = time.monotonic()
 
     def on_step(step: int, samples: int) -> None:
@@ -235,10 +235,10 @@ def _at_intervals(progress: Progress, task: LocalTask) -> Callable[[int, int], N
         if now - last >= PROGRESS_SECONDS:
             last = now
             event = StepsTaken(
-                round=task.round,
-                replica=task.replica,
+                round=round,
+                replica=replica,
                 step=step,
-                steps=task.num_steps,
+                steps=steps,
                 samples=samples,
                 seconds=now - began,
             )
@@ -349,12 +349,14 @@ def evaluate_piece(resident: Resident, params: Parameters, split: SplitName, pie
                 resident.release((split, piece))
 
 
-def take_moments(resident: Resident, replica: int, most_units: int | None = None) -> dict[str, Moments]:
+def take_moments(resident: Resident, replica: int, most_units: int | None, progress: Progress) -> dict[str, Moments]:
     """Return the moments of the variables of ``data.normalize`` over the rows of a replica's partition."""
     spec = resident.spec
     source, partition = spec.sources[resident.stores[replica]], resident.partitions[replica]
     reader = resident.reader(source)
-    return partition_moments(reader, partition, spec.config.data.normalize, most_units)
+    names = spec.config.data.normalize
+    units = len(names) * min(len(partition.units), most_units or len(partition.units))
+    return partition_moments(reader, partition, names, most_units, _at_intervals(progress, 0, replica, units))
 
 
 def merge_pieces(pieces: list[Sums]) -> Sums:

@@ -9,8 +9,9 @@ import pytest
 
 import dtrain
 from dtrain.data.samples import Samples
-from dtrain.events import Event, RoundFinished, StepsTaken
+from dtrain.events import Event, RoundFinished, RunStarted, StepsTaken
 from dtrain.report.progress import terminal_progress
+from dtrain.runtime import tasks
 from tests.runtime import models
 
 
@@ -46,6 +47,49 @@ def test_steps_come_before_the_round_is_finished(
     assert all(event.samples == event.step * 8 and event.steps == 45 for event in steps)
     logged = (tmp_path / "run-1" / "events.jsonl").read_text()
     assert "StepsTaken" not in logged
+
+
+@pytest.mark.parametrize("place", ["serial", "cluster"])
+def test_the_pass_for_normalisation_tells_how_far_it_is(
+    blobs: Path, tmp_path: Path, request: pytest.FixtureRequest, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where: Any = "serial"
+    if place == "cluster":
+        where = request.getfixturevalue("client")
+        where.run(set_interval, 0.0)
+        request.addfinalizer(lambda: where.run(set_interval, tasks.PROGRESS_SECONDS))
+    else:
+        monkeypatch.setattr(tasks, "PROGRESS_SECONDS", 0.0)
+    events: list[Event] = []
+    dtrain.train(
+        models.small,
+        dtrain.open_samples(blobs, inputs=["x"], targets=["y"], normalize=["x"]),
+        train={"loss": "cross_entropy", "rounds": 1, "batch_size": 16},
+        average={"replicas": 2},
+        cluster=where,
+        run_dir=tmp_path,
+        progress=False,
+        report=events.append,
+    )
+    started = next(i for i, event in enumerate(events) if isinstance(event, RunStarted))
+    steps = [event for event in events[:started] if isinstance(event, StepsTaken)]
+    assert {event.round for event in steps} == {0}
+    assert {event.replica for event in steps} == {0, 1}
+    for event in steps:
+        assert 1 <= event.step <= event.steps
+
+
+def set_interval(seconds: float) -> None:
+    tasks.PROGRESS_SECONDS = seconds
+
+
+def test_the_pass_for_normalisation_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dtrain.report.progress.PLAIN_SECONDS", 0.0)
+    with terminal_progress(color=False) as show:
+        show(StepsTaken(round=0, replica=1, step=3, steps=10, samples=600, seconds=0.5))
+    assert capsys.readouterr().err.splitlines() == ["mean and deviation, units: replica 1 3/10, 1,200 samples/s"]
 
 
 def test_without_a_terminal_a_long_round_says_so_now_and_then(
