@@ -10,11 +10,11 @@ from one unit has 0). Beside dtrain's window of B units, which needs the memory 
     full                  all rows of the pass
 
 Loss: two data sets that are stored in the worst order. "Classes": a mixture of 50 Gaussians, one class after the other.
-"Time": a regression of which input and noise drift with the seasons and with a trend. Four replicas of 1,000 units each,
-a window of 64 units as for 1 GB a replica (100 GB on 100 workers), averaged every 250 steps, two passes, cosine
-schedule. Each order trains from each seed with the same settings through dtrain
-itself; only the order differs. What counts is the loss on held-out rows at the end: does it lie within what five seeds
-of a full shuffle give?
+"Time": a regression of which input and noise drift with the seasons and with a trend. Four replicas of 1,000 units
+each, a window of 64 units as for 1 GB a replica (100 GB on 100 workers), averaged every 250 steps, two passes, cosine
+schedule. Each order trains from each seed with the same settings through dtrain itself;
+only the order differs. What counts is the loss on held-out rows at the end: does it lie within what five seeds of a
+full shuffle give?
 """
 
 from __future__ import annotations
@@ -200,6 +200,7 @@ def main() -> None:
         (1000, 1024, 64, 256),
         (1000, 2048, 32, 256),
         (1000, 4096, 16, 256),
+        (1000, 8192, 8, 256),
     ):
         bits = entropies(units, rows, window, batch)
         found["entropy"].append({"units": units, "rows": rows, "window": window, "batch": batch, **bits})
