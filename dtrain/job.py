@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from distributed import Client
@@ -33,7 +34,7 @@ from dtrain.data.source import describe
 from dtrain.data.statistics import scalings_of
 from dtrain.errors import ClusterUnsuitable, DataChanged, InvalidConfig, LengthsDiffer
 from dtrain.events import StepsTaken
-from dtrain.runtime.cluster import ClusterRunner, describe_there
+from dtrain.runtime.cluster import ClusterRunner, call_there
 from dtrain.runtime.connect import Connection, open_cluster
 from dtrain.runtime.resident import RunSpec, Source
 from dtrain.runtime.runner import Runner
@@ -42,6 +43,9 @@ from dtrain.runtime.tasks import EVAL_BATCH
 from dtrain.runtime.usercode import directory_of, load_function, pickle_functions, source_sha256
 
 Functions = dict[str, Callable[..., Any]]
+
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,11 +244,11 @@ def open_runner(
         resolved = known or resolve(job, place)
         if known is not None:
             _check_kind(job, known)
-        for samples in _checked_samples(job):
+        for store, samples in _samples_of(job):
             if samples.config.missing == "error":
-                check_presence(samples, full=full)
+                place.look(store, partial(check_presence, samples, full=full))
         if known is not None:
-            _check_contents(job, known)
+            _check_contents(job, known, place)
         normalize = job.config.data.normalize
         if normalize and not resolved.scalings:
             with place.runner(make_spec(job, resolved, f"{run_id}-n", place)) as runner:
@@ -280,9 +284,13 @@ class Place:
         """Describe a store that only its workers can see, by one of them."""
         if store.samples is not None:
             return store
-        if self.connection is None:
-            return replace(store, samples=describe(store.config, base))
-        return replace(store, samples=describe_there(self.connection, store.config, base, store.workers))
+        return replace(store, samples=self.look(store, partial(describe, store.config, base)))
+
+    def look(self, store: Store | None, call: Callable[[], Value]) -> Value:
+        """Call a function where a store can be seen: on one of its workers, if it has some, else here."""
+        if store is None or not store.workers or self.connection is None:
+            return call()
+        return call_there(self.connection, str(store.config.path), store.workers, call)
 
     @property
     def device(self) -> str:
@@ -311,10 +319,10 @@ def _smaller(limit: int, what: str, given: int | None) -> tuple[int, str]:
     return (given, "data.memory") if given is not None and given < limit else (limit, what)
 
 
-def _checked_samples(job: Job) -> list[Samples]:
-    """Return the samples of all stores that this process can look at."""
-    mine = [store.described for store in job.stores if not store.workers]
-    return mine if job.held_out is None else [*mine, job.held_out]
+def _samples_of(job: Job) -> list[tuple[Store | None, Samples]]:
+    """Return the stores that are read, with their samples; that of ``data.val_path`` is none of `Job.stores`."""
+    found: list[tuple[Store | None, Samples]] = [(store, store.described) for store in job.stores]
+    return found if job.held_out is None else [*found, (None, job.held_out)]
 
 
 def make_spec(job: Job, resolved: Resolved, run_id: str, place: Place) -> RunSpec:
@@ -394,14 +402,14 @@ def resolve(job: Job, place: Place) -> Resolved:
             replicas = store.replicas
         else:
             replicas = min(place.num_workers, count_units(samples)) if wanted == "auto" else wanted
-        absent = absent_rows(samples) if samples.config.missing == "skip" and not store.workers else ()
+        absent = place.look(store, partial(absent_rows, samples)) if samples.config.missing == "skip" else ()
         plans.append(plan_data(samples, replicas=replicas, seed=seed, absent=absent))
     device = place.device if job.config.train.device == "auto" else job.config.train.device
     if device == "cuda" and place.device != "cuda":
         raise ClusterUnsuitable(
             'train.device = "cuda", but not every worker has a GPU that torch can use.', 'Set train.device = "cpu".'
         )
-    contents = tuple(content_digest(samples) for samples in _checked_samples(job))
+    contents = tuple(place.look(store, partial(content_digest, samples)) for store, samples in _samples_of(job))
     return Resolved(plan=JointPlan(tuple(plans)), scalings={}, device=device, contents=contents)
 
 
@@ -429,10 +437,10 @@ def _check_kind(job: Job, known: Resolved) -> None:
             )
 
 
-def _check_contents(job: Job, known: Resolved) -> None:
+def _check_contents(job: Job, known: Resolved, place: Place) -> None:
     """Refuse a store that has been written again since the run's first start."""
-    for samples, before in zip(_checked_samples(job), known.contents, strict=False):
-        now = content_digest(samples)
+    for (store, samples), before in zip(_samples_of(job), known.contents, strict=False):
+        now = place.look(store, partial(content_digest, samples))
         changed = [name for name, digest in before.items() if now.get(name, digest) != digest]
         if changed:
             raise DataChanged(

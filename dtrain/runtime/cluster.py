@@ -18,9 +18,8 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from distributed import Client, Future, KilledWorker, WorkerPlugin, get_worker, wait
 from distributed.client import ClosedClientError
@@ -28,10 +27,7 @@ from distributed.comm.core import CommClosedError
 
 from dtrain.algorithm.evaluate import Sums
 from dtrain.algorithm.params import InnerState, Parameters
-from dtrain.config import DataConfig
 from dtrain.data.partition import SplitName
-from dtrain.data.samples import Samples
-from dtrain.data.source import describe
 from dtrain.data.statistics import Moments, merge_moments
 from dtrain.errors import ClusterLost, ClusterUnsuitable, DtrainError
 from dtrain.events import StepsTaken
@@ -63,6 +59,9 @@ GONE = (
     OSError,
 )
 """How Dask says that a value cannot be had any more."""
+
+
+Value = TypeVar("Value")
 
 
 class RunPlugin(WorkerPlugin):  # type: ignore[misc]
@@ -109,7 +108,7 @@ class ClusterRunner:
 
     def initialise(self) -> Initial:
         """Build the model and try it on one batch."""
-        future = self._submit(_initialise, "initialise", self.spec.run_id, resources=RESOURCE)
+        future = self._submit(_initialise, "initialise", self.spec.run_id, at=self._allowed(0), resources=RESOURCE)
         initial: Initial = self.collect([future])[0]
         return initial
 
@@ -408,8 +407,8 @@ def _take_moments(run_id: str, replica: int, most_units: int | None) -> dict[str
     return tasks.take_moments(resident_of(run_id), replica, most_units, partial(_tell, run_id))
 
 
-def describe_there(connection: Connection, config: DataConfig, base: Path, workers: tuple[str, ...]) -> Samples:
-    """Describe a store by a worker that can see it.
+def call_there(connection: Connection, path: str, workers: tuple[str, ...], call: Callable[[], Value]) -> Value:
+    """Call a function on a worker that can see a store.
 
     Raises
     ------
@@ -419,9 +418,8 @@ def describe_there(connection: Connection, config: DataConfig, base: Path, worke
     live = [worker for worker in workers if worker in connection.client.nthreads()]
     if not live:
         raise ClusterUnsuitable(
-            f"data.path {config.path}: none of its workers ({', '.join(workers)}) is in the cluster.",
+            f"data.path {path}: none of its workers ({', '.join(workers)}) is in the cluster.",
             f"There are {', '.join(sorted(connection.client.nthreads()))}.",
         )
-    future = connection.client.submit(describe, config, base, workers=live, pure=False)
-    found: Samples = future.result()
+    found: Value = connection.client.submit(call, workers=live, pure=False).result()
     return found

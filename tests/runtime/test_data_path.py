@@ -17,7 +17,15 @@ from distributed import Client
 import dtrain
 from dtrain.config import TrainConfig
 from dtrain.data.partition import JointPlan, cell_bounds, split_cells, train_partitions
-from dtrain.errors import ClusterUnsuitable, DtrainError, InvalidConfig, LengthsDiffer, UserCodeFailed
+from dtrain.errors import (
+    ChunkMissing,
+    ClusterUnsuitable,
+    DataChanged,
+    DtrainError,
+    InvalidConfig,
+    LengthsDiffer,
+    UserCodeFailed,
+)
 from dtrain.job import job_from_config
 from dtrain.trainer import train_job
 from tests.runtime import models
@@ -267,6 +275,27 @@ def test_parameters_travel_and_data_stay(
     run = start("private", own_client, data={"path": private}, average={})
     open_to_all = [{"path": str(folder / "private.zarr")} for folder in folders]
     assert shas(run) == shas(start("open", data={"path": open_to_all}, average={}))
+
+
+def test_chunks_that_only_a_worker_sees_are_looked_for_before_training(
+    start: Callable[..., dtrain.Run], stores: Callable[..., Path], own_client: Client
+) -> None:
+    workers = sorted(own_client.nthreads())
+    folders = [stores("a", 300).parent, stores("bb", 500).parent]
+    for worker, folder in zip(workers, folders, strict=True):
+        own_client.run(os.chdir, str(folder), workers=[worker])
+    (folders[1] / "private.zarr" / "x" / "c" / "7" / "0").unlink()
+    private = [{"path": "/proc/self/cwd/private.zarr", "workers": [worker]} for worker in workers]
+    events: list[Any] = []
+    with pytest.raises(ChunkMissing, match="chunk x/c/7/0 of x is missing"):
+        start("stops", own_client, events.append, data={"path": private}, average={})
+    assert [type(event).__name__ for event in events] == ["ClusterOpening"]
+    run = start("skips", own_client, data={"path": private, "missing": "skip"}, average={})
+    assert isinstance(run.plan, JointPlan)
+    assert [plan.absent for plan in run.plan.plans] == [(), ((140, 160),)]
+    (folders[0] / "private.zarr" / "x" / "c" / "3" / "0").write_bytes(b"other")
+    with pytest.raises(DataChanged, match="chunks of x have been written again since the run was started"):
+        start("skips", own_client, data={"path": private, "missing": "skip"}, train={"rounds": 5}, average={})
 
 
 def test_a_worker_that_is_not_there(start: Callable[..., dtrain.Run], blobs: Path, client: Client) -> None:
