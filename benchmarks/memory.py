@@ -1,7 +1,7 @@
 """Does the data path keep to its memory law? Peak memory of a pass, against what `plan` says, for data of any size.
 
     python benchmarks/memory.py                     1, 4 and 16 times a budget of 128 MB: a few minutes
-    python benchmarks/memory.py --budget 512MB --times 32 --dir DIR      16 GB on disk
+    python benchmarks/memory.py --budget 512MB --times 64 --dir DIR      16 GB on disk
 
 Each measurement is a process of its own: its resident memory just before the first batch, and the most that it had
 in two shuffled passes over the data. The difference must stay below 1.10 x the law.
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--budget", default="128MB")
     parser.add_argument("--times", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--readers", nargs="+", default=["zarr", "zarrs"])
+    parser.add_argument("--readers", nargs="+", default=["numcodecs", "zarrs", "zarr"])
     parser.add_argument("--dir", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
@@ -106,7 +106,7 @@ def main() -> None:
         print(json.dumps(measure(*options.child)))
         return
     budget, found = parse_bytes(options.budget, "--budget"), []
-    print(f"{'layout':<12} {'reader':<6} {'data':>9} {'law':>9} {'peak':>9} {'peak/law':>9} {'samples/s':>10}")
+    print(f"{'layout':<12} {'reader':<9} {'data':>9} {'law':>9} {'peak':>9} {'peak/law':>9} {'samples/s':>10}")
     for layout in options.layouts:
         for times in options.times:
             with tempfile.TemporaryDirectory(dir=options.dir) as folder:
@@ -120,7 +120,7 @@ def main() -> None:
                     found.append(row)
                     used = row["peak"] - row["base"]
                     print(
-                        f"{layout:<12} {reader:<6} {row['data'] / 1e6:>6.0f} MB {row['law'] / 1e6:>6.1f} MB "
+                        f"{layout:<12} {reader:<9} {row['data'] / 1e6:>6.0f} MB {row['law'] / 1e6:>6.1f} MB "
                         f"{used / 1e6:>6.1f} MB {used / row['law']:>9.2f} {row['samples'] / row['seconds']:>10,.0f}",
                         flush=True,
                     )

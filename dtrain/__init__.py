@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from dtrain.run import Run, load_run
     from dtrain.runtime.batches import batches
     from dtrain.trainer import train, train_rounds
-    from dtrain.types import RoundResult, TrainState
+    from dtrain.types import Cursor, RoundResult, TrainState
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Cursor": "dtrain.types",
     "RoundResult": "dtrain.types",
     "Run": "dtrain.run",
     "Samples": "dtrain.data.samples",
@@ -34,6 +35,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "Cursor",
     "RoundResult",
     "Run",
     "Samples",

@@ -373,7 +373,7 @@ def load_config(path: str | Path, settings: tuple[str, ...] = ()) -> TrainConfig
     """
     tables = read_tables(path)
     for setting in settings:
-        tables = _with_setting(tables, setting)
+        tables = with_setting(tables, setting)
     config = TrainConfig(**tables)
     for key, value in {
         "model": config.model,
@@ -440,7 +440,8 @@ YAML_FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 PATH_KEYS = ("data.path", "data.val_path", "train.init", "run.dir", "cluster.scheduler")
 
 
-def _with_setting(tables: dict[str, Any], setting: str) -> dict[str, Any]:
+def with_setting(tables: dict[str, Any], setting: str) -> dict[str, Any]:
+    """Return tables with one ``key=value`` setting on top, as `load_config` takes it."""
     key, equals, text = setting.partition("=")
     key = key.strip()
     if not equals or not key:
@@ -488,7 +489,7 @@ def flat_values(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{name}", PLAIN.dump_python(value, mode="json")
 
 
-SECRET = re.compile(r"key|secret|token|password|passwd|credential|signature|connection_string", re.IGNORECASE)
+SECRET = re.compile(r"key|secret|token|passw|auth|cookie|credential|signature|connection_string", re.IGNORECASE)
 REDACTED = "***"
 
 

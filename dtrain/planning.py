@@ -203,9 +203,9 @@ def _store_rows(job: Job, plan: RunPlan, store: StorePlan) -> list[tuple[str, st
         (
             "reading",
             f"{format_bytes(counts['decoded_bytes'])} decoded a pass over all replicas, read amplification "
-            f"{counts['read_amplification']:.2f}, each unit {shared:.2f} times",
+            f"{counts['read_amplification']:.2f}{_why_amplified(store)}",
         ),
-        ("memory", store.memory.sentence()),
+        ("memory", store.memory.comparison()),
     ]
     if store.workers:
         rows.append(("workers", f"only {', '.join(store.workers)} read it"))
@@ -231,7 +231,28 @@ def _splits(plan: RunPlan, store: StorePlan) -> str:
     val = f"{counts['val_samples']:,}" if plan.held_out_samples is None else f"{plan.held_out_samples:,} of val_path"
     text = f"train {sum(counts['partition_samples']):,}, val {val}, test {counts['test_samples']:,} samples"
     dropped = counts["dropped_samples"]
-    return text + (f"; {dropped:,} dropped whose window leaves its split" if dropped else "")
+    why = [
+        *(["whose window leaves its split"] if store.samples.has_windows else []),
+        *(["near a missing chunk"] if counts["absent_rows"] else []),
+    ]
+    return text + (f"; {dropped:,} dropped {' or '.join(why)}".rstrip() if dropped else "")
+
+
+def _why_amplified(store: StorePlan) -> str:
+    """Return why chunks are decoded more than once a pass."""
+    counts, shared = store.counts, store.counts["decodes_per_unit"]
+    if counts["read_amplification"] < 1.005:
+        return ""
+    why = []
+    if shared > 1.005:
+        why.append(f"a unit is decoded by {shared:.2f} replicas, so that few units make equal parts")
+    if counts["read_amplification"] > 1.005 * shared:
+        why.append(
+            "windows reach into the next units"
+            if store.samples.has_windows
+            else "chunks of the variables have different lengths, or reach beyond a unit"
+        )
+    return f": {'; '.join(why)}"
 
 
 def plan_record(plan: RunPlan) -> dict[str, Any]:

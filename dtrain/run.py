@@ -23,11 +23,12 @@ from dtrain.algorithm.evaluate import values
 from dtrain.algorithm.params import load_into
 from dtrain.algorithm.stop import higher_is_better
 from dtrain.checkpoint import committed_rounds, find_round, load_params, round_directory, write_text
-from dtrain.config import TrainConfig, differences, may_change, to_toml, without_secrets
+from dtrain.config import TrainConfig, differences, may_change, to_toml, with_setting, without_secrets
 from dtrain.data.partition import JointPlan, SplitName, plan_held_out
 from dtrain.data.samples import Samples
 from dtrain.errors import (
     DataChanged,
+    InvalidConfig,
     RunConflict,
     RunDamaged,
     RunNotFound,
@@ -206,7 +207,24 @@ class Run:
         return f"<table><caption>{escape(repr(self))}</caption><tr>{head}</tr>{body}</table>"
 
 
-def load_run(path: str | Path, *, model: Callable[..., Any] | None = None) -> Run:
+EVALUATION_KEYS = ("storage_options", "memory", "cache", "reader", "missing", "non_finite")
+"""Keys of ``[data]`` that do not make a run another one."""
+
+
+def _set_again(tables: dict[str, Any], settings: tuple[str, ...]) -> TrainConfig:
+    allowed = (*(f"data.{key}" for key in EVALUATION_KEYS), "cluster")
+    for setting in settings:
+        key = setting.partition("=")[0].strip()
+        if not any(key == one or key.startswith(f"{one}.") for one in allowed):
+            raise InvalidConfig(
+                f"--set {key}: of a run that is evaluated it cannot be set.",
+                f"Allowed are {', '.join(allowed[:-1])} and cluster.*.",
+            )
+        tables = with_setting(tables, setting)
+    return TrainConfig(**tables)
+
+
+def load_run(path: str | Path, *, model: Callable[..., Any] | None = None, settings: tuple[str, ...] = ()) -> Run:
     """Open a run.
 
     Parameters
@@ -215,19 +233,27 @@ def load_run(path: str | Path, *, model: Callable[..., Any] | None = None) -> Ru
         The run's directory.
     model : callable, optional
         The function that builds the module, if it was defined in a notebook or script.
+    settings : tuple of str
+        ``"data.memory=1GB"``: keys of ``[data]`` and ``[cluster]`` that change where and how fast it is evaluated,
+        or how faults of the data are met; and ``data.storage_options``, whose secrets a run does not keep.
 
     Raises
     ------
     RunNotFound
         There is no run at the path.
+    InvalidConfig
+        A setting would make it another run.
     """
     directory = Path(path)
     if not (directory / CONFIG).is_file():
         raise RunNotFound(f"{path} is not a run: it has no {CONFIG}.", "A run's directory is runs/NAME.")
     try:
-        config = TrainConfig(**tomllib.loads((directory / CONFIG).read_text(encoding="utf-8")))
+        tables = tomllib.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        config = TrainConfig(**tables)
     except (OSError, ValueError) as error:
         raise RunDamaged(f"{directory / CONFIG} cannot be read: {' '.join(str(error).split())}") from error
+    if settings:
+        config = _set_again(tables, settings)
     base = Path(_read_json(directory / ENV).get("base", directory))
     return Run(directory, config, base, {"model": model} if model is not None else None)
 

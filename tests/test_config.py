@@ -705,6 +705,8 @@ def test_the_rounds_may_not_change_where_the_rate_depends_on_them(schedule):
 
 def test_a_run_keeps_no_secrets():
     options = {"key": "AK", "secret": "xyz", "anon": False, "client_kwargs": {"endpoint_url": "http://h", "token": "t"}}
+    headers = without_secrets(TrainConfig(data={"storage_options": {"headers": {"Authorization": "Bearer 1"}}}))
+    assert headers.data.storage_options == {"headers": {"Authorization": "***"}}
     config = TrainConfig(data={"path": "s3://b/a.zarr", "storage_options": options})
     kept = without_secrets(config).data.storage_options
     assert kept == {

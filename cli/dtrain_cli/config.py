@@ -21,7 +21,7 @@ def show(
     settings: SET = None,
 ) -> None:
     """Show every key with its value and where that comes from."""
-    from dtrain.config import flat_values, load_config, read_tables
+    from dtrain.config import flat_values, load_config, read_tables, without_secrets
     from dtrain.run import find_run, load_run
 
     options: Options = ctx.obj
@@ -32,7 +32,7 @@ def show(
     else:
         given, config = set(), load_run(find_run(source)).config
     by_hand = {text.partition("=")[0].strip() for text in settings or ()}
-    keys = {key: (value, _origin(key, value, given, by_hand)) for key, value in flat_values(config)}
+    keys = {key: (value, _origin(key, value, given, by_hand)) for key, value in flat_values(without_secrets(config))}
     width = max(len(f"{key} = {json.dumps(value)}") for key, (value, _) in keys.items() if len(json.dumps(value)) < 40)
     lines = [
         f"{f'{key} = {json.dumps(value)}':<{width}}  # {origin}"

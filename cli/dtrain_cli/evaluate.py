@@ -9,20 +9,22 @@ from typing import Annotated, cast
 import typer
 
 from dtrain_cli.output import Options, result, shown, table
-from dtrain_cli.train import SCHEDULER, _scheduler
+from dtrain_cli.train import SCHEDULER, SET, _scheduler
 
 
 def evaluate(
     ctx: typer.Context,
     run: Annotated[str, typer.Argument(help="A run's directory, or its name.", show_default=False)],
     data: Annotated[
-        Path | None, typer.Option("--data", help="Other data than the run's own: a store with the same variables.")
+        str | None,
+        typer.Option("--data", help="Other data than the run's own: path or URL of a store with the same variables."),
     ] = None,
     split: Annotated[
         str | None, typer.Option("--split", help="val, test or all. [default: test; with --data: all]")
     ] = None,
     round: Annotated[str, typer.Option("--round", help="best, last or a number.")] = "best",
     scheduler: SCHEDULER = None,
+    settings: SET = None,
 ) -> None:
     """Compute the loss and the metrics of a run, on the cluster."""
     from dtrain.data.partition import SplitName
@@ -35,10 +37,11 @@ def evaluate(
     if wanted not in ("val", "test", "all"):
         raise UsageError(f'--split "{split}": allowed are val, test and all.')
     chosen = cast(SplitName, wanted)
-    opened = load_run(find_run(run))
+    opened = load_run(find_run(run), settings=tuple(settings or ()))
     samples = None
     if data is not None:
-        table_of_data = opened.config.data.model_copy(update={"path": str(data.absolute())})
+        path = data if "://" in data else str(Path(data).absolute())
+        table_of_data = opened.config.data.model_copy(update={"path": path})
         samples = describe(table_of_data, Path.cwd())
     place = _scheduler(scheduler) if scheduler is not None else opened.config.cluster.scheduler
     found, number, count = opened.evaluation(samples, split=chosen, round=round, cluster=place)

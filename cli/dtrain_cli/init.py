@@ -36,7 +36,8 @@ def init(
         str | None, typer.Option("--template", help="demo, digits or tabular. [default: demo; with --data: tabular]")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option("--data", help="A Zarr store to fill the config file for.", show_default=False)
+        str | None,
+        typer.Option("--data", help="Path or URL of a Zarr store to fill the config file for.", show_default=False),
     ] = None,
 ) -> None:
     """Write dtrain.toml, model.py and a template's data. Overwrites nothing."""
@@ -76,7 +77,7 @@ def init(
     say(options, f"next: dtrain plan {config}, then dtrain train {config}")
 
 
-def _contents(template: str, directory: Path, data: Path | None) -> tuple[dict[str, str], Stores]:
+def _contents(template: str, directory: Path, data: str | None) -> tuple[dict[str, str], Stores]:
     """Return the texts of a template's files, and its data sets with the rows of a chunk, by name."""
     from dtrain_cli import datasets
 
@@ -94,7 +95,7 @@ def _contents(template: str, directory: Path, data: Path | None) -> tuple[dict[s
     return _tabular(directory, data), {} if data is not None else {"tabular.zarr": (datasets.tabular(), 100)}
 
 
-def _tabular(directory: Path, data: Path | None) -> dict[str, str]:
+def _tabular(directory: Path, data: str | None) -> dict[str, str]:
     if data is None:
         shapes = {"features": 16, "outputs": [], "inputs": ["features"], "targets": ["target"], "loss": "mse"}
         filled = {**shapes, "path": "tabular.zarr", "group": ""}
@@ -109,7 +110,7 @@ def _tabular(directory: Path, data: Path | None) -> dict[str, str]:
     return {"dtrain.toml": Template(_read("tabular.toml")).substitute(words), "model.py": _read("tabular_model.py")}
 
 
-def _inspected(path: Path) -> dict[str, Any]:
+def _inspected(path: str) -> dict[str, Any]:
     """Guess inputs, target and loss of a store from names, shapes and dtypes."""
     import numpy as np
 
@@ -134,7 +135,7 @@ def _inspected(path: Path) -> dict[str, Any]:
     return {"features": features, "outputs": outputs, "inputs": inputs, "targets": [target], "loss": loss}
 
 
-def _count_classes(path: Path, target: str) -> int:
+def _count_classes(path: str, target: str) -> int:
     """Return the largest class + 1, reading the target chunk by chunk; 0 if a number is negative: no class."""
     from dtrain.data.store import open_group
     from dtrain.errors import ChunkUndecodable
@@ -156,10 +157,10 @@ def _count_classes(path: Path, target: str) -> int:
     return most + 1
 
 
-def _relative(data: Path, directory: Path) -> str:
+def _relative(data: str, directory: Path) -> str:
     import os
 
-    return os.path.relpath(data.absolute(), directory.absolute())
+    return data if "://" in data else os.path.relpath(Path(data).absolute(), directory.absolute())
 
 
 def _read(name: str) -> str:

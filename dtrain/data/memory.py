@@ -138,10 +138,11 @@ class LoaderLaw:
     def sentence(self) -> str:
         """Return the law with its numbers."""
         limits = self.limits
+        of = f" ({self.open} open, {limits.ahead} ahead)" if self.moving == self.open + limits.ahead else ""
+        units = f"{self.moving} units{of} of {format_bytes(self.unit)} + " if self.moving else ""  # else all are kept
         return (
-            f"{max(1, self.kept)} x ({self.moving} units ({self.open} open, {limits.ahead} ahead) of "
-            f"{format_bytes(self.unit)}"
-            f" + batches {format_bytes(self.buffers)} + decoding {limits.threads + 1} x {format_bytes(self.scratch)})"
+            f"{max(1, self.kept)} x ({units}"
+            f"batches {format_bytes(self.buffers)} + decoding {limits.threads + 1} x {format_bytes(self.scratch)})"
         )
 
 
@@ -178,6 +179,10 @@ class MemoryLaw:
         if self.statics:
             parts.append(f"kept whole {format_bytes(self.statics)}")
         return " + ".join(parts) + f" = {format_bytes(self.total)}"
+
+    def comparison(self) -> str:
+        """Return the law with its numbers, and the limit."""
+        return f"{self.sentence()} of {format_bytes(self.limit)} ({self.what})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,11 +260,19 @@ def plan_memory(train: Reading, evaluate: Reading | None, limit: int, what: str,
     found = next((candidate for candidate in candidates if candidate.total <= limit), None)
     if found is None:
         raise OutOfMemory(
-            f"{train.samples.path}: the data path needs {candidates[-1].sentence()}; {what} is {format_bytes(limit)}.",
-            "Give the workers more memory (cluster.memory), store smaller chunks, or use smaller batches.",
+            f"{train.samples.path}: the data path needs {candidates[-1].sentence()} ({candidates[-1].total:,} bytes); "
+            f"{what} is {format_bytes(limit)} ({limit:,} bytes).",
+            f"{_more(what)}, store smaller chunks, or use smaller batches.",
         )
     room = limit - found.total
     return _with_cache(found, train, evaluate, room if cache is None else min(cache, room))
+
+
+def _more(what: str) -> str:
+    """Return how to get more memory than a limit of that name."""
+    if what in ("memory", "data.memory"):
+        return f"Raise {what}"
+    return "Use a machine with more memory" if "machine" in what else "Give the workers more memory (cluster.memory)"
 
 
 def _check_chunks(samples: Samples, limit: int, what: str) -> None:
@@ -268,7 +281,7 @@ def _check_chunks(samples: Samples, limit: int, what: str) -> None:
             raise ChunkTooLarge(
                 f"{samples.path}: one chunk of {variable.name} {variable.chunks} decodes to "
                 f"{format_bytes(variable.chunk_bytes)}; {what} is {format_bytes(limit)}.",
-                "Store it in smaller chunks, or give the workers more memory (cluster.memory).",
+                f"Store it in smaller chunks. Or: {_more(what).lower()}.",
             )
 
 

@@ -260,12 +260,15 @@ def plan_data(
             f"{samples.path}: {train:,} training samples for average.replicas = {replicas}; each replica needs one.",
             "Ask for fewer replicas, or hold out less in data.split.",
         )
+    first, last = plan.first_offset, plan.last_offset
     for name in ("val", "test"):
         if getattr(plan, name) > 0 and not cell_anchors(plan, name).num_samples:
             raise TooFewSamples(
                 f"{samples.path}: data.split.{name} = {getattr(plan, name):g} of {samples.num_samples:,} rows "
-                "holds no sample" + (" with its whole window." if samples.has_windows else "."),
-                f"Set data.split.{name} = 0, or hold out more.",
+                "holds no sample"
+                + (f" with its whole window of {last - first + 1:,} rows." if samples.has_windows else "."),
+                f"Set data.split.{name} = 0, hold out more"
+                + (", or use a shorter window." * samples.has_windows or "."),
             )
     return plan
 

@@ -86,7 +86,9 @@ def describe(config: DataConfig, base: Path) -> Samples:
     dataset, group = _open_dataset(path, config.group, config.storage_options, names)
     for name in names:
         if name not in dataset.variables:
-            known = sorted(str(key) for key in dataset.variables)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what is no array
+                known = sorted(str(key) for key, _ in group.arrays())
             raise UnknownVariable(
                 f'{path}: variable "{name}" not found{did_you_mean(name, known)}',
                 "An HTTP server lists no variables: consolidate the metadata (zarr.consolidate_metadata) to see them."
@@ -95,7 +97,10 @@ def describe(config: DataConfig, base: Path) -> Samples:
             )
     sample_dim = _sample_dim(config, dataset, names)
     selected = _selected(config, dataset, names, sample_dim)
-    variables = tuple(_variable(name, dataset[name], group[name], sample_dim, selected) for name in names)
+    variables = tuple(
+        _variable(name, dataset[name], group[name], sample_dim, selected, standardised=name in config.normalize)
+        for name in names
+    )
     lengths = {v.name: v.shape[v.sample_axis] for v in variables if not v.is_static}
     if len(set(lengths.values())) > 1:
         said = ", ".join(f"{name} has {length:,}" for name, length in lengths.items())
@@ -181,6 +186,8 @@ def _open_dataset(
                 chunks=None,
                 decode_cf=False,
                 consolidated=None,
+                # what is not used may have any shape
+                drop_variables=[name for name, _ in opened.arrays() if names and name not in names],
             )
             return dataset, opened
         except DtrainError:
@@ -195,9 +202,19 @@ def _open_dataset(
             text = " ".join(str(error).split()) or type(error).__name__
             if "conflicting sizes" in text:
                 raise LengthsDiffer(f"{path}: variables differ in length: {text}.") from None
+            if any(said in text for said in UNSUPPORTED):
+                raise UnsuitableVariable(
+                    f"{path}: an array of it cannot be read here: {text}",
+                    "If it is a codec: install the package that has it, here and on the workers. Else write the store "
+                    "without that array, or with a dtype of numbers.",
+                ) from None
             raise NotZarr(
                 f"{path}: its Zarr metadata cannot be read: {text}", "Restore it from a copy of the store."
             ) from None
+
+
+UNSUPPORTED = ("nknown codec", "codec not available", "No Zarr data type")
+"""How zarr says that it lacks a codec, or knows no such dtype."""
 
 
 def _open_group(store: ReadStore, path: str, name: str) -> zarr.Group:
@@ -306,7 +323,16 @@ def _tiles(config: DataConfig, variables: tuple[Variable, ...], sample_dim: str)
     return tuple(Tile(parts) for parts in itertools.product(*ranges))
 
 
-def _variable(name: str, described: xr.DataArray, array: Any, sample_dim: str, selected: Selected) -> Variable:
+def _to_float(dtype: np.dtype[Any]) -> Encoding | None:
+    """Return how integers become the floats that can be standardised; they are kept in memory as they are stored."""
+    if dtype.kind == "f":
+        return None
+    return Encoding(dtype="float32" if dtype.itemsize <= 2 else "float64")
+
+
+def _variable(
+    name: str, described: xr.DataArray, array: Any, sample_dim: str, selected: Selected, *, standardised: bool
+) -> Variable:
     dtype = np.dtype(array.dtype)
     if dtype.kind not in "fiub":
         raise UnsuitableVariable(f"{name} has dtype {dtype}; only float, integer and bool arrays can be trained on.")
@@ -325,7 +351,7 @@ def _variable(name: str, described: xr.DataArray, array: Any, sample_dim: str, s
         checksums=has_checksums(array),
         select=tuple(part for part, _ in whole),
         dropped=tuple(axis for axis, (_, dropped) in enumerate(whole) if dropped),
-        encoding=_encoding(name, described, array),
+        encoding=_encoding(name, described, array) or (_to_float(dtype) if standardised else None),
         not_zarrs=not_zarrs(array),
         not_numcodecs=why_not(array),
     )

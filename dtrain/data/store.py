@@ -85,6 +85,7 @@ def open_store(path: str, storage_options: Mapping[str, Any] = {}) -> ReadStore:
         return ReadStore(LocalStore(path, read_only=True), path)
     protocol = path.partition("://")[0]
     # a run does not keep secrets: evaluated from its directory, it takes them from the environment
+    masked = tuple(key for key, value in storage_options.items() if value == REDACTED)
     storage_options = {key: value for key, value in storage_options.items() if value != REDACTED}
     options: dict[str, Any] = {"use_listings_cache": False}  # kept, they would hide what is repaired
     if protocol in ("s3", "s3a"):  # one request for an object, not one more for its size; `_patiently` alone repeats it
@@ -105,7 +106,9 @@ def open_store(path: str, storage_options: Mapping[str, Any] = {}) -> ReadStore:
             f"{path}: cannot be opened: {_one_line(error)}{known}",
             "Look at data.path and data.storage_options.",
         ) from None
-    return ReadStore(store, path)
+    opened = ReadStore(store, path)
+    opened.masked = masked
+    return opened
 
 
 def open_group(path: str, group: str = "", storage_options: Mapping[str, Any] = {}) -> zarr.Group:
@@ -191,6 +194,8 @@ class ReadStore(WrapperStore[Store]):
         self._held: dict[str, list[tuple[int, Buffer]]] = {}
         self._lock, self._asking = threading.Lock(), threading.Lock()
         self._root = str(store.root) if isinstance(store, LocalStore) else ""
+        self.masked: tuple[str, ...] = ()
+        """Storage options that a run has not kept."""
 
     def _with_store(self, store: Store) -> ReadStore:
         return ReadStore(store, self.path)
@@ -407,7 +412,10 @@ class ReadStore(WrapperStore[Store]):
                 if _is_forbidden(error):
                     raise StoreForbidden(
                         f"{self.path}: access to {key} was refused: {_one_line(error)}",
-                        "Give credentials in the environment or in data.storage_options, or anon = true for open data.",
+                        f"A run does not keep {', '.join(self.masked)}: give it again, --set data.storage_options=..."
+                        if self.masked
+                        else "Give credentials in the environment or in data.storage_options, or anon = true for open "
+                        "data.",
                     ) from None
                 if isinstance(error, (TypeError, ValueError)) or type(error).__name__ == "ParamValidationError":
                     raise InvalidConfig(
@@ -420,7 +428,8 @@ class ReadStore(WrapperStore[Store]):
                     why = f"no answer within {limit:g} s" if stalled else _one_line(error)
                     raise StoreUnavailable(
                         f"{self.path}: {key} could not be read in {attempt} attempts over {elapsed:.0f} s: {why}",
-                        "Committed rounds are safe. Run the same command again to continue.",
+                        "Look at data.path and the network. Run the same command again to continue; committed rounds "
+                        "are safe.",
                     ) from None
                 await asyncio.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
         raise AssertionError("unreachable")

@@ -118,8 +118,8 @@ class _Terminal:
         text = f"{what}: {_replicas(shown)}, {speed:,.0f} samples/s"
         if not event.round and not self._progress.disable:  # rounds have not begun
             if self._task is None:
-                self._task = self._progress.add_task("data", total=1.0, note="")
-            self._progress.update(self._task, completed=min(e.step / e.steps for e in shown))
+                self._task = self._progress.add_task("data", total=100, note="")
+            self._progress.update(self._task, completed=100 * sum(e.step / e.steps for e in shown) / len(shown))
         if self._task is not None:
             self._progress.update(self._task, note=text)
         now = time.monotonic()

@@ -25,8 +25,8 @@ from dtrain.data.presence import absent_rows, check_presence
 from dtrain.data.read import UnitReader
 from dtrain.data.samples import Samples
 from dtrain.data.statistics import partition_moments, scalings_of
-from dtrain.errors import InvalidConfig, TooFewSamples, UserCodeFailed
-from dtrain.runtime.usercode import load_function
+from dtrain.errors import InvalidConfig, TooFewSamples, UserCodeFailed, did_you_mean
+from dtrain.runtime.usercode import load_function, user_code
 from dtrain.types import Cursor
 
 
@@ -58,15 +58,23 @@ def apply_transform(transform: Callable[..., Any], batch: TensorBatch, seed: int
     Raises
     ------
     UserCodeFailed
-        It returned something else than a batch, or one of another size.
+        It raised, or returned something else than a batch, or one of another size.
     """
-    found = transform(batch, torch.Generator().manual_seed(seed))
+    with user_code("The function given as data.transform"):
+        found = transform(batch, torch.Generator().manual_seed(seed))
     if not isinstance(found, TensorBatch):
         raise UserCodeFailed(
             f"The function given as data.transform returned {type(found).__name__}, not a batch.",
             "Return the batch, or dataclasses.replace(batch, inputs=(...)).",
         )
     tensors = (*found.inputs, *(found.targets if isinstance(found.targets, tuple) else (found.targets,)))
+    odd = [type(tensor).__name__ for tensor in tensors if not isinstance(tensor, torch.Tensor)]
+    if odd or len(found.inputs) != len(batch.inputs):
+        raise UserCodeFailed(
+            f"The function given as data.transform returned {len(found.inputs)} inputs"
+            + (f", and among its values {odd[0]} instead of tensors." if odd else f" for {len(batch.inputs)}."),
+            "Return the batch, or dataclasses.replace(batch, inputs=(...)) with as many tensors.",
+        )
     wrong = [len(tensor) for tensor in tensors if len(tensor) != batch.size]
     if wrong or found.size != batch.size:
         raise UserCodeFailed(
@@ -212,7 +220,19 @@ def batches(
     >>> for (image,), label in batches(samples, batch_size=64):  # doctest: +SKIP
     ...     loss = criterion(model(image), label)
     """
-    _check(batch_size=batch_size, replicas=replicas)
+    if not isinstance(samples, Samples):
+        raise InvalidConfig(f"samples is a {type(samples).__name__}, not what open_samples returns.")
+    _check(batch_size=batch_size, replicas=replicas, **({} if epochs is None else {"epochs": epochs}))
+    if split not in (splits := ("train", "val", "test", "all")):
+        raise InvalidConfig(f'split = "{split}": allowed are {", ".join(splits)}{did_you_mean(str(split), splits)}')
+    if reader is not None and reader not in (readers := ("auto", "numcodecs", "zarrs", "zarr")):
+        raise InvalidConfig(f'reader = "{reader}": allowed are {", ".join(readers)}{did_you_mean(reader, readers)}')
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise InvalidConfig(f"seed = {seed!r}: an integer is needed.")
+    if not isinstance(cursor, Cursor | None):
+        raise InvalidConfig(
+            f"cursor = {cursor!r}: what Batches.cursor was is needed, or dtrain.Cursor(epoch, position)."
+        )
     if not 0 <= replica < replicas:
         raise InvalidConfig(f"replica = {replica}: allowed are 0 to {replicas - 1}, as replicas = {replicas}.")
     config = samples.config
@@ -230,6 +250,11 @@ def batches(
         moments = partition_moments(opened, _whole(plan, "train")[0], config.normalize)
         scalings = scalings_of(moments, samples.variables)
     start = cursor or Cursor(0, 0)
+    if start.position >= partition.num_samples:
+        raise InvalidConfig(
+            f"cursor = {start}: a pass over this split holds {partition.num_samples:,} samples.",
+            "A cursor goes on only in the split and the partition that it is of.",
+        )
     consumed = start.epoch * partition.num_samples + start.position
     loader = Loader(
         opened,

@@ -113,3 +113,14 @@ def test_the_schema_is_json_and_knows_every_key(cli, project):
 def test_the_schema_as_an_object_a_line(cli):
     (found,) = objects(cli("--json", "config", "schema").out)
     assert "properties" in found
+
+
+def test_secrets_are_not_shown(cli, project):
+    job = project()
+    options = 'data.storage_options={key="AKIA", client_kwargs={headers={Authorization="Bearer 1234"}}, anon=false}'
+    for mode in ((), ("--json",)):
+        outcome = cli(*mode, "config", "show", job.config, "--set", options)
+        assert outcome.code == 0, outcome.err
+        assert "AKIA" not in outcome.out
+        assert "1234" not in outcome.out
+        assert "***" in outcome.out

@@ -60,7 +60,7 @@ def test_the_numbers_as_an_object(cli, project):
         "patches": 1,
         "absent_rows": 0,
         "partition_units": 3,
-        "readers": {"x": "zarrs", "label": "zarrs"},
+        "readers": {"x": "numcodecs", "label": "numcodecs"},
         "replicas": 2,
         "num_params": params,
         "steps": [3, 3],

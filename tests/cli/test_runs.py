@@ -253,6 +253,23 @@ def test_evaluation_writes_nothing(cli, run):
     assert tree(run) == before
 
 
+def test_how_an_evaluation_reads_can_be_set(cli, run):
+    plain = last(cli("--json", "eval", run))
+    assert last(cli("--json", "eval", run, "--set", "data.memory=1GB", "--set", "data.reader=zarr")) == plain
+    outcome = cli("--json", "eval", run, "--set", "train.loss=mse")
+    assert outcome.code == 3
+    assert "train.loss" in last(outcome)["message"]
+    assert "data.storage_options" in last(outcome)["hint"]
+
+
+@pytest.mark.parametrize("command", ["eval", "init"])
+def test_data_may_be_a_url(cli, run, command):
+    where = ["eval", run] if command == "eval" else ["init", "elsewhere"]
+    outcome = cli("--json", *where, "--data", "memory://none.zarr")
+    assert outcome.code == 5
+    assert last(outcome)["message"].startswith("memory://none.zarr: no Zarr group there")
+
+
 def test_values_that_are_not_finite_are_null(cli, project):
     far = {**blobs()["x"], "values": blobs()["x"]["values"] * 1e6}
     linear = "import torch\n\ndef build():\n    return torch.nn.Linear(3, 4)\n"

@@ -84,16 +84,16 @@ def test_a_signal_in_the_users_code_is_no_fault_of_that_code(cli, project, name,
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGINT", 130)])
 def test_a_signal_while_data_are_read_is_no_fault_of_the_data(cli, project, monkeypatch, name, code):
-    import zarr
+    from dtrain.data.store import ReadStore
 
     job = project()
-    real = zarr.Array.get_basic_selection
+    real = ReadStore.read_file
 
     def signalling(self, *arguments, **options):
         os.kill(os.getpid(), getattr(signal, name))
         return real(self, *arguments, **options)
 
-    monkeypatch.setattr(zarr.Array, "get_basic_selection", signalling)
+    monkeypatch.setattr(ReadStore, "read_file", signalling)
     outcome = cli("--json", "train", job.config)
     assert outcome.code == last(outcome)["code"] == code, outcome.err
 

@@ -172,7 +172,7 @@ def test_too_little_memory_is_refused_with_the_arithmetic():
     assert (
         "p.zarr: the data path needs train 1 x (9 units (8 open, 1 ahead) of 1.0 kB + batches 1.3 MB + "
         "decoding 2 x 4.0 kB) + evaluate 1 x (2 units (1 open, 1 ahead) of 1.0 kB + batches 1.3 MB + "
-        "decoding 2 x 4.0 kB) = 2.6 MB; the limit is 2.6 MB."
+        "decoding 2 x 4.0 kB) = 2.6 MB (2,587,000 bytes); the limit is 2.6 MB (2,586,999 bytes)."
     ) in error.message
     assert "cluster.memory" in error.hint
 

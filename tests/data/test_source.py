@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -459,6 +460,25 @@ def test_a_variable_is_not_taken_for_one_whose_name_it_begins(small):
     shutil.rmtree(path / "x" / "c")
     with pytest.raises(ChunkMissing, match=r"chunk x/c/0/0 of x is missing \(3 of 3 are\)"):
         check_presence(open_xy(path))
+
+
+@FORMATS
+def test_what_is_not_used_may_have_any_shape(small, zarr_format):
+    path = small(zarr_format, z={"dims": ("n", "k"), "values": np.zeros((7, 3)), "chunks": (7, 3)})
+    assert open_xy(path).num_samples == 10
+    with pytest.raises(LengthsDiffer, match="variables differ in length"):
+        open_samples(path, inputs=["x", "z"], targets=["y"], sample_dim="n")
+
+
+def test_a_codec_that_is_not_installed_is_no_damage(small):
+    path = small(3)
+    described = json.loads((path / "x" / "zarr.json").read_text())
+    described["codecs"][-1] = {"name": "supercodec", "configuration": {}}
+    (path / "x" / "zarr.json").write_text(json.dumps(described))
+    with pytest.raises(UnsuitableVariable, match="supercodec") as caught:
+        open_xy(path)
+    assert caught.value.code == 3
+    assert "install the package that has it" in caught.value.hint
 
 
 @FORMATS

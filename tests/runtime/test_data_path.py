@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from dtrain.errors import (
     UserCodeFailed,
 )
 from dtrain.job import job_from_config
+from dtrain.runtime.batches import apply_transform
 from dtrain.trainer import train_job
 from tests.runtime import models
 
@@ -60,6 +62,18 @@ def start(tmp_path: Path, blobs: Path) -> Callable[..., dtrain.Run]:
 def noisy(batch: Any, generator: torch.Generator) -> Any:
     (x,) = batch.inputs
     return dataclasses.replace(batch, inputs=(x + torch.randn(x.shape, generator=generator),))
+
+
+def raising(batch: Any, generator: torch.Generator) -> Any:
+    return {}["nothing"]
+
+
+def without_inputs(batch: Any, generator: torch.Generator) -> Any:
+    return dataclasses.replace(batch, inputs=())
+
+
+def of_numpy(batch: Any, generator: torch.Generator) -> Any:
+    return dataclasses.replace(batch, inputs=tuple(x.numpy() for x in batch.inputs))
 
 
 def noisy_in_training(batch: Any, generator: torch.Generator) -> Any:
@@ -423,11 +437,65 @@ def test_short_batches_can_be_dropped_and_partitions_are_disjoint(blobs: Path) -
     assert len(set(torch.cat(parts).tolist())) == 611
 
 
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"batch_size": 2.5}, {"replica": 2}, {"cache": "many"}])
-def test_arguments_of_batches_are_checked(blobs: Path, wrong: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"batch_size": 0}, "batch_size = 0"),
+        ({"batch_size": 2.5}, "batch_size = 2.5"),
+        ({"replica": 2}, "replica = 2"),
+        ({"cache": "many"}, "many"),
+        ({"split": "tset"}, 'split = "tset": allowed are train, val, test, all; did you mean "test"'),
+        ({"reader": "zars"}, 'reader = "zars": allowed are auto, numcodecs, zarrs, zarr; did you mean'),
+        ({"epochs": 0}, "epochs = 0: a positive integer is needed"),
+        ({"seed": "a"}, "seed = 'a': an integer is needed"),
+        ({"cursor": 5}, "cursor = 5: what Batches.cursor was is needed"),
+        ({"split": "val", "cursor": dtrain.Cursor(0, 300)}, "a pass over this split holds"),
+    ],
+)
+def test_arguments_of_batches_are_checked(blobs: Path, wrong: dict[str, Any], said: str) -> None:
     samples = dtrain.open_samples(blobs, inputs=["x"], targets=["y"])
-    with pytest.raises(InvalidConfig):
+    with pytest.raises(InvalidConfig, match=re.escape(said)):
         dtrain.batches(samples, **wrong)
+
+
+def test_batches_need_samples(blobs: Path) -> None:
+    with pytest.raises(InvalidConfig, match="samples is a str, not what open_samples returns"):
+        dtrain.batches(str(blobs))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("transform", "said"),
+    [
+        (raising, r"The function given as data.transform raised KeyError: 'nothing' \(test_data_path.py:\d+\)"),
+        (without_inputs, "returned 0 inputs for 1"),
+        (of_numpy, "returned 1 inputs, and among its values ndarray instead of tensors"),
+    ],
+)
+def test_a_transform_that_fails_is_named(samples: Any, transform: Any, said: str) -> None:
+    batch = next(iter(dtrain.batches(samples, batch_size=8)))
+    with pytest.raises(UserCodeFailed, match=said) as caught:
+        apply_transform(transform, batch, 1)
+    assert caught.value.code == 3
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "bool"])
+def test_integers_are_normalised_as_floats(
+    write_store: Callable[..., Path], tmp_path: Path, start: Callable[..., dtrain.Run], dtype: str
+) -> None:
+    values = np.random.default_rng(0).integers(0, 2 if dtype == "bool" else 200, size=(300, 6)).astype(dtype)
+    arrays = {
+        "x": {"dims": ("n", "f"), "values": values, "chunks": (20, 6)},
+        "y": {"dims": ("n",), "values": np.arange(300) % 3, "chunks": (20,)},
+    }
+    path = write_store(tmp_path / "s", arrays)
+    samples = dtrain.open_samples(path, inputs=["x"], targets=["y"], normalize=["x"], split={"val": 0.0, "test": 0.0})
+    assert samples.row_bytes == 6 * np.dtype(dtype).itemsize + 8  # kept in memory as stored
+    seen = torch.cat([batch.inputs[0].clone() for batch in dtrain.batches(samples, batch_size=64)])
+    assert seen.dtype == torch.float32
+    assert abs(float(seen.mean())) < 1e-4
+    assert abs(float(seen.std(correction=0)) - 1) < 1e-4
+    run = start("integers", data={"path": str(path), "normalize": ["x"]})
+    assert len(run.rows) == 3
 
 
 def test_models_used_here_exist() -> None:
