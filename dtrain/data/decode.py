@@ -46,6 +46,11 @@ class Chunk:
     whole: bool
     """Whether all of it is selected, each value once."""
 
+    @property
+    def where(self) -> Any:
+        """`target` as an index that gives a view, also of an array without dimensions."""
+        return (*self.target, ...)
+
 
 def why_not(array: ArrayLike) -> str:
     """Return why an array is not decoded here, or an empty string if it is."""
@@ -97,7 +102,7 @@ class Decoder:
         ------
         Undecodable
         """
-        target = out[chunk.target]
+        target = out[chunk.where]
         if chunk.whole and target.flags.c_contiguous and target.dtype == self.dtype:
             self._decode(stored, target.reshape(-1).view(np.uint8))
             return
@@ -117,7 +122,7 @@ class Decoder:
             else:
                 _check_size(len(stored), len(out))
                 out[:] = np.frombuffer(stored, np.uint8)
-        except Undecodable:
+        except (Undecodable, MemoryError):
             raise
         except Exception as error:
             raise Undecodable(" ".join(str(error).split()) or type(error).__name__) from error

@@ -198,7 +198,8 @@ class Loader:
         except _Closed:
             pass
         except BaseException as error:
-            self._groups.put(error)
+            if not self._closed.is_set():  # else it is that a read was cancelled
+                self._groups.put(error)
 
     def _fill_groups(self) -> Iterator[_Group]:
         rows, done = Rows(np.zeros(0, np.int64), np.zeros(0, np.int64), None), 0
@@ -403,6 +404,8 @@ class _Slots:
         if not self._regular:
             self._relative[part] = anchors - anchors[0]
         read = _Read(self._pool, self._read, slot, int(anchors[0]), int(anchors[-1]) + 1)
+        while self._waiting and self._waiting[0].done:
+            self._waiting.popleft()
         self._waiting.append(read)
         if part in self._cacheable:
             self._cached[part] = (slot, read)

@@ -22,6 +22,7 @@ from dtrain.data.presence import chunk_missing
 from dtrain.data.samples import WHOLE_OBJECT_BYTES, Samples, Select, Variable
 from dtrain.data.store import (
     NO_CHUNK,
+    ShardLayout,
     Version,
     array_in,
     ends_in_blosc,
@@ -217,8 +218,8 @@ class UnitReader:
             corner = tuple(p * count for p, count in zip(place, layout.counts, strict=True))
             there = (min(count, n - first) for count, n, first in zip(layout.counts, grid, corner, strict=True))
             everything = len(chunks) == math.prod(there)
-            whole, version = self._read_file(variable, key) if everything else (None, None)
-            index = self.store.index(key, layout) if whole is None else self.store.index_in(key, layout, whole)
+            whole, version = self._read_file(variable, key) if everything else (None, self.store.version(key))
+            index = self._index_of(variable, key, layout) if whole is None else self.store.index_in(key, layout, whole)
             if index is None:
                 if os.path.exists(os.path.join(self._root, key)):
                     raise self._chunk_undecodable(variable, key, "its index is cut short or damaged")
@@ -246,14 +247,15 @@ class UnitReader:
                     if start + length - begin > len(part):
                         raise self._chunk_undecodable(variable, key, "the file is cut short")
                     self._decode_chunk(variable, key, part[start - begin :][:length], chunk, target)
-                self._check_version(variable, key, version)
+            self._check_version(variable, key, version)
 
     def _decode_chunk(
         self, variable: Variable, key: str, stored: memoryview | None, chunk: Chunk, target: Array
     ) -> None:
         decoder = self._decoders[variable.name]
         if stored is None:
-            target[chunk.target] = decoder.fill
+            with np.errstate(over="ignore", invalid="ignore"):
+                target[chunk.where] = decoder.fill
             return
         try:
             decoder.decode(stored, chunk, target, self._room("decoded"))
@@ -265,8 +267,19 @@ class UnitReader:
     ) -> tuple[memoryview | None, Version | None]:
         try:
             return self.store.read_file(key, self._room("stored"), start, stop) or (None, None)
+        except OverflowError as error:  # a place in a shard that no file reaches
+            raise self._chunk_undecodable(variable, key, "the file is cut short") from error
         except OSError as error:
-            raise self._chunk_undecodable(variable, key, f"it cannot be read: {error.strerror}") from error
+            raise self._unreadable(variable, key, error) from error
+
+    def _index_of(self, variable: Variable, key: str, layout: ShardLayout) -> npt.NDArray[np.uint64] | None:
+        try:
+            return self.store.index(key, layout)
+        except OSError as error:
+            raise self._unreadable(variable, key, error) from error
+
+    def _unreadable(self, variable: Variable, key: str, error: OSError) -> ChunkUndecodable:
+        return self._chunk_undecodable(variable, key, f"it cannot be read: {error.strerror}")
 
     def _key(self, variable: Variable, place: tuple[int, ...]) -> str:
         array = self._arrays[variable.name]
@@ -391,11 +404,7 @@ class UnitReader:
             if key in self.store.absent:
                 self._check_absent(variable, key, place)
         for key in keys if self._root else ():
-            try:
-                found = os.stat(os.path.join(self._root, key))
-                self._check_version(variable, key, (found.st_size, found.st_mtime_ns))
-            except OSError:
-                self._check_version(variable, key, None)
+            self._check_version(variable, key, self.store.version(key))
 
     def _check_inner_chunks(self, variable: Variable, select: Select) -> None:
         """Raise if a shard that was read does not have all of its chunks."""

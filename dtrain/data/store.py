@@ -254,6 +254,14 @@ class ReadStore(WrapperStore[Store]):
             self.bytes_read += done
         return value[:done], (facts.st_size, facts.st_mtime_ns)
 
+    def version(self, key: str) -> Version | None:
+        """Return which version of a file there is; None if it is not there."""
+        try:
+            facts = os.stat(os.path.join(self._root, key))
+        except OSError:
+            return None
+        return facts.st_size, facts.st_mtime_ns
+
     def _watching(self, key: str) -> tuple[ShardLayout | None, bool]:
         return next((found for prefix, found in self._watched.items() if key.startswith(prefix)), (None, False))
 

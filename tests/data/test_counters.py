@@ -125,6 +125,36 @@ def test_every_object_is_asked_for_once_a_pass_and_no_index(write_store, tmp_pat
         assert read == count * size
 
 
+@pytest.mark.parametrize("rows", [96, 97, 11])
+@pytest.mark.parametrize("kind", STORED)
+def test_every_object_is_read_once_and_whole_without_zarr_as_well(write_store, tmp_path, chunk_files, kind, rows):
+    zarr_format, v0, index = STORED[kind]
+    values = np.arange(rows * 2.0).reshape(rows, 2)
+    arrays = {
+        "v0": {"dims": ("n", "k"), "values": values, **v0},
+        "index": {"dims": ("n",), "values": np.arange(rows), **index},
+    }
+    path = write_store(tmp_path / "s", arrays, zarr_format=zarr_format)
+    objects = chunk_files(path)
+    samples = open_all(path, arrays)
+    _, part = only_partition(samples)
+    size = sum((path / key).stat().st_size for key in objects)
+    for count in (1, 3):
+        _, counts = passes(samples, part, count, limits=Limits(threads=2, ahead=5), which="numcodecs")
+        assert counts == (count * len(objects), 0, count * size)
+
+
+@pytest.mark.parametrize("ragged", [0, 13])
+def test_of_a_large_shard_the_chunks_of_a_unit_are_read_in_one_request(small_shards, ragged):
+    samples = small_shards(6, rows=6 * 24 - ragged)
+    plan, part = only_partition(samples, unit_rows=4, cell_rows=4)
+    _, (requests, indices, read) = passes(samples, part, 2, limits=Limits(threads=1), which="numcodecs")
+    assert (requests, indices) == (2 * 2 * plan.num_units, 2 * 6)  # x and index, twice; one index a shard of each
+    stored = sum(file.stat().st_size for file in Path(samples.path).rglob("c/**/*") if file.is_file())
+    indices_of_shards = 6 * 2 * (12 * 16 + 4)
+    assert read == 2 * (stored - indices_of_shards) + indices_of_shards
+
+
 @pytest.mark.parametrize("kind", ["v2", "sharded"])
 def test_replicas_and_evaluations_together_ask_for_every_object_once(write_store, tmp_path, chunk_files, kind):
     zarr_format, v0, index = STORED[kind]
@@ -316,6 +346,23 @@ def test_inner_chunks_that_lie_apart_are_not_read_together_with_what_is_between(
     assert read - index_size(samples) - (16 * 128 + 4) == 64 * 8 * 8  # just what is selected
     rows = reader.read(0, 64)["v0"][1]
     np.testing.assert_array_equal(rows, values[:, 8:16].astype("float32"))
+
+
+@pytest.mark.parametrize(("step", "requests"), [(8, 1), (16, 1), (24, 2), (32, 2)])
+def test_chunks_of_a_shard_that_are_dense_are_read_together_without_zarr(write_store, tmp_path, step, requests):
+    # of eight chunks that lie one behind the other all, 0 2 4 6, 0 3 | 6 or 0 | 4
+    values = np.random.default_rng(0).normal(size=(4, 64)).astype("float32")
+    arrays = {
+        "v0": {"dims": ("n", "k"), "values": values, "chunks": (4, 8), "shards": (4, 64), "compressors": None},
+        "index": vector(np.arange(4), 4),
+    }
+    isel = {"k": {"start": 0, "stop": 64, "step": step}}
+    samples = open_all(write_store(tmp_path / "s", arrays), arrays, isel=isel)
+    reader = UnitReader(samples, "numcodecs")
+    variable = samples.variable("v0")
+    ask = Counted(reader)
+    np.testing.assert_array_equal(reader.read_rows(variable, 0, 4), values[:, ::step])
+    assert ask.get()[:2] == (requests, 0 if step == 8 else 1)
 
 
 # Windows ----------------------------------------------------------------------------------------------------------

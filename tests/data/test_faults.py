@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numcodecs
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, ZstdCodec
 
-from dtrain.data import memory
+from dtrain.data import decode, memory
 from dtrain.data.loader import read_batches
 from dtrain.data.partition import plan_data, train_partitions
 from dtrain.data.presence import check_presence
@@ -125,6 +127,17 @@ def test_a_damaged_object_stops_reading_by_name(write_store, tmp_path, kind, whi
                     harmless = name in HARMLESS and kind in ("v2 none", "v3 none")
                     assert harmless or np.array_equal(found, expected), (name, missing, unit_rows)
                     assert harmless or name == "bytes too many", (name, missing, unit_rows)
+
+
+@pytest.mark.parametrize("kind", AT_START)
+@pytest.mark.parametrize("unit_rows", [3, 6])
+def test_a_shard_that_ends_before_its_chunks_is_said_to_be_cut_short(write_store, tmp_path, kind, unit_rows):
+    path, key = write(write_store, tmp_path, kind)
+    stored = (path / key).read_bytes()
+    for size in (len(stored) - 1, 4 * 16 + 4):
+        (path / key).write_bytes(stored[:size])
+        with pytest.raises(ChunkUndecodable, match=f"chunk {key} of v0 cannot be decoded: the file is cut short"):
+            read_all(path, "numcodecs", unit_rows)
 
 
 def test_each_reader_reads_what_it_is_said_to_read(write_store, tmp_path):
@@ -253,6 +266,64 @@ def test_no_memory_is_said_with_its_own_code(write_store, tmp_path, monkeypatch)
     assert caught.value.code == 8
 
 
+@pytest.mark.parametrize("kind", ["v2 gzip", "v3 zstd"])
+def test_no_memory_is_not_taken_for_a_damaged_chunk(write_store, tmp_path, monkeypatch, kind):
+    reader = UnitReader(open_all(write(write_store, tmp_path, kind)[0], ["v0"]), "numcodecs")
+
+    def no_memory(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(decode, "_ZSTD", SimpleNamespace(decode=no_memory))
+    monkeypatch.setattr(gzip, "decompress", no_memory)
+    with pytest.raises(OutOfMemory, match=r"no memory for v0\[0:6\]") as caught:
+        reader.read(0, 6)
+    assert caught.value.code == 8
+
+
+def test_no_memory_to_read_into_is_said_with_its_own_code(write_store, tmp_path, monkeypatch):
+    reader = UnitReader(open_all(write(write_store, tmp_path, "v3 zstd")[0], ["v0"]), "numcodecs")
+
+    def no_room(what):
+        def room(size):
+            raise MemoryError
+
+        return room
+
+    monkeypatch.setattr(reader, "_room", no_room)
+    with pytest.raises(OutOfMemory, match=r"no memory for v0\[0:6\]"):
+        reader.read(0, 6)
+
+
+@pytest.mark.parametrize("kind", ["v3 zstd", "sharded zstd"])
+def test_a_file_that_the_system_does_not_open_is_named(write_store, tmp_path, kind):
+    path, key = write(write_store, tmp_path, kind)
+    (path / key).unlink()
+    (path / key).symlink_to(path / key)
+    with pytest.raises(ChunkUndecodable, match=rf"chunk {key} of v0 cannot be decoded: it cannot be read: Too many"):
+        read_all(path, "numcodecs")
+
+
+def test_a_shard_of_which_the_system_does_not_give_the_index_is_named(write_store, tmp_path):
+    path, key = write(write_store, tmp_path, "sharded zstd")
+    (path / key).unlink()
+    (path / key).symlink_to(path / key)
+    with pytest.raises(ChunkUndecodable, match=rf"chunk {key} of v0 cannot be decoded: it cannot be read: Too many"):
+        read_all(path, "numcodecs", unit_rows=3)
+
+
+def test_a_folder_in_the_place_of_a_file_is_a_missing_chunk(write_store, tmp_path):
+    path, key = write(write_store, tmp_path, "v3 zstd")
+    (path / key).unlink()
+    (path / key).mkdir()
+    with pytest.raises(ChunkMissing, match=rf"chunk {key} of v0"):
+        read_all(path, "numcodecs")
+    (path / key).rmdir()
+    (path / key).parent.rmdir()
+    (path / key).parent.write_bytes(b"a file in the place of the folder")
+    with pytest.raises(ChunkMissing, match=rf"chunk {key} of v0"):
+        read_all(path, "numcodecs")
+
+
 # Missing ----------------------------------------------------------------------------------------------------------
 
 MISSING = {
@@ -299,6 +370,17 @@ def test_a_missing_object_can_be_read_as_the_fill_value(write_store, tmp_path, k
     (path / key).unlink()
     for unit_rows in (1, 3, 12):
         np.testing.assert_array_equal(read_all(path, which, unit_rows, missing="fill"), expected)
+
+
+@pytest.mark.parametrize("which", ["zarr", "auto"])
+@pytest.mark.parametrize("kind", ["v3", "sharded"])
+def test_a_fill_value_beyond_float32_warns_of_nothing(write_store, tmp_path, kind, which):
+    zarr_format, options, key = MISSING[kind]
+    path = pair_of(write_store, tmp_path, zarr_format=zarr_format, fill_value=1e300, **options)
+    (path / key).unlink()
+    with pytest.raises(NonFiniteData, match=r"v0\[6, 2\] in chunk .* is 1e\+300, which float32 cannot hold"):
+        reader_of(open_all(path, ["v0"], missing="fill"), which).read(6, 9)
+    assert np.isinf(read_all(path, which, missing="fill")[6:9, 2:4]).all()
 
 
 @READERS
@@ -407,6 +489,33 @@ def test_threads_that_read_the_same_bad_object_at_once_all_say_so(write_store, t
     assert raised == [ChunkMissing if fault == "missing" else ChunkUndecodable] * 2
 
 
+def test_a_place_in_a_shard_that_no_file_reaches_stops_reading_by_name(tmp_path):
+    # without a checksum nothing tells that the index is damaged; bit 63 of an offset is flipped
+    root = zarr.create_group(tmp_path / "s")
+    codec = ShardingCodec(chunk_shape=(3, 4), codecs=[BytesCodec()], index_codecs=[BytesCodec()])
+    v0 = zarr.create(
+        store=root.store,
+        path="v0",
+        shape=(12, 4),
+        chunk_shape=(12, 4),
+        dtype="float32",
+        codecs=[codec],
+        dimension_names=("n", "k"),
+        fill_value=0,
+        zarr_format=3,
+    )
+    v0[...] = np.ones((12, 4))
+    index = root.create_array("index", shape=(12,), dtype="int32", chunks=(6,), dimension_names=("n",), fill_value=-1)
+    index[...] = np.arange(12)
+    file = tmp_path / "s/v0/c/0/0"
+    stored = bytearray(file.read_bytes())
+    stored[-4 * 16 + 7] ^= 1 << 7
+    file.write_bytes(stored)
+    for unit_rows in (12, 3, 6):
+        with pytest.raises(ChunkUndecodable, match="chunk v0/c/0/0 of v0 cannot be decoded"):
+            read_all(tmp_path / "s", "numcodecs", unit_rows)
+
+
 # Written again ----------------------------------------------------------------------------------------------------
 
 
@@ -457,8 +566,9 @@ def test_a_damage_that_comes_between_two_reads_is_found(write_store, tmp_path, k
 
 @READERS
 @pytest.mark.parametrize("missing", ["fill", "skip"])
-def test_an_object_that_comes_or_goes_between_two_reads_is_found(write_store, tmp_path, missing, which):
-    path, key = write(write_store, tmp_path, "v3 zstd")
+@pytest.mark.parametrize("kind", ["v3 zstd", "sharded zstd"])
+def test_an_object_that_comes_or_goes_between_two_reads_is_found(write_store, tmp_path, kind, missing, which):
+    path, key = write(write_store, tmp_path, kind)
     stored = (path / key).read_bytes()
     samples = open_all(path, ["v0"], missing=missing)
     with pytest.raises((DataChanged, ChunkMissing), match=key):
@@ -466,6 +576,34 @@ def test_an_object_that_comes_or_goes_between_two_reads_is_found(write_store, tm
     if missing == "fill":
         with pytest.raises(DataChanged, match=key):
             read_twice(samples, which, lambda: (path / key).write_bytes(stored))
+
+
+@pytest.mark.parametrize("which", ["zarr", "auto"])
+def test_a_shard_that_is_written_again_is_found_although_no_chunk_of_it_was_read(tmp_path, which):
+    values = np.arange(48.0, dtype="float32").reshape(12, 4) + 1
+    values[:3] = 0  # the fill value: this chunk is not stored
+    root = zarr.create_group(tmp_path / "s")
+    with zarr.config.set({"array.write_empty_chunks": False}):
+        v0 = root.create_array(
+            "v0",
+            shape=(12, 4),
+            chunks=(3, 4),
+            shards=(12, 4),
+            dtype="float32",
+            compressors=None,
+            dimension_names=("n", "k"),
+            fill_value=0,
+        )
+        v0[...] = values
+        index = root.create_array(
+            "index", shape=(12,), dtype="int32", chunks=(6,), dimension_names=("n",), fill_value=-1
+        )
+        index[...] = np.arange(12)
+        reader = reader_of(open_all(tmp_path / "s", ["v0"], missing="fill"), which)
+        assert not reader.read(0, 3)["v0"][1].any()
+        v0[...] = values + 100
+    with pytest.raises(DataChanged, match="chunk v0/c/0/0 of v0 has been written again"):
+        reader.read(3, 6)
 
 
 @READERS

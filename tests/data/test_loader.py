@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from dtrain.data import memory
 from dtrain.data.encoding import Scaling
-from dtrain.data.loader import Loader, read_batches
+from dtrain.data.loader import Loader, _Read, read_batches
 from dtrain.data.memory import Limits
 from dtrain.data.order import epoch_order
 from dtrain.data.partition import eval_partitions, plan_data, train_partitions
@@ -438,6 +439,40 @@ def test_of_an_iterator_whose_sum_is_known_nothing_more_is_read(numbers):
             assert 13 <= reader.units_decoded <= 13 + 9
 
 
+def test_what_has_been_read_is_forgotten_although_nobody_had_to_wait_for_it(numbers, one_batch_a_group):
+    samples = open_all(numbers(80, 4), ["v0"])
+    _, partition = only_partition(samples, unit_rows=4, cell_rows=4)
+    reader = remembering(samples)
+    spy = Spy(reader)
+    limits = Limits(ahead=4, buffers=2)
+    loader = Loader(reader, partition, START, itertools.repeat(4), replica=0, shuffle=False, limits=limits)
+    for step in range(1, 61):
+        wait_until(lambda least=step + 4: len(spy.reads) >= least and not spy.now)
+        loader.take()
+    waiting = len(loader._slots._waiting)
+    loader.close()
+    assert waiting <= 1 + 4  # one is open, four are ahead
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("cached", [0, 5])
+def test_nothing_is_kept_of_passes_that_are_over(numbers, one_batch_a_group, shuffle, cached):
+    samples = open_all(numbers(80, 4), ["v0"])
+    _, partition = only_partition(samples, unit_rows=4, cell_rows=4, window=3)
+    limits = Limits(ahead=2, buffers=2, cached=cached)
+    reader = remembering(samples)
+    loader = Loader(reader, partition, START, itertools.repeat(8), replica=0, shuffle=shuffle, limits=limits)
+    slots = loader._slots
+    count = len(slots.arenas["v0"])
+    for _ in range(200):  # 20 passes
+        loader.take()
+        assert len(slots._by_part) <= 2
+        assert len(slots._reads) <= count
+        assert len(slots._slot_of) <= count
+        assert len(slots._cached) <= cached
+    loader.close()
+
+
 # Memory: batches ----------------------------------------------------------------------------------------------
 
 
@@ -768,6 +803,63 @@ def test_closing_waits_for_reads_that_are_under_way_but_begins_no_other(numbers)
     closer.join(10)
     assert not closer.is_alive()
     assert len(begun) == 3
+
+
+def test_an_assembler_that_reads_while_it_waits_begins_no_other_read_once_it_is_closed(numbers):
+    samples = open_all(numbers(400, 4), ["v0"])
+    _, partition = only_partition(samples, unit_rows=4, cell_rows=4, window=20)
+    reader = UnitReader(samples)
+    original, begun = reader.read_into, []
+    gates = {"dtrain-assemble": threading.Event(), "dtrain-read_0": threading.Event()}
+
+    def slowly(first, stop, out):
+        name = threading.current_thread().name
+        begun.append(name)
+        gates[name].wait(10)
+        return original(first, stop, out)
+
+    reader.read_into = slowly
+    loader = Loader(reader, partition, START, itertools.repeat(4), replica=0, shuffle=True, limits=Limits(threads=1))
+    wait_until(lambda: set(begun) == set(gates))
+    closer = threading.Thread(target=loader.close)
+    closer.start()
+    wait_until(lambda: loader._slots._closed)
+    gates["dtrain-assemble"].set()
+    loader._thread.join(0.05)
+    gates["dtrain-read_0"].set()
+    closer.join(10)
+    assert not closer.is_alive()
+    assert sorted(begun) == sorted(gates)
+
+
+def test_a_read_is_done_once_by_whoever_begins_it_and_keeps_what_it_raises():
+    go, done = threading.Event(), []
+
+    def read(*what):
+        done.append((threading.current_thread().name, *what))
+        if what[0] == 2:
+            raise Failing
+
+    with ThreadPoolExecutor(1, thread_name_prefix="pool") as pool:
+        pool.submit(go.wait, 10)
+        taken, fails, left = (_Read(pool, read, number, 5, 6) for number in (1, 2, 3))
+        assert not taken.done
+        assert taken.claimed()
+        taken.run()
+        assert taken.done
+        assert taken.result() is None
+        assert fails.claimed()
+        fails.run()  # raises nothing yet
+        assert fails.done
+        for _ in range(2):
+            with pytest.raises(Failing):
+                fails.result()
+        assert not left.done
+        go.set()
+        left.result()
+        assert left.done
+        assert not left.claimed()
+    assert done == [("MainThread", 1, 5, 6), ("MainThread", 2, 5, 6), ("pool_0", 3, 5, 6)]
 
 
 def test_an_iterator_that_is_abandoned_closes_its_loader(started, numbers_of_60):

@@ -181,6 +181,35 @@ def test_rows_spread_evenly_over_the_window():
     assert abs(inner.var() - 6.75) < 0.5
 
 
+@given(
+    st.lists(st.integers(0, 3) | st.integers(2**39, 2**40) | st.integers(2**59, 2**62), max_size=9),
+    st.integers(-(2**62), 2**61),
+)
+def test_rows_are_sorted_by_place_and_stay_in_order_where_places_are_the_same(places, low):
+    places = np.array(places, np.int64) + low
+    found = order._stable_order(places)
+    assert found.dtype == np.int64
+    assert found.tolist() == sorted(range(len(places)), key=lambda i: places[i])
+
+
+@pytest.mark.parametrize("window", [3, (1 << 14) - 1, 1 << 14, 1 << 15, 70_000])
+def test_each_step_of_a_wide_window_emits_the_rows_of_its_own_places(window):
+    count, rank, rows = 80_000, 40_000, 300
+    (part,) = order._open(np.arange(count), np.full(count, rows), range(rank, rank + 1), window, hash64(1))
+    assert sorted(part.rows.tolist()) == list(range(rows))
+    low, high = max(0, 2 * rank + 1 - window), min(2 * count, 2 * rank + 1 + window)
+    draws = hash64(np.arange(rows), start=hash64(part.part, start=hash64(1))) >> np.uint64(24)
+    by_hand = [(low << 40) + int(draw) * (high - low) for draw in draws]
+    assert part.places.tolist() == [by_hand[row] for row in part.rows]
+    steps = range(rank, min(count, rank + window))
+    cuts = [*steps[:: max(1, len(steps) // 20)], count]
+    for begin, end in itertools.pairwise(cuts):
+        first = 0 if begin == rank else (2 * begin + 1 - window) << 40
+        after = part.places.max() + 1 if end == count else (2 * end + 1 - window) << 40
+        expected = [row for row, place in enumerate(by_hand) if first <= place < after]
+        assert sorted(part.rows[part.of(begin, end)].tolist()) == expected
+
+
 def test_passes_differ_between_epochs_replicas_and_seeds():
     sizes = [4] * 12
     names = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1, 1), (1, 1, 0), (1, 0, 1), (1, 1, 1)]

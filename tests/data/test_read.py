@@ -229,6 +229,21 @@ def test_a_static_variable_is_checked_and_named(write_store, tmp_path):
     np.testing.assert_array_equal(statics["height"], height[2:4])
 
 
+@pytest.mark.parametrize("which", ["zarr", "auto"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "int16"])
+def test_a_variable_without_dimensions_is_read(write_store, tmp_path, dtype, which):
+    arrays = {
+        "v0": vector(np.arange(4.0), 4),
+        "place": {"dims": (), "values": np.array(7, dtype), "chunks": ()},
+        "index": vector(np.arange(4), 4),
+    }
+    samples = open_all(write_store(tmp_path / "s", arrays), arrays)
+    reader, place = UnitReader(samples, which), samples.variable("place")
+    out = np.full((), 99, place.kept_dtype)
+    reader._fill(place, 0, 0, out)
+    assert out[()] == 7
+
+
 # Who reads --------------------------------------------------------------------------------------------------
 
 
@@ -302,6 +317,45 @@ def test_many_small_chunks_in_shards_are_read_by_zarrs(write_store, tmp_path, ch
     assert UnitReader(samples).read(2000, 4000)["v0"][1].sum() == 6000
 
 
+def test_many_small_chunks_that_zarrs_does_not_read_are_read_by_numcodecs(write_store, tmp_path, monkeypatch):
+    v0 = {"dims": ("n", "k"), "values": np.arange(6144.0).reshape(2048, 3), "chunks": (2, 3), "shards": (1024, 3)}
+    path = write_store(tmp_path / "s", {"v0": v0, "index": vector(np.arange(2048), 2048)})
+    with_step = open_all(path, ["v0"], isel={"k": {"start": 0, "stop": 3, "step": 2}})
+    assert choose_readers(with_step, "auto")["v0"] == ("numcodecs", USUAL)
+    assert UnitReader(with_step).read(1, 3)["v0"][1].tolist() == [[3, 5], [6, 8]]
+    samples = open_all(path, ["v0"])
+    assert choose_readers(samples, "auto")["v0"] == ("zarrs", "its shards hold many small chunks")
+    monkeypatch.setitem(sys.modules, "zarrs", None)
+    assert choose_readers(samples, "auto")["v0"] == ("numcodecs", USUAL)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "width", "count", "which"),
+    [
+        (1, 4, 256, "zarrs"),
+        (1, 4, 255, "numcodecs"),
+        (1, 8191, 256, "zarrs"),  # just less than 32 KiB a chunk, and than 8 MiB a shard
+        (1, 8192, 256, "numcodecs"),
+        (1, 7000, 299, "zarrs"),
+        (1, 7000, 300, "numcodecs"),  # more than 8 MiB: parts are read
+    ],
+)
+def test_shards_of_many_small_chunks_are_left_to_zarrs_up_to_8_mib(write_store, tmp_path, chunk, width, count, which):
+    root = zarr.create_group(tmp_path / "s")
+    for name, row in (("v0", (width,)), ("index", ())):
+        shape = (count, *row)
+        root.create_array(
+            name,
+            shape=shape,
+            dtype="float32",
+            chunks=(chunk, *row) if row else (count,),
+            shards=shape if row else None,
+            dimension_names=("n", "k")[: len(shape)],
+        )
+    samples = open_all(tmp_path / "s", ["v0"])
+    assert choose_readers(samples, "auto")["v0"][0] == which
+
+
 def test_a_step_is_not_read_by_zarrs(write_store, tmp_path):
     path = two(write_store, tmp_path)
     samples = open_all(path, ["v0"], isel={"k": {"start": 0, "stop": 3, "step": 2}})
@@ -310,6 +364,24 @@ def test_a_step_is_not_read_by_zarrs(write_store, tmp_path):
         choose_readers(samples, "zarrs")
     static = open_samples(path, inputs=["v0"], targets=["index"], sample_dim="n", split=WHOLE)
     assert choose_readers(static, "zarrs")["v0"][0] == "zarrs"
+
+
+def test_a_small_variable_is_read_by_zarr_although_another_reader_is_asked_for(write_store, tmp_path):
+    height = np.arange(6.0, dtype="float32").reshape(2, 3)
+    arrays = {
+        "v0": vector(np.arange(4.0), 4),
+        "height": {"dims": ("y", "x"), "values": height, "chunks": (2, 2)},
+        "index": vector(np.arange(4), 4),
+    }
+    samples = open_all(write_store(tmp_path / "s", arrays), arrays)
+    assert choose_readers(samples, "zarrs") == {
+        "v0": ("zarrs", "asked for"),
+        "height": ("zarr", "it is small"),
+        "index": ("zarrs", "asked for"),
+    }
+    assert choose_readers(samples, "auto")["height"] == ("numcodecs", USUAL)
+    for which in ("zarrs", "zarr", "numcodecs", "auto"):
+        np.testing.assert_array_equal(UnitReader(samples, which).statics["height"], height)
 
 
 def test_without_zarrs_zarr_reads(write_store, tmp_path, monkeypatch):

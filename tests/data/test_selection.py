@@ -27,7 +27,7 @@ from dtrain.data.partition import (
 from dtrain.data.presence import absent_chunks, absent_rows, check_presence
 from dtrain.data.read import UnitReader
 from dtrain.data.source import open_samples
-from dtrain.errors import ChunkMissing, InvalidConfig, LengthsDiffer, TooFewSamples
+from dtrain.errors import ChunkMissing, InvalidConfig, LengthsDiffer, NonFiniteData, TooFewSamples
 from tests.data.helpers import (
     START,
     WHOLE,
@@ -530,6 +530,104 @@ def test_a_chunk_that_goes_missing_after_the_plan_is_not_read_as_the_fill_value(
     (path / "v/c/7").unlink()
     with pytest.raises(ChunkMissing, match="v/c/7"):
         batches(UnitReader(samples, absent=plan.absent), partition, [partition.num_samples])
+
+
+ABSENT = {
+    "just the rows of the chunk": (((4, 8),), False, True),
+    "more rows": (((3, 9),), False, True),
+    "rows of two": (((0, 8),), False, True),
+    "after others": (((0, 1), (4, 8), (12, 13)), False, True),
+    "the first row is needed": (((5, 8),), False, False),
+    "the last row is needed": (((4, 7),), False, False),
+    "a row between is needed": (((4, 6), (7, 8)), False, False),
+    "other rows": (((8, 12),), False, False),
+    "none": ((), False, False),
+    "all of the shard": (((0, 8),), True, True),
+    "a chunk of the shard": (((4, 8),), True, False),
+    "the first chunk of the shard": (((0, 4),), True, False),
+}
+
+
+@pytest.mark.parametrize("which", ["zarr", "zarrs", "auto"])
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("kind", ABSENT)
+def test_a_chunk_may_be_missing_whose_rows_nobody_needs(tmp_path, kind, sharded, which):
+    absent, whole_shard, harmless = ABSENT[kind]
+    values = np.arange(1.0, 15.0, dtype="float32")
+    values[0 if whole_shard and sharded else 4 : 8] = 0  # the fill value: not written
+    write_sparse(
+        tmp_path / "s",
+        {
+            "v": vector(values, 4, **({"shards": (8,)} if sharded else {})),
+            "index": vector(np.arange(1, 15), 14),
+        },
+    )
+    if not sharded and whole_shard:
+        return
+    samples = open_store(tmp_path / "s", inputs=["v"], missing="skip")
+    for first, stop in ((4, 8), (0, 14)):
+        reader = reader_of(samples, which, absent=absent)
+        if harmless:
+            np.testing.assert_array_equal(reader.read(first, stop)["v"][1], values[first:stop])
+        else:
+            with pytest.raises(ChunkMissing, match=r"of v, in shard v/c/0|chunk v/c/[01] of v"):
+                reader.read(first, stop)
+
+
+@pytest.mark.parametrize("which", ["zarr", "zarrs", "auto"])
+def test_the_last_chunk_may_be_missing_although_it_reaches_beyond_the_array(tmp_path, which):
+    values = np.arange(1.0, 15.0, dtype="float32")
+    values[12:] = 0
+    write_sparse(tmp_path / "s", {"v": vector(values, 4), "index": vector(np.arange(1, 15), 14)})
+    samples = open_store(tmp_path / "s", inputs=["v"], missing="skip")
+    rows = reader_of(samples, which, absent=((12, 14),)).read(10, 14)["v"][1]
+    assert rows.tolist() == [11, 12, 0, 0]
+    with pytest.raises(ChunkMissing, match="chunk v/c/3 of v"):
+        reader_of(samples, which, absent=((12, 13),)).read(10, 14)
+
+
+@pytest.mark.parametrize("which", ["zarr", "auto"])
+@pytest.mark.parametrize("marked", [False, True])
+def test_values_that_are_not_finite_matter_where_rows_are_needed(write_store, tmp_path, marked, which):
+    values = np.arange(28.0, dtype="float32").reshape(14, 2)
+    bad = -99.0 if marked else np.nan
+    attributes = {"attributes": {"missing_value": -99.0}} if marked else {}
+    height = np.array([bad, 1, bad], "float32")
+    for place, said in ((3, r"v\[3, 1\]"), (8, r"v\[8, 1\]"), (13, r"v\[13, 1\]"), (None, "")):
+        stored = values.copy()
+        stored[4:8] = bad
+        if place is not None:
+            stored[place, 1] = bad
+        arrays = {
+            "v": {"dims": ("n", "x"), "values": stored, "chunks": (4, 2), **attributes},
+            "height": {"dims": ("y",), "values": height, "chunks": (3,), **attributes},
+            "index": vector(np.arange(14), 14),
+        }
+        path = write_store(tmp_path / str(place), arrays)
+        samples = open_store(path, inputs=["v", "height"], missing="skip")
+        reader = UnitReader(samples, which, absent=((0, 1), (4, 8)))
+        for first, stop in ((0, 14), (2, 14), (6, 14), (0, 6), (5, 7)):
+            if place is not None and first <= place < stop:
+                with pytest.raises(NonFiniteData, match=said):
+                    reader.read(first, stop)
+            else:
+                np.testing.assert_array_equal(reader.read(first, stop)["v"][1], stored[first:stop])
+    with pytest.raises(NonFiniteData, match=r"height\[0\]"):
+        UnitReader(samples, which, absent=((0, 8),)).statics  # noqa: B018
+
+
+@pytest.mark.parametrize("which", ["zarr", "auto"])
+@pytest.mark.parametrize("value", [-99.0, np.nan, np.inf])
+def test_where_a_number_marks_missing_values_others_that_are_not_finite_are_found_too(
+    write_store, tmp_path, value, which
+):
+    values = np.arange(14.0, dtype="float32")
+    values[9] = value
+    v = {**vector(values, 4), "attributes": {"missing_value": -99.0}}
+    samples = open_store(write_store(tmp_path / "s", {"v": v, "index": vector(np.arange(14), 14)}), inputs=["v"])
+    with pytest.raises(NonFiniteData, match=rf"v\[9\] in chunk v/c/2 is {value}") as caught:
+        UnitReader(samples, which).read(8, 12)
+    assert ("marks a missing value" in caught.value.message) == (value == -99)
 
 
 def test_a_static_variable_cannot_be_skipped(store):
