@@ -265,6 +265,15 @@ class Stopped(DtrainError, RuntimeError):
     code = 75
 
 
+def one_line(error: BaseException) -> str:
+    """Return what an exception says, in one line; its type if it says nothing.
+
+    >>> one_line(ValueError("of  two   lines")), one_line(KeyError())
+    ('of two lines', 'KeyError')
+    """
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """Return ``; did you mean "..."?`` for the closest allowed name, or an empty string."""
     close = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.6)

@@ -138,7 +138,7 @@ def _inspected(path: str) -> dict[str, Any]:
 def _count_classes(path: str, target: str) -> int:
     """Return the largest class + 1, reading the target chunk by chunk; 0 if a number is negative: no class."""
     from dtrain.data.store import open_group
-    from dtrain.errors import ChunkUndecodable
+    from dtrain.errors import ChunkUndecodable, one_line
 
     array: Any = open_group(str(path), "")[target]
     rows, most = array.chunks[0], 0
@@ -146,7 +146,7 @@ def _count_classes(path: str, target: str) -> int:
         try:
             values = array[start : start + rows]
         except Exception as error:
-            said = " ".join(str(error).split())
+            said = one_line(error)
             raise ChunkUndecodable(
                 f"{path}: {target}[{start}:{start + rows}] cannot be decoded: {said}",
                 "Restore it from a copy of the store.",

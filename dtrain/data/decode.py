@@ -24,7 +24,8 @@ from numcodecs.zstd import Zstd
 from zarr.codecs import Crc32cCodec
 
 from dtrain.data.samples import Select
-from dtrain.data.store import ArrayLike, codecs_of, crc32c, is_short_blosc, shard_layout
+from dtrain.data.store import ArrayLike, codecs_of, crc32c, is_short_blosc, shard_layout, unusual_order
+from dtrain.errors import one_line
 
 Array = npt.NDArray[Any]
 Stage: TypeAlias = Callable[[memoryview], memoryview]
@@ -54,13 +55,11 @@ class Chunk:
 
 def why_not(array: ArrayLike) -> str:
     """Return why an array is not decoded here, or an empty string if it is."""
-    if not np.dtype(array.dtype).isnative:
-        return f"its byte order is {np.dtype(array.dtype).byteorder}"
+    if order := unusual_order(array):
+        return order
     orders = {str(getattr(codec.endian, "value", codec.endian)) for name, codec in codecs_of(array) if name == "bytes"}
     if orders - {"None", sys.byteorder}:
         return f"its byte order is {orders.pop()}"
-    if array.metadata.zarr_format == 2 and array.metadata.order == "F":
-        return "its order is F"
     if array.shards is not None and shard_layout(array) is None:
         return "the index of its shards is encoded in a rare way"
     odd = [name for name, codec in codecs_of(array) if _stage(name, codec) is None and name != "bytes"]
@@ -125,7 +124,7 @@ class Decoder:
         except (Undecodable, MemoryError):
             raise
         except Exception as error:
-            raise Undecodable(" ".join(str(error).split()) or type(error).__name__) from error
+            raise Undecodable(one_line(error)) from error
 
 
 def chunks_of(sizes: tuple[int, ...], select: Select) -> Iterator[Chunk]:

@@ -10,12 +10,10 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from zarr.core.sync import sync
 
 from dtrain.data.samples import Samples, Variable
 from dtrain.data.store import (
-    NO_CHUNK,
     ArrayLike,
     ReadStore,
     array_in,
@@ -24,6 +22,7 @@ from dtrain.data.store import (
     open_group,
     selected_keys,
     shard_layout,
+    shards_of,
     touched,
 )
 from dtrain.errors import ChunkMissing, StoreForbidden
@@ -126,20 +125,13 @@ def absent_chunks(samples: Samples, variable: Variable, *, full: bool) -> Iterat
     if layout is None or (is_remote(samples.path) and len(keys) > MAX_INDICES and not full):
         return
     store: ReadStore = array.store
-    wanted = touched(variable.chunks, select)
-    for place, key in zip(places, keys, strict=True):
+    for shard, key in zip(shards_of(array, layout, select), keys, strict=True):
         if key not in there:
             continue
         index = store.index(key, layout)
         if index is None:
             continue  # cut short: the reader says so
-        corner = [p * count for p, count in zip(place, layout.counts, strict=True)]
-        inside = [
-            [c - first for c in along if first <= c < first + count]
-            for along, first, count in zip(wanted, corner, layout.counts, strict=True)
-        ]
-        for gone in np.argwhere(index[np.ix_(*inside)][..., 0] == NO_CHUNK).tolist():
-            inner = tuple(first + along[i] for first, along, i in zip(corner, inside, gone, strict=True))
+        for inner in shard.missing(index):
             first = 0 if variable.is_static else inner[variable.sample_axis] * variable.chunk_rows
             yield Absent(variable, key, inner, first, min(first + variable.chunk_rows, samples.num_samples))
 

@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +32,7 @@ from dtrain.data.store import (
     open_store,
     selected_keys,
     shard_layout,
+    shards_of,
     touched,
 )
 from dtrain.errors import (
@@ -41,6 +42,7 @@ from dtrain.errors import (
     InvalidConfig,
     NonFiniteData,
     OutOfMemory,
+    one_line,
 )
 
 Array = npt.NDArray[Any]
@@ -72,7 +74,6 @@ class UnitReader:
         self.absent = absent
         self.readers = choose_readers(samples, reader)
         self.store = open_store(samples.path, samples.config.storage_options)
-        self._root = "" if is_remote(samples.path) else samples.path
         with _OPENING, zarr.config.set(_best_settings(samples)):
             group = group_in(self.store, samples.config.group)
             self._arrays: dict[str, Any] = {v.name: array_in(group, samples.path, v.name) for v in samples.variables}
@@ -208,22 +209,18 @@ class UnitReader:
     def _read_shards(self, variable: Variable, select: Select, target: Array) -> None:
         layout = self._layouts[variable.name]
         assert layout is not None
-        shards: dict[tuple[int, ...], list[Chunk]] = {}
-        for chunk in chunks_of(variable.chunks, select):
-            place = tuple(c // count for c, count in zip(chunk.place, layout.counts, strict=True))
-            shards.setdefault(place, []).append(chunk)
-        grid = [-(-n // size) for n, size in zip(variable.shape, variable.chunks, strict=True)]
-        for place, chunks in shards.items():
-            key = self._key(variable, place)
-            corner = tuple(p * count for p, count in zip(place, layout.counts, strict=True))
-            there = (min(count, n - first) for count, n, first in zip(layout.counts, grid, corner, strict=True))
-            everything = len(chunks) == math.prod(there)
-            whole, version = self._read_file(variable, key) if everything else (None, self.store.version(key))
+        by_place = {chunk.place: chunk for chunk in chunks_of(variable.chunks, select)}
+        for shard in shards_of(self._arrays[variable.name], layout, select):
+            key, corner = self._key(variable, shard.place), shard.corner
+            chunks = [by_place[place] for place in shard.chunks() if place in by_place]
+            if not chunks:
+                continue
+            whole, version = self._read_file(variable, key) if shard.everything else (None, self.store.version(key))
             index = self._index_of(variable, key, layout) if whole is None else self.store.index_in(key, layout, whole)
             if index is None:
-                if os.path.exists(os.path.join(self._root, key)):
+                if self.store.version(key) is not None:
                     raise self._chunk_undecodable(variable, key, "its index is cut short or damaged")
-                self._check_absent(variable, key, place)
+                self._check_absent(variable, key, shard.place)
                 for chunk in chunks:
                     self._decode_chunk(variable, key, None, chunk, target)
                 self._check_version(variable, key, None)
@@ -335,16 +332,17 @@ class UnitReader:
         if layout is None:
             return {}
         found: dict[str, tuple[int, int | None]] = {}
-        for _, key, chunks, there in self._shards(variable, select):
-            if all(len(inner) == count for inner, count in zip(chunks, layout.counts, strict=True)):
+        for shard in shards_of(self._arrays[variable.name], layout, select):
+            key = self._key(variable, shard.place)
+            if tuple(map(len, shard.inside)) == layout.counts:
                 continue  # Zarr itself reads the whole shard at once
-            if all(len(inner) == count for inner, count in zip(chunks, there, strict=True)):
+            if shard.everything:
                 found[key] = (0, None)
                 continue
             index = self.store.index(key, layout)
             if index is None:
                 continue
-            wanted = index[np.ix_(*chunks)].reshape(-1, 2)
+            wanted = index[np.ix_(*shard.inside)].reshape(-1, 2)
             wanted = wanted[wanted[:, 0] != NO_CHUNK].astype(np.int64)
             if len(wanted) > 1:
                 begin, end = int(wanted[:, 0].min()), int(wanted.sum(axis=1).max())
@@ -352,43 +350,20 @@ class UnitReader:
                     found[key] = (begin, end)
         return found
 
-    def _shards(
-        self, variable: Variable, select: Select
-    ) -> Iterator[tuple[tuple[int, ...], str, tuple[list[int], ...], tuple[int, ...]]]:
-        """Yield, for each shard of a selection, place, key, inner chunks touched, and how many lie in the array."""
-        array = self._arrays[variable.name]
-        layout = self._layouts[variable.name]
-        assert layout is not None
-        inner = touched(variable.chunks, select)
-        shards = touched(variable.objects, select)
-        total = [-(-n // size) for n, size in zip(variable.shape, variable.chunks, strict=True)]
-        by_shard = [
-            {s: [c - s * count for c in chunks if c // count == s] for s in along}
-            for along, chunks, count in zip(shards, inner, layout.counts, strict=True)
-        ]
-        for index, key in zip(itertools.product(*shards), selected_keys(array, variable.objects, select), strict=True):
-            chunks = tuple(by_shard[axis][s] for axis, s in enumerate(index))
-            there = tuple(
-                min(count, total[axis] - s * count)
-                for axis, (s, count) in enumerate(zip(index, layout.counts, strict=True))
-            )
-            yield index, key, chunks, there
-
     def _look_at_files(self, variable: Variable, keys: list[str]) -> None:
         """Note what is absent or cut short, for a reader that does not read through the store."""
         for key in keys:
-            path = os.path.join(self._root, key)
-            try:
-                size = os.stat(path).st_size
-            except OSError:
+            version = self.store.version(key)
+            if version is None:
                 self.store.absent.add(key)
                 continue
+            size, _ = version
             self.store.absent.discard(key)
             self.store.short.discard(key)
             if size == 0 and variable.objects != variable.chunks:
                 self.store.short.add(key)
             elif self._blosc[variable.name]:
-                with open(path, "rb") as file:
+                with open(os.path.join(self.store.root, key), "rb") as file:
                     if is_short_blosc(file.read(16), size):
                         self.store.short.add(key)
 
@@ -403,7 +378,7 @@ class UnitReader:
         for place, key in zip(places, keys, strict=True):
             if key in self.store.absent:
                 self._check_absent(variable, key, place)
-        for key in keys if self._root else ():
+        for key in keys if self.store.root else ():
             self._check_version(variable, key, self.store.version(key))
 
     def _check_inner_chunks(self, variable: Variable, select: Select) -> None:
@@ -411,15 +386,14 @@ class UnitReader:
         layout = self._layouts[variable.name]
         if layout is None or self.samples.config.missing == "fill":
             return
-        for place, key, chunks, _ in self._shards(variable, select):
+        for shard in shards_of(self._arrays[variable.name], layout, select):
+            key = self._key(variable, shard.place)
             index = self.store.index(key, layout)
             if index is None:
                 if key not in self.store.absent:
                     raise self._chunk_undecodable(variable, key, "its index is cut short or damaged")
                 continue
-            for gone in np.argwhere(index[np.ix_(*chunks)][..., 0] == NO_CHUNK).tolist():
-                inside = [along[i] for along, i in zip(chunks, gone, strict=True)]
-                inner = tuple(p * n + i for p, n, i in zip(place, layout.counts, inside, strict=True))
+            for inner in shard.missing(index):
                 self._check_absent(variable, key, inner, inner=True)
 
     def _check_absent(self, variable: Variable, key: str, place: tuple[int, ...], *, inner: bool = False) -> None:
@@ -454,10 +428,10 @@ class UnitReader:
             except DtrainError:
                 raise
             except Exception as cause:
-                return self._chunk_undecodable(variable, key, _one_line(cause))
+                return self._chunk_undecodable(variable, key, one_line(cause))
         rows = "" if variable.is_static else "[{}:{}]".format(*select[variable.sample_axis][:2])
         return ChunkUndecodable(
-            f"{self.samples.path}: {variable.name}{rows} could not be read: {_one_line(error)}",
+            f"{self.samples.path}: {variable.name}{rows} could not be read: {one_line(error)}",
             "Reading it again worked: the storage is unreliable. Run the same command again to continue.",
         )
 
@@ -498,7 +472,7 @@ class UnitReader:
         chunk = tuple(i // size for i, size in zip(where, variable.objects, strict=True))
         array = self._arrays[variable.name]
         value = array[tuple(where)]  # as stored: in memory it may be a float32
-        key = (f"{array.path}/" if array.path else "") + array.metadata.encode_chunk_key(chunk)
+        key = self._key(variable, chunk)
         marked = variable.encoding is not None and self._is_marked(variable, np.asarray(value))
         stored = f"{value}, which float32 cannot hold" if np.isfinite(value) and not marked else f"{value}"
         return NonFiniteData(
@@ -605,9 +579,5 @@ def _open_with_zarrs(samples: Samples, names: list[str], threads: int) -> tuple[
             try:
                 found[name] = group[name]
             except Exception as error:  # its metadata say something that zarrs does not know
-                refused[name] = _one_line(error)
+                refused[name] = one_line(error)
         return found, refused
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -32,6 +32,7 @@ from dtrain.errors import (
     UnknownVariable,
     UnsuitableVariable,
     did_you_mean,
+    one_line,
 )
 
 METADATA_FILES = ("zarr.json", ".zgroup", ".zmetadata")
@@ -199,7 +200,7 @@ def _open_dataset(
         except zarr.errors.GroupNotFoundError:
             raise NotZarr(f"{path} is not a Zarr group of variables.") from None
         except Exception as error:  # broken metadata makes zarr raise whatever its first wrong guess leads to
-            text = " ".join(str(error).split()) or type(error).__name__
+            text = one_line(error)
             if "conflicting sizes" in text:
                 raise LengthsDiffer(f"{path}: variables differ in length: {text}.") from None
             if any(said in text for said in UNSUPPORTED):

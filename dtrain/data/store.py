@@ -38,6 +38,7 @@ from dtrain.errors import (
     StoreForbidden,
     StoreUnavailable,
     did_you_mean,
+    one_line,
 )
 
 ArrayLike: TypeAlias = "zarr.Array[Any]"  # older versions of zarr cannot be subscripted
@@ -96,19 +97,17 @@ def open_store(path: str, storage_options: Mapping[str, Any] = {}) -> ReadStore:
             store.fs.retries = 1
     except ImportError as error:
         raise InvalidConfig(
-            f"{path}: reading {protocol}:// needs a package that is not installed: {_one_line(error)}",
+            f"{path}: reading {protocol}:// needs a package that is not installed: {one_line(error)}",
             "Install it here and on the workers"
             + (f', for example pip install "dtrain[{extra}]".' if (extra := EXTRAS.get(protocol)) else "."),
         ) from None
     except Exception as error:
         known = did_you_mean(protocol, PROTOCOLS) if "not known" in str(error) else ""
         raise InvalidConfig(
-            f"{path}: cannot be opened: {_one_line(error)}{known}",
+            f"{path}: cannot be opened: {one_line(error)}{known}",
             "Look at data.path and data.storage_options.",
         ) from None
-    opened = ReadStore(store, path)
-    opened.masked = masked
-    return opened
+    return ReadStore(store, path, masked)
 
 
 def open_group(path: str, group: str = "", storage_options: Mapping[str, Any] = {}) -> zarr.Group:
@@ -135,7 +134,7 @@ def group_in(store: ReadStore, name: str) -> zarr.Group:
         ) from None
     except Exception as error:  # broken metadata makes zarr raise whatever its first wrong guess leads to
         raise NotZarr(
-            f"{store.path}: its Zarr metadata cannot be read: {_one_line(error)}",
+            f"{store.path}: its Zarr metadata cannot be read: {one_line(error)}",
             "Restore it from a copy of the store.",
         ) from None
 
@@ -156,7 +155,7 @@ def array_in(group: zarr.Group, store_path: str, name: str) -> Any:
         raise DataNotFound(f"{store_path}: {name} is not there any more.", "Restore it from a copy.") from None
     except Exception as error:
         raise NotZarr(
-            f"{store_path}: the metadata of {name} cannot be read: {_one_line(error)}",
+            f"{store_path}: the metadata of {name} cannot be read: {one_line(error)}",
             "Restore it from a copy of the store.",
         ) from None
 
@@ -172,11 +171,16 @@ class ReadStore(WrapperStore[Store]):
     store : zarr.abc.store.Store
     path : str
         What a user calls it.
+    masked : tuple of str
+        Storage options that a run has not kept.
     """
 
-    def __init__(self, store: Store, path: str = "") -> None:
+    def __init__(self, store: Store, path: str = "", masked: tuple[str, ...] = ()) -> None:
         super().__init__(store)
         self.path = path
+        self.root = str(store.root) if isinstance(store, LocalStore) else ""
+        """The directory of a local store."""
+        self._masked = masked
         self.requests = 0
         """Objects or parts of objects that were asked for."""
         self.index_requests = 0
@@ -193,12 +197,9 @@ class ReadStore(WrapperStore[Store]):
         self._indices: OrderedDict[str, Buffer] = OrderedDict()
         self._held: dict[str, list[tuple[int, Buffer]]] = {}
         self._lock, self._asking = threading.Lock(), threading.Lock()
-        self._root = str(store.root) if isinstance(store, LocalStore) else ""
-        self.masked: tuple[str, ...] = ()
-        """Storage options that a run has not kept."""
 
     def _with_store(self, store: Store) -> ReadStore:
-        return ReadStore(store, self.path)
+        return ReadStore(store, self.path, self._masked)
 
     def watch(self, array: ArrayLike) -> None:
         """Look at the objects of an array as they pass: there are two ways to be cut short that Zarr decodes.
@@ -236,7 +237,7 @@ class ReadStore(WrapperStore[Store]):
             The part; less of it if the object ends before.
         """
         try:
-            with open(os.path.join(self._root, key), "rb", buffering=0) as file:
+            with open(os.path.join(self.root, key), "rb", buffering=0) as file:
                 facts = os.fstat(file.fileno())
                 end = facts.st_size if stop is None else min(stop, facts.st_size)
                 value = room(max(0, end - start))
@@ -257,7 +258,7 @@ class ReadStore(WrapperStore[Store]):
     def version(self, key: str) -> Version | None:
         """Return which version of a file there is; None if it is not there."""
         try:
-            facts = os.stat(os.path.join(self._root, key))
+            facts = os.stat(os.path.join(self.root, key))
         except OSError:
             return None
         return facts.st_size, facts.st_mtime_ns
@@ -341,7 +342,7 @@ class ReadStore(WrapperStore[Store]):
 
     def index_in(self, key: str, layout: ShardLayout, shard: memoryview) -> npt.NDArray[np.uint64] | None:
         """Return the same out of a shard that has been read."""
-        part = shard[max(0, len(shard) - layout.index_bytes) :] if layout.at_end else shard[: layout.index_bytes]
+        part = shard[layout.index_slice(len(shard))]
         self._keep_index(key, layout, default_buffer_prototype().buffer.from_bytes(bytes(part)))
         return layout.checked(part)
 
@@ -419,21 +420,21 @@ class ReadStore(WrapperStore[Store]):
                     continue
                 if _is_forbidden(error):
                     raise StoreForbidden(
-                        f"{self.path}: access to {key} was refused: {_one_line(error)}",
-                        f"A run does not keep {', '.join(self.masked)}: give it again, --set data.storage_options=..."
-                        if self.masked
+                        f"{self.path}: access to {key} was refused: {one_line(error)}",
+                        f"A run does not keep {', '.join(self._masked)}: give it again, --set data.storage_options=..."
+                        if self._masked
                         else "Give credentials in the environment or in data.storage_options, or anon = true for open "
                         "data.",
                     ) from None
                 if isinstance(error, (TypeError, ValueError)) or type(error).__name__ == "ParamValidationError":
                     raise InvalidConfig(
-                        f"{self.path}: {key} cannot be asked for: {_one_line(error)}",
+                        f"{self.path}: {key} cannot be asked for: {one_line(error)}",
                         "Look at data.path and data.storage_options.",
                     ) from None
                 if attempt == ATTEMPTS:
                     elapsed = time.monotonic() - began
                     stalled = isinstance(error, TimeoutError) and not str(error)
-                    why = f"no answer within {limit:g} s" if stalled else _one_line(error)
+                    why = f"no answer within {limit:g} s" if stalled else one_line(error)
                     raise StoreUnavailable(
                         f"{self.path}: {key} could not be read in {attempt} attempts over {elapsed:.0f} s: {why}",
                         "Look at data.path and the network. Run the same command again to continue; committed rounds "
@@ -461,10 +462,6 @@ def _lacks_credentials(error: BaseException) -> bool:
     return type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError")
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 # Shards -------------------------------------------------------------------------------------------------
 
 
@@ -490,6 +487,10 @@ class ShardLayout:
         """Bytes of the index."""
         return 16 * math.prod(self.counts) + 4 * self.has_checksum
 
+    def index_slice(self, size: int) -> slice:
+        """Return where the index lies in a shard of so many bytes."""
+        return slice(max(0, size - self.index_bytes), size) if self.at_end else slice(0, self.index_bytes)
+
     def is_index(self, byte_range: ByteRequest | None) -> bool:
         """Whether a request is for the index of a shard."""
         if self.at_end:
@@ -501,7 +502,7 @@ class ShardLayout:
         if self.is_index(byte_range):
             return value
         if byte_range is None and len(value) >= self.index_bytes:
-            part = value[len(value) - self.index_bytes :] if self.at_end else value[: self.index_bytes]
+            part = value[self.index_slice(len(value))]
             return type(value).from_bytes(part.to_bytes())
         return None
 
@@ -526,6 +527,47 @@ class ShardLayout:
 
 
 NO_CHUNK = np.uint64(2**64 - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPart:
+    """What a selection touches of a shard."""
+
+    place: tuple[int, ...]
+    """In the grid of the array's shards."""
+    corner: tuple[int, ...]
+    """The place of its first chunk in the grid of the array's chunks."""
+    inside: tuple[list[int], ...]
+    """Along each dimension, the chunks that are touched, counted in the shard."""
+    everything: bool
+    """Whether it has no other chunks of the array."""
+
+    def chunks(self) -> Iterator[tuple[int, ...]]:
+        """Yield the places of its touched chunks in the grid of the array's chunks, in C order."""
+        return itertools.product(
+            *([first + i for i in along] for first, along in zip(self.corner, self.inside, strict=True))
+        )
+
+    def missing(self, index: npt.NDArray[np.uint64]) -> Iterator[tuple[int, ...]]:
+        """Yield the places of those of them that its index does not have."""
+        for gone in np.argwhere(index[np.ix_(*self.inside)][..., 0] == NO_CHUNK).tolist():
+            parts = zip(self.corner, self.inside, gone, strict=True)
+            yield tuple(first + along[i] for first, along, i in parts)
+
+
+def shards_of(array: ArrayLike, layout: ShardLayout, select: Select) -> Iterator[ShardPart]:
+    """Yield what a selection touches of each shard, in C order."""
+    assert array.shards is not None
+    chunks = touched(array.chunks, select)
+    total = [-(-n // size) for n, size in zip(array.shape, array.chunks, strict=True)]
+    for place in itertools.product(*touched(array.shards, select)):
+        corner = tuple(p * count for p, count in zip(place, layout.counts, strict=True))
+        inside = tuple(
+            [c - first for c in along if first <= c < first + count]
+            for along, first, count in zip(chunks, corner, layout.counts, strict=True)
+        )
+        there = [min(count, n - first) for count, n, first in zip(layout.counts, total, corner, strict=True)]
+        yield ShardPart(place, corner, inside, [len(along) for along in inside] == there)
 
 
 def crc32c(values: memoryview) -> int:
@@ -605,15 +647,20 @@ ZARRS_CODECS = frozenset({"bytes", "blosc", "zstd", "gzip", "crc32c", "transpose
 
 def not_zarrs(array: ArrayLike) -> str:
     """Return why zarrs does not read an array, or an empty string if it does."""
-    dtype = np.dtype(array.dtype)
-    if not dtype.isnative:
-        return f"its byte order is {dtype.byteorder}"
-    if array.metadata.zarr_format == 2 and array.metadata.order == "F":
-        return "its order is F"
+    if order := unusual_order(array):
+        return order
     if array.fill_value is None:
         return "it has no fill value"
     odd = [name for name, _ in codecs_of(array) if name not in ZARRS_CODECS]
     return f"codec {odd[0]}" if odd else ""
+
+
+def unusual_order(array: ArrayLike) -> str:
+    """Return how values lie in a chunk in another order than in memory, or an empty string."""
+    dtype = np.dtype(array.dtype)
+    if not dtype.isnative:
+        return f"its byte order is {dtype.byteorder}"
+    return "its order is F" if array.metadata.zarr_format == 2 and array.metadata.order == "F" else ""
 
 
 def codecs_of(array: ArrayLike) -> list[tuple[str, Any]]:

@@ -9,13 +9,13 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from distributed.system import MEMORY_LIMIT
 
 from dtrain.algorithm.local import TensorBatch
-from dtrain.config import cache_bytes, parse_bytes
+from dtrain.config import DataConfig, cache_bytes, parse_bytes
 from dtrain.data.gather import Batch
 from dtrain.data.loader import Loader
 from dtrain.data.memory import MemoryLaw, Reading, plan_memory
@@ -223,10 +223,9 @@ def batches(
     if not isinstance(samples, Samples):
         raise InvalidConfig(f"samples is a {type(samples).__name__}, not what open_samples returns.")
     _check(batch_size=batch_size, replicas=replicas, **({} if epochs is None else {"epochs": epochs}))
-    if split not in (splits := ("train", "val", "test", "all")):
-        raise InvalidConfig(f'split = "{split}": allowed are {", ".join(splits)}{did_you_mean(str(split), splits)}')
-    if reader is not None and reader not in (readers := ("auto", "numcodecs", "zarrs", "zarr")):
-        raise InvalidConfig(f'reader = "{reader}": allowed are {", ".join(readers)}{did_you_mean(reader, readers)}')
+    _check_name("split", split, get_args(SplitName))
+    if reader is not None:
+        _check_name("reader", reader, get_args(DataConfig.model_fields["reader"].annotation))
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InvalidConfig(f"seed = {seed!r}: an integer is needed.")
     if not isinstance(cursor, Cursor | None):
@@ -312,6 +311,11 @@ def _check(**numbers: int) -> None:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InvalidConfig(f"{name} = {value!r}: a positive integer is needed.")
+
+
+def _check_name(key: str, given: str, allowed: tuple[str, ...]) -> None:
+    if given not in allowed:
+        raise InvalidConfig(f'{key} = "{given}": allowed are {", ".join(allowed)}{did_you_mean(str(given), allowed)}')
 
 
 def _whole(plan: DataPlan, split: SplitName) -> tuple[Partition, ...]:

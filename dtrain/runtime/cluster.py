@@ -29,7 +29,7 @@ from dtrain.algorithm.evaluate import Sums
 from dtrain.algorithm.params import InnerState, Parameters
 from dtrain.data.partition import SplitName
 from dtrain.data.statistics import Moments, merge_moments
-from dtrain.errors import ClusterLost, ClusterUnsuitable, DtrainError
+from dtrain.errors import ClusterLost, ClusterUnsuitable, DtrainError, one_line
 from dtrain.events import StepsTaken
 from dtrain.runtime import tasks
 from dtrain.runtime.connect import Connection
@@ -343,7 +343,7 @@ class ClusterRunner:
         """Return what a vanished value means: the one place that knows how Dask says it."""
         if not self._connected():
             return _scheduler_lost()
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         return SegmentLost(reason, isinstance(error, KilledWorker))
 
 

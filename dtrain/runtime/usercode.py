@@ -25,7 +25,7 @@ from typing import Any
 
 import cloudpickle
 
-from dtrain.errors import DtrainError, InvalidConfig, OutOfMemory, UserCodeFailed, did_you_mean
+from dtrain.errors import DtrainError, InvalidConfig, OutOfMemory, UserCodeFailed, did_you_mean, one_line
 
 Functions = Mapping[str, Callable[..., Any]]
 """By config key (``model``, ``train.loss``, ``train.metrics.NAME`` ...): a function of the user's."""
@@ -324,5 +324,5 @@ def user_code(doing: str) -> Iterator[None]:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     return text if len(text) <= 300 else text[:297] + "..."

@@ -275,9 +275,8 @@ def test_several_stores_each_with_its_replicas(
     assert shas(start("cut", **both)) == shas(run)
 
 
-def test_parameters_travel_and_data_stay(
-    start: Callable[..., dtrain.Run], stores: Callable[..., Path], own_client: Client
-) -> None:
+@pytest.fixture
+def private_stores(stores: Callable[..., Path], own_client: Client) -> tuple[list[Path], list[dict[str, Any]]]:
     """Two workers that each see another directory: the same path is another store to each, and none to the driver."""
     workers = sorted(own_client.nthreads())
     folders = [stores("a", 300).parent, stores("bb", 500).parent]
@@ -285,21 +284,27 @@ def test_parameters_travel_and_data_stay(
         own_client.run(os.chdir, str(folder), workers=[worker])
     own = "/proc/self/cwd/private.zarr"
     assert not Path(own).exists()
-    private = [{"path": own, "workers": [worker]} for worker in workers]
+    return folders, [{"path": own, "workers": [worker]} for worker in workers]
+
+
+def test_parameters_travel_and_data_stay(
+    start: Callable[..., dtrain.Run],
+    private_stores: tuple[list[Path], list[dict[str, Any]]],
+    own_client: Client,
+) -> None:
+    folders, private = private_stores
     run = start("private", own_client, data={"path": private}, average={})
     open_to_all = [{"path": str(folder / "private.zarr")} for folder in folders]
     assert shas(run) == shas(start("open", data={"path": open_to_all}, average={}))
 
 
 def test_chunks_that_only_a_worker_sees_are_looked_for_before_training(
-    start: Callable[..., dtrain.Run], stores: Callable[..., Path], own_client: Client
+    start: Callable[..., dtrain.Run],
+    private_stores: tuple[list[Path], list[dict[str, Any]]],
+    own_client: Client,
 ) -> None:
-    workers = sorted(own_client.nthreads())
-    folders = [stores("a", 300).parent, stores("bb", 500).parent]
-    for worker, folder in zip(workers, folders, strict=True):
-        own_client.run(os.chdir, str(folder), workers=[worker])
+    folders, private = private_stores
     (folders[1] / "private.zarr" / "x" / "c" / "7" / "0").unlink()
-    private = [{"path": "/proc/self/cwd/private.zarr", "workers": [worker]} for worker in workers]
     events: list[Any] = []
     with pytest.raises(ChunkMissing, match="chunk x/c/7/0 of x is missing"):
         start("stops", own_client, events.append, data={"path": private}, average={})
