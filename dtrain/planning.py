@@ -137,6 +137,8 @@ def _resolved(job: Job, stores: tuple[StorePlan, ...], device: str, workers: int
             reasons.setdefault(choice, []).append(name)
         names = ", ".join(dict.fromkeys(reader for reader, _ in reasons))
         why = "; ".join(f"{reader} for {', '.join(of)}, since {why}" for (reader, why), of in reasons.items())
+        if len(reasons) == 1:
+            why = next(iter(reasons))[1]
         found["data.reader"] = (names, why)
     if config.data.memory == "auto":
         found["data.memory"] = (format_bytes(first.memory.limit), first.memory.what)

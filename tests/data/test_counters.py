@@ -101,9 +101,10 @@ STORED = {
 }
 
 
+@pytest.mark.parametrize("which", ["zarr", "numcodecs"])
 @pytest.mark.parametrize("rows", [96, 100, 97, 11])
 @pytest.mark.parametrize("kind", STORED)
-def test_every_object_is_asked_for_once_a_pass_and_no_index(write_store, tmp_path, chunk_files, kind, rows):
+def test_every_object_is_asked_for_once_a_pass_and_no_index(write_store, tmp_path, chunk_files, kind, rows, which):
     zarr_format, v0, index = STORED[kind]
     values = np.arange(rows * 2.0).reshape(rows, 2)
     arrays = {
@@ -117,31 +118,13 @@ def test_every_object_is_asked_for_once_a_pass_and_no_index(write_store, tmp_pat
     plan, part = only_partition(samples)
     assert plan.unit_rows == min(12, rows)
     for count, threads in ((1, 1), (1, 4), (3, 2)):
-        reader, (requests, indices, read) = passes(samples, part, count, limits=Limits(threads=threads, ahead=5))
+        limits = Limits(threads=threads, ahead=5)
+        reader, (requests, indices, read) = passes(samples, part, count, limits=limits, which=which)
         assert reader.units_decoded == count * plan.num_units
         assert reader.bytes_decoded == count * rows * samples.row_bytes
         assert requests / len(objects) == count
         assert indices == 0
         assert read == count * size
-
-
-@pytest.mark.parametrize("rows", [96, 97, 11])
-@pytest.mark.parametrize("kind", STORED)
-def test_every_object_is_read_once_and_whole_without_zarr_as_well(write_store, tmp_path, chunk_files, kind, rows):
-    zarr_format, v0, index = STORED[kind]
-    values = np.arange(rows * 2.0).reshape(rows, 2)
-    arrays = {
-        "v0": {"dims": ("n", "k"), "values": values, **v0},
-        "index": {"dims": ("n",), "values": np.arange(rows), **index},
-    }
-    path = write_store(tmp_path / "s", arrays, zarr_format=zarr_format)
-    objects = chunk_files(path)
-    samples = open_all(path, arrays)
-    _, part = only_partition(samples)
-    size = sum((path / key).stat().st_size for key in objects)
-    for count in (1, 3):
-        _, counts = passes(samples, part, count, limits=Limits(threads=2, ahead=5), which="numcodecs")
-        assert counts == (count * len(objects), 0, count * size)
 
 
 @pytest.mark.parametrize("ragged", [0, 13])

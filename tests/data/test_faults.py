@@ -425,14 +425,10 @@ def test_a_missing_inner_chunk_is_named(tmp_path, location, codec, which):
     np.testing.assert_array_equal(UnitReader(elsewhere, which).read(0, 14)["v0"][1], values[:, :2])
 
 
-@READERS
-def test_a_missing_inner_chunk_is_named_also_where_the_index_is_written_in_another_way(tmp_path, which):
-    values = np.ones((12, 4), "float32")
-    values[3:6] = 0
-    root = zarr.create_group(tmp_path / "s")
-    codec = ShardingCodec(
-        chunk_shape=(3, 4), codecs=[BytesCodec()], index_codecs=[BytesCodec(endian="big"), Crc32cCodec()]
-    )
+def write_one_shard(folder, values, *index_codecs):
+    """Write v0(n, k) of 12 x 4 floats, without chunks of zeros, in one shard of chunks of 3 rows; and index(n)."""
+    root = zarr.create_group(folder / "s")
+    codec = ShardingCodec(chunk_shape=(3, 4), codecs=[BytesCodec()], index_codecs=index_codecs)
     with zarr.config.set({"array.write_empty_chunks": False}):
         v0 = zarr.create(
             store=root.store,
@@ -450,6 +446,13 @@ def test_a_missing_inner_chunk_is_named_also_where_the_index_is_written_in_anoth
             "index", shape=(12,), dtype="int32", chunks=(6,), dimension_names=("n",), fill_value=-1
         )
         index[...] = np.arange(12)
+
+
+@READERS
+def test_a_missing_inner_chunk_is_named_also_where_the_index_is_written_in_another_way(tmp_path, which):
+    values = np.ones((12, 4), "float32")
+    values[3:6] = 0
+    write_one_shard(tmp_path, values, BytesCodec(endian="big"), Crc32cCodec())
     with pytest.raises(ChunkMissing, match="v0"):
         read_all(tmp_path / "s", which, 12)
 
@@ -491,22 +494,7 @@ def test_threads_that_read_the_same_bad_object_at_once_all_say_so(write_store, t
 
 def test_a_place_in_a_shard_that_no_file_reaches_stops_reading_by_name(tmp_path):
     # without a checksum nothing tells that the index is damaged; bit 63 of an offset is flipped
-    root = zarr.create_group(tmp_path / "s")
-    codec = ShardingCodec(chunk_shape=(3, 4), codecs=[BytesCodec()], index_codecs=[BytesCodec()])
-    v0 = zarr.create(
-        store=root.store,
-        path="v0",
-        shape=(12, 4),
-        chunk_shape=(12, 4),
-        dtype="float32",
-        codecs=[codec],
-        dimension_names=("n", "k"),
-        fill_value=0,
-        zarr_format=3,
-    )
-    v0[...] = np.ones((12, 4))
-    index = root.create_array("index", shape=(12,), dtype="int32", chunks=(6,), dimension_names=("n",), fill_value=-1)
-    index[...] = np.arange(12)
+    write_one_shard(tmp_path, np.ones((12, 4)), BytesCodec())
     file = tmp_path / "s/v0/c/0/0"
     stored = bytearray(file.read_bytes())
     stored[-4 * 16 + 7] ^= 1 << 7

@@ -543,27 +543,25 @@ def numbers_of_60(write_store, tmp_path_factory):
     return samples, remembering(samples), partition
 
 
-@pytest.mark.parametrize("buffers", [2, 4])
-@pytest.mark.parametrize("group", [1, 32])
-def test_buffers_are_used_again_once_nobody_refers_to_them(numbers_of_60, monkeypatch, buffers, group):
-    _, reader, partition = numbers_of_60
-    monkeypatch.setattr(memory, "GROUP_BATCHES", group)
+def watched_loader(reader, partition, buffers):
+    """A loader of batches of 6, and weak references to the memory that it allocates."""
     made = []
 
     def allocate(shape, dtype):
         made.append(weakref.ref(array := np.empty(shape, dtype)))
         return array
 
-    loader = Loader(
-        reader,
-        partition,
-        START,
-        itertools.repeat(6),
-        replica=0,
-        shuffle=True,
-        limits=Limits(buffers=buffers),
-        allocate=allocate,
-    )
+    limits, sizes = Limits(buffers=buffers), itertools.repeat(6)
+    loader = Loader(reader, partition, START, sizes, replica=0, shuffle=True, limits=limits, allocate=allocate)
+    return loader, made
+
+
+@pytest.mark.parametrize("buffers", [2, 4])
+@pytest.mark.parametrize("group", [1, 32])
+def test_buffers_are_used_again_once_nobody_refers_to_them(numbers_of_60, monkeypatch, buffers, group):
+    _, reader, partition = numbers_of_60
+    monkeypatch.setattr(memory, "GROUP_BATCHES", group)
+    loader, made = watched_loader(reader, partition, buffers)
     for batch in loader.batches([6] * 3000):
         assert batch.size == 6
     assert len(made) <= 3 * buffers  # v0, v0 as a target, and index
@@ -577,22 +575,7 @@ def test_buffers_are_used_again_once_nobody_refers_to_them(numbers_of_60, monkey
 def test_a_batch_that_is_kept_keeps_its_memory_alone(numbers_of_60, monkeypatch):
     _, reader, partition = numbers_of_60
     monkeypatch.setattr(memory, "GROUP_BATCHES", 1)
-    made = []
-
-    def allocate(shape, dtype):
-        made.append(weakref.ref(array := np.empty(shape, dtype)))
-        return array
-
-    loader = Loader(
-        reader,
-        partition,
-        START,
-        itertools.repeat(6),
-        replica=0,
-        shuffle=True,
-        limits=Limits(buffers=2),
-        allocate=allocate,
-    )
+    loader, made = watched_loader(reader, partition, 2)
     kept = [loader.take() for _ in range(200)]
     alive = [ref for ref in made if ref() is not None]
     assert 3 * 200 <= len(alive) <= 3 * (200 + 2)
