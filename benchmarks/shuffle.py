@@ -25,7 +25,9 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -66,25 +68,19 @@ def block_order(sizes: Ints, blocks: int, keys: tuple[int, int, int]) -> tuple[I
     return np.concatenate(parts), np.concatenate(rows)
 
 
-def blocks_of(sizes: Ints, *, window: int, position: int = 0, **keys: Any) -> Iterator[Block]:
+def blocks_of(blocks: int, sizes: Ints, *, window: int, position: int = 0, **keys: Any) -> Iterator[Block]:
     """Yield a pass of `block_order` in the form that the loader takes."""
     if not keys["shuffle"]:
         yield from epoch_order(sizes, window=window, position=position, **keys)
         return
-    window = {"block, twice": WINDOW, "block, same memory": WINDOW // 2}[CHOSEN]
-    part, row = block_order(sizes, window, (keys["seed"], keys["replica"], keys["epoch"]))
+    part, row = block_order(sizes, blocks, (keys["seed"], keys["replica"], keys["epoch"]))
     part, row = part[position:], row[position:]
     yield Block(part, row, tuple(dict.fromkeys(part.tolist())), -1)
 
 
-CHOSEN = "dtrain"
-
-
-def planned(samples: Any, **options: Any) -> DataPlan:
+def planned(window: int, samples: Any, **options: Any) -> DataPlan:
     """Return dtrain's plan with units and window scaled down."""
     plan = plan_data(samples, **options)
-    # without a window all units are open at once; what is read ahead of a block order is all of it
-    window = WINDOW if CHOSEN in ("dtrain", "as stored") else 1 << 20
     return replace(plan, unit_rows=UNIT, cell_rows=UNIT, window=window)
 
 
@@ -152,16 +148,15 @@ def regressor() -> nn.Module:
 
 def final_loss(path: Path, model: Any, loss: str, seed: int, order: str, out: Path) -> float:
     """Train, and return the loss on the rows that were held out: the same ones for every order."""
-    global CHOSEN
-    CHOSEN = order
     shutil.rmtree(out, ignore_errors=True)
     samples = dtrain.open_samples(path, inputs=["x"], targets=["y"], shuffle=order != "as stored")
-    patches = [mock.patch.object(dtrain.job, "plan_data", planned)]
-    if order.startswith("block"):
-        patches.append(mock.patch.object(loader, "epoch_order", blocks_of))
-    for patch in patches:
-        patch.start()
-    try:
+    blocks = {"block, twice": WINDOW, "block, same memory": WINDOW // 2}.get(order)
+    # of a full shuffle, and of a block order as the loader takes it, all units are open at once
+    window = WINDOW if order in ("dtrain", "as stored") else 1 << 20
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(dtrain.job, "plan_data", partial(planned, window)))
+        if blocks is not None:
+            patches.enter_context(mock.patch.object(loader, "epoch_order", partial(blocks_of, blocks)))
         run = dtrain.train(
             model,
             samples,
@@ -180,10 +175,7 @@ def final_loss(path: Path, model: Any, loss: str, seed: int, order: str, out: Pa
             run_dir=out,
             progress=False,
         )
-        return float(run.history.val_loss.values[-1])
-    finally:
-        for patch in patches:
-            patch.stop()
+    return float(run.history.val_loss.values[-1])
 
 
 def main() -> None:
