@@ -214,7 +214,7 @@ def _open_dataset(
             ) from None
 
 
-UNSUPPORTED = ("nknown codec", "codec not available", "No Zarr data type")
+UNSUPPORTED = ("nknown codec", "codec not available", "No Zarr data type", "An implementation for codec")
 """How zarr says that it lacks a codec, or knows no such dtype."""
 
 
