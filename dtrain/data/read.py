@@ -24,6 +24,7 @@ from dtrain.data.store import (
     NO_CHUNK,
     ShardLayout,
     Version,
+    any_group,
     array_in,
     ends_in_blosc,
     group_in,
@@ -573,7 +574,7 @@ def _open_with_zarrs(samples: Samples, names: list[str], threads: int) -> tuple[
         "threading.max_workers": threads,
     }
     with _OPENING, zarr.config.set(settings):
-        group = zarr.open_group(samples.path, path=samples.config.group or None, mode="r")
+        group = any_group(samples.path, samples.config.group)
         found, refused = {}, {}
         for name in names:
             try:

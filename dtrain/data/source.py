@@ -22,7 +22,7 @@ from dtrain.config import DataConfig
 from dtrain.data.decode import why_not
 from dtrain.data.encoding import Encoding
 from dtrain.data.samples import Samples, Tile, Variable
-from dtrain.data.store import ReadStore, has_checksums, is_http, is_remote, not_zarrs, open_store
+from dtrain.data.store import ReadStore, any_group, has_checksums, is_http, is_remote, not_zarrs, open_store
 from dtrain.errors import (
     DataNotFound,
     DtrainError,
@@ -175,9 +175,15 @@ def _open_dataset(
         warnings.simplefilter("ignore")  # a store without consolidated metadata is as good
         try:
             opened = _open_group(store, path, group)
+            if strange := _strange_arrays(store, opened, names):
+                store.hidden = frozenset(strange)
+                opened = zarr.open_group(store, path=group or None, mode="r", use_consolidated=False)
+            consolidated = False if strange else None
             if unnamed := _without_dimensions(opened, path, names):
                 # xarray would refuse the whole group for them: it is asked for the others one by one
-                backend = xr.backends.ZarrStore.open_group(store, group=group or None, mode="r", consolidated=None)
+                backend = xr.backends.ZarrStore.open_group(
+                    store, group=group or None, mode="r", consolidated=consolidated
+                )
                 others = [name for name, _ in opened.arrays() if name not in unnamed]
                 return xr.Dataset({name: backend.open_store_variable(name) for name in others}), opened
             dataset = xr.open_dataset(
@@ -186,7 +192,7 @@ def _open_dataset(
                 group=group or None,
                 chunks=None,
                 decode_cf=False,
-                consolidated=None,
+                consolidated=consolidated,
                 # what is not used may have any shape
                 drop_variables=[name for name, _ in opened.arrays() if names and name not in names],
             )
@@ -203,12 +209,6 @@ def _open_dataset(
             text = one_line(error)
             if "conflicting sizes" in text:
                 raise LengthsDiffer(f"{path}: variables differ in length: {text}.") from None
-            if any(said in text for said in UNSUPPORTED):
-                raise UnsuitableVariable(
-                    f"{path}: an array of it cannot be read here: {text}",
-                    "If it is a codec: install the package that has it, here and on the workers. Else write the store "
-                    "without that array, or with a dtype of numbers.",
-                ) from None
             raise NotZarr(
                 f"{path}: its Zarr metadata cannot be read: {text}", "Restore it from a copy of the store."
             ) from None
@@ -219,7 +219,7 @@ UNSUPPORTED = ("nknown codec", "codec not available", "No Zarr data type", "An i
 
 
 def _open_group(store: ReadStore, path: str, name: str) -> zarr.Group:
-    root = zarr.open_group(store, mode="r")
+    root = any_group(store, "")
     if not name:
         return root
     if not isinstance(root.get(name.strip("/")), zarr.Group):
@@ -228,7 +228,43 @@ def _open_group(store: ReadStore, path: str, name: str) -> zarr.Group:
             f'data.group = "{name}": no such group in {path}{did_you_mean(name, known)}',
             f"It has {', '.join(known) or 'no groups'}.",
         )
-    return zarr.open_group(store, path=name, mode="r")  # not from what the root has consolidated: that may be old
+    return any_group(store, name)  # not from what the root has consolidated: that may be old
+
+
+def _strange_arrays(store: ReadStore, group: zarr.Group, names: tuple[str, ...]) -> list[str]:
+    """Return the arrays that zarr cannot open, because of their dtype or a codec; raise if one is asked for."""
+    try:
+        for _ in group.arrays():
+            pass
+        return []
+    except DtrainError:
+        raise
+    except Exception as error:
+        if not _is_unsupported(error):
+            raise
+    found = []
+    for name in store.names(group.path):
+        try:
+            zarr.open(store, path=f"{group.path}/{name}".lstrip("/"), mode="r", use_consolidated=False)
+        except FileNotFoundError:
+            pass  # a file of the group itself
+        except DtrainError:
+            raise
+        except Exception as error:
+            if not _is_unsupported(error):
+                raise
+            if name in names:
+                raise UnsuitableVariable(
+                    f"{store.path}: {name} cannot be read here: {one_line(error)}",
+                    "If it is a codec: install the package that has it, here and on the workers. Else write the "
+                    "variable with a dtype of numbers.",
+                ) from None
+            found.append(name)
+    return found
+
+
+def _is_unsupported(error: Exception) -> bool:
+    return any(said in str(error) for said in UNSUPPORTED)
 
 
 def _without_dimensions(group: zarr.Group, path: str, names: tuple[str, ...]) -> list[str]:

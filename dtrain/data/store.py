@@ -124,7 +124,7 @@ def group_in(store: ReadStore, name: str) -> zarr.Group:
         It is not there any more, or not on this machine; or its metadata cannot be read.
     """
     try:
-        return zarr.open_group(store, path=name or None, mode="r")
+        return any_group(store, name)
     except DtrainError:
         raise
     except FileNotFoundError:
@@ -137,6 +137,16 @@ def group_in(store: ReadStore, name: str) -> zarr.Group:
             f"{store.path}: its Zarr metadata cannot be read: {one_line(error)}",
             "Restore it from a copy of the store.",
         ) from None
+
+
+def any_group(store: Store | str, name: str) -> zarr.Group:
+    """Open a group, also if its consolidated metadata hold an array that zarr cannot open: each has its own as well."""
+    try:
+        return zarr.open_group(store, path=name or None, mode="r")
+    except (DtrainError, FileNotFoundError):
+        raise
+    except Exception:
+        return zarr.open_group(store, path=name or None, mode="r", use_consolidated=False)
 
 
 def array_in(group: zarr.Group, store_path: str, name: str) -> Any:
@@ -193,6 +203,8 @@ class ReadStore(WrapperStore[Store]):
         """Keys whose object is cut short in a way that Zarr does not notice."""
         self.members: dict[str, tuple[str, ...]] = {}
         """By group, names to look for although the store does not list them."""
+        self.hidden: frozenset[str] = frozenset()
+        """Names that are not listed."""
         self._watched: dict[str, tuple[ShardLayout | None, bool]] = {}
         self._indices: OrderedDict[str, Buffer] = OrderedDict()
         self._held: dict[str, list[tuple[int, Buffer]]] = {}
@@ -329,7 +341,12 @@ class ReadStore(WrapperStore[Store]):
         if is_http(self.path):  # of the links of a page, those to a folder or a file beside it
             found = [name.rstrip("/") for name in found if not set(name.rstrip("/")) & set("/?#:")]
         for name in dict.fromkeys([*found, *self.members.get(prefix.strip("/"), ())]):
-            yield name
+            if name not in self.hidden:
+                yield name
+
+    def names(self, group: str) -> list[str]:
+        """Return the names in a group, from outside of the event loop."""
+        return sync(_collected(self.list_dir(group)))
 
     async def getsize(self, key: str) -> int:
         """Return the bytes of an object."""

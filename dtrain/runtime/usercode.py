@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import io
 import os
 import sys
 import sysconfig
@@ -135,7 +136,9 @@ def pickle_functions(functions: Functions, base: Path) -> bytes:
                 continue
             cloudpickle.register_pickle_by_value(module)
             registered.append(module)
-        return bytes(cloudpickle.dumps(dict(functions)))
+        written = io.BytesIO()
+        _Pickler(written).dump(dict(functions))
+        return written.getvalue()
     except Exception as error:
         raise UserCodeFailed(
             f"The functions {', '.join(functions)} cannot be sent to the workers: {_one_line(error)}",
@@ -144,6 +147,17 @@ def pickle_functions(functions: Functions, base: Path) -> bytes:
     finally:
         for module in registered:
             cloudpickle.unregister_pickle_by_value(module)
+
+
+def _reduce_code(code: CodeType) -> tuple[Any, ...]:
+    build, parts = cloudpickle.Pickler.dispatch_table[CodeType](code)
+    return build, tuple(code.co_filename if part == "<dynamic-code>" else part for part in parts)
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Keeps in which files the code is, which errors name; cloudpickle 3.1.3 and later leave it out."""
+
+    dispatch_table = cloudpickle.Pickler.dispatch_table.new_child({CodeType: _reduce_code})
 
 
 def unpickle_functions(code: bytes) -> dict[str, Callable[..., Any]]:
