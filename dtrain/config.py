@@ -12,10 +12,12 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from datetime import date, time
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Self, Union, cast, get_args, get_origin
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ByteSize,
     ConfigDict,
     Field,
@@ -35,6 +37,8 @@ Float = Annotated[float, Strict()]
 NonNegative = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Strict(), Field(ge=0, lt=1)]
 Bool = Annotated[bool, Strict()]
+Size = Annotated[str, BeforeValidator(lambda given: str(given) if type(given) is int else given)]
+"""``auto``, or bytes such as ``512MB``; a number counts bytes."""
 
 FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
 """A reference to a user's function, ``module:function``."""
@@ -114,8 +118,8 @@ class DataConfig(Table):
     missing: Literal["error", "fill", "skip"] = "error"
     non_finite: Literal["error", "allow"] = "error"
     shuffle: Bool = True
-    memory: str = "auto"
-    cache: str = "auto"
+    memory: Size = "auto"
+    cache: Size = "auto"
     reader: Literal["auto", "numcodecs", "zarrs", "zarr"] = "auto"
 
 
@@ -201,7 +205,7 @@ class ClusterConfig(Table):
     scheduler: str = "local"
     workers: Positive | Literal["auto"] = "auto"
     threads: Positive = 1
-    memory: str = "auto"
+    memory: Size = "auto"
     allow_plain: Bool = False
     slices: Positive | Literal["auto"] = "auto"
     tls: dict[Literal["ca", "cert", "key"], str] = {}
@@ -548,9 +552,14 @@ def _toml(value: Any) -> str:
 
 def _sentences(error: ValidationError, tables: Mapping[str, Any]) -> tuple[str, str]:
     seen: dict[str, str] = {}
-    for fault in error.errors(include_url=False):
-        key = _key(fault["loc"], fault["type"])
-        said = _sentence(key, fault["type"], fault["msg"], fault["input"], TrainConfig)
+    faults = error.errors(include_url=False)
+    for fault in faults:
+        loc, kind = fault["loc"], fault["type"]
+        deeper = [f for f in faults if len(f["loc"]) > len(loc) and f["loc"][: len(loc) - 1] == loc[:-1]]
+        if kind.endswith("_type") and deeper and len(_branches(_place(loc[:-1])[2])) > 1:
+            continue  # this branch of a union is not meant: another one fits up to a part of the value
+        key, known, _ = _place(loc)
+        said = _sentence(key, kind, fault["msg"], fault["input"], known)
         # a value that fits no branch of a union has a fault for each: together they say what is allowed
         allowed = said.partition(": input should be ")[2]
         if key not in seen:
@@ -561,34 +570,52 @@ def _sentences(error: ValidationError, tables: Mapping[str, Any]) -> tuple[str, 
     return "; ".join(seen.values()), hint
 
 
-def _key(loc: tuple[int | str, ...], kind: str) -> str:
-    """Cut a pydantic location down to the config key: the names of a union's branches are not part of it."""
-    model: Any = TrainConfig
-    parts: list[str] = []
+def _place(loc: tuple[int | str, ...]) -> tuple[str, tuple[str, ...], Any]:
+    """Turn a pydantic location into a config key, the keys of its table, and the type of its value."""
+    key, kind = "", cast("Any", TrainConfig)
+    known: tuple[str, ...] = ()
     for part in loc:
-        fields = getattr(model, "model_fields", None)
-        if fields is None:
-            break
-        if part == model.__name__:
+        branches = _branches(kind)
+        if len(branches) > 1:  # the name of one of them, and no part of the key
+            kind = next((b for b in branches if str(part).partition("[")[0] == _origin(b).__name__), None)
             continue
-        if part not in fields:
-            parts += [str(part)] if kind == "extra_forbidden" else []
+        kind = branches[0] if branches else None
+        origin = _origin(kind)
+        if origin is tuple:
+            key, kind = f"{key}[{part}]", get_args(kind)[0]
+        elif origin is dict:
+            key, kind = f"{key}.{part}", get_args(kind)[1]
+        elif isinstance(origin, type) and issubclass(origin, Table):
+            known = tuple(origin.model_fields)
+            key, kind = f"{key}.{part}", origin.model_fields[str(part)].annotation if part in known else None
+        else:
             break
-        parts.append(str(part))
-        annotation = fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, Table)), None)
-    return ".".join(parts)
+    return key.removeprefix("."), known, kind
 
 
-def _sentence(key: str, kind: str, text: str, given: Any, root: type[Table]) -> str:
+def _branches(kind: Any) -> list[Any]:
+    """Return the types that a value may have, but None."""
+    while get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if get_origin(kind) not in (Union, UnionType):
+        return [kind]
+    return [branch for part in get_args(kind) if part is not NoneType for branch in _branches(part)]
+
+
+def _origin(kind: Any) -> Any:
+    return get_origin(kind) or kind
+
+
+def _sentence(key: str, kind: str, text: str, given: Any, known: tuple[str, ...]) -> str:
     table, _, name = key.rpartition(".")
     if kind == "extra_forbidden":
-        fields = list(_fields(root, table))
         elsewhere = [k for k, _ in flat_values(DEFAULTS) if k.rpartition(".")[2] == name]
-        guess = f'; did you mean "{elsewhere[0]}"?' if elsewhere else did_you_mean(name, fields)
-        where, known = f"[{table}]" if table else "the config", ", ".join(fields)
-        return f"{key}: no such key{guess or f'; {where} has {known}'}"
+        guess = f'; did you mean "{elsewhere[0]}"?' if elsewhere else did_you_mean(name, known)
+        where = f"[{table}]" if table else "the config"
+        has = f"; {where} has {', '.join(known)}"
+        return f"{key}: no such key{guess or has}"
+    if kind == "missing":
+        return f"{key} is missing"
     text = text.removeprefix("Value error, ")
     if kind == "value_error":
         return f"{key}: {text}" if key else text
@@ -598,15 +625,6 @@ def _sentence(key: str, kind: str, text: str, given: Any, root: type[Table]) -> 
     text = re.sub(r"a valid dictionary( or instance of \w+)?", "a table", text).replace("a valid tuple", "a list")
     given = REDACTED if key.startswith("data.storage_options") else given
     return f"{key} = {_short(given)}: {text[0].lower()}{text[1:]}{guess}"
-
-
-def _fields(root: type[Table], table: str) -> Mapping[str, Any]:
-    model: Any = root
-    for part in filter(None, table.split(".")):
-        annotation = model.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, Table))
-    return dict(model.model_fields)
 
 
 def _short(value: Any) -> str:

@@ -350,11 +350,34 @@ def test_a_misspelt_key_gets_a_guess_or_the_list(tables, said):
         ({"train": 3}, "train = 3: input should be a table"),
         ({"train": {1: 2}}, "train"),
         ({"data": {"inputs": "image"}}, 'data.inputs = "image": input should be a list'),
-        ({"data": {"inputs": [1]}}, "data.inputs = 1: input should be a valid string"),
+        ({"data": {"inputs": [1]}}, "data.inputs[0] = 1: input should be a valid string"),
         ({"data": {"path": 3}}, "data.path = 3: input should be a valid string or a list"),
         ({"data": {"shuffle": "yes"}}, 'data.shuffle = "yes": input should be a valid boolean'),
         ({"data": {"partition": "contigous"}}, 'did you mean "contiguous"?'),
-        ({"data": {"memory": 512}}, "data.memory = 512: input should be a valid string"),
+        ({"data": {"memory": True}}, "data.memory = true: input should be a valid string"),
+        ({"data": {"memory": -1}}, 'data.memory = "-1" is not a size'),
+        ({"data": {"cache": 1.5}}, "data.cache = 1.5: input should be a valid string"),
+        (
+            {"data": {"path": [{"path": "a", "wrkers": ["x"]}]}},
+            'data.path[0].wrkers: no such key; did you mean "workers"?',
+        ),
+        (
+            {"data": {"path": [{"path": "a"}, {"path": "b", "replicas": 0}]}},
+            "data.path[1].replicas = 0: input should be gr",
+        ),
+        ({"data": {"path": [{"path": "a", "workers": "x"}]}}, 'data.path[0].workers = "x": input should be a list'),
+        ({"data": {"path": [{"replicas": 2}]}}, "data.path[0].path is missing"),
+        ({"data": {"path": ["a"]}}, 'data.path[0] = "a": input should be a table'),
+        ({"data": {"input_offsets": {"start": 0}}}, "data.input_offsets.stop is missing"),
+        (
+            {"data": {"isel": {"a": {"start": 0, "stop": 1, "stp": 2}}}},
+            'data.isel.a.stp: no such key; did you mean "stop"',
+        ),
+        ({"data": {"isel": {"a": "b"}}}, 'data.isel.a = "b": input should be a valid integer or a table'),
+        (
+            {"data": {"stride": "x", "split": {"val": 2}}},
+            'data.stride = "x": input should be a valid integer; data.split.v',
+        ),
         ({"data": {"memory": "lots"}}, 'data.memory = "lots" is not a size'),
         ({"cluster": {"memory": "-1GB"}}, 'cluster.memory = "-1GB" is not a size'),
         ({"data": {"split": {"val": 0.5, "test": 0.5}}}, "data.split: val + test = 1 leaves nothing to train on"),
@@ -595,6 +618,11 @@ def test_a_wrong_setting_is_exit_code_3(with_settings, setting, said):
         with_settings(setting)
     assert said in caught.value.message
     assert caught.value.code == 3
+
+
+def test_a_size_may_be_a_number_of_bytes():
+    data = TrainConfig(data={"memory": 512_000_000, "cache": 0}).data
+    assert (parse_bytes(data.memory, "data.memory"), data.cache) == (512_000_000, "0")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -76,6 +77,8 @@ def split_flags(arguments: list[str]) -> tuple[Options, list[str]]:
 def run(arguments: list[str]) -> int:
     """Run the command line; return its exit code."""
     options, rest = split_flags(arguments)
+    if options.quiet:
+        logging.getLogger("dtrain").setLevel(logging.ERROR)
     if not options.color:
         os.environ.update(NO_COLOR="1", TERM="dumb")  # rich and typer look for them
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import math
 import os
 import random
@@ -49,11 +50,15 @@ Version: TypeAlias = tuple[int, int]
 CHECKSUM_CODECS = frozenset(
     {"crc32c", "crc32", "adler32", "fletcher32", "jenkins_lookup3", "gzip", "zlib", "bz2"}  # the last three hold one
 )
+LOG = logging.getLogger("dtrain")
+
 ATTEMPTS = 8
 STALL_SECONDS = 60.0
 """How long one request may take."""
 BACKOFF_SECONDS = 0.25
 """Before the second attempt, on average; doubled each time: 32 s in all."""
+TELL_SECONDS = 1.0
+"""After which a request that is repeated is told of."""
 LISTING_SECONDS = 600.0
 """How long listing an array may take: a request for each thousand objects."""
 INDEX_CACHE_BYTES = 64 << 20
@@ -208,6 +213,7 @@ class ReadStore(WrapperStore[Store]):
         self._watched: dict[str, tuple[ShardLayout | None, bool]] = {}
         self._indices: OrderedDict[str, Buffer] = OrderedDict()
         self._held: dict[str, list[tuple[int, Buffer]]] = {}
+        self._told = -math.inf
         self._lock, self._asking = threading.Lock(), threading.Lock()
 
     def _with_store(self, store: Store) -> ReadStore:
@@ -459,15 +465,30 @@ class ReadStore(WrapperStore[Store]):
                     ) from None
                 if attempt == ATTEMPTS:
                     elapsed = time.monotonic() - began
-                    stalled = isinstance(error, TimeoutError) and not str(error)
-                    why = f"no answer within {limit:g} s" if stalled else one_line(error)
                     raise StoreUnavailable(
-                        f"{self.path}: {key} could not be read in {attempt} attempts over {elapsed:.0f} s: {why}",
+                        f"{self.path}: {key} could not be read in {attempt} attempts over {elapsed:.0f} s: "
+                        f"{_reason(error, limit)}",
                         "Look at data.path and the network. Run the same command again to continue; committed rounds "
                         "are safe.",
                     ) from None
-                await asyncio.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+                pause = BACKOFF_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
+                self._tell(began, f"{self.path}: {key} could not be read: {_reason(error, limit)}", pause, attempt)
+                await asyncio.sleep(pause)
         raise AssertionError("unreachable")
+
+    def _tell(self, began: float, fault: str, pause: float, attempt: int) -> None:
+        """Say that a store makes wait, if that is not over at once; of many requests one speaks."""
+        now = time.monotonic()
+        with self._lock:
+            if now - began < TELL_SECONDS or now - self._told < 5 * TELL_SECONDS:
+                return
+            self._told = now
+        LOG.warning("%s; trying again in %.0f s (attempt %d of %d)", fault, pause, attempt + 1, ATTEMPTS)
+
+
+def _reason(error: Exception, limit: float) -> str:
+    stalled = isinstance(error, TimeoutError) and not str(error)
+    return f"no answer within {limit:g} s" if stalled else one_line(error)
 
 
 def _view(buffer: Buffer) -> memoryview:

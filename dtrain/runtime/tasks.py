@@ -139,7 +139,8 @@ def _first_loss(resident: Resident, module: torch.nn.Module, batch: TensorBatch)
     with torch.no_grad(), user_code("The first batch"), autocast(precision, batch):
         module.train()
         said = ", ".join(f"{n} {_described(t)}" for n, t in zip(config.inputs, batch.inputs, strict=True))
-        with _shapes(f"The model does not accept the inputs {said}", "Change the model, or data.inputs."):
+        along = f"Samples lie along {resident.spec.sources[0].samples.sample_dim} (data.sample_dim)."
+        with _shapes(f"The model does not accept the inputs {said}", f"Change the model, or data.inputs. {along}"):
             outputs = module(*batch.inputs)
         targets = batch.targets if isinstance(batch.targets, tuple) else (batch.targets,)
         said = ", ".join(f"{n} {_described(t)}" for n, t in zip(config.targets, targets, strict=True))

@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -619,6 +620,23 @@ def test_a_server_that_stalls_is_given_up_in_bounded_time(serve, local, monkeypa
         STAGES[key](samples)
     assert ATTEMPTS * 0.05 <= time.monotonic() - began < ATTEMPTS * 0.05 + 5
     assert caught.value.code == 75
+
+
+@pytest.mark.parametrize(("tell", "lines"), [(0.06, [1, 2]), (60.0, [0])])
+def test_waiting_for_a_server_is_told_of_now_and_then(serve, local, monkeypatch, caplog, tell, lines):
+    monkeypatch.setattr(store_module, "STALL_SECONDS", 0.05)
+    monkeypatch.setattr(store_module, "TELL_SECONDS", tell)
+    server = serve(local("v3"))
+    reader = UnitReader(open_xy(server.url))
+    server.fail(r"x/c/\d/0$", "stall")
+    with told(StoreUnavailable):
+        reader.read(0, 24)
+    said = [record.getMessage() for record in caplog.records if record.name == "dtrain"]
+    assert len(said) in lines  # of all attempts of three requests
+    for line in said:
+        assert re.match(rf"{server.url}: x/c/\d/0 could not be read: no answer within 0.05 s; trying again in 0", line)
+            rf"{server.url}: x/c/\d/0 could not be read: no answer within 0.05 s; trying again in 0 s", line
+        )
 
 
 def test_a_request_that_stalls_once_is_made_again(serve, local, monkeypatch):
