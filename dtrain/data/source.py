@@ -22,7 +22,7 @@ from dtrain.config import DataConfig
 from dtrain.data.decode import why_not
 from dtrain.data.encoding import Encoding
 from dtrain.data.samples import Samples, Tile, Variable
-from dtrain.data.store import ReadStore, any_group, has_checksums, is_http, is_remote, not_zarrs, open_store
+from dtrain.data.store import ReadStore, any_group, has_checksums, is_http, is_remote, not_zarrs, open_store, settle
 from dtrain.errors import (
     DataNotFound,
     DtrainError,
@@ -206,6 +206,7 @@ def _open_dataset(
         except zarr.errors.GroupNotFoundError:
             raise NotZarr(f"{path} is not a Zarr group of variables.") from None
         except Exception as error:  # broken metadata makes zarr raise whatever its first wrong guess leads to
+            settle()
             text = one_line(error)
             if "conflicting sizes" in text:
                 raise LengthsDiffer(f"{path}: variables differ in length: {text}.") from None
@@ -232,16 +233,15 @@ def _open_group(store: ReadStore, path: str, name: str) -> zarr.Group:
 
 
 def _strange_arrays(store: ReadStore, group: zarr.Group, names: tuple[str, ...]) -> list[str]:
-    """Return the arrays that zarr cannot open, because of their dtype or a codec; raise if one is asked for."""
+    """Return the arrays that zarr cannot open, for their dtype, a codec or damage; raise if one is asked for."""
     try:
         for _ in group.arrays():
             pass
         return []
     except DtrainError:
         raise
-    except Exception as error:
-        if not _is_unsupported(error):
-            raise
+    except Exception:
+        settle()
     found = []
     for name in store.names(group.path):
         try:
@@ -251,13 +251,16 @@ def _strange_arrays(store: ReadStore, group: zarr.Group, names: tuple[str, ...])
         except DtrainError:
             raise
         except Exception as error:
-            if not _is_unsupported(error):
-                raise
-            if name in names:
+            if _is_unsupported(error) and name in names:
                 raise UnsuitableVariable(
                     f"{store.path}: {name} cannot be read here: {one_line(error)}",
                     "If it is a codec: install the package that has it, here and on the workers. Else write the "
                     "variable with a dtype of numbers.",
+                ) from None
+            if name in names or not (names or _is_unsupported(error)):
+                raise NotZarr(
+                    f"{store.path}: the metadata of {name} cannot be read: {one_line(error)}",
+                    "Restore it from a copy of the store.",
                 ) from None
             found.append(name)
     return found

@@ -500,6 +500,20 @@ async def _collected(keys: AsyncIterator[str]) -> list[str]:
     return [key async for key in keys]
 
 
+def settle() -> None:
+    """Let requests end that a failed one has left behind: Python would speak of them when it exits."""
+    sync(_settle())
+
+
+async def _settle() -> None:
+    pending = asyncio.all_tasks() - {asyncio.current_task()}
+    if pending:
+        done, _ = await asyncio.wait(pending, timeout=STALL_SECONDS)
+        for task in done:
+            if not task.cancelled():
+                task.exception()
+
+
 def _is_forbidden(error: BaseException) -> bool:
     refused = isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403)
     return refused or _lacks_credentials(error)

@@ -635,8 +635,6 @@ def test_waiting_for_a_server_is_told_of_now_and_then(serve, local, monkeypatch,
     assert len(said) in lines  # of all attempts of three requests
     for line in said:
         assert re.match(rf"{server.url}: x/c/\d/0 could not be read: no answer within 0.05 s; trying again in 0", line)
-            rf"{server.url}: x/c/\d/0 could not be read: no answer within 0.05 s; trying again in 0 s", line
-        )
 
 
 def test_a_request_that_stalls_once_is_made_again(serve, local, monkeypatch):

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -480,6 +482,23 @@ def test_a_codec_that_is_not_installed_is_no_damage(small):
         open_xy(path)
     assert caught.value.code == 3
     assert "install the package that has it" in caught.value.hint
+
+
+@FORMATS
+def test_damaged_metadata_are_named_and_only_matter_where_they_are_used(small, zarr_format):
+    many = {f"v{i}": {"dims": ("n",), "values": np.arange(10), "chunks": (5,)} for i in range(20)}
+    path = small(zarr_format, **many)
+    (path / "v7" / (".zarray" if zarr_format == 2 else "zarr.json")).write_text("{bad")
+    assert open_xy(path).num_samples == 10
+    ask = "from dtrain.data.source import *\nopen_samples(sys.argv[1], inputs=['v7'], targets=['y'])"
+    ran = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{ask}", path], capture_output=True, text=True, check=False
+    )
+    assert "NotZarr" in ran.stderr
+    assert f"{path}: the metadata of v7 cannot be read" in ran.stderr
+    assert "Task" not in ran.stderr  # of requests that are left behind asyncio speaks when Python exits
+    with pytest.raises(NotZarr, match="the metadata of v7 cannot be read"):
+        list_variables(path)
 
 
 def make_strange(path, zarr_format, fault, *, consolidated):
