@@ -33,7 +33,7 @@ LAYOUTS = ("chunks", "shards", "large shard", "windows")
 
 def write(path: Path, layout: str, size: int, budget: int) -> None:
     """Write `size` bytes of float32[n, 256] and int64[n]: a few different objects, copied to all places."""
-    chunk = 1024
+    chunk = 256 if layout == "windows" else 1024
     shard = {
         "chunks": None,
         "windows": None,
@@ -72,7 +72,7 @@ def measure(path: str, layout: str, budget: str, reader: str) -> dict[str, Any]:
 
     windows = {"input_offsets": [-2, -1, 0], "target_offsets": 1} if layout == "windows" else {}
     samples = dtrain.open_samples(path, inputs=["x"], targets=["y"], split={"val": 0.0, "test": 0.0}, **windows)
-    law = law_of(samples, batch_size=256, memory=budget)
+    law = law_of(samples, batch_size=256, memory=budget, reader=reader)
     process, peak, done = psutil.Process(), 0, threading.Event()
     base = process.memory_info().rss
 

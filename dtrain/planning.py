@@ -304,6 +304,8 @@ def memory_record(law: MemoryLaw) -> dict[str, Any]:
         "scratch": train.scratch,
         "evaluate": evaluate.total if evaluate else 0,
         "cached": law.cached_bytes,
+        "kept_whole": law.statics,
+        "shard_indices": law.indices,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -15,6 +16,9 @@ from dtrain.data.samples import Field, Samples, Variable
 
 Array = npt.NDArray[Any]
 Allocate: TypeAlias = Callable[[tuple[int, ...], np.dtype[Any]], Array]
+
+PIECE_BYTES = 512 << 10
+"""What is gathered at once where it is copied a second time, to be cast or unpacked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,19 +107,25 @@ class Gatherer:
 
     def _take(self, out: Array, where: Any, flat: Array, first: Ints) -> None:
         offsets, whole = self.field.offsets, isinstance(where, slice)
-        direct = whole and self.variable.encoding is None and flat.dtype == out.dtype
         start = first[where] + offsets[0]
-        if not self.field.window:
-            if direct:
-                np.take(flat, start, axis=0, out=out, mode="clip")  # another mode makes numpy copy the output
-                return
-            taken = np.take(flat, start, axis=0, mode="clip") if whole else flat[start]
-        elif self._step:
-            taken = _windows(flat, len(offsets), self._step)[start]
-        else:
-            taken = flat[start[:, None] + (np.array(offsets) - offsets[0])]
-        with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32, under non_finite = "allow"
-            out[where] = unpack(taken, self.variable.encoding)
+        if whole and not self.field.window and self.variable.encoding is None and flat.dtype == out.dtype:
+            np.take(flat, start, axis=0, out=out, mode="clip")  # another mode makes numpy copy the output
+            return
+        sample_bytes = len(offsets) * flat.itemsize * math.prod(flat.shape[1:])
+        size = max(1, PIECE_BYTES // max(1, sample_bytes))
+        for begin in range(0, len(start), size):  # what is copied twice is small, and in the processor's cache
+            piece = start[begin : begin + size]
+            if not self.field.window:
+                taken = (
+                    np.take(flat, piece, axis=0, mode="clip") if whole else flat[piece]
+                )  # it would copy all of a cut
+            elif self._step:
+                taken = _windows(flat, len(offsets), self._step)[piece]
+            else:
+                taken = flat[piece[:, None] + (np.array(offsets) - offsets[0])]
+            there = slice(begin, begin + size) if whole else where[begin : begin + size]
+            with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32, under non_finite = "allow"
+                out[there] = unpack(taken, self.variable.encoding)
 
     def _standardise(self, out: Array) -> None:
         assert self._scaling is not None

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from dtrain.data.partition import DataPlan, Partition, format_bytes
-from dtrain.data.samples import Samples
-from dtrain.data.store import is_remote
+from dtrain.data.read import MIN_DENSITY, choose_readers, has_fine_shards
+from dtrain.data.samples import Samples, Variable
+from dtrain.data.store import INDEX_CACHE_BYTES, is_remote
 from dtrain.errors import ChunkTooLarge, OutOfMemory
 
 GROUP_BYTES = 4 << 20
@@ -31,6 +32,10 @@ AHEAD_REMOTE = 8
 THREADS = min(4, max(1, (os.cpu_count() or 2) // 2))
 """The assembler reads too when it would wait: together they use the cores, and more threads would fight for them."""
 THREADS_REMOTE = 8
+INDEX_OVERHEAD_BYTES = 500
+"""Of the objects of Python that hold the index of a shard."""
+ZARR_CONCURRENCY = 10
+"""Its setting ``async.concurrency``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,16 +94,35 @@ def slot_bytes(samples: Samples, plan: DataPlan) -> int:
 
 def scratch_bytes(samples: Samples, plan: DataPlan) -> int:
     """Return what decoding a unit needs besides its slot: its chunks, stored and decoded, of one variable at a time."""
-    found = 0
-    for v in samples.streamed:
-        rows = slot_rows(samples, plan, v.name)
-        chunks = math.ceil(rows / v.chunk_rows) + 1
-        for axis, size in enumerate(v.chunks):
-            if axis != v.sample_axis:
-                start, stop, _ = v.select[axis]
-                chunks *= math.ceil(stop / size) - start // size
-        found = max(found, 2 * chunks * v.chunk_bytes)
-    return found
+    readers = choose_readers(samples, samples.config.reader)
+    return max(
+        (_decoding_bytes(v, slot_rows(samples, plan, v.name), readers[v.name][0]) for v in samples.streamed), default=0
+    )
+
+
+def index_bytes(samples: Samples) -> int:
+    """Return the bytes of all indices of shards, as far as they are kept."""
+    sharded = [v for v in samples.variables if v.objects != v.chunks]
+    counts = [(v.num_objects, math.prod(v.objects) // math.prod(v.chunks)) for v in sharded]
+    return min(INDEX_CACHE_BYTES, sum(objects * (16 * chunks + INDEX_OVERHEAD_BYTES) for objects, chunks in counts))
+
+
+def _decoding_bytes(v: Variable, rows: int, reader: str) -> int:
+    chunks, cut = math.ceil(rows / v.chunk_rows) + 1, False
+    for axis, (size, (start, stop, step)) in enumerate(zip(v.chunks, v.select, strict=True)):
+        if axis != v.sample_axis:
+            chunks *= math.ceil(stop / size) - start // size
+            cut = cut or (start, stop, step) != (0, v.shape[axis], 1)
+    if reader == "numcodecs" and not has_fine_shards(v):  # else it may be zarrs where it is installed
+        if v.objects == v.chunks:
+            return 2 * v.chunk_bytes  # one after the other
+        between = 1 / MIN_DENSITY if cut else 1  # of what is read in one request, more than the chunks themselves
+        return v.chunk_bytes + int(chunks * between) * v.chunk_bytes
+    if reader == "zarr":  # decodes a few at once in threads of its own, for each of which malloc keeps memory
+        at_once = min(chunks, ZARR_CONCURRENCY)
+        whole = 2 * chunks if v.objects != v.chunks else 2 * at_once  # a shard is decoded whole before it is copied
+        return (whole + 2 * at_once) * v.chunk_bytes
+    return 2 * chunks * v.chunk_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +178,8 @@ class MemoryLaw:
     evaluate: LoaderLaw | None
     statics: int
     """Bytes of the variables without the sample dimension, and of small ones that are kept whole."""
+    indices: int
+    """Bytes of the indices of shards that are kept."""
     limit: int
     """What it must not exceed."""
     what: str
@@ -167,7 +193,7 @@ class MemoryLaw:
     @property
     def total(self) -> int:
         """Bytes that a worker needs at most."""
-        return self.train.total + (self.evaluate.total if self.evaluate else 0) + self.statics
+        return self.train.total + (self.evaluate.total if self.evaluate else 0) + self.statics + self.indices
 
     def sentence(self) -> str:
         """Return the law with its numbers."""
@@ -178,6 +204,8 @@ class MemoryLaw:
             parts.append(f"cache {format_bytes(self.cached_bytes)}")
         if self.statics:
             parts.append(f"kept whole {format_bytes(self.statics)}")
+        if self.indices:
+            parts.append(f"indices of shards {format_bytes(self.indices)}")
         return " + ".join(parts) + f" = {format_bytes(self.total)}"
 
     def comparison(self) -> str:
@@ -248,6 +276,7 @@ def plan_memory(train: Reading, evaluate: Reading | None, limit: int, what: str,
             train=train.law(count, r, t),
             evaluate=evaluate.law(kept, r, t) if evaluate else None,
             statics=statics,
+            indices=index_bytes(train.samples),
             limit=limit,
             what=what,
         )

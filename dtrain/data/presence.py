@@ -6,10 +6,13 @@ import asyncio
 import hashlib
 import itertools
 import os
-from collections.abc import AsyncIterator, Iterator
+from array import array as NumberArray
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from zarr.core.sync import sync
 
 from dtrain.data.samples import Samples, Variable
@@ -113,20 +116,22 @@ def absent_chunks(samples: Samples, variable: Variable, *, full: bool) -> Iterat
     group = open_group(samples.path, samples.config.group, samples.config.storage_options)
     array: Any = array_in(group, samples.path, variable.name)
     select = variable.selection(samples.first_row, samples.num_samples)
-    places = list(itertools.product(*touched(variable.objects, select)))
-    keys = list(selected_keys(array, variable.objects, select))
+
+    def keys() -> Iterator[str]:
+        return selected_keys(array, variable.objects, select)
+
     there = _which_exist(array, keys, samples.path)
     rows = variable.objects[variable.sample_axis] if not variable.is_static else 0
-    for place, key in zip(places, keys, strict=True):
-        if key not in there:
+    for place, key, found in zip(itertools.product(*touched(variable.objects, select)), keys(), there, strict=True):
+        if not found:
             first = 0 if variable.is_static else place[variable.sample_axis] * rows
             yield Absent(variable, key, None, first, min(first + rows, samples.num_samples))
     layout = shard_layout(array)
-    if layout is None or (is_remote(samples.path) and len(keys) > MAX_INDICES and not full):
+    if layout is None or (is_remote(samples.path) and len(there) > MAX_INDICES and not full):
         return
     store: ReadStore = array.store
-    for shard, key in zip(shards_of(array, layout, select), keys, strict=True):
-        if key not in there:
+    for shard, key, found in zip(shards_of(array, layout, select), keys(), there, strict=True):
+        if not found:
             continue
         index = store.index(key, layout)
         if index is None:
@@ -136,28 +141,36 @@ def absent_chunks(samples: Samples, variable: Variable, *, full: bool) -> Iterat
             yield Absent(variable, key, inner, first, min(first + variable.chunk_rows, samples.num_samples))
 
 
-def _which_exist(array: ArrayLike, keys: list[str], path: str) -> set[str]:
+def _which_exist(array: ArrayLike, keys: Callable[[], Iterator[str]], path: str) -> npt.NDArray[np.bool_]:
+    """Return, by key, whether it is stored. Of keys that are listed 8 bytes are kept, as they may be millions."""
     if not is_http(path):
         try:
-            return set(sync(_collected(array.store.list_prefix(f"{array.path}/" if array.path else ""))))
+            listed = np.array(sync(_hashes(array.store.list_prefix(f"{array.path}/" if array.path else ""))), np.int64)
+            return np.isin(np.fromiter(map(hash, keys()), np.int64), listed)
         except StoreForbidden:
             pass  # a bucket may be read and not listed
 
-    async def look() -> set[str]:
+    async def look() -> list[bool]:
         limit = asyncio.Semaphore(CONCURRENT_REQUESTS)
 
         async def exists(key: str) -> bool:
             async with limit:
-                return await array.store.exists(key)
+                return bool(await array.store.exists(key))
 
-        there = await asyncio.gather(*map(exists, keys))
-        return {key for key, found in zip(keys, there, strict=True) if found}
+        found: list[bool] = []
+        todo = keys()
+        while some := list(itertools.islice(todo, 100 * CONCURRENT_REQUESTS)):
+            found += await asyncio.gather(*map(exists, some))
+        return found
 
-    return sync(look())
+    return np.array(sync(look()), np.bool_)
 
 
-async def _collected(keys: AsyncIterator[str]) -> list[str]:
-    return [key async for key in keys]
+async def _hashes(keys: AsyncIterator[str]) -> NumberArray[int]:
+    found = NumberArray("q")
+    async for key in keys:
+        found.append(hash(key))
+    return found
 
 
 def content_digest(samples: Samples) -> dict[str, str]:

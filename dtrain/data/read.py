@@ -95,7 +95,7 @@ class UnitReader:
                         f'data.reader = "zarrs" does not read {name}: {why}.', 'Set data.reader = "auto", or "zarr".'
                     )
                 self.readers[name] = ("zarr", f"zarrs refuses it: {why}")
-        self._seen: dict[str, Version | None] = {}
+        self._seen = {v.name: np.zeros(v.grid, np.uint64) for v in samples.variables}
         self._lock, self._keeping = threading.Lock(), threading.Lock()
         self._kept: dict[str, Array] = {}
         self.units_decoded = 0
@@ -205,7 +205,7 @@ class UnitReader:
             if stored is None:
                 self._check_absent(variable, key, chunk.place)
             self._decode_chunk(variable, key, stored, chunk, target)
-            self._check_version(variable, key, version)
+            self._check_version(variable, key, chunk.place, version)
 
     def _read_shards(self, variable: Variable, select: Select, target: Array) -> None:
         layout = self._layouts[variable.name]
@@ -224,7 +224,7 @@ class UnitReader:
                 self._check_absent(variable, key, shard.place)
                 for chunk in chunks:
                     self._decode_chunk(variable, key, None, chunk, target)
-                self._check_version(variable, key, None)
+                self._check_version(variable, key, shard.place, None)
                 continue
             stored = []
             for chunk in chunks:
@@ -245,7 +245,7 @@ class UnitReader:
                     if start + length - begin > len(part):
                         raise self._chunk_undecodable(variable, key, "the file is cut short")
                     self._decode_chunk(variable, key, part[start - begin :][:length], chunk, target)
-            self._check_version(variable, key, version)
+            self._check_version(variable, key, shard.place, version)
 
     def _decode_chunk(
         self, variable: Variable, key: str, stored: memoryview | None, chunk: Chunk, target: Array
@@ -379,8 +379,8 @@ class UnitReader:
         for place, key in zip(places, keys, strict=True):
             if key in self.store.absent:
                 self._check_absent(variable, key, place)
-        for key in keys if self.store.root else ():
-            self._check_version(variable, key, self.store.version(key))
+        for place, key in zip(places, keys, strict=True) if self.store.root else ():
+            self._check_version(variable, key, place, self.store.version(key))
 
     def _check_inner_chunks(self, variable: Variable, select: Select) -> None:
         """Raise if a shard that was read does not have all of its chunks."""
@@ -410,9 +410,13 @@ class UnitReader:
                 return
         raise chunk_missing(self.samples.path, variable, key, inner=place if inner else None)
 
-    def _check_version(self, variable: Variable, key: str, now: Version | None) -> None:
-        """Compare a file with what it was when it was first read."""
-        if self._seen.setdefault(key, now) != now:
+    def _check_version(self, variable: Variable, key: str, place: tuple[int, ...], now: Version | None) -> None:
+        """Compare a file with what it was when it was first read: of that 8 bytes are kept, as files may be many."""
+        mark = (hash(now) | 1) & (2**64 - 1)
+        seen = self._seen[variable.name]
+        if not seen[place]:
+            seen[place] = mark
+        if seen[place] != mark:
             raise DataChanged(
                 f"{self.samples.path}: chunk {key} of {variable.name} has been written again since it was read.",
                 "Train on data that nobody writes to; start a new run (--run NAME) for the data as they are now.",
@@ -508,7 +512,7 @@ def choose_readers(samples: Samples, wanted: str) -> dict[str, tuple[str, str]]:
             found[v.name] = ("zarr", why.get(wanted) or "asked for")
         elif wanted != "auto":
             found[v.name] = (wanted, "asked for")
-        elif not why["numcodecs"] and (why["zarrs"] or not _is_fine(v)):
+        elif not why["numcodecs"] and (why["zarrs"] or not has_fine_shards(v)):
             found[v.name] = ("numcodecs", "the store is local and its codecs are the usual ones")
         elif not why["zarrs"]:
             found[v.name] = ("zarrs", why["numcodecs"] or "its shards hold many small chunks")
@@ -517,7 +521,8 @@ def choose_readers(samples: Samples, wanted: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _is_fine(variable: Variable) -> bool:
+def has_fine_shards(variable: Variable) -> bool:
+    """Whether there is a shard of so many small chunks that zarrs is the better reader."""
     chunks = math.prod(variable.objects) // math.prod(variable.chunks)
     whole = variable.chunk_bytes * chunks <= WHOLE_OBJECT_BYTES  # of larger shards, parts are read
     return whole and chunks >= MANY_CHUNKS and variable.chunk_bytes < SMALL_CHUNK_BYTES

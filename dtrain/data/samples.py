@@ -108,9 +108,14 @@ class Variable:
         return math.prod(self.chunks) * np.dtype(self.dtype).itemsize
 
     @property
+    def grid(self) -> tuple[int, ...]:
+        """Stored objects of the whole array along each dimension."""
+        return tuple(math.ceil(n / size) for n, size in zip(self.shape, self.objects, strict=True))
+
+    @property
     def num_objects(self) -> int:
         """Stored objects of the whole array."""
-        return math.prod(math.ceil(n / size) for n, size in zip(self.shape, self.objects, strict=True))
+        return math.prod(self.grid)
 
     def selection(self, start: int, stop: int) -> Select:
         """Return the selection of rows ``start:stop``."""

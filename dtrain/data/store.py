@@ -331,6 +331,12 @@ class ReadStore(WrapperStore[Store]):
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
         """Yield the keys that begin so."""
+        if self.root:  # pathlib, with which zarr lists, remembers every file and directory
+            for folder, _, names in os.walk(os.path.join(self.root, prefix), followlinks=True):
+                inside = os.path.relpath(folder, self.root).replace(os.sep, "/")
+                for name in names:
+                    yield name if inside == "." else f"{inside}/{name}"
+            return
         listed = self._store.list_prefix
         for key in await self._patiently(f"{prefix}*", lambda: _collected(listed(prefix)), LISTING_SECONDS):
             yield key

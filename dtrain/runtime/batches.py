@@ -234,6 +234,7 @@ def batches(
         )
     if not 0 <= replica < replicas:
         raise InvalidConfig(f"replica = {replica}: allowed are 0 to {replicas - 1}, as replicas = {replicas}.")
+    samples = _read_by(samples, reader)
     config = samples.config
     if config.missing == "error":
         check_presence(samples)
@@ -243,7 +244,7 @@ def batches(
     shuffle = plan.shuffle and split == "train"
     law = _law(samples, partition, batch_size, shuffle, memory, cache)
     threads = law.train.limits.threads
-    opened = UnitReader(samples, config.reader if reader is None else reader, threads, plan.absent)
+    opened = UnitReader(samples, config.reader, threads, plan.absent)
     scalings = {}
     if config.normalize:
         moments = partition_moments(opened, _whole(plan, "train")[0], config.normalize)
@@ -276,11 +277,24 @@ def batches(
 
 
 def law_of(
-    samples: Samples, *, batch_size: int = 100, replicas: int = 1, memory: str | None = None, cache: str | None = None
+    samples: Samples,
+    *,
+    batch_size: int = 100,
+    replicas: int = 1,
+    memory: str | None = None,
+    cache: str | None = None,
+    reader: str | None = None,
 ) -> MemoryLaw:
     """Return the memory law that `batches` keeps to with these arguments, on the training split."""
+    samples = _read_by(samples, reader)
     plan = _plan(samples, replicas, 0)
     return _law(samples, train_partitions(plan)[0], batch_size, plan.shuffle, memory, cache)
+
+
+def _read_by(samples: Samples, reader: str | None) -> Samples:
+    if reader is None:
+        return samples
+    return replace(samples, config=samples.config.model_copy(update={"reader": reader}))
 
 
 def _plan(samples: Samples, replicas: int, seed: int) -> DataPlan:

@@ -14,6 +14,7 @@ from dtrain.data.memory import (
     Limits,
     Reading,
     group_batches,
+    index_bytes,
     plan_memory,
     sample_bytes,
     scratch_bytes,
@@ -33,6 +34,16 @@ def reading(samples, *, loaders=3, batch_size=50, shuffle=True, units=None, **pl
     return Reading(samples=samples, plan=planned, loaders=loaders, units=units, batch_size=batch_size, shuffle=shuffle)
 
 
+def read_by(reader, samples):
+    return replace(samples, config=samples.config.model_copy(update={"reader": reader}))
+
+
+def sharded(rows, chunk, shard):
+    samples = make_samples(rows, chunk, row=(25,), split=WHOLE)
+    (v0,) = samples.variables
+    return replace(samples, variables=(replace(v0, objects=(shard, 25)),))
+
+
 @pytest.fixture(autouse=True)
 def _four_cores(monkeypatch):
     monkeypatch.setattr(memory, "THREADS", 2)
@@ -49,14 +60,14 @@ def test_the_terms_of_the_law_by_hand():
     assert (law.kept, law.open, law.units, law.limits) == (3, 8, 100, Limits(ahead=3, cached=0, threads=2, buffers=4))
     assert law.moving == 8 + 3
     assert law.buffers == 4 * 32 * 50 * 200  # 32 batches of 10 kB are less than 4 MiB
-    assert law.scratch == 2 * (1 + 1) * 1_000  # the chunk of a unit, and one more if they do not lie alike
-    assert law.total == 3 * (11 * 1_000 + 1_280_000 + 3 * 4_000)  # two threads, and the assembler
+    assert law.scratch == 2 * 1_000  # chunks one after the other, stored and decoded
+    assert law.total == 3 * (11 * 1_000 + 1_280_000 + 3 * 2_000)  # two threads, and the assembler
     assert law.cached_bytes == 0
     whole = plan_memory(reading(HUNDRED), reading(HUNDRED, loaders=2, shuffle=False), 10_000_000, "the limit", cache=0)
     assert whole.train == law
     assert (whole.evaluate.open, whole.evaluate.moving) == (1, 4)  # in order, one unit is open
-    assert whole.total == law.total + 2 * (4 * 1_000 + 1_280_000 + 12_000) == 6_501_000
-    assert "train 3 x (11 units (8 open, 3 ahead) of 1.0 kB + batches 1.3 MB + decoding 3 x 4.0 kB)" in whole.sentence()
+    assert whole.total == law.total + 2 * (4 * 1_000 + 1_280_000 + 6_000) == 6_471_000
+    assert "train 3 x (11 units (8 open, 3 ahead) of 1.0 kB + batches 1.3 MB + decoding 3 x 2.0 kB)" in whole.sentence()
     assert whole.sentence().endswith("= 6.5 MB")
 
 
@@ -87,7 +98,8 @@ def test_windows_widen_units_and_samples():
     assert sample_bytes(samples) == 300
     assert slot_rows(samples, of.plan, "v0") == 10 + 5
     assert slot_bytes(samples, of.plan) == 1_500
-    assert scratch_bytes(samples, of.plan) == 2 * (2 + 1) * 1_000
+    assert scratch_bytes(samples, of.plan) == 2 * 1_000
+    assert scratch_bytes(read_by("zarrs", samples), of.plan) == 2 * (2 + 1) * 1_000
 
 
 def test_chunks_of_other_dimensions_count_as_far_as_they_are_selected():
@@ -97,14 +109,48 @@ def test_chunks_of_other_dimensions_count_as_far_as_they_are_selected():
     samples = replace(samples, variables=(v0,))
     of = reading(samples)
     assert slot_bytes(samples, of.plan) == 10 * 6 * 4  # places 7, 9, 11, 13, 15 and 17
-    assert scratch_bytes(samples, of.plan) == 2 * 2 * 4 * (10 * 4 * 4)  # chunks 1 to 4
+    assert scratch_bytes(read_by("zarr", samples), of.plan) == 4 * 2 * 4 * (10 * 4 * 4)  # chunks 1 to 4
+    sharded = replace(samples, variables=(replace(v0, objects=(10, 28)),))
+    assert scratch_bytes(sharded, of.plan) == (1 + 2 * 2 * 4) * (10 * 4 * 4)  # read with as much as is between them
 
 
 def test_large_inner_chunks_and_small_units_need_a_chunk_each():
     samples = make_samples(1000, 10, row=(25,), chunk_rows=10, split=WHOLE)
     of = reading(samples, unit_rows=3, cell_rows=3)
     assert slot_bytes(samples, of.plan) == 300
-    assert scratch_bytes(samples, of.plan) == 2 * 2 * 1_000
+    assert scratch_bytes(read_by("zarr", samples), of.plan) == 4 * 2 * 1_000
+
+
+@pytest.mark.parametrize(
+    ("reader", "chunks"), [("auto", 1 + 5), ("numcodecs", 1 + 5), ("zarrs", 2 * 5), ("zarr", 2 * 5 + 2 * 5)]
+)
+def test_of_a_shard_what_is_stored_is_read_at_once(reader, chunks):
+    samples = read_by(reader, sharded(1000, 10, 40))
+    of = reading(samples, unit_rows=40, cell_rows=40)
+    assert scratch_bytes(samples, of.plan) == chunks * 1_000
+    assert index_bytes(samples) == 25 * (4 * 16 + 500)
+    law = plan_memory(of, None, 10**9, "the limit")
+    assert law.total == law.train.total + law.indices
+    assert law.indices == index_bytes(samples)
+    assert "indices of shards 14.1 kB = " in law.sentence()
+
+
+def test_zarr_decodes_ten_chunks_at_once():
+    samples = read_by("zarr", make_samples(1000, 10, row=(25,), split=WHOLE))
+    of = reading(samples, unit_rows=300, cell_rows=300)
+    assert scratch_bytes(samples, of.plan) == 4 * 10 * 1_000
+    assert scratch_bytes(read_by("zarrs", samples), of.plan) == 2 * 31 * 1_000
+
+
+def test_shards_of_many_small_chunks_may_be_read_by_zarrs():
+    samples = sharded(1000, 1, 500)
+    of = reading(samples, unit_rows=500, cell_rows=500)
+    assert scratch_bytes(samples, of.plan) == 2 * 501 * 100
+
+
+def test_indices_are_kept_up_to_a_limit():
+    assert index_bytes(sharded(10_000_000, 1, 20)) == 64 << 20
+    assert index_bytes(HUNDRED) == 0
 
 
 # What fits --------------------------------------------------------------------------------------------------------
@@ -117,7 +163,7 @@ def plan_for(limit, cache=None, loaders=3, pieces=2, **options):
 
 def test_what_is_left_is_shared_by_the_caches():
     least = plan_for(10**9, cache=0).total
-    assert least == 6_501_000
+    assert least == 6_471_000
     wanted = (3 + 2) * 100 * 1_000
     for share in (0.0, 0.01, 0.25, 0.5, 0.999, 1.0, 7.0):
         room = int(share * wanted)
@@ -146,22 +192,22 @@ def test_without_an_evaluation_training_has_all():
     [
         (0, 3, 2, 3, 2),
         (1, 3, 0, 3, 2),  # one loader of an evaluation at a time
-        (1_296_001, 2, 0, 3, 2),  # a train loader less
-        (1_296_001 + 1_303_000, 1, 0, 3, 2),
-        (1_296_001 + 2 * 1_303_000, 1, 0, 2, 2),  # two units of less
-        (1_296_001 + 2 * 1_303_000 + 2_000, 1, 0, 1, 1),
+        (1_290_001, 2, 0, 3, 2),  # a train loader less
+        (1_290_001 + 1_297_000, 1, 0, 3, 2),
+        (1_290_001 + 2 * 1_297_000, 1, 0, 2, 2),  # two units of less
+        (1_290_001 + 2 * 1_297_000 + 2_000, 1, 0, 1, 1),
     ],
 )
 def test_short_memory_means_fewer_loaders_then_less_ahead(short_by, kept, evaluate, ahead, threads):
-    law = plan_for(6_501_000 - short_by)
+    law = plan_for(6_471_000 - short_by)
     assert (law.train.kept, law.evaluate.kept) == (kept, evaluate)
     assert (law.train.limits.ahead, law.train.limits.threads) == (ahead, threads)
     assert (law.evaluate.limits.ahead, law.evaluate.limits.threads) == (ahead, threads)
-    assert law.total <= 6_501_000 - short_by
+    assert law.total <= 6_471_000 - short_by
 
 
 def test_too_little_memory_is_refused_with_the_arithmetic():
-    least = (9 * 1_000 + 1_280_000 + 8_000) + (2 * 1_000 + 1_280_000 + 8_000)
+    least = (9 * 1_000 + 1_280_000 + 4_000) + (2 * 1_000 + 1_280_000 + 4_000)
     law = plan_for(least)
     assert law.total == least
     assert (law.train.limits.cached, law.evaluate.limits.cached) == (0, 0)
@@ -171,8 +217,8 @@ def test_too_little_memory_is_refused_with_the_arithmetic():
     assert error.code == 8
     assert (
         "p.zarr: the data path needs train 1 x (9 units (8 open, 1 ahead) of 1.0 kB + batches 1.3 MB + "
-        "decoding 2 x 4.0 kB) + evaluate 1 x (2 units (1 open, 1 ahead) of 1.0 kB + batches 1.3 MB + "
-        "decoding 2 x 4.0 kB) = 2.6 MB (2,587,000 bytes); the limit is 2.6 MB (2,586,999 bytes)."
+        "decoding 2 x 2.0 kB) + evaluate 1 x (2 units (1 open, 1 ahead) of 1.0 kB + batches 1.3 MB + "
+        "decoding 2 x 2.0 kB) = 2.6 MB (2,579,000 bytes); the limit is 2.6 MB (2,578,999 bytes)."
     ) in error.message
     assert "cluster.memory" in error.hint
 
