@@ -626,6 +626,7 @@ def test_a_server_that_stalls_is_given_up_in_bounded_time(serve, local, monkeypa
 def test_waiting_for_a_server_is_told_of_now_and_then(serve, local, monkeypatch, caplog, tell, lines):
     monkeypatch.setattr(store_module, "STALL_SECONDS", 0.05)
     monkeypatch.setattr(store_module, "TELL_SECONDS", tell)
+    caplog.set_level(logging.WARNING, "dtrain")  # a command with --quiet has raised it
     server = serve(local("v3"))
     reader = UnitReader(open_xy(server.url))
     server.fail(r"x/c/\d/0$", "stall")
