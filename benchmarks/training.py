@@ -7,6 +7,9 @@ the same number of steps:
 
     dtrain        a local cluster of two workers; data.memory holds a part of the data, and none is cached
     dtrain warm   the same, all units cached after the first pass
+    own loop      two processes, each with `dtrain.batches` over half of the data and the loop of "in memory": the data
+                  path without rounds
+    own loop warm the same, all units cached
     in memory     two processes, each with half of the data as tensors: the gather of a batch, and the step
 
 An epoch's time is that of a round less its first one. Steps compete with decoding for the same cores, so that with
@@ -60,11 +63,35 @@ def in_memory(rows: int, hidden: int, epochs: int, start: Any, out: Any) -> None
         out.put((time.monotonic() - began, time.process_time() - used))
 
 
-def memory_epochs(rows: int, hidden: int, epochs: int) -> list[tuple[float, float]]:
-    """Return, by epoch, seconds and processor seconds of both processes."""
+def own_loop(replica: int, path: str, rows: int, hidden: int, epochs: int, cache: str, start: Any, out: Any) -> None:
+    """Train on half of the rows out of a store, as `in_memory` does on tensors."""
+    import dtrain
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    samples = dtrain.open_samples(path, inputs=["x"], targets=["y"], split={"val": 0.0, "test": 0.0})
+    batches = dtrain.batches(
+        samples, batch_size=BATCH, replica=replica, replicas=2, epochs=epochs, memory="2GB", cache=cache
+    )
+    model = build(hidden)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-12)
+    for _ in range(epochs):
+        start.wait()
+        began, used = time.monotonic(), time.process_time()
+        for _ in range(rows // 2 // BATCH):
+            batch = next(batches)
+            optimizer.zero_grad()
+            loss(model(*batch.inputs), batch.targets).backward()
+            optimizer.step()
+        start.wait()
+        out.put((time.monotonic() - began, time.process_time() - used))
+
+
+def epochs_of(target: Any, arguments: list[tuple[Any, ...]], epochs: int) -> list[tuple[float, float]]:
+    """Return, by epoch, seconds and processor seconds of two processes."""
     context = mp.get_context("spawn")
     start, out = context.Barrier(2), context.Queue()
-    workers = [context.Process(target=in_memory, args=(rows, hidden, epochs, start, out)) for _ in range(2)]
+    workers = [context.Process(target=target, args=(*given, start, out)) for given in arguments]
     for worker in workers:
         worker.start()
     found = [out.get() for _ in range(2 * epochs)]
@@ -74,8 +101,8 @@ def memory_epochs(rows: int, hidden: int, epochs: int) -> list[tuple[float, floa
     return [(max(a[0], b[0]), a[1] + b[1]) for a, b in pairs]
 
 
-def dtrain_rounds(path: Path, hidden: int, rounds: int, cache: str) -> tuple[list[float], list[float]]:
-    """Return the seconds of each round's longest task, and the seconds that its steps waited for batches."""
+def dtrain_rounds(path: Path, hidden: int, rounds: int, cache: str) -> tuple[list[float], list[float], list[float]]:
+    """Return by round its seconds, those of its longest task, and those that its steps waited for batches."""
     import dtrain
 
     samples = dtrain.open_samples(
@@ -83,11 +110,12 @@ def dtrain_rounds(path: Path, hidden: int, rounds: int, cache: str) -> tuple[lis
     )
     train = {"loss": "training:loss", "rounds": rounds, "batch_size": BATCH, "optimizer_args": {"lr": 1e-12}}
     config = dtrain.TrainConfig(train=train, average={"replicas": 2}, cluster={"workers": 2}, run={"commit_every": 100})
-    seconds, waited = [], []
+    seconds, local, waited = [], [], []
     for result in dtrain.train_rounds("training:build", samples, config=config, model_args={"hidden": hidden}):
         seconds.append(result.seconds)
+        local.append(max(c.seconds for c in result.contributions))
         waited.append(max(c.waited for c in result.contributions))
-    return seconds, waited
+    return seconds, local, waited
 
 
 def decode_seconds(path: Path) -> float:
@@ -113,26 +141,33 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    found: dict[str, list[float]] = {"in memory": [], "dtrain": [], "dtrain warm": [], "limit": [], "waited": []}
+    names = ("in memory", "limit", "own loop", "own loop warm", "dtrain", "dtrain warm")
+    found: dict[str, list[float]] = {name: [] for name in (*names, "steps", "steps warm", "waited")}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "data.zarr"
         write(path, options.rows)
         for _ in range(options.repeats):
-            epochs = memory_epochs(options.rows, options.hidden, options.rounds)[1:]
+            epochs = epochs_of(in_memory, [(options.rows, options.hidden, options.rounds)] * 2, options.rounds)[1:]
             found["in memory"] += [seconds for seconds, _ in epochs]
             decoding = decode_seconds(path)
             found["limit"] += [(decoding + used) / 2 for _, used in epochs]
-            seconds, waited = dtrain_rounds(path, options.hidden, options.rounds, "0")
-            found["dtrain"] += seconds[2:]
-            found["waited"] += waited[2:]
-            found["dtrain warm"] += dtrain_rounds(path, options.hidden, options.rounds, "auto")[0][2:]
+            for cache, warm in (("0", ""), ("auto", " warm")):
+                given = [(n, str(path), options.rows, options.hidden, options.rounds, cache) for n in range(2)]
+                found[f"own loop{warm}"] += [s for s, _ in epochs_of(own_loop, given, options.rounds)[2:]]
+                seconds, local, waited = dtrain_rounds(path, options.hidden, options.rounds, cache)
+                found[f"dtrain{warm}"] += seconds[2:]
+                found[f"steps{warm}"] += local[2:]
+                found["waited"] += waited[2:]
     medians = {name: statistics.median(values) for name, values in found.items()}
-    for name in ("in memory", "limit", "dtrain", "dtrain warm"):
+    for name in names:
         print(
-            f"{name:<12} {medians[name]:>7.2f} s an epoch   {options.rows / medians[name]:>10,.0f} samples/s   "
+            f"{name:<13} {medians[name]:>7.2f} s an epoch   {options.rows / medians[name]:>10,.0f} samples/s   "
             f"{medians['limit'] / medians[name]:.2f} of limit   {medians['in memory'] / medians[name]:.2f} of memory"
         )
-    print(f"steps waited for batches {medians['waited']:.3f} s an epoch")
+    print(
+        f"of a round the longest task took {medians['steps']:.2f} s, warm {medians['steps warm']:.2f} s; "
+        f"its steps waited for batches {medians['waited']:.3f} s"
+    )
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
