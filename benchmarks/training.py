@@ -20,11 +20,13 @@ time of decoding alone and of the in-memory processes.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing as mp
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +45,34 @@ def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return ((outputs - targets.float()) ** 2).mean()
 
 
-def in_memory(rows: int, hidden: int, epochs: int, start: Any, out: Any) -> None:
-    """Train on half of the rows as tensors; tell the seconds and processor seconds of each epoch."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    x, y = torch.randn(rows // 2, ROW), torch.zeros(rows // 2)
-    model = build(hidden)
+def run_epochs(model: nn.Module, one_pass: Any, epochs: int, start: Any, out: Any) -> None:
+    """Train for some passes; tell the seconds and processor seconds of each."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-12)
     for _ in range(epochs):
         start.wait()
         began, used = time.monotonic(), time.process_time()
-        order = torch.randperm(len(x))
-        for first in range(0, len(order), BATCH):
-            batch = order[first : first + BATCH]
+        for inputs, targets in one_pass():
             optimizer.zero_grad()
-            loss(model(x[batch]), y[batch]).backward()
+            loss(model(inputs), targets).backward()
             optimizer.step()
         start.wait()
         out.put((time.monotonic() - began, time.process_time() - used))
+
+
+def in_memory(rows: int, hidden: int, epochs: int, start: Any, out: Any) -> None:
+    """Train on half of the rows as tensors."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    x, y = torch.randn(rows // 2, ROW), torch.zeros(rows // 2)
+    model = build(hidden)
+
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        order = torch.randperm(len(x))
+        for first in range(0, len(order), BATCH):
+            batch = order[first : first + BATCH]
+            yield x[batch], y[batch]
+
+    run_epochs(model, batches, epochs, start, out)
 
 
 def own_loop(replica: int, path: str, rows: int, hidden: int, epochs: int, cache: str, start: Any, out: Any) -> None:
@@ -74,17 +86,12 @@ def own_loop(replica: int, path: str, rows: int, hidden: int, epochs: int, cache
         samples, batch_size=BATCH, replica=replica, replicas=2, epochs=epochs, memory="2GB", cache=cache
     )
     model = build(hidden)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-12)
-    for _ in range(epochs):
-        start.wait()
-        began, used = time.monotonic(), time.process_time()
-        for _ in range(rows // 2 // BATCH):
-            batch = next(batches)
-            optimizer.zero_grad()
-            loss(model(*batch.inputs), batch.targets).backward()
-            optimizer.step()
-        start.wait()
-        out.put((time.monotonic() - began, time.process_time() - used))
+
+    def one_pass() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in itertools.islice(batches, rows // 2 // BATCH):
+            yield batch.inputs[0], batch.targets
+
+    run_epochs(model, one_pass, epochs, start, out)
 
 
 def epochs_of(target: Any, arguments: list[tuple[Any, ...]], epochs: int) -> list[tuple[float, float]]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from datetime import date, time
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Self, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -244,7 +244,7 @@ class TrainConfig(Table):
         try:
             super().__init__(**tables)
         except ValidationError as error:
-            raise InvalidConfig(*_sentences(error, tables)) from None
+            raise InvalidConfig(*_sentences(error)) from None
         _check_names(self)
         _check_plain(self)
         _refuse_what_is_not_built(self)
@@ -550,7 +550,7 @@ def _toml(value: Any) -> str:
 # pydantic's errors as sentences ------------------------------------------------------------------------------
 
 
-def _sentences(error: ValidationError, tables: Mapping[str, Any]) -> tuple[str, str]:
+def _sentences(error: ValidationError) -> tuple[str, str]:
     seen: dict[str, str] = {}
     faults = error.errors(include_url=False)
     for fault in faults:
@@ -572,8 +572,9 @@ def _sentences(error: ValidationError, tables: Mapping[str, Any]) -> tuple[str, 
 
 def _place(loc: tuple[int | str, ...]) -> tuple[str, tuple[str, ...], Any]:
     """Turn a pydantic location into a config key, the keys of its table, and the type of its value."""
-    key, kind = "", cast("Any", TrainConfig)
+    key = ""
     known: tuple[str, ...] = ()
+    kind: Any = TrainConfig
     for part in loc:
         branches = _branches(kind)
         if len(branches) > 1:  # the name of one of them, and no part of the key

@@ -115,10 +115,10 @@ class Gatherer:
         size = max(1, PIECE_BYTES // max(1, sample_bytes))
         for begin in range(0, len(start), size):  # what is copied twice is small, and in the processor's cache
             piece = start[begin : begin + size]
-            if not self.field.window:
-                taken = (
-                    np.take(flat, piece, axis=0, mode="clip") if whole else flat[piece]
-                )  # it would copy all of a cut
+            if not self.field.window and whole:  # it would copy all of what is cut
+                taken = np.take(flat, piece, axis=0, mode="clip")
+            elif not self.field.window:
+                taken = flat[piece]
             elif self._step:
                 taken = _windows(flat, len(offsets), self._step)[piece]
             else:

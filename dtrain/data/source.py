@@ -22,7 +22,17 @@ from dtrain.config import DataConfig
 from dtrain.data.decode import why_not
 from dtrain.data.encoding import Encoding
 from dtrain.data.samples import Samples, Tile, Variable
-from dtrain.data.store import ReadStore, any_group, has_checksums, is_http, is_remote, not_zarrs, open_store, settle
+from dtrain.data.store import (
+    ReadStore,
+    any_group,
+    has_checksums,
+    is_http,
+    is_remote,
+    not_zarrs,
+    open_store,
+    settle,
+    unreadable,
+)
 from dtrain.errors import (
     DataNotFound,
     DtrainError,
@@ -175,16 +185,17 @@ def _open_dataset(
         warnings.simplefilter("ignore")  # a store without consolidated metadata is as good
         try:
             opened = _open_group(store, path, group)
-            if strange := _strange_arrays(store, opened, names):
+            arrays, strange = _arrays_of(store, opened, names)
+            if strange:
                 store.hidden = frozenset(strange)
                 opened = zarr.open_group(store, path=group or None, mode="r", use_consolidated=False)
             consolidated = False if strange else None
-            if unnamed := _without_dimensions(opened, path, names):
+            if unnamed := _without_dimensions(arrays, path, names):
                 # xarray would refuse the whole group for them: it is asked for the others one by one
                 backend = xr.backends.ZarrStore.open_group(
                     store, group=group or None, mode="r", consolidated=consolidated
                 )
-                others = [name for name, _ in opened.arrays() if name not in unnamed]
+                others = [name for name in arrays if name not in unnamed]
                 return xr.Dataset({name: backend.open_store_variable(name) for name in others}), opened
             dataset = xr.open_dataset(
                 store,  # type: ignore[arg-type]
@@ -194,7 +205,7 @@ def _open_dataset(
                 decode_cf=False,
                 consolidated=consolidated,
                 # what is not used may have any shape
-                drop_variables=[name for name, _ in opened.arrays() if names and name not in names],
+                drop_variables=[name for name in arrays if names and name not in names],
             )
             return dataset, opened
         except DtrainError:
@@ -232,20 +243,23 @@ def _open_group(store: ReadStore, path: str, name: str) -> zarr.Group:
     return any_group(store, name)  # not from what the root has consolidated: that may be old
 
 
-def _strange_arrays(store: ReadStore, group: zarr.Group, names: tuple[str, ...]) -> list[str]:
-    """Return the arrays that zarr cannot open, for their dtype, a codec or damage; raise if one is asked for."""
+def _arrays_of(
+    store: ReadStore, group: zarr.Group, names: tuple[str, ...]
+) -> tuple[dict[str, zarr.Array[Any]], list[str]]:
+    """Return the arrays of a group, and the names of those that zarr cannot open: their dtype, a codec, or damage.
+
+    Raises for such a one that is asked for.
+    """
     try:
-        for _ in group.arrays():
-            pass
-        return []
+        return dict(group.arrays()), []
     except DtrainError:
         raise
     except Exception:
         settle()
-    found = []
+    found, strange = {}, []
     for name in store.names(group.path):
         try:
-            zarr.open(store, path=f"{group.path}/{name}".lstrip("/"), mode="r", use_consolidated=False)
+            node = zarr.open(store, path=f"{group.path}/{name}".lstrip("/"), mode="r", use_consolidated=False)
         except FileNotFoundError:
             pass  # a file of the group itself
         except DtrainError:
@@ -258,22 +272,22 @@ def _strange_arrays(store: ReadStore, group: zarr.Group, names: tuple[str, ...])
                     "variable with a dtype of numbers.",
                 ) from None
             if name in names or not (names or _is_unsupported(error)):
-                raise NotZarr(
-                    f"{store.path}: the metadata of {name} cannot be read: {one_line(error)}",
-                    "Restore it from a copy of the store.",
-                ) from None
-            found.append(name)
-    return found
+                raise unreadable(store.path, name, error) from None
+            strange.append(name)
+        else:
+            if isinstance(node, zarr.Array):
+                found[name] = node
+    return found, strange
 
 
 def _is_unsupported(error: Exception) -> bool:
     return any(said in str(error) for said in UNSUPPORTED)
 
 
-def _without_dimensions(group: zarr.Group, path: str, names: tuple[str, ...]) -> list[str]:
+def _without_dimensions(arrays: Mapping[str, zarr.Array[Any]], path: str, names: tuple[str, ...]) -> list[str]:
     """Return the arrays without dimension names, which xarray would refuse together with all others."""
     found = []
-    for name, array in group.arrays():
+    for name, array in arrays.items():
         named = array.metadata.zarr_format == 3 and getattr(array.metadata, "dimension_names", None) is not None
         if (
             (array.ndim or array.metadata.zarr_format == 2)
@@ -281,7 +295,7 @@ def _without_dimensions(group: zarr.Group, path: str, names: tuple[str, ...]) ->
             and "_ARRAY_DIMENSIONS" not in array.attrs
             and "_NCZARR_ARRAY" not in array.attrs
         ):
-            found.append(str(name))
+            found.append(name)
     if needed := [name for name in names if name in found]:
         raise UnsuitableVariable(
             f"{path}: {needed[0]} has no dimension names, so its sample dimension is unknown.",

@@ -169,10 +169,15 @@ def array_in(group: zarr.Group, store_path: str, name: str) -> Any:
     except KeyError:
         raise DataNotFound(f"{store_path}: {name} is not there any more.", "Restore it from a copy.") from None
     except Exception as error:
-        raise NotZarr(
-            f"{store_path}: the metadata of {name} cannot be read: {one_line(error)}",
-            "Restore it from a copy of the store.",
-        ) from None
+        raise unreadable(store_path, name, error) from None
+
+
+def unreadable(store_path: str, name: str, error: Exception) -> NotZarr:
+    """Return the error for an array whose metadata are damaged."""
+    return NotZarr(
+        f"{store_path}: the metadata of {name} cannot be read: {one_line(error)}",
+        "Restore it from a copy of the store.",
+    )
 
 
 # Reading ------------------------------------------------------------------------------------------------
