@@ -140,6 +140,30 @@ def test_with_room_for_all_units_they_are_read_once(start: Callable[..., dtrain.
     assert sum(found) <= units
 
 
+@pytest.mark.parametrize("where", ["serial", "cluster"])
+def test_replicas_take_equal_steps_over_partitions_of_unequal_length(
+    start: Callable[..., dtrain.Run], client: Client, where: str
+) -> None:
+    found: list[list[tuple[int, int]]] = []
+
+    def report(event: Any) -> None:
+        if type(event).__name__ == "RoundFinished":
+            found.append([(c.steps, c.samples) for c in event.result.contributions])
+
+    run = start(
+        "ragged",
+        client if where == "cluster" else None,
+        report,
+        train={"rounds": 9, "local_steps": 5},  # 5 steps of 16 samples: some passes over each partition
+        data={"partition": "contiguous"},
+        average={"replicas": 4},
+    )
+    lengths = {part.num_samples for part in run.plan.partitions()}
+    assert len(lengths) > 1
+    assert max(lengths) < 9 * 5 * 16
+    assert found == [[(5, 80)] * 4] * 9
+
+
 # Normalisation ---------------------------------------------------------------------------------------------------
 
 
