@@ -68,7 +68,7 @@ def measure(path: str, layout: str, budget: str, reader: str) -> dict[str, Any]:
     import torch  # noqa: F401
 
     import dtrain
-    from dtrain.runtime.batches import law_of
+    from dtrain.batching import law_of
 
     windows = {"input_offsets": [-2, -1, 0], "target_offsets": 1} if layout == "windows" else {}
     samples = dtrain.open_samples(path, inputs=["x"], targets=["y"], split={"val": 0.0, "test": 0.0}, **windows)

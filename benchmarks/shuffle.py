@@ -40,9 +40,9 @@ from torch import nn
 
 import dtrain
 import dtrain.job
-from dtrain.data import loader
-from dtrain.data.order import Block, epoch_order
-from dtrain.data.partition import DataPlan, plan_data
+from dtrain.data.load import loader
+from dtrain.data.plan.order import Block, epoch_order
+from dtrain.data.plan.partition import DataPlan, plan_data
 
 Ints = npt.NDArray[np.int64]
 

@@ -127,8 +127,8 @@ def dtrain_rounds(path: Path, hidden: int, rounds: int, cache: str) -> tuple[lis
 
 def decode_seconds(path: Path) -> float:
     """Return the processor seconds that decoding all units takes."""
-    from dtrain.data.partition import plan_data
-    from dtrain.data.read import UnitReader
+    from dtrain.data.plan.partition import plan_data
+    from dtrain.data.read.units import UnitReader
     from dtrain.data.source import open_samples
 
     samples = open_samples(path, inputs=["x"], targets=["y"], split={"val": 0.0, "test": 0.0})

@@ -10,11 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dtrain.batching import batches
     from dtrain.config import TrainConfig
     from dtrain.data.samples import Samples
     from dtrain.data.source import open_samples
     from dtrain.run import Run, load_run
-    from dtrain.runtime.batches import batches
     from dtrain.trainer import train, train_rounds
     from dtrain.types import Cursor, RoundResult, TrainState
 
@@ -27,7 +27,7 @@ _PUBLIC = {
     "Samples": "dtrain.data.samples",
     "TrainConfig": "dtrain.config",
     "TrainState": "dtrain.types",
-    "batches": "dtrain.runtime.batches",
+    "batches": "dtrain.batching",
     "load_run": "dtrain.run",
     "open_samples": "dtrain.data.source",
     "train": "dtrain.trainer",

@@ -18,8 +18,9 @@ from dtrain.algorithm.outer import outer_optimizer
 from dtrain.algorithm.stop import check_metric
 from dtrain.config import FUNCTION, DataConfig, TrainConfig, cache_bytes, parse_bytes
 from dtrain.data.encoding import Scaling
-from dtrain.data.memory import MemoryLaw, Reading, plan_memory
-from dtrain.data.partition import (
+from dtrain.data.load.statistics import scalings_of
+from dtrain.data.plan.memory import MemoryLaw, Reading, plan_memory
+from dtrain.data.plan.partition import (
     DataPlan,
     JointPlan,
     count_units,
@@ -28,10 +29,9 @@ from dtrain.data.partition import (
     plan_held_out,
     train_partitions,
 )
-from dtrain.data.presence import absent_rows, check_presence, content_digest
+from dtrain.data.read.presence import absent_rows, check_presence, content_digest
 from dtrain.data.samples import Samples
 from dtrain.data.source import describe
-from dtrain.data.statistics import scalings_of
 from dtrain.errors import ClusterUnsuitable, DataChanged, InvalidConfig, LengthsDiffer
 from dtrain.events import StepsTaken
 from dtrain.runtime.cluster import ClusterRunner, call_there

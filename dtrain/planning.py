@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dtrain.algorithm.plan import samples_a_round, steps_a_round
-from dtrain.data.memory import MemoryLaw
-from dtrain.data.partition import DataPlan, JointPlan, describe_plan, eval_partitions, format_bytes, plan_held_out
-from dtrain.data.read import choose_readers
+from dtrain.data.plan.memory import MemoryLaw
+from dtrain.data.plan.partition import DataPlan, JointPlan, describe_plan, eval_partitions, format_bytes, plan_held_out
+from dtrain.data.read.units import choose_readers
 from dtrain.data.samples import Samples
 from dtrain.job import Job, open_runner
 from dtrain.runtime.tasks import Initial

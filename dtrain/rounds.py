@@ -15,7 +15,7 @@ from dtrain.algorithm.params import empty_inner_state
 from dtrain.algorithm.plan import plan_round
 from dtrain.algorithm.stop import metric_of, stop_reason
 from dtrain.checkpoint import load_tensor_file
-from dtrain.data.partition import JointPlan
+from dtrain.data.plan.partition import JointPlan
 from dtrain.errors import ClusterLost, Diverged, OutOfMemory
 from dtrain.events import Reporter, SegmentReplayed
 from dtrain.job import Job

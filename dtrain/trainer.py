@@ -14,7 +14,7 @@ from distributed import Client
 from dtrain.algorithm.stop import metric_of, stop_reason
 from dtrain.checkpoint import commit_round, newest_state, prune, sweep
 from dtrain.config import TrainConfig
-from dtrain.data.partition import JointPlan
+from dtrain.data.plan.partition import JointPlan
 from dtrain.data.samples import Samples
 from dtrain.errors import DataChanged, DiskFull, RunDamaged, Stopped
 from dtrain.events import (

@@ -37,8 +37,15 @@ def test_the_wheel_holds_exactly_the_two_packages(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"dtrain", "dtrain_cli"}
-    for needed in ("dtrain/py.typed", "dtrain/data/read.py", "dtrain_cli/templates/digits.toml"):
+    for needed in ("dtrain/py.typed", "dtrain/data/read/units.py", "dtrain_cli/templates/digits.toml"):
         assert needed in names
+
+
+def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path: Path) -> None:
+    (tmp_path / "dtrain").mkdir()  # the folder that holds the clone: the clone has no __init__.py
+    command = [sys.executable, "-c", "import dtrain; print(callable(dtrain.train))"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "True", done.stderr
 
 
 def test_environment_has_the_same_lower_bounds(project: dict[str, Any]) -> None:

@@ -19,10 +19,9 @@ import zarr
 from zarr.core.sync import sync
 
 from dtrain.config import DataConfig
-from dtrain.data.decode import why_not
 from dtrain.data.encoding import Encoding
-from dtrain.data.samples import Samples, Tile, Variable
-from dtrain.data.store import (
+from dtrain.data.read.decode import why_not
+from dtrain.data.read.store import (
     ReadStore,
     any_group,
     has_checksums,
@@ -33,6 +32,7 @@ from dtrain.data.store import (
     settle,
     unreadable,
 )
+from dtrain.data.samples import Samples, Tile, Variable
 from dtrain.errors import (
     DataNotFound,
     DtrainError,

@@ -28,11 +28,11 @@ from dtrain.algorithm.losses import LOSSES
 from dtrain.algorithm.plan import endless_sizes, schedule_named, with_warmup
 from dtrain.config import TrainConfig
 from dtrain.data.encoding import Scaling
-from dtrain.data.gather import Allocate
-from dtrain.data.loader import Loader
-from dtrain.data.memory import LoaderLaw, MemoryLaw
-from dtrain.data.partition import DataPlan, JointPlan, Partition, SplitName, eval_partitions
-from dtrain.data.read import UnitReader
+from dtrain.data.load.gather import Allocate
+from dtrain.data.load.loader import Loader
+from dtrain.data.plan.memory import LoaderLaw, MemoryLaw
+from dtrain.data.plan.partition import DataPlan, JointPlan, Partition, SplitName, eval_partitions
+from dtrain.data.read.units import UnitReader
 from dtrain.data.samples import Samples
 from dtrain.errors import NotAModule
 from dtrain.runtime.usercode import unpickle_functions, user_code

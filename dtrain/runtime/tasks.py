@@ -31,14 +31,14 @@ from dtrain.algorithm.params import (
 )
 from dtrain.algorithm.plan import step_sizes
 from dtrain.config import AverageConfig
-from dtrain.data.gather import Batch
-from dtrain.data.loader import read_batches
-from dtrain.data.partition import SplitName
-from dtrain.data.statistics import Moments, partition_moments
+from dtrain.data.load.gather import Batch
+from dtrain.data.load.loader import read_batches
+from dtrain.data.load.statistics import Moments, partition_moments
+from dtrain.data.plan.partition import SplitName
 from dtrain.errors import DtrainError, FirstLossNotFinite, ShapesDiffer
 from dtrain.events import StepsTaken
-from dtrain.runtime.batches import as_tensors, on_device, transformed
 from dtrain.runtime.resident import Resident, isolated
+from dtrain.runtime.tensors import as_tensors, on_device, transformed
 from dtrain.runtime.usercode import user_code
 from dtrain.types import Contribution, Cursor, LocalTask, RoundSummary
 

@@ -84,7 +84,7 @@ def test_a_signal_in_the_users_code_is_no_fault_of_that_code(cli, project, name,
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGINT", 130)])
 def test_a_signal_while_data_are_read_is_no_fault_of_the_data(cli, project, monkeypatch, name, code):
-    from dtrain.data.store import ReadStore
+    from dtrain.data.read.store import ReadStore
 
     job = project()
     real = ReadStore.read_file

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from hypothesis import strategies as st
 
-from dtrain.data.loader import read_batches
-from dtrain.data.partition import plan_data, train_partitions
-from dtrain.data.read import UnitReader
+from dtrain.data.load.loader import read_batches
+from dtrain.data.plan.partition import plan_data, train_partitions
+from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
 from dtrain.errors import InvalidConfig
 from dtrain.types import Cursor

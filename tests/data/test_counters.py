@@ -18,13 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import ZstdCodec
 
-from dtrain.data import memory, partition
-from dtrain.data.loader import Loader, read_batches
-from dtrain.data.memory import Limits, Reading, plan_memory
-from dtrain.data.partition import describe_plan, eval_partitions, plan_data, train_partitions
-from dtrain.data.read import UnitReader
+from dtrain.data.load.loader import Loader, read_batches
+from dtrain.data.plan import memory, partition
+from dtrain.data.plan.memory import Limits, Reading, plan_memory
+from dtrain.data.plan.partition import describe_plan, eval_partitions, plan_data, train_partitions
+from dtrain.data.read.store import ReadStore
+from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
-from dtrain.data.store import ReadStore
 from dtrain.types import Cursor
 from tests.data.helpers import (
     START,

@@ -25,9 +25,9 @@ from zarr.codecs import (
 )
 from zarr.codecs import numcodecs as old
 
-from dtrain.data import decode
-from dtrain.data.decode import Chunk, Decoder, Undecodable, chunks_of, entry_of, runs_of, why_not
-from dtrain.data.store import NO_CHUNK, shard_layout
+from dtrain.data.read import decode
+from dtrain.data.read.decode import Chunk, Decoder, Undecodable, chunks_of, entry_of, runs_of, why_not
+from dtrain.data.read.store import NO_CHUNK, shard_layout
 
 # Which chunks ---------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from xarray.backends.zarr import FillValueCoder
 
-from dtrain.data.read import UnitReader
+from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
 from dtrain.errors import InvalidConfig, NonFiniteData, UnsuitableVariable
 from tests.data.helpers import (

@@ -16,11 +16,11 @@ import pytest
 import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, ZstdCodec
 
-from dtrain.data import decode, memory
-from dtrain.data.loader import read_batches
-from dtrain.data.partition import plan_data, train_partitions
-from dtrain.data.presence import check_presence
-from dtrain.data.read import UnitReader
+from dtrain.data.load.loader import read_batches
+from dtrain.data.plan.partition import plan_data, train_partitions
+from dtrain.data.read import decode, memory
+from dtrain.data.read.presence import check_presence
+from dtrain.data.read.units import UnitReader
 from dtrain.errors import ChunkMissing, ChunkUndecodable, DataChanged, DtrainError, NonFiniteData, OutOfMemory
 from tests.data.helpers import (
     START,

@@ -18,13 +18,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtrain.data import memory
 from dtrain.data.encoding import Scaling
-from dtrain.data.loader import Loader, _Read, read_batches
-from dtrain.data.memory import Limits
-from dtrain.data.order import epoch_order
-from dtrain.data.partition import eval_partitions, plan_data, train_partitions
-from dtrain.data.read import UnitReader
+from dtrain.data.load.loader import Loader, _Read, read_batches
+from dtrain.data.plan import memory
+from dtrain.data.plan.memory import Limits
+from dtrain.data.plan.order import epoch_order
+from dtrain.data.plan.partition import eval_partitions, plan_data, train_partitions
+from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
 from dtrain.errors import ChunkMissing, ChunkUndecodable
 from dtrain.types import Cursor

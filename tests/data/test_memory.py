@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dtrain.data import memory
-from dtrain.data.loader import Loader
-from dtrain.data.memory import (
+from dtrain.data.load.loader import Loader
+from dtrain.data.plan import memory
+from dtrain.data.plan.memory import (
     Limits,
     Reading,
     group_batches,
@@ -21,7 +21,7 @@ from dtrain.data.memory import (
     slot_bytes,
     slot_rows,
 )
-from dtrain.data.partition import eval_partitions, plan_data, train_partitions
+from dtrain.data.plan.partition import eval_partitions, plan_data, train_partitions
 from dtrain.data.source import open_samples
 from dtrain.errors import ChunkTooLarge, OutOfMemory
 from tests.data.helpers import START, WHOLE, remembering, vector

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtrain.data import order
-from dtrain.data.order import epoch_order, hash64, permutation
+from dtrain.data.plan import order
+from dtrain.data.plan.hashing import hash64, permutation
+from dtrain.data.plan.order import epoch_order
 
 GOLDEN_FILE = Path(__file__).with_name("golden_order.json")
 MASK = 2**64 - 1

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dtrain.config import TrainConfig
-from dtrain.data.partition import (
+from dtrain.data.plan.partition import (
     DataPlan,
     JointPlan,
     Partition,

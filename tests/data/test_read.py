@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import TransposeCodec
 
-from dtrain.data.read import UnitReader, choose_readers
+from dtrain.data.read.units import UnitReader, choose_readers
 from dtrain.data.source import open_samples
 from dtrain.errors import InvalidConfig, NonFiniteData
 from tests.data.helpers import (

@@ -22,13 +22,13 @@ import zarr
 from zarr.storage import FsspecStore
 
 from dtrain import open_samples
-from dtrain.data import store as store_module
-from dtrain.data.loader import read_batches
-from dtrain.data.partition import plan_data, train_partitions
-from dtrain.data.presence import check_presence
-from dtrain.data.read import UnitReader
+from dtrain.data.load.loader import read_batches
+from dtrain.data.plan.partition import plan_data, train_partitions
+from dtrain.data.read import store as store_module
+from dtrain.data.read.presence import check_presence
+from dtrain.data.read.store import open_store
+from dtrain.data.read.units import UnitReader
 from dtrain.data.source import list_variables
-from dtrain.data.store import open_store
 from dtrain.errors import (
     ChunkMissing,
     ChunkUndecodable,
@@ -346,8 +346,8 @@ def test_a_store_on_s3_travels_to_another_process(s3, bucket, local):
     code = (
         "import pickle, sys\n"
         "samples = pickle.load(sys.stdin.buffer)\n"
-        "from dtrain.data.presence import check_presence\n"
-        "from dtrain.data.read import UnitReader\n"
+        "from dtrain.data.read.presence import check_presence\n"
+        "from dtrain.data.read.units import UnitReader\n"
         "check_presence(samples)\n"
         "found = UnitReader(samples).read(3, 30)\n"
         "pickle.dump((samples.fingerprint, found), sys.stdout.buffer)\n"

@@ -15,8 +15,8 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtrain.data.loader import read_batches
-from dtrain.data.partition import (
+from dtrain.data.load.loader import read_batches
+from dtrain.data.plan.partition import (
     cell_bounds,
     describe_plan,
     eval_partitions,
@@ -24,8 +24,8 @@ from dtrain.data.partition import (
     split_cells,
     train_partitions,
 )
-from dtrain.data.presence import absent_chunks, absent_rows, check_presence
-from dtrain.data.read import UnitReader
+from dtrain.data.read.presence import absent_chunks, absent_rows, check_presence
+from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
 from dtrain.errors import ChunkMissing, InvalidConfig, LengthsDiffer, NonFiniteData, TooFewSamples
 from tests.data.helpers import (

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
 from dtrain.config import TrainConfig
-from dtrain.data.presence import check_presence, content_digest
-from dtrain.data.read import UnitReader
+from dtrain.data.read.presence import check_presence, content_digest
+from dtrain.data.read.store import object_keys, open_group
+from dtrain.data.read.units import UnitReader
 from dtrain.data.samples import Samples, Variable
 from dtrain.data.source import describe, list_variables, open_samples
-from dtrain.data.store import object_keys, open_group
 from dtrain.errors import (
     ChunkMissing,
     DataNotFound,

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtrain.data.encoding import Scaling
-from dtrain.data.partition import cell_bounds, plan_data, split_cells, train_partitions
-from dtrain.data.read import UnitReader
+from dtrain.data.load.statistics import Moments, channel_axis, merge_moments, moments_of, partition_moments, scalings_of
+from dtrain.data.plan.partition import cell_bounds, plan_data, split_cells, train_partitions
+from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
-from dtrain.data.statistics import Moments, channel_axis, merge_moments, moments_of, partition_moments, scalings_of
 from dtrain.errors import NonFiniteData
 from tests.data.helpers import WHOLE, only_partition, open_all, vector
 from tests.data.test_partition import variable

@@ -10,8 +10,8 @@ import pytest
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
-from dtrain.data import store as module
-from dtrain.data.store import NO_CHUNK, open_store, shard_layout
+from dtrain.data.read import store as module
+from dtrain.data.read.store import NO_CHUNK, open_store, shard_layout
 
 BYTES = bytes(range(1, 101))
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtrain.data.loader import read_batches
-from dtrain.data.partition import (
+from dtrain.data.load.loader import read_batches
+from dtrain.data.plan.partition import (
     cell_bounds,
     describe_plan,
     eval_partitions,
@@ -22,7 +22,7 @@ from dtrain.data.partition import (
     split_cells,
     train_partitions,
 )
-from dtrain.data.read import UnitReader
+from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
 from dtrain.errors import InvalidConfig, TooFewSamples
 from dtrain.types import Cursor

@@ -17,7 +17,7 @@ from distributed import Client
 
 import dtrain
 from dtrain.config import TrainConfig
-from dtrain.data.partition import JointPlan, cell_bounds, split_cells, train_partitions
+from dtrain.data.plan.partition import JointPlan, cell_bounds, split_cells, train_partitions
 from dtrain.errors import (
     ChunkMissing,
     ClusterUnsuitable,
@@ -28,7 +28,7 @@ from dtrain.errors import (
     UserCodeFailed,
 )
 from dtrain.job import job_from_config
-from dtrain.runtime.batches import apply_transform
+from dtrain.runtime.tensors import apply_transform
 from dtrain.trainer import train_job
 from tests.runtime import models
 

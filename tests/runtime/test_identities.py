@@ -13,8 +13,8 @@ from torch import nn
 
 import dtrain
 from dtrain.algorithm.losses import LOSSES
-from dtrain.data.order import epoch_order
-from dtrain.data.partition import plan_data, train_partitions
+from dtrain.data.plan.order import epoch_order
+from dtrain.data.plan.partition import plan_data, train_partitions
 from dtrain.data.samples import Samples
 
 

@@ -13,8 +13,8 @@ from torch import nn
 
 import dtrain
 import dtrain.job
-from dtrain.data.order import epoch_order
-from dtrain.data.partition import plan_data
+from dtrain.data.plan.order import epoch_order
+from dtrain.data.plan.partition import plan_data
 
 FEATURES, CLASSES, ROWS, UNIT = 8, 10, 20_000, 20
 

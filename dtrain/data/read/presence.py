@@ -15,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from zarr.core.sync import sync
 
-from dtrain.data.samples import Samples, Variable
-from dtrain.data.store import (
+from dtrain.data.read.store import (
     ArrayLike,
     ReadStore,
     array_in,
@@ -28,6 +27,7 @@ from dtrain.data.store import (
     shards_of,
     touched,
 )
+from dtrain.data.samples import Samples, Variable
 from dtrain.errors import ChunkMissing, StoreForbidden
 
 CONCURRENT_REQUESTS = 32

@@ -9,8 +9,7 @@ Parts (the rows of one unit that the partition owns) are permuted, then every ro
 
 so that rows of at most `window` parts are mixed at any time, and each part is open for `window` steps: the
 staggered shuffle of MosaicML's *py1e*, in integer arithmetic. A row's place depends on nothing but its own
-numbers, so any position can be sought without walking to it. The hash is written out here because the streams of
-``numpy.random.Generator`` are not promised to be stable between versions; a golden file pins the order.
+numbers, so any position can be sought without walking to it. A golden file pins the order.
 """
 
 from __future__ import annotations
@@ -21,42 +20,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
-Ints = npt.NDArray[np.int64]
-Hashes = npt.NDArray[np.uint64]
-
-SPLIT, DEAL, PART, ROW, CACHE, TRANSFORM = range(6)
-"""What a hash is drawn for, so that no two draws are the same."""
+from dtrain.data.plan.hashing import PART, ROW, Hashes, Ints, hash64, permutation
 
 ORDERED_ROWS = 8192
 """About so many rows of a pass are put in order together."""
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def hash64(*keys: int | Ints, start: Hashes | int = 0) -> Hashes:
-    """Hash integers (broadcast against each other) to uint64: splitmix64's finaliser, once a key.
-
-    ``hash64(a, b)`` is ``hash64(b, start=hash64(a))``.
-
-    References
-    ----------
-    Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014.
-    """
-    state = np.asarray(start, np.uint64)
-    with np.errstate(over="ignore"):
-        for key in keys:
-            state = (state ^ np.asarray(key).astype(np.uint64)) + _GOLDEN
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = state ^ (state >> np.uint64(31))
-    return np.asarray(state)
-
-
-def permutation(length: int, *keys: int) -> Ints:
-    """Return a permutation of ``range(length)`` that depends on the keys alone."""
-    return np.argsort(hash64(*keys, np.arange(length)), kind="stable")
 
 
 @dataclass(frozen=True, slots=True)

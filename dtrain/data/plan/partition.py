@@ -28,7 +28,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from dtrain.config import SplitConfig
-from dtrain.data.order import DEAL, SPLIT, Ints, hash64
+from dtrain.data.plan.hashing import DEAL, SPLIT, Ints, hash64
 from dtrain.data.samples import WHOLE_OBJECT_BYTES, Samples, common_rows
 from dtrain.errors import TooFewSamples
 

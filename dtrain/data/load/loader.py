@@ -26,11 +26,12 @@ from typing import Any
 
 import numpy as np
 
-from dtrain.data.gather import Allocate, Array, Batch, Gatherer, Rows, Scalings, repeated
-from dtrain.data.memory import Limits, group_batches, slot_rows
-from dtrain.data.order import CACHE, Block, Ints, epoch_order, hash64
-from dtrain.data.partition import Partition
-from dtrain.data.read import UnitReader
+from dtrain.data.load.gather import Allocate, Array, Batch, Gatherer, Rows, Scalings, repeated
+from dtrain.data.plan.hashing import CACHE, Ints, hash64
+from dtrain.data.plan.memory import Limits, group_batches, slot_rows
+from dtrain.data.plan.order import Block, epoch_order
+from dtrain.data.plan.partition import Partition
+from dtrain.data.read.units import UnitReader
 from dtrain.types import Cursor
 
 

@@ -14,10 +14,10 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from dtrain.data.partition import DataPlan, Partition, format_bytes
-from dtrain.data.read import MIN_DENSITY, choose_readers, has_fine_shards
+from dtrain.data.plan.partition import DataPlan, Partition, format_bytes
+from dtrain.data.read.store import INDEX_CACHE_BYTES, is_remote
+from dtrain.data.read.units import MIN_DENSITY, choose_readers, has_fine_shards
 from dtrain.data.samples import Samples, Variable
-from dtrain.data.store import INDEX_CACHE_BYTES, is_remote
 from dtrain.errors import ChunkTooLarge, OutOfMemory
 
 GROUP_BYTES = 4 << 20

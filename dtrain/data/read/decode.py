@@ -23,8 +23,8 @@ from numcodecs.blosc import Blosc
 from numcodecs.zstd import Zstd
 from zarr.codecs import Crc32cCodec
 
+from dtrain.data.read.store import ArrayLike, codecs_of, crc32c, is_short_blosc, shard_layout, unusual_order
 from dtrain.data.samples import Select
-from dtrain.data.store import ArrayLike, codecs_of, crc32c, is_short_blosc, shard_layout, unusual_order
 from dtrain.errors import one_line
 
 Array = npt.NDArray[Any]

@@ -16,11 +16,10 @@ import zarr
 from zarr.core import codec_pipeline
 from zarr.core.buffer import default_buffer_prototype
 
-from dtrain.data.decode import Chunk, Decoder, Undecodable, chunks_of, entry_of, runs_of
 from dtrain.data.encoding import is_missing
-from dtrain.data.presence import chunk_missing
-from dtrain.data.samples import WHOLE_OBJECT_BYTES, Samples, Select, Variable
-from dtrain.data.store import (
+from dtrain.data.read.decode import Chunk, Decoder, Undecodable, chunks_of, entry_of, runs_of
+from dtrain.data.read.presence import chunk_missing
+from dtrain.data.read.store import (
     NO_CHUNK,
     ShardLayout,
     Version,
@@ -36,6 +35,7 @@ from dtrain.data.store import (
     shards_of,
     touched,
 )
+from dtrain.data.samples import WHOLE_OBJECT_BYTES, Samples, Select, Variable
 from dtrain.errors import (
     ChunkUndecodable,
     DataChanged,

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dtrain.data.encoding import Scaling, standardise, unpack
-from dtrain.data.order import Ints
+from dtrain.data.plan.hashing import Ints
 from dtrain.data.samples import Field, Samples, Variable
 
 Array = npt.NDArray[Any]

@@ -1,0 +1,1 @@
+"""Batches in time: read ahead by threads, in bounded memory."""

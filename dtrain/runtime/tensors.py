@@ -1,0 +1,108 @@
+"""From a batch of the loader to what the model takes: tensors, the user's transform, the way to a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dtrain.algorithm.local import TensorBatch
+from dtrain.data.load.gather import Batch
+from dtrain.data.plan.hashing import TRANSFORM, hash64
+from dtrain.errors import UserCodeFailed
+from dtrain.runtime.usercode import user_code
+
+
+def as_tensors(batches: Iterator[Batch], split: str) -> Iterator[TensorBatch]:
+    """Yield batches of numpy arrays as tensors on the same memory."""
+    for batch in batches:
+        targets = tuple(torch.from_numpy(array) for array in batch.targets)
+        yield TensorBatch(
+            inputs=tuple(torch.from_numpy(array) for array in batch.inputs),
+            targets=targets[0] if len(targets) == 1 else targets,
+            size=batch.size,
+            split=split,
+        )
+
+
+def transformed(
+    batches: Iterator[TensorBatch], transform: Callable[..., Any], seed: int, stream: int, position: int
+) -> Iterator[TensorBatch]:
+    """Yield transformed batches; the generator that a transform is given depends on the batch's place alone."""
+    for batch in batches:
+        drawn = int(hash64(seed, TRANSFORM, *batch.split.encode(), stream, position))
+        position += batch.size
+        yield apply_transform(transform, batch, drawn >> 1)
+
+
+def apply_transform(transform: Callable[..., Any], batch: TensorBatch, seed: int) -> TensorBatch:
+    """Call ``data.transform`` with a batch and a generator of its own.
+
+    Raises
+    ------
+    UserCodeFailed
+        It raised, or returned something else than a batch, or one of another size.
+    """
+    with user_code("The function given as data.transform"):
+        found = transform(batch, torch.Generator().manual_seed(seed))
+    if not isinstance(found, TensorBatch):
+        raise UserCodeFailed(
+            f"The function given as data.transform returned {type(found).__name__}, not a batch.",
+            "Return the batch, or dataclasses.replace(batch, inputs=(...)).",
+        )
+    tensors = (*found.inputs, *(found.targets if isinstance(found.targets, tuple) else (found.targets,)))
+    odd = [type(tensor).__name__ for tensor in tensors if not isinstance(tensor, torch.Tensor)]
+    if odd or len(found.inputs) != len(batch.inputs):
+        raise UserCodeFailed(
+            f"The function given as data.transform returned {len(found.inputs)} inputs"
+            + (f", and among its values {odd[0]} instead of tensors." if odd else f" for {len(batch.inputs)}."),
+            "Return the batch, or dataclasses.replace(batch, inputs=(...)) with as many tensors.",
+        )
+    wrong = [len(tensor) for tensor in tensors if len(tensor) != batch.size]
+    if wrong or found.size != batch.size:
+        raise UserCodeFailed(
+            f"The function given as data.transform returned {wrong[0] if wrong else found.size} samples for a batch "
+            f"of {batch.size}.",
+            "A transform keeps the number of samples.",
+        )
+    return found
+
+
+def on_device(batches: Iterator[TensorBatch], device: str) -> Iterator[TensorBatch]:
+    """Yield batches on a GPU; the next one is copied on a stream of its own while this one is used.
+
+    A pinned batch is held until its copy is done: the loader uses its memory again once nobody refers to it.
+    """
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    waiting: tuple[TensorBatch, TensorBatch, torch.cuda.Event] | None = None
+    for batch in batches:
+        with torch.cuda.stream(side):
+            moved = _moved(batch, device)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(side)
+        if waiting is not None:
+            yield _arrived(*waiting)
+        waiting = (batch, moved, done)
+    if waiting is not None:
+        yield _arrived(*waiting)
+
+
+def _moved(batch: TensorBatch, device: str) -> TensorBatch:
+    def to(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    targets = batch.targets
+    moved = tuple(map(to, targets)) if isinstance(targets, tuple) else to(targets)
+    return replace(batch, inputs=tuple(map(to, batch.inputs)), targets=moved)
+
+
+def _arrived(source: TensorBatch, moved: TensorBatch, done: torch.cuda.Event) -> TensorBatch:
+    current = torch.cuda.current_stream()
+    current.wait_event(done)
+    targets = moved.targets if isinstance(moved.targets, tuple) else (moved.targets,)
+    for tensor in (*moved.inputs, *targets):
+        tensor.record_stream(current)
+    done.synchronize()  # then `source` may go
+    return moved
