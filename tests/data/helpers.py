@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dtrain.data.load.loader import read_batches
 from dtrain.data.plan.partition import plan_data, train_partitions
+from dtrain.data.plan.units import box_shape
 from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
 from dtrain.errors import InvalidConfig
@@ -121,12 +122,11 @@ def remembering(samples, **options):
     reader = UnitReader(samples, **options)
     read, kept = reader.read_into, {}
 
-    def read_once(first, stop, out, *more):
-        if (first, stop) not in kept:
-            read(first, stop, out, *more)
-            reaches = {v.name: samples.reach(v.name) for v in samples.moving}
-            kept[first, stop] = {n: out[n][: stop + high - first - low].copy() for n, (low, high) in reaches.items()}
-        for name, rows in kept[first, stop].items():
+    def read_once(box, out):
+        if box not in kept:
+            read(box, out)
+            kept[box] = {v.name: out[v.name][: box_shape(samples, v, box)[0]].copy() for v in samples.moving}
+        for name, rows in kept[box].items():
             out[name][: len(rows)] = rows
         return 0
 
@@ -145,13 +145,13 @@ class Spy:
         self._read = reader.read_into
         reader.read_into = self
 
-    def __call__(self, first, stop, out, *more):
+    def __call__(self, box, out):
         with self._lock:
-            self.reads.append((first, stop))
+            self.reads.append((box.start, box.stop))
             self.now += 1
             self.most = max(self.most, self.now)
         try:
-            return self._read(first, stop, out, *more)
+            return self._read(box, out)
         finally:
             with self._lock:
                 self.now -= 1

@@ -22,6 +22,7 @@ from dtrain.data.load.loader import Loader, read_batches
 from dtrain.data.plan import memory, partition
 from dtrain.data.plan.memory import Limits, Reading, plan_memory
 from dtrain.data.plan.partition import describe_plan, eval_partitions, plan_data, train_partitions
+from dtrain.data.plan.units import Box
 from dtrain.data.read.store import ReadStore
 from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
@@ -311,7 +312,7 @@ def test_inner_chunks_that_lie_apart_are_not_read_together_with_what_is_between(
     reader, (_, indices, read) = passes(samples, part, 1)
     assert indices == 1
     assert read - index_size(samples) - (16 * 128 + 4) == 64 * 8 * 8  # just what is selected
-    rows = reader.read(0, 64)["v0"][1]
+    rows = reader.read(Box(0, 64))["v0"][1]
     np.testing.assert_array_equal(rows, values[:, 8:16].astype("float32"))
 
 

@@ -17,8 +17,10 @@ import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, ZstdCodec
 
 from dtrain.data.load.loader import read_batches
+from dtrain.data.plan import memory
 from dtrain.data.plan.partition import plan_data, train_partitions
-from dtrain.data.read import decode, memory
+from dtrain.data.plan.units import Box
+from dtrain.data.read import decode
 from dtrain.data.read.presence import check_presence
 from dtrain.data.read.units import UnitReader
 from dtrain.errors import ChunkMissing, ChunkUndecodable, DataChanged, DtrainError, NonFiniteData, OutOfMemory
@@ -82,7 +84,7 @@ def read_all(path, which="zarr", unit_rows=6, **data):
     samples = open_all(path, ["v0"], non_finite="allow", **data)
     reader = reader_of(samples, which)
     starts = range(0, samples.num_samples, unit_rows)
-    units = [reader.read(start, min(start + unit_rows, samples.num_samples)) for start in starts]
+    units = [reader.read(Box(start, min(start + unit_rows, samples.num_samples))) for start in starts]
     return np.concatenate([unit["v0"][1] for unit in units])
 
 
@@ -168,7 +170,7 @@ def test_a_flipped_bit_is_found_where_there_is_a_checksum_and_never_crashes(writ
         flipped[place] ^= 1 << int(rng.integers(8))
         (path / key).write_bytes(flipped)
         try:
-            found = reader_of(samples, which).read(6, 12)["v0"][1]
+            found = reader_of(samples, which).read(Box(6, 12))["v0"][1]
         except ChunkUndecodable as error:
             assert f"chunk {key} of v0" in error.message  # noqa: PT017
         except ChunkMissing:
@@ -200,15 +202,15 @@ def test_other_units_of_a_damaged_store_can_be_read(write_store, tmp_path, which
     reader = reader_of(open_all(path, ["v0"]), which)
     (path / key).write_bytes(b"garbage")
     for _ in range(2):
-        assert [len(reader.read(start, start + 6)["v0"][1]) for start in (0, 12)] == [6, 6]
+        assert [len(reader.read(Box(start, start + 6))["v0"][1]) for start in (0, 12)] == [6, 6]
         with pytest.raises(ChunkUndecodable, match=key):
-            reader.read(6, 12)
+            reader.read(Box(6, 12))
     assert reader.units_decoded == 4
     (path / key).unlink()
     for _ in range(2):
         with pytest.raises(ChunkMissing, match=key):
-            reader.read(6, 12)
-    assert [len(reader.read(start, start + 6)["v0"][1]) for start in (0, 12)] == [6, 6]
+            reader.read(Box(6, 12))
+    assert [len(reader.read(Box(start, start + 6))["v0"][1]) for start in (0, 12)] == [6, 6]
 
 
 @READERS
@@ -219,13 +221,13 @@ def test_what_is_repaired_can_be_read_by_the_same_reader(write_store, tmp_path, 
     reader = reader_of(open_all(path, ["v0"]), which)
     (path / key).unlink()
     with pytest.raises(ChunkMissing, match=key):
-        reader.read(6, 12)
+        reader.read(Box(6, 12))
     for damage in (b"", stored[:-1]) if kind == "v3 blosc" else (b"",):
         (path / key).write_bytes(damage)
         with pytest.raises(ChunkUndecodable, match=key):
-            reader.read(6, 12)
+            reader.read(Box(6, 12))
     (path / key).write_bytes(stored)
-    assert reader.read(6, 12)["v0"][1].shape == (6, 4)
+    assert reader.read(Box(6, 12))["v0"][1].shape == (6, 4)
 
 
 def test_a_read_that_fails_once_blames_the_storage(write_store, tmp_path):
@@ -249,9 +251,9 @@ def test_a_read_that_fails_once_blames_the_storage(write_store, tmp_path):
 
     reader._arrays["v0"] = Flaky()
     with pytest.raises(ChunkUndecodable, match=r"v0\[0:6\] could not be read: stale file handle") as caught:
-        reader.read(0, 6)
+        reader.read(Box(0, 6))
     assert "storage is unreliable" in caught.value.hint
-    assert reader.read(0, 6)["v0"][1].shape == (6, 4)
+    assert reader.read(Box(0, 6))["v0"][1].shape == (6, 4)
 
 
 def test_no_memory_is_said_with_its_own_code(write_store, tmp_path, monkeypatch):
@@ -262,7 +264,7 @@ def test_no_memory_is_said_with_its_own_code(write_store, tmp_path, monkeypatch)
 
     monkeypatch.setattr(reader, "_decode", decode)
     with pytest.raises(OutOfMemory, match=r"no memory for v0\[0:6\]") as caught:
-        reader.read(0, 6)
+        reader.read(Box(0, 6))
     assert caught.value.code == 8
 
 
@@ -276,7 +278,7 @@ def test_no_memory_is_not_taken_for_a_damaged_chunk(write_store, tmp_path, monke
     monkeypatch.setattr(decode, "_ZSTD", SimpleNamespace(decode=no_memory))
     monkeypatch.setattr(gzip, "decompress", no_memory)
     with pytest.raises(OutOfMemory, match=r"no memory for v0\[0:6\]") as caught:
-        reader.read(0, 6)
+        reader.read(Box(0, 6))
     assert caught.value.code == 8
 
 
@@ -291,7 +293,7 @@ def test_no_memory_to_read_into_is_said_with_its_own_code(write_store, tmp_path,
 
     monkeypatch.setattr(reader, "_room", no_room)
     with pytest.raises(OutOfMemory, match=r"no memory for v0\[0:6\]"):
-        reader.read(0, 6)
+        reader.read(Box(0, 6))
 
 
 @pytest.mark.parametrize("kind", ["v3 zstd", "sharded zstd"])
@@ -379,7 +381,7 @@ def test_a_fill_value_beyond_float32_warns_of_nothing(write_store, tmp_path, kin
     path = pair_of(write_store, tmp_path, zarr_format=zarr_format, fill_value=1e300, **options)
     (path / key).unlink()
     with pytest.raises(NonFiniteData, match=r"v0\[6, 2\] in chunk .* is 1e\+300, which float32 cannot hold"):
-        reader_of(open_all(path, ["v0"], missing="fill"), which).read(6, 9)
+        reader_of(open_all(path, ["v0"], missing="fill"), which).read(Box(6, 9))
     assert np.isinf(read_all(path, which, missing="fill")[6:9, 2:4]).all()
 
 
@@ -419,10 +421,10 @@ def test_a_missing_inner_chunk_is_named(tmp_path, location, codec, which):
         check_presence(samples)
     reader = reader_of(samples, which)
     for start, stop in ((0, 6), (6, 8), (10, 12), (12, 14)):  # what is there can be read
-        np.testing.assert_array_equal(reader.read(start, stop)["v0"][1], values[start:stop])
+        np.testing.assert_array_equal(reader.read(Box(start, stop))["v0"][1], values[start:stop])
     elsewhere = open_all(tmp_path / "s", ["v0"], isel={"k": {"stop": 2}})
     check_presence(elsewhere)
-    np.testing.assert_array_equal(UnitReader(elsewhere, which).read(0, 14)["v0"][1], values[:, :2])
+    np.testing.assert_array_equal(UnitReader(elsewhere, which).read(Box(0, 14))["v0"][1], values[:, :2])
 
 
 def write_one_shard(folder, values, *index_codecs):
@@ -480,7 +482,7 @@ def test_threads_that_read_the_same_bad_object_at_once_all_say_so(write_store, t
 
     def read(start):
         try:
-            reader.read(start, start + 3)
+            reader.read(Box(start, start + 3))
         except DtrainError as error:
             raised.append(type(error))
 
@@ -514,9 +516,9 @@ def batch_by_batch(monkeypatch):
 
 def read_twice(samples, which, between):
     reader = reader_of(samples, which)
-    reader.read(6, 12)
+    reader.read(Box(6, 12))
     between()
-    return reader.read(6, 12)["v0"][1]
+    return reader.read(Box(6, 12))["v0"][1]
 
 
 @READERS
@@ -588,10 +590,10 @@ def test_a_shard_that_is_written_again_is_found_although_no_chunk_of_it_was_read
         )
         index[...] = np.arange(12)
         reader = reader_of(open_all(tmp_path / "s", ["v0"], missing="fill"), which)
-        assert not reader.read(0, 3)["v0"][1].any()
+        assert not reader.read(Box(0, 3))["v0"][1].any()
         v0[...] = values + 100
     with pytest.raises(DataChanged, match="chunk v0/c/0/0 of v0 has been written again"):
-        reader.read(3, 6)
+        reader.read(Box(3, 6))
 
 
 @READERS
@@ -674,7 +676,7 @@ def test_a_variable_that_is_kept_whole_is_checked_for_values_that_are_not_finite
     (partition,) = train_partitions(plan)
     with pytest.raises(NonFiniteData, match=r"label\[33\] in chunk label/c/0 is "):
         batches(UnitReader(samples), partition, [60])
-    UnitReader(samples).read(0, 33)  # not a row of these
+    UnitReader(samples).read(Box(0, 33))  # not a row of these
 
 
 def test_time_does_not_tell(write_store, tmp_path):
@@ -682,5 +684,5 @@ def test_time_does_not_tell(write_store, tmp_path):
     path, _ = write(write_store, tmp_path, "v3 zstd")
     reader = UnitReader(open_all(path, ["v0"]))
     for _ in range(3):
-        reader.read(0, 18)
+        reader.read(Box(0, 18))
         time.sleep(0.002)

@@ -11,6 +11,7 @@ import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -381,9 +382,9 @@ def test_a_slow_store_is_read_by_as_many_threads_as_allowed(numbers):
         reader = UnitReader(samples)
         original = reader.read_into
 
-        def slowly(first, stop, out, original=original):
+        def slowly(box, out, original=original):
             time.sleep(0.005)
-            return original(first, stop, out)
+            return original(box, out)
 
         reader.read_into = slowly
         spy = Spy(reader)
@@ -771,10 +772,10 @@ def test_closing_waits_for_reads_that_are_under_way_but_begins_no_other(numbers)
     reader = UnitReader(samples)
     original, go, begun = reader.read_into, threading.Event(), []
 
-    def slowly(first, stop, out):
-        begun.append(first)
+    def slowly(box, out):
+        begun.append(box.start)
         go.wait(10)
-        return original(first, stop, out)
+        return original(box, out)
 
     reader.read_into = slowly
     loader = Loader(reader, partition, START, itertools.repeat(4), replica=0, shuffle=True, limits=Limits(threads=2))
@@ -795,11 +796,11 @@ def test_an_assembler_that_reads_while_it_waits_begins_no_other_read_once_it_is_
     original, begun = reader.read_into, []
     gates = {"dtrain-assemble": threading.Event(), "dtrain-read_0": threading.Event()}
 
-    def slowly(first, stop, out):
+    def slowly(box, out):
         name = threading.current_thread().name
         begun.append(name)
         gates[name].wait(10)
-        return original(first, stop, out)
+        return original(box, out)
 
     reader.read_into = slowly
     loader = Loader(reader, partition, START, itertools.repeat(4), replica=0, shuffle=True, limits=Limits(threads=1))
@@ -825,7 +826,7 @@ def test_a_read_is_done_once_by_whoever_begins_it_and_keeps_what_it_raises():
 
     with ThreadPoolExecutor(1, thread_name_prefix="pool") as pool:
         pool.submit(go.wait, 10)
-        taken, fails, left = (_Read(pool, read, number, 5, 6) for number in (1, 2, 3))
+        taken, fails, left = (_Read(pool, partial(read, number, 5, 6)) for number in (1, 2, 3))
         assert not taken.done
         assert taken.claimed()
         taken.run()
@@ -874,9 +875,9 @@ def test_taking_from_a_loader_that_is_closed_does_not_hang(numbers, one_batch_a_
     reader = UnitReader(samples)
     original, go = reader.read_into, threading.Event()
 
-    def slowly(first, stop, out):
+    def slowly(box, out):
         go.wait(10)
-        return original(first, stop, out)
+        return original(box, out)
 
     reader.read_into = slowly
     loader = Loader(reader, partition, START, itertools.repeat(4), replica=0, shuffle=True, limits=Limits())
@@ -914,10 +915,10 @@ def failing_reader(samples, where, error):
     reader = UnitReader(samples)
     original = reader.read_into
 
-    def read_into(first, stop, out):
-        if first <= where < stop:
+    def read_into(box, out):
+        if box.start <= where < box.stop:
             raise error
-        return original(first, stop, out)
+        return original(box, out)
 
     reader.read_into = read_into
     return reader

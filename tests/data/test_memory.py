@@ -19,7 +19,7 @@ from dtrain.data.plan.memory import (
     sample_bytes,
     scratch_bytes,
     slot_bytes,
-    slot_rows,
+    slot_shape,
 )
 from dtrain.data.plan.partition import eval_partitions, plan_data, train_partitions
 from dtrain.data.source import open_samples
@@ -96,7 +96,7 @@ def test_windows_widen_units_and_samples():
     samples = make_samples(1000, 10, row=(25,), input_offsets=[-3, 0], target_offsets=2, split=WHOLE)
     of = reading(samples)
     assert sample_bytes(samples) == 300
-    assert slot_rows(samples, of.plan, "v0") == 10 + 5
+    assert slot_shape(samples, of.plan, samples.variable("v0")) == (10 + 5, 25)
     assert slot_bytes(samples, of.plan) == 1_500
     assert scratch_bytes(samples, of.plan) == 2 * 1_000
     assert scratch_bytes(read_by("zarrs", samples), of.plan) == 2 * (2 + 1) * 1_000

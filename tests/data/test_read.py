@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import TransposeCodec
 
+from dtrain.data.plan.units import Box
 from dtrain.data.read.units import UnitReader, choose_readers
 from dtrain.data.source import open_samples
 from dtrain.errors import InvalidConfig, NonFiniteData
@@ -49,7 +50,7 @@ def test_a_unit_holds_the_rows_that_its_anchors_need(write_store, store, which, 
             return
         first = data.draw(st.integers(max(0, -low), samples.num_samples - 1 - max(0, high)))
         stop = data.draw(st.integers(first + 1, samples.num_samples - max(0, high)))
-        unit = reader.read(first, stop)
+        unit = reader.read(Box(first, stop))
         assert set(unit) == set(arrays)
         decoded = 0
         for variable in samples.variables:
@@ -64,7 +65,7 @@ def test_a_unit_holds_the_rows_that_its_anchors_need(write_store, store, which, 
                 reader.read_rows(variable, first, stop), by_sample(arrays, variable.name)[first:stop]
             )
         out = {v.name: np.full((stop - first + 40, *v.row_shape), 7, v.kept_dtype) for v in samples.variables}
-        reader.read_into(first, stop, out)
+        reader.read_into(Box(first, stop), out)
         for name, (_, rows) in unit.items():
             np.testing.assert_array_equal(out[name][: len(rows)], rows)
             assert (out[name][len(rows) :] == np.asarray(7, rows.dtype)).all()  # what is beyond is left alone
@@ -92,7 +93,7 @@ def test_floats_become_float32_and_integers_int64(write_store, tmp_path, zarr_fo
     samples = open_all(path, ["v0"])
     assert samples.variable("v0").model_dtype == np.dtype(seen)
     reader = UnitReader(samples)
-    assert reader.read(0, 6)["v0"][1].dtype == np.dtype(kept)
+    assert reader.read(Box(0, 6))["v0"][1].dtype == np.dtype(kept)
     _, partition = only_partition(samples)
     (batch,) = batches(reader, partition, [6], shuffle=False)
     assert batch.inputs[0].dtype == np.dtype(seen)
@@ -123,7 +124,7 @@ def test_a_reader_counts_what_it_decodes(write_store, tmp_path):
     }
     samples = open_all(write_store(tmp_path / "s", arrays), arrays)
     reader = UnitReader(samples)
-    unit = reader.read(8, 10)  # the last one of 4 rows: samples 8 and 9
+    unit = reader.read(Box(8, 10))  # the last one of 4 rows: samples 8 and 9
     assert {name: (base, array.shape, str(array.dtype)) for name, (base, array) in unit.items()} == {
         "v0": (8, (2, 3), "float32"),
         "index": (8, (2,), "int32"),
@@ -155,7 +156,7 @@ def read_all(path, unit_rows=3, **data):
     samples = open_all(path, ["v0"], **data)
     reader = UnitReader(samples)
     starts = range(0, samples.num_samples, unit_rows)
-    return np.concatenate([reader.read(a, min(a + unit_rows, samples.num_samples))["v0"][1] for a in starts])
+    return np.concatenate([reader.read(Box(a, min(a + unit_rows, samples.num_samples)))["v0"][1] for a in starts])
 
 
 @pytest.mark.parametrize(("value", "text"), [(np.nan, "nan"), (np.inf, "inf"), (-np.inf, "-inf")])
@@ -240,7 +241,7 @@ def test_a_variable_without_dimensions_is_read(write_store, tmp_path, dtype, whi
     samples = open_all(write_store(tmp_path / "s", arrays), arrays)
     reader, place = UnitReader(samples, which), samples.variable("place")
     out = np.full((), 99, place.kept_dtype)
-    reader._fill(place, 0, 0, out)
+    reader._fill(place, place.select, out)
     assert out[()] == 7
 
 
@@ -276,7 +277,7 @@ def test_what_zarrs_does_not_read_is_read_by_zarr(write_store, tmp_path, kind):
     assert readers["v0"] == (("numcodecs", USUAL) if kind == "fill value" else ("zarr", why))
     assert readers["index"][0] == "numcodecs"
     stored = zarr.open_group(path, mode="r")["v0"][...]
-    np.testing.assert_array_equal(UnitReader(samples).read(0, 8)["v0"][1], stored)
+    np.testing.assert_array_equal(UnitReader(samples).read(Box(0, 8))["v0"][1], stored)
     with pytest.raises(InvalidConfig, match=f'data.reader = "zarrs" does not read v0: {why}') as caught:
         UnitReader(samples, "zarrs")
     assert caught.value.code == 3
@@ -297,7 +298,7 @@ def test_what_numcodecs_does_not_read_is_read_by_zarrs(write_store, tmp_path):
     samples = open_all(path, ["v0"])
     assert choose_readers(samples, "auto")["v0"] == ("zarrs", "codec transpose")
     for which in ("auto", "zarr"):
-        np.testing.assert_array_equal(UnitReader(samples, which).read(2, 7)["v0"][1], read_zarr(path)[2:7])
+        np.testing.assert_array_equal(UnitReader(samples, which).read(Box(2, 7))["v0"][1], read_zarr(path)[2:7])
     samples = open_all(path, ["v0"], isel={"k": {"start": 0, "stop": 3, "step": 2}})
     assert choose_readers(samples, "auto")["v0"] == ("zarr", "codec transpose")
 
@@ -314,7 +315,7 @@ def test_many_small_chunks_in_shards_are_read_by_zarrs(write_store, tmp_path, ch
     path = write_store(tmp_path / "s", {"v0": v0, "index": vector(np.arange(8000), 8000)})
     samples = open_all(path, ["v0"])
     assert choose_readers(samples, "auto")["v0"][0] == which
-    assert UnitReader(samples).read(2000, 4000)["v0"][1].sum() == 6000
+    assert UnitReader(samples).read(Box(2000, 4000))["v0"][1].sum() == 6000
 
 
 def test_many_small_chunks_that_zarrs_does_not_read_are_read_by_numcodecs(write_store, tmp_path, monkeypatch):
@@ -322,7 +323,7 @@ def test_many_small_chunks_that_zarrs_does_not_read_are_read_by_numcodecs(write_
     path = write_store(tmp_path / "s", {"v0": v0, "index": vector(np.arange(2048), 2048)})
     with_step = open_all(path, ["v0"], isel={"k": {"start": 0, "stop": 3, "step": 2}})
     assert choose_readers(with_step, "auto")["v0"] == ("numcodecs", USUAL)
-    assert UnitReader(with_step).read(1, 3)["v0"][1].tolist() == [[3, 5], [6, 8]]
+    assert UnitReader(with_step).read(Box(1, 3))["v0"][1].tolist() == [[3, 5], [6, 8]]
     samples = open_all(path, ["v0"])
     assert choose_readers(samples, "auto")["v0"] == ("zarrs", "its shards hold many small chunks")
     monkeypatch.setitem(sys.modules, "zarrs", None)
@@ -394,5 +395,5 @@ def test_without_zarrs_zarr_reads(write_store, tmp_path, monkeypatch):
 
 def test_opening_with_zarrs_leaves_the_settings_of_the_process_alone(write_store, tmp_path):
     before = zarr.config.get("codec_pipeline")
-    UnitReader(open_all(two(write_store, tmp_path), ["v0"]), "zarrs").read(0, 8)
+    UnitReader(open_all(two(write_store, tmp_path), ["v0"]), "zarrs").read(Box(0, 8))
     assert zarr.config.get("codec_pipeline") == before

@@ -24,6 +24,7 @@ from zarr.storage import FsspecStore
 from dtrain import open_samples
 from dtrain.data.load.loader import read_batches
 from dtrain.data.plan.partition import plan_data, train_partitions
+from dtrain.data.plan.units import Box
 from dtrain.data.read import store as store_module
 from dtrain.data.read.presence import check_presence
 from dtrain.data.read.store import open_store
@@ -209,11 +210,11 @@ def test_a_part_of_a_shard_on_s3_costs_its_index_and_one_request(s3, bucket, loc
     samples = open_xy(f"s3://{bucket}/a.zarr", storage_options=s3.options)
     reader = UnitReader(samples)
     begin = len(s3.log)
-    values = reader.read(9, 13)["x"][1]  # of the shard 8:16, without its last chunk
+    values = reader.read(Box(9, 13))["x"][1]  # of the shard 8:16, without its last chunk
     np.testing.assert_array_equal(values, arrays_of("sharded")["x"]["values"][9:13])
     assert [r.status for r in s3.log[begin:] if "/x/" in r.key] == [206, 206]
     begin = len(s3.log)
-    reader.read(9, 13)  # the index is kept
+    reader.read(Box(9, 13))  # the index is kept
     assert len([r for r in s3.log[begin:] if "/x/" in r.key]) == 1
 
 
@@ -229,7 +230,7 @@ def test_a_chunk_that_is_missing_on_s3_is_named_until_it_is_repaired(s3, bucket,
         check_presence(samples)
     assert caught.value.code == 5
     with told(ChunkMissing, f"chunk {key} of x is missing"):
-        UnitReader(samples).read(16, 24)
+        UnitReader(samples).read(Box(16, 24))
     with told(ChunkMissing, f"chunk {key} of x is missing"):
         read_pass(samples)
     s3.put(f"{bucket}/a.zarr/{key}", (local(kind) / key).read_bytes())
@@ -245,10 +246,10 @@ def test_a_chunk_that_is_missing_in_a_shard_on_s3_is_named(s3, bucket, local):
     with told(ChunkMissing, "chunk (9, 0) of x, in shard x/c/2/0, is missing"):
         check_presence(samples)
     with told(ChunkMissing, "chunk (9, 0) of x, in shard x/c/2/0, is missing"):
-        UnitReader(samples).read(16, 24)
-    UnitReader(samples).read(20, 24)
+        UnitReader(samples).read(Box(16, 24))
+    UnitReader(samples).read(Box(20, 24))
     filled = open_xy(f"s3://{bucket}/a.zarr", storage_options=s3.options, missing="fill")
-    assert not UnitReader(filled).read(16, 24)["x"][1][2:4].any()
+    assert not UnitReader(filled).read(Box(16, 24))["x"][1][2:4].any()
 
 
 @pytest.mark.parametrize("cut", ["empty", "end", "begin"])
@@ -261,10 +262,10 @@ def test_an_object_on_s3_that_was_cut_short_is_named(s3, bucket, local, kind, cu
     samples = open_xy(f"s3://{bucket}/a.zarr", storage_options=s3.options)
     check_presence(samples)  # it is there
     with told(ChunkUndecodable, f"chunk {key} of x cannot be decoded") as caught:
-        UnitReader(samples).read(16, 24)
+        UnitReader(samples).read(Box(16, 24))
     assert caught.value.code == 5
     with told(ChunkUndecodable, f"chunk {key} of x cannot be decoded"):
-        UnitReader(samples).read(20, 22)
+        UnitReader(samples).read(Box(20, 22))
 
 
 def test_without_credentials_s3_says_how_to_give_them(s3, bucket, local, monkeypatch):
@@ -347,9 +348,10 @@ def test_a_store_on_s3_travels_to_another_process(s3, bucket, local):
         "import pickle, sys\n"
         "samples = pickle.load(sys.stdin.buffer)\n"
         "from dtrain.data.read.presence import check_presence\n"
+        "from dtrain.data.plan.units import Box\n"
         "from dtrain.data.read.units import UnitReader\n"
         "check_presence(samples)\n"
-        "found = UnitReader(samples).read(3, 30)\n"
+        "found = UnitReader(samples).read(Box(3, 30))\n"
         "pickle.dump((samples.fingerprint, found), sys.stdout.buffer)\n"
     )
     done = subprocess.run(
@@ -358,7 +360,7 @@ def test_a_store_on_s3_travels_to_another_process(s3, bucket, local):
     assert done.stderr.decode() == ""  # nor a word of sessions that are still open
     fingerprint, found = pickle.loads(done.stdout)
     assert fingerprint == samples.fingerprint
-    for name, (first, values) in UnitReader(samples).read(3, 30).items():
+    for name, (first, values) in UnitReader(samples).read(Box(3, 30)).items():
         assert found[name][0] == first
         np.testing.assert_array_equal(found[name][1], values)
 
@@ -377,7 +379,7 @@ def test_s3_is_asked_again_by_one_layer_only(serve, local, fault):
     server.fail("x/c/2/0$", fault)
     begin = len(server.requests("x/c/2/0$"))
     with told(StoreUnavailable, f"s3://{folder}/a.zarr: x/c/2/0 could not be read in {ATTEMPTS} attempts") as caught:
-        reader.read(16, 24)
+        reader.read(Box(16, 24))
     assert caught.value.code == 75
     assert len(server.requests("x/c/2/0$")) - begin == ATTEMPTS
 
@@ -409,7 +411,7 @@ def test_a_store_on_an_http_server_reads_like_the_local_one(serve, local, kind, 
     assert asked == dict.fromkeys(chunk_keys(kind), 1)
     np.testing.assert_array_equal(values, arrays_of(kind)["x"]["values"])
     np.testing.assert_array_equal(
-        UnitReader(samples).read(9, 13)["x"][1],
+        UnitReader(samples).read(Box(9, 13))["x"][1],
         arrays_of(kind)["x"]["values"][9:13],  # a part of a shard
     )
 
@@ -496,7 +498,7 @@ def test_an_object_on_an_http_server_that_was_cut_short_is_named(serve, local, t
     check_presence(samples)
     for rows in ((16, 24), (20, 22)):
         with told(ChunkUndecodable, f"chunk {key} of x cannot be decoded") as caught:
-            UnitReader(samples).read(*rows)
+            UnitReader(samples).read(Box(*rows))
         assert caught.value.code == 5
 
 
@@ -545,14 +547,14 @@ def test_a_server_that_fails_twice_an_object_is_asked_again(serve, local, kind, 
 def test_a_part_of_a_shard_is_asked_for_again(serve, local):
     server = serve(local("sharded"))
     reader = UnitReader(open_xy(server.url))
-    reader.read(8, 10)
+    reader.read(Box(8, 10))
     server.fail("x/c/1/0$", 503, times=2)
     begin = len(server.requests("x/c/1/0$"))
-    np.testing.assert_array_equal(reader.read(12, 14)["x"][1], arrays_of("sharded")["x"]["values"][12:14])
+    np.testing.assert_array_equal(reader.read(Box(12, 14))["x"][1], arrays_of("sharded")["x"]["values"][12:14])
     assert [r.status for r in server.requests("x/c/1/0$")[begin:]] == [503, 503, 206]
     server.fail("x/c/1/0$", 503)
     with told(StoreUnavailable, f"{server.url}: x/c/1/0 could not be read in {ATTEMPTS} attempts"):
-        reader.read(10, 12)
+        reader.read(Box(10, 12))
 
 
 def test_the_time_between_attempts_doubles_and_is_drawn_at_random(serve, local, monkeypatch):
@@ -573,7 +575,7 @@ def test_the_time_between_attempts_doubles_and_is_drawn_at_random(serve, local, 
     monkeypatch.setattr(store_module.asyncio, "sleep", spied)
     monkeypatch.setattr(store_module, "BACKOFF_SECONDS", 1.0)
     with told(StoreUnavailable):
-        reader.read(16, 24)
+        reader.read(Box(16, 24))
     assert drawn == [(0.5, 1.5)] * (ATTEMPTS - 1)
     assert [0.5 * 2**n <= seconds <= 1.5 * 2**n for n, seconds in enumerate(waited)] == [True] * (ATTEMPTS - 1)
     assert len({seconds / 2**n for n, seconds in enumerate(waited)}) == ATTEMPTS - 1
@@ -631,7 +633,7 @@ def test_waiting_for_a_server_is_told_of_now_and_then(serve, local, monkeypatch,
     reader = UnitReader(open_xy(server.url))
     server.fail(r"x/c/\d/0$", "stall")
     with told(StoreUnavailable):
-        reader.read(0, 24)
+        reader.read(Box(0, 24))
     said = [record.getMessage() for record in caplog.records if record.name == "dtrain"]
     assert len(said) in lines  # of all attempts of three requests
     for line in said:
@@ -664,11 +666,11 @@ def test_a_server_that_goes_away(serve, local):
     server = serve(local("sharded"))
     samples = open_xy(server.url)
     reader = UnitReader(samples)
-    reader.read(0, 8)
+    reader.read(Box(0, 8))
     server.stop()
-    for ask in (reader.read, lambda *_: check_presence(samples), lambda *_: UnitReader(samples)):
+    for ask in (reader.read, lambda _: check_presence(samples), lambda _: UnitReader(samples)):
         with told(StoreUnavailable, server.url) as caught:
-            ask(8, 16)
+            ask(Box(8, 16))
         assert caught.value.code == 75
 
 

@@ -24,6 +24,7 @@ from dtrain.data.plan.partition import (
     split_cells,
     train_partitions,
 )
+from dtrain.data.plan.units import Box
 from dtrain.data.read.presence import absent_chunks, absent_rows, check_presence
 from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
@@ -255,7 +256,7 @@ def test_a_place_drops_its_dimension_and_a_slice_keeps_it(store):
     assert "9 along n" in repr(samples)
     reader = UnitReader(samples)
     assert reader.statics["mean"] == 3
-    (first, rows) = reader.read(2, 11)["v"]
+    (first, rows) = reader.read(Box(2, 11))["v"]
     stored = zarr.open_group(store, mode="r")["v"][...]
     assert first == 2
     np.testing.assert_array_equal(rows, stored[-1, 2:11, 1:5:3])
@@ -281,7 +282,7 @@ def test_a_step_skips_chunks_between(write_store, tmp_path):
         (path / f"v/c/0/{x}").unlink()
     samples = open_store(path, inputs=["v"], isel={"x": {"start": 0, "stop": 10, "step": 3}})
     check_presence(samples)
-    assert UnitReader(samples).read(0, 6)["v"][1][1].tolist() == [10, 13, 16, 19]
+    assert UnitReader(samples).read(Box(0, 6))["v"][1][1].tolist() == [10, 13, 16, 19]
 
 
 BAD_ISEL = [
@@ -340,7 +341,7 @@ def test_a_small_variable_that_is_kept_whole_is_counted_from_the_first_selected_
     anchors = batch.targets[0] - 2
     assert sorted(anchors.tolist()) == list(range(14, 49))
     np.testing.assert_array_equal(batch.inputs[0][:, 1, 0], anchors * 100)
-    rows = reader_of(samples, which).read(20, 30)["index"]
+    rows = reader_of(samples, which).read(Box(20, 30))["index"]
     assert (rows[0], rows[1].tolist()) == (22, list(range(22, 32)))
 
 
@@ -568,10 +569,10 @@ def test_a_chunk_may_be_missing_whose_rows_nobody_needs(tmp_path, kind, sharded,
     for first, stop in ((4, 8), (0, 14)):
         reader = reader_of(samples, which, absent=absent)
         if harmless:
-            np.testing.assert_array_equal(reader.read(first, stop)["v"][1], values[first:stop])
+            np.testing.assert_array_equal(reader.read(Box(first, stop))["v"][1], values[first:stop])
         else:
             with pytest.raises(ChunkMissing, match=r"of v, in shard v/c/0|chunk v/c/[01] of v"):
-                reader.read(first, stop)
+                reader.read(Box(first, stop))
 
 
 @pytest.mark.parametrize("which", ["zarr", "zarrs", "auto"])
@@ -580,10 +581,10 @@ def test_the_last_chunk_may_be_missing_although_it_reaches_beyond_the_array(tmp_
     values[12:] = 0
     write_sparse(tmp_path / "s", {"v": vector(values, 4), "index": vector(np.arange(1, 15), 14)})
     samples = open_store(tmp_path / "s", inputs=["v"], missing="skip")
-    rows = reader_of(samples, which, absent=((12, 14),)).read(10, 14)["v"][1]
+    rows = reader_of(samples, which, absent=((12, 14),)).read(Box(10, 14))["v"][1]
     assert rows.tolist() == [11, 12, 0, 0]
     with pytest.raises(ChunkMissing, match="chunk v/c/3 of v"):
-        reader_of(samples, which, absent=((12, 13),)).read(10, 14)
+        reader_of(samples, which, absent=((12, 13),)).read(Box(10, 14))
 
 
 @pytest.mark.parametrize("which", ["zarr", "auto"])
@@ -609,9 +610,9 @@ def test_values_that_are_not_finite_matter_where_rows_are_needed(write_store, tm
         for first, stop in ((0, 14), (2, 14), (6, 14), (0, 6), (5, 7)):
             if place is not None and first <= place < stop:
                 with pytest.raises(NonFiniteData, match=said):
-                    reader.read(first, stop)
+                    reader.read(Box(first, stop))
             else:
-                np.testing.assert_array_equal(reader.read(first, stop)["v"][1], stored[first:stop])
+                np.testing.assert_array_equal(reader.read(Box(first, stop))["v"][1], stored[first:stop])
     with pytest.raises(NonFiniteData, match=r"height\[0\]"):
         UnitReader(samples, which, absent=((0, 8),)).statics  # noqa: B018
 
@@ -626,7 +627,7 @@ def test_where_a_number_marks_missing_values_others_that_are_not_finite_are_foun
     v = {**vector(values, 4), "attributes": {"missing_value": -99.0}}
     samples = open_store(write_store(tmp_path / "s", {"v": v, "index": vector(np.arange(14), 14)}), inputs=["v"])
     with pytest.raises(NonFiniteData, match=rf"v\[9\] in chunk v/c/2 is {value}") as caught:
-        UnitReader(samples, which).read(8, 12)
+        UnitReader(samples, which).read(Box(8, 12))
     assert ("marks a missing value" in caught.value.message) == (value == -99)
 
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
 from dtrain.config import TrainConfig
+from dtrain.data.plan.units import Box
 from dtrain.data.read.presence import check_presence, content_digest
 from dtrain.data.read.store import object_keys, open_group
 from dtrain.data.read.units import UnitReader
@@ -536,7 +537,7 @@ def test_what_is_not_used_may_be_an_array_that_zarr_cannot_open(small, zarr_form
     path = small(zarr_format)
     make_strange(path, zarr_format, fault, consolidated=consolidated)
     samples = open_xy(path)
-    rows = UnitReader(samples, "zarr").read(0, 10)
+    rows = UnitReader(samples, "zarr").read(Box(0, 10))
     np.testing.assert_array_equal(rows["y"][1], zarr.open_array(path, path="y", mode="r")[...])
     assert set(content_digest(samples)) == {"x", "y"}
     assert set(list_variables(path)) == {"x", "y"}

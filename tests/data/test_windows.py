@@ -178,9 +178,9 @@ def test_halos_are_read_from_a_neighbours_unit_but_not_beyond_what_the_windows_n
     plan = replace(plan_data(samples, replicas=2, seed=0), unit_rows=10, cell_rows=10)
     read, original = [], UnitReader._fill
 
-    def spied(self, variable, start, stop, out):
-        read.append((variable.name, start, stop))
-        return original(self, variable, start, stop, out)
+    def spied(self, variable, select, out):
+        read.append((variable.name, *select[variable.sample_axis][:2]))
+        return original(self, variable, select, out)
 
     monkeypatch.setattr(UnitReader, "_fill", spied)
     for replica, partition in enumerate(train_partitions(plan)):

@@ -28,9 +28,10 @@ import numpy as np
 
 from dtrain.data.load.gather import Allocate, Array, Batch, Gatherer, Rows, Scalings, repeated
 from dtrain.data.plan.hashing import CACHE, Ints, hash64
-from dtrain.data.plan.memory import Limits, group_batches, slot_rows
+from dtrain.data.plan.memory import Limits, group_batches, slot_shape
 from dtrain.data.plan.order import Block, epoch_order
 from dtrain.data.plan.partition import Partition
+from dtrain.data.plan.units import Box
 from dtrain.data.read.units import UnitReader
 from dtrain.types import Cursor
 
@@ -334,8 +335,8 @@ def _blocks(
 class _Read:
     """A read that a thread of the pool does, or the one that waits for it: whoever begins first."""
 
-    def __init__(self, pool: ThreadPoolExecutor, read: Callable[[int, int, int], None], *what: int) -> None:
-        self._read = partial(read, *what)
+    def __init__(self, pool: ThreadPoolExecutor, read: Callable[[], None]) -> None:
+        self._read = read
         self._future: Future[None] = pool.submit(self._read)
 
     @property
@@ -373,8 +374,7 @@ class _Slots:
         self._patches = plan.patches
         slots = limits.slots(partition, shuffle)
         self.arenas: dict[str, Array] = {
-            v.name: np.empty((slots, slot_rows(samples, plan, v.name), *v.row_shape), v.kept_dtype)
-            for v in samples.moving
+            v.name: np.empty((slots, *slot_shape(samples, plan, v)), v.kept_dtype) for v in samples.moving
         }
         self._free = list(range(slots))
         self._closed = False
@@ -404,7 +404,7 @@ class _Slots:
         anchors = self._partition.part_anchors(part)
         if not self._regular:
             self._relative[part] = anchors - anchors[0]
-        read = _Read(self._pool, self._read, slot, int(anchors[0]), int(anchors[-1]) + 1)
+        read = _Read(self._pool, partial(self._read, slot, Box(int(anchors[0]), int(anchors[-1]) + 1)))
         while self._waiting and self._waiting[0].done:
             self._waiting.popleft()
         self._waiting.append(read)
@@ -414,8 +414,8 @@ class _Slots:
             self._slot_of[epoch, part], self._reads[epoch, part] = slot, read
         return True
 
-    def _read(self, slot: int, first: int, stop: int) -> None:
-        self._count(self._reader.read_into(first, stop, {name: arena[slot] for name, arena in self.arenas.items()}))
+    def _read(self, slot: int, box: Box) -> None:
+        self._count(self._reader.read_into(box, {name: arena[slot] for name, arena in self.arenas.items()}))
 
     def wait(self, epoch: int, part: int) -> None:
         """Wait until a part is in memory, and read what is due next meanwhile: a core has no better use."""

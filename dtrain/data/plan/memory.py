@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from dtrain.data.plan.partition import DataPlan, Partition, format_bytes
+from dtrain.data.plan.units import Box, box_shape
 from dtrain.data.read.store import INDEX_CACHE_BYTES, is_remote
 from dtrain.data.read.units import MIN_DENSITY, choose_readers, has_fine_shards
 from dtrain.data.samples import Samples, Variable
@@ -81,22 +82,21 @@ def group_batches(sizes: Iterator[int], samples: Samples) -> list[int]:
     return taken
 
 
-def slot_rows(samples: Samples, plan: DataPlan, name: str) -> int:
-    """Return the most rows of a variable that one part needs: those of a unit, and the halo of its windows."""
-    low, high = samples.reach(name)
-    return min(plan.unit_rows, plan.num_samples) + high - low
+def slot_shape(samples: Samples, plan: DataPlan, variable: Variable) -> tuple[int, ...]:
+    """Return the shape of the largest part of a variable: the rows of a unit, and the halo of its windows."""
+    return box_shape(samples, variable, Box(0, min(plan.unit_rows, plan.num_samples)))
 
 
 def slot_bytes(samples: Samples, plan: DataPlan) -> int:
     """Return the bytes of a unit in memory, with its halo."""
-    return sum(slot_rows(samples, plan, v.name) * v.row_bytes for v in samples.moving)
+    return sum(math.prod(slot_shape(samples, plan, v)) * v.kept_dtype.itemsize for v in samples.moving)
 
 
 def scratch_bytes(samples: Samples, plan: DataPlan) -> int:
     """Return what decoding a unit needs besides its slot: its chunks, stored and decoded, of one variable at a time."""
     readers = choose_readers(samples, samples.config.reader)
     return max(
-        (_decoding_bytes(v, slot_rows(samples, plan, v.name), readers[v.name][0]) for v in samples.streamed), default=0
+        (_decoding_bytes(v, slot_shape(samples, plan, v)[0], readers[v.name][0]) for v in samples.streamed), default=0
     )
 
 

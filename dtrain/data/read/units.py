@@ -17,6 +17,7 @@ from zarr.core import codec_pipeline
 from zarr.core.buffer import default_buffer_prototype
 
 from dtrain.data.encoding import is_missing
+from dtrain.data.plan.units import Box, box_selection, box_shape, box_slices
 from dtrain.data.read.decode import Chunk, Decoder, Undecodable, chunks_of, entry_of, runs_of
 from dtrain.data.read.presence import chunk_missing
 from dtrain.data.read.store import (
@@ -101,8 +102,8 @@ class UnitReader:
         self.units_decoded = 0
         self.bytes_decoded = 0
 
-    def read(self, first: int, stop: int) -> dict[str, tuple[int, Array]]:
-        """Return, by variable, the number of the first row, and the rows, that anchors in ``first:stop`` need.
+    def read(self, box: Box) -> dict[str, tuple[int, Array]]:
+        """Return, by variable, the number of the first row, and the rows, that the anchors of a box need.
 
         Raises
         ------
@@ -111,36 +112,33 @@ class UnitReader:
         StoreForbidden, StoreUnavailable
             The server refuses or fails.
         """
-        found = {}
-        for variable in self.samples.moving:
-            low, high = self.samples.reach(variable.name)
-            found[variable.name] = np.empty((stop + high - first - low, *variable.row_shape), variable.kept_dtype)
-        self.read_into(first, stop, found)
-        return {name: (first + self.samples.reach(name)[0], values) for name, values in found.items()}
+        found = {v.name: np.empty(box_shape(self.samples, v, box), v.kept_dtype) for v in self.samples.moving}
+        self.read_into(box, found)
+        return {name: (box.start + self.samples.reach(name)[0], values) for name, values in found.items()}
 
-    def read_into(self, first: int, stop: int, out: Mapping[str, Array]) -> int:
-        """Fill, by variable, the first rows of ``out[name]`` with what anchors in ``first:stop`` need.
+    def read_into(self, box: Box, out: Mapping[str, Array]) -> int:
+        """Fill, by variable, the first rows of ``out[name]`` with what the anchors of a box need.
 
         Returns the number of bytes.
 
         Parameters
         ----------
-        first, stop : int
-            Rows of the sample dimension.
+        box : Box
         out : dict of array[rows, *row]
-            C-contiguous, of the variable's `kept_dtype`; the first row becomes ``first + reach(name)[0]``.
+            C-contiguous, of the variable's `kept_dtype`; the first row becomes ``box.start + reach(name)[0]``.
         """
         decoded = 0
         for variable in self.samples.moving:
-            low, high = self.samples.reach(variable.name)
-            rows = out[variable.name][: stop + high - first - low]
+            select = box_selection(self.samples, variable, box)
+            start, stop, _ = select[variable.sample_axis]
+            rows = out[variable.name][: stop - start]
             if variable in self.samples.kept_whole:
-                start = first + low - self.samples.first_row
-                rows[...] = self._whole(variable)[start : start + len(rows)]
+                first = start - self.samples.first_row
+                rows[...] = self._whole(variable)[(slice(first, first + len(rows)), *box_slices(variable, box))]
                 if self.samples.config.non_finite == "error":
-                    self._check_finite(variable, first + low, rows)
+                    self._check_finite(variable, select, rows)
             else:
-                self._fill(variable, first + low, stop + high, rows)
+                self._fill(variable, select, rows)
                 decoded += rows.nbytes
         with self._lock:
             self.units_decoded += 1
@@ -154,14 +152,14 @@ class UnitReader:
                 samples = self.samples
                 shape = (samples.num_samples - samples.first_row, *variable.row_shape)
                 rows = np.empty(shape, variable.kept_dtype)
-                self._fill(variable, samples.first_row, samples.num_samples, rows, check=False)
+                self._fill(variable, variable.selection(samples.first_row, samples.num_samples), rows, check=False)
                 self._kept[variable.name] = rows
             return self._kept[variable.name]
 
     def read_rows(self, variable: Variable, start: int, stop: int) -> Array:
         """Return rows ``start:stop`` of one variable, as they are kept."""
         rows = np.empty((stop - start, *variable.row_shape), variable.kept_dtype)
-        self._fill(variable, start, stop, rows)
+        self._fill(variable, variable.selection(start, stop), rows)
         return rows
 
     @cached_property
@@ -171,11 +169,10 @@ class UnitReader:
         for variable in self.samples.variables:
             if variable.is_static:
                 found[variable.name] = np.empty(variable.row_shape, variable.kept_dtype)
-                self._fill(variable, 0, 0, found[variable.name])
+                self._fill(variable, variable.select, found[variable.name])
         return found
 
-    def _fill(self, variable: Variable, start: int, stop: int, out: Array, *, check: bool = True) -> None:
-        select = variable.selection(start, stop)
+    def _fill(self, variable: Variable, select: Select, out: Array, *, check: bool = True) -> None:
         try:
             if variable.name in self._decoders:
                 self._read_files(variable, select, out)
@@ -185,11 +182,11 @@ class UnitReader:
             raise
         except MemoryError as error:
             raise OutOfMemory(
-                f"{self.samples.path}: no memory for {variable.name}[{start}:{stop}].",
+                f"{self.samples.path}: no memory for {variable.name}{_said_rows(variable, select)}.",
                 "Give the workers more memory (cluster.memory), or store smaller chunks.",
             ) from error
         if check and self.samples.config.non_finite == "error":
-            self._check_finite(variable, start, out)
+            self._check_finite(variable, select, out)
 
     # By numcodecs -------------------------------------------------------------------------------------------
 
@@ -434,9 +431,8 @@ class UnitReader:
                 raise
             except Exception as cause:
                 return self._chunk_undecodable(variable, key, one_line(cause))
-        rows = "" if variable.is_static else "[{}:{}]".format(*select[variable.sample_axis][:2])
         return ChunkUndecodable(
-            f"{self.samples.path}: {variable.name}{rows} could not be read: {one_line(error)}",
+            f"{self.samples.path}: {variable.name}{_said_rows(variable, select)} could not be read: {one_line(error)}",
             "Reading it again worked: the storage is unreliable. Run the same command again to continue.",
         )
 
@@ -446,7 +442,7 @@ class UnitReader:
             "Restore it from a copy of the store.",
         )
 
-    def _check_finite(self, variable: Variable, start: int, values: Array) -> None:
+    def _check_finite(self, variable: Variable, select: Select, values: Array) -> None:
         """Raise if a value is not finite, as the model sees it: a large float64 is infinite in float32."""
         if values.dtype.kind == "f":
             with np.errstate(all="ignore"):
@@ -464,16 +460,17 @@ class UnitReader:
         else:
             return
         if bad is not None and not variable.is_static:
+            start = select[variable.sample_axis][0]
             for first, after in self.absent:
                 bad[max(0, first - start) : max(0, after - start)] = False
         if bad is not None and bad.any():
-            raise self._non_finite(variable, start, np.argwhere(bad)[0].tolist())
+            raise self._non_finite(variable, select, np.argwhere(bad)[0].tolist())
 
-    def _non_finite(self, variable: Variable, start: int, place: list[int]) -> NonFiniteData:
-        where = [part[0] for part in variable.select]
+    def _non_finite(self, variable: Variable, select: Select, place: list[int]) -> NonFiniteData:
+        where = [part[0] for part in select]
         axes = list(variable.row_axes) if variable.is_static else [variable.sample_axis, *variable.row_axes]
         for axis, index in zip(axes, place, strict=True):
-            where[axis] = start + index if axis == variable.sample_axis else range(*variable.select[axis])[index]
+            where[axis] = range(*select[axis])[index]
         chunk = tuple(i // size for i, size in zip(where, variable.objects, strict=True))
         array = self._arrays[variable.name]
         value = array[tuple(where)]  # as stored: in memory it may be a float32
@@ -545,6 +542,10 @@ def _no_zarrs() -> str:
     except ImportError:
         return "zarrs is not installed"
     return ""
+
+
+def _said_rows(variable: Variable, select: Select) -> str:
+    return "" if variable.is_static else "[{}:{}]".format(*select[variable.sample_axis][:2])
 
 
 _OPENING = threading.Lock()  # zarr's configuration belongs to the whole process
