@@ -28,7 +28,7 @@ from dtrain.algorithm.losses import LOSSES
 from dtrain.algorithm.plan import endless_sizes, schedule_named, with_warmup
 from dtrain.config import TrainConfig
 from dtrain.data.encoding import Scaling
-from dtrain.data.load.gather import Allocate
+from dtrain.data.load.buffers import Allocate
 from dtrain.data.load.loader import Loader
 from dtrain.data.plan.memory import LoaderLaw, MemoryLaw
 from dtrain.data.plan.partition import DataPlan, JointPlan, Partition, SplitName, eval_partitions
