@@ -10,8 +10,9 @@ from typing import get_args
 
 from distributed.system import MEMORY_LIMIT
 
-from dtrain.algorithm.local import TensorBatch
-from dtrain.config import DataConfig, cache_bytes, parse_bytes
+from dtrain.algorithm.batch import TensorBatch
+from dtrain.config.schema import DataConfig
+from dtrain.config.values import cache_bytes, parse_bytes
 from dtrain.data.load.loader import Loader
 from dtrain.data.load.statistics import partition_moments, scalings_of
 from dtrain.data.plan.memory import MemoryLaw, Reading, plan_memory

@@ -9,11 +9,12 @@ from typing import Any
 
 from dtrain.algorithm.plan import samples_a_round, steps_a_round
 from dtrain.data.plan.memory import MemoryLaw
-from dtrain.data.plan.partition import DataPlan, JointPlan, describe_plan, eval_partitions, format_bytes, plan_held_out
+from dtrain.data.plan.partition import DataPlan, JointPlan, describe_plan, eval_partitions, format_bytes
 from dtrain.data.read.units import choose_readers
 from dtrain.data.samples import Samples
-from dtrain.job import Job, open_runner
-from dtrain.runtime.tasks import Initial
+from dtrain.job import Job
+from dtrain.prepare import open_runner
+from dtrain.runtime.trial import Initial
 
 ESTIMATE_UNITS = 16
 """Units of each partition from which a plan estimates mean and deviation."""
@@ -85,8 +86,7 @@ def plan_job(job: Job, *, full: bool = False) -> RunPlan:
         initial = runner.initialise()
         workers, sources = runner.num_workers, runner.spec.sources
     train, plan = job.config.train, resolved.plan
-    sizes = [partition.num_samples for partition in plan.partitions()]
-    steps = tuple(steps_a_round(size, train) for size in sizes)
+    steps = tuple(steps_a_round(size, train) for size in plan.sizes)
     size = initial.params.nbytes
     stores = tuple(
         StorePlan(
@@ -104,8 +104,8 @@ def plan_job(job: Job, *, full: bool = False) -> RunPlan:
         stores=stores,
         initial=initial,
         steps=steps,
-        samples=sum(samples_a_round(n, train) for n in sizes),
-        held_out_samples=_held_out_samples(job, plan.plans[0]),
+        samples=sum(samples_a_round(n, train) for n in plan.sizes),
+        held_out_samples=_held_out_samples(resolved.held_out),
         rounds=train.rounds,
         workers=workers,
         reduced_bytes=size * plan.replicas,
@@ -116,10 +116,8 @@ def plan_job(job: Job, *, full: bool = False) -> RunPlan:
     )
 
 
-def _held_out_samples(job: Job, plan: DataPlan) -> int | None:
-    if job.held_out is None:
-        return None
-    return sum(piece.num_samples for piece in eval_partitions(plan_held_out(job.held_out, plan), "all"))
+def _held_out_samples(plan: DataPlan | None) -> int | None:
+    return None if plan is None else sum(piece.num_samples for piece in eval_partitions(plan, "all"))
 
 
 def _resolved(job: Job, stores: tuple[StorePlan, ...], device: str, workers: int) -> dict[str, tuple[Any, str]]:

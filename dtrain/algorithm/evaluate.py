@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from dtrain.algorithm.local import TensorBatch, autocast
+from dtrain.algorithm.batch import TensorBatch, autocast
 from dtrain.algorithm.losses import Loss, classes_first, mae, mse
 from dtrain.errors import InvalidConfig
 
@@ -40,9 +40,9 @@ def evaluate(
             with autocast(precision, batch):
                 outputs = module(*batch.inputs)
                 value = loss(outputs, batch.targets)
-            found: Sums = {"loss": (value.item() * batch.size, batch.size)}
-            found.update({name: metric(outputs, batch.targets) for name, metric in metrics.items()})
-            sums = merge([sums, found])
+            own: Sums = {"loss": (value.item() * batch.size, batch.size)}
+            own.update({name: metric(outputs, batch.targets) for name, metric in metrics.items()})
+            sums = merge([sums, own])
     return sums
 
 
@@ -56,11 +56,11 @@ def merge(pieces: Sequence[Sums]) -> Sums:
 def values(sums: Sums, wanted: Sequence[str]) -> dict[str, float]:
     """Return ``loss`` and the wanted metrics as means."""
     means = {name: total / count if count else math.nan for name, (total, count) in sums.items()}
-    found = {"loss": means["loss"]}
+    chosen = {"loss": means["loss"]}
     for name in wanted:
         key = metric_key(name)
-        found[key] = FROM_LOSS[name](means["loss"]) if name in FROM_LOSS else means[key]
-    return found
+        chosen[key] = FROM_LOSS[name](means["loss"]) if name in FROM_LOSS else means[key]
+    return chosen
 
 
 def metric_key(name: str) -> str:
@@ -92,4 +92,3 @@ def mean_metric(function: Callable[[Any, Any], Any]) -> Metric:
 
 
 METRICS: dict[str, Metric] = {"accuracy": accuracy, "mse": mean_metric(mse), "mae": mean_metric(mae)}
-HIGHER_IS_BETTER = frozenset({"accuracy"})

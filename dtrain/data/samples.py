@@ -8,13 +8,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from html import escape
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from dtrain.config import DataConfig, Offsets, Slice
+from dtrain.config.schema import DataConfig, Offsets, Slice
 from dtrain.data.encoding import Encoding
+from dtrain.display import html_table
 
 Select: TypeAlias = tuple[tuple[int, int, int], ...]
 """Start, stop and step along each dimension; never empty."""
@@ -274,11 +274,7 @@ class Samples:
         return "<dtrain.Samples>\n" + "\n".join(f"  {label:<16} {text}" for label, text in self.rows())
 
     def _repr_html_(self) -> str:
-        cells = "".join(
-            f"<tr><th style='text-align:left'>{escape(label)}</th><td style='text-align:left'>{escape(text)}</td></tr>"
-            for label, text in self.rows()
-        )
-        return f"<table><caption>dtrain.Samples</caption>{cells}</table>"
+        return html_table("dtrain.Samples", self.rows())
 
 
 def common_rows(object_rows: Sequence[int]) -> int:

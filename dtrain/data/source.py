@@ -18,7 +18,7 @@ import xarray as xr
 import zarr
 from zarr.core.sync import sync
 
-from dtrain.config import DataConfig
+from dtrain.config.schema import DataConfig
 from dtrain.data.encoding import Encoding
 from dtrain.data.read.decode import why_not
 from dtrain.data.read.store import (
@@ -80,7 +80,7 @@ def open_samples(
     --------
     >>> samples = open_samples("digits.zarr", inputs=["image"], targets=["label"])  # doctest: +SKIP
     """
-    from dtrain.config import TrainConfig  # the whole schema checks the table
+    from dtrain.config.schema import TrainConfig  # the whole schema checks the table
 
     if isinstance(inputs, str) or isinstance(targets, str):
         raise InvalidConfig("inputs and targets are lists of names.", 'Write inputs=["image"].')

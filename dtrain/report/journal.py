@@ -7,8 +7,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from dtrain.checkpoint import append_line, write_text
 from dtrain.events import ClusterOpening, Event, RoundFinished, RunFinished, RunStarted, StepsTaken
+from dtrain.files import append_line, write_text
 from dtrain.report.history import read_rows, row_of
 
 HISTORY, EVENTS = "history.jsonl", "events.jsonl"

@@ -17,7 +17,8 @@ from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster
 from distributed.system import MEMORY_LIMIT
 
-from dtrain.config import ClusterConfig, parse_bytes
+from dtrain.config.schema import ClusterConfig
+from dtrain.config.values import parse_bytes
 from dtrain.errors import ClusterUnreachable, ClusterUnsuitable, InvalidConfig
 from dtrain.runtime import versions
 

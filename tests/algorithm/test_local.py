@@ -6,11 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain.algorithm.local import Recipe, TensorBatch, make_optimizer, optimizer_named, run_local_steps
+from dtrain.algorithm.batch import TensorBatch
+from dtrain.algorithm.local import run_local_steps
 from dtrain.algorithm.losses import cross_entropy, mse
-from dtrain.algorithm.params import InnerState, empty_inner_state
-from dtrain.algorithm.plan import constant, schedule_named
+from dtrain.algorithm.optimizers import make_optimizer, optimizer_named
+from dtrain.algorithm.recipe import Recipe
+from dtrain.algorithm.replica import empty_inner_state
+from dtrain.algorithm.schedules import constant, schedule_named
 from dtrain.errors import InvalidConfig, UserCodeFailed
+from dtrain.types import InnerState
 
 SGD = (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3})
 ADAM = (torch.optim.Adam, {"lr": 0.01})
@@ -299,7 +303,7 @@ def test_lbfgs_is_refused():
 )
 def test_bad_arguments_are_a_fault_of_the_user(kind, options, said):
     with pytest.raises(UserCodeFailed, match=f"{kind.__name__} does not accept") as caught:
-        make_optimizer(recipe_of((kind, options)), list(nn.Linear(1, 1).parameters()))
+        make_optimizer(kind, list(nn.Linear(1, 1).parameters()), options)
     assert said in caught.value.message
     assert caught.value.code == 3
 

@@ -8,21 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain.algorithm.params import (
-    InnerState,
-    Parameters,
-    empty_inner_state,
-    flatten,
-    from_tensors,
-    is_finite,
-    layout_of,
-    load_into,
-    pack_inner_state,
-    params_sha256,
-    tensors_of,
-    unpack_inner_state,
-)
+from dtrain.algorithm.params import flatten, from_tensors, is_finite, layout_of, load_into, params_sha256, tensors_of
+from dtrain.algorithm.replica import empty_inner_state, pack_inner_state, unpack_inner_state
 from dtrain.errors import UnsuitableModel
+from dtrain.types import InnerState, Parameters
 
 
 class Tied(nn.Module):

@@ -8,21 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.algorithm.plan import (
-    constant,
-    cosine,
     cursor_after,
-    linear,
+    first_position,
     micro_sizes,
     plan_round,
+    position_after,
     samples_a_round,
-    schedule_named,
     step_sizes,
     steps_a_round,
     task_seed,
-    with_warmup,
 )
-from dtrain.config import TrainTable
-from dtrain.types import Cursor, TrainState
+from dtrain.algorithm.schedules import constant, cosine, linear, schedule_named, with_warmup
+from dtrain.config.schema import TrainTable
+from dtrain.types import Cursor
 
 sizes = st.integers(1, 400)
 lengths = st.one_of(
@@ -38,15 +36,7 @@ tables = st.builds(
 
 
 def start(replicas=1, **changes):
-    state = TrainState(
-        round=0,
-        params=(None,) * replicas,
-        inner=(None,) * replicas,
-        outer=(),
-        cursors=(Cursor(0, 0),) * replicas,
-        steps=(0,) * replicas,
-    )
-    return replace(state, **changes)
+    return replace(first_position(replicas), **changes)
 
 
 def task_of(size, table, **changes):
@@ -137,22 +127,20 @@ def test_a_cursor_goes_on_in_the_cyclic_stream():
 
 @given(tables, st.lists(sizes, min_size=1, max_size=4), st.integers(1, 5))
 def test_rounds_follow_each_other_without_gap(train, partitions, rounds):
-    state = start(len(partitions))
+    position = start(len(partitions))
     for number in range(1, rounds + 1):
-        plan = plan_round(state, partitions, train)
+        plan = plan_round(position, partitions, train)
         assert plan.round == number
         assert [(t.round, t.replica) for t in plan.tasks] == [(number, k) for k in range(len(partitions))]
         assert [t.step for t in plan.tasks] == [(number - 1) * steps_a_round(size, train) for size in partitions]
-        state = replace(
-            state,
-            round=number,
-            cursors=tuple(cursor_after(t, size) for t, size in zip(plan.tasks, partitions, strict=True)),
-            steps=tuple(t.step + t.num_steps for t in plan.tasks),
-        )
-    consumed = [cursor.epoch * size + cursor.position for cursor, size in zip(state.cursors, partitions, strict=True)]
+        position = position_after(plan, partitions)
+        assert position.round == number
+    consumed = [
+        cursor.epoch * size + cursor.position for cursor, size in zip(position.cursors, partitions, strict=True)
+    ]
     assert consumed == [rounds * samples_a_round(size, train) for size in partitions]
     if not train.local_steps:
-        assert state.cursors == (Cursor(rounds * train.local_epochs, 0),) * len(partitions)
+        assert position.cursors == (Cursor(rounds * train.local_epochs, 0),) * len(partitions)
 
 
 def test_a_task_knows_the_length_of_the_run_and_its_passes():

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dtrain.config import TrainConfig
+from dtrain.config.schema import TrainConfig
 from dtrain.data.plan.partition import (
     DataPlan,
     JointPlan,

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
-from dtrain.config import TrainConfig
+from dtrain.config.schema import TrainConfig
 from dtrain.data.plan.units import Box
 from dtrain.data.read.presence import check_presence, content_digest
 from dtrain.data.read.store import object_keys, open_group

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from dtrain.checkpoint import append_line
 from dtrain.events import ReplicaRejected, RoundCommitted, RoundFinished, RunFinished, RunStarted
+from dtrain.files import append_line
 from dtrain.report.history import best_round, dataset_of, read_rows, row_of
 from dtrain.report.journal import cut_history, journal
 from dtrain.types import Contribution, RoundResult

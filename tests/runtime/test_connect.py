@@ -11,7 +11,7 @@ import psutil
 import pytest
 from distributed import Client
 
-from dtrain.config import ClusterConfig
+from dtrain.config.schema import ClusterConfig
 from dtrain.errors import ClusterUnreachable, ClusterUnsuitable
 from dtrain.runtime import connect
 from dtrain.runtime.connect import check_versions, local_worker_memory, local_workers, open_cluster

@@ -27,7 +27,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from dtrain.config import SplitConfig
+from dtrain.config.schema import SplitConfig
 from dtrain.data.plan.hashing import DEAL, SPLIT, Ints, hash64
 from dtrain.data.samples import WHOLE_OBJECT_BYTES, Samples, common_rows
 from dtrain.errors import TooFewSamples
@@ -452,11 +452,17 @@ def _chosen(whole: Partition, which: Any) -> Partition:
     return Partition(whole.plan, whole.cells[which], whole.first[which], whole.count[which])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class JointPlan:
-    """The plans of all stores of a run; their replicas are numbered through, store by store."""
+    """The plans of all stores of a run; their replicas are numbered through, store by store.
+
+    Partitions are computed once, when they are first asked for; they are not pickled.
+    """
 
     plans: tuple[DataPlan, ...]
+
+    def __reduce__(self) -> tuple[type[JointPlan], tuple[tuple[DataPlan, ...]]]:
+        return JointPlan, (self.plans,)
 
     @property
     def replicas(self) -> int:
@@ -470,12 +476,19 @@ class JointPlan:
             return self.plans[0].fingerprint
         return hashlib.sha256(" ".join(plan.fingerprint for plan in self.plans).encode()).hexdigest()
 
+    @cached_property
     def partitions(self) -> tuple[Partition, ...]:
-        """Return the partition of each replica."""
+        """The partition of each replica."""
         return tuple(partition for plan in self.plans for partition in train_partitions(plan))
 
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Samples of each replica's partition."""
+        return tuple(partition.num_samples for partition in self.partitions)
+
+    @property
     def stores(self) -> tuple[int, ...]:
-        """Return, by replica, the number of its store."""
+        """By replica, the number of its store."""
         return tuple(number for number, plan in enumerate(self.plans) for _ in range(plan.replicas))
 
     def pieces(self, split: SplitName) -> tuple[tuple[int, Partition], ...]:

@@ -29,7 +29,7 @@ from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore, WrapperStore
 
-from dtrain.config import REDACTED
+from dtrain.config.values import REDACTED
 from dtrain.data.samples import Select
 from dtrain.errors import (
     DataNotFound,

@@ -1,4 +1,4 @@
-"""dtrain plan: what a run would do."""
+"""dtrain plan: the numbers of a run before it starts."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from typing import Annotated
 
 import typer
 
+from dtrain_cli.arguments import CONFIG, SCHEDULER, SET, load_job
 from dtrain_cli.output import Options, result, say, table
-from dtrain_cli.train import CONFIG, SCHEDULER, SET, load_job
+
+ORDER = 20
+app = typer.Typer()
 
 
+@app.command("plan")
 def plan(
     ctx: typer.Context,
     config: CONFIG,

@@ -5,27 +5,26 @@ from __future__ import annotations
 import json
 import re
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dtrain_cli.arguments import CONFIG, SCHEDULER, SET, load_job
 from dtrain_cli.output import Options, result, say, shown
 
-CONFIG = Annotated[Path, typer.Argument(help="The config file (TOML, YAML or JSON).", show_default=False)]
-SET = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set a key, for example train.rounds=50.", show_default=False),
-]
-SCHEDULER = Annotated[
-    str | None,
-    typer.Option("--scheduler", help="local, serial, tcp://host:port or a scheduler file.", show_default=False),
-]
+if TYPE_CHECKING:
+    from dtrain.events import Event, RunFinished
+
+ORDER = 30
+app = typer.Typer()
 
 
+@app.command("train")
 def train(
     ctx: typer.Context,
     config: CONFIG,
@@ -36,16 +35,17 @@ def train(
     settings: SET = None,
     scheduler: SCHEDULER = None,
     max_time: Annotated[
-        str | None, typer.Option("--max-time", help="Stop after a round when this is over, for example 2h or 90m.")
+        str | None,
+        typer.Option("--max-time", help="Stop after the round in which this time ends: 2h, 90m."),
     ] = None,
 ) -> None:
     """Train a run, or continue it where its newest committed round ended.
 
-    The same command continues after whatever stopped it; a run that is complete says so.
+    The same command continues after any interruption. A complete run prints its result again.
     """
-    from dtrain.events import Event, RoundFinished, RunFinished
+    from dtrain.directory import run_directory
+    from dtrain.events import RoundFinished, RunFinished
     from dtrain.report.history import row_of
-    from dtrain.run import run_directory
     from dtrain.trainer import train_job
 
     options: Options = ctx.obj
@@ -53,7 +53,7 @@ def train(
     job = load_job(config, settings, scheduler)
     directory = Path(shown(run_directory(job, run)))
 
-    def tell(event: Event) -> None:
+    def report(event: Event) -> None:
         show(event)
         if isinstance(event, RoundFinished) and options.json:
             print(json.dumps(row_of(event.result)), flush=True)
@@ -61,17 +61,8 @@ def train(
             result(options, _done(event), {"event": "done", **asdict(event)})
 
     with _terminable(), _progress(options) as show:
-        train_job(job, directory, report=tell, max_seconds=seconds)
+        train_job(job, directory, report=report, max_seconds=seconds)
     say(options, f"next: dtrain eval {shown(directory)}")
-
-
-def load_job(config: Path, settings: list[str] | None, scheduler: str | None) -> Any:
-    """Read a config file and resolve what it names."""
-    from dtrain.config import load_config
-    from dtrain.job import job_from_config
-
-    own = [f'cluster.scheduler="{_scheduler(scheduler)}"'] if scheduler is not None else []
-    return job_from_config(load_config(config, (*(settings or ()), *own)), config.absolute().parent)
 
 
 def parse_duration(text: str) -> float:
@@ -84,12 +75,7 @@ def parse_duration(text: str) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
-def _scheduler(text: str) -> str:
-    """Return an address as it is, a scheduler file as an absolute path."""
-    return text if text in ("local", "serial") or "://" in text else str(Path(text).absolute())
-
-
-def _progress(options: Options) -> Any:
+def _progress(options: Options) -> AbstractContextManager[Callable[[Event], None]]:
     if options.quiet:
         return nullcontext(lambda event: None)
     from dtrain.report.progress import terminal_progress
@@ -97,13 +83,13 @@ def _progress(options: Options) -> Any:
     return terminal_progress(color=options.color, verbose=options.verbose)
 
 
-def _done(event: Any) -> str:
+def _done(event: RunFinished) -> str:
     loss = f", val_loss {event.val_loss:.4f}" if event.val_loss is not None else ""
     return f"done ({event.reason}): {event.rounds} rounds{loss}\nrun {event.run}\nparams_sha256 {event.params_sha256}"
 
 
 class _Terminated(BaseException):
-    """SIGTERM has come. Like KeyboardInterrupt no Exception: nothing on the way out takes it for a fault."""
+    """SIGTERM has come. Like KeyboardInterrupt it is no Exception, so that no handler of faults catches it."""
 
 
 @contextmanager
@@ -111,7 +97,7 @@ def _terminable() -> Iterator[None]:
     """Let SIGTERM end the command as Ctrl-C does: the cluster is closed, committed rounds are kept."""
     from dtrain.errors import Stopped
 
-    def stop(number: int, frame: Any) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         raise _Terminated
 
     before = signal.signal(signal.SIGTERM, stop)
