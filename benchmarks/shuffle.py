@@ -39,7 +39,7 @@ import zarr
 from torch import nn
 
 import dtrain
-import dtrain.job
+import dtrain.resolve
 from dtrain.data.load import loader
 from dtrain.data.plan.order import Block, epoch_order
 from dtrain.data.plan.partition import DataPlan, plan_data
@@ -154,7 +154,7 @@ def final_loss(path: Path, model: Any, loss: str, seed: int, order: str, out: Pa
     # of a full shuffle, and of a block order as the loader takes it, all units are open at once
     window = WINDOW if order in ("dtrain", "as stored") else 1 << 20
     with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(dtrain.job, "plan_data", partial(planned, window)))
+        patches.enter_context(mock.patch.object(dtrain.resolve, "plan_data", partial(planned, window)))
         if blocks is not None:
             patches.enter_context(mock.patch.object(loader, "epoch_order", partial(blocks_of, blocks)))
         run = dtrain.train(

@@ -32,6 +32,7 @@ BELOW: dict[str, set[str]] = {
     "resolve": {"job", *WORK},
     "prepare": {"resolve", "job", *WORK},
     "planning": {"prepare", "job", *WORK},
+    "plantext": {"planning", "job", *WORK},
     "rounds": {"statefiles", *WORK},
     "directory": {"resolve", "job", "report", "files", *WORK},
     "run": {"directory", "prepare", "resolve", "job", "checkpoint", "report", *WORK},

@@ -25,7 +25,8 @@ def plan(
 
     Trains nothing, writes nothing, and refuses with the arithmetic what cannot work.
     """
-    from dtrain.planning import plan_job, plan_record, plan_rows
+    from dtrain.planning import plan_job, plan_record
+    from dtrain.plantext import plan_rows
 
     options: Options = ctx.obj
     job = load_job(config, settings, scheduler)
