@@ -21,14 +21,14 @@ class ClusterOpening:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStarted:
-    """The cluster is there and the first round begins."""
+    """The cluster is ready and the first round begins."""
 
     run: str
     """The run's directory; empty without one."""
     round: int
     """Rounds that are already committed."""
     rounds: int
-    """Rounds the run will have."""
+    """Rounds of the whole run."""
     replicas: int
     samples: int
     """Training samples."""
@@ -39,7 +39,7 @@ class RunStarted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepsTaken:
-    """Progress of a local task: a few times a second at most; it may come twice, late, or not at all."""
+    """A local task has made progress. Sent a few times a second at most; it may arrive twice, late, or not at all."""
 
     round: int
     """0: the pass over the rows for ``data.normalize``; its steps are units."""
@@ -71,7 +71,7 @@ class ReplicaRejected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundCommitted:
-    """A round is complete in the run directory."""
+    """A round has been written to the run directory, complete."""
 
     round: int
     bytes: int
@@ -80,10 +80,10 @@ class RoundCommitted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentReplayed:
-    """Work was lost with a worker and is replayed from the last commit."""
+    """Work was lost with a worker and is repeated from the last committed round."""
 
     round: int
-    """The committed round that the work starts from again."""
+    """The committed round from which training continues."""
     reason: str
 
 

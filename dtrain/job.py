@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -22,6 +22,11 @@ from dtrain.runtime.codetext import source_sha256
 from dtrain.runtime.modules import directory_of
 from dtrain.runtime.spec import Source
 from dtrain.runtime.usercode import load_function
+
+Model: TypeAlias = Callable[..., nn.Module] | str
+"""A function that builds a module, or its name as ``module:function``."""
+Table: TypeAlias = Mapping[str, Any]
+"""A table of the configuration, unchecked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +68,7 @@ def job_from_config(config: TrainConfig, base: Path) -> Job:
 
 
 def job_from_python(
-    model: Callable[..., nn.Module] | str, samples: Samples, tables: Mapping[str, Any], config: TrainConfig | None
+    model: Model, samples: Samples, tables: Mapping[str, Table | None], config: TrainConfig | None
 ) -> Job:
     """Resolve what a Python program or notebook gives: a function, samples, and tables of the configuration.
 
@@ -88,7 +93,7 @@ def job_from_python(
 
 
 def _config_from_python(
-    model: Callable[..., nn.Module] | str, samples: Samples, given: Mapping[str, Any], config: TrainConfig | None
+    model: Model, samples: Samples, given: Mapping[str, Table], config: TrainConfig | None
 ) -> TrainConfig:
     if config is not None and given:
         raise InvalidConfig(f"config= and {', '.join(given)}= are both given; give one of them.")
@@ -104,7 +109,7 @@ def _config_from_python(
     return resolved
 
 
-def _name_of(model: Callable[..., nn.Module] | str) -> str:
+def _name_of(model: Model) -> str:
     if isinstance(model, str):
         return model
     name = getattr(model, "__qualname__", type(model).__qualname__)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from distributed import Client
 
 from dtrain.algorithm.stop import end_reason, metric_of
 from dtrain.checkpoint import commit_round, newest_state, prune, sweep
-from dtrain.config.schema import TrainConfig
+from dtrain.config.schema import RunConfig, TrainConfig
 from dtrain.data.samples import Samples
 from dtrain.directory import make_directory, next_run_directory, read_plan, run_directory, write_run
 from dtrain.errors import DataChanged, RunDamaged, Stopped
@@ -28,7 +28,7 @@ from dtrain.events import (
     RunFinished,
     RunStarted,
 )
-from dtrain.job import Job, job_from_python
+from dtrain.job import Job, Model, Table, job_from_python
 from dtrain.lock import locked
 from dtrain.prepare import open_runner
 from dtrain.report.history import read_rows
@@ -36,7 +36,7 @@ from dtrain.report.journal import HISTORY, cut_history, journal
 from dtrain.resolve import Resolved
 from dtrain.rounds import initial_state, rounds
 from dtrain.run import Run, with_scheduler
-from dtrain.runtime.runner import Runner
+from dtrain.runtime.runner import Held, Runner
 from dtrain.types import History, RoundResult, TrainState
 
 
@@ -151,7 +151,7 @@ def _check_time(run: Run, result: RoundResult, deadline: float | None, tell: Rep
         raise Stopped(f"--max-time is over after round {result.round}.", "Run it again to continue.")
 
 
-def _started(run: Run, state: TrainState, runner: Runner[Any]) -> RunStarted:
+def _started(run: Run, state: TrainState, runner: Runner[Held]) -> RunStarted:
     return RunStarted(
         run=str(run.directory),
         round=state.round,
@@ -190,14 +190,14 @@ def _both(first: Reporter, second: Reporter | None) -> Reporter:
 
 
 def train(
-    model: Callable[..., Any] | str,
+    model: Model,
     samples: Samples,
     *,
-    train: Mapping[str, Any] | None = None,
-    average: Mapping[str, Any] | None = None,
-    stop: Mapping[str, Any] | None = None,
+    train: Table | None = None,
+    average: Table | None = None,
+    stop: Table | None = None,
     config: TrainConfig | None = None,
-    model_args: Mapping[str, Any] | None = None,
+    model_args: Table | None = None,
     cluster: Client | str = "local",
     run: str | None = None,
     run_dir: str | Path = "runs",
@@ -251,13 +251,13 @@ def train(
 
 
 def train_rounds(
-    model: Callable[..., Any] | str,
+    model: Model,
     samples: Samples,
     *,
-    train: Mapping[str, Any] | None = None,
-    average: Mapping[str, Any] | None = None,
+    train: Table | None = None,
+    average: Table | None = None,
     config: TrainConfig | None = None,
-    model_args: Mapping[str, Any] | None = None,
+    model_args: Table | None = None,
     cluster: Client | str = "local",
 ) -> Iterator[RoundResult]:
     """Yield the rounds of a training that is kept nowhere: the loop is yours to stop.
@@ -276,15 +276,14 @@ def train_rounds(
 
 
 def _python_job(
-    model: Callable[..., Any] | str,
+    model: Model,
     samples: Samples,
     config: TrainConfig | None,
-    model_args: Mapping[str, Any] | None,
+    model_args: Table | None,
     cluster: Client | str,
-    **tables: Mapping[str, Any] | None,
+    **tables: Table | None,
 ) -> tuple[Job, Client | None]:
-    given = {name: dict(table) for name, table in tables.items() if table}
-    job = job_from_python(model, samples, given, config)
+    job = job_from_python(model, samples, tables, config)
     if model_args:
         job = replace(job, config=job.config.model_copy(update={"model_args": dict(model_args)}))
     if isinstance(cluster, str):
@@ -292,5 +291,5 @@ def _python_job(
     return job, cluster
 
 
-def _run_table(config: TrainConfig, run_dir: str | Path) -> Any:
+def _run_table(config: TrainConfig, run_dir: str | Path) -> RunConfig:
     return config.run.model_copy(update={"dir": str(Path(run_dir).expanduser().absolute())})

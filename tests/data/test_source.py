@@ -456,6 +456,8 @@ def test_chunks_of_variables_that_are_not_used_may_be_missing(small):
     path = small(z={"dims": ("n",), "values": np.zeros(10), "chunks": (5,)})
     shutil.rmtree(path / "z" / "c")
     check_presence(open_xy(path))
+    with pytest.raises(ChunkMissing, match="of z is missing"):
+        check_presence(open_samples(path, inputs=["x", "z"], targets=["y"]))
 
 
 def test_a_variable_is_not_taken_for_one_whose_name_it_begins(small):

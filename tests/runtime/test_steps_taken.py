@@ -1,4 +1,4 @@
-"""Long rounds tell how far they are, replica by replica."""
+"""Tasks report their progress, replica by replica."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 import dtrain
 from dtrain.data.samples import Samples
 from dtrain.events import Event, RoundFinished, RunStarted, StepsTaken
-from dtrain.report.progress import terminal_progress
 from dtrain.runtime import tasks
 from tests.runtime import models
 
@@ -81,23 +80,3 @@ def test_the_pass_for_normalisation_tells_how_far_it_is(
 
 def set_interval(seconds: float) -> None:
     tasks.PROGRESS_SECONDS = seconds
-
-
-def test_the_pass_for_normalisation_is_shown(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dtrain.report.progress.PLAIN_SECONDS", 0.0)
-    with terminal_progress(color=False) as show:
-        show(StepsTaken(round=0, replica=1, step=3, steps=10, samples=600, seconds=0.5))
-    assert capsys.readouterr().err.splitlines() == ["mean and deviation, units: replica 1 3/10, 1,200 samples/s"]
-
-
-def test_without_a_terminal_a_long_round_says_so_now_and_then(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dtrain.report.progress.PLAIN_SECONDS", 0.0)
-    with terminal_progress(color=False) as show:
-        for replica, step in ((0, 3), (1, 2)):
-            show(StepsTaken(round=7, replica=replica, step=step, steps=10, samples=step * 50, seconds=0.5))
-    said = capsys.readouterr().err.splitlines()
-    assert said == ["round 7: replica 0 3/10, 300 samples/s", "round 7: replica 0 3/10, replica 1 2/10, 500 samples/s"]
