@@ -132,6 +132,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_resolved(run: Path) -> Resolved:
+    """Return what a run has resolved: its plan.json.
+
+    Raises
+    ------
+    RunDamaged
+        It cannot be read, or lacks a key.
+    """
+    stored = read_json(run / PLAN)
+    try:
+        return from_json(stored)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise RunDamaged(f"{run / PLAN} cannot be read: {type(error).__name__}: {one_line(error)}") from error
+
+
 # Starting and continuing ----------------------------------------------------------------------------------
 
 
@@ -165,9 +180,8 @@ def read_plan(run: Path, job: Job) -> Resolved | None:
         return None
     _check_config(run, read_config_of(run), job.config)
     read_json(run / ENV)  # it is not compared, but a run with a damaged file is not continued
-    stored = read_json(run / PLAN)
-    resolved = from_json(stored)
-    changed = [key for key, digest in job.code.items() if stored["code"].get(key) != digest]
+    resolved = read_resolved(run)
+    changed = [key for key, digest in job.code.items() if resolved.code.get(key) != digest]
     if changed:
         raise RunConflict(
             f"{run} was started with other code of {', '.join(changed)}.",

@@ -34,8 +34,10 @@ class Resolved:
     scalings: Mapping[str, Scaling]
     """By variable of ``data.normalize``."""
     device: str
-    contents: tuple[Mapping[str, str], ...] = ()
+    contents: tuple[Mapping[str, str], ...]
     """By store and variable: a digest of the sizes of its stored objects."""
+    code: Mapping[str, str]
+    """By config key: SHA-256 of the source text of a function of the user's."""
 
 
 def described(job: Job, place: Place) -> Job:
@@ -62,7 +64,9 @@ def resolve(job: Job, place: Place) -> Resolved:
     held_out = None if job.held_out is None else plan_held_out(job.held_out.described, plans[0])
     device = _device(job, place)
     contents = tuple(place.call(source, partial(content_digest, source.described)) for source in job.all_sources)
-    return Resolved(plan=JointPlan(plans), held_out=held_out, scalings={}, device=device, contents=contents)
+    return Resolved(
+        plan=JointPlan(plans), held_out=held_out, scalings={}, device=device, contents=contents, code=job.code
+    )
 
 
 def plan_other(samples: Samples, seed: int) -> DataPlan:
@@ -137,7 +141,7 @@ def to_json(job: Job, resolved: Resolved) -> dict[str, Any]:
         "normalize": {name: asdict(scaling) for name, scaling in resolved.scalings.items()},
         "contents": [dict(content) for content in resolved.contents],
         "torch": torch.__version__,
-        "code": job.code,
+        "code": dict(resolved.code),
     }
 
 
@@ -168,6 +172,7 @@ def from_json(values: Mapping[str, Any]) -> Resolved:
         scalings=scalings,
         device=values["device"],
         contents=tuple(values.get("contents", ())),
+        code=values["code"],
     )
 
 

@@ -22,14 +22,14 @@ from dtrain.config.files import with_setting
 from dtrain.config.schema import TrainConfig
 from dtrain.data.plan.partition import DataPlan, JointPlan, SplitName, plan_held_out
 from dtrain.data.samples import Samples
-from dtrain.directory import ENV, PLAN, read_config_of, read_json, read_tables_of
+from dtrain.directory import ENV, read_config_of, read_json, read_resolved, read_tables_of
 from dtrain.display import html_table
 from dtrain.errors import InvalidConfig, TooFewSamples
 from dtrain.job import Job, held_out_source, job_from_config, open_sources, source_of
 from dtrain.prepare import open_runner
 from dtrain.report.history import Row, best_round, dataset_of, read_rows
 from dtrain.report.journal import HISTORY
-from dtrain.resolve import Resolved, from_json, plan_other
+from dtrain.resolve import Resolved, plan_other
 from dtrain.runtime.module import build_module
 
 
@@ -75,7 +75,7 @@ class Run:
     @cached_property
     def resolved(self) -> Resolved:
         """All that was resolved at the first start: plan.json."""
-        return from_json(read_json(self.directory / PLAN))
+        return read_resolved(self.directory)
 
     @cached_property
     def model(self) -> nn.Module:

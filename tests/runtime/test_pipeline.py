@@ -14,7 +14,6 @@ import dtrain
 from dtrain import rounds
 from dtrain.data.samples import Samples
 from dtrain.events import Event, RoundCommitted, RoundFinished
-from dtrain.rounds import commit_cadence, next_commit
 from tests.runtime import models
 
 OUTER = {"optimizer": "sgd", "args": {"lr": 0.7, "momentum": 0.9, "nesterov": True}}
@@ -229,14 +228,6 @@ def kill_holder(client: Client) -> None:
     assert holders
     for address in list(holders)[:1]:
         os.kill(pids[address], signal.SIGKILL)
-
-
-def test_commits_take_two_percent() -> None:
-    assert commit_cadence(0.02, 1.0, 1) == 1
-    assert commit_cadence(0.2, 1.0, 10) == 10
-    assert commit_cadence(0.2, 1.0, 1) == 4  # grows step by step
-    assert commit_cadence(50.0, 0.01, 1000) == rounds.MAX_COMMIT_EVERY
-    assert [next_commit(7, 3, 3), next_commit(6, 3, 3), next_commit(7, 3, "auto")] == [9, 9, 10]
 
 
 def test_auto_commits_less_often_when_rounds_are_short(samples: Samples, tmp_path: Path) -> None:
