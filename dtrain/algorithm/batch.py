@@ -1,4 +1,4 @@
-"""A batch of tensors, and the precision in which a model sees it."""
+"""A batch of tensors, and the precision of the forward pass."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Targets: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True, slots=True)
 class TensorBatch:
-    """Samples of one micro-batch as the model and the loss take them."""
+    """One micro-batch: the tensors for the model and the loss."""
 
     inputs: tuple[torch.Tensor, ...]
     targets: Targets
     size: int
     split: str = "train"
-    """``train``, ``val``, ``test`` or ``all``: a transform may do other things to samples that are only evaluated."""
+    """``train``, ``val``, ``test`` or ``all``: a transform may treat samples for evaluation differently."""
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...] | Targets]:
         """Yield inputs and targets: ``for (x,), y in batches``."""

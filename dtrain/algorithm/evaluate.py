@@ -14,9 +14,9 @@ from dtrain.algorithm.losses import Loss, classes_first, mae, mse
 from dtrain.errors import InvalidConfig
 
 Sums: TypeAlias = dict[str, tuple[float, int]]
-"""By name: the sum of a quantity, and how many it is the sum of."""
+"""By name: the sum of a quantity, and the number of its terms."""
 Metric: TypeAlias = Callable[[Any, Any], tuple[float, int]]
-"""(outputs, targets) -> sum over the batch, and how many it is the sum of."""
+"""(outputs, targets) -> sum over the batch, and the number of its terms."""
 
 FROM_LOSS: dict[str, Callable[[float], float]] = {
     "perplexity": lambda loss: math.inf if loss > 700 else math.exp(loss),
@@ -64,12 +64,12 @@ def values(sums: Sums, wanted: Sequence[str]) -> dict[str, float]:
 
 
 def metric_key(name: str) -> str:
-    """Return the name that a metric is reported by: of ``module:function`` the function."""
+    """Return the reported name of a metric; for ``module:function`` this is the name of the function."""
     return name.rpartition(":")[2]
 
 
 def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[float, int]:
-    """Share of right predictions: the largest of the classes, or, for targets of the outputs' shape, logit > 0."""
+    """Count correct predictions: the class of the largest output; for targets of the outputs' shape, logit > 0."""
     if targets.is_floating_point() or outputs.shape == targets.shape:
         if outputs.shape != targets.shape:
             raise InvalidConfig(

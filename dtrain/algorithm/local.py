@@ -17,7 +17,7 @@ from dtrain.types import InnerState
 
 @dataclass(frozen=True, slots=True)
 class LocalResult:
-    """What the local steps of a task leave behind, besides the module's parameters."""
+    """The result of the local steps of a task, besides the module's parameters."""
 
     inner: InnerState
     loss_sum: float
@@ -48,7 +48,7 @@ def run_local_steps(
         For each step the samples of its batch, and the micro-batches that make it up. The gradient is that of the
         mean loss over the whole batch.
     first_step, total_steps : int
-        The replica's steps before this task, and at the end of the run: what the schedule is a function of.
+        The replica's steps before this task, and at the end of the run. The schedule is a function of both.
     on_step : callable
         Called after each step with the finished steps and samples of this task.
 

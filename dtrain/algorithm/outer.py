@@ -26,7 +26,7 @@ from dtrain.types import Flat, InnerState
 
 ARGS = "average.outer.args"
 WHOLE_TENSORS = frozenset({"adafactor", "muon", "sparseadam"})
-"""Optimizers of torch that look at the shape of a tensor, or need sparse gradients."""
+"""Optimizers of torch that depend on the shape of a tensor, or need sparse gradients."""
 
 
 def outer_optimizer(config: OuterConfig) -> type[torch.optim.Optimizer]:

@@ -21,7 +21,7 @@ def first_position(replicas: int) -> Position:
 
 
 def plan_round(position: Position, sizes: Sequence[int], train: TrainTable) -> RoundPlan:
-    """Return what each replica does in the round after `position`.
+    """Plan the round after `position`.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ def step_sizes(task: LocalTask, size: int, train: TrainTable) -> Iterator[tuple[
 
 
 def endless_sizes(size: int, train: TrainTable) -> Iterator[int]:
-    """Yield the sizes of the micro-batches of a replica from the start of any of its tasks on, for ever."""
+    """Yield the sizes of a replica's micro-batches without end, from the start of any of its tasks."""
     while True:
         if train.batch_size == "full":
             yield from micro_sizes(size, train.micro_batch or FULL_BATCH_MICRO)
@@ -108,7 +108,7 @@ def micro_sizes(batch: int, micro: int) -> tuple[int, ...]:
 
 
 def cursor_after(task: LocalTask, size: int) -> Cursor:
-    """Return the cursor that a task leaves behind."""
+    """Return the cursor after a task."""
     consumed = task.cursor.epoch * size + task.cursor.position + task.num_samples
     return Cursor(*divmod(consumed, size))
 

@@ -1,4 +1,4 @@
-"""When the requirement is met: pure functions of the history, so that resuming and looking ahead change nothing."""
+"""Stop rules: pure functions of the history, so that resume and rounds submitted ahead change nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def higher_is_better(config: TrainConfig) -> bool:
 
 
 def end_reason(history: Sequence[float | None], config: TrainConfig) -> StopReason | None:
-    """Return why a run with this history is complete; None if it goes on. Takes what `stop_reason` takes."""
+    """Return why a run with this history is complete, or None. Same arguments as `stop_reason`."""
     return stop_reason(history, config) or ("rounds" if len(history) >= config.train.rounds else None)
 
 
@@ -59,7 +59,7 @@ def metric_of(values: Mapping[str, float | None], config: TrainConfig) -> float 
 
 
 def check_metric(config: TrainConfig, has_validation: bool) -> None:
-    """Refuse a ``stop.metric`` that no round will have.
+    """Refuse a ``stop.metric`` that is not computed.
 
     Raises
     ------

@@ -58,7 +58,7 @@ def _add_imports(text: str, package: str, base: Path, roots: list[Path], texts: 
 
 
 def _imports(text: str, package: str) -> Iterator[str]:
-    """Yield the full names of all that may be modules in a text's import statements."""
+    """Yield every full name in a text's import statements that may be a module."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -83,7 +83,7 @@ def _add_object(value: Any, base: Path, texts: dict[str, str]) -> None:
     codes = [code for function in functions for code in _codes_of(function.__code__)]
     try:
         texts[name] = inspect.getsource(value)
-    except (OSError, TypeError):  # typed at a prompt: no text is kept
+    except (OSError, TypeError):  # typed at a prompt: Python keeps no text
         texts[name] = "".join(f"{code.co_code.hex()}{code.co_names}{_plain_constants(code)}" for code in codes)
     _add_imports(textwrap.dedent(texts[name]), "", base, [base], texts)
     names = functions[0].__globals__ if functions else {}

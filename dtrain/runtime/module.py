@@ -1,4 +1,4 @@
-"""Build the user's module, and keep torch's global state apart from task to task."""
+"""Build the user's module, and isolate the global state of torch, numpy and random from task to task."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def build_module(build: Callable[..., nn.Module], arguments: Mapping[str, object
 
 @contextmanager
 def isolated(seed: int, threads: int) -> Iterator[None]:
-    """Seed torch, numpy and random for one task, and put all global state back afterwards."""
+    """Seed torch, numpy and random for one task, and restore all global state afterwards."""
     states = random.getstate(), np.random.get_state()
     before = torch.get_num_threads()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

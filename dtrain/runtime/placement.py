@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 
 def place_replicas(previous: Mapping[int, str], workers: Sequence[str], replicas: int) -> dict[int, str]:
-    """Return the worker of each replica: evenly spread, and where it was before if that is still even.
+    """Return the worker of each replica: evenly spread, and the same as before where that stays even.
 
     >>> place_replicas({0: "a", 1: "b", 2: "b"}, ["b", "c"], 4)
     {0: 'c', 1: 'b', 2: 'b', 3: 'c'}

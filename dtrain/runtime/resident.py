@@ -1,7 +1,7 @@
-"""What a process keeps of a run between tasks: a cache of speed, never of truth.
+"""The objects that a process keeps between the tasks of a run. They save time; they never change a result.
 
-A task finds here the opened arrays, the partitions and a template of the model. All of it can be made again from
-the `RunSpec`; nothing in it changes the result of a task.
+These are the opened arrays, the partitions, the loaders and a template of the model. All of them can be made again
+from the `RunSpec`.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Resident:
         return kept
 
     def _make_way(self, stream: Stream) -> None:
-        """Close the loaders that were used longest ago, so that no more are kept than the budget allows."""
+        """Close the least recently used loaders, so that no more are kept than the budget allows."""
         training = stream.key[0] == "train"
         alike = [key for key in self._loaders if (key[0] == "train") == training]
         for key in alike[: max(0, len(alike) + 1 - max(1, stream.law.kept))]:
@@ -179,17 +179,17 @@ class Resident:
 
 
 def _goes_on(loader: Loader, stream: Stream, cursor: Cursor) -> bool:
-    """Whether a loader stands at a cursor; passes that are not shuffled are all the same."""
+    """Whether a loader continues at a cursor; passes that are not shuffled are all the same."""
     there = loader.cursor if stream.shuffle else replace(loader.cursor, epoch=cursor.epoch)
     return loader.alive and there == cursor
 
 
 def _pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """Return an array in memory from which a GPU copies by itself."""
+    """Return an array in pinned memory, from which a GPU copies asynchronously."""
     return torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, pin_memory=True).numpy().view(dtype)
 
 
-# Residents of this process, by run_id. The plugin of each run puts its own here and takes it away.
+# Residents of this process, by run_id; the plugin of each run adds and removes its own.
 _RESIDENTS: dict[str, Resident] = {}
 
 
@@ -199,7 +199,7 @@ def install(spec: RunSpec) -> None:
 
 
 def remove(run_id: str) -> None:
-    """Forget a run; its loaders end in their own time."""
+    """Forget a run; its loaders are closed in the background."""
     resident = _RESIDENTS.pop(run_id, None)
     if resident is not None:
         threading.Thread(target=resident.close, name="dtrain-close", daemon=True).start()

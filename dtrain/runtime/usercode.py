@@ -82,9 +82,9 @@ def _import_from(base: Path, name: str) -> ModuleType:
 
 
 def _forget_others(base: Path, name: str) -> None:
-    """Drop modules that would stand for those of `base`: of another base, or whose files have changed since.
+    """Drop modules that would be imported in place of those of `base`: from another base, or with changed files.
 
-    What was imported from `base` and has not changed stays, so that the functions of one config share their classes.
+    Unchanged modules of `base` stay, so that the functions of one config share their classes.
     """
     doomed = {other for other, module in list(sys.modules.items()) if is_shadowed(module, base)}
     if file_in(base, name):
