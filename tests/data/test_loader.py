@@ -338,7 +338,7 @@ def test_nothing_is_read_that_a_sequence_of_sizes_does_not_need(numbers, shuffle
         needed, left = 0, sum(sizes)
         for epoch in itertools.count():  # the parts of the blocks that hold the samples
             blocks = epoch_order(
-                partition.part_sizes, window=5, shuffle=shuffle, seed=plan.seed, replica=0, epoch=epoch
+                partition.part_sizes, mixed_units=5, shuffle=shuffle, seed=plan.seed, replica=0, epoch=epoch
             )
             taken = set()
             for block in blocks:
