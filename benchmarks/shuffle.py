@@ -42,7 +42,8 @@ import dtrain
 import dtrain.job
 from dtrain.data.load import loader
 from dtrain.data.plan.order import RowRun, epoch_order
-from dtrain.data.plan.partition import DataPlan, plan_data
+from dtrain.data.plan.partition import plan_data
+from dtrain.data.plan.units import DataPlan
 
 Ints = npt.NDArray[np.int64]
 

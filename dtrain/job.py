@@ -19,9 +19,8 @@ from dtrain.algorithm.stop import check_metric
 from dtrain.config import FUNCTION, DataConfig, TrainConfig, cache_bytes, parse_bytes
 from dtrain.data.encoding import Scaling
 from dtrain.data.load.statistics import scalings_of
-from dtrain.data.plan.memory import MemoryLaw, Reading, plan_memory
+from dtrain.data.plan.memory import MemoryBudget, Reading, plan_memory
 from dtrain.data.plan.partition import (
-    DataPlan,
     JointPlan,
     count_units,
     eval_partitions,
@@ -29,6 +28,7 @@ from dtrain.data.plan.partition import (
     plan_held_out,
     train_partitions,
 )
+from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.presence import absent_rows, check_presence, content_digest
 from dtrain.data.samples import Samples
 from dtrain.data.source import describe
@@ -347,7 +347,7 @@ def make_spec(job: Job, resolved: Resolved, run_id: str, place: Place) -> RunSpe
     )
 
 
-def memory_law(job: Job, store: Store, plan: DataPlan, held_out: DataPlan | None, place: Place) -> MemoryLaw:
+def memory_law(job: Job, store: Store, plan: DataPlan, held_out: DataPlan | None, place: Place) -> MemoryBudget:
     """Divide the memory that a worker has for a store."""
     train = job.config.train
     micro = train.micro_batch or (EVAL_BATCH if train.batch_size == "full" else train.batch_size)

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dtrain.algorithm.plan import samples_a_round, steps_a_round
-from dtrain.data.plan.memory import MemoryLaw
-from dtrain.data.plan.partition import DataPlan, JointPlan, describe_plan, eval_partitions, format_bytes, plan_held_out
-from dtrain.data.read.units import choose_readers
+from dtrain.data.plan.footprint import format_bytes
+from dtrain.data.plan.memory import MemoryBudget
+from dtrain.data.plan.partition import JointPlan, eval_partitions, plan_held_out
+from dtrain.data.plan.readers import choose_readers
+from dtrain.data.plan.summary import describe_plan
+from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import Samples
 from dtrain.job import Job, open_runner
 from dtrain.runtime.tasks import Initial
@@ -27,7 +30,7 @@ class StorePlan:
     data: DataPlan
     counts: dict[str, Any]
     """Of `describe_plan`."""
-    memory: MemoryLaw
+    memory: MemoryBudget
     workers: tuple[str, ...]
     """The only ones that read it."""
     readers: dict[str, tuple[str, str]]
@@ -288,7 +291,7 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
     return record
 
 
-def memory_record(law: MemoryLaw) -> dict[str, Any]:
+def memory_record(law: MemoryBudget) -> dict[str, Any]:
     """Return the terms of the memory law."""
     train, evaluate = law.train, law.evaluate
     return {

@@ -24,7 +24,8 @@ from dtrain.algorithm.params import load_into
 from dtrain.algorithm.stop import higher_is_better
 from dtrain.checkpoint import committed_rounds, find_round, load_params, round_directory, write_text
 from dtrain.config import TrainConfig, differences, may_change, to_toml, with_setting, without_secrets
-from dtrain.data.plan.partition import JointPlan, SplitName, plan_held_out
+from dtrain.data.plan.partition import JointPlan, plan_held_out
+from dtrain.data.plan.splits import SplitName
 from dtrain.data.samples import Samples
 from dtrain.errors import (
     DataChanged,

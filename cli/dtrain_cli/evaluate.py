@@ -27,7 +27,7 @@ def evaluate(
     settings: SET = None,
 ) -> None:
     """Compute the loss and the metrics of a run, on the cluster."""
-    from dtrain.data.plan.partition import SplitName
+    from dtrain.data.plan.splits import SplitName
     from dtrain.data.source import describe
     from dtrain.errors import UsageError
     from dtrain.run import find_run, load_run

@@ -137,7 +137,7 @@ def _inspected(path: str) -> dict[str, Any]:
 
 def _count_classes(path: str, target: str) -> int:
     """Return the largest class + 1, reading the target chunk by chunk; 0 if a number is negative: no class."""
-    from dtrain.data.read.store import open_group
+    from dtrain.data.read.open import open_group
     from dtrain.errors import ChunkUndecodable, one_line
 
     array: Any = open_group(str(path), "")[target]

@@ -28,7 +28,7 @@ from distributed.comm.core import CommClosedError
 from dtrain.algorithm.evaluate import Sums
 from dtrain.algorithm.params import InnerState, Parameters
 from dtrain.data.load.statistics import Moments, merge_moments
-from dtrain.data.plan.partition import SplitName
+from dtrain.data.plan.splits import SplitName
 from dtrain.errors import ClusterLost, ClusterUnsuitable, DtrainError, one_line
 from dtrain.events import StepsTaken
 from dtrain.runtime import tasks

@@ -30,8 +30,10 @@ from dtrain.config import TrainConfig
 from dtrain.data.encoding import Scaling
 from dtrain.data.load.gather import Allocate
 from dtrain.data.load.loader import Loader
-from dtrain.data.plan.memory import LoaderLaw, MemoryLaw
-from dtrain.data.plan.partition import DataPlan, JointPlan, Partition, SplitName, eval_partitions
+from dtrain.data.plan.memory import LoaderBudget, MemoryBudget
+from dtrain.data.plan.partition import JointPlan, Partition, eval_partitions
+from dtrain.data.plan.splits import SplitName
+from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.units import UnitReader
 from dtrain.data.samples import Samples
 from dtrain.errors import NotAModule
@@ -45,7 +47,7 @@ class Source:
 
     samples: Samples
     plan: DataPlan
-    memory: MemoryLaw
+    memory: MemoryBudget
     workers: tuple[str, ...] = ()
     """The only workers that may read it; any, if there are none."""
 
@@ -147,7 +149,7 @@ class Resident:
         partition: Partition,
         cursor: Cursor,
         sizes: Iterator[int],
-        law: LoaderLaw,
+        law: LoaderBudget,
         replica: int,
         shuffle: bool,
     ) -> Loader:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dtrain.algorithm.plan import cursor_after
 from dtrain.data.load.statistics import merge_moments
-from dtrain.data.plan.partition import SplitName
+from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
 from dtrain.runtime import tasks
 from dtrain.runtime.resident import Resident, RunSpec

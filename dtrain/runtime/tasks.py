@@ -34,7 +34,7 @@ from dtrain.config import AverageConfig
 from dtrain.data.load.gather import Batch
 from dtrain.data.load.loader import read_batches
 from dtrain.data.load.statistics import Moments, partition_moments
-from dtrain.data.plan.partition import SplitName
+from dtrain.data.plan.splits import SplitName
 from dtrain.errors import DtrainError, FirstLossNotFinite, ShapesDiffer
 from dtrain.events import StepsTaken
 from dtrain.runtime.resident import Resident, isolated

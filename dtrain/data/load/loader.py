@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 
 from dtrain.data.load.gather import Allocate, Array, Batch, Gatherer, Rows, Scalings, repeated
+from dtrain.data.plan.footprint import slot_shape
 from dtrain.data.plan.hashing import CACHE, Ints, hash64
-from dtrain.data.plan.memory import Limits, group_batches, slot_shape
+from dtrain.data.plan.memory import Limits, group_batches
 from dtrain.data.plan.order import RowRun, epoch_order
 from dtrain.data.plan.partition import Partition
 from dtrain.data.plan.units import Box
