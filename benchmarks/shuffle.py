@@ -41,8 +41,9 @@ from torch import nn
 import dtrain
 import dtrain.resolve
 from dtrain.data.load import loader
-from dtrain.data.plan.order import Block, epoch_order
-from dtrain.data.plan.partition import DataPlan, plan_data
+from dtrain.data.plan.order import RowRun, epoch_order
+from dtrain.data.plan.partition import plan_data
+from dtrain.data.plan.units import DataPlan
 
 Ints = npt.NDArray[np.int64]
 
@@ -68,14 +69,14 @@ def block_order(sizes: Ints, blocks: int, keys: tuple[int, int, int]) -> tuple[I
     return np.concatenate(parts), np.concatenate(rows)
 
 
-def blocks_of(blocks: int, sizes: Ints, *, window: int, position: int = 0, **keys: Any) -> Iterator[Block]:
+def blocks_of(blocks: int, sizes: Ints, *, mixed_units: int, position: int = 0, **keys: Any) -> Iterator[RowRun]:
     """Yield a pass of `block_order` in the form that the loader takes."""
     if not keys["shuffle"]:
-        yield from epoch_order(sizes, window=window, position=position, **keys)
+        yield from epoch_order(sizes, mixed_units=mixed_units, position=position, **keys)
         return
     part, row = block_order(sizes, blocks, (keys["seed"], keys["replica"], keys["epoch"]))
     part, row = part[position:], row[position:]
-    yield Block(part, row, tuple(dict.fromkeys(part.tolist())), -1)
+    yield RowRun(part, row, tuple(dict.fromkeys(part.tolist())), -1)
 
 
 def planned(window: int, samples: Any, **options: Any) -> DataPlan:
@@ -99,9 +100,9 @@ def entropy(parts: Ints, batch: int) -> float:
 def entropies(units: int, rows: int, window: int, batch: int) -> dict[str, float]:
     """Return the entropy of each order, ends of the pass included."""
     sizes = np.full(units, rows)
-    ours = epoch_order(sizes, window=window, shuffle=True, seed=0, replica=0, epoch=0)
+    ours = epoch_order(sizes, mixed_units=window, shuffle=True, seed=0, replica=0, epoch=0)
     return {
-        "dtrain": entropy(np.concatenate([block.part for block in ours]), batch),
+        "dtrain": entropy(np.concatenate([run.part for run in ours]), batch),
         "block, same memory": entropy(block_order(sizes, window // 2, (0, 0, 0))[0], batch),
         "block, twice": entropy(block_order(sizes, window, (0, 0, 0))[0], batch),
         "full": entropy(np.random.default_rng(0).permutation(np.repeat(np.arange(units), rows)), batch),

@@ -15,8 +15,10 @@ from dtrain.config.schema import DataConfig
 from dtrain.config.values import cache_bytes, parse_bytes
 from dtrain.data.load.loader import Loader
 from dtrain.data.load.statistics import partition_moments, scalings_of
-from dtrain.data.plan.memory import MemoryLaw, Reading, plan_memory
-from dtrain.data.plan.partition import DataPlan, Partition, SplitName, cell_anchors, plan_data, train_partitions
+from dtrain.data.plan.memory import MemoryBudget, Reading, plan_memory
+from dtrain.data.plan.partition import Partition, cell_anchors, plan_data, train_partitions
+from dtrain.data.plan.splits import SplitName
+from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.presence import absent_rows, check_presence
 from dtrain.data.read.units import UnitReader
 from dtrain.data.samples import Samples
@@ -187,7 +189,7 @@ def law_of(
     memory: str | None = None,
     cache: str | None = None,
     reader: str | None = None,
-) -> MemoryLaw:
+) -> MemoryBudget:
     """Return the memory law that `batches` keeps to with these arguments, on the training split."""
     samples = _read_by(samples, reader)
     plan = _plan(samples, replicas, 0)
@@ -207,7 +209,7 @@ def _plan(samples: Samples, replicas: int, seed: int) -> DataPlan:
 
 def _law(
     samples: Samples, partition: Partition, batch_size: int, shuffle: bool, memory: str | None, cache: str | None
-) -> MemoryLaw:
+) -> MemoryBudget:
     config = samples.config
     limit, what = int(MEMORY_LIMIT) // 2, "half of this machine's memory"
     if (asked := config.memory if memory is None else memory) != "auto":

@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 
 from dtrain.algorithm.plan import samples_a_round, steps_a_round
 from dtrain.config.values import value_of
-from dtrain.data.plan.memory import MemoryLaw
-from dtrain.data.plan.partition import DataPlan, JointPlan, describe_plan, eval_partitions, format_bytes
-from dtrain.data.read.units import choose_readers
+from dtrain.data.plan.footprint import format_bytes
+from dtrain.data.plan.memory import MemoryBudget
+from dtrain.data.plan.partition import JointPlan, eval_partitions
+from dtrain.data.plan.readers import choose_readers
+from dtrain.data.plan.summary import describe_plan
+from dtrain.data.plan.units import DataPlan
 from dtrain.job import Job
 from dtrain.prepare import open_runner
 from dtrain.runtime.spec import PlannedSource
@@ -196,7 +199,7 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
     return record
 
 
-def memory_record(law: MemoryLaw) -> dict[str, Any]:
+def memory_record(law: MemoryBudget) -> dict[str, Any]:
     """Return the terms of the memory law."""
     train, evaluate = law.train, law.evaluate
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dtrain.data.plan.partition import format_bytes
+from dtrain.data.plan.footprint import format_bytes
 from dtrain.job import Job
 from dtrain.planning import ESTIMATE_UNITS, RunPlan, StorePlan
 

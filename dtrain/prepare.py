@@ -14,8 +14,9 @@ from distributed import Client
 from dtrain.config.schema import FULL_BATCH_MICRO
 from dtrain.config.values import cache_bytes, parse_bytes
 from dtrain.data.load.statistics import scalings_of
-from dtrain.data.plan.memory import MemoryLaw, Reading, plan_memory
-from dtrain.data.plan.partition import DataPlan, Partition, eval_partitions
+from dtrain.data.plan.memory import MemoryBudget, Reading, plan_memory
+from dtrain.data.plan.partition import Partition, eval_partitions
+from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.presence import check_presence, content_digest
 from dtrain.data.samples import Samples
 from dtrain.errors import DataChanged
@@ -138,7 +139,7 @@ def _planned_sources(job: Job, resolved: Resolved, place: Place) -> _Planned:
     return _Planned(tuple(sources), held_out)
 
 
-def _budget(job: Job, source: Source, parts: list[Partition], held_out: DataPlan | None, place: Place) -> MemoryLaw:
+def _budget(job: Job, source: Source, parts: list[Partition], held_out: DataPlan | None, place: Place) -> MemoryBudget:
     """Divide the memory that a worker has for a store."""
     workers, plan, cache = len(source.workers) or place.shares, parts[0].plan, job.config.data.cache
     if held_out is None or job.held_out is None:

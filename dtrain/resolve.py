@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from dtrain.data.encoding import Scaling
-from dtrain.data.plan.partition import DataPlan, JointPlan, count_units, plan_data, plan_held_out
+from dtrain.data.plan.partition import JointPlan, count_units, plan_data, plan_held_out
+from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.presence import absent_rows, content_digest
 from dtrain.data.samples import Samples
 from dtrain.data.source import describe

@@ -20,7 +20,9 @@ from dtrain.algorithm.stop import higher_is_better
 from dtrain.checkpoint import committed_rounds, find_round, load_params, round_directory
 from dtrain.config.files import with_setting
 from dtrain.config.schema import TrainConfig
-from dtrain.data.plan.partition import DataPlan, JointPlan, SplitName, plan_held_out
+from dtrain.data.plan.partition import JointPlan, plan_held_out
+from dtrain.data.plan.splits import SplitName
+from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import Samples
 from dtrain.directory import ENV, read_config_of, read_json, read_resolved, read_tables_of
 from dtrain.display import html_table

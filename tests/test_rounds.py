@@ -18,16 +18,7 @@ from dtrain.errors import ClusterLost, Diverged, OutOfMemory
 from dtrain.events import SegmentReplayed
 from dtrain.rounds import MAX_COMMIT_EVERY, commit_cadence, first_cadence, initial_state, next_commit, rounds
 from dtrain.runtime.runner import Outcome, SegmentLost
-from dtrain.types import (
-    Broadcast,
-    Contribution,
-    Layout,
-    Parameters,
-    Position,
-    RoundPlan,
-    RoundSummary,
-    TrainState,
-)
+from dtrain.types import Broadcast, Contribution, Layout, Parameters, Position, RoundPlan, RoundSummary, TrainState
 
 SIZES = (40, 24)
 

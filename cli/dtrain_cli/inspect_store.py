@@ -74,7 +74,7 @@ def count_classes(path: str, target: str) -> int:
     import numpy as np
     import zarr
 
-    from dtrain.data.read.store import open_group
+    from dtrain.data.read.open import open_group
 
     array = open_group(path, "")[target]
     assert isinstance(array, zarr.Array)

@@ -23,7 +23,7 @@ from dtrain.algorithm.average import by_replica, round_averages
 from dtrain.algorithm.evaluate import Sums, merge
 from dtrain.algorithm.mix import Average
 from dtrain.data.load.statistics import Moments, merge_moments
-from dtrain.data.plan.partition import SplitName
+from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
 from dtrain.runtime import remote
 from dtrain.runtime.client import GONE, TaskClient

@@ -18,7 +18,7 @@ from dtrain.algorithm.evaluate import Sums
 from dtrain.algorithm.mix import Average
 from dtrain.config.schema import AverageConfig
 from dtrain.data.load.statistics import Moments
-from dtrain.data.plan.partition import SplitName
+from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
 from dtrain.runtime import tasks
 from dtrain.runtime.resident import install, remove, resident_of

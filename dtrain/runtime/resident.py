@@ -25,8 +25,9 @@ from dtrain.algorithm.evaluate import Metric
 from dtrain.algorithm.plan import endless_sizes
 from dtrain.algorithm.recipe import Recipe, metrics_of, recipe_of
 from dtrain.data.load.loader import Loader
-from dtrain.data.plan.memory import LoaderLaw
-from dtrain.data.plan.partition import Partition, SplitName, eval_partitions
+from dtrain.data.plan.memory import LoaderBudget
+from dtrain.data.plan.partition import Partition, eval_partitions
+from dtrain.data.plan.splits import SplitName
 from dtrain.data.read.units import UnitReader
 from dtrain.runtime.codebytes import unpickle_functions
 from dtrain.runtime.module import build_module
@@ -48,7 +49,7 @@ class Stream:
     shuffle: bool
 
     @property
-    def law(self) -> LoaderLaw:
+    def law(self) -> LoaderBudget:
         """The memory budget of the loader."""
         memory = self.source.memory
         return memory.train if self.key[0] == "train" else memory.evaluate or memory.train

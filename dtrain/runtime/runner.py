@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 from dtrain.algorithm.evaluate import Sums
 from dtrain.data.load.statistics import Moments
-from dtrain.data.plan.partition import SplitName
+from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
 from dtrain.runtime.spec import RunSpec
 from dtrain.runtime.trial import Initial

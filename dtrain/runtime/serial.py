@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dtrain.algorithm.average import by_replica, combine, model_of, round_averages, summarise
 from dtrain.algorithm.evaluate import Sums, merge
 from dtrain.data.load.statistics import Moments, merge_moments
-from dtrain.data.plan.partition import SplitName
+from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
 from dtrain.runtime import tasks
 from dtrain.runtime.resident import Resident

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from dtrain.config.schema import DataConfig, TrainConfig
 from dtrain.data.encoding import Scaling
-from dtrain.data.plan.memory import MemoryLaw
-from dtrain.data.plan.partition import DataPlan, JointPlan
+from dtrain.data.plan.memory import MemoryBudget
+from dtrain.data.plan.partition import JointPlan
+from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import Samples
 
 
@@ -38,7 +39,7 @@ class PlannedSource:
 
     source: Source
     plan: DataPlan
-    memory: MemoryLaw
+    memory: MemoryBudget
 
     @property
     def samples(self) -> Samples:

@@ -20,7 +20,7 @@ from dtrain.config.schema import FULL_BATCH_MICRO
 from dtrain.data.load.gather import Batch
 from dtrain.data.load.loader import Counted
 from dtrain.data.load.statistics import Moments, partition_moments
-from dtrain.data.plan.partition import SplitName
+from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
 from dtrain.runtime.module import isolated
 from dtrain.runtime.resident import Resident

@@ -19,19 +19,24 @@ from hypothesis import strategies as st
 from zarr.codecs import ZstdCodec
 
 from dtrain.data.load.loader import Loader, read_batches
-from dtrain.data.plan import memory, partition
+from dtrain.data.plan import cuts, memory
 from dtrain.data.plan.memory import Limits, Reading, plan_memory
-from dtrain.data.plan.partition import describe_plan, eval_partitions, plan_data, train_partitions
+from dtrain.data.plan.partition import eval_partitions, plan_data, train_partitions
+from dtrain.data.plan.summary import describe_plan
 from dtrain.data.plan.units import Box
+from dtrain.data.read.local import DirectoryStore
+from dtrain.data.read.shards import shard_layout
 from dtrain.data.read.store import ReadStore
 from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
+from dtrain.errors import TooFewSamples
 from dtrain.types import Cursor
 from tests.data.helpers import (
     START,
     WHOLE,
     Spy,
     batches,
+    make_samples,
     only_partition,
     open_all,
     reader_of,
@@ -39,7 +44,6 @@ from tests.data.helpers import (
     same_bits,
     vector,
 )
-from tests.data.test_partition import make_samples
 
 
 class Counted:
@@ -64,14 +68,14 @@ class Counted:
 
 
 def passes(samples, part, count, *, limits=None, replica=0, shuffle=True, which="zarr"):
-    """Run whole passes, and return (reader, counts of all but opening the store)."""
+    """Run whole passes, and return (spy on the reads, counts of all but opening the store)."""
     reader = reader_of(samples, which)
-    counted = Counted(reader)
+    counted, spy = Counted(reader), Spy(reader)
     stream = read_batches(
         reader, part, START, [part.num_samples] * count, replica=replica, shuffle=shuffle, limits=limits or Limits()
     )
     assert sum(batch.size for batch in stream) == part.num_samples * count
-    return reader, counted.get()
+    return spy, counted.get()
 
 
 # Objects --------------------------------------------------------------------------------------------------------
@@ -104,9 +108,9 @@ def test_every_object_is_asked_for_once_a_pass_and_no_index(write_store, tmp_pat
     assert plan.unit_rows == min(12, rows)
     for count, threads in ((1, 1), (1, 4), (3, 2)):
         limits = Limits(threads=threads, ahead=5)
-        reader, (requests, indices, read) = passes(samples, part, count, limits=limits, which=which)
-        assert reader.units_decoded == count * plan.num_units
-        assert reader.bytes_decoded == count * rows * samples.row_bytes
+        spy, (requests, indices, read) = passes(samples, part, count, limits=limits, which=which)
+        assert len(spy.reads) == count * plan.num_units
+        assert spy.bytes_decoded == count * rows * samples.row_bytes
         assert requests / len(objects) == count
         assert indices == 0
         assert read == count * size
@@ -150,9 +154,9 @@ def test_every_unit_is_decoded_once_a_pass(numbers_of_60, passes_made, window, c
     limits = Limits(cached=cached, threads=threads)
     sizes = [part.num_samples] * passes_made
     for number, _ in enumerate(read_batches(reader, part, START, sizes, replica=0, shuffle=shuffle, limits=limits), 1):
-        assert reader.units_decoded >= 12 + (number - 1) * (12 - cached)
+        assert len(spy.reads) >= 12 + (number - 1) * (12 - cached)
     assert sorted(spy.units(plan).values()) == sorted([1] * cached + [passes_made] * (12 - cached))
-    assert reader.units_decoded == 12 + (passes_made - 1) * (12 - cached)
+    assert len(spy.reads) == 12 + (passes_made - 1) * (12 - cached)
 
 
 @pytest.fixture(scope="module")
@@ -187,14 +191,14 @@ def test_a_shard_larger_than_8_mib_is_read_in_units_of_whole_inner_chunks(write_
     size = sum((Path(samples.path) / key).stat().st_size for key in shards)
     for count, which in ((1, "zarr"), (2, "zarr"), (1, "auto")):
         reader = reader_of(samples, which)
-        counted = Counted(reader)
+        counted, spy = Counted(reader), Spy(reader)
         stream = read_batches(
             reader, part, START, [part.num_samples] * count, replica=0, shuffle=True, limits=Limits(threads=1)
         )
         for batch in stream:
             np.testing.assert_array_equal(batch.inputs[0][:, 0], batch.targets[1])
             assert not batch.inputs[0][:, 1:].any()
-        assert reader.units_decoded == count * plan.num_units == count * 8
+        assert len(spy.reads) == count * plan.num_units == count * 8
         requests, indices, read = counted.get()
         assert indices == 3  # one a shard, in all passes together
         if which == "zarr":
@@ -209,9 +213,9 @@ def index_size(samples):
 @pytest.fixture
 def small_shards(write_store, tmp_path, monkeypatch):
     """What counts as large is scaled down by 1024, so that small stores have many large shards."""
-    monkeypatch.setattr(partition, "WHOLE_OBJECT_BYTES", 8 << 10)
-    monkeypatch.setattr(partition, "PART_BYTES", 2 << 10)
-    monkeypatch.setattr(partition, "GROWN_BYTES", 32 << 10)
+    monkeypatch.setattr(cuts, "WHOLE_OBJECT_BYTES", 8 << 10)
+    monkeypatch.setattr(cuts, "PART_BYTES", 2 << 10)
+    monkeypatch.setattr(cuts, "GROWN_BYTES", 32 << 10)
 
     def write(shards, shard_rows=24, chunk_rows=2, rows=None, blocks=1, **data):
         rows = shards * shard_rows if rows is None else rows
@@ -234,8 +238,8 @@ def test_units_of_a_shard_have_one_owner_where_there_are_enough_shards(small_sha
     assert sum(map(len, owners)) == len(set().union(*owners)) == 64
     total = Counter()
     for replica, part in enumerate(parts):
-        reader, (requests, indices, _) = passes(samples, part, 2, limits=Limits(threads=1), replica=replica)
-        assert reader.units_decoded == 2 * len(part.units)
+        spy, (requests, indices, _) = passes(samples, part, 2, limits=Limits(threads=1), replica=replica)
+        assert len(spy.reads) == 2 * len(part.units)
         total.update(requests=requests, indices=indices, units=len(part.units))
     assert total["indices"] == 64 * 2  # x and index: one a shard
     assert total["requests"] == 2 * 2 * total["units"]
@@ -259,13 +263,13 @@ def test_a_shard_of_8_mib_is_read_whole(small_shards):
 def test_the_index_of_a_shard_is_asked_for_once_also_by_several_threads(small_shards, threads, monkeypatch):
     samples = small_shards(8)
     plan, part = only_partition(samples, unit_rows=4, cell_rows=4)
-    get = ReadStore._ask
+    get = DirectoryStore.get
 
-    async def slowly(self, key, prototype, byte_range):
+    async def slowly(self, key, prototype, byte_range=None):
         await asyncio.sleep(0.002)
         return await get(self, key, prototype, byte_range)
 
-    monkeypatch.setattr(ReadStore, "_ask", slowly)
+    monkeypatch.setattr(DirectoryStore, "get", slowly)
     _, (requests, indices, _) = passes(samples, part, 1, limits=Limits(threads=threads, ahead=8), shuffle=False)
     assert requests == 2 * plan.num_units
     assert indices == 2 * 8
@@ -274,10 +278,11 @@ def test_the_index_of_a_shard_is_asked_for_once_also_by_several_threads(small_sh
 def test_what_was_held_of_a_shard_is_let_go_of(small_shards):
     samples = small_shards(20)
     _, part = only_partition(samples, unit_rows=4, cell_rows=4)
-    reader, _ = passes(samples, part, 2, limits=Limits(threads=4, ahead=8))
+    spy, _ = passes(samples, part, 2, limits=Limits(threads=4, ahead=8))
+    reader = spy.reader
     assert not any(reader.store._held.values())
     # many threads at once, switching as often as they can
-    layout = reader._layouts["x"]
+    layout = shard_layout(reader.arrays["x"])
     failed = []
 
     def hold():
@@ -309,10 +314,10 @@ def test_inner_chunks_that_lie_apart_are_not_read_together_with_what_is_between(
     }
     samples = open_all(write_store(tmp_path / "s", arrays), arrays, isel={"k": {"start": 8, "stop": 16}})
     _, part = only_partition(samples)
-    reader, (_, indices, read) = passes(samples, part, 1)
+    spy, (_, indices, read) = passes(samples, part, 1)
     assert indices == 1
     assert read - index_size(samples) - (16 * 128 + 4) == 64 * 8 * 8  # just what is selected
-    rows = reader.read(Box(0, 64))["v0"][1]
+    rows = spy.reader.read(Box(0, 64))["v0"][1]
     np.testing.assert_array_equal(rows, values[:, 8:16].astype("float32"))
 
 
@@ -375,10 +380,11 @@ def test_decoded_bytes_are_those_that_the_plan_says(
         )
         try:
             plan = plan_data(samples, replicas=replicas, seed=0)
-        except partition.TooFewSamples:
+        except TooFewSamples:
             return
         parts = train_partitions(plan)
         readers = [UnitReader(samples, "zarr") for _ in parts]
+        spies = [Spy(reader) for reader in readers]
         patch.setattr(ReadStore, "_noted", logged)
         for replica, (reader, part) in enumerate(zip(readers, parts, strict=True)):
             for _ in read_batches(reader, part, START, [part.num_samples], replica=replica, shuffle=True):
@@ -386,7 +392,7 @@ def test_decoded_bytes_are_those_that_the_plan_says(
         said = describe_plan(samples, plan)
         decoded, unique = sum(size for _, size in seen), sum(dict(seen).values())
         assert decoded / unique == pytest.approx(said["read_amplification"], rel=1e-12)
-        assert sum(reader.units_decoded for reader in readers) == sum(len(part.units) for part in parts)
+        assert sum(len(spy.reads) for spy in spies) == sum(len(part.units) for part in parts)
 
 
 @pytest.mark.parametrize(
@@ -442,11 +448,11 @@ def test_a_second_pass_reads_what_is_not_kept(write_store, tmp_path, kept, shuff
     limits = Limits(cached=kept)
     _, (once, _, first) = passes(samples, part, 1, limits=limits, shuffle=shuffle)
     for count in (2, 5):
-        reader, (requests, indices, read) = passes(samples, part, count, limits=limits, shuffle=shuffle)
+        spy, (requests, indices, read) = passes(samples, part, count, limits=limits, shuffle=shuffle)
         later = (read - first) / (count - 1)
         assert later / first == pytest.approx(1 - kept / 20, abs=0.01)
         assert (requests - once) / (count - 1) == once * (20 - kept) / 20
-        assert reader.units_decoded == 20 + (count - 1) * (20 - kept)
+        assert len(spy.reads) == 20 + (count - 1) * (20 - kept)
         assert indices == 0
 
 

@@ -17,7 +17,9 @@ from distributed import Client
 
 import dtrain
 from dtrain.config.schema import TrainConfig
-from dtrain.data.plan.partition import JointPlan, cell_bounds, split_cells, train_partitions
+from dtrain.data.plan.partition import JointPlan, train_partitions
+from dtrain.data.plan.splits import split_cells
+from dtrain.data.plan.units import cell_bounds
 from dtrain.errors import (
     ChunkMissing,
     ClusterUnsuitable,

@@ -19,7 +19,8 @@ from distributed import Client
 from distributed.client import ClosedClientError
 
 import dtrain
-from dtrain.data.plan.partition import cell_bounds, plan_data, train_partitions
+from dtrain.data.plan.partition import plan_data, train_partitions
+from dtrain.data.plan.units import cell_bounds
 from dtrain.data.samples import Samples
 from dtrain.errors import ClusterLost, Diverged, OutOfMemory
 from dtrain.events import Event, ReplicaRejected, SegmentReplayed

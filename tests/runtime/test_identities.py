@@ -40,10 +40,10 @@ def rows_of(samples: Samples, replicas: int, replica: int, epoch: int) -> np.nda
     plan = plan_data(samples, replicas=replicas, seed=0)
     partition = train_partitions(plan)[replica]
     found = []
-    for block in epoch_order(
-        partition.part_sizes, window=plan.window, shuffle=plan.shuffle, seed=0, replica=replica, epoch=epoch
+    for run in epoch_order(
+        partition.part_sizes, mixed_units=plan.window, shuffle=plan.shuffle, seed=0, replica=replica, epoch=epoch
     ):
-        for part, row in zip(block.part, block.row, strict=True):
+        for part, row in zip(run.part, run.row, strict=True):
             found.append(int(partition.part_anchors(int(part))[row]))
     return np.array(found)
 

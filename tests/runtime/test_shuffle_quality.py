@@ -43,8 +43,8 @@ def test_batches_are_as_mixed_as_by_blocks_with_twice_the_memory(
     units: int, rows: int, window: int, batch: int
 ) -> None:
     # blocks of `window` units need twice their memory: the next one is read while one is used
-    ours = epoch_order(np.full(units, rows), window=window, shuffle=True, seed=0, replica=0, epoch=0)
-    mixed = entropy(np.concatenate([block.part for block in ours]), batch)
+    ours = epoch_order(np.full(units, rows), mixed_units=window, shuffle=True, seed=0, replica=0, epoch=0)
+    mixed = entropy(np.concatenate([run.part for run in ours]), batch)
     assert mixed >= entropy(blocks(units, rows, window, 0), batch)
     assert mixed >= entropy(blocks(units, rows, window // 2, 0), batch) + 0.8  # with the same memory
 

@@ -13,7 +13,7 @@ from dtrain_cli.output import Options, result, shown, table
 
 if TYPE_CHECKING:
     from dtrain.config.schema import DataConfig
-    from dtrain.data.plan.partition import SplitName
+    from dtrain.data.plan.splits import SplitName
     from dtrain.data.samples import Samples
 
 ORDER = 50

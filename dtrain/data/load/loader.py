@@ -27,9 +27,10 @@ from typing import Any
 import numpy as np
 
 from dtrain.data.load.gather import Allocate, Array, Batch, Gatherer, Rows, Scalings, repeated
+from dtrain.data.plan.footprint import slot_shape
 from dtrain.data.plan.hashing import CACHE, Ints, hash64
-from dtrain.data.plan.memory import Limits, group_batches, slot_shape
-from dtrain.data.plan.order import Block, epoch_order
+from dtrain.data.plan.memory import Limits, group_batches
+from dtrain.data.plan.order import RowRun, epoch_order
 from dtrain.data.plan.partition import Partition
 from dtrain.data.plan.units import Box
 from dtrain.data.read.units import UnitReader
@@ -223,7 +224,7 @@ class Loader:
 
     def _read_blocks(self) -> Iterator[Rows]:
         """Yield the rows of each block once its parts are in memory; give slots back when the next one is due."""
-        coming: deque[tuple[int, Block]] = deque()
+        coming: deque[tuple[int, RowRun]] = deque()
         opened: set[tuple[int, int]] = set()
         wanted: deque[tuple[int, int]] = deque()  # in the order in which they are needed
         ahead = 0
@@ -311,14 +312,14 @@ def _moved(cursor: Cursor, size: int, pass_size: int) -> Cursor:
 
 def _blocks(
     partition: Partition, cursor: Cursor, replica: int, shuffle: bool, total: int | None
-) -> Iterator[tuple[int, Block]]:
+) -> Iterator[tuple[int, RowRun]]:
     """Yield epoch and block of one pass after the other, until they hold `total` samples."""
     plan = partition.plan
     epoch, position, found = cursor.epoch, cursor.position, 0
     while True:
         for block in epoch_order(
             partition.part_sizes,
-            window=plan.window,
+            mixed_units=plan.window,
             shuffle=shuffle,
             seed=plan.seed,
             replica=replica,
@@ -431,7 +432,7 @@ class _Slots:
                 break
         read.result()
 
-    def rows(self, epoch: int, block: Block) -> Rows:
+    def rows(self, epoch: int, block: RowRun) -> Rows:
         """Return where the samples of a block lie."""
         if not len(block.part):
             return Rows(block.part, block.row, block.row if self._patches > 1 else None)

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dtrain.data.encoding import Scaling, unpack
-from dtrain.data.plan.partition import Partition, cell_bounds
+from dtrain.data.plan.partition import Partition
+from dtrain.data.plan.units import cell_bounds
 from dtrain.data.read.units import UnitReader
 from dtrain.data.samples import Variable
 from dtrain.errors import NonFiniteData

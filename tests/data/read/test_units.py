@@ -1,25 +1,20 @@
-"""A unit as it is read: rows, dtypes, values that are not finite, and who reads it."""
+"""A unit as it is read: rows, dtypes, and values that are not finite."""
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from pathlib import Path
 
-import numcodecs
 import numpy as np
 import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zarr.codecs import TransposeCodec
 
 from dtrain.data.plan.units import Box
-from dtrain.data.read.units import UnitReader, choose_readers
-from dtrain.data.source import open_samples
-from dtrain.errors import InvalidConfig, NonFiniteData
+from dtrain.data.read.units import UnitReader
+from dtrain.errors import ChunkMissing, NonFiniteData
 from tests.data.helpers import (
-    WHOLE,
     batches,
     by_sample,
     only_partition,
@@ -60,17 +55,90 @@ def test_a_unit_holds_the_rows_that_its_anchors_need(write_store, store, which, 
             assert start == first + low
             assert rows.dtype == ("float32" if expected.dtype == "float64" else expected.dtype)
             np.testing.assert_array_equal(rows, expected)
-            decoded += rows.nbytes * (variable not in samples.kept_whole)
+            decoded += rows.nbytes * (variable not in samples.preloaded)
             np.testing.assert_array_equal(
                 reader.read_rows(variable, first, stop), by_sample(arrays, variable.name)[first:stop]
             )
         out = {v.name: np.full((stop - first + 40, *v.row_shape), 7, v.kept_dtype) for v in samples.variables}
-        reader.read_into(Box(first, stop), out)
+        assert reader.read_into(Box(first, stop), out) == decoded
         for name, (_, rows) in unit.items():
             np.testing.assert_array_equal(out[name][: len(rows)], rows)
             assert (out[name][len(rows) :] == np.asarray(7, rows.dtype)).all()  # what is beyond is left alone
-        assert reader.units_decoded == 2
-        assert reader.bytes_decoded == 2 * decoded
+
+
+# Boxes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def volume(write_store, tmp_path):
+    """A function that writes v0(n, y, x) of 12 x 9 x 10, v1(n, x) and index(n); returns (path, values)."""
+
+    def write(**options):
+        values = np.arange(12 * 9 * 10, dtype="float32").reshape(12, 9, 10)
+        arrays = {
+            "v0": {"dims": ("n", "y", "x"), "values": values, "chunks": (3, 4, 5), **options},
+            "v1": {"dims": ("n", "x"), "values": values[:, 0], "chunks": (4, 10)},
+            "index": {"dims": ("n",), "values": np.arange(12), "chunks": (3,)},
+        }
+        return write_store(tmp_path / "s", arrays), values
+
+    return write
+
+
+@pytest.mark.parametrize("which", ["numcodecs", "zarrs", "zarr"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_block_of_a_box_is_read_by_every_reader(volume, sharded, which):
+    path, values = volume(**({"shards": (6, 12, 10)} if sharded else {}))
+    samples = open_all(path, ["v0", "v1"])
+    reader = UnitReader(samples, which)
+    assert {chosen for chosen, _ in reader.readers.values()} == {which}
+    for box in (Box(3, 7, (("y", 1, 3), ("x", 2, 9))), Box(0, 12, (("x", 5, 10),)), Box(5, 6, (("y", 8, 9),))):
+        cut = {dim: slice(start, stop) for dim, start, stop in box.block}
+        y, x = cut.get("y", slice(None)), cut.get("x", slice(None))
+        read = reader.read(box)
+        np.testing.assert_array_equal(read["v0"][1], values[box.start : box.stop, y, x])
+        np.testing.assert_array_equal(read["v1"][1], values[box.start : box.stop, 0, x])
+    np.testing.assert_array_equal(reader.read(Box(0, 5))["v0"][1], values[:5])
+
+
+@pytest.mark.parametrize("which", ["numcodecs", "zarr"])
+def test_a_block_is_counted_in_what_is_selected(volume, which):
+    path, values = volume()
+    samples = open_all(path, ["v0", "v1"], isel={"y": {"start": 1, "stop": 8, "step": 2}})
+    read = UnitReader(samples, which).read(Box(3, 7, (("y", 1, 3), ("x", 2, 9))))
+    np.testing.assert_array_equal(read["v0"][1], values[3:7, 1:8:2][:, 1:3, 2:9])
+
+
+@pytest.mark.parametrize("which", ["numcodecs", "zarrs", "zarr"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_missing_chunk_matters_to_the_boxes_that_touch_it(volume, sharded, which):
+    options = {"shards": (3, 8, 5)} if sharded else {}
+    path, values = volume(**options)
+    (path / "v0/c/1/0/1").unlink()  # rows 3 to 5, the first four (or eight) of y, the last five of x
+    reader = UnitReader(open_all(path, ["v0", "v1"]), which)
+    for block in ((("x", 0, 5),), (("y", 8, 9), ("x", 5, 10))):
+        cut = {dim: slice(start, stop) for dim, start, stop in block}
+        rows = reader.read(Box(3, 6, block))["v0"][1]
+        np.testing.assert_array_equal(rows, values[3:6, cut.get("y", slice(None)), cut["x"]])
+    with pytest.raises(ChunkMissing, match="chunk v0/c/1/0/1 of v0 is missing"):
+        reader.read(Box(5, 6, (("y", 3, 4), ("x", 9, 10))))
+
+
+@pytest.mark.parametrize("which", ["numcodecs", "zarrs", "zarr"])
+def test_a_missing_inner_chunk_matters_to_the_boxes_that_touch_it(tmp_path, which):
+    values = np.ones((6, 8), "float32")
+    values[2:4, 4:6] = 0  # the fill value: zarr leaves this chunk out
+    root = zarr.create_group(tmp_path / "s")
+    layouts = {"v0": {"chunks": (2, 2), "shards": (6, 8)}, "index": {"chunks": (6,)}}
+    with zarr.config.set({"array.write_empty_chunks": False}):
+        for name, array in {"v0": values, "index": np.arange(1, 7, dtype="float32")}.items():
+            options = {"dimension_names": ("n", "k")[: array.ndim], "fill_value": 0, **layouts[name]}
+            root.create_array(name, shape=array.shape, dtype="float32", **options)[...] = array
+    reader = UnitReader(open_all(tmp_path / "s", ["v0"]), which)
+    assert reader.read(Box(2, 4, (("k", 0, 4),)))["v0"][1].sum() == 8
+    assert reader.read(Box(4, 6, (("k", 4, 8),)))["v0"][1].sum() == 8
+    with pytest.raises(ChunkMissing, match=r"chunk \(1, 2\) of v0, in shard v0/c/0/0, is missing"):
+        reader.read(Box(3, 4, (("k", 5, 6),)))
 
 
 # Dtypes -----------------------------------------------------------------------------------------------------
@@ -117,7 +185,7 @@ def test_float64_is_rounded_to_float32(write_store, tmp_path):
     assert batch.inputs[0].tolist() == [0.3333333432674408, 0.0, -1.0000000150474662e30]
 
 
-def test_a_reader_counts_what_it_decodes(write_store, tmp_path):
+def test_a_reader_returns_how_many_bytes_it_decodes(write_store, tmp_path):
     arrays = {
         "v0": {"dims": ("k", "n"), "values": np.zeros((3, 10), "float64"), "chunks": (2, 4)},
         "index": vector(np.arange(10, dtype="int32"), 4),
@@ -129,7 +197,7 @@ def test_a_reader_counts_what_it_decodes(write_store, tmp_path):
         "v0": (8, (2, 3), "float32"),
         "index": (8, (2,), "int32"),
     }
-    assert (reader.units_decoded, reader.bytes_decoded) == (1, 2 * (3 * 4 + 4))
+    assert reader.read_into(Box(8, 10), {name: rows for name, (_, rows) in unit.items()}) == 2 * (3 * 4 + 4)
 
 
 # Values that are not finite ---------------------------------------------------------------------------------
@@ -243,157 +311,3 @@ def test_a_variable_without_dimensions_is_read(write_store, tmp_path, dtype, whi
     out = np.full((), 99, place.kept_dtype)
     reader._fill(place, place.select, out)
     assert out[()] == 7
-
-
-# Who reads --------------------------------------------------------------------------------------------------
-
-
-def two(write_store, folder, zarr_format=3, **options):
-    """Write v0 as told, and an index that zarrs reads."""
-    index = vector(np.arange(8), 4)
-    if zarr_format == 2:
-        index["fill_value"] = 0
-    v0 = {"dims": ("n", "k"), "values": np.arange(24.0, dtype="float32").reshape(8, 3), "chunks": (4, 2), **options}
-    return write_store(Path(folder, "s"), {"v0": v0, "index": index}, zarr_format=zarr_format)
-
-
-USUAL = "the store is local and its codecs are the usual ones"
-ODD = {
-    "byte order": (2, {"values": np.zeros((8, 3), ">f4"), "fill_value": 0}, "its byte order is >"),
-    "order": (2, {"order": "F", "fill_value": 0}, "its order is F"),
-    "fill value": (2, {}, "it has no fill value"),
-    "codec": (2, {"compressors": numcodecs.LZ4(), "fill_value": 0}, "codec lz4"),
-    "filter": (2, {"filters": [numcodecs.Delta("<f4")], "fill_value": 0}, "codec delta"),
-}
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ODD)
-def test_what_zarrs_does_not_read_is_read_by_zarr(write_store, tmp_path, kind):
-    zarr_format, options, why = ODD[kind]
-    path = two(write_store, tmp_path, zarr_format, **options)
-    samples = open_all(path, ["v0"])
-    readers = choose_readers(samples, "auto")
-    assert readers["v0"] == (("numcodecs", USUAL) if kind == "fill value" else ("zarr", why))
-    assert readers["index"][0] == "numcodecs"
-    stored = zarr.open_group(path, mode="r")["v0"][...]
-    np.testing.assert_array_equal(UnitReader(samples).read(Box(0, 8))["v0"][1], stored)
-    with pytest.raises(InvalidConfig, match=f'data.reader = "zarrs" does not read v0: {why}') as caught:
-        UnitReader(samples, "zarrs")
-    assert caught.value.code == 3
-
-
-def test_a_reader_is_taken_that_is_asked_for_and_reads_the_store(write_store, tmp_path):
-    samples = open_all(two(write_store, tmp_path), ["v0"])
-    assert set(choose_readers(samples, "auto").values()) == {("numcodecs", USUAL)}
-    for asked in ("numcodecs", "zarrs", "zarr"):
-        assert set(choose_readers(samples, asked).values()) == {(asked, "asked for")}
-    with pytest.raises(InvalidConfig, match='data.reader = "numcodecs" does not read v0: its order is F'):
-        UnitReader(open_all(two(write_store, tmp_path / "f", 2, order="F"), ["v0"]), "numcodecs")
-
-
-def test_what_numcodecs_does_not_read_is_read_by_zarrs(write_store, tmp_path):
-    transposed = {"filters": [TransposeCodec(order=(1, 0))], "compressors": None}
-    path = two(write_store, tmp_path, 3, **transposed)
-    samples = open_all(path, ["v0"])
-    assert choose_readers(samples, "auto")["v0"] == ("zarrs", "codec transpose")
-    for which in ("auto", "zarr"):
-        np.testing.assert_array_equal(UnitReader(samples, which).read(Box(2, 7))["v0"][1], read_zarr(path)[2:7])
-    samples = open_all(path, ["v0"], isel={"k": {"start": 0, "stop": 3, "step": 2}})
-    assert choose_readers(samples, "auto")["v0"] == ("zarr", "codec transpose")
-
-
-def read_zarr(path):
-    return zarr.open_group(path, mode="r")["v0"][...]
-
-
-@pytest.mark.parametrize(
-    ("chunk", "shard", "which"), [(2, 512, "zarrs"), (2, 256, "numcodecs"), (4000, 8000, "numcodecs")]
-)
-def test_many_small_chunks_in_shards_are_read_by_zarrs(write_store, tmp_path, chunk, shard, which):
-    v0 = {"dims": ("n", "k"), "values": np.ones((8000, 3)), "chunks": (chunk, 3), "shards": (shard, 3)}
-    path = write_store(tmp_path / "s", {"v0": v0, "index": vector(np.arange(8000), 8000)})
-    samples = open_all(path, ["v0"])
-    assert choose_readers(samples, "auto")["v0"][0] == which
-    assert UnitReader(samples).read(Box(2000, 4000))["v0"][1].sum() == 6000
-
-
-def test_many_small_chunks_that_zarrs_does_not_read_are_read_by_numcodecs(write_store, tmp_path, monkeypatch):
-    v0 = {"dims": ("n", "k"), "values": np.arange(6144.0).reshape(2048, 3), "chunks": (2, 3), "shards": (1024, 3)}
-    path = write_store(tmp_path / "s", {"v0": v0, "index": vector(np.arange(2048), 2048)})
-    with_step = open_all(path, ["v0"], isel={"k": {"start": 0, "stop": 3, "step": 2}})
-    assert choose_readers(with_step, "auto")["v0"] == ("numcodecs", USUAL)
-    assert UnitReader(with_step).read(Box(1, 3))["v0"][1].tolist() == [[3, 5], [6, 8]]
-    samples = open_all(path, ["v0"])
-    assert choose_readers(samples, "auto")["v0"] == ("zarrs", "its shards hold many small chunks")
-    monkeypatch.setitem(sys.modules, "zarrs", None)
-    assert choose_readers(samples, "auto")["v0"] == ("numcodecs", USUAL)
-
-
-@pytest.mark.parametrize(
-    ("chunk", "width", "count", "which"),
-    [
-        (1, 4, 256, "zarrs"),
-        (1, 4, 255, "numcodecs"),
-        (1, 8191, 256, "zarrs"),  # just less than 32 KiB a chunk, and than 8 MiB a shard
-        (1, 8192, 256, "numcodecs"),
-        (1, 7000, 299, "zarrs"),
-        (1, 7000, 300, "numcodecs"),  # more than 8 MiB: parts are read
-    ],
-)
-def test_shards_of_many_small_chunks_are_left_to_zarrs_up_to_8_mib(write_store, tmp_path, chunk, width, count, which):
-    root = zarr.create_group(tmp_path / "s")
-    for name, row in (("v0", (width,)), ("index", ())):
-        shape = (count, *row)
-        root.create_array(
-            name,
-            shape=shape,
-            dtype="float32",
-            chunks=(chunk, *row) if row else (count,),
-            shards=shape if row else None,
-            dimension_names=("n", "k")[: len(shape)],
-        )
-    samples = open_all(tmp_path / "s", ["v0"])
-    assert choose_readers(samples, "auto")["v0"][0] == which
-
-
-def test_a_step_is_not_read_by_zarrs(write_store, tmp_path):
-    path = two(write_store, tmp_path)
-    samples = open_all(path, ["v0"], isel={"k": {"start": 0, "stop": 3, "step": 2}})
-    assert choose_readers(samples, "auto")["v0"] == ("numcodecs", USUAL)
-    with pytest.raises(InvalidConfig, match="it is read with a step"):
-        choose_readers(samples, "zarrs")
-    static = open_samples(path, inputs=["v0"], targets=["index"], sample_dim="n", split=WHOLE)
-    assert choose_readers(static, "zarrs")["v0"][0] == "zarrs"
-
-
-def test_a_small_variable_is_read_by_zarr_although_another_reader_is_asked_for(write_store, tmp_path):
-    height = np.arange(6.0, dtype="float32").reshape(2, 3)
-    arrays = {
-        "v0": vector(np.arange(4.0), 4),
-        "height": {"dims": ("y", "x"), "values": height, "chunks": (2, 2)},
-        "index": vector(np.arange(4), 4),
-    }
-    samples = open_all(write_store(tmp_path / "s", arrays), arrays)
-    assert choose_readers(samples, "zarrs") == {
-        "v0": ("zarrs", "asked for"),
-        "height": ("zarr", "it is small"),
-        "index": ("zarrs", "asked for"),
-    }
-    assert choose_readers(samples, "auto")["height"] == ("numcodecs", USUAL)
-    for which in ("zarrs", "zarr", "numcodecs", "auto"):
-        np.testing.assert_array_equal(UnitReader(samples, which).statics["height"], height)
-
-
-def test_without_zarrs_zarr_reads(write_store, tmp_path, monkeypatch):
-    samples = open_all(two(write_store, tmp_path), ["v0"])
-    monkeypatch.setitem(sys.modules, "zarrs", None)
-    assert set(choose_readers(samples, "auto").values()) == {("numcodecs", USUAL)}
-    with pytest.raises(InvalidConfig, match="zarrs is not installed"):
-        UnitReader(samples, "zarrs")
-
-
-def test_opening_with_zarrs_leaves_the_settings_of_the_process_alone(write_store, tmp_path):
-    before = zarr.config.get("codec_pipeline")
-    UnitReader(open_all(two(write_store, tmp_path), ["v0"]), "zarrs").read(Box(0, 8))
-    assert zarr.config.get("codec_pipeline") == before

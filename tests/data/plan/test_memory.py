@@ -1,4 +1,4 @@
-"""The law of memory, worked out by hand, and kept by what loaders allocate."""
+"""The memory budget, worked out by hand, and kept by what loaders allocate."""
 
 from __future__ import annotations
 
@@ -10,22 +10,13 @@ import pytest
 
 from dtrain.data.load.loader import Loader
 from dtrain.data.plan import memory
-from dtrain.data.plan.memory import (
-    Limits,
-    Reading,
-    group_batches,
-    index_bytes,
-    plan_memory,
-    sample_bytes,
-    scratch_bytes,
-    slot_bytes,
-    slot_shape,
-)
+from dtrain.data.plan.footprint import index_bytes, sample_bytes, scratch_bytes, slot_bytes, slot_shape
+from dtrain.data.plan.memory import Limits, Reading, group_batches, plan_memory
 from dtrain.data.plan.partition import eval_partitions, plan_data, train_partitions
+from dtrain.data.samples import StoreFacts
 from dtrain.data.source import open_samples
 from dtrain.errors import ChunkTooLarge, OutOfMemory
-from tests.data.helpers import START, WHOLE, remembering, vector
-from tests.data.test_partition import make_samples
+from tests.data.helpers import START, WHOLE, make_samples, remembering, vector
 
 
 def reading(samples, *, loaders=3, batch_size=50, shuffle=True, units=None, **plan):
@@ -53,33 +44,38 @@ def _four_cores(monkeypatch):
 HUNDRED = make_samples(1000, 10, row=(25,))
 
 
-def test_the_terms_of_the_law_by_hand():
-    law = reading(HUNDRED).law(kept=3, ahead=3, threads=2)
+def test_the_terms_of_the_budget_by_hand():
+    budget = reading(HUNDRED).budget(kept=3, ahead=3, threads=2)
     assert sample_bytes(HUNDRED) == 200
-    assert law.unit == slot_bytes(HUNDRED, reading(HUNDRED).plan) == 1_000
-    assert (law.kept, law.open, law.units, law.limits) == (3, 8, 100, Limits(ahead=3, cached=0, threads=2, buffers=4))
-    assert law.moving == 8 + 3
-    assert law.buffers == 4 * 32 * 50 * 200  # 32 batches of 10 kB are less than 4 MiB
-    assert law.scratch == 2 * 1_000  # chunks one after the other, stored and decoded
-    assert law.total == 3 * (11 * 1_000 + 1_280_000 + 3 * 2_000)  # two threads, and the assembler
-    assert law.cached_bytes == 0
+    assert budget.unit == slot_bytes(HUNDRED, reading(HUNDRED).plan) == 1_000
+    assert (budget.kept, budget.open, budget.units, budget.limits) == (
+        3,
+        8,
+        100,
+        Limits(ahead=3, cached=0, threads=2, buffers=4),
+    )
+    assert budget.moving == 8 + 3
+    assert budget.buffers == 4 * 32 * 50 * 200  # 32 batches of 10 kB are less than 4 MiB
+    assert budget.scratch == 2 * 1_000  # chunks one after the other, stored and decoded
+    assert budget.total == 3 * (11 * 1_000 + 1_280_000 + 3 * 2_000)  # two threads, and the assembler
+    assert budget.cached_bytes == 0
     whole = plan_memory(reading(HUNDRED), reading(HUNDRED, loaders=2, shuffle=False), 10_000_000, "the limit", cache=0)
-    assert whole.train == law
+    assert whole.train == budget
     assert (whole.evaluate.open, whole.evaluate.moving) == (1, 4)  # in order, one unit is open
-    assert whole.total == law.total + 2 * (4 * 1_000 + 1_280_000 + 6_000) == 6_471_000
+    assert whole.total == budget.total + 2 * (4 * 1_000 + 1_280_000 + 6_000) == 6_471_000
     assert "train 3 x (11 units (8 open, 3 ahead) of 1.0 kB + batches 1.3 MB + decoding 3 x 2.0 kB)" in whole.sentence()
     assert whole.sentence().endswith("= 6.5 MB")
 
 
 def test_groups_of_batches_by_hand():
-    def law(batch_size):
-        return reading(HUNDRED, batch_size=batch_size).law(kept=1, ahead=3, threads=2)
+    def budget(batch_size):
+        return reading(HUNDRED, batch_size=batch_size).budget(kept=1, ahead=3, threads=2)
 
-    assert law(1).buffers == 4 * 32 * 200
-    assert law(1_000).buffers == 4 * ((4 << 20) + 200_000)  # as many batches as make 4 MiB, and less than one more
-    assert law(10_000).buffers == 4 * ((4 << 20) + 2_000_000)
-    assert law(200_000).buffers == 2 * ((4 << 20) + 40_000_000)  # large ones have two buffers
-    assert law(200_000).limits.buffers == 2
+    assert budget(1).buffers == 4 * 32 * 200
+    assert budget(1_000).buffers == 4 * ((4 << 20) + 200_000)  # as many batches as make 4 MiB, and less than one more
+    assert budget(10_000).buffers == 4 * ((4 << 20) + 2_000_000)
+    assert budget(200_000).buffers == 2 * ((4 << 20) + 40_000_000)  # large ones have two buffers
+    assert budget(200_000).limits.buffers == 2
 
 
 @pytest.mark.parametrize(
@@ -129,10 +125,10 @@ def test_of_a_shard_what_is_stored_is_read_at_once(reader, chunks):
     of = reading(samples, unit_rows=40, cell_rows=40)
     assert scratch_bytes(samples, of.plan) == chunks * 1_000
     assert index_bytes(samples) == 25 * (4 * 16 + 500)
-    law = plan_memory(of, None, 10**9, "the limit")
-    assert law.total == law.train.total + law.indices
-    assert law.indices == index_bytes(samples)
-    assert "indices of shards 14.1 kB = " in law.sentence()
+    budget = plan_memory(of, None, 10**9, "the limit")
+    assert budget.total == budget.train.total + budget.indices
+    assert budget.indices == index_bytes(samples)
+    assert "indices of shards 14.1 kB = " in budget.sentence()
 
 
 def test_zarr_decodes_ten_chunks_at_once():
@@ -167,24 +163,24 @@ def test_what_is_left_is_shared_by_the_caches():
     wanted = (3 + 2) * 100 * 1_000
     for share in (0.0, 0.01, 0.25, 0.5, 0.999, 1.0, 7.0):
         room = int(share * wanted)
-        for law in (plan_for(least + room), plan_for(10**9, cache=room)):
+        for budget in (plan_for(least + room), plan_for(10**9, cache=room)):
             units = min(100, int(100 * share))
-            assert (law.train.limits.cached, law.evaluate.limits.cached) == (units, units)
-            assert law.cached_bytes == 5 * units * 1_000
-            assert law.total <= max(least + room, least)
+            assert (budget.train.limits.cached, budget.evaluate.limits.cached) == (units, units)
+            assert budget.cached_bytes == 5 * units * 1_000
+            assert budget.total <= max(least + room, least)
             moving = min(11, 2 * (100 - units)), min(4, 2 * (100 - units))
-            assert (law.train.moving, law.evaluate.moving) == moving  # what is kept need not be read ahead
+            assert (budget.train.moving, budget.evaluate.moving) == moving  # what is kept need not be read ahead
     assert "cache 250.0 kB" in plan_for(least + wanted // 2).sentence()
     assert plan_for(least + 1_000_000, cache=100_000).train.limits.cached == 20  # the lesser of both
     assert plan_for(least + 100_000, cache=1_000_000).train.limits.cached == 20
 
 
 def test_without_an_evaluation_training_has_all():
-    law = plan_memory(reading(HUNDRED), None, 10**7, "the limit")
-    assert law.evaluate is None
-    assert law.train.limits.cached == 100
-    assert law.total == law.train.total
-    assert "evaluate" not in law.sentence()
+    budget = plan_memory(reading(HUNDRED), None, 10**7, "the limit")
+    assert budget.evaluate is None
+    assert budget.train.limits.cached == 100
+    assert budget.total == budget.train.total
+    assert "evaluate" not in budget.sentence()
 
 
 @pytest.mark.parametrize(
@@ -199,18 +195,18 @@ def test_without_an_evaluation_training_has_all():
     ],
 )
 def test_short_memory_means_fewer_loaders_then_less_ahead(short_by, kept, evaluate, ahead, threads):
-    law = plan_for(6_471_000 - short_by)
-    assert (law.train.kept, law.evaluate.kept) == (kept, evaluate)
-    assert (law.train.limits.ahead, law.train.limits.threads) == (ahead, threads)
-    assert (law.evaluate.limits.ahead, law.evaluate.limits.threads) == (ahead, threads)
-    assert law.total <= 6_471_000 - short_by
+    budget = plan_for(6_471_000 - short_by)
+    assert (budget.train.kept, budget.evaluate.kept) == (kept, evaluate)
+    assert (budget.train.limits.ahead, budget.train.limits.threads) == (ahead, threads)
+    assert (budget.evaluate.limits.ahead, budget.evaluate.limits.threads) == (ahead, threads)
+    assert budget.total <= 6_471_000 - short_by
 
 
 def test_too_little_memory_is_refused_with_the_arithmetic():
     least = (9 * 1_000 + 1_280_000 + 4_000) + (2 * 1_000 + 1_280_000 + 4_000)
-    law = plan_for(least)
-    assert law.total == least
-    assert (law.train.limits.cached, law.evaluate.limits.cached) == (0, 0)
+    budget = plan_for(least)
+    assert budget.total == least
+    assert (budget.train.limits.cached, budget.evaluate.limits.cached) == (0, 0)
     with pytest.raises(OutOfMemory) as caught:
         plan_for(least - 1)
     error = caught.value
@@ -235,15 +231,15 @@ def test_a_chunk_larger_than_memory_is_refused_by_name():
         plan_memory(reading(HUNDRED), reading(samples), 49_999, "cluster.memory")
 
 
-def test_a_remote_store_is_read_further_ahead_by_more_threads():
-    samples = replace(HUNDRED, path="s3://bucket/p.zarr")
-    law = plan_memory(reading(samples), None, 10**9, "the limit")
-    assert (law.train.limits.ahead, law.train.limits.threads) == (8, 8)
+def test_a_store_whose_requests_take_long_is_read_further_ahead_by_more_threads():
+    samples = replace(HUNDRED, store=StoreFacts(is_local=False, read_ahead=True))
+    budget = plan_memory(reading(samples), None, 10**9, "the limit")
+    assert (budget.train.limits.ahead, budget.train.limits.threads) == (8, 8)
 
 
 def test_a_plan_of_few_units_counts_each_at_most_twice():
-    law = reading(HUNDRED, units=3).law(kept=1, ahead=9, threads=1)
-    assert (law.open, law.moving) == (3, 6)
+    budget = reading(HUNDRED, units=3).budget(kept=1, ahead=9, threads=1)
+    assert (budget.open, budget.moving) == (3, 6)
 
 
 def test_a_static_variable_that_patches_cut_is_a_part_of_every_sample(write_store, tmp_path):
@@ -272,7 +268,7 @@ KINDS = {
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("cached", [0, 3, 40])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_loader_allocates_no_more_than_the_law_says(write_store, tmp_path, kind, cached, shuffle):
+def test_a_loader_allocates_no_more_than_the_budget_says(write_store, tmp_path, kind, cached, shuffle):
     arrays = {
         "v0": {"dims": ("n", "y", "x"), "values": np.zeros((200, 5, 3), "float32"), "chunks": (4, 5, 3)},
         "raw": {"dims": ("n", "y"), "values": np.zeros((200, 5), "uint8"), "chunks": (4, 5)},
@@ -292,9 +288,9 @@ def test_a_loader_allocates_no_more_than_the_law_says(write_store, tmp_path, kin
     reader = remembering(samples)
     for batch in (30, 5000):
         of = Reading(samples=samples, plan=plan, loaders=1, units=len(part.units), batch_size=batch, shuffle=shuffle)
-        law = of.law(kept=1, ahead=2, threads=2)
-        limits = replace(law.limits, cached=min(cached, len(part.units)))
-        law = replace(law, limits=limits)
+        budget = of.budget(kept=1, ahead=2, threads=2)
+        limits = replace(budget.limits, cached=min(cached, len(part.units)))
+        budget = replace(budget, limits=limits)
         made = []
 
         def allocate(shape, dtype, made=made):
@@ -315,6 +311,6 @@ def test_a_loader_allocates_no_more_than_the_law_says(write_store, tmp_path, kin
             loader.take()
         arenas = sum(arena.nbytes for arena in loader._slots.arenas.values())
         loader.close()
-        assert arenas <= (law.moving + limits.cached) * law.unit
+        assert arenas <= (budget.moving + limits.cached) * budget.unit
         padding = 4 * limits.buffers * 33 * 64  # for each batch of each field, to an aligned address
-        assert sum(made) <= law.buffers + padding
+        assert sum(made) <= budget.buffers + padding

@@ -19,7 +19,7 @@ MASK = 2**64 - 1
 PART, ROW = 2, 3  # what a hash is drawn for; written out here because the order hangs on the numbers
 
 sizes = st.lists(st.integers(1, 7), min_size=1, max_size=25)
-windows = st.integers(1, 10)
+mixed = st.integers(1, 10)
 shuffles = st.booleans()
 together = st.sampled_from([1, 5, 20, 8192])
 keys = st.fixed_dictionaries({"seed": st.integers(0, 2**63), "replica": st.integers(0, 9), "epoch": st.integers(0, 9)})
@@ -36,14 +36,14 @@ def hash_by_hand(*numbers):
     return state
 
 
-def pass_by_hand(sizes, window, seed, replica, epoch):
+def pass_by_hand(sizes, mixed_units, seed, replica, epoch):
     """The whole of a shuffled pass as [(part, row)]: place every row, then sort once."""
     name = (seed, replica, epoch)
     parts = sorted(range(len(sizes)), key=lambda part: hash_by_hand(*name, PART, part))
     placed = []
     for rank, part in enumerate(parts):
-        # the window of `window` parts around the middle of this one, in half parts, cut off at the ends of the pass
-        low, high = max(0, 2 * rank + 1 - window), min(2 * len(sizes), 2 * rank + 1 + window)
+        # the mixing window around the middle of this part, in half parts, clipped to the pass
+        low, high = max(0, 2 * rank + 1 - mixed_units), min(2 * len(sizes), 2 * rank + 1 + mixed_units)
         for row in range(sizes[part]):
             draw = hash_by_hand(*name, ROW, part, row) >> 24
             placed.append(((low << 40) + draw * (high - low), rank, row, part))
@@ -54,8 +54,8 @@ def walk(sizes, **options):
     return list(epoch_order(np.array(sizes), **options))
 
 
-def rows_of(blocks):
-    return [pair for block in blocks for pair in zip(block.part.tolist(), block.row.tolist(), strict=True)]
+def rows_of(runs):
+    return [pair for run in runs for pair in zip(run.part.tolist(), run.row.tolist(), strict=True)]
 
 
 # The hash ---------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def test_the_order_never_changes():
         assert int(hash64(*case["keys"])) == int(case["hash"], 16)
     for case in golden["orders"]:
         expected = list(zip(case.pop("parts"), case.pop("rows"), strict=True))
-        assert rows_of(walk(**case)) == expected
+        assert rows_of(walk(mixed_units=case.pop("window"), **case)) == expected
 
 
 def test_the_golden_file_was_not_written_by_what_it_tests():
@@ -110,71 +110,73 @@ def test_the_golden_file_was_not_written_by_what_it_tests():
     for case in golden["orders"]:
         expected = list(zip(case.pop("parts"), case.pop("rows"), strict=True))
         assert case.pop("shuffle")
-        assert pass_by_hand(**case) == expected
+        assert pass_by_hand(mixed_units=case.pop("window"), **case) == expected
 
 
-@given(sizes, windows, keys, together)
-def test_a_shuffled_pass_is_the_rows_sorted_by_their_places(sizes, window, keys, together):
+@given(sizes, mixed, keys, together)
+def test_a_shuffled_pass_is_the_rows_sorted_by_their_places(sizes, mixed_units, keys, together):
     with mock.patch.object(order, "ORDERED_ROWS", together):
-        assert rows_of(walk(sizes, window=window, shuffle=True, **keys)) == pass_by_hand(sizes, window, **keys)
+        assert rows_of(walk(sizes, mixed_units=mixed_units, shuffle=True, **keys)) == pass_by_hand(
+            sizes, mixed_units, **keys
+        )
 
 
-@given(sizes, windows, keys)
-def test_without_shuffle_parts_and_rows_come_as_stored(sizes, window, keys):
+@given(sizes, mixed, keys)
+def test_without_shuffle_parts_and_rows_come_as_stored(sizes, mixed_units, keys):
     expected = [(part, row) for part, size in enumerate(sizes) for row in range(size)]
-    assert rows_of(walk(sizes, window=window, shuffle=False, **keys)) == expected
+    assert rows_of(walk(sizes, mixed_units=mixed_units, shuffle=False, **keys)) == expected
 
 
-@given(st.lists(st.integers(1, 100), min_size=1, max_size=60), windows, shuffles, keys)
-def test_each_row_comes_exactly_once_a_pass(sizes, window, shuffle, keys):
-    rows = rows_of(walk(sizes, window=window, shuffle=shuffle, **keys))
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=60), mixed, shuffles, keys)
+def test_each_row_comes_exactly_once_a_pass(sizes, mixed_units, shuffle, keys):
+    rows = rows_of(walk(sizes, mixed_units=mixed_units, shuffle=shuffle, **keys))
     assert sorted(rows) == [(part, row) for part, size in enumerate(sizes) for row in range(size)]
 
 
-@given(sizes, windows, shuffles, keys, together)
-def test_the_order_from_any_position_is_the_rest_of_the_pass(sizes, window, shuffle, keys, together):
-    whole = rows_of(walk(sizes, window=window, shuffle=shuffle, **keys))
+@given(sizes, mixed, shuffles, keys, together)
+def test_the_order_from_any_position_is_the_rest_of_the_pass(sizes, mixed_units, shuffle, keys, together):
+    whole = rows_of(walk(sizes, mixed_units=mixed_units, shuffle=shuffle, **keys))
     for position in range(len(whole) + 3):
         with mock.patch.object(order, "ORDERED_ROWS", together):
-            rest = walk(sizes, window=window, shuffle=shuffle, position=position, **keys)
+            rest = walk(sizes, mixed_units=mixed_units, shuffle=shuffle, position=position, **keys)
         assert rows_of(rest) == whole[position:]
         seen = set()
-        for block in rest:
-            new = set(block.part.tolist()) - seen
-            assert set(block.opens) == new
-            assert len(block.opens) == len(new)
+        for run in rest:
+            new = set(run.part.tolist()) - seen
+            assert set(run.opens) == new
+            assert len(run.opens) == len(new)
             seen |= new
 
 
-@given(sizes, windows, shuffles, keys, st.floats(0, 1))
-def test_at_most_window_parts_are_open_and_closed_ones_stay_closed(sizes, window, shuffle, keys, share):
+@given(sizes, mixed, shuffles, keys, st.floats(0, 1))
+def test_at_most_mixed_units_parts_are_open_and_closed_ones_stay_closed(sizes, mixed_units, shuffle, keys, share):
     position = int(share * sum(sizes))
     opened, closed = set(), set()
-    for block in walk(sizes, window=window, shuffle=shuffle, position=position, **keys):
-        used = set(block.part.tolist())
+    for run in walk(sizes, mixed_units=mixed_units, shuffle=shuffle, position=position, **keys):
+        used = set(run.part.tolist())
         assert not used & closed
         opened |= used
-        assert len(opened) <= (window if shuffle else 1)
-        if block.closed >= 0:
-            assert block.closed not in closed
-            closed.add(block.closed)
-            opened.discard(block.closed)
+        assert len(opened) <= (mixed_units if shuffle else 1)
+        if run.closed >= 0:
+            assert run.closed not in closed
+            closed.add(run.closed)
+            opened.discard(run.closed)
 
 
-@given(sizes, windows, keys)
-def test_a_row_moves_by_less_than_the_window(sizes, window, keys):
+@given(sizes, mixed, keys)
+def test_a_row_moves_by_less_than_the_mixing_window(sizes, mixed_units, keys):
     name = (keys["seed"], keys["replica"], keys["epoch"])
     parts = sorted(range(len(sizes)), key=lambda part: hash_by_hand(*name, PART, part))
     rank = {part: i for i, part in enumerate(parts)}
     starts = np.concatenate([[0], np.cumsum([sizes[part] for part in parts])])
-    for position, (part, _) in enumerate(rows_of(walk(sizes, window=window, shuffle=True, **keys))):
-        first, last = max(0, rank[part] + 1 - window), min(len(sizes), rank[part] + window)
+    for position, (part, _) in enumerate(rows_of(walk(sizes, mixed_units=mixed_units, shuffle=True, **keys))):
+        first, last = max(0, rank[part] + 1 - mixed_units), min(len(sizes), rank[part] + mixed_units)
         assert starts[first] <= position < starts[last]
 
 
-def test_rows_spread_evenly_over_the_window():
-    sizes, window = [100] * 50, 9
-    rows = rows_of(walk(sizes, window=window, shuffle=True, seed=3, replica=0, epoch=0))
+def test_rows_spread_evenly_over_the_mixing_window():
+    sizes, mixed_units = [100] * 50, 9
+    rows = rows_of(walk(sizes, mixed_units=mixed_units, shuffle=True, seed=3, replica=0, epoch=0))
     parts = permutation(50, 3, 0, 0, PART).tolist()
     moved = np.array([i / 100 - (parts.index(part) + 0.5) for i, (part, _) in enumerate(rows)])
     inner = moved[1000:-1000]  # uniform over (-4.5, 4.5) away from the ends: variance 81 / 12
@@ -188,34 +190,34 @@ def test_rows_spread_evenly_over_the_window():
 )
 def test_rows_are_sorted_by_place_and_stay_in_order_where_places_are_the_same(places, low):
     places = np.array(places, np.int64) + low
-    found = order._stable_order(places)
-    assert found.dtype == np.int64
-    assert found.tolist() == sorted(range(len(places)), key=lambda i: places[i])
+    indices = order._stable_order(places)
+    assert indices.dtype == np.int64
+    assert indices.tolist() == sorted(range(len(places)), key=lambda i: places[i])
 
 
-@pytest.mark.parametrize("window", [3, (1 << 14) - 1, 1 << 14, 1 << 15, 70_000])
-def test_each_step_of_a_wide_window_emits_the_rows_of_its_own_places(window):
+@pytest.mark.parametrize("mixed_units", [3, (1 << 14) - 1, 1 << 14, 1 << 15, 70_000])
+def test_each_step_of_a_wide_mixing_window_emits_the_rows_of_its_own_places(mixed_units):
     count, rank, rows = 80_000, 40_000, 300
-    (part,) = order._open(np.arange(count), np.full(count, rows), range(rank, rank + 1), window, hash64(1))
+    (part,) = order._open(np.arange(count), np.full(count, rows), range(rank, rank + 1), mixed_units, hash64(1))
     assert sorted(part.rows.tolist()) == list(range(rows))
-    low, high = max(0, 2 * rank + 1 - window), min(2 * count, 2 * rank + 1 + window)
+    low, high = max(0, 2 * rank + 1 - mixed_units), min(2 * count, 2 * rank + 1 + mixed_units)
     draws = hash64(np.arange(rows), start=hash64(part.part, start=hash64(1))) >> np.uint64(24)
     by_hand = [(low << 40) + int(draw) * (high - low) for draw in draws]
     assert part.places.tolist() == [by_hand[row] for row in part.rows]
-    steps = range(rank, min(count, rank + window))
+    steps = range(rank, min(count, rank + mixed_units))
     cuts = [*steps[:: max(1, len(steps) // 20)], count]
     for begin, end in itertools.pairwise(cuts):
-        first = 0 if begin == rank else (2 * begin + 1 - window) << 40
-        after = part.places.max() + 1 if end == count else (2 * end + 1 - window) << 40
+        first = 0 if begin == rank else (2 * begin + 1 - mixed_units) << 40
+        after = part.places.max() + 1 if end == count else (2 * end + 1 - mixed_units) << 40
         expected = [row for row, place in enumerate(by_hand) if first <= place < after]
-        assert sorted(part.rows[part.of(begin, end)].tolist()) == expected
+        assert sorted(part.rows[part.emitted(begin, end)].tolist()) == expected
 
 
 def test_passes_differ_between_epochs_replicas_and_seeds():
     sizes = [4] * 12
     names = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1, 1), (1, 1, 0), (1, 0, 1), (1, 1, 1)]
     passes = {
-        tuple(rows_of(walk(sizes, window=3, shuffle=True, seed=seed, replica=replica, epoch=epoch)))
+        tuple(rows_of(walk(sizes, mixed_units=3, shuffle=True, seed=seed, replica=replica, epoch=epoch)))
         for seed, replica, epoch in names
     }
     assert len(passes) == len(names)
@@ -226,21 +228,21 @@ def test_seeking_does_not_walk_the_pass(monkeypatch, shuffle):
     placed = []
     opened = order._Opened
     monkeypatch.setattr(order, "_Opened", lambda *args: placed.append(args[0]) or opened(*args))
-    sizes, window = np.full(20_000, 5), 8
-    blocks = epoch_order(sizes, window=window, shuffle=shuffle, seed=0, replica=0, epoch=0, position=50_000)
-    first = next(block for block in blocks if len(block.part))
+    sizes, mixed_units = np.full(20_000, 5), 8
+    runs = epoch_order(sizes, mixed_units=mixed_units, shuffle=shuffle, seed=0, replica=0, epoch=0, position=50_000)
+    first = next(run for run in runs if len(run.part))
     assert len(first.part) > 0
-    assert len(placed) <= window + 64
+    assert len(placed) <= mixed_units + 64
     assert (len(placed) > 0) == shuffle
 
 
-def test_a_window_of_one_opens_one_part_after_the_other():
-    rows = rows_of(walk([3, 1, 5, 2], window=1, shuffle=True, seed=7, replica=0, epoch=0))
+def test_a_mixing_window_of_one_opens_one_part_after_the_other():
+    rows = rows_of(walk([3, 1, 5, 2], mixed_units=1, shuffle=True, seed=7, replica=0, epoch=0))
     parts = [part for part, _ in rows]
     changes = sum(a != b for a, b in itertools.pairwise(parts))
     assert changes == 3
 
 
-def test_a_window_beyond_the_pass_shuffles_all_of_it():
-    rows = rows_of(walk([50] * 4, window=10, shuffle=True, seed=1, replica=0, epoch=0))
+def test_a_mixing_window_beyond_the_pass_shuffles_all_of_it():
+    rows = rows_of(walk([50] * 4, mixed_units=10, shuffle=True, seed=1, replica=0, epoch=0))
     assert all({part for part, _ in rows[start : start + 50]} == {0, 1, 2, 3} for start in (0, 50, 100, 150))

@@ -1,0 +1,59 @@
+"""Which chunks and shards a selection touches, and which part of each."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dtrain.data.plan.grid import Chunk, chunks_of
+
+
+@st.composite
+def selected(draw):
+    """Draw (shape, sizes of chunks, selection) of up to three dimensions; no selection is empty."""
+    shape, sizes, select = [], [], []
+    for _ in range(draw(st.integers(0, 3))):
+        n = draw(st.integers(1, 11))
+        start = draw(st.integers(0, n - 1))
+        shape.append(n)
+        sizes.append(draw(st.integers(1, n + 2)))
+        select.append((start, draw(st.integers(start + 1, n)), draw(st.integers(1, n + 1))))
+    return tuple(shape), tuple(sizes), tuple(select)
+
+
+@given(selected())
+def test_chunks_put_together_are_the_selection(drawn):
+    shape, sizes, select = drawn
+    array = np.arange(math.prod(shape)).reshape(shape)
+    grid = tuple(-(-n // size) for n, size in zip(shape, sizes, strict=True))
+    padded = np.full(tuple(count * size for count, size in zip(grid, sizes, strict=True)), -1)
+    padded[tuple(slice(n) for n in shape)] = array
+    taken = np.zeros(padded.shape, bool)
+    taken[tuple(slice(*part) for part in select)] = True
+    expected = array[tuple(slice(*part) for part in select)]
+    out, written = np.full(expected.shape, -1), np.zeros(expected.shape, int)
+    places = []
+    for chunk in chunks_of(sizes, select):
+        where = tuple(slice(p * size, (p + 1) * size) for p, size in zip(chunk.place, sizes, strict=True))
+        out[chunk.target] = padded[where][chunk.source]
+        written[chunk.target] += 1
+        assert written[chunk.target].size
+        assert chunk.whole == taken[where].all()
+        places.append(chunk.place)
+    np.testing.assert_array_equal(out, expected)
+    assert (written == 1).all()
+    assert places == sorted(set(places))
+
+
+def test_a_chunk_says_which_part_of_it_goes_where():
+    assert list(chunks_of((4, 3), ((3, 9, 1), (1, 6, 2)))) == [
+        Chunk((0, 0), (slice(3, 4, 1), slice(1, 3, 2)), (slice(0, 1), slice(0, 1)), False),
+        Chunk((0, 1), (slice(3, 4, 1), slice(0, 3, 2)), (slice(0, 1), slice(1, 3)), False),
+        Chunk((1, 0), (slice(0, 4, 1), slice(1, 3, 2)), (slice(1, 5), slice(0, 1)), False),
+        Chunk((1, 1), (slice(0, 4, 1), slice(0, 3, 2)), (slice(1, 5), slice(1, 3)), False),
+        Chunk((2, 0), (slice(0, 1, 1), slice(1, 3, 2)), (slice(5, 6), slice(0, 1)), False),
+        Chunk((2, 1), (slice(0, 1, 1), slice(0, 3, 2)), (slice(5, 6), slice(1, 3)), False),
+    ]
