@@ -505,9 +505,9 @@ def test_plans_of_several_stores_are_numbered_through():
         plan_data(make_samples(90, 5, val=0.2), replicas=1, seed=0, eval_pieces=3),
     )
     joint = JointPlan(plans)
-    assert (joint.replicas, joint.stores()) == (3, (0, 0, 1))
+    assert (joint.replicas, joint.stores) == (3, (0, 0, 1))
     expected = [*train_partitions(plans[0]), *train_partitions(plans[1])]
-    assert [samples_of(p) for p in joint.partitions()] == [samples_of(p) for p in expected]
+    assert [samples_of(p) for p in joint.partitions] == [samples_of(p) for p in expected]
     pieces = joint.pieces("val")
     assert [store for store, _ in pieces] == [0, 0, 1, 1, 1]
     assert [samples_of(p) for _, p in pieces] == [samples_of(p) for plan in plans for p in eval_partitions(plan, "val")]
