@@ -23,6 +23,13 @@ settings.register_profile("dtrain", deadline=None, max_examples=60, derandomize=
 settings.load_profile("dtrain")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if {"cluster", "client"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.alone)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _ctrl_c_arrives() -> None:
     # a shell starts background jobs with SIGINT ignored, and children inherit that

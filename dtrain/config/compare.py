@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dtrain.config.schema import TrainConfig
-from dtrain.config.values import REDACTED, flat_values
+from dtrain.config.values import REDACTED, Plain, flat_values
 
 SECRET = re.compile(r"key|secret|token|passw|auth|cookie|credential|signature|connection_string", re.IGNORECASE)
 
@@ -29,7 +29,7 @@ def _redacted(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def differences(old: TrainConfig, new: TrainConfig) -> list[tuple[str, Any, Any]]:
+def differences(old: TrainConfig, new: TrainConfig) -> list[tuple[str, Plain, Plain]]:
     """Return ``(key, old value, new value)`` for every key whose value differs."""
     before, after = dict(flat_values(old)), dict(flat_values(new))
     keys = list(dict.fromkeys([*before, *after]))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.config.schema import TrainConfig, check_plain
-from dtrain.config.values import value_of
+from dtrain.config.values import Plain, Tables, value_of
 from dtrain.errors import ConfigFileNotFound, InvalidConfig, UsageError
 
 REQUIRED = ("model", "data.path", "data.inputs", "data.targets", "train.loss")
@@ -47,7 +47,7 @@ def load_config(path: str | Path, settings: tuple[str, ...] = ()) -> TrainConfig
     return config
 
 
-def read_tables(path: str | Path) -> dict[str, Any]:
+def read_tables(path: str | Path) -> Tables:
     """Return the nested tables of a config file; the schema is not checked.
 
     Raises
@@ -98,7 +98,7 @@ def _parse(suffix: str, text: str) -> Any:
     return tomllib.loads(text)
 
 
-def with_setting(tables: dict[str, Any], setting: str) -> dict[str, Any]:
+def with_setting(tables: Tables, setting: str) -> Tables:
     """Return tables with one ``key=value`` setting applied."""
     key, equals, text = setting.partition("=")
     key = key.strip()
@@ -110,15 +110,16 @@ def with_setting(tables: dict[str, Any], setting: str) -> dict[str, Any]:
     return _replaced(tables, key.split("."), value, key)
 
 
-def _toml_value(text: str) -> Any:
+def _toml_value(text: str) -> Plain:
     """Return a value in TOML syntax; a bare word is a string."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value: Plain = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    return value
 
 
-def _replaced(tables: dict[str, Any], parts: list[str], value: Any, key: str) -> dict[str, Any]:
+def _replaced(tables: Tables, parts: list[str], value: Plain, key: str) -> Tables:
     head, *rest = parts
     if not rest:
         return {**tables, head: value}

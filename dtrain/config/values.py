@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from datetime import date, time
+from typing import Any, TypeAlias
 
 from pydantic import BaseModel, ByteSize, ConfigDict, TypeAdapter, ValidationError
 
 from dtrain.errors import InvalidConfig
 
+Plain: TypeAlias = "str | int | float | bool | date | time | list[Plain] | dict[str, Plain] | None"
+"""A value that a config file can hold."""
+Tables: TypeAlias = dict[str, Plain]
+"""Nested tables of keys."""
+
 REDACTED = "***"
 """Shown in place of a secret."""
 
-PLAIN: TypeAdapter[Any] = TypeAdapter(Any, config=ConfigDict(ser_json_inf_nan="constants"))
+TO_PLAIN: TypeAdapter[Any] = TypeAdapter(Any, config=ConfigDict(ser_json_inf_nan="constants"))
 
 
 def value_of(config: BaseModel, key: str) -> Any:
@@ -23,14 +29,14 @@ def value_of(config: BaseModel, key: str) -> Any:
     return value
 
 
-def flat_values(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat_values(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Plain]]:
     """Yield every dotted key and its value in plain types, in the order of the schema."""
     for name in type(config).model_fields:
         value = getattr(config, name)
         if isinstance(value, BaseModel):
             yield from flat_values(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", PLAIN.dump_python(value, mode="json")
+            yield f"{prefix}{name}", TO_PLAIN.dump_python(value, mode="json")
 
 
 def cache_bytes(text: str) -> int:

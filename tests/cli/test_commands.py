@@ -87,6 +87,7 @@ def test_help_imports_little_more_than_typer():
     assert len(more) < 40
 
 
+@pytest.mark.alone
 def test_help_takes_a_few_starts_of_python(script):
     def seconds(call):
         times = []

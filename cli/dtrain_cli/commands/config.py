@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,7 @@ from dtrain_cli.output import result
 
 if TYPE_CHECKING:
     from dtrain.config.schema import TrainConfig
+    from dtrain.config.values import Plain, Tables
 
 ORDER = 60
 app = typer.Typer(name="config", help="Show configurations.", no_args_is_help=True)
@@ -57,7 +58,7 @@ def _read(source: str, settings: tuple[str, ...]) -> tuple[TrainConfig, set[str]
     return load_run(find_run(source)).config, set()
 
 
-def _keys(tables: dict[str, Any], prefix: str = "") -> list[str]:
+def _keys(tables: Tables, prefix: str = "") -> list[str]:
     keys = []
     for name, value in tables.items():
         keys.append(f"{prefix}{name}")
@@ -66,7 +67,7 @@ def _keys(tables: dict[str, Any], prefix: str = "") -> list[str]:
     return keys
 
 
-def _origin(key: str, value: Any, given: set[str], by_hand: set[str]) -> str:
+def _origin(key: str, value: Plain, given: set[str], by_hand: set[str]) -> str:
     if any(key == name or name.startswith(f"{key}.") or key.startswith(f"{name}.") for name in by_hand):
         return "--set"
     if key in given:
@@ -79,7 +80,7 @@ def _origin(key: str, value: Any, given: set[str], by_hand: set[str]) -> str:
     return "auto: resolved when the run starts" if value == "auto" else "default"
 
 
-def _text(values: dict[str, Any], origins: dict[str, str]) -> str:
+def _text(values: Tables, origins: dict[str, str]) -> str:
     """Return a line ``key = value  # origin`` for each key; values of usual length are aligned."""
     lines = {key: f"{key} = {json.dumps(value)}" for key, value in values.items()}
     width = max(len(lines[key]) for key, value in values.items() if len(json.dumps(value)) < 40)
