@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import xarray as xr
 import zarr
 
 from dtrain.data.paths import single_array
-from dtrain.data.read.codecs import ArrayLike
 from dtrain.data.read.open import any_group, unreadable_metadata
 from dtrain.data.read.retry import settle
+from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import ReadStore
 from dtrain.errors import (
     DtrainError,
@@ -158,7 +157,7 @@ def _without_dimensions(arrays: Mapping[str, ArrayLike], path: str, names: tuple
     return unnamed
 
 
-def _has_dimensions(array: Any) -> bool:
+def _has_dimensions(array: ArrayLike) -> bool:
     if not array.ndim and array.metadata.zarr_format == 3:
         return True
     if array.metadata.zarr_format == 3 and getattr(array.metadata, "dimension_names", None) is not None:

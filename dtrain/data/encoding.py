@@ -7,12 +7,13 @@ file alone, and need not import xarray.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+Array: TypeAlias = npt.NDArray[Any]
+DType: TypeAlias = np.dtype[Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,12 +59,12 @@ def is_missing(values: Array, encoding: Encoding) -> Array:
     return found
 
 
-def _as_stored(value: float, dtype: np.dtype[Any]) -> Any:
-    """Return a mark as the dtype holds it; None if it cannot, and no value is marked."""
+def _as_stored(value: float, dtype: DType) -> Array | None:
+    """Cast a mark to the dtype; None if it cannot be represented, and no value is marked."""
     if dtype.kind not in "iu":
-        return np.asarray(value, dtype)[()]
+        return np.asarray(value, dtype)
     info = np.iinfo(dtype)
-    return dtype.type(int(value)) if info.min <= value <= info.max and value == int(value) else None
+    return np.asarray(int(value), dtype) if info.min <= value <= info.max and value == int(value) else None
 
 
 @dataclass(frozen=True, slots=True)

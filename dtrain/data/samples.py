@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from dtrain.config import DataConfig, Offsets, Slice
-from dtrain.data.encoding import Encoding
+from dtrain.data.encoding import DType, Encoding
 
 Select: TypeAlias = tuple[tuple[int, int, int], ...]
 """Start, stop and step along each dimension of a stored array; never empty."""
@@ -105,18 +105,18 @@ class Variable:
         return 0 if self.is_static else math.prod(self.row_shape) * self.kept_dtype.itemsize
 
     @property
-    def kept_dtype(self) -> np.dtype[Any]:
+    def kept_dtype(self) -> DType:
         """Dtype in memory: the stored one in native byte order; float64 becomes float32, which the model sees."""
         stored = np.dtype(self.dtype).newbyteorder("=")
         return np.dtype(np.float32) if stored.kind == "f" and stored.itemsize > 4 and not self.encoding else stored
 
     @property
-    def decoded_dtype(self) -> np.dtype[Any]:
+    def decoded_dtype(self) -> DType:
         """Dtype of unpacked values."""
         return np.dtype(self.encoding.dtype if self.encoding else self.dtype)
 
     @property
-    def model_dtype(self) -> np.dtype[Any]:
+    def model_dtype(self) -> DType:
         """Dtype that the model sees: float32 for floats, int64 for integers and bools."""
         return np.dtype(np.float32 if self.decoded_dtype.kind == "f" else np.int64)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import EllipsisType
 
 from dtrain.data.samples import Select, Variable
 
@@ -24,7 +24,7 @@ class Chunk:
     """True if all of the chunk is selected, each value once."""
 
     @property
-    def where(self) -> Any:
+    def where(self) -> tuple[slice | EllipsisType, ...]:
         """`target` as an index that gives a view, also of an array without dimensions."""
         return (*self.target, ...)
 

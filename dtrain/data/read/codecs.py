@@ -9,14 +9,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 from numcodecs.blosc import Blosc
 from numcodecs.zstd import Zstd
 
-from dtrain.data.read.shards import crc32c, shard_layout
+from dtrain.data.read.shards import ArrayLike, crc32c, shard_layout
 from dtrain.data.samples import ChunkFormat
 
-ArrayLike: TypeAlias = "zarr.Array[Any]"  # older versions of zarr cannot be subscripted
 Stage: TypeAlias = Callable[[memoryview], memoryview]
 """Undoes one codec."""
 

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from dtrain.data.encoding import is_missing
-from dtrain.data.read.codecs import TRUNCATED, ArrayLike
+from dtrain.data.encoding import Array, is_missing
+from dtrain.data.read.codecs import TRUNCATED
 from dtrain.data.read.local import Version
+from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import key_of
 from dtrain.data.samples import Samples, Select, Variable
 from dtrain.errors import ChunkMissing, ChunkUndecodable, DataChanged, NonFiniteData, one_line
-
-Array = npt.NDArray[Any]
 
 DAMAGED_INDEX = "its index is truncated or damaged"
 
@@ -163,7 +160,7 @@ class Faults:
         axes = list(variable.row_axes) if variable.is_static else [variable.sample_axis, *variable.row_axes]
         for axis, index in zip(axes, place, strict=True):
             where[axis] = range(*select[axis])[index]
-        array: Any = self._arrays[variable.name]
+        array = self._arrays[variable.name]
         value = np.asarray(array[tuple(where)])  # as stored: in memory it may be a float32
         key = key_of(array, tuple(i // size for i, size in zip(where, variable.objects, strict=True)))
         is_mark = variable.encoding is not None and bool(is_missing(_as_marked(variable, value), variable.encoding))

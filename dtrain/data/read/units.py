@@ -5,11 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from dtrain.data.encoding import Array
 from dtrain.data.plan.readers import choose_readers
 from dtrain.data.plan.units import Box, box_selection, box_shape, box_slices
 from dtrain.data.read.faults import Faults, rows_text
@@ -19,8 +18,6 @@ from dtrain.data.read.rows import ChunkReader
 from dtrain.data.read.zarr import ZarrReader, ZarrsReader, best_settings, open_with_zarrs
 from dtrain.data.samples import Samples, Select, Variable
 from dtrain.errors import InvalidConfig, OutOfMemory
-
-Array = npt.NDArray[Any]
 
 
 class UnitReader:

@@ -8,27 +8,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import zarr
 from zarr.core import codec_pipeline
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore, StorePath
 
+from dtrain.data.encoding import Array
 from dtrain.data.plan.grid import shards_of
 from dtrain.data.plan.readers import MIN_DENSITY
-from dtrain.data.read.codecs import ArrayLike, ends_in_blosc, is_truncated_blosc
+from dtrain.data.read.codecs import ends_in_blosc, is_truncated_blosc
 from dtrain.data.read.faults import DAMAGED_INDEX, Faults, Observation
 from dtrain.data.read.local import read_part
 from dtrain.data.read.rows import as_stored
-from dtrain.data.read.shards import ShardLayout, dense_run, missing_chunks, shard_layout
+from dtrain.data.read.shards import ArrayLike, ShardLayout, dense_run, missing_chunks, shard_layout
 from dtrain.data.read.store import ReadStore, key_of, objects_of
 from dtrain.data.samples import Samples, Select, Variable
 from dtrain.errors import ChunkUndecodable, DtrainError, one_line
 
-Array = npt.NDArray[Any]
 _OPENING = threading.Lock()  # zarr's configuration belongs to the whole process
 
 
@@ -134,7 +132,7 @@ def _new_buffer(size: int) -> memoryview:
     return memoryview(bytearray(size))
 
 
-def decode(array: Any, variable: Variable, select: Select, out: Array) -> None:
+def decode(array: ArrayLike, variable: Variable, select: Select, out: Array) -> None:
     """Read a selection by an array's own codecs."""
     key = tuple(slice(*part) for part in select)
     lengths = tuple(len(range(*part)) for part in select)  # with the dropped dimensions, of one place each
@@ -215,7 +213,7 @@ def _dense_parts(store: ReadStore, selection: _Selection) -> dict[str, tuple[int
 @contextmanager
 def best_settings(samples: Samples) -> Iterator[None]:
     """Open arrays meanwhile with the settings with which a newer zarr reads faster, and says what is missing."""
-    settings: dict[str, Any] = {}
+    settings: dict[str, str | int] = {}
     if hasattr(codec_pipeline, "FusedCodecPipeline") and samples.store.is_local:
         # zarr 3.3: decodes in the thread that reads; the loader has threads of its own
         settings["codec_pipeline.path"] = "zarr.core.codec_pipeline.FusedCodecPipeline"
