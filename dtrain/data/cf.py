@@ -19,7 +19,7 @@ CF_ATTRIBUTES = ("scale_factor", "add_offset", "_FillValue", "missing_value", "_
 
 
 def encoding_of(name: str, attributes: Attributes, dtype: DType, *, zarr_format: int) -> Encoding | None:
-    """Return how a variable is packed; None if values are what they are stored as.
+    """Return how a variable is packed; None if values are stored unpacked.
 
     Parameters
     ----------

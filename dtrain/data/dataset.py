@@ -101,7 +101,7 @@ def _open_group(store: ReadStore, name: str) -> zarr.Group:
             f'data.group = "{name}": no such group in {store.path}{did_you_mean(name, known)}',
             f"It has {', '.join(known) or 'no groups'}.",
         )
-    return any_group(store, name)  # not from what the root has consolidated: that may be old
+    return any_group(store, name)  # not from the root's consolidated metadata: they may be old
 
 
 def _arrays_of(store: ReadStore, group: zarr.Group, names: tuple[str, ...]) -> tuple[dict[str, ArrayLike], list[str]]:

@@ -1,7 +1,7 @@
-"""From what is stored to what the model sees: CF packing and missing values, then normalisation.
+"""Decode stored values for the model: CF packing and missing values, then normalisation.
 
-xarray says at the start which dtype a packed variable decodes to (`dtrain.data.source`); workers decode by this
-file alone, and need not import xarray.
+xarray says once which dtype a packed variable decodes to (`dtrain.data.cf`). Workers decode by this file alone, and
+need not import xarray.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class Encoding:
     """How a variable is packed, after the CF conventions (section 8.1 and 2.5.1)."""
 
     dtype: str
-    """What values are decoded to, before they become the model's."""
+    """Dtype of decoded values, before they are cast for the model."""
     scale: float | None = None
     offset: float | None = None
     missing: tuple[float, ...] = ()
-    """Stored values that stand for a missing one; they decode to NaN."""
+    """Stored values that mark a missing value; they decode to NaN."""
     unsigned: str = ""
-    """The unsigned (or signed) dtype that stored integers are to be read as."""
+    """Dtype with other signs as which stored integers are read; empty for the stored dtype."""
 
 
 def unpack(values: Array, encoding: Encoding | None) -> Array:
@@ -47,16 +47,23 @@ def unpack(values: Array, encoding: Encoding | None) -> Array:
 
 
 def is_missing(values: Array, encoding: Encoding) -> Array:
-    """Return where stored values stand for a missing one; values are as `unpack` compares them."""
-    found = np.zeros(values.shape, bool)
+    """Return where stored values mark a missing value.
+
+    Parameters
+    ----------
+    values : array
+        Stored values; with ``encoding.unsigned``, viewed as that dtype.
+    encoding : Encoding
+    """
+    missing = np.zeros(values.shape, bool)
     for value in encoding.missing:
         if value != value:
-            found |= np.isnan(values)
+            missing |= np.isnan(values)
         elif values.dtype.kind in "iu" and values.dtype.itemsize == 8:
-            found |= values.astype(np.float64) == float(value)  # as xarray compares them
+            missing |= values.astype(np.float64) == float(value)  # as xarray compares them
         elif (mark := _as_stored(value, values.dtype)) is not None:
-            found |= values == mark
-    return found
+            missing |= values == mark
+    return missing
 
 
 def _as_stored(value: float, dtype: DType) -> Array | None:
@@ -72,7 +79,7 @@ class Scaling:
     """Mean and standard deviation by which a variable is standardised."""
 
     mean: tuple[float, ...]
-    """Of each entry of the channel axis; of all values together, one."""
+    """Mean of each entry of the channel axis, or a single mean of all values."""
     std: tuple[float, ...]
     axis: int | None
     """The channel axis among a row's axes; None: one mean for all."""

@@ -68,9 +68,9 @@ class Variable:
     dtype: str
     """Stored dtype, for example ``float64``."""
     chunks: tuple[int, ...]
-    """Shape of what is decoded at once; of a sharded array, its inner chunks."""
+    """Shape of a chunk: it is decoded at once. A sharded array has inner chunks."""
     objects: tuple[int, ...]
-    """Shape of what is stored at once: a shard if the array is sharded, else a chunk. Ownership follows it."""
+    """Shape of a stored object: a shard if the array is sharded, else a chunk. Ownership follows objects."""
     sample_axis: int
     """-1 if the variable has no sample dimension: then it is the same for all samples."""
     checksums: bool
@@ -206,7 +206,7 @@ class Samples:
     tiles: tuple[Tile, ...] = (Tile(()),)
     """The patches that every row is cut into; a single tile of everything if rows are not cut."""
     store: StoreFacts = StoreFacts()
-    """Decides how the store is read, never what is read; not part of the fingerprint."""
+    """They decide how the store is read, and change no bit; not part of the fingerprint."""
 
     @property
     def row_bytes(self) -> int:
@@ -322,7 +322,7 @@ class Samples:
 
 
 def _hashed_variable(v: Variable) -> dict[str, Any]:
-    """Return what the fingerprint covers of a variable, in the order of the first version, with its two empty texts."""
+    """Return the fields of a variable that the fingerprint covers: those of the first version, in their order."""
     packing = v.encoding
     return {
         "name": v.name,

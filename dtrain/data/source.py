@@ -114,7 +114,7 @@ def _check_names(store: ReadStore, dataset: xr.Dataset, group: zarr.Group, names
     for name in names:
         if name not in dataset.variables:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what is no array
+                warnings.simplefilter("ignore")  # about files that are no arrays
                 known = sorted(str(key) for key, _ in group.arrays())
             raise UnknownVariable(
                 f'{store.path}: variable "{name}" not found{did_you_mean(name, known)}',

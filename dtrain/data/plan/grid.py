@@ -69,7 +69,7 @@ def chunks_of(sizes: tuple[int, ...], select: Select) -> Iterator[Chunk]:
 
 
 def shards_of(variable: Variable, select: Select) -> Iterator[ShardPart]:
-    """Yield what a selection touches of each shard, in C order."""
+    """Yield the selected part of each shard that a selection touches, in C order."""
     chunks = touched(variable.chunks, select)
     counts = [shard // size for shard, size in zip(variable.objects, variable.chunks, strict=True)]
     total = [-(-n // size) for n, size in zip(variable.shape, variable.chunks, strict=True)]

@@ -1,4 +1,4 @@
-"""Codecs of stored chunks: their names as facts of an array, how numcodecs undoes them, and what their headers say."""
+"""Codecs of stored chunks: their names as facts of an array, their decoders, and the sizes in their headers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRUNCATED = "the file is truncated"
 
 
 class Undecodable(Exception):
-    """A stored chunk is not what its array's codecs write; the message says why."""
+    """A stored chunk cannot be decoded by its array's codecs; the message says why."""
 
 
 # Facts of an array --------------------------------------------------------------------------------------

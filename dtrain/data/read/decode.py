@@ -61,7 +61,7 @@ class Decoder:
             return
         decoded = np.frombuffer(scratch(self.nbytes), np.uint8, self.nbytes)
         self._decode(stored, decoded)
-        with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32 becomes infinite: found later
+        with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32 becomes infinite: checked later
             target[...] = decoded.view(self.dtype).reshape(self.chunks)[chunk.source]
 
     def fill_in(self, chunk: Chunk, out: Array) -> None:

@@ -1,6 +1,6 @@
 """Faults of stored objects: missing, truncated, undecodable, modified, not finite. The one place for their sentences.
 
-Readers report what they observe; `Faults` decides what of it is a fault, and raises it by the name of the chunk.
+Readers report observations; `Faults` decides which of them are faults, and raises an error that names the chunk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DAMAGED_INDEX = "its index is truncated or damaged"
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What a reader has seen of a stored object."""
+    """A stored object, as a reader has seen it."""
 
     place: tuple[int, ...]
     """In the grid of the array's stored objects."""
@@ -35,7 +35,7 @@ class Observation:
 
 
 class Faults:
-    """Decides what is wrong with the stored objects of some samples. Threads may share it.
+    """Decides which stored objects of some samples are at fault. Threads may share it.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ class Faults:
         return self._samples.config.missing != "fill"
 
     def check(self, variable: Variable, observations: Sequence[Observation]) -> None:
-        """Raise the first fault among what has been observed while a selection was read.
+        """Raise the first fault among the observations made while a selection was read.
 
         Raises
         ------

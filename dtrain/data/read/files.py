@@ -153,7 +153,7 @@ class FilesReader:
         return key_of(self._arrays[variable.name], place)
 
     def _scratch(self, name: str) -> Scratch:
-        """Return what gives the scratch buffer of that name of the calling thread: the same memory each time."""
+        """Return a function that gives the calling thread's scratch buffer of that name: the same memory each time."""
 
         def give(size: int) -> memoryview:
             memory: bytearray = getattr(self._buffers, name, bytearray())

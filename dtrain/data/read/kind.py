@@ -14,7 +14,7 @@ from dtrain.data.samples import StoreFacts
 from dtrain.errors import DataNotFound, DtrainError, NotZarr
 
 StorageOptions: TypeAlias = Mapping[str, Any]
-"""``data.storage_options``: fsspec and the packages behind it say what they are."""
+"""``data.storage_options``, as fsspec and the packages behind it define them."""
 
 NO_OPTIONS: StorageOptions = MappingProxyType({})
 
@@ -48,7 +48,7 @@ class StoreKind:
     matches: Callable[[str], bool]
     """True for the paths and URLs of this kind."""
     open: Callable[[str, StorageOptions], Store]
-    """Opens a store, given its located path and ``data.storage_options``; what it returns is ready to be read.
+    """Opens a store, given its located path and ``data.storage_options``; the returned store can be read at once.
 
     Raises InvalidConfig if the path or the options cannot be used. The store's own methods raise StoreForbidden or
     StoreUnavailable where a server refuses or fails, and return None for an object that is not there.

@@ -57,7 +57,9 @@ def open_group(path: str, group: str = "", storage_options: StorageOptions = NO_
 
 
 def open_arrays(samples: Samples) -> tuple[ReadStore, dict[str, ArrayLike]]:
-    """Open the store of samples and the arrays of their variables, from documents that have been read before if any.
+    """Open the store of samples and the arrays of their variables.
+
+    Metadata documents that this process has read before are used again, if they have not changed.
 
     Raises
     ------
@@ -70,7 +72,7 @@ def open_arrays(samples: Samples) -> tuple[ReadStore, dict[str, ArrayLike]]:
     store = open_store(samples.path, config.storage_options)
     remembered = _REMEMBERED.get(_identity(samples.path, config.storage_options))
     if remembered is not None and _is_unchanged(store, remembered):
-        store.documents = remembered
+        store.documents = remembered.copy()
     group = group_in(store, config.group)
     arrays = {v.name: array_in(group, samples.path, v.name) for v in samples.variables}
     remember(store, config.storage_options, config.group, arrays)
@@ -165,8 +167,9 @@ def _identity(path: str, storage_options: StorageOptions) -> tuple[str, str]:
 def _is_unchanged(store: ReadStore, documents: Documents) -> bool:
     """Return True if documents may be used again.
 
-    Size and time of a file say if it has been modified. The root document of another store is requested again: the
-    server then says that the store is still there and gives access to it.
+    Size and time of a file say if it has been modified. Of another store the root document alone is requested again:
+    then the server still gives access to the same store. An array that was replaced below an unchanged root is read
+    as the samples describe it, and its chunks are checked as always.
     """
     if store.facts.is_local:
         return documents.unchanged_files(store.version)

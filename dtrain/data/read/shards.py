@@ -147,7 +147,7 @@ def missing_chunks(part: ShardPart, index: Index) -> Iterator[tuple[int, ...]]:
 def runs_of(
     index: Index, wanted: Iterable[Chunk], origin: tuple[int, ...], density: float
 ) -> list[tuple[int, int, list[Chunk]]]:
-    """Return what to read of a shard: first byte, the byte after the last, and the chunks that lie between.
+    """Return the runs of bytes to read from a shard: first byte, the byte after the last, and the chunks between.
 
     Chunks are read together if they make up the share `density` of the bytes from the first to the last of them.
 

@@ -1,7 +1,7 @@
-"""A store while it is read: it counts requests, remembers metadata and indices of shards, and notes what is wrong.
+"""A store while it is read: it counts requests, remembers metadata and indices of shards, and notes absent objects.
 
-Zarr gives the fill value for an object that is not there, and decodes some truncated objects without a word.
-`ReadStore` sees every object pass, so that no object is requested twice to know better.
+Zarr gives the fill value for an object that is not there, and decodes some truncated objects without an error.
+`ReadStore` sees every object pass and notes both, so that no object has to be requested a second time.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class ReadStore(WrapperStore[Store]):
     ) -> Sequence[tuple[int, Buffer | None]]:
         """Return the same without the event loop: zarr 3.4 asks a local store so.
 
-        Its own would read what lies between two parts too, up to 1 MiB; `holding` has read together what is dense.
+        zarr's own would also read up to 1 MiB between two parts; `holding` has read dense parts together.
         """
         return [(i, self.get_sync(key, prototype=prototype, byte_range=part)) for i, part in enumerate(byte_ranges)]
 

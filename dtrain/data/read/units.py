@@ -1,4 +1,4 @@
-"""Read units: choose a reader for each variable, read what the anchors of a box need, and check the values."""
+"""Read units: choose a reader for each variable, read the rows that the anchors of a box need, check the values."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class UnitReader:
         return {name: (box.start + self.samples.reach(name)[0], values) for name, values in rows.items()}
 
     def read_into(self, box: Box, out: Mapping[str, Array]) -> int:
-        """Fill, by variable, the first rows of ``out[name]`` with what the anchors of a box need.
+        """Fill, by variable, the first rows of ``out[name]`` with the rows that the anchors of a box need.
 
         Returns the number of decoded bytes, without those of preloaded variables.
 
@@ -109,11 +109,10 @@ class UnitReader:
             if variable in self.samples.preloaded:
                 first = start - self.samples.first_row
                 rows[...] = self._preload(variable)[(slice(first, first + len(rows)), *box_slices(variable, box))]
-                self._check(variable, select, rows)
             else:
                 self._fill(variable, select, rows)
-                self._check(variable, select, rows)
                 decoded += rows.nbytes
+            self._check(variable, select, rows)
         return decoded
 
     def _preload(self, variable: Variable) -> Array:

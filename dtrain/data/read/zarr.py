@@ -48,7 +48,7 @@ class ZarrReader:
     Parameters
     ----------
     store : ReadStore
-        It sees the objects pass, and notes what is absent or truncated.
+        It sees the objects pass, and notes which are absent or truncated.
     arrays : mapping of str to zarr.Array
         By variable, opened in `store`.
     faults : Faults
@@ -70,7 +70,7 @@ class ZarrReader:
         _check_inner_chunks(self._store, selection, self._faults)
 
     def _observe(self, selection: _Selection) -> list[Observation]:
-        """Return what the store has noted of the objects."""
+        """Return what the store has noted about the objects."""
         store = self._store
         return [
             Observation(place, key, store.is_absent(key), store.is_truncated(key), store.version(key))
@@ -141,7 +141,7 @@ def decode(array: ArrayLike, variable: Variable, select: Select, out: Array) -> 
         array.get_basic_selection(key, out=target)
         return
     values = np.asarray(array[key]).reshape(lengths)
-    with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32 becomes infinite: found later
+    with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32 becomes infinite: checked later
         as_stored(variable, select, out)[...] = values
 
 
@@ -150,7 +150,7 @@ def decode(array: ArrayLike, variable: Variable, select: Select, out: Array) -> 
 
 @contextmanager
 def _named(selection: _Selection, faults: Faults, observe: Callable[[], list[Observation]]) -> Iterator[None]:
-    """Raise what is wrong with the objects of a selection that is read meanwhile, by name."""
+    """Name the object at fault, if reading a selection in this context fails or an observation is a fault."""
     try:
         yield
     except (DtrainError, MemoryError):
@@ -212,7 +212,7 @@ def _dense_parts(store: ReadStore, selection: _Selection) -> dict[str, tuple[int
 
 @contextmanager
 def best_settings(samples: Samples) -> Iterator[None]:
-    """Open arrays meanwhile with the settings with which a newer zarr reads faster, and says what is missing."""
+    """Set, for arrays opened in this context, that a newer zarr reads faster and reports missing chunks."""
     settings: dict[str, str | int] = {}
     if hasattr(codec_pipeline, "FusedCodecPipeline") and samples.store.is_local:
         # zarr 3.3: decodes in the thread that reads; the loader has threads of its own
