@@ -32,7 +32,7 @@ _OPENING = threading.Lock()  # zarr's configuration belongs to the whole process
 
 @dataclass(frozen=True, slots=True)
 class _Selection:
-    """What is read at once, and the stored objects that hold it."""
+    """A selection that is read at once, and the stored objects that hold it."""
 
     array: ArrayLike
     layout: ShardLayout | None
@@ -107,7 +107,7 @@ class ZarrsReader:
         _check_inner_chunks(self._store, selection, self._faults)
 
     def _look_at(self, variable: Variable, key: str) -> tuple[bool, bool]:
-        """Return if a file is absent, and if it is truncated in a way that zarrs does not notice."""
+        """Return two flags: the file is absent; it is truncated in a way that zarrs does not notice."""
         version = self._store.version(key)
         if version is None:
             return True, False
