@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import xarray as xr
 
-from dtrain.data.encoding import Encoding
+from dtrain.data.encoding import DType, Encoding
 from dtrain.errors import UnsuitableVariable
+
+Attributes: TypeAlias = Mapping[Any, Any]
+"""Undecoded, as xarray gives them."""
 
 CF_ATTRIBUTES = ("scale_factor", "add_offset", "_FillValue", "missing_value", "_Unsigned")
 
 
-def encoding_of(name: str, attributes: Mapping[Any, Any], dtype: np.dtype[Any], *, zarr_format: int) -> Encoding | None:
-    """Return how a variable is packed; None if values are what they are stored as.
+def encoding_of(name: str, attributes: Attributes, dtype: DType, *, zarr_format: int) -> Encoding | None:
+    """Return how a variable is packed; None if values are stored unpacked.
 
     Parameters
     ----------
@@ -51,14 +54,14 @@ def encoding_of(name: str, attributes: Mapping[Any, Any], dtype: np.dtype[Any], 
     return Encoding(dtype=decoded, scale=scale, offset=offset, missing=missing, unsigned=unsigned)
 
 
-def float_encoding(dtype: np.dtype[Any]) -> Encoding | None:
+def float_encoding(dtype: DType) -> Encoding | None:
     """Return how integers become the floats that can be standardised; in memory they stay as they are stored."""
     if dtype.kind == "f":
         return None
     return Encoding(dtype="float32" if dtype.itemsize <= 2 else "float64")
 
 
-def _decoded_dtype(name: str, attributes: dict[str, Any], dtype: np.dtype[Any]) -> str:
+def _decoded_dtype(name: str, attributes: Attributes, dtype: DType) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of several fill values; all are missing
         decoded = xr.conventions.decode_cf_variable(
@@ -67,13 +70,13 @@ def _decoded_dtype(name: str, attributes: dict[str, Any], dtype: np.dtype[Any]) 
     return str(decoded.dtype)
 
 
-def _other_signs(attributes: dict[str, Any], dtype: np.dtype[Any]) -> str:
+def _other_signs(attributes: Attributes, dtype: DType) -> str:
     """Return the dtype with other signs that stored integers are meant to have; empty if they have the right ones."""
     kind = {"true": "u", "false": "i"}.get(str(attributes.get("_Unsigned", "")).lower(), dtype.kind)
     return f"{kind}{dtype.itemsize}" if dtype.kind in "iu" and kind != dtype.kind else ""
 
 
-def _marks(attributes: dict[str, Any], dtype: np.dtype[Any], unsigned: str) -> tuple[float, ...]:
+def _marks(attributes: Attributes, dtype: DType, unsigned: str) -> tuple[float, ...]:
     """Return the stored values that mark a missing one."""
     fill, missing = (_numbers(attributes.get(key)) for key in ("_FillValue", "missing_value"))
     if unsigned:  # the fill value is meant as it is stored, with other signs
@@ -83,7 +86,7 @@ def _marks(attributes: dict[str, Any], dtype: np.dtype[Any], unsigned: str) -> t
     return tuple(dict.fromkeys([*fill, *missing]))
 
 
-def _numbers(value: Any) -> list[Any]:
+def _numbers(value: Any) -> list[float]:
     numbers = [] if value is None else np.atleast_1d(np.asarray(value)).tolist()
     return [v if isinstance(v, int) else float(v) for v in numbers]  # float64 does not hold all int64
 

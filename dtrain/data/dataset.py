@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import xarray as xr
 import zarr
 
 from dtrain.data.paths import single_array
-from dtrain.data.read.codecs import ArrayLike
 from dtrain.data.read.open import any_group, unreadable_metadata
 from dtrain.data.read.retry import settle
+from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import ReadStore
 from dtrain.errors import DtrainError, InvalidConfig, LengthsDiffer, NotZarr, UnsuitableVariable, did_you_mean, one_line
 
@@ -94,7 +93,7 @@ def _open_group(store: ReadStore, name: str) -> zarr.Group:
             f'data.group = "{name}": no such group in {store.path}{did_you_mean(name, known)}',
             f"It has {', '.join(known) or 'no groups'}.",
         )
-    return any_group(store, name)  # not from what the root has consolidated: that may be old
+    return any_group(store, name)  # not from the root's consolidated metadata: they may be old
 
 
 def _arrays_of(store: ReadStore, group: zarr.Group, names: tuple[str, ...]) -> tuple[dict[str, ArrayLike], list[str]]:
@@ -150,7 +149,7 @@ def _without_dimensions(arrays: Mapping[str, ArrayLike], path: str, names: tuple
     return unnamed
 
 
-def _has_dimensions(array: Any) -> bool:
+def _has_dimensions(array: ArrayLike) -> bool:
     if not array.ndim and array.metadata.zarr_format == 3:
         return True
     if array.metadata.zarr_format == 3 and getattr(array.metadata, "dimension_names", None) is not None:

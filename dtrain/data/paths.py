@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from dtrain.data.read.kind import METADATA_FILES
+from dtrain.data.read.kind import METADATA_FILES, NO_OPTIONS, StorageOptions
 from dtrain.data.read.open import kind_of, open_store
 from dtrain.data.read.store import ReadStore
 from dtrain.errors import NotZarr
@@ -14,7 +12,7 @@ from dtrain.errors import NotZarr
 NAME_THE_GROUP = "Give the path of the group that it lies in, and its name in data.inputs or data.targets."
 
 
-def locate(path: str, base: Path, storage_options: Mapping[str, Any] = {}) -> ReadStore:
+def locate(path: str, base: Path, storage_options: StorageOptions = NO_OPTIONS) -> ReadStore:
     """Open the store at a path or URL; a relative path is relative to `base`.
 
     Returns

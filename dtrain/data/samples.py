@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from dtrain.config.schema import DataConfig, Offsets, Slice
-from dtrain.data.encoding import Encoding
+from dtrain.data.encoding import DType, Encoding
 from dtrain.display import html_table
 
 Select: TypeAlias = tuple[tuple[int, int, int], ...]
@@ -68,9 +68,9 @@ class Variable:
     dtype: str
     """Stored dtype, for example ``float64``."""
     chunks: tuple[int, ...]
-    """Shape of what is decoded at once; of a sharded array, its inner chunks."""
+    """Shape of a chunk: it is decoded at once. A sharded array has inner chunks."""
     objects: tuple[int, ...]
-    """Shape of what is stored at once: a shard if the array is sharded, else a chunk. Ownership follows it."""
+    """Shape of a stored object: a shard if the array is sharded, else a chunk. Ownership follows objects."""
     sample_axis: int
     """-1 if the variable has no sample dimension: then it is the same for all samples."""
     checksums: bool
@@ -105,18 +105,18 @@ class Variable:
         return 0 if self.is_static else math.prod(self.row_shape) * self.kept_dtype.itemsize
 
     @property
-    def kept_dtype(self) -> np.dtype[Any]:
+    def kept_dtype(self) -> DType:
         """Dtype in memory: the stored one in native byte order; float64 becomes float32, which the model sees."""
         stored = np.dtype(self.dtype).newbyteorder("=")
         return np.dtype(np.float32) if stored.kind == "f" and stored.itemsize > 4 and not self.encoding else stored
 
     @property
-    def decoded_dtype(self) -> np.dtype[Any]:
+    def decoded_dtype(self) -> DType:
         """Dtype of unpacked values."""
         return np.dtype(self.encoding.dtype if self.encoding else self.dtype)
 
     @property
-    def model_dtype(self) -> np.dtype[Any]:
+    def model_dtype(self) -> DType:
         """Dtype that the model sees: float32 for floats, int64 for integers and bools."""
         return np.dtype(np.float32 if self.decoded_dtype.kind == "f" else np.int64)
 
@@ -206,7 +206,7 @@ class Samples:
     tiles: tuple[Tile, ...] = (Tile(()),)
     """The patches that every row is cut into; a single tile of everything if rows are not cut."""
     store: StoreFacts = StoreFacts()
-    """Decides how the store is read, never what is read; not part of the fingerprint."""
+    """They decide how the store is read, and change no bit; not part of the fingerprint."""
 
     @property
     def row_bytes(self) -> int:
@@ -318,7 +318,7 @@ class Samples:
 
 
 def _hashed_variable(v: Variable) -> dict[str, Any]:
-    """Return what the fingerprint covers of a variable, in the order of the first version, with its two empty texts."""
+    """Return the fields of a variable that the fingerprint covers: those of the first version, in their order."""
     packing = v.encoding
     return {
         "name": v.name,

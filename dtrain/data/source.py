@@ -17,8 +17,9 @@ from dtrain.config.schema import DataConfig
 from dtrain.data.cf import encoding_of, float_encoding
 from dtrain.data.dataset import open_dataset
 from dtrain.data.paths import locate
-from dtrain.data.read.codecs import ArrayLike, chunk_format, has_checksums
-from dtrain.data.read.open import remember
+from dtrain.data.read.codecs import chunk_format, has_checksums
+from dtrain.data.read.open import array_in, remember
+from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import ReadStore
 from dtrain.data.samples import Samples, Variable
 from dtrain.data.selection import Selected, sample_dim, select_dims, tiles
@@ -83,7 +84,9 @@ def describe(config: DataConfig, base: Path) -> Samples:
     along = sample_dim(config, dims)
     selected = select_dims(config, sizes, along)
     variables = tuple(
-        _variable(dataset[name], _array(group, name), along, selected, standardised=name in config.normalize)
+        _variable(
+            dataset[name], array_in(group, store.path, name), along, selected, standardised=name in config.normalize
+        )
         for name in names
     )
     first, stop = _rows(store.path, variables, along, selected)
@@ -111,7 +114,7 @@ def _check_names(store: ReadStore, dataset: xr.Dataset, group: zarr.Group, names
     for name in names:
         if name not in dataset.variables:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what is no array
+                warnings.simplefilter("ignore")  # about files that are no arrays
                 known = sorted(str(key) for key, _ in group.arrays())
             raise UnknownVariable(
                 f'{store.path}: variable "{name}" not found{did_you_mean(name, known)}',
@@ -119,10 +122,6 @@ def _check_names(store: ReadStore, dataset: xr.Dataset, group: zarr.Group, names
                 if known or store.facts.can_list
                 else "The server lists no variables: consolidate the metadata (zarr.consolidate_metadata) to see them.",
             )
-
-
-def _array(group: zarr.Group, name: str) -> Any:
-    return group[name]
 
 
 def _rows(path: str, variables: tuple[Variable, ...], sample_dim: str, selected: Selected) -> tuple[int, int]:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dtrain.data.samples import ChunkFormat, Samples, StoreFacts, Variable
+from dtrain.data.plan.partition import plan_data
+from dtrain.data.plan.summary import describe_plan
+from dtrain.data.samples import ChunkFormat, Samples, StoreFacts, Variable, common_rows
 from dtrain.data.source import open_samples
-from tests.data.helpers import make_samples
+from tests.data.helpers import make_samples, variable
 
 
 @pytest.fixture
@@ -74,3 +79,45 @@ def test_samples_travel_as_plain_values(small):
     again = pickle.loads(pickle.dumps(samples))
     assert again == samples
     assert (again.store, again.fingerprint) == (StoreFacts(), samples.fingerprint)
+
+
+# Rows that are cut together, and variables that are preloaded --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "common"),
+    [([5], 5), ([6, 4], 12), ([4, 4], 4), ([2, 8], 8), ([100, 7], 100), ([10, 4], 20), ([10, 7], 10), ([3, 4, 6], 12)],
+)
+def test_common_rows(rows, common):
+    assert common_rows(rows) == common
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=3))
+def test_common_rows_is_a_multiple_of_all_unless_that_is_too_long(rows):
+    multiple = next(n for n in range(1, 50**3 + 1) if all(n % row == 0 for row in rows))
+    assert common_rows(rows) == (multiple if multiple <= 4 * max(rows) else max(rows))
+
+
+@pytest.mark.parametrize(
+    ("object_rows", "widths", "preloaded"),
+    [
+        ([10, 1000], [100, 1], ["v1"]),  # all labels in one chunk beside small images
+        ([10, 10], [100, 1], []),
+        ([10, 5], [100, 1], []),  # its objects fit into those of the large one
+        ([10, 1000], [10, 1], []),  # not small
+        ([10, 20], [100, 1], ["v1"]),
+        ([1000, 1000], [100, 1], []),
+    ],
+)
+def test_small_variables_in_long_chunks_are_preloaded(object_rows, widths, preloaded):
+    variables = tuple(
+        variable(f"v{i}", 1000, rows, row=(width,))
+        for i, (rows, width) in enumerate(zip(object_rows, widths, strict=True))
+    )
+    samples = replace(make_samples(1000, *object_rows), variables=variables)
+    assert [v.name for v in samples.preloaded] == preloaded
+    assert [v.name for v in samples.streamed] == [v.name for v in variables if v.name not in preloaded]
+    plan = plan_data(samples, replicas=1, seed=0)
+    if preloaded:
+        assert plan.unit_rows == 10  # as if it were not there
+        assert describe_plan(samples, plan)["read_amplification"] == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import EllipsisType
 
 from dtrain.data.samples import Select, Variable
 
@@ -24,7 +24,7 @@ class Chunk:
     """True if all of the chunk is selected, each value once."""
 
     @property
-    def where(self) -> Any:
+    def where(self) -> tuple[slice | EllipsisType, ...]:
         """`target` as an index that gives a view, also of an array without dimensions."""
         return (*self.target, ...)
 
@@ -69,7 +69,7 @@ def chunks_of(sizes: tuple[int, ...], select: Select) -> Iterator[Chunk]:
 
 
 def shards_of(variable: Variable, select: Select) -> Iterator[ShardPart]:
-    """Yield what a selection touches of each shard, in C order."""
+    """Yield the selected part of each shard that a selection touches, in C order."""
     chunks = touched(variable.chunks, select)
     counts = [shard // size for shard, size in zip(variable.objects, variable.chunks, strict=True)]
     total = [-(-n // size) for n, size in zip(variable.shape, variable.chunks, strict=True)]

@@ -2,7 +2,7 @@
 
     slots     (B open + R ahead + C cached) units     for each replica, and for each piece of an evaluation
     buffers   a few groups of batches                 likewise
-    scratch   what decoding one unit needs            for each read thread, and the assembler
+    scratch   memory to decode one unit               for each read thread, and the assembler
 
 How much memory a worker has changes its speed only: how many units and how many loaders it keeps.
 """
@@ -168,7 +168,7 @@ class Reading:
     shuffle: bool
 
     def budget(self, kept: int, ahead: int, threads: int) -> LoaderBudget:
-        """Return what `kept` loaders of it need."""
+        """Return the budget of `kept` loaders."""
         samples, plan = self.samples, self.plan
         batch = self.batch_size * sample_bytes(samples)
         buffers = 2 if batch > LARGE_BATCH_BYTES else BUFFERS

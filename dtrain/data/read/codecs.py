@@ -1,4 +1,4 @@
-"""Codecs of stored chunks: their names as facts of an array, how numcodecs undoes them, and what their headers say."""
+"""Codecs of stored chunks: their names as facts of an array, their decoders, and the sizes in their headers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 from numcodecs.blosc import Blosc
 from numcodecs.zstd import Zstd
 
-from dtrain.data.read.shards import crc32c, shard_layout
+from dtrain.data.read.shards import ArrayLike, crc32c, shard_layout
 from dtrain.data.samples import ChunkFormat
 
-ArrayLike: TypeAlias = "zarr.Array[Any]"  # older versions of zarr cannot be subscripted
 Stage: TypeAlias = Callable[[memoryview], memoryview]
 """Undoes one codec."""
 
@@ -27,7 +25,7 @@ TRUNCATED = "the file is truncated"
 
 
 class Undecodable(Exception):
-    """A stored chunk is not what its array's codecs write; the message says why."""
+    """A stored chunk cannot be decoded by its array's codecs; the message says why."""
 
 
 # Facts of an array --------------------------------------------------------------------------------------

@@ -8,17 +8,16 @@ oldest Python, this file, `dtrain.data.read.files` and the stages of `dtrain.dat
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dtrain.data.encoding import Array
 from dtrain.data.plan.grid import Chunk
-from dtrain.data.read.codecs import INTO, STAGES, ArrayLike, Undecodable, check_size, chunk_format, plain_name
+from dtrain.data.read.codecs import INTO, STAGES, Undecodable, check_size, chunk_format, plain_name
 from dtrain.data.read.local import Scratch
+from dtrain.data.read.shards import ArrayLike
 from dtrain.errors import one_line
-
-Array = npt.NDArray[Any]
 
 
 class Decoder:
@@ -62,7 +61,7 @@ class Decoder:
             return
         decoded = np.frombuffer(scratch(self.nbytes), np.uint8, self.nbytes)
         self._decode(stored, decoded)
-        with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32 becomes infinite: found later
+        with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32 becomes infinite: checked later
             target[...] = decoded.view(self.dtype).reshape(self.chunks)[chunk.source]
 
     def fill_in(self, chunk: Chunk, out: Array) -> None:

@@ -18,7 +18,7 @@ REMEMBERED_STORES = 16
 
 
 class Documents:
-    """What a store has answered to requests for metadata documents, also that there is none."""
+    """The answers of a store to requests for metadata documents, also that there is no such document."""
 
     def __init__(self) -> None:
         self._answers: dict[str, tuple[Buffer | None, Version | None]] = {}
@@ -37,6 +37,12 @@ class Documents:
     def put(self, key: str, document: Buffer | None, version: Version | None) -> None:
         """Remember an answer, and the version of the file before it was read, if it is one."""
         self._answers[key] = (document, version)
+
+    def copy(self) -> Documents:
+        """Return documents to which answers can be added."""
+        copied = Documents()
+        copied._answers = dict(self._answers)
+        return copied
 
     def of_nodes(self, paths: Iterable[str]) -> Documents:
         """Return the documents of some groups and arrays alone."""

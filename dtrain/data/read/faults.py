@@ -1,32 +1,29 @@
 """Faults of stored objects: missing, truncated, undecodable, modified, not finite. The one place for their sentences.
 
-Readers report what they observe; `Faults` decides what of it is a fault, and raises it by the name of the chunk.
+Readers report observations; `Faults` decides which of them are faults, and raises an error that names the chunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from dtrain.data.encoding import is_missing
-from dtrain.data.read.codecs import TRUNCATED, ArrayLike
+from dtrain.data.encoding import Array, is_missing
+from dtrain.data.read.codecs import TRUNCATED
 from dtrain.data.read.local import Version
+from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import key_of
 from dtrain.data.samples import Samples, Select, Variable
 from dtrain.errors import ChunkMissing, ChunkUndecodable, DataChanged, NonFiniteData, one_line
-
-Array = npt.NDArray[Any]
 
 DAMAGED_INDEX = "its index is truncated or damaged"
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What a reader has seen of a stored object."""
+    """A stored object, as a reader has seen it."""
 
     place: tuple[int, ...]
     """In the grid of the array's stored objects."""
@@ -38,7 +35,7 @@ class Observation:
 
 
 class Faults:
-    """Decides what is wrong with the stored objects of some samples. Threads may share it.
+    """Decides which stored objects of some samples are at fault. Threads may share it.
 
     Parameters
     ----------
@@ -64,7 +61,7 @@ class Faults:
         return self._samples.config.missing != "fill"
 
     def check(self, variable: Variable, observations: Sequence[Observation]) -> None:
-        """Raise the first fault among what has been observed while a selection was read.
+        """Raise the first fault among the observations made while a selection was read.
 
         Raises
         ------
@@ -163,7 +160,7 @@ class Faults:
         axes = list(variable.row_axes) if variable.is_static else [variable.sample_axis, *variable.row_axes]
         for axis, index in zip(axes, place, strict=True):
             where[axis] = range(*select[axis])[index]
-        array: Any = self._arrays[variable.name]
+        array = self._arrays[variable.name]
         value = np.asarray(array[tuple(where)])  # as stored: in memory it may be a float32
         key = key_of(array, tuple(i // size for i, size in zip(where, variable.objects, strict=True)))
         is_mark = variable.encoding is not None and bool(is_missing(_as_marked(variable, value), variable.encoding))

@@ -5,23 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy.typing as npt
-
+from dtrain.data.encoding import Array
 from dtrain.data.plan.grid import Chunk, ShardPart, chunks_of, shards_of
 from dtrain.data.plan.readers import MIN_DENSITY
-from dtrain.data.read.codecs import TRUNCATED, ArrayLike, Undecodable
+from dtrain.data.read.codecs import TRUNCATED, Undecodable
 from dtrain.data.read.decode import Decoder
 from dtrain.data.read.faults import DAMAGED_INDEX, Faults, chunk_missing
 from dtrain.data.read.local import Scratch, Version
 from dtrain.data.read.rows import as_stored
-from dtrain.data.read.shards import NO_CHUNK, Index, ShardLayout, entry_of, runs_of, shard_layout
+from dtrain.data.read.shards import NO_CHUNK, ArrayLike, Index, ShardLayout, entry_of, runs_of, shard_layout
 from dtrain.data.read.store import ReadStore, key_of
 from dtrain.data.samples import Select, Variable
 from dtrain.errors import ChunkUndecodable
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +153,7 @@ class FilesReader:
         return key_of(self._arrays[variable.name], place)
 
     def _scratch(self, name: str) -> Scratch:
-        """Return what gives the scratch buffer of that name of the calling thread: the same memory each time."""
+        """Return a function that gives the calling thread's scratch buffer of that name: the same memory each time."""
 
         def give(size: int) -> memoryview:
             memory: bytearray = getattr(self._buffers, name, bytearray())

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 from zarr.abc.store import Store
 
 from dtrain.data.samples import StoreFacts
 from dtrain.errors import DataNotFound, DtrainError, NotZarr
+
+StorageOptions: TypeAlias = Mapping[str, Any]
+"""``data.storage_options``, as fsspec and the packages behind it define them."""
+
+NO_OPTIONS: StorageOptions = MappingProxyType({})
 
 METADATA_FILES = ("zarr.json", ".zgroup", ".zmetadata")
 """A Zarr group has at least one of these documents."""
@@ -41,8 +47,8 @@ class StoreKind:
 
     matches: Callable[[str], bool]
     """True for the paths and URLs of this kind."""
-    open: Callable[[str, Mapping[str, Any]], Store]
-    """Opens a store, given its located path and ``data.storage_options``; what it returns is ready to be read.
+    open: Callable[[str, StorageOptions], Store]
+    """Opens a store, given its located path and ``data.storage_options``; the returned store can be read at once.
 
     Raises InvalidConfig if the path or the options cannot be used. The store's own methods raise StoreForbidden or
     StoreUnavailable where a server refuses or fails, and return None for an object that is not there.

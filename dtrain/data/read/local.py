@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 from urllib.parse import unquote
 
 from zarr.storage import LocalStore
 
-from dtrain.data.read.kind import StoreKind, local_path
+from dtrain.data.read.kind import StorageOptions, StoreKind, local_path
 from dtrain.data.samples import StoreFacts
 
 Version: TypeAlias = tuple[int, int]
@@ -60,7 +60,7 @@ def _matches(path: str) -> bool:
     return path.startswith("file://") or "://" not in path
 
 
-def _open(path: str, storage_options: Mapping[str, Any]) -> DirectoryStore:
+def _open(path: str, storage_options: StorageOptions) -> DirectoryStore:
     return DirectoryStore(path, read_only=True)
 
 

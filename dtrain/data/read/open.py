@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import zarr
 from zarr.abc.store import Store
 
-from dtrain.data.read.codecs import ArrayLike
 from dtrain.data.read.documents import REMEMBERED_STORES, Documents
-from dtrain.data.read.kind import StoreKind
+from dtrain.data.read.kind import NO_OPTIONS, StorageOptions, StoreKind
 from dtrain.data.read.local import DIRECTORY
 from dtrain.data.read.remote import FSSPEC, HTTP
+from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import ReadStore
 from dtrain.data.samples import Samples
 from dtrain.errors import DataNotFound, DtrainError, NotZarr, one_line
@@ -37,7 +36,7 @@ def kind_of(path: str) -> StoreKind:
     return next(kind for kind in KINDS if kind.matches(path))
 
 
-def open_store(path: str, storage_options: Mapping[str, Any] = {}) -> ReadStore:
+def open_store(path: str, storage_options: StorageOptions = NO_OPTIONS) -> ReadStore:
     """Open a store, given its located path or URL, without any metadata that this process remembers.
 
     Raises
@@ -52,13 +51,15 @@ def open_store(path: str, storage_options: Mapping[str, Any] = {}) -> ReadStore:
 # Groups and arrays --------------------------------------------------------------------------------------
 
 
-def open_group(path: str, group: str = "", storage_options: Mapping[str, Any] = {}) -> zarr.Group:
+def open_group(path: str, group: str = "", storage_options: StorageOptions = NO_OPTIONS) -> zarr.Group:
     """Open a group for reading."""
     return group_in(open_store(path, storage_options), group)
 
 
 def open_arrays(samples: Samples) -> tuple[ReadStore, dict[str, ArrayLike]]:
-    """Open the store of samples and the arrays of their variables, from documents that have been read before if any.
+    """Open the store of samples and the arrays of their variables.
+
+    Metadata documents that this process has read before are used again, if they have not changed.
 
     Raises
     ------
@@ -71,7 +72,7 @@ def open_arrays(samples: Samples) -> tuple[ReadStore, dict[str, ArrayLike]]:
     store = open_store(samples.path, config.storage_options)
     remembered = _REMEMBERED.get(_identity(samples.path, config.storage_options))
     if remembered is not None and _is_unchanged(store, remembered):
-        store.documents = remembered
+        store.documents = remembered.copy()
     group = group_in(store, config.group)
     arrays = {v.name: array_in(group, samples.path, v.name) for v in samples.variables}
     remember(store, config.storage_options, config.group, arrays)
@@ -112,7 +113,7 @@ def any_group(store: Store, name: str) -> zarr.Group:
         return zarr.open_group(store, path=name or None, mode="r", use_consolidated=False)
 
 
-def array_in(group: zarr.Group, path: str, name: str) -> Any:
+def array_in(group: zarr.Group, path: str, name: str) -> ArrayLike:
     """Open an array that has been there before.
 
     Raises
@@ -121,13 +122,16 @@ def array_in(group: zarr.Group, path: str, name: str) -> Any:
         It is not there any more, or its metadata cannot be read.
     """
     try:
-        return group[name]
+        node = group[name]
     except DtrainError:
         raise
     except KeyError:
-        raise DataNotFound(f"{path}: {name} is not there any more.", "Restore it from a copy.") from None
+        node = None
     except Exception as error:
         raise unreadable_metadata(path, name, error) from None
+    if not isinstance(node, zarr.Array):
+        raise DataNotFound(f"{path}: {name} is not there any more.", "Restore it from a copy.")
+    return node
 
 
 def unreadable_metadata(path: str, name: str, error: Exception) -> NotZarr:
@@ -143,7 +147,7 @@ _REMEMBERED: OrderedDict[tuple[str, str], Documents] = OrderedDict()
 _LOCK = threading.Lock()
 
 
-def remember(store: ReadStore, storage_options: Mapping[str, Any], group: str, names: Iterable[str]) -> None:
+def remember(store: ReadStore, storage_options: StorageOptions, group: str, names: Iterable[str]) -> None:
     """Remember the metadata documents of some arrays of a group for `open_arrays`."""
     parts = group.strip("/").split("/") if group.strip("/") else []
     groups = ["/".join(parts[:depth]) for depth in range(len(parts) + 1)]
@@ -156,15 +160,16 @@ def remember(store: ReadStore, storage_options: Mapping[str, Any], group: str, n
             _REMEMBERED.popitem(last=False)
 
 
-def _identity(path: str, storage_options: Mapping[str, Any]) -> tuple[str, str]:
+def _identity(path: str, storage_options: StorageOptions) -> tuple[str, str]:
     return path, json.dumps(storage_options, sort_keys=True, default=repr)
 
 
 def _is_unchanged(store: ReadStore, documents: Documents) -> bool:
     """Return True if documents may be used again.
 
-    Size and time of a file say if it has been modified. The root document of another store is requested again: the
-    server then says that the store is still there and gives access to it.
+    Size and time of a file say if it has been modified. Of another store the root document alone is requested again:
+    then the server still gives access to the same store. An array that was replaced below an unchanged root is read
+    as the samples describe it, and its chunks are checked as always.
     """
     if store.facts.is_local:
         return documents.unchanged_files(store.version)

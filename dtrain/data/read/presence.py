@@ -14,10 +14,9 @@ import numpy.typing as npt
 from zarr.core.sync import sync
 
 from dtrain.data.plan.grid import shards_of
-from dtrain.data.read.codecs import ArrayLike
 from dtrain.data.read.faults import chunk_missing
 from dtrain.data.read.open import open_arrays
-from dtrain.data.read.shards import missing_chunks, shard_layout
+from dtrain.data.read.shards import ArrayLike, missing_chunks, shard_layout
 from dtrain.data.read.store import ReadStore, objects_of
 from dtrain.data.samples import Samples, Variable
 from dtrain.errors import ChunkMissing, StoreForbidden

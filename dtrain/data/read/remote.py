@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from urllib.parse import urlsplit
 
 from zarr.abc.store import ByteRequest, RangeByteRequest, SuffixByteRequest
-from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.storage import FsspecStore, WrapperStore
 
 from dtrain.config.values import REDACTED
-from dtrain.data.read.kind import METADATA_FILES, StoreKind
+from dtrain.data.read.kind import METADATA_FILES, StorageOptions, StoreKind
 from dtrain.data.read.retry import Retries
 from dtrain.data.samples import StoreFacts
 from dtrain.errors import DataNotFound, DtrainError, InvalidConfig, StoreForbidden, did_you_mean, one_line
@@ -50,16 +50,16 @@ class RemoteStore(WrapperStore[FsspecStore]):
         fs: Any = self._store.fs
         await fs.set_session(refresh=True)
 
-    async def get(self, key: str, prototype: Any, byte_range: ByteRequest | None = None) -> Buffer | None:
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """Return an object or a part of it; None if there is none."""
         return await self._retries.call(key, lambda: self._request(key, prototype, byte_range))
 
-    async def _request(self, key: str, prototype: Any, byte_range: ByteRequest | None) -> Buffer | None:
+    async def _request(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None) -> Buffer | None:
         try:
             value = await self._store.get(key, prototype, byte_range)
         except Exception as error:
             if getattr(error, "status", None) == 416:  # the object ends before the range begins
-                return cast("Buffer", prototype.buffer.from_bytes(b""))
+                return prototype.buffer.from_bytes(b"")
             raise
         # a server that does not know ranges answers with the whole object
         if isinstance(byte_range, RangeByteRequest) and value and len(value) > byte_range.end - byte_range.start:
@@ -111,7 +111,7 @@ class HttpStore(RemoteStore):
                 yield name.rstrip("/")
 
 
-def _open(store_class: type[RemoteStore], path: str, storage_options: Mapping[str, Any]) -> RemoteStore:
+def _open(store_class: type[RemoteStore], path: str, storage_options: StorageOptions) -> RemoteStore:
     """Open a URL through fsspec.
 
     Raises

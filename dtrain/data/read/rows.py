@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from dtrain.data.encoding import Array
 from dtrain.data.samples import Select, Variable
-
-Array = npt.NDArray[Any]
 
 
 class ChunkReader(Protocol):

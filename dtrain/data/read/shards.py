@@ -18,12 +18,16 @@ from typing import Any, TypeAlias
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
+import zarr
 from zarr.abc.store import ByteRequest, RangeByteRequest, SuffixByteRequest
+from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from zarr.core.buffer import Buffer
+from zarr.core.metadata import ArrayV3Metadata
 
 from dtrain.data.plan.footprint import INDEX_CACHE_BYTES
 from dtrain.data.plan.grid import Chunk, ShardPart
 
+ArrayLike: TypeAlias = "zarr.Array[Any]"  # older versions of zarr cannot be subscripted
 Index: TypeAlias = npt.NDArray[np.uint64]
 """Offset and length of each chunk of a shard, uint64[*counts, 2]; both are `NO_CHUNK` where there is no chunk."""
 
@@ -90,19 +94,21 @@ class ShardLayout:
         return numbers.astype(np.uint64, copy=False).reshape(*self.counts, 2)
 
 
-def shard_layout(array: Any) -> ShardLayout | None:
-    """Return how a zarr array encodes the indices of its shards; None if it has no shards, or encodes them rarely."""
-    if array.shards is None:
+def shard_layout(array: ArrayLike) -> ShardLayout | None:
+    """Return how an array encodes the indices of its shards; None if it has no shards, or encodes them rarely."""
+    metadata = array.metadata
+    if array.shards is None or not isinstance(metadata, ArrayV3Metadata):
         return None
-    codec = array.metadata.codecs[0]
-    names = [type(inner).__name__ for inner in codec.index_codecs]
-    if names not in (["BytesCodec"], ["BytesCodec", "Crc32cCodec"]):
+    codec = metadata.codecs[0]
+    if not isinstance(codec, ShardingCodec):
         return None
-    endian = codec.index_codecs[0].endian
-    order = ">" if str(getattr(endian, "value", endian)) == "big" else "<"
+    numbers, *checksums = codec.index_codecs
+    if not isinstance(numbers, BytesCodec) or [type(other) for other in checksums] not in ([], [Crc32cCodec]):
+        return None
+    order = ">" if str(getattr(numbers.endian, "value", numbers.endian)) == "big" else "<"
     counts = tuple(shard // chunk for shard, chunk in zip(array.shards, array.chunks, strict=True))
     at_end = str(getattr(codec.index_location, "value", codec.index_location)) == "end"
-    return ShardLayout(counts, f"{order}u8", len(names) > 1, at_end)
+    return ShardLayout(counts, f"{order}u8", bool(checksums), at_end)
 
 
 def crc32c(values: memoryview) -> int:
@@ -112,8 +118,7 @@ def crc32c(values: memoryview) -> int:
 
 def view_of(buffer: Buffer) -> memoryview:
     """Return the bytes of a zarr buffer, without a copy."""
-    values: Any = buffer.as_numpy_array()
-    return memoryview(values)
+    return buffer.as_numpy_array().data
 
 
 # What to read of a shard --------------------------------------------------------------------------------
@@ -142,7 +147,7 @@ def missing_chunks(part: ShardPart, index: Index) -> Iterator[tuple[int, ...]]:
 def runs_of(
     index: Index, wanted: Iterable[Chunk], origin: tuple[int, ...], density: float
 ) -> list[tuple[int, int, list[Chunk]]]:
-    """Return what to read of a shard: first byte, the byte after the last, and the chunks that lie between.
+    """Return the runs of bytes to read from a shard: first byte, the byte after the last, and the chunks between.
 
     Chunks are read together if they make up the share `density` of the bytes from the first to the last of them.
 

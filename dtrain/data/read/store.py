@@ -1,7 +1,7 @@
-"""A store while it is read: it counts requests, remembers metadata and indices of shards, and notes what is wrong.
+"""A store while it is read: it counts requests, remembers metadata and indices of shards, and notes absent objects.
 
-Zarr gives the fill value for an object that is not there, and decodes some truncated objects without a word.
-`ReadStore` sees every object pass, so that no object is requested twice to know better.
+Zarr gives the fill value for an object that is not there, and decodes some truncated objects without an error.
+`ReadStore` sees every object pass and notes both, so that no object has to be requested a second time.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from zarr.abc.store import ByteRequest, RangeByteRequest, Store, SuffixByteRequest
-from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import WrapperStore
 
 from dtrain.data.plan.grid import touched
-from dtrain.data.read.codecs import ArrayLike, ends_in_blosc, is_truncated_blosc
+from dtrain.data.read.codecs import ends_in_blosc, is_truncated_blosc
 from dtrain.data.read.documents import Documents
 from dtrain.data.read.local import Scratch, Version, read_part, version_of
-from dtrain.data.read.shards import Index, IndexCache, ShardLayout, shard_layout, view_of
+from dtrain.data.read.shards import ArrayLike, Index, IndexCache, ShardLayout, shard_layout, view_of
 from dtrain.data.samples import Select, StoreFacts, Variable
 
 
@@ -66,7 +66,7 @@ class ReadStore(WrapperStore[Store]):
 
     # Requests of zarr ---------------------------------------------------------------------------------------
 
-    async def get(self, key: str, prototype: Any, byte_range: ByteRequest | None = None) -> Buffer | None:
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """Return an object or a part of it; None if it is not there."""
         if byte_range is None and Documents.holds(key):
             if key not in self.documents:
@@ -78,7 +78,9 @@ class ReadStore(WrapperStore[Store]):
             return held
         return self._noted(key, byte_range, await self._store.get(key, prototype, byte_range))
 
-    def get_sync(self, key: str, *, prototype: Any = None, byte_range: ByteRequest | None = None) -> Buffer | None:
+    def get_sync(
+        self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
         """Return the same without the event loop: zarr 3.3 and later ask a local store so."""
         if (held := self._held_part(key, byte_range)) is not None:
             return held
@@ -86,18 +88,18 @@ class ReadStore(WrapperStore[Store]):
         return self._noted(key, byte_range, local.get_sync(key, prototype=prototype, byte_range=byte_range))
 
     async def get_ranges(
-        self, key: str, byte_ranges: Sequence[ByteRequest | None], *, prototype: Any, **limits: Any
+        self, key: str, byte_ranges: Sequence[ByteRequest | None], *, prototype: BufferPrototype, **limits: int | None
     ) -> AsyncIterator[Sequence[tuple[int, Buffer | None]]]:
         """Yield the parts of an object, numbered: zarr 3.3 and later ask for the parts of a shard so."""
         parts = await asyncio.gather(*(self.get(key, prototype, byte_range) for byte_range in byte_ranges))
         yield list(enumerate(parts))
 
     def get_ranges_sync(
-        self, key: str, byte_ranges: Sequence[ByteRequest | None], *, prototype: Any, **limits: Any
+        self, key: str, byte_ranges: Sequence[ByteRequest | None], *, prototype: BufferPrototype, **limits: int | None
     ) -> Sequence[tuple[int, Buffer | None]]:
         """Return the same without the event loop: zarr 3.4 asks a local store so.
 
-        Its own would read what lies between two parts too, up to 1 MiB; `holding` has read together what is dense.
+        zarr's own would also read up to 1 MiB between two parts; `holding` has read dense parts together.
         """
         return [(i, self.get_sync(key, prototype=prototype, byte_range=part)) for i, part in enumerate(byte_ranges)]
 

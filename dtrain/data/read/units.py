@@ -1,15 +1,14 @@
-"""Read units: choose a reader for each variable, read what the anchors of a box need, and check the values."""
+"""Read units: choose a reader for each variable, read the rows that the anchors of a box need, check the values."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from dtrain.data.encoding import Array
 from dtrain.data.plan.readers import choose_readers
 from dtrain.data.plan.units import Box, box_selection, box_shape, box_slices
 from dtrain.data.read.faults import Faults, rows_text
@@ -19,8 +18,6 @@ from dtrain.data.read.rows import ChunkReader
 from dtrain.data.read.zarr import ZarrReader, ZarrsReader, best_settings, open_with_zarrs
 from dtrain.data.samples import Samples, Select, Variable
 from dtrain.errors import InvalidConfig, OutOfMemory
-
-Array = npt.NDArray[Any]
 
 
 class UnitReader:
@@ -94,7 +91,7 @@ class UnitReader:
         return {name: (box.start + self.samples.reach(name)[0], values) for name, values in rows.items()}
 
     def read_into(self, box: Box, out: Mapping[str, Array]) -> int:
-        """Fill, by variable, the first rows of ``out[name]`` with what the anchors of a box need.
+        """Fill, by variable, the first rows of ``out[name]`` with the rows that the anchors of a box need.
 
         Returns the number of decoded bytes, without those of preloaded variables.
 
@@ -112,11 +109,10 @@ class UnitReader:
             if variable in self.samples.preloaded:
                 first = start - self.samples.first_row
                 rows[...] = self._preload(variable)[(slice(first, first + len(rows)), *box_slices(variable, box))]
-                self._check(variable, select, rows)
             else:
                 self._fill(variable, select, rows)
-                self._check(variable, select, rows)
                 decoded += rows.nbytes
+            self._check(variable, select, rows)
         return decoded
 
     def _preload(self, variable: Variable) -> Array:

@@ -8,33 +8,31 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import zarr
 from zarr.core import codec_pipeline
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore, StorePath
 
+from dtrain.data.encoding import Array
 from dtrain.data.plan.grid import shards_of
 from dtrain.data.plan.readers import MIN_DENSITY
-from dtrain.data.read.codecs import ArrayLike, ends_in_blosc, is_truncated_blosc
+from dtrain.data.read.codecs import ends_in_blosc, is_truncated_blosc
 from dtrain.data.read.faults import DAMAGED_INDEX, Faults, Observation
 from dtrain.data.read.local import read_part
 from dtrain.data.read.rows import as_stored
-from dtrain.data.read.shards import ShardLayout, dense_run, missing_chunks, shard_layout
+from dtrain.data.read.shards import ArrayLike, ShardLayout, dense_run, missing_chunks, shard_layout
 from dtrain.data.read.store import ReadStore, key_of, objects_of
 from dtrain.data.samples import Samples, Select, Variable
 from dtrain.errors import ChunkUndecodable, DtrainError, one_line
 
-Array = npt.NDArray[Any]
 _OPENING = threading.Lock()  # zarr's configuration belongs to the whole process
 
 
 @dataclass(frozen=True, slots=True)
 class _Selection:
-    """What is read at once, and the stored objects that hold it."""
+    """A selection that is read at once, and the stored objects that hold it."""
 
     array: ArrayLike
     layout: ShardLayout | None
@@ -50,7 +48,7 @@ class ZarrReader:
     Parameters
     ----------
     store : ReadStore
-        It sees the objects pass, and notes what is absent or truncated.
+        It sees the objects pass, and notes which are absent or truncated.
     arrays : mapping of str to zarr.Array
         By variable, opened in `store`.
     faults : Faults
@@ -72,7 +70,7 @@ class ZarrReader:
         _check_inner_chunks(self._store, selection, self._faults)
 
     def _observe(self, selection: _Selection) -> list[Observation]:
-        """Return what the store has noted of the objects."""
+        """Return what the store has noted about the objects."""
         store = self._store
         return [
             Observation(place, key, store.is_absent(key), store.is_truncated(key), store.version(key))
@@ -109,7 +107,7 @@ class ZarrsReader:
         _check_inner_chunks(self._store, selection, self._faults)
 
     def _look_at(self, variable: Variable, key: str) -> tuple[bool, bool]:
-        """Return if a file is absent, and if it is truncated in a way that zarrs does not notice."""
+        """Return two flags: the file is absent; it is truncated in a way that zarrs does not notice."""
         version = self._store.version(key)
         if version is None:
             return True, False
@@ -134,7 +132,7 @@ def _new_buffer(size: int) -> memoryview:
     return memoryview(bytearray(size))
 
 
-def decode(array: Any, variable: Variable, select: Select, out: Array) -> None:
+def decode(array: ArrayLike, variable: Variable, select: Select, out: Array) -> None:
     """Read a selection by an array's own codecs."""
     key = tuple(slice(*part) for part in select)
     lengths = tuple(len(range(*part)) for part in select)  # with the dropped dimensions, of one place each
@@ -143,7 +141,7 @@ def decode(array: Any, variable: Variable, select: Select, out: Array) -> None:
         array.get_basic_selection(key, out=target)
         return
     values = np.asarray(array[key]).reshape(lengths)
-    with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32 becomes infinite: found later
+    with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32 becomes infinite: checked later
         as_stored(variable, select, out)[...] = values
 
 
@@ -152,7 +150,7 @@ def decode(array: Any, variable: Variable, select: Select, out: Array) -> None:
 
 @contextmanager
 def _named(selection: _Selection, faults: Faults, observe: Callable[[], list[Observation]]) -> Iterator[None]:
-    """Raise what is wrong with the objects of a selection that is read meanwhile, by name."""
+    """Name the object at fault, if reading a selection in this context fails or an observation is a fault."""
     try:
         yield
     except (DtrainError, MemoryError):
@@ -214,8 +212,8 @@ def _dense_parts(store: ReadStore, selection: _Selection) -> dict[str, tuple[int
 
 @contextmanager
 def best_settings(samples: Samples) -> Iterator[None]:
-    """Open arrays meanwhile with the settings with which a newer zarr reads faster, and says what is missing."""
-    settings: dict[str, Any] = {}
+    """Set, for arrays opened in this context, that a newer zarr reads faster and reports missing chunks."""
+    settings: dict[str, str | int] = {}
     if hasattr(codec_pipeline, "FusedCodecPipeline") and samples.store.is_local:
         # zarr 3.3: decodes in the thread that reads; the loader has threads of its own
         settings["codec_pipeline.path"] = "zarr.core.codec_pipeline.FusedCodecPipeline"

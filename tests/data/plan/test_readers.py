@@ -197,6 +197,24 @@ def test_without_zarrs_zarr_reads(write_store, tmp_path, monkeypatch):
         UnitReader(samples, "zarrs")
 
 
+def test_an_array_that_zarrs_refuses_when_it_is_opened_is_read_by_zarr(write_store, tmp_path, monkeypatch):
+    from zarrs import pipeline
+
+    transposed = {"filters": [TransposeCodec(order=(1, 0))], "compressors": None}
+    samples = open_all(two(write_store, tmp_path, 3, **transposed), ["v0"])
+    assert choose_readers(samples, "auto")["v0"][0] == "zarrs"
+
+    def refuse(metadata, store, *, strict):
+        raise pipeline.UnsupportedMetadataError("no such\n codec")
+
+    monkeypatch.setattr(pipeline, "get_codec_pipeline_impl", refuse)
+    reader = UnitReader(samples)
+    assert reader.readers["v0"] == ("zarr", "zarrs refuses it: no such codec")
+    np.testing.assert_array_equal(reader.read(Box(2, 7))["v0"][1], read_zarr(samples.path)[2:7])
+    with pytest.raises(InvalidConfig, match='data.reader = "zarrs" does not read v0: no such codec'):
+        UnitReader(samples, "zarrs")
+
+
 def test_opening_with_zarrs_leaves_the_settings_of_the_process_alone(write_store, tmp_path):
     before = zarr.config.get("codec_pipeline")
     UnitReader(open_all(two(write_store, tmp_path), ["v0"]), "zarrs").read(Box(0, 8))

@@ -1,11 +1,13 @@
-"""Boxes: what a read covers of each variable."""
+"""The plan as a value, and boxes: what a read covers of each variable."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 
 import pytest
 
+from dtrain.data.plan.partition import plan_data
 from dtrain.data.plan.units import Box, box_selection, box_shape, box_slices
 from tests.data.helpers import make_samples
 
@@ -36,3 +38,15 @@ def test_without_a_block_rows_are_whole(samples):
     assert box_shape(samples, v0, Box(3, 8)) == (6, 4, 10)
     assert box_selection(samples, v0, Box(3, 8)) == ((2, 8, 1), (1, 8, 2), (0, 10, 1))
     assert box_slices(v0, Box(3, 8)) == (slice(None), slice(None))
+
+
+def test_the_fingerprint_covers_every_field():
+    plan = plan_data(make_samples(100, 10, val=0.2), replicas=2, seed=0)
+    fingerprints = {plan.fingerprint}
+    for field in dataclasses.fields(plan):
+        value = getattr(plan, field.name)
+        others = {bool: lambda v: not v, str: lambda v: v + "x", tuple: lambda v: (*v, (3, 4))}
+        other = others.get(type(value), lambda v: v + 1)(value)
+        fingerprints.add(replace(plan, **{field.name: other}).fingerprint)
+    assert len(fingerprints) == 1 + len(dataclasses.fields(plan))
+    assert all(len(f) == 64 for f in fingerprints)
