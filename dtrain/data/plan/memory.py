@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from dtrain.data.plan.footprint import format_bytes, index_bytes, sample_bytes, scratch_bytes, slot_bytes, static_bytes
 from dtrain.data.plan.partition import Partition
@@ -153,7 +154,7 @@ class MemoryBudget:
         return f"{self.sentence()} of {format_bytes(self.limit)} ({self.what})"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Reading:
     """What a worker reads of a store, to train or to evaluate."""
 
@@ -167,19 +168,28 @@ class Reading:
     """Samples of the largest batch."""
     shuffle: bool
 
+    @cached_property
+    def unit(self) -> int:
+        """Bytes of a unit in memory."""
+        return slot_bytes(self.samples, self.plan)
+
+    @cached_property
+    def scratch(self) -> int:
+        """Bytes that a thread needs to decode a unit."""
+        return scratch_bytes(self.samples, self.plan)
+
     def budget(self, kept: int, ahead: int, threads: int) -> LoaderBudget:
         """Return the budget of `kept` loaders."""
-        samples, plan = self.samples, self.plan
-        batch = self.batch_size * sample_bytes(samples)
+        batch = self.batch_size * sample_bytes(self.samples)
         buffers = 2 if batch > LARGE_BATCH_BYTES else BUFFERS
         return LoaderBudget(
             kept=kept,
-            unit=slot_bytes(samples, plan),
-            open=min(plan.window if self.shuffle else 1, self.units),
+            unit=self.unit,
+            open=min(self.plan.window if self.shuffle else 1, self.units),
             units=self.units,
             limits=Limits(ahead=ahead, threads=threads, buffers=buffers),
             buffers=buffers * max(batch, min(GROUP_BYTES + batch, GROUP_BATCHES * batch)),
-            scratch=scratch_bytes(samples, plan),
+            scratch=self.scratch,
         )
 
 

@@ -262,7 +262,7 @@ def plan_held_out(samples: Samples, like: DataPlan) -> DataPlan:
 
 
 def _check_train(samples: Samples, plan: DataPlan) -> None:
-    train = sum(partition.num_samples for partition in train_partitions(plan))
+    train = cell_anchors(plan, "train").num_samples
     if train == 0 and samples.has_windows:
         raise TooFewSamples(
             f"{samples.path}: samples span {plan.last_offset - plan.first_offset + 1:,} rows of {samples.sample_dim}; "
