@@ -11,7 +11,7 @@ NEWEST := .venv-newest
 
 help:
 	@echo "make demo      install into .venv, write demo/ and train on it"
-	@echo "make test      install into .venv, lint, then the test suite"
+	@echo "make test      install into .venv, lint, then the test suite: two processes, then the cluster tests in one"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make test-newest  tests/data with the newest zarr, on Python 3.12 or 3.13 (PYTHON_NEWEST=...)"
 	@echo "make lint      ruff and mypy"
@@ -31,11 +31,14 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Tests that start no cluster share two processes, a file at a time, so that a module's servers start once.
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not alone and not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "alone and not slow"
 
 test-all: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not alone and not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "alone or slow"
 
 $(NEWEST)/.installed: pyproject.toml
 	@test -n "$(PYTHON_NEWEST)" || { echo "make test-newest needs Python 3.12 or 3.13: make test-newest PYTHON_NEWEST=..."; exit 2; }

@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 import zarr
 
-from dtrain.config import parse_bytes
+from dtrain.config.values import parse_bytes
 
 ROW = 256
 LAYOUTS = ("chunks", "shards", "large shard", "windows")

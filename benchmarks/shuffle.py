@@ -39,10 +39,11 @@ import zarr
 from torch import nn
 
 import dtrain
-import dtrain.job
+import dtrain.resolve
 from dtrain.data.load import schedule
 from dtrain.data.plan.order import RowRun, epoch_order
-from dtrain.data.plan.partition import DataPlan, plan_data
+from dtrain.data.plan.partition import plan_data
+from dtrain.data.plan.units import DataPlan
 
 Ints = npt.NDArray[np.int64]
 
@@ -154,7 +155,7 @@ def final_loss(path: Path, model: Any, loss: str, seed: int, order: str, out: Pa
     # of a full shuffle, and of a block order as the loader takes it, all units are open at once
     window = WINDOW if order in ("dtrain", "as stored") else 1 << 20
     with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(dtrain.job, "plan_data", partial(planned, window)))
+        patches.enter_context(mock.patch.object(dtrain.resolve, "plan_data", partial(planned, window)))
         if blocks is not None:
             patches.enter_context(mock.patch.object(schedule, "epoch_order", partial(blocks_of, blocks)))
         run = dtrain.train(

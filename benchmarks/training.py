@@ -128,16 +128,15 @@ def dtrain_rounds(path: Path, hidden: int, rounds: int, cache: str) -> tuple[lis
 def decode_seconds(path: Path) -> float:
     """Return the processor seconds that decoding all units takes."""
     from dtrain.data.plan.partition import plan_data
-    from dtrain.data.plan.units import Box
     from dtrain.data.read.units import UnitReader
     from dtrain.data.source import open_samples
 
     samples = open_samples(path, inputs=["x"], targets=["y"], split={"val": 0.0, "test": 0.0})
     plan, reader = plan_data(samples, replicas=2, seed=0), UnitReader(samples)
-    slots = {name: values for name, (_, values) in reader.read(Box(*plan.unit_range(0))).items()}
+    slots = {name: values for name, (_, values) in reader.read(plan.unit_box(0)).items()}
     used = time.process_time()
     for unit in range(plan.num_units):
-        reader.read_into(Box(*plan.unit_range(unit)), slots)
+        reader.read_into(plan.unit_box(unit), slots)
     return time.process_time() - used
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dtrain.batching import batches
-    from dtrain.config import TrainConfig
+    from dtrain.config.schema import TrainConfig
     from dtrain.data.samples import Samples
     from dtrain.data.source import open_samples
     from dtrain.run import Run, load_run
@@ -25,7 +25,7 @@ _PUBLIC = {
     "RoundResult": "dtrain.types",
     "Run": "dtrain.run",
     "Samples": "dtrain.data.samples",
-    "TrainConfig": "dtrain.config",
+    "TrainConfig": "dtrain.config.schema",
     "TrainState": "dtrain.types",
     "batches": "dtrain.batching",
     "load_run": "dtrain.run",

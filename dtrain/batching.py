@@ -10,13 +10,16 @@ from typing import get_args
 
 from distributed.system import MEMORY_LIMIT
 
-from dtrain.algorithm.local import TensorBatch
-from dtrain.config import DataConfig, cache_bytes, parse_bytes
+from dtrain.algorithm.batch import TensorBatch
+from dtrain.config.schema import DataConfig
+from dtrain.config.values import cache_bytes, parse_bytes
 from dtrain.data.encoding import Scaling
 from dtrain.data.load.loader import Loader
 from dtrain.data.load.statistics import partition_moments, scalings_of
-from dtrain.data.plan.memory import MemoryLaw, Reading, plan_memory
-from dtrain.data.plan.partition import DataPlan, Partition, SplitName, cell_anchors, plan_data, train_partitions
+from dtrain.data.plan.memory import MemoryBudget, Reading, plan_memory
+from dtrain.data.plan.partition import Partition, cell_anchors, plan_data, train_partitions
+from dtrain.data.plan.splits import SplitName
+from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.presence import absent_rows, check_presence
 from dtrain.data.read.units import UnitReader
 from dtrain.data.samples import Samples
@@ -32,7 +35,7 @@ class Batches:
     Made by `batches`. Its threads end when it is exhausted, closed or garbage-collected.
     """
 
-    def __init__(self, loader: Loader, prepared: Iterator[TensorBatch], memory: MemoryLaw) -> None:
+    def __init__(self, loader: Loader, prepared: Iterator[TensorBatch], memory: MemoryBudget) -> None:
         self._loader = loader
         self._prepared = prepared
         self.memory = memory
@@ -188,7 +191,7 @@ def _whole(plan: DataPlan, split: SplitName) -> Partition:
 
 def _memory_of(
     samples: Samples, partition: Partition, batch_size: int, shuffle: bool, memory: str | None, cache: str | None
-) -> MemoryLaw:
+) -> MemoryBudget:
     """Return the memory budget; `memory` and `cache` replace those of ``[data]``."""
     config = samples.config
     limit, name = int(MEMORY_LIMIT) // 2, "half of this machine's memory"

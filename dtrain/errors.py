@@ -1,7 +1,7 @@
-"""Every mistake or fault that a user can meet: one class each, with its exit code and its cure.
+"""The classes of errors and their exit codes; the message and the hint stand where an error is raised.
 
-A message says what was given and what is allowed, the hint what to do. Only a bug of dtrain itself
-reaches a user as anything else (exit code 1).
+There is one class for each mistake or fault that a user can meet. Any other exception is a bug of dtrain (exit code 1).
+A message names what was given and what is allowed; the hint says what to do.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ class DtrainError(Exception):
     Parameters
     ----------
     message : str
-        What was given, and what is allowed.
+        Names what was given and what is allowed.
     hint : str, optional
-        What to do about it.
+        Says what to do.
     """
 
     code = 1
@@ -128,7 +128,7 @@ class TooFewSamples(DtrainError, ValueError):
 
 
 class FirstLossNotFinite(DtrainError, ArithmeticError):
-    """The loss of the very first batch is not finite."""
+    """The loss of the first batch is not finite."""
 
     code = 3
 
@@ -158,7 +158,7 @@ class OutputExists(DtrainError, FileExistsError):
 
 
 class DataNotFound(DtrainError, FileNotFoundError):
-    """There is nothing at the data's path."""
+    """Nothing lies at the data's path."""
 
     code = 5
 
@@ -170,7 +170,7 @@ class StoreForbidden(DtrainError, PermissionError):
 
 
 class NotZarr(DtrainError, ValueError):
-    """What lies at the data's path is not a Zarr group."""
+    """The data's path does not hold a Zarr group."""
 
     code = 5
 
@@ -194,7 +194,7 @@ class NonFiniteData(DtrainError, ArithmeticError):
 
 
 class DataChanged(DtrainError, RuntimeError):
-    """The store is not the one the run was planned on."""
+    """The store differs from the one that the run was planned on."""
 
     code = 5
 
@@ -233,7 +233,7 @@ class Diverged(DtrainError, ArithmeticError):
 
 
 class OutOfMemory(DtrainError, RuntimeError):
-    """A worker cannot hold what its task needs."""
+    """A worker has less memory than its task needs."""
 
     code = 8
 
@@ -254,7 +254,7 @@ class ClusterLost(DtrainError, ConnectionError):
 
 
 class StoreUnavailable(DtrainError, ConnectionError):
-    """A server that holds the data fails or does not answer, also when it is asked again."""
+    """A server that holds the data fails or does not answer, even after retries."""
 
     code = 75
 
@@ -266,7 +266,7 @@ class Stopped(DtrainError, RuntimeError):
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an exception says, in one line; its type if it says nothing.
+    """Return the message of an exception in one line, or its type if it has no message.
 
     >>> one_line(ValueError("of  two   lines")), one_line(KeyError())
     ('of two lines', 'KeyError')

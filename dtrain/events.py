@@ -1,4 +1,4 @@
-"""What can be observed of a run, as frozen dataclasses. A reporter is a function of one event."""
+"""The events of a run, as frozen dataclasses. A reporter is a function of one event."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dtrain.types import RoundResult
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterOpening:
-    """The place where tasks run is being started or connected to, which takes some seconds."""
+    """The cluster is being started or connected to; this takes some seconds."""
 
     run: str
     """The run's directory."""
@@ -21,14 +21,14 @@ class ClusterOpening:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStarted:
-    """The cluster is there and the first round begins."""
+    """The cluster is ready and the first round begins."""
 
     run: str
     """The run's directory; empty without one."""
     round: int
     """Rounds that are already committed."""
     rounds: int
-    """Rounds the run will have."""
+    """Rounds of the whole run."""
     replicas: int
     samples: int
     """Training samples."""
@@ -39,17 +39,17 @@ class RunStarted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepsTaken:
-    """A local task is on its way. Comes a few times a second at most; may come twice, late, or not at all."""
+    """A local task has made progress. Sent a few times a second at most; it may arrive twice, late, or not at all."""
 
     round: int
     """0: the pass over the rows for ``data.normalize``; its steps are units."""
     replica: int
     step: int
-    """Local steps of the task that are done."""
+    """Finished local steps of the task."""
     steps: int
     """Local steps of the task."""
     samples: int
-    """Samples of the task that are done."""
+    """Finished samples of the task."""
     seconds: float
     """Since the task began."""
 
@@ -71,7 +71,7 @@ class ReplicaRejected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundCommitted:
-    """A round lies complete in the run directory."""
+    """A round has been written to the run directory, complete."""
 
     round: int
     bytes: int
@@ -80,20 +80,11 @@ class RoundCommitted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentReplayed:
-    """Work was lost with a worker and is done again from the last commit."""
+    """Work was lost with a worker and is repeated from the last committed round."""
 
     round: int
-    """The committed round that work goes on from."""
+    """The committed round from which training continues."""
     reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkersMoved:
-    """A replica runs on another worker than before."""
-
-    round: int
-    replica: int
-    worker: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +114,6 @@ Event: TypeAlias = (
     | ReplicaRejected
     | RoundCommitted
     | SegmentReplayed
-    | WorkersMoved
     | RoundDamaged
     | RunFinished
 )

@@ -1,7 +1,8 @@
-"""LOCK: one process trains a run.
+"""LOCK: only one process trains a run at a time.
 
-flock decides on one machine (the kernel lets go of it when the process dies, however it dies); the file's text
-and age decide between machines that share a file system on which flock may not reach across.
+On one machine flock decides; the kernel releases it when the process dies, however it dies. On a shared file system
+flock may not reach other machines: there the host in the file and the file's age decide, and the holder touches the
+file every few seconds.
 """
 
 from __future__ import annotations
@@ -15,12 +16,22 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from dtrain.errors import DiskFull, RunLocked
 
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
+TRIES = 5
+"""`holder` locks the file for an instant to look at it, so one refusal proves nothing."""
+
+
+class Holder(TypedDict):
+    """The process that trains a run."""
+
+    host: str
+    pid: int
+    since: str
 
 
 @contextlib.contextmanager
@@ -30,7 +41,7 @@ def locked(run: Path) -> Iterator[None]:
     Raises
     ------
     RunLocked
-        Another process trains the run; its host, process id and start are named.
+        Another process trains the run; the message names its host, process id and start.
     DiskFull
         The lock cannot be written.
     """
@@ -39,7 +50,11 @@ def locked(run: Path) -> Iterator[None]:
     done = threading.Event()
     beat = threading.Thread(target=_beat, args=(path, done), name="dtrain-lock", daemon=True)
     try:
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        holder: Holder = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
         with _writing(path):
             os.truncate(descriptor, 0)
             os.pwrite(descriptor, (json.dumps(holder) + "\n").encode(), 0)
@@ -51,8 +66,8 @@ def locked(run: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def holder(run: Path) -> dict[str, Any] | None:
-    """Return who is training a run (host, pid, since), or None; takes nothing and waits for nothing."""
+def holder(run: Path) -> Holder | None:
+    """Return the process that trains a run, or None. The lock is not taken, and nothing is waited for."""
     path = run / "LOCK"
     try:
         with path.open("rb") as file:
@@ -61,15 +76,19 @@ def holder(run: Path) -> dict[str, Any] | None:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError:
-                found: dict[str, Any] = json.loads(text)
-                return found
-            return json.loads(text) if _held_elsewhere(text, beaten) else None
+                return _parsed(text)
+            return _parsed(text) if _held_elsewhere(text, beaten) else None
     except (OSError, ValueError):
         return None
 
 
+def _parsed(text: bytes) -> Holder:
+    holder: Holder = json.loads(text)
+    return holder
+
+
 def _acquire(path: Path) -> int:
-    patience = 5  # tries: `holder` may look at the file for an instant
+    tries = TRIES
     while True:
         with _writing(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -78,13 +97,13 @@ def _acquire(path: Path) -> int:
         except OSError:
             text = os.pread(descriptor, 4096, 0)
             os.close(descriptor)
-            patience -= 1
-            if not patience:
+            tries -= 1
+            if not tries:
                 raise _conflict(path, text) from None
             time.sleep(0.05)
             continue
         text = os.pread(descriptor, 4096, 0)
-        if not _is_still(path, descriptor):  # its holder has removed it in the meantime
+        if not _is_still(path, descriptor):  # its holder has removed it since
             os.close(descriptor)
             continue
         if _held_elsewhere(text, os.fstat(descriptor).st_mtime):
@@ -104,6 +123,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _is_still(path: Path, descriptor: int) -> bool:
+    """Return True if the path still names the open file."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
@@ -111,6 +131,7 @@ def _is_still(path: Path, descriptor: int) -> bool:
 
 
 def _held_elsewhere(text: bytes, beaten: float) -> bool:
+    """Return True if another machine holds the lock and has touched it recently."""
     with contextlib.suppress(ValueError, AttributeError):
         host = json.loads(text).get("host")
         return host != socket.gethostname() and time.time() - beaten < STALE_SECONDS
@@ -118,11 +139,11 @@ def _held_elsewhere(text: bytes, beaten: float) -> bool:
 
 
 def _conflict(path: Path, text: bytes) -> RunLocked:
-    said = "another process"
+    process = "another process"
     with contextlib.suppress(ValueError, KeyError, TypeError):
         holder = json.loads(text)
-        said = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-    return RunLocked(f"{path.parent} is being trained by {said}.", "Wait for it, or train under another --run NAME.")
+        process = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    return RunLocked(f"{path.parent} is being trained by {process}.", "Wait for it, or train under another --run NAME.")
 
 
 def _beat(path: Path, done: threading.Event) -> None:

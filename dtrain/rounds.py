@@ -5,23 +5,21 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from dtrain.algorithm.average import first_outer
 from dtrain.algorithm.evaluate import values
-from dtrain.algorithm.params import empty_inner_state
-from dtrain.algorithm.plan import plan_round
-from dtrain.algorithm.stop import metric_of, stop_reason
-from dtrain.checkpoint import load_tensor_file
-from dtrain.data.plan.partition import JointPlan
+from dtrain.algorithm.plan import first_position, plan_round, position_after
+from dtrain.algorithm.replica import fresh_replica
+from dtrain.algorithm.stop import end_reason, metric_of
+from dtrain.config.schema import TrainConfig
 from dtrain.errors import ClusterLost, Diverged, OutOfMemory
 from dtrain.events import Reporter, SegmentReplayed
-from dtrain.job import Job
-from dtrain.report.history import row_of
-from dtrain.runtime.runner import Runner, SegmentLost
-from dtrain.types import Contribution, Cursor, RoundResult, RoundSummary, TrainState
+from dtrain.runtime.runner import Held, Outcome, Runner, SegmentLost
+from dtrain.statefiles import load_tensor_file
+from dtrain.types import Broadcast, History, Position, RoundResult, RoundSummary, TrainState
 
 MAX_REPLAYS = 3
 """Times that one segment is begun again before the run gives up."""
@@ -33,59 +31,139 @@ MAX_COMMIT_EVERY = 100
 """Bounds the rounds that a lost segment repeats, and the tasks that the scheduler remembers."""
 
 
-def iterate_rounds(
-    runner: Runner,
-    state: TrainState[Any],
-    job: Job,
-    plan: JointPlan,
+def rounds(
+    runner: Runner[Held],
+    state: TrainState,
+    config: TrainConfig,
     report: Reporter,
     *,
-    before: Sequence[float | None] = (),
+    history: History = (),
     look_ahead: int | None = None,
 ) -> Iterator[RoundResult]:
-    """Yield the rounds after `state`, segment by segment, until the last one or a rule of ``[stop]``.
+    """Yield the rounds after `state`, segment by segment, up to the last one or a rule of ``[stop]``.
 
-    A segment is rooted in a state that the driver holds, and ends with the next one. Whatever is lost on the way
-    is done again from its root: the same bits.
+    A segment starts from a state that the driver holds, and ends with the next one. Whatever is lost on the way is
+    done again from its start: the same bits.
 
     Parameters
     ----------
     runner : Runner
     state : TrainState
         Held by the driver.
-    job : Job
-    plan : JointPlan
+    config : TrainConfig
     report : callable
-        Is told what is lost and replayed.
-    before : sequence of float or None
-        ``stop.metric`` of the rounds before.
+        Called with an event for each segment that is replayed.
+    history : tuple of float or None
+        ``stop.metric`` of the rounds up to `state`.
     look_ahead : int, optional
         Rounds submitted ahead; it changes nothing but the speed.
     """
     ahead = LOOK_AHEAD if look_ahead is None else look_ahead
-    every, yielded, replays = first_cadence(job.config.run.commit_every), state.round, 0
-    while state.round < job.config.train.rounds:
-        end = min(job.config.train.rounds, next_commit(state.round, every, job.config.run.commit_every))
-        began, root, done = time.monotonic(), state, list[RoundResult]()
+    yielded = state.round
+    for result in _replayed(runner, state, config, report, history, ahead):
+        if result.round > yielded:
+            yielded = result.round
+            yield result
+
+
+def _replayed(
+    runner: Runner[Held], state: TrainState, config: TrainConfig, report: Reporter, history: History, ahead: int
+) -> Iterator[RoundResult]:
+    """Yield the rounds of one segment after the other; those of a segment that is lost are yielded again."""
+    every, replays = first_cadence(config.run.commit_every), 0
+    while state.round < config.train.rounds:
+        began, end = time.monotonic(), next_commit(state.round, every, config.run.commit_every)
         try:
-            for result in _segment(runner, root, end, job, plan, before, ahead):
-                done.append(result)
-                if result.round > yielded:
-                    yielded = result.round
-                    yield replace(result, retried=replays)
-                if result.stop is not None:
-                    return
+            done = yield from _segment(runner, state, min(end, config.train.rounds), config, history, ahead, replays)
         except SegmentLost as lost:
             replays += 1
-            report(SegmentReplayed(round=root.round, reason=lost.reason))
+            report(SegmentReplayed(round=state.round, reason=lost.reason))
             if replays > MAX_REPLAYS:
-                raise _given_up(lost, root.round) from lost
+                raise _given_up(lost, state.round) from lost
             continue
-        replays, before = 0, (*before, *(stop_metric(result, job) for result in done))
+        if done[-1].stop is not None:
+            return
+        history, replays = (*history, *(result.stop_metric for result in done)), 0
         state = done[-1].state or state
         seconds = sum(result.seconds for result in done)
-        if job.config.run.commit_every == "auto":
+        if config.run.commit_every == "auto":
             every = commit_cadence(time.monotonic() - began - seconds, seconds / len(done), every)
+
+
+def _segment(
+    runner: Runner[Held],
+    state: TrainState,
+    end: int,
+    config: TrainConfig,
+    history: History,
+    ahead: int,
+    replays: int,
+) -> Generator[RoundResult, None, list[RoundResult]]:
+    """Yield the rounds from `state` to `end`; round r + 1 is submitted against the handles of round r."""
+    sizes = runner.spec.plan.sizes
+    held, position = runner.place(state), state.position
+    pending: deque[tuple[Position, Held]] = deque()
+    done: list[RoundResult] = []
+    finished = time.monotonic()
+    while not done or done[-1].state is None:
+        while position.round < end and len(pending) <= ahead:
+            plan = plan_round(position, sizes, config.train)
+            held, position = runner.submit(held, plan), position_after(plan, sizes)
+            pending.append((position, held))
+        reached, handles = pending.popleft()
+        outcome = runner.collect(handles)
+        seconds, finished = time.monotonic() - finished, time.monotonic()
+        result = replace(_result(reached.round, outcome, config, history), seconds=seconds, retried=replays)
+        if result.stop is not None or reached.round == end:
+            result = replace(result, state=runner.gather(handles, reached))
+        history = (*history, result.stop_metric)
+        done.append(result)
+        yield result
+    return done
+
+
+def _result(number: int, outcome: Outcome, config: TrainConfig, history: History) -> RoundResult:
+    """Return what a round gave, and why it is the last one, if it is."""
+    summary, each = outcome.summary, outcome.summary.contributions
+    _check_finite(number, summary, config.average.max_rejected)
+    samples = sum(c.samples for c in each)
+    train_loss = sum(c.loss_sum for c in each) / samples
+    evaluated = values(outcome.sums, config.train.metrics) if outcome.sums is not None else {}
+    metrics = {f"val_{name}": value for name, value in evaluated.items()}
+    stop_metric = metric_of({"train_loss": train_loss, **metrics}, config)
+    return RoundResult(
+        round=number,
+        train_loss=train_loss,
+        metrics=metrics,
+        samples=samples,
+        steps=sum(c.steps for c in each),
+        seconds=0.0,
+        bytes_reduced=summary.bytes_reduced,
+        rejected=len(summary.rejected),
+        retried=0,
+        params_sha256=summary.params_sha256,
+        replica_loss=tuple(c.loss_sum / c.samples for c in each),
+        contributions=each,
+        stop_metric=stop_metric,
+        stop=end_reason((*history, stop_metric), config),
+    )
+
+
+def initial_state(runner: Runner[Held], config: TrainConfig, base: Path) -> TrainState:
+    """Return the state of round 0: the model of the user's function, or the tensors of ``train.init``."""
+    params, replicas = runner.initialise().params, runner.spec.plan.replicas
+    if config.train.init:
+        params = load_tensor_file(Path(base, config.train.init).expanduser(), params.layout)
+    return TrainState(
+        position=first_position(replicas),
+        model=params,
+        broadcast=(Broadcast(params),) * replicas,
+        replicas=(fresh_replica(),) * replicas,
+        outer=(first_outer(config.average),) * replicas,
+    )
+
+
+# Commits --------------------------------------------------------------------------------------------------
 
 
 def first_cadence(commit_every: int | str) -> int:
@@ -117,81 +195,16 @@ def commit_cadence(overhead_seconds: float, round_seconds: float, every: int) ->
     return max(1, min(wanted, 4 * every, MAX_COMMIT_EVERY))
 
 
-def _segment(
-    runner: Runner,
-    state: TrainState[Any],
-    end: int,
-    job: Job,
-    plan: JointPlan,
-    before: Sequence[float | None],
-    look_ahead: int,
-) -> Iterator[RoundResult]:
-    """Yield the rounds from `state` to `end`; round r + 1 is submitted against the handles of round r."""
-    sizes = [partition.num_samples for partition in plan.partitions()]
-    submitted = runner.place(state)
-    pending: deque[tuple[TrainState[Any], Any, Any]] = deque()
-    finished = time.monotonic()
-    while submitted.round < end or pending:
-        while submitted.round < end and len(pending) <= look_ahead:
-            submitted, summary = runner.submit_round(submitted, plan_round(submitted, sizes, job.config.train))
-            pending.append((submitted, summary, runner.submit_evaluation(submitted.params[0], "val")))
-        current, *handles = pending.popleft()
-        summary, sums = runner.collect(handles)
-        _check_finite(current.round, summary, job.config.average.max_rejected)
-        found = values(sums, job.config.train.metrics) if sums is not None else {}
-        seconds, finished = time.monotonic() - finished, time.monotonic()
-        result = _result(current.round, summary, {f"val_{name}": value for name, value in found.items()}, seconds)
-        before = (*before, stop_metric(result, job))
-        result = replace(result, stop=stop_reason(before, job.config))
-        if result.stop is not None or current.round == end:
-            yield replace(result, state=runner.gather(current))
-            return
-        yield result
-
-
-def stop_metric(result: RoundResult, job: Job) -> float | None:
-    """Return ``stop.metric`` of a round."""
-    return metric_of(row_of(result), job.config)
-
-
-def _result(
-    number: int,
-    summary: RoundSummary,
-    metrics: dict[str, float],
-    seconds: float,
-) -> RoundResult:
-    each = summary.contributions
-    samples = sum(c.samples for c in each)
-    return RoundResult(
-        round=number,
-        train_loss=sum(c.loss_sum for c in each) / samples,
-        metrics=metrics,
-        samples=samples,
-        steps=sum(c.steps for c in each),
-        seconds=seconds,
-        bytes_reduced=summary.bytes_reduced,
-        rejected=len(_rejected(summary)),
-        retried=0,
-        params_sha256=summary.params_sha256,
-        replica_loss=tuple(c.loss_sum / c.samples for c in each),
-        contributions=each,
-        state=None,
-        stop=None,
-    )
-
-
-def _rejected(summary: RoundSummary) -> list[Contribution]:
-    return [c for c in summary.contributions if not c.finite]
+# Failures -------------------------------------------------------------------------------------------------
 
 
 def _check_finite(number: int, summary: RoundSummary, allowed: float) -> None:
     cure = "Use a smaller learning rate, train.warmup_steps or train.clip_norm; committed rounds are safe."
-    rejected, count = _rejected(summary), len(summary.contributions)
+    rejected, count = summary.rejected, len(summary.contributions)
     if len(rejected) > allowed * count or len(rejected) == count:
-        names = ", ".join(str(c.replica) for c in rejected[:5])
         raise Diverged(
             f"Round {number}: {len(rejected)} of {count} replicas ended with parameters that are not finite "
-            f"(replica {names}); average.max_rejected = {allowed:g}.",
+            f"(replica {', '.join(map(str, rejected[:5]))}); average.max_rejected = {allowed:g}.",
             cure,
         )
     if not summary.finite:
@@ -208,21 +221,4 @@ def _given_up(lost: SegmentLost, committed: int) -> Exception:
     return ClusterLost(
         f"Round {committed + 1} was lost {MAX_REPLAYS + 1} times in a row: {lost.reason}",
         "Committed rounds are safe. Run the same command again to continue.",
-    )
-
-
-def initial_state(runner: Runner, job: Job, plan: JointPlan) -> TrainState[Any]:
-    """Return the state of round 0: what the user's function builds, or the tensors of ``train.init``."""
-    initial = runner.initialise()
-    params = initial.params
-    if job.config.train.init:
-        params = load_tensor_file(Path(job.base, job.config.train.init).expanduser(), params.layout)
-    count = plan.replicas
-    return TrainState(
-        round=0,
-        params=(params,) * count,
-        inner=(initial.inner,) * count,
-        outer=() if job.config.average.outer is None else (empty_inner_state(),),
-        cursors=(Cursor(0, 0),) * count,
-        steps=(0,) * count,
     )

@@ -1,17 +1,11 @@
-"""A run: its directory, opened to look at it, to evaluate it, or to continue it. Opening runs no code from it."""
+"""A run, opened to look at it, to evaluate it or to take its model. Opening runs no code from it."""
 
 from __future__ import annotations
 
-import json
-import platform
-import re
-import time
-import tomllib
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +15,24 @@ from torch import nn
 
 from dtrain.algorithm.evaluate import values
 from dtrain.algorithm.params import load_into
+from dtrain.algorithm.recipe import Functions
 from dtrain.algorithm.stop import higher_is_better
-from dtrain.checkpoint import committed_rounds, find_round, load_params, round_directory, write_text
-from dtrain.config import TrainConfig, differences, may_change, to_toml, with_setting, without_secrets
-from dtrain.data.plan.partition import JointPlan, SplitName, plan_held_out
+from dtrain.checkpoint import committed_rounds, find_round, load_params, round_directory
+from dtrain.config.files import with_setting
+from dtrain.config.schema import TrainConfig
+from dtrain.data.plan.partition import JointPlan, plan_held_out
+from dtrain.data.plan.splits import SplitName
+from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import Samples
-from dtrain.errors import (
-    DataChanged,
-    InvalidConfig,
-    RunConflict,
-    RunDamaged,
-    RunNotFound,
-    TooFewSamples,
-    UsageError,
-    did_you_mean,
-)
-from dtrain.job import (
-    Functions,
-    Job,
-    Resolved,
-    describe_held_out,
-    job_from_config,
-    open_runner,
-    open_stores,
-    plan_like,
-    resolved_from,
-    resolved_values,
-    store_of,
-)
+from dtrain.directory import ENV, read_config_of, read_json, read_resolved, read_tables_of
+from dtrain.display import html_table
+from dtrain.errors import InvalidConfig, TooFewSamples
+from dtrain.job import Job, held_out_source, job_from_config, open_sources, source_of
+from dtrain.prepare import open_runner
 from dtrain.report.history import Row, best_round, dataset_of, read_rows
 from dtrain.report.journal import HISTORY
-from dtrain.runtime.resident import build_module
-from dtrain.runtime.versions import versions
-from dtrain.types import TrainState
-
-NAME = re.compile(r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")
-CONFIG, PLAN, ENV = "config.toml", "plan.json", "env.json"
+from dtrain.resolve import Resolved, plan_other
+from dtrain.runtime.module import build_module
 
 
 @dataclass(frozen=True)
@@ -66,7 +42,7 @@ class Run:
     Attributes
     ----------
     directory : Path
-        Where it lies.
+        The directory that holds it.
     config : TrainConfig
         The resolved configuration.
     """
@@ -89,7 +65,19 @@ class Run:
     @property
     def best_round(self) -> int | None:
         """The committed round with the best ``stop.metric`` (``val_loss``); without validation the training loss."""
-        return best_of(self.rows, self.config, committed_rounds(self.directory))
+        committed = committed_rounds(self.directory)
+        kept = [row for row in self.rows if row["round"] in committed]
+        return best_round(kept, self.config.stop.metric, higher_is_better(self.config))
+
+    @property
+    def plan(self) -> JointPlan:
+        """The plan of the data that was resolved at the first start."""
+        return self.resolved.plan
+
+    @cached_property
+    def resolved(self) -> Resolved:
+        """All that was resolved at the first start: plan.json."""
+        return read_resolved(self.directory)
 
     @cached_property
     def model(self) -> nn.Module:
@@ -149,50 +137,35 @@ class Run:
         """Return the values of `evaluate`, the round's number, and the number of samples."""
         number = find_round(self.directory, round, self.best_round)
         params = load_params(round_directory(self.directory, number))
-        job = self._job(samples)
-        client = cluster if isinstance(cluster, Client) else None
-        if client is None:
-            job = replace(job, config=with_scheduler(job.config, str(cluster)))
-        known = self.resolution
-        if samples is not None:
-            like = known.plan.plans[0]
-            plan = plan_held_out(samples, like) if split == "all" else plan_like(samples, self.config)
-            known = replace(known, plan=JointPlan((plan,)), contents=())
+        job, client = self._job(samples), None
+        if isinstance(cluster, str):
+            job = replace(job, config=with_scheduler(job.config, cluster))
         else:
-            known = replace(known, contents=())  # it is the samples that are there that count
+            client = cluster
+        # data that were modified since the start may be evaluated: their contents are not compared
+        known = replace(self.resolved, contents=())
+        if samples is not None:
+            known = replace(known, plan=JointPlan((self._plan_of(samples, split),)), held_out=None)
         with open_runner(job, uuid.uuid4().hex[:8], known=known, client=client) as (runner, _):
-            placed = runner.place(_state_for(params))
-            handle = runner.submit_evaluation(placed.params[0], split)
-            if handle is None:
-                raise TooFewSamples(f'The split "{split}" holds no samples.', "Choose another --split.")
-            sums = runner.collect([handle])[0]
+            sums = runner.evaluate(params, split)
+        if sums is None:
+            raise TooFewSamples(f'The split "{split}" holds no samples.', "Choose another --split.")
         return values(sums, self.config.train.metrics), number, sums["loss"][1]
 
-    @property
-    def plan(self) -> JointPlan:
-        """The plan of the data that was resolved at the first start."""
-        return self.resolution.plan
-
-    @property
-    def resolution(self) -> Resolved:
-        """All that was resolved at the first start."""
-        return resolved_from(self.resolved)
-
-    @cached_property
-    def resolved(self) -> dict[str, Any]:
-        """The content of plan.json."""
-        return _read_json(self.directory / PLAN)
+    def _plan_of(self, samples: Samples, split: SplitName) -> DataPlan:
+        if split == "all":
+            return plan_held_out(samples, self.plan.plans[0])
+        return plan_other(samples, self.config.train.seed)
 
     def _job(self, samples: Samples | None) -> Job:
-        if self.functions is not None and samples is not None:
-            return Job(config=self.config, stores=store_of(samples), functions=self.functions, base=self.base)
-        job = job_from_config(self.config, self.base) if self.functions is None else self._own_job()
-        return job if samples is None else replace(job, stores=store_of(samples), held_out=None)
-
-    def _own_job(self) -> Job:
-        assert self.functions is not None
-        stores, held_out = open_stores(self.config.data, self.base), describe_held_out(self.config.data, self.base)
-        return Job(config=self.config, stores=stores, held_out=held_out, functions=self.functions, base=self.base)
+        """Return the job of the run's own data, or of other data."""
+        if self.functions is None:
+            job = job_from_config(self.config, self.base)
+        else:
+            sources = open_sources(self.config.data, self.base) if samples is None else ()
+            held_out = held_out_source(self.config.data, self.base) if samples is None else None
+            job = Job(config=self.config, sources=sources, held_out=held_out, functions=self.functions, base=self.base)
+        return job if samples is None else replace(job, sources=(source_of(samples),), held_out=None)
 
     def __repr__(self) -> str:
         return f"<dtrain.Run {self.directory} {len(self.rows)} of {self.config.train.rounds} rounds>"
@@ -200,18 +173,16 @@ class Run:
     def _repr_html_(self) -> str:
         rows = self.rows
         if not rows:
-            return f"<p>{escape(repr(self))}</p>"
+            return html_table(repr(self), [])
         names = [name for name in rows[-1] if name == "round" or (name.endswith("_loss") and name != "replica_loss")]
-        head = "".join(f"<th>{escape(name)}</th>" for name in names)
-        body = "".join("<tr>" + "".join(f"<td>{_cell(row.get(n))}</td>" for n in names) + "</tr>" for row in rows[-10:])
-        return f"<table><caption>{escape(repr(self))}</caption><tr>{head}</tr>{body}</table>"
+        return html_table(repr(self), ([_cell(row.get(name)) for name in names] for row in rows[-10:]), names)
 
 
 EVALUATION_KEYS = ("storage_options", "memory", "cache", "reader", "missing", "non_finite")
 """Keys of ``[data]`` that do not make a run another one."""
 
 
-def _set_again(tables: dict[str, Any], settings: tuple[str, ...]) -> TrainConfig:
+def _with_settings(tables: dict[str, Any], settings: tuple[str, ...]) -> TrainConfig:
     allowed = (*(f"data.{key}" for key in EVALUATION_KEYS), "cluster")
     for setting in settings:
         key = setting.partition("=")[0].strip()
@@ -245,148 +216,11 @@ def load_run(path: str | Path, *, model: Callable[..., Any] | None = None, setti
         A setting would make it another run.
     """
     directory = Path(path)
-    if not (directory / CONFIG).is_file():
-        raise RunNotFound(f"{path} is not a run: it has no {CONFIG}.", "A run's directory is runs/NAME.")
-    try:
-        tables = tomllib.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        config = TrainConfig(**tables)
-    except (OSError, ValueError) as error:
-        raise RunDamaged(f"{directory / CONFIG} cannot be read: {' '.join(str(error).split())}") from error
+    config = read_config_of(directory)
     if settings:
-        config = _set_again(tables, settings)
-    base = Path(_read_json(directory / ENV).get("base", directory))
+        config = _with_settings(read_tables_of(directory), settings)
+    base = Path(read_json(directory / ENV).get("base", directory))
     return Run(directory, config, base, {"model": model} if model is not None else None)
-
-
-def find_run(text: str) -> Path:
-    """Return the directory that a path or name means: ``PATH``, ``runs/NAME`` or ``*/runs/NAME``; '' the newest.
-
-    Raises
-    ------
-    RunNotFound
-        There is none.
-    """
-    here = Path.cwd()
-    known = [p.parent for pattern in (f"runs/*/{CONFIG}", f"*/runs/*/{CONFIG}") for p in sorted(here.glob(pattern))]
-    if not text:
-        if not known:
-            raise RunNotFound("There is no run in runs/ or */runs/.", "Name its directory.")
-        return max(known, key=_touched).relative_to(here)
-    if (Path(text) / CONFIG).is_file():
-        return Path(text)
-    named = [p for p in known if p.name == text]
-    if len(named) == 1:
-        return named[0].relative_to(here)
-    if named:
-        raise RunNotFound(f"{text} names several runs: {', '.join(str(p.relative_to(here)) for p in named)}.")
-    names = [p.name for p in known]
-    raise RunNotFound(
-        f"{text}: no such run{did_you_mean(text, names)}",
-        f"Known here: {', '.join(names) or 'none'}. Name a run, or its directory.",
-    )
-
-
-def _touched(run: Path) -> float:
-    files = [run / CONFIG, run / HISTORY]
-    return max(file.stat().st_mtime for file in files if file.exists())
-
-
-def best_of(rows: list[Row], config: TrainConfig, committed: list[int]) -> int | None:
-    """Return the best of the committed rounds by ``stop.metric``."""
-    kept = [row for row in rows if row["round"] in committed]
-    return best_round(kept, config.stop.metric, higher_is_better(config))
-
-
-# Starting and continuing -----------------------------------------------------------------------------------
-
-
-def run_directory(job: Job, name: str | None) -> Path:
-    """Return the directory of a named run below ``run.dir``.
-
-    Raises
-    ------
-    UsageError
-        The name cannot be that of a directory.
-    """
-    if name is None:
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", job.base.resolve().name).strip(".-") or "run"
-    if not NAME.match(name):
-        raise UsageError(f'--run "{name}": a run\'s name has letters, digits, ".", "_" and "-", at most 64.')
-    return Path(job.base, job.config.run.dir).expanduser() / name
-
-
-def next_run_directory(job: Job, root: Path) -> Path:
-    """Return the first ``run-N`` below ``run.dir`` that does not exist."""
-    parent = Path(root, job.config.run.dir)
-    number = 1
-    while (parent / f"run-{number}").exists():
-        number += 1
-    return parent / f"run-{number}"
-
-
-def read_plan(run: Path, job: Job) -> Resolved | None:
-    """Return the plan of a run that was started before, or None; refuse to continue what has changed.
-
-    Raises
-    ------
-    RunConflict
-        The configuration or the user's code differs.
-    DataChanged
-        The store is another one.
-    """
-    if not (run / PLAN).is_file():
-        return None
-    old = load_run(run)
-    blocked = [d for d in differences(old.config, without_secrets(job.config)) if not may_change(d[0], job.config)]
-    if blocked:
-        said = "; ".join(f"{key} was {_said(before)}, is {_said(after)}" for key, before, after in blocked[:4])
-        raise RunConflict(
-            f"{run} was started with another configuration: {said}.",
-            "Train under another --run NAME, or undo the change.",
-        )
-    before: dict[str, str] = old.resolved["code"]
-    changed = [key for key, digest in job.code.items() if before.get(key) != digest]
-    if changed:
-        raise RunConflict(
-            f"{run} was started with other code of {', '.join(changed)}.",
-            "Train under another --run NAME, or undo the change.",
-        )
-    held_out = old.resolved.get("held_out")
-    plans = old.plan.plans
-    differs = [
-        store.samples is not None and plan.source != store.samples.fingerprint
-        for plan, store in zip(plans, job.stores, strict=True)
-    ]
-    if any(differs) or (
-        held_out is not None and job.held_out is not None and held_out["source"] != job.held_out.fingerprint
-    ):
-        path = job.stores[differs.index(True)].config.path if any(differs) else job.config.data.val_path
-        raise DataChanged(
-            f"{path} has other shapes, dtypes or chunks than when {run} was started.",
-            "Train under another --run NAME.",
-        )
-    return old.resolution
-
-
-def write_run(run: Path, job: Job, resolved: Resolved) -> None:
-    """Write what describes a run: config.toml, env.json and, at the first start, plan.json.
-
-    Raises
-    ------
-    DiskFull
-        It cannot be written.
-    """
-    write_text(run / CONFIG, to_toml(without_secrets(job.config)))
-    environment = {
-        **versions(),
-        "platform": platform.platform(),
-        "cpu": _cpu_model(),
-        "base": str(job.base.resolve()),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-    write_text(run / ENV, json.dumps(environment, indent=1) + "\n")
-    if not (run / PLAN).exists():
-        write_text(run / PLAN, json.dumps(resolved_values(job, resolved), indent=1) + "\n")
 
 
 def with_scheduler(config: TrainConfig, scheduler: str) -> TrainConfig:
@@ -394,29 +228,5 @@ def with_scheduler(config: TrainConfig, scheduler: str) -> TrainConfig:
     return config.model_copy(update={"cluster": config.cluster.model_copy(update={"scheduler": scheduler})})
 
 
-def _state_for(params: Any) -> Any:
-    return TrainState(round=0, params=(params,), inner=(), outer=(), cursors=(), steps=())
-
-
-def _cpu_model() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunDamaged(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    return found
-
-
-def _said(value: Any) -> str:
-    return "not given" if value is None else json.dumps(value)
-
-
 def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from distributed import Client
 
-from dtrain.algorithm.stop import metric_of, stop_reason
+from dtrain.algorithm.stop import end_reason, metric_of
 from dtrain.checkpoint import commit_round, newest_state, prune, sweep
-from dtrain.config import TrainConfig
-from dtrain.data.plan.partition import JointPlan
+from dtrain.config.schema import RunConfig, TrainConfig
 from dtrain.data.samples import Samples
-from dtrain.errors import DataChanged, DiskFull, RunDamaged, Stopped
+from dtrain.directory import make_directory, next_run_directory, read_plan, run_directory, write_run
+from dtrain.errors import DataChanged, RunDamaged, Stopped
 from dtrain.events import (
     ClusterOpening,
     Event,
@@ -28,14 +28,16 @@ from dtrain.events import (
     RunFinished,
     RunStarted,
 )
-from dtrain.job import Job, Resolved, job_from_python, open_runner
+from dtrain.job import Job, Model, Table, job_from_python
 from dtrain.lock import locked
+from dtrain.prepare import open_runner
 from dtrain.report.history import read_rows
 from dtrain.report.journal import HISTORY, cut_history, journal
-from dtrain.rounds import initial_state, iterate_rounds, stop_metric
-from dtrain.run import Run, next_run_directory, read_plan, run_directory, with_scheduler, write_run
-from dtrain.runtime.runner import Runner
-from dtrain.types import RoundResult, TrainState
+from dtrain.resolve import Resolved
+from dtrain.rounds import initial_state, rounds
+from dtrain.run import Run, with_scheduler
+from dtrain.runtime.runner import Held, Runner
+from dtrain.types import History, RoundResult, TrainState
 
 
 def train_job(
@@ -56,7 +58,7 @@ def train_job(
     client : distributed.Client, optional
         Takes precedence over ``cluster.scheduler``.
     report : callable, optional
-        Is told every event.
+        Called with every event.
     max_seconds : float, optional
         Stop after the round that is being trained when this time is over.
 
@@ -69,44 +71,48 @@ def train_job(
     DtrainError
         As the errors of this package name them.
     """
-    _make_directory(run)
+    make_directory(run)
     tell = report or (lambda event: None)
-    both = _both(run, tell)
-    deadline = time.monotonic() + max_seconds if max_seconds is not None else None
+    note = _both(lambda event: journal(run, event), tell)
+    deadline = None if max_seconds is None else time.monotonic() + max_seconds
     opened = Run(run, job.config, job.base, job.functions)
     with locked(run):
-        known, state = _resume(run, job, both)
-        before = [metric_of(row, job.config) for row in opened.rows]
-        ended = _ended(before, job.config)
-        if known is not None and state is not None and ended is not None:
+        known, state = _resume(run, job, note)
+        history = tuple(metric_of(row, job.config) for row in opened.rows)
+        if known is not None and state is not None and end_reason(history, job.config) is not None:
             write_run(run, job, known)
-            tell(_finished(opened, ended))
-            return opened
-        scheduler = job.config.cluster.scheduler if client is None else str(client.scheduler.address)
-        tell(ClusterOpening(run=str(run), scheduler=scheduler))
-        with open_runner(job, uuid.uuid4().hex[:8], known=known, client=client, on_progress=tell) as (runner, resolved):
-            plan = resolved.plan
-            if state is None:
-                state = initial_state(runner, job, plan)
-            write_run(run, job, resolved)
-            tell(_started(run, state, job, plan, runner))
-            runner.on_progress = tell
-            for result in iterate_rounds(runner, state, job, plan, both, before=before):
-                for contribution in result.contributions:
-                    if not contribution.finite:
-                        both(ReplicaRejected(round=result.round, replica=contribution.replica))
-                both(RoundFinished(result))
-                before.append(stop_metric(result, job))
-                if result.state is not None:
-                    _commit(opened, result.state, plan, both)
-                    if deadline is not None and time.monotonic() > deadline and _ended(before, job.config) is None:
-                        tell(_finished(opened, "max_time"))
-                        raise Stopped(f"--max-time is over after round {result.round}.", "Run it again to continue.")
-    tell(_finished(opened, _ended(before, job.config)))
+        else:
+            _train(job, opened, known, state, history, client=client, tell=tell, note=note, deadline=deadline)
+    tell(_finished(opened, None))
     return opened
 
 
-def _resume(run: Path, job: Job, tell: Reporter) -> tuple[Resolved | None, TrainState[Any] | None]:
+def _train(
+    job: Job,
+    opened: Run,
+    known: Resolved | None,
+    state: TrainState | None,
+    history: History,
+    *,
+    client: Client | None,
+    tell: Reporter,
+    note: Reporter,
+    deadline: float | None,
+) -> None:
+    """Train the rounds after `state`; `note` also writes events to the run's files, `tell` does not."""
+    scheduler = job.config.cluster.scheduler if client is None else str(client.scheduler.address)
+    tell(ClusterOpening(run=str(opened.directory), scheduler=scheduler))
+    with open_runner(job, uuid.uuid4().hex[:8], known=known, client=client, on_progress=tell) as (runner, resolved):
+        state = state or initial_state(runner, job.config, job.base)
+        write_run(opened.directory, job, resolved)
+        tell(_started(opened, state, runner))
+        runner.on_progress = tell
+        for result in rounds(runner, state, job.config, note, history=history):
+            _keep(opened, result, resolved.plan.fingerprint, note)
+            _check_time(opened, result, deadline, tell)
+
+
+def _resume(run: Path, job: Job, note: Reporter) -> tuple[Resolved | None, TrainState | None]:
     """Return the plan and the newest good state of a run that was started before; cut its history back to it."""
     known = read_plan(run, job)
     sweep(run)
@@ -114,7 +120,7 @@ def _resume(run: Path, job: Job, tell: Reporter) -> tuple[Resolved | None, Train
     if known is not None and state is not None and fingerprint != known.plan.fingerprint:
         raise DataChanged(f"{run}: plan.json is not the plan that round {state.round} was trained with.")
     for number, reason in damaged:
-        tell(RoundDamaged(round=number, reason=reason))
+        note(RoundDamaged(round=number, reason=reason))
     cut_history(run, state.round if state is not None else 0)
     if state is not None and [row["round"] for row in read_rows(run / HISTORY)] != list(range(1, state.round + 1)):
         raise RunDamaged(
@@ -124,70 +130,74 @@ def _resume(run: Path, job: Job, tell: Reporter) -> tuple[Resolved | None, Train
     return known, state
 
 
-def _ended(values: Sequence[float | None], config: TrainConfig) -> Any:
-    """Return why a run with these values of ``stop.metric`` is complete, or None."""
-    return stop_reason(values, config) or ("rounds" if len(values) >= config.train.rounds else None)
+def _keep(run: Run, result: RoundResult, fingerprint: str, note: Reporter) -> None:
+    """Write a round to the history, and its state, if it has one, as a committed round."""
+    for contribution in result.contributions:
+        if not contribution.finite:
+            note(ReplicaRejected(round=result.round, replica=contribution.replica))
+    note(RoundFinished(result))
+    if result.state is not None:
+        started = time.monotonic()
+        written = commit_round(run.directory, result.state, fingerprint)
+        prune(run.directory, run.config.run.keep, run.best_round)
+        note(RoundCommitted(round=result.round, bytes=written, seconds=time.monotonic() - started))
 
 
-def _both(run: Path, tell: Reporter) -> Reporter:
-    def both(event: Event) -> None:
-        journal(run, event)
-        tell(event)
-
-    return both
-
-
-def _make_directory(run: Path) -> None:
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DiskFull(
-            f"{run} cannot be made: {error.strerror}.", "Set run.dir to a place that you may write to."
-        ) from error
+def _check_time(run: Run, result: RoundResult, deadline: float | None, tell: Reporter) -> None:
+    """Stop after a committed round when the time is over and others would follow."""
+    over = deadline is not None and time.monotonic() > deadline
+    if over and result.state is not None and result.stop is None:
+        tell(_finished(run, "max_time"))
+        raise Stopped(f"--max-time is over after round {result.round}.", "Run it again to continue.")
 
 
-def _commit(run: Run, state: TrainState[Any], plan: JointPlan, tell: Reporter) -> None:
-    started = time.monotonic()
-    written = commit_round(run.directory, state, plan.fingerprint)
-    prune(run.directory, run.config.run.keep, run.best_round)
-    tell(RoundCommitted(round=state.round, bytes=written, seconds=time.monotonic() - started))
-
-
-def _started(run: Path, state: TrainState[Any], job: Job, plan: JointPlan, runner: Runner) -> RunStarted:
+def _started(run: Run, state: TrainState, runner: Runner[Held]) -> RunStarted:
     return RunStarted(
-        run=str(run),
+        run=str(run.directory),
         round=state.round,
-        rounds=job.config.train.rounds,
-        replicas=plan.replicas,
-        samples=sum(partition.num_samples for partition in plan.partitions()),
+        rounds=run.config.train.rounds,
+        replicas=runner.spec.plan.replicas,
+        samples=sum(runner.spec.plan.sizes),
         workers=runner.num_workers,
         dashboard=runner.dashboard,
     )
 
 
-def _finished(run: Run, reason: Any) -> RunFinished:
-    last = run.rows[-1]
+def _finished(run: Run, reason: Literal["max_time"] | None) -> RunFinished:
+    """Return the end of a run; without a reason it is the one that its history gives."""
+    rows = run.rows
+    ended = reason or end_reason([metric_of(row, run.config) for row in rows], run.config)
+    assert ended is not None
     return RunFinished(
-        reason=reason,
-        rounds=last["round"],
-        params_sha256=last["params_sha256"],
-        val_loss=last.get("val_loss"),
+        reason=ended,
+        rounds=rows[-1]["round"],
+        params_sha256=rows[-1]["params_sha256"],
+        val_loss=rows[-1].get("val_loss"),
         run=str(run.directory),
     )
+
+
+def _both(first: Reporter, second: Reporter | None) -> Reporter:
+    def both(event: Event) -> None:
+        first(event)
+        if second is not None:
+            second(event)
+
+    return both
 
 
 # Python -------------------------------------------------------------------------------------------------
 
 
 def train(
-    model: Callable[..., Any] | str,
+    model: Model,
     samples: Samples,
     *,
-    train: Mapping[str, Any] | None = None,
-    average: Mapping[str, Any] | None = None,
-    stop: Mapping[str, Any] | None = None,
+    train: Table | None = None,
+    average: Table | None = None,
+    stop: Table | None = None,
     config: TrainConfig | None = None,
-    model_args: Mapping[str, Any] | None = None,
+    model_args: Table | None = None,
     cluster: Client | str = "local",
     run: str | None = None,
     run_dir: str | Path = "runs",
@@ -218,7 +228,7 @@ def train(
     progress : bool
         Whether to show progress on stderr.
     report : callable, optional
-        Is told every event (`dtrain.events`), besides the progress.
+        Called with every event (`dtrain.events`), besides the progress.
 
     Returns
     -------
@@ -237,17 +247,17 @@ def train(
     from dtrain.report.progress import terminal_progress
 
     with terminal_progress() as show:
-        return train_job(placed, directory, client=client, report=_chained(show, report))
+        return train_job(placed, directory, client=client, report=_both(show, report))
 
 
 def train_rounds(
-    model: Callable[..., Any] | str,
+    model: Model,
     samples: Samples,
     *,
-    train: Mapping[str, Any] | None = None,
-    average: Mapping[str, Any] | None = None,
+    train: Table | None = None,
+    average: Table | None = None,
     config: TrainConfig | None = None,
-    model_args: Mapping[str, Any] | None = None,
+    model_args: Table | None = None,
     cluster: Client | str = "local",
 ) -> Iterator[RoundResult]:
     """Yield the rounds of a training that is kept nowhere: the loop is yours to stop.
@@ -261,21 +271,19 @@ def train_rounds(
     ...         break
     """
     job, client = _python_job(model, samples, config, model_args, cluster, train=train, average=average)
-    with open_runner(job, uuid.uuid4().hex[:8], client=client) as (runner, resolved):
-        plan = resolved.plan
-        yield from iterate_rounds(runner, initial_state(runner, job, plan), job, plan, lambda event: None)
+    with open_runner(job, uuid.uuid4().hex[:8], client=client) as (runner, _):
+        yield from rounds(runner, initial_state(runner, job.config, job.base), job.config, lambda event: None)
 
 
 def _python_job(
-    model: Callable[..., Any] | str,
+    model: Model,
     samples: Samples,
     config: TrainConfig | None,
-    model_args: Mapping[str, Any] | None,
+    model_args: Table | None,
     cluster: Client | str,
-    **tables: Mapping[str, Any] | None,
+    **tables: Table | None,
 ) -> tuple[Job, Client | None]:
-    given = {name: dict(table) for name, table in tables.items() if table}
-    job = job_from_python(model, samples, given, config)
+    job = job_from_python(model, samples, tables, config)
     if model_args:
         job = replace(job, config=job.config.model_copy(update={"model_args": dict(model_args)}))
     if isinstance(cluster, str):
@@ -283,14 +291,5 @@ def _python_job(
     return job, cluster
 
 
-def _run_table(config: TrainConfig, run_dir: str | Path) -> Any:
+def _run_table(config: TrainConfig, run_dir: str | Path) -> RunConfig:
     return config.run.model_copy(update={"dir": str(Path(run_dir).expanduser().absolute())})
-
-
-def _chained(first: Reporter, second: Reporter | None) -> Reporter:
-    def both(event: Event) -> None:
-        first(event)
-        if second is not None:
-            second(event)
-
-    return both

@@ -1,16 +1,18 @@
-"""The nouns that several layers share. All are frozen: a new state is made, the old one is never changed.
-
-Parameters are held *by replica* and the outer optimizer's state *by slice*: under full averaging all replicas
-have the same parameters, and the entries of `TrainState.params` are one and the same object.
-"""
+"""The nouns that several layers share. All are frozen: a new state is made, the old one is never changed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Literal, TypeAlias
 
-Handle = TypeVar("Handle")
-"""Where a value lies: the value itself (serial, on the driver) or a future of it (on a cluster)."""
+import numpy as np
+import numpy.typing as npt
+
+Flat: TypeAlias = npt.NDArray[np.float32]
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+
+
+# Where a run stands ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +22,19 @@ class Cursor:
     epoch: int
     """Finished passes over the partition."""
     position: int
-    """Samples of the current pass that are behind it."""
+    """Samples of the current pass that are already read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Position:
+    """Where a run stands, in plain numbers: the plan of the next round depends on nothing else."""
+
+    round: int
+    """Finished rounds."""
+    cursors: tuple[Cursor, ...]
+    """By replica."""
+    steps: tuple[int, ...]
+    """By replica: finished local steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,27 +68,158 @@ class RoundPlan:
     tasks: tuple[LocalTask, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainState(Generic[Handle]):
-    """All that changes from round to round, and all that resume needs."""
+# A module's state as flat arrays --------------------------------------------------------------------------
 
-    round: int
-    """Finished rounds."""
-    params: tuple[Handle, ...]
-    """By replica: the parameters it starts the next round from."""
-    inner: tuple[Handle, ...]
-    """By replica: the state of its inner optimizer."""
-    outer: tuple[Handle, ...]
-    """By slice: the state of the outer optimizer; empty without one."""
-    cursors: tuple[Cursor, ...]
-    """By replica."""
-    steps: tuple[int, ...]
-    """By replica: finished local steps."""
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of the state_dict and its place in the flat arrays."""
+
+    name: str
+    kind: Literal["param", "buffer", "extra"]
+    """Parameter or float32 buffer (in `Parameters.flat`), or buffer of another dtype (in `Parameters.extra`)."""
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    """In elements of `flat`, in bytes of `extra`."""
+    size: int
+    """In elements of `flat`, in bytes of `extra`."""
+    alias: bool = False
+    """Whether another name owns the tensor (tied weights)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The place of each tensor of a module's state_dict in `Parameters`."""
+
+    entries: tuple[Entry, ...]
+    num_params: int
+    """Elements of `flat` that are parameters; the rest are float32 buffers."""
+    num_flat: int
+    num_extra: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Parameters and buffers of one replica."""
+
+    layout: Layout
+    flat: Flat
+    """float32[layout.num_flat]"""
+    extra: Bytes
+    """uint8[layout.num_extra]"""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both arrays."""
+        return self.flat.nbytes + self.extra.nbytes
+
+    def __sizeof__(self) -> int:  # Dask's memory accounting asks this
+        return object.__sizeof__(self) + self.nbytes
+
+
+# States of optimizers and replicas ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One value of an optimizer's state: a tensor in `InnerState.data`, or a plain value."""
+
+    param: int
+    """Index among the parameters that the optimizer was given."""
+    key: str
+    dtype: str
+    """Of the tensor; empty for a plain value."""
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+    """In bytes."""
+    value: float | int | bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InnerState:
+    """The state of one optimizer, its tensors in one byte array."""
+
+    slots: tuple[Slot, ...]
+    data: Bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return self.data.nbytes
+
+    def __sizeof__(self) -> int:  # Dask's memory accounting asks this
+        return object.__sizeof__(self) + self.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaState:
+    """All that a replica keeps for itself from round to round."""
+
+    inner: InnerState
+    """Of its inner optimizer."""
+    residual: Flat | None = None
+    """float32[num_params]: the part of its update that the codec lost (error feedback); None without it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return self.inner.nbytes + (0 if self.residual is None else self.residual.nbytes)
+
+    def __sizeof__(self) -> int:  # Dask's memory accounting asks this
+        return object.__sizeof__(self) + self.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Broadcast:
+    """What a replica is given at the start of a round: theta. A method that gives more (a control variate) adds it."""
+
+    params: Parameters
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return self.params.nbytes
+
+    def __sizeof__(self) -> int:  # Dask's memory accounting asks this
+        return object.__sizeof__(self) + self.nbytes
+
+
+OuterState: TypeAlias = tuple[InnerState, ...]
+"""The state of an outer optimizer, by slice of the parameters; empty without one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainState:
+    """All that changes from round to round, and all that resume needs.
+
+    Replicas that share a value hold the same object: under full averaging all entries of `broadcast` and of `outer`
+    are one and the same.
+    """
+
+    position: Position
+    model: Parameters
+    """What is evaluated and saved: the mean of the replicas' parameters."""
+    broadcast: tuple[Broadcast, ...]
+    """By replica: what it starts the next round from."""
+    replicas: tuple[ReplicaState, ...]
+    """By replica: what it keeps for itself."""
+    outer: tuple[OuterState, ...]
+    """By replica: the outer optimizer's state beside its parameters."""
+
+    @property
+    def round(self) -> int:
+        """Finished rounds."""
+        return self.position.round
+
+
+# What the driver learns -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contribution:
-    """What the driver learns of one replica's round: scalars only."""
+    """What the driver learns about one replica's round: scalars only."""
 
     replica: int
     samples: int
@@ -83,31 +228,40 @@ class Contribution:
     loss_sum: float
     """Sum over the samples of the losses seen while training."""
     finite: bool
-    """Whether its parameters are; if not, it is left out of the average."""
-    units_decoded: int
-    bytes_read: int
+    """Whether its parameters are finite; if not, it is left out of the average."""
+    units_decoded: int = 0
+    bytes_read: int = 0
     """Decoded bytes."""
-    seconds: float
+    seconds: float = 0.0
     waited: float = 0.0
     """Of them, seconds that the steps waited for batches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundSummary:
-    """What the driver learns of one round's average: scalars only."""
+    """What the driver learns about one round's average: scalars only."""
 
     contributions: tuple[Contribution, ...]
     """In replica order."""
     params_sha256: str
+    """Of the model that is evaluated and saved."""
     finite: bool
-    """Whether the averaged parameters are."""
+    """Whether its parameters are finite."""
     bytes_reduced: int
     """Bytes of parameters that were averaged, over all replicas."""
+
+    @property
+    def rejected(self) -> tuple[int, ...]:
+        """The replicas that were left out of the average."""
+        return tuple(c.replica for c in self.contributions if not c.finite)
+
+
+StopReason: TypeAlias = Literal["rounds", "target", "patience"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundResult:
-    """What `train_rounds` yields."""
+    """One round, as `train_rounds` yields it."""
 
     round: int
     train_loss: float
@@ -127,7 +281,13 @@ class RoundResult:
     params_sha256: str
     replica_loss: tuple[float, ...]
     contributions: tuple[Contribution, ...]
-    state: TrainState[Any] | None
+    stop_metric: float | None = None
+    """The value of ``stop.metric``; None if it is not finite or not computed."""
+    stop: StopReason | None = None
+    """Why this round is the last: all rounds are done, or a rule of ``[stop]``; None if others follow."""
+    state: TrainState | None = None
     """The state after the round, on the driver, in rounds that are to be committed."""
-    stop: Literal["target", "patience"] | None
-    """The rule of ``[stop]`` that makes this round the last."""
+
+
+History: TypeAlias = tuple[float | None, ...]
+"""``stop.metric`` of the finished rounds, in order."""

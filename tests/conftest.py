@@ -5,17 +5,29 @@ from __future__ import annotations
 import itertools
 import signal
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import zarr
 from hypothesis import settings
 
+if TYPE_CHECKING:  # the tests of the data layer run without Dask
+    from distributed import Client, LocalCluster
+
+    from dtrain.data.samples import Samples
+
 settings.register_profile("dtrain", deadline=None, max_examples=60, derandomize=True, database=None)
 settings.load_profile("dtrain")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if {"cluster", "client"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -100,3 +112,44 @@ def _grid_keys(name: str, counts: tuple[int, ...], zarr_format: int) -> list[str
     if zarr_format == 2:
         return [f"{name}/{'.'.join(map(str, place))}" for place in places]
     return ["/".join([name, "c", *map(str, place)]) for place in places]
+
+
+# Whole runs -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def blobs(tmp_path_factory: pytest.TempPathFactory, write_store: Callable[..., Path]) -> Path:
+    """A store of 611 samples in ragged chunks: x float64[n, 6], y int32[n]."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(611, 6))
+    y = (x @ rng.normal(size=(6, 3))).argmax(1).astype("int32")
+    return write_store(
+        tmp_path_factory.mktemp("blobs") / "blobs.zarr",
+        {
+            "x": {"dims": ("n", "f"), "values": x, "chunks": (40, 6)},
+            "y": {"dims": ("n",), "values": y, "chunks": (60,)},
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def samples(blobs: Path) -> Samples:
+    from dtrain.data.source import open_samples
+
+    return open_samples(blobs, inputs=["x"], targets=["y"])
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[LocalCluster]:
+    from tests.clusters import new_cluster
+
+    with new_cluster(2) as started:
+        yield started
+
+
+@pytest.fixture
+def client(cluster: LocalCluster) -> Iterator[Client]:
+    from distributed import Client
+
+    with Client(cluster, direct_to_workers=True) as connected:
+        yield connected

@@ -11,39 +11,31 @@ import stat
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
 import dtrain
-from dtrain.algorithm.params import (
-    InnerState,
-    Slot,
-    empty_inner_state,
-    flatten,
-    layout_of,
-    load_into,
-    pack_inner_state,
-    params_sha256,
-    unpack_inner_state,
-)
+from dtrain.algorithm.params import flatten, layout_of, load_into, params_sha256
+from dtrain.algorithm.plan import first_position
+from dtrain.algorithm.replica import empty_inner_state, fresh_replica, pack_inner_state, unpack_inner_state
 from dtrain.checkpoint import (
-    append_line,
     commit_round,
     committed_rounds,
     find_round,
     load_params,
     load_round,
-    load_tensor_file,
     newest_state,
     prune,
     round_directory,
     sweep,
-    write_text,
 )
 from dtrain.errors import DiskFull, RoundNotFound, RunDamaged
-from dtrain.types import Cursor, TrainState
+from dtrain.statefiles import load_tensor_file
+from dtrain.types import Broadcast, Cursor, InnerState, Position, ReplicaState, Slot, TrainState
+from tests.disks import CALLS, Disk, Killed
 
 
 def network(seed):
@@ -76,26 +68,35 @@ def state_of(number, replicas=2):
     inner = [adam_state(network(number + k), steps=2) for k in range(replicas - 1)]
     slots = tuple(Slot(0, f"value{i}", "", (), 0, 0, value) for i, value in enumerate(PLAIN))
     last = inner[0] if inner else empty_inner_state()
+    params = flatten(module, layout_of(module))
     return TrainState(
-        round=number,
-        params=(flatten(module, layout_of(module)),) * replicas,
-        inner=(*inner, InnerState((*last.slots, *slots), last.data)),
-        outer=(),
-        cursors=tuple(Cursor(number, 7 * k) for k in range(replicas)),
-        steps=tuple(10 * number + k for k in range(replicas)),
+        position=Position(
+            round=number,
+            cursors=tuple(Cursor(number, 7 * k) for k in range(replicas)),
+            steps=tuple(10 * number + k for k in range(replicas)),
+        ),
+        model=params,
+        broadcast=(Broadcast(params),) * replicas,
+        replicas=tuple(map(ReplicaState, (*inner, InnerState((*last.slots, *slots), last.data)))),
+        outer=((),) * replicas,
     )
 
 
 def bits(state):
     """All of a state in values that can be compared."""
+    vectors = [state.model, *(own.params for own in state.broadcast)]
+    residuals = [own.residual for own in state.replicas]
     return (
-        state.round,
-        [(p.layout, p.flat.tobytes(), p.extra.tobytes()) for p in state.params],
-        [([(slot, type(slot.value), str(slot.value)) for slot in i.slots], i.data.tobytes()) for i in state.inner],
-        state.outer,
-        state.cursors,
-        state.steps,
+        state.position,
+        [(p.layout, p.flat.tobytes(), p.extra.tobytes()) for p in vectors],
+        [inner_bits(own.inner) for own in state.replicas],
+        [None if residual is None else residual.tobytes() for residual in residuals],
+        [[inner_bits(piece) for piece in outer] for outer in state.outer],
     )
+
+
+def inner_bits(inner):
+    return [(slot, type(slot.value), str(slot.value)) for slot in inner.slots], inner.data.tobytes()
 
 
 STATES = {number: state_of(number) for number in (1, 2, 3)}
@@ -122,7 +123,7 @@ def test_a_committed_round_comes_back_bit_for_bit(tmp_path):
     back, fingerprint = load_round(round_directory(tmp_path, 2))
     assert fingerprint == "plan"
     assert bits(back) == bits(state)
-    assert params_sha256(load_params(round_directory(tmp_path, 2))) == params_sha256(state.params[0])
+    assert params_sha256(load_params(round_directory(tmp_path, 2))) == params_sha256(state.model)
     assert left_over(tmp_path) == []
 
 
@@ -130,35 +131,62 @@ def test_a_state_without_steps_comes_back(tmp_path):
     module = nn.Linear(2, 1)
     params = flatten(module, layout_of(module))
     start = TrainState(
-        round=0,
-        params=(params,) * 3,
-        inner=(empty_inner_state(),) * 3,
-        outer=(),
-        cursors=(Cursor(0, 0),) * 3,
-        steps=(0,) * 3,
+        position=first_position(3),
+        model=params,
+        broadcast=(Broadcast(params),) * 3,
+        replicas=(fresh_replica(),) * 3,
+        outer=((empty_inner_state(),),) * 3,
     )
     commit_round(tmp_path, start, "")
     assert bits(load_round(round_directory(tmp_path, 0))[0]) == bits(start)
+
+
+def test_replicas_with_parameters_of_their_own_come_back_and_share_what_they_shared(tmp_path):
+    vectors = [flatten(network(seed), layout_of(network(seed))) for seed in (5, 6, 7)]
+    own, other = Broadcast(vectors[1]), Broadcast(vectors[2])
+    first, second = (adam_state(network(8), 1), adam_state(network(9), 1)), (adam_state(network(10), 2),) * 2
+    state = replace(
+        state_of(4, replicas=3),
+        model=vectors[0],
+        broadcast=(own, other, own),
+        replicas=tuple(
+            replace(r, residual=np.float32([k, -0.0, np.inf])) for k, r in enumerate(state_of(4, 3).replicas)
+        ),
+        outer=(first, second, first),
+    )
+    commit_round(tmp_path, state, "plan")
+    back, _ = load_round(round_directory(tmp_path, 4))
+    assert bits(back) == bits(state)
+    assert back.broadcast[0] is back.broadcast[2]
+    assert back.outer[0] is back.outer[2]
+    names = sorted(path.name for path in round_directory(tmp_path, 4).glob("*.safetensors"))
+    assert [name for name in names if name.startswith("params")] == [
+        "params-0001.safetensors",
+        "params-0002.safetensors",
+        "params.safetensors",
+    ]
+    assert [name for name in names if name.startswith("outer")] == [f"outer-{k:04d}.safetensors" for k in range(4)]
 
 
 def test_training_goes_on_from_a_loaded_round_as_if_nothing_had_been(run):
     ends = []
     for state in (STATES[2], load_round(round_directory(run, 2))[0]):
         module = network(5)
-        load_into(module, state.params[0])
+        load_into(module, state.broadcast[0].params)
         optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
-        unpack_inner_state(state.inner[0], optimizer, list(module.parameters()))
+        unpack_inner_state(state.replicas[0].inner, optimizer, list(module.parameters()))
         module(torch.ones(2, 3) * torch.tensor([[1.0], [2.0]])).square().mean().backward()
         optimizer.step()
         ends.append(params_sha256(flatten(module, layout_of(module))))
-    assert ends[0] == ends[1] != params_sha256(STATES[2].params[0])
+    assert ends[0] == ends[1] != params_sha256(STATES[2].model)
 
 
 def test_arrays_may_be_read_only_as_dask_gives_them(tmp_path):
     state = STATES[1]
-    params = replace_arrays(state.params[0])
-    inner = tuple(InnerState(i.slots, read_only(i.data)) for i in state.inner)
-    commit_round(tmp_path, replace(state, params=(params,) * 2, inner=inner), "plan")
+    params = replace_arrays(state.model)
+    frozen = tuple(ReplicaState(InnerState(r.inner.slots, read_only(r.inner.data))) for r in state.replicas)
+    given = replace(state, model=params, broadcast=(Broadcast(params),) * 2, replicas=frozen)
+    commit_round(tmp_path, given, "plan")
     assert bits(load_round(round_directory(tmp_path, 1))[0]) == bits(state)
 
 
@@ -328,52 +356,6 @@ def test_temporary_directories_are_no_rounds(run):
 
 # Full and broken disks --------------------------------------------------------------------------------------------
 
-CALLS = ("open", "write", "fsync", "close", "mkdir", "rename")
-
-
-class Killed(BaseException):
-    """Stands for a process that is gone: nothing of what it would do afterwards is done."""
-
-
-class Disk:
-    """Counts the calls that change a disk, and fails at one of them; deleting what is left is not counted."""
-
-    def __init__(self, monkeypatch, fail_at=None, error=None):
-        self.calls, self.fail_at, self.error, self.deleting = [], fail_at, error, False
-        for name in CALLS:
-            monkeypatch.setattr(os, name, self.counted(name, getattr(os, name)))
-        monkeypatch.setattr(shutil, "rmtree", self.uncounted(shutil.rmtree))
-
-    @property
-    def dead(self):
-        return self.error is Killed and self.fail_at is not None and len(self.calls) > self.fail_at
-
-    def counted(self, name, real):
-        def call(*arguments, **options):
-            if self.deleting:
-                return real(*arguments, **options)
-            self.calls.append(name)
-            failing = len(self.calls) - 1 == self.fail_at
-            if name == "close":  # a failing close has closed all the same
-                real(*arguments, **options)
-            if self.dead:
-                raise Killed
-            if failing:
-                raise OSError(self.error, os.strerror(self.error))
-            return None if name == "close" else real(*arguments, **options)
-
-        return call
-
-    def uncounted(self, real):
-        def call(*arguments, **options):
-            if self.dead:
-                return
-            self.deleting = True
-            real(*arguments, **options)
-            self.deleting = False
-
-        return call
-
 
 def before_first(run):
     return 1, None
@@ -512,8 +494,6 @@ def test_the_umask_is_honoured(tmp_path, mask, file_mode, directory_mode):
     before = os.umask(mask)
     try:
         commit_round(tmp_path, STATES[1], "plan")
-        write_text(tmp_path / "config.toml", "a = 1\n")
-        append_line(tmp_path / "history.jsonl", "{}")
     finally:
         os.umask(before)
 
@@ -521,8 +501,7 @@ def test_the_umask_is_honoured(tmp_path, mask, file_mode, directory_mode):
         return stat.S_IMODE(path.stat().st_mode)
 
     directory = round_directory(tmp_path, 1)
-    files = [*directory.iterdir(), tmp_path / "config.toml", tmp_path / "history.jsonl"]
-    assert {mode(path) for path in files} == {file_mode}
+    assert {mode(path) for path in directory.iterdir()} == {file_mode}
     assert {mode(directory), mode(directory.parent)} == {directory_mode}
 
 
@@ -610,34 +589,7 @@ def test_without_rounds_none_is_found(tmp_path):
         find_round(tmp_path, "last", None)
 
 
-# Other files --------------------------------------------------------------------------------------------------------
-
-
-def test_write_text_replaces_the_whole_file_or_nothing(tmp_path, monkeypatch):
-    path = tmp_path / "config.toml"
-    write_text(path, "old, and longer\n")
-    write_text(path, "é\n")
-    assert path.read_text(encoding="utf-8") == "é\n"
-    for fail_at in range(4):  # open, write, fsync, close of the temporary file
-        with monkeypatch.context() as patch:
-            Disk(patch, fail_at, errno.ENOSPC)
-            with pytest.raises(DiskFull, match=r"config\.toml could not be written"):
-                write_text(path, "new\n")
-        assert path.read_text(encoding="utf-8") == "é\n"
-        assert [p.name for p in tmp_path.iterdir()] == ["config.toml"]
-
-
-def test_append_line_appends(tmp_path, monkeypatch):
-    path = tmp_path / "history.jsonl"
-    append_line(path, '{"round": 1}')
-    append_line(path, '{"round": 2}')
-    assert path.read_text() == '{"round": 1}\n{"round": 2}\n'
-    for fail_at in range(4):
-        with monkeypatch.context() as patch:
-            Disk(patch, fail_at, errno.ENOSPC)
-            with pytest.raises(DiskFull, match=r"history\.jsonl could not be written"):
-                append_line(path, "{}")
-    assert path.read_text().startswith('{"round": 1}\n{"round": 2}\n')
+# Parameters of a file -------------------------------------------------------------------------------------------------
 
 
 def test_parameters_can_be_taken_from_a_safetensors_file(tmp_path):
@@ -697,7 +649,7 @@ def test_nothing_in_the_package_can_run_code_from_a_file():
 
 def test_cloudpickle_is_where_the_users_code_travels_and_nowhere_else():
     users = {path.name for path in SOURCES if "cloudpickle" in path.read_text(encoding="utf-8").split('"""', 2)[2]}
-    assert users <= {"usercode.py", "versions.py", "connect.py"}
+    assert users <= {"codebytes.py", "versions.py", "connect.py"}
 
 
 @pytest.mark.parametrize(

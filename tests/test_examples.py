@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.alone
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 

@@ -107,7 +107,7 @@ def test_two_runs_have_two_locks(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     with locked(tmp_path / "a"), locked(tmp_path / "b"):
-        pass
+        assert all((tmp_path / name / "LOCK").exists() for name in ("a", "b"))
 
 
 # Other machines, where flock may not reach ----------------------------------------------------------------------
@@ -131,14 +131,14 @@ def test_a_stale_lock_of_another_machine_is_taken_over(tmp_path):
 def test_a_lock_of_this_machine_that_nobody_holds_is_taken_however_fresh(tmp_path):
     write_lock(tmp_path, socket.gethostname(), age=0)
     with locked(tmp_path):
-        pass
+        assert json.loads((tmp_path / "LOCK").read_text())["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("text", ["", "garbage", "[1]", "3", "null", '{"host"', "\xff"])
 def test_a_lock_that_says_nothing_is_taken(tmp_path, text):
     (tmp_path / "LOCK").write_bytes(text.encode("latin-1"))
     with locked(tmp_path):
-        pass
+        assert json.loads((tmp_path / "LOCK").read_text())["pid"] == os.getpid()
 
 
 def test_the_holder_keeps_the_lock_fresh(tmp_path, monkeypatch):

@@ -37,7 +37,12 @@ def test_the_wheel_holds_exactly_the_two_packages(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"dtrain", "dtrain_cli"}
-    for needed in ("dtrain/py.typed", "dtrain/data/read/units.py", "dtrain_cli/templates/digits.toml"):
+    for needed in (
+        "dtrain/py.typed",
+        "dtrain/data/read/units.py",
+        "dtrain_cli/templates/digits.toml",
+        "dtrain_cli/commands/train.py",
+    ):
         assert needed in names
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from dtrain_cli.main import run
 
+pytestmark = pytest.mark.alone
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 

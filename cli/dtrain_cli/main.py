@@ -1,16 +1,18 @@
-"""The Typer app: wiring, global options, exit codes. Commands import dtrain inside their bodies."""
+"""The command line: finds the commands, takes the global options, turns errors into exit codes."""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import pkgutil
 import re
 import sys
 from typing import Annotated, Any
 
 import typer
 
-from dtrain_cli import config, evaluate, init, plan, status, train
+from dtrain_cli import commands
 from dtrain_cli.output import Options, error
 
 GLOBAL_FLAGS = {
@@ -25,14 +27,6 @@ GLOBAL_FLAGS = {
 INTERRUPTED = 130
 JOINED = re.compile(r"^-[qv]{2,}$")
 
-app = typer.Typer(
-    name="dtrain",
-    help="Train PyTorch models on Zarr data larger than memory, on any Dask cluster.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -42,11 +36,12 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _global(
-    json: Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print machine-readable output: JSON, one object a line.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No narration and no progress.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tell more.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print more narration.")] = False,
     no_color: Annotated[bool, typer.Option("--no-color", help="No colours and no live line (also NO_COLOR).")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
@@ -56,12 +51,20 @@ def _global(
     """Train PyTorch models on Zarr data larger than memory, on any Dask cluster."""
 
 
-app.command("init")(init.init)
-app.command("plan")(plan.plan)
-app.command("train")(train.train)
-app.command("status")(status.status)
-app.command("eval")(evaluate.evaluate)
-app.add_typer(config.app, name="config")
+def build_app() -> typer.Typer:
+    """Return the Typer app with every command of `dtrain_cli.commands`, ordered by their ``ORDER``."""
+    app = typer.Typer(
+        name="dtrain",
+        help="Train PyTorch models on Zarr data larger than memory, on any Dask cluster.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_global)
+    names = [module.name for module in pkgutil.iter_modules(commands.__path__, f"{commands.__name__}.")]
+    for module in sorted((importlib.import_module(name) for name in names), key=lambda module: module.ORDER):
+        app.add_typer(module.app)
+    return app
 
 
 def split_flags(arguments: list[str]) -> tuple[Options, list[str]]:
@@ -80,22 +83,23 @@ def run(arguments: list[str]) -> int:
     if options.quiet:
         logging.getLogger("dtrain").setLevel(logging.ERROR)
     if not options.color:
-        os.environ.update(NO_COLOR="1", TERM="dumb")  # rich and typer look for them
+        os.environ.update(NO_COLOR="1", TERM="dumb")  # rich and typer read them
     try:
-        code: Any = typer.main.get_command(app).main(args=rest, prog_name="dtrain", standalone_mode=False, obj=options)
+        command = typer.main.get_command(build_app())
+        code: int | None = command.main(args=rest, prog_name="dtrain", standalone_mode=False, obj=options)
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = INTERRUPTED
     except (BrokenPipeError, SystemExit) as left:
-        if isinstance(left, SystemExit) and not isinstance(left.__context__, BrokenPipeError):  # typer makes it of one
+        if isinstance(left, SystemExit) and not isinstance(left.__context__, BrokenPipeError):  # typer makes one of it
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read us has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader of our output is gone
         return 0
     except Exception as fault:
         return _report(options, fault)
-    if code == INTERRUPTED:  # typer makes this of Ctrl-C
+    if code == INTERRUPTED:  # typer turns Ctrl-C into this code
         error(options, code, "Stopped by Ctrl-C.", "Committed rounds are kept; the same command continues.")
-    return code if isinstance(code, int) else 0
+    return code or 0
 
 
 def _report(options: Options, fault: Exception) -> int:
@@ -111,8 +115,8 @@ def _report(options: Options, fault: Exception) -> int:
     if isinstance(fault, DtrainError):
         error(options, fault.code, fault.message, fault.hint)
         return fault.code
-    said = " ".join(str(fault).split())
-    error(options, 1, f"{type(fault).__name__}: {said}", "This is a bug of dtrain. --debug shows where it happened.")
+    text = " ".join(str(fault).split())
+    error(options, 1, f"{type(fault).__name__}: {text}", "This is a bug of dtrain. --debug shows where it happened.")
     return 1
 
 

@@ -1,4 +1,4 @@
-"""Where words go: results to stdout, narration to stderr, errors in at most four lines."""
+"""Print results to stdout, narration to stderr, and errors in at most four lines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def result(options: Options, text: str, record: dict[str, Any]) -> None:
 
 
 def say(options: Options, text: str) -> None:
-    """Tell what is going on."""
+    """Print narration."""
     if not options.quiet:
         print(text, file=sys.stderr, flush=True)
 

@@ -9,14 +9,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from dtrain.algorithm.local import TensorBatch, autocast
+from dtrain.algorithm.batch import TensorBatch, autocast
 from dtrain.algorithm.losses import Loss, classes_first, mae, mse
 from dtrain.errors import InvalidConfig
 
 Sums: TypeAlias = dict[str, tuple[float, int]]
-"""By name: the sum of a quantity, and how many it is the sum of."""
+"""By name: the sum of a quantity, and the number of its terms."""
 Metric: TypeAlias = Callable[[Any, Any], tuple[float, int]]
-"""(outputs, targets) -> sum over the batch, and how many it is the sum of."""
+"""(outputs, targets) -> sum over the batch, and the number of its terms."""
 
 FROM_LOSS: dict[str, Callable[[float], float]] = {
     "perplexity": lambda loss: math.inf if loss > 700 else math.exp(loss),
@@ -40,9 +40,9 @@ def evaluate(
             with autocast(precision, batch):
                 outputs = module(*batch.inputs)
                 value = loss(outputs, batch.targets)
-            found: Sums = {"loss": (value.item() * batch.size, batch.size)}
-            found.update({name: metric(outputs, batch.targets) for name, metric in metrics.items()})
-            sums = merge([sums, found])
+            own: Sums = {"loss": (value.item() * batch.size, batch.size)}
+            own.update({name: metric(outputs, batch.targets) for name, metric in metrics.items()})
+            sums = merge([sums, own])
     return sums
 
 
@@ -56,20 +56,20 @@ def merge(pieces: Sequence[Sums]) -> Sums:
 def values(sums: Sums, wanted: Sequence[str]) -> dict[str, float]:
     """Return ``loss`` and the wanted metrics as means."""
     means = {name: total / count if count else math.nan for name, (total, count) in sums.items()}
-    found = {"loss": means["loss"]}
+    chosen = {"loss": means["loss"]}
     for name in wanted:
         key = metric_key(name)
-        found[key] = FROM_LOSS[name](means["loss"]) if name in FROM_LOSS else means[key]
-    return found
+        chosen[key] = FROM_LOSS[name](means["loss"]) if name in FROM_LOSS else means[key]
+    return chosen
 
 
 def metric_key(name: str) -> str:
-    """Return the name that a metric is reported by: of ``module:function`` the function."""
+    """Return the reported name of a metric; for ``module:function`` this is the name of the function."""
     return name.rpartition(":")[2]
 
 
 def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[float, int]:
-    """Share of right predictions: the largest of the classes, or, for targets of the outputs' shape, logit > 0."""
+    """Count correct predictions: the class of the largest output; for targets of the outputs' shape, logit > 0."""
     if targets.is_floating_point() or outputs.shape == targets.shape:
         if outputs.shape != targets.shape:
             raise InvalidConfig(
@@ -92,4 +92,3 @@ def mean_metric(function: Callable[[Any, Any], Any]) -> Metric:
 
 
 METRICS: dict[str, Metric] = {"accuracy": accuracy, "mse": mean_metric(mse), "mae": mean_metric(mae)}
-HIGHER_IS_BETTER = frozenset({"accuracy"})

@@ -1,4 +1,4 @@
-"""Losses: the mean over the samples of a batch, with the shapes checked before torch broadcasts them."""
+"""Losses: the mean over the samples of a batch. Shapes are checked, so that torch does not broadcast them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The average of the replicas: sums in float64 with integer weights, in replica order, one division.
+"""Mixing: which replicas are averaged with which, and the mean itself.
+
+    mean = sum_k n_k theta_k / sum_k n_k        in float64, with integer weights, in replica order, one division
 
 In this form the result does not depend on the order or the tree of the sum (the usual float32 weighted sum changes
 70 % of the elements), and the mean of equal replicas is that replica, bit for bit.
@@ -6,16 +8,73 @@ In this form the result does not depend on the order or the tree of the sum (the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
-from dtrain.algorithm.params import Entry, Flat, Parameters, tensors_of
+from dtrain.algorithm.params import tensors_of
+from dtrain.config.schema import MixConfig
 from dtrain.errors import UnsuitableModel
+from dtrain.types import Entry, Flat, Parameters
+
+# Who is averaged with whom --------------------------------------------------------------------------------
+
+Neighbourhoods: TypeAlias = tuple[tuple[int, ...], ...]
+"""By replica: the replicas that its next parameters are the mean of, ascending."""
+Topology: TypeAlias = Callable[[MixConfig, int, int], Neighbourhoods]
+"""(configuration, number of the round from 1, number of replicas) -> neighbourhoods."""
+
+
+def full(config: MixConfig, number: int, replicas: int) -> Neighbourhoods:
+    """Average all replicas: local SGD, FedAvg, DiLoCo."""
+    return (tuple(range(replicas)),) * replicas
+
+
+TOPOLOGIES: dict[str, Topology] = {"full": full}
+"""By ``average.mix.topology``."""
+
+
+def neighbourhoods(config: MixConfig, number: int, replicas: int) -> Neighbourhoods:
+    """Return, by replica, the replicas that are averaged into its next parameters in a round."""
+    return TOPOLOGIES[config.topology](config, number, replicas)
+
+
+@dataclass(frozen=True, slots=True)
+class Average:
+    """One mean of a round, computed once for all replicas that receive it."""
+
+    members: tuple[int, ...]
+    """The replicas that are averaged, ascending."""
+    receivers: tuple[int, ...]
+    """The replicas that go on from the mean."""
+
+
+def averages(members: Neighbourhoods, starts: Sequence[Hashable]) -> tuple[Average, ...]:
+    """Join the replicas whose means are equal.
+
+    Parameters
+    ----------
+    members : tuple of tuple of int
+        From `neighbourhoods`.
+    starts : sequence of hashable
+        By replica: names the values beside its neighbourhood that its mean depends on.
+
+    >>> averages(((0, 1), (0, 1), (2,)), "aab")
+    (Average(members=(0, 1), receivers=(0, 1)), Average(members=(2,), receivers=(2,)))
+    """
+    receivers: dict[tuple[tuple[int, ...], Hashable], list[int]] = {}
+    for replica, key in enumerate(zip(members, starts, strict=True)):
+        receivers.setdefault(key, []).append(replica)
+    return tuple(Average(of, tuple(some)) for (of, _), some in receivers.items())
+
+
+# The mean -------------------------------------------------------------------------------------------------
 
 BLOCK = 1 << 20
-"""Elements that are averaged at a time: bounds the float64 copy to 8 MB."""
+"""Elements averaged at a time: bounds the float64 copy to 8 MB."""
 
 
 def weighted_mean(arrays: Sequence[Flat], weights: Sequence[int]) -> Flat:
@@ -31,7 +90,7 @@ def weighted_mean(arrays: Sequence[Flat], weights: Sequence[int]) -> Flat:
     return out
 
 
-def average(replicas: Sequence[Parameters], weights: Sequence[int]) -> Parameters:
+def mean_of(replicas: Sequence[Parameters], weights: Sequence[int]) -> Parameters:
     """Average parameters and buffers of replicas, given in replica order.
 
     Parameters and float buffers get the weighted mean, integer buffers (counters) the maximum; bools must agree.

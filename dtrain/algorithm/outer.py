@@ -14,19 +14,19 @@ DiLoCo: Douillard et al. 2023, arXiv:2311.08105. FedOpt: Reddi et al. 2021, arXi
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import nn
 
-from dtrain.algorithm.local import optimizer_named
-from dtrain.algorithm.params import Flat, InnerState, pack_inner_state, unpack_inner_state
-from dtrain.config import OuterConfig
-from dtrain.errors import InvalidConfig, UserCodeFailed
+from dtrain.algorithm.optimizers import make_optimizer, optimizer_named
+from dtrain.algorithm.replica import pack_inner_state, unpack_inner_state
+from dtrain.config.schema import OuterConfig
+from dtrain.errors import InvalidConfig
+from dtrain.types import Flat, InnerState
 
+ARGS = "average.outer.args"
 WHOLE_TENSORS = frozenset({"adafactor", "muon", "sparseadam"})
-"""Optimizers of torch that look at the shape of a tensor, or need sparse gradients."""
+"""Optimizers of torch that depend on the shape of a tensor, or need sparse gradients."""
 
 
 def outer_optimizer(config: OuterConfig) -> type[torch.optim.Optimizer]:
@@ -45,9 +45,9 @@ def outer_optimizer(config: OuterConfig) -> type[torch.optim.Optimizer]:
             "of a flat vector.",
             "Use sgd, adam, adamw, adagrad or another optimizer that acts element by element.",
         )
-    found = optimizer_named(config.optimizer, "average.outer.optimizer")
-    _make(found, nn.Parameter(torch.zeros(1)), config.args)
-    return found
+    chosen = optimizer_named(config.optimizer, "average.outer.optimizer")
+    make_optimizer(chosen, [nn.Parameter(torch.zeros(1))], config.args, ARGS)
+    return chosen
 
 
 def pseudo_gradient(theta: Flat, mean: Flat) -> Flat:
@@ -75,20 +75,8 @@ def outer_step(theta: Flat, mean: Flat, state: InnerState, config: OuterConfig) 
         The new slice, and the new state.
     """
     parameter = nn.Parameter(torch.from_numpy(theta.copy()))
-    optimizer = _make(outer_optimizer(config), parameter, config.args)
+    optimizer = make_optimizer(outer_optimizer(config), [parameter], config.args, ARGS)
     unpack_inner_state(state, optimizer, [parameter])
     parameter.grad = torch.from_numpy(pseudo_gradient(theta, mean))
     optimizer.step()
     return parameter.detach().numpy(), pack_inner_state(optimizer, [parameter])
-
-
-def _make(
-    optimizer: type[torch.optim.Optimizer], parameter: nn.Parameter, arguments: dict[str, Any]
-) -> torch.optim.Optimizer:
-    try:
-        return optimizer([parameter], **arguments)
-    except (TypeError, ValueError) as error:
-        raise UserCodeFailed(
-            f"{optimizer.__name__} does not accept average.outer.args = {arguments}: {error}",
-            "Give the arguments that torch documents for it.",
-        ) from None

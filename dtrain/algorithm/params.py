@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,58 +18,9 @@ import torch
 from torch import nn
 
 from dtrain.errors import UnsuitableModel
-
-Flat: TypeAlias = npt.NDArray[np.float32]
-Bytes: TypeAlias = npt.NDArray[np.uint8]
+from dtrain.types import Entry, Layout, Parameters
 
 ALIGNMENT = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor of the state_dict and where it lies."""
-
-    name: str
-    kind: Literal["param", "buffer", "extra"]
-    """Parameter or float32 buffer (in `Parameters.flat`), or buffer of another dtype (in `Parameters.extra`)."""
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    """In elements of `flat`, in bytes of `extra`."""
-    size: int
-    """In elements of `flat`, in bytes of `extra`."""
-    alias: bool = False
-    """Whether another name in the layout owns the tensor: then this one only points to it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where each tensor of a module's state_dict lies in `Parameters`."""
-
-    entries: tuple[Entry, ...]
-    num_params: int
-    """Elements of `flat` that are parameters; the rest are float32 buffers."""
-    num_flat: int
-    num_extra: int
-
-
-@dataclass(frozen=True, slots=True)
-class Parameters:
-    """Parameters and buffers of one replica."""
-
-    layout: Layout
-    flat: Flat
-    """float32[layout.num_flat]"""
-    extra: Bytes
-    """uint8[layout.num_extra]"""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both arrays."""
-        return self.flat.nbytes + self.extra.nbytes
-
-    def __sizeof__(self) -> int:  # Dask's memory accounting asks this
-        return object.__sizeof__(self) + self.nbytes
 
 
 def layout_of(module: nn.Module) -> Layout:
@@ -215,86 +165,3 @@ def _finite(tensor: torch.Tensor, before: torch.Tensor | None) -> bool:
     wide = tensor if tensor.itemsize > 1 else tensor.float()  # torch.isfinite knows no float8
     fine = torch.isfinite(wide)
     return bool(fine.all()) or (before is not None and bool((fine | (tensor == before)).all()))
-
-
-# The inner optimizer's state ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """One value of an optimizer's state: a tensor in `InnerState.data`, or a plain value."""
-
-    param: int
-    """Index among the parameters that the optimizer was given."""
-    key: str
-    dtype: str
-    """Of the tensor; empty for a plain value."""
-    shape: tuple[int, ...]
-    offset: int
-    size: int
-    """In bytes."""
-    value: float | int | bool | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class InnerState:
-    """The state of one replica's inner optimizer in one byte array."""
-
-    slots: tuple[Slot, ...]
-    data: Bytes
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors."""
-        return self.data.nbytes
-
-    def __sizeof__(self) -> int:  # Dask's memory accounting asks this
-        return object.__sizeof__(self) + self.nbytes
-
-
-def empty_inner_state() -> InnerState:
-    """Return the state of an optimizer that has taken no step."""
-    return InnerState((), np.zeros(0, np.uint8))
-
-
-def pack_inner_state(optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> InnerState:
-    """Copy an optimizer's state into one byte array.
-
-    Raises
-    ------
-    UnsuitableModel
-        The optimizer keeps something that is neither a tensor nor a number.
-    """
-    slots: list[Slot] = []
-    chunks: list[Bytes] = []
-    offset = 0
-    for index, parameter in enumerate(params):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, torch.Tensor):
-                raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-                dtype = str(value.dtype).removeprefix("torch.")
-                slots.append(Slot(index, key, dtype, tuple(value.shape), offset, raw.nbytes))
-                padding = np.zeros(-raw.nbytes % ALIGNMENT, np.uint8)
-                chunks += [raw, padding]
-                offset += raw.nbytes + padding.nbytes
-            elif value is None or isinstance(value, int | float | bool):
-                slots.append(Slot(index, key, "", (), 0, 0, value))
-            else:
-                raise UnsuitableModel(
-                    f"{type(optimizer).__name__} keeps a {type(value).__name__} as {key}; it cannot be carried over "
-                    "from round to round.",
-                    "Use an optimizer whose state is tensors and numbers.",
-                )
-    return InnerState(tuple(slots), np.concatenate(chunks) if chunks else np.zeros(0, np.uint8))
-
-
-def unpack_inner_state(state: InnerState, optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> None:
-    """Copy a packed state into an optimizer that has taken no step."""
-    for slot in state.slots:
-        value: Any = slot.value
-        if slot.dtype:
-            raw = state.data[slot.offset : slot.offset + slot.size].copy()
-            value = torch.from_numpy(raw).view(getattr(torch, slot.dtype)).reshape(slot.shape)
-            if slot.key != "step":  # as torch itself loads it: that one stays on the CPU
-                value = value.to(params[slot.param].device)
-        optimizer.state[params[slot.param]][slot.key] = value

@@ -1,4 +1,4 @@
-"""What every replica does in a round: steps, batches, cursors, seeds, learning rates. Integers and pure functions.
+"""The plan of a round: the steps, batches, cursors and seeds of every replica. Integers and pure functions.
 
 A round of ``local_steps = H`` is H full batches of a cyclic stream (remainders carry over into the next pass); of
 ``local_epochs = E`` it is E passes, the last batch of a pass may be short. Both are known before a round has run,
@@ -9,33 +9,34 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Sequence
 
-from dtrain.config import TrainTable
-from dtrain.types import Cursor, LocalTask, RoundPlan, TrainState
-
-Schedule: TypeAlias = Callable[[int, int], float]
-"""(step, total steps) -> factor on the learning rate; step counts a replica's finished steps from 0."""
+from dtrain.config.schema import FULL_BATCH_MICRO, TrainTable
+from dtrain.types import Cursor, LocalTask, Position, RoundPlan
 
 
-def plan_round(state: TrainState[Any], sizes: Sequence[int], train: TrainTable) -> RoundPlan:
-    """Return what each replica does in the round after `state`.
+def first_position(replicas: int) -> Position:
+    """Return the position of a run that has not started."""
+    return Position(round=0, cursors=(Cursor(0, 0),) * replicas, steps=(0,) * replicas)
+
+
+def plan_round(position: Position, sizes: Sequence[int], train: TrainTable) -> RoundPlan:
+    """Plan the round after `position`.
 
     Parameters
     ----------
-    state : TrainState
+    position : Position
     sizes : sequence of int
         Samples of each replica's partition.
     train : TrainTable
     """
-    number = state.round + 1
+    number = position.round + 1
     tasks = tuple(
         LocalTask(
             round=number,
             replica=replica,
-            cursor=state.cursors[replica],
-            step=state.steps[replica],
+            cursor=position.cursors[replica],
+            step=position.steps[replica],
             total_steps=train.rounds * steps_a_round(size, train),
             num_steps=steps_a_round(size, train),
             num_samples=samples_a_round(size, train),
@@ -45,6 +46,15 @@ def plan_round(state: TrainState[Any], sizes: Sequence[int], train: TrainTable) 
         for replica, size in enumerate(sizes)
     )
     return RoundPlan(number, tasks)
+
+
+def position_after(plan: RoundPlan, sizes: Sequence[int]) -> Position:
+    """Return the position after a round."""
+    return Position(
+        round=plan.round,
+        cursors=tuple(cursor_after(task, size) for task, size in zip(plan.tasks, sizes, strict=True)),
+        steps=tuple(task.step + task.num_steps for task in plan.tasks),
+    )
 
 
 def steps_a_round(size: int, train: TrainTable) -> int:
@@ -64,7 +74,7 @@ def samples_a_round(size: int, train: TrainTable) -> int:
 def step_sizes(task: LocalTask, size: int, train: TrainTable) -> Iterator[tuple[int, ...]]:
     """Yield, for each local step of a task, the sizes of its micro-batches."""
     if train.batch_size == "full":
-        yield from (micro_sizes(size, train.micro_batch or 1024) for _ in range(task.num_steps))
+        yield from (micro_sizes(size, train.micro_batch or FULL_BATCH_MICRO) for _ in range(task.num_steps))
     elif task.num_epochs == 0:
         yield from (micro_sizes(train.batch_size, train.micro_batch) for _ in range(task.num_steps))
     else:
@@ -74,10 +84,10 @@ def step_sizes(task: LocalTask, size: int, train: TrainTable) -> Iterator[tuple[
 
 
 def endless_sizes(size: int, train: TrainTable) -> Iterator[int]:
-    """Yield the sizes of the micro-batches of a replica from the start of any of its tasks on, for ever."""
+    """Yield the sizes of a replica's micro-batches without end, from the start of any of its tasks."""
     while True:
         if train.batch_size == "full":
-            yield from micro_sizes(size, train.micro_batch or 1024)
+            yield from micro_sizes(size, train.micro_batch or FULL_BATCH_MICRO)
         elif train.local_steps:
             yield from micro_sizes(train.batch_size, train.micro_batch)
         else:
@@ -98,7 +108,7 @@ def micro_sizes(batch: int, micro: int) -> tuple[int, ...]:
 
 
 def cursor_after(task: LocalTask, size: int) -> Cursor:
-    """Return the cursor that a task leaves behind."""
+    """Return the cursor after a task."""
     consumed = task.cursor.epoch * size + task.cursor.position + task.num_samples
     return Cursor(*divmod(consumed, size))
 
@@ -107,37 +117,3 @@ def task_seed(seed: int, round_number: int, replica: int) -> int:
     """Return the seed of a task: a hash, so that no two tasks of a run share a stream."""
     digest = hashlib.sha256(f"{seed}/{round_number}/{replica}/local".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
-
-
-# Learning-rate schedules ----------------------------------------------------------------------------------
-
-
-def schedule_named(name: str, warmup_steps: int) -> Schedule:
-    """Return a built-in schedule; the first `warmup_steps` rise linearly to 1."""
-    return with_warmup({"constant": constant, "cosine": cosine, "linear": linear}[name], warmup_steps)
-
-
-def with_warmup(schedule: Schedule, warmup_steps: int) -> Schedule:
-    """Return a schedule that rises linearly to 1 and then follows `schedule` over the remaining steps."""
-
-    def warmed(step: int, total: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        return schedule(step - warmup_steps, max(1, total - warmup_steps))
-
-    return warmed
-
-
-def constant(step: int, total: int) -> float:
-    """Return 1."""
-    return 1.0
-
-
-def cosine(step: int, total: int) -> float:
-    """Fall from 1 to 0 along half a cosine (Loshchilov and Hutter 2017, arXiv:1608.03983)."""
-    return 0.5 * (1.0 + math.cos(math.pi * min(step, total) / total))
-
-
-def linear(step: int, total: int) -> float:
-    """Fall from 1 to 0 in a straight line."""
-    return 1.0 - min(step, total) / total

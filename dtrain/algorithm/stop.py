@@ -1,31 +1,36 @@
-"""When the requirement is met: pure functions of the history, so that resuming and looking ahead change nothing."""
+"""Stop rules: pure functions of the history, so that resume and rounds submitted ahead change nothing."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeAlias
 
-from dtrain.algorithm.evaluate import HIGHER_IS_BETTER, metric_key
-from dtrain.config import TrainConfig
+from dtrain.algorithm.evaluate import metric_key
+from dtrain.config.names import METRICS, MetricFacts
+from dtrain.config.schema import TrainConfig
 from dtrain.errors import InvalidConfig, did_you_mean
-
-Reason: TypeAlias = Literal["target", "patience"]
+from dtrain.types import StopReason
 
 
 def higher_is_better(config: TrainConfig) -> bool:
     """Whether larger values of ``stop.metric`` are better."""
     if config.stop.mode != "auto":
         return config.stop.mode == "max"
-    return config.stop.metric.removeprefix("val_") in HIGHER_IS_BETTER
+    return METRICS.get(config.stop.metric.removeprefix("val_"), MetricFacts()).higher_is_better
 
 
-def stop_reason(values: Sequence[float | None], config: TrainConfig) -> Reason | None:
+def end_reason(history: Sequence[float | None], config: TrainConfig) -> StopReason | None:
+    """Return why a run with this history is complete, or None. Same arguments as `stop_reason`."""
+    return stop_reason(history, config) or ("rounds" if len(history) >= config.train.rounds else None)
+
+
+def stop_reason(history: Sequence[float | None], config: TrainConfig) -> StopReason | None:
     """Return which rule of ``[stop]`` the last round fulfils, if any.
 
     Parameters
     ----------
-    values : sequence of float or None
-        ``stop.metric`` of every round so far; None where it was not finite, which never is an improvement.
+    history : sequence of float or None
+        ``stop.metric`` of every round so far; None where it was not finite, which is never an improvement.
     config : TrainConfig
 
     Notes
@@ -34,27 +39,27 @@ def stop_reason(values: Sequence[float | None], config: TrainConfig) -> Reason |
     more than ``min_delta`` each time, is that many rounds old.
     """
     stop, sign = config.stop, -1.0 if higher_is_better(config) else 1.0
-    last = values[-1] if values else None
+    last = history[-1] if history else None
     if stop.target is not None and last is not None and sign * last <= sign * stop.target:
         return "target"
     if stop.patience is not None:
         best, best_index = float("inf"), -1
-        for index, value in enumerate(values):
+        for index, value in enumerate(history):
             if value is not None and sign * value < best - stop.min_delta:
                 best, best_index = sign * value, index
-        if len(values) - 1 - best_index >= stop.patience:
+        if len(history) - 1 - best_index >= stop.patience:
             return "patience"
     return None
 
 
-def metric_of(row: Mapping[str, Any], config: TrainConfig) -> float | None:
-    """Return ``stop.metric`` of a row of the history."""
-    value: float | None = row.get(config.stop.metric)
-    return value
+def metric_of(values: Mapping[str, float | None], config: TrainConfig) -> float | None:
+    """Return ``stop.metric`` among the values of a round; None if it is missing or not finite."""
+    value = values.get(config.stop.metric)
+    return value if value is not None and math.isfinite(value) else None
 
 
 def check_metric(config: TrainConfig, has_validation: bool) -> None:
-    """Refuse a ``stop.metric`` that no round will have.
+    """Refuse a ``stop.metric`` that is not computed.
 
     Raises
     ------

@@ -2,10 +2,14 @@
 
 Nothing in this folder knows torch or Dask.
 
-    open_samples      source.py      metadata of a Zarr group, through xarray
-    Samples           samples.py     which variables make a sample, how many there are, how they are stored
-    check_presence    presence.py    the stored objects of a Zarr group
-    plan_data         partition.py   units, splits and partitions: integer arithmetic on that metadata
-    epoch_order       order.py       the order of one pass: a pure, seekable function of (seed, partition, epoch)
-    read_batches      loader.py      partition + cursor -> numpy batches, in bounded memory
+    source.py      `open_samples`: the metadata of a Zarr group, through xarray -> `Samples`
+    samples.py     `Samples`: which variables make a sample, how many there are, how they are stored
+    encoding.py    stored values -> what the model sees: CF packing, missing values, normalisation
+    selection.py   the sample dimension, isel and patches, checked against the dimensions
+    paths.py       a configured path -> the store, once there is a group
+    dataset.py     a group as an xarray data set, also if it holds arrays that cannot be opened
+    cf.py          what CF attributes mean
+    plan/          which samples are read by whom, in which order, in how much memory: pure arithmetic
+    read/          bytes of a Zarr store -> units in memory
+    load/          batches in time
 """

@@ -1,18 +1,19 @@
-"""From what is stored to what the model sees: CF packing and missing values, then normalisation.
+"""Decode stored values for the model: CF packing and missing values, then normalisation.
 
-xarray says at the start which dtype a packed variable decodes to (`dtrain.data.source`); workers decode by this
-file alone, and need not import xarray.
+xarray says once which dtype a packed variable decodes to (`dtrain.data.cf`). Workers decode by this file alone, and
+need not import xarray.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+Array: TypeAlias = npt.NDArray[Any]
+DType: TypeAlias = np.dtype[Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,13 +21,13 @@ class Encoding:
     """How a variable is packed, after the CF conventions (section 8.1 and 2.5.1)."""
 
     dtype: str
-    """What values are decoded to, before they become the model's."""
+    """Dtype of decoded values, before they are cast for the model."""
     scale: float | None = None
     offset: float | None = None
     missing: tuple[float, ...] = ()
-    """Stored values that stand for a missing one; they decode to NaN."""
+    """Stored values that mark a missing value; they decode to NaN."""
     unsigned: str = ""
-    """The unsigned (or signed) dtype that stored integers are to be read as."""
+    """Dtype with other signs as which stored integers are read; empty for the stored dtype."""
 
 
 def unpack(values: Array, encoding: Encoding | None) -> Array:
@@ -46,24 +47,31 @@ def unpack(values: Array, encoding: Encoding | None) -> Array:
 
 
 def is_missing(values: Array, encoding: Encoding) -> Array:
-    """Return where stored values stand for a missing one; values are as `unpack` compares them."""
-    found = np.zeros(values.shape, bool)
+    """Return where stored values mark a missing value.
+
+    Parameters
+    ----------
+    values : array
+        Stored values; with ``encoding.unsigned``, viewed as that dtype.
+    encoding : Encoding
+    """
+    missing = np.zeros(values.shape, bool)
     for value in encoding.missing:
         if value != value:
-            found |= np.isnan(values)
+            missing |= np.isnan(values)
         elif values.dtype.kind in "iu" and values.dtype.itemsize == 8:
-            found |= values.astype(np.float64) == float(value)  # as xarray compares them
+            missing |= values.astype(np.float64) == float(value)  # as xarray compares them
         elif (mark := _as_stored(value, values.dtype)) is not None:
-            found |= values == mark
-    return found
+            missing |= values == mark
+    return missing
 
 
-def _as_stored(value: float, dtype: np.dtype[Any]) -> Any:
-    """Return a mark as the dtype holds it; None if it cannot, and no value is marked."""
+def _as_stored(value: float, dtype: DType) -> Array | None:
+    """Cast a mark to the dtype; None if it cannot be represented, and no value is marked."""
     if dtype.kind not in "iu":
-        return np.asarray(value, dtype)[()]
+        return np.asarray(value, dtype)
     info = np.iinfo(dtype)
-    return dtype.type(int(value)) if info.min <= value <= info.max and value == int(value) else None
+    return np.asarray(int(value), dtype) if info.min <= value <= info.max and value == int(value) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +79,7 @@ class Scaling:
     """Mean and standard deviation by which a variable is standardised."""
 
     mean: tuple[float, ...]
-    """Of each entry of the channel axis; of all values together, one."""
+    """Mean of each entry of the channel axis, or a single mean of all values."""
     std: tuple[float, ...]
     axis: int | None
     """The channel axis among a row's axes; None: one mean for all."""

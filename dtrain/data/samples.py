@@ -1,4 +1,4 @@
-"""Which variables make up a sample, how many samples there are, and how they are stored."""
+"""Describe samples: which variables they consist of, how many there are, how their chunks are stored. Metadata only."""
 
 from __future__ import annotations
 
@@ -6,59 +6,87 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from html import escape
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from dtrain.config import DataConfig, Offsets, Slice
-from dtrain.data.encoding import Encoding
+from dtrain.config.schema import DataConfig, Offsets, Slice
+from dtrain.data.encoding import DType, Encoding
+from dtrain.display import html_table
 
 Select: TypeAlias = tuple[tuple[int, int, int], ...]
-"""Start, stop and step along each dimension; never empty."""
+"""Start, stop and step along each dimension of a stored array; never empty."""
 
 
 WHOLE_OBJECT_BYTES = 8 << 20
-"""Shards up to this size are read whole; larger ones hold several units."""
+"""Shards up to this size are read whole; larger shards are split into several units."""
 SMALL_SHARE = 16
 SMALL_BYTES = 64 << 20
-"""A variable is small if it has this share of the bytes of all, and not more bytes than this."""
+"""A variable is small if it has at most 1 / `SMALL_SHARE` of all bytes, and at most `SMALL_BYTES`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkFormat:
+    """How the chunks of an array are encoded: facts from its metadata. `dtrain.data.plan.readers` draws conclusions."""
+
+    codecs: tuple[str, ...] = ()
+    """Names of the codecs in the order in which they encode a chunk; of a sharded array, an inner chunk.
+
+    A codec of the package numcodecs has the prefix ``numcodecs.``, as have all codecs of Zarr v2.
+    """
+    endian: str = ""
+    """Byte order that the codec ``bytes`` writes: ``little``, ``big``, or empty for single bytes and Zarr v2."""
+    order: str = "C"
+    """Order of the values in a chunk: ``C`` or ``F``."""
+    has_fill_value: bool = True
+    """False for a Zarr v2 array whose fill value is null."""
+    has_plain_index: bool = True
+    """False for a sharded array whose index is encoded by other codecs than ``bytes`` and ``crc32c``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreFacts:
+    """What the kind of a store allows: facts that planning and reading depend on (`dtrain.data.read.open`)."""
+
+    is_local: bool = True
+    """The store is a directory of this machine's file system: its objects can be read as files, by path."""
+    can_list: bool = True
+    """The store can list its objects."""
+    read_ahead: bool = False
+    """Requests take long: units are read further ahead, by more threads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variable:
-    """One Zarr array, as its metadata describes it."""
+    """A Zarr array, as its metadata describe it."""
 
     name: str
     dims: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: str
-    """As stored, for example ``float64``."""
+    """Stored dtype, for example ``float64``."""
     chunks: tuple[int, ...]
-    """What is decoded at once."""
+    """Shape of a chunk: it is decoded at once. A sharded array has inner chunks."""
     objects: tuple[int, ...]
-    """What is stored at once: the shard where the array is sharded, else the chunk. Always ask this one for
-    ownership; a sharded array's ``chunks`` are its inner chunks."""
+    """Shape of a stored object: a shard if the array is sharded, else a chunk. Ownership follows objects."""
     sample_axis: int
-    """-1: it has none, and is the same for all samples."""
+    """-1 if the variable has no sample dimension: then it is the same for all samples."""
     checksums: bool
-    """Whether a codec of the array detects flipped bits."""
+    """True if a codec of the array detects flipped bits."""
     select: Select
-    """What is used of each dimension (``data.isel``), in stored rows and columns."""
+    """The selected part of each dimension (``data.isel``), in stored rows and columns."""
     dropped: tuple[int, ...] = ()
-    """Dimensions of which one place is selected; a row does not have them."""
+    """Dimensions with a single selected place; rows do not have them."""
     encoding: Encoding | None = None
-    """How values are packed; None if they are as they are."""
-    not_zarrs: str = ""
-    """Why zarrs does not read it right; empty if it does."""
-    not_numcodecs: str = ""
-    """Why it is not decoded by numcodecs alone; empty if it is."""
+    """How values are packed; None if they are stored as they are."""
+    chunk_format: ChunkFormat = ChunkFormat()
+    """Decides who can read the variable, and nothing else; not part of the fingerprint."""
 
     @property
     def is_static(self) -> bool:
-        """Whether it has no sample dimension: it is loaded once."""
+        """True if the variable has no sample dimension; it is then read once."""
         return self.sample_axis < 0
 
     @property
@@ -68,38 +96,38 @@ class Variable:
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """Shape of one row: the other dimensions, as selected, in stored order."""
+        """Shape of one row: the selected length of `row_axes`."""
         return tuple(len(range(*self.select[axis])) for axis in self.row_axes)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row of the sample dimension as it is kept in memory; 0 if it has none."""
+        """Bytes of one row in memory; 0 if the variable has no sample dimension."""
         return 0 if self.is_static else math.prod(self.row_shape) * self.kept_dtype.itemsize
 
     @property
-    def kept_dtype(self) -> np.dtype[Any]:
-        """Dtype in which units are kept: as stored, in native byte order; float64 as the float32 of the model."""
+    def kept_dtype(self) -> DType:
+        """Dtype in memory: the stored one in native byte order; float64 becomes float32, which the model sees."""
         stored = np.dtype(self.dtype).newbyteorder("=")
         return np.dtype(np.float32) if stored.kind == "f" and stored.itemsize > 4 and not self.encoding else stored
 
     @property
-    def decoded_dtype(self) -> np.dtype[Any]:
+    def decoded_dtype(self) -> DType:
         """Dtype of unpacked values."""
         return np.dtype(self.encoding.dtype if self.encoding else self.dtype)
 
     @property
-    def model_dtype(self) -> np.dtype[Any]:
+    def model_dtype(self) -> DType:
         """Dtype that the model sees: float32 for floats, int64 for integers and bools."""
         return np.dtype(np.float32 if self.decoded_dtype.kind == "f" else np.int64)
 
     @property
     def object_rows(self) -> int:
-        """Samples that one stored object spans."""
+        """Rows of one stored object."""
         return self.objects[self.sample_axis]
 
     @property
     def chunk_rows(self) -> int:
-        """Samples that are decoded at once."""
+        """Rows that are decoded at once."""
         return self.chunks[self.sample_axis]
 
     @property
@@ -108,13 +136,18 @@ class Variable:
         return math.prod(self.chunks) * np.dtype(self.dtype).itemsize
 
     @property
+    def has_inner_chunks(self) -> bool:
+        """True if a stored object holds several chunks."""
+        return self.objects != self.chunks
+
+    @property
     def grid(self) -> tuple[int, ...]:
-        """Stored objects of the whole array along each dimension."""
+        """Number of stored objects along each dimension of the array."""
         return tuple(math.ceil(n / size) for n, size in zip(self.shape, self.objects, strict=True))
 
     @property
     def num_objects(self) -> int:
-        """Stored objects of the whole array."""
+        """Number of stored objects of the array."""
         return math.prod(self.grid)
 
     def selection(self, start: int, stop: int) -> Select:
@@ -124,18 +157,18 @@ class Variable:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A patch: what a sample is cut to along some dimensions."""
+    """The place of a patch within a row."""
 
     ranges: tuple[tuple[str, int, int], ...]
-    """Dimension, start and stop, counted in what is selected of it."""
+    """Dimension, start and stop, counted within the selected part of the dimension."""
 
     def slices(self, variable: Variable) -> tuple[slice, ...]:
         """Return the slice of each axis of a row."""
-        found = {dim: slice(start, stop) for dim, start, stop in self.ranges}
-        return tuple(found.get(variable.dims[axis], slice(None)) for axis in variable.row_axes)
+        by_dim = {dim: slice(start, stop) for dim, start, stop in self.ranges}
+        return tuple(by_dim.get(variable.dims[axis], slice(None)) for axis in variable.row_axes)
 
     def shape_of(self, variable: Variable) -> tuple[int, ...]:
-        """Return the shape of what it leaves of a row."""
+        """Return the shape of a row that is cut to the tile."""
         pairs = zip(variable.row_shape, self.slices(variable), strict=True)
         return tuple(len(range(length)[part]) for length, part in pairs)
 
@@ -145,18 +178,19 @@ class Field:
     """One tensor of a sample: a variable, read at offsets from the sample's anchor."""
 
     name: str
-    """Of the variable."""
+    """Name of the variable."""
     offsets: tuple[int, ...]
-    """In rows along the sample dimension."""
+    """Rows along the sample dimension, counted from the anchor."""
     window: bool
-    """Whether the offsets are an axis of the tensor; without it there is one offset."""
+    """True if the offsets are an axis of the tensor; without it there is one offset."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
     """The samples of a Zarr group: metadata only, nothing is read before training.
 
-    Made by `open_samples`.
+    Made by `open_samples`. It can be pickled; another process reads the same store, as far as it knows the store's
+    kind (`dtrain.data.read.open.register_kind`).
     """
 
     path: str
@@ -164,17 +198,19 @@ class Samples:
     config: DataConfig
     sample_dim: str
     first_row: int = 0
-    """Rows before it are not selected."""
+    """The first selected row."""
     num_samples: int
-    """The row after the last along the sample dimension. Without windows and stride each row is a sample."""
+    """The row after the last selected one. Without windows and stride each row is a sample."""
     variables: tuple[Variable, ...]
     """Inputs, then targets; a variable that is both stands once."""
     tiles: tuple[Tile, ...] = (Tile(()),)
-    """The patches that every row is cut into; one that is everything if it is not cut."""
+    """The patches that every row is cut into; a single tile of everything if rows are not cut."""
+    store: StoreFacts = StoreFacts()
+    """They decide how the store is read, and change no bit; not part of the fingerprint."""
 
     @property
     def row_bytes(self) -> int:
-        """Bytes in memory of one row of the sample dimension over all variables."""
+        """Bytes in memory of one row of all variables."""
         return sum(variable.row_bytes for variable in self.variables)
 
     @cached_property
@@ -194,7 +230,7 @@ class Samples:
         return Field(name, offsets, window=True)
 
     def reach(self, name: str | None = None) -> tuple[int, int]:
-        """Return the smallest and the largest offset from an anchor at which a variable (or any) is read."""
+        """Return the smallest and the largest offset at which one variable is read, or any variable."""
         offsets = [o for field in self.fields if name in (None, field.name) for o in field.offsets]
         return min(offsets), max(offsets)
 
@@ -204,11 +240,11 @@ class Samples:
         return tuple(variable for variable in self.variables if not variable.is_static)
 
     @cached_property
-    def kept_whole(self) -> tuple[Variable, ...]:
-        """The variables with the sample dimension that are read once and kept.
+    def preloaded(self) -> tuple[Variable, ...]:
+        """The variables with the sample dimension that are read once and stay in memory.
 
-        Those that are next to nothing beside the others, but stored in so long chunks (all labels in one, for
-        example) that units would have to be as long.
+        They are small beside the others, and their chunks so long (for example one chunk for all labels) that
+        units would have to be as long.
         """
         rows = self.num_samples - self.first_row
         total = sum(v.row_bytes for v in self.moving)
@@ -222,7 +258,7 @@ class Samples:
     @cached_property
     def streamed(self) -> tuple[Variable, ...]:
         """The variables that are read unit by unit."""
-        return tuple(variable for variable in self.moving if variable not in self.kept_whole)
+        return tuple(variable for variable in self.moving if variable not in self.preloaded)
 
     def field_shape(self, field: Field) -> tuple[int, ...]:
         """Return the shape of a field of one sample."""
@@ -231,20 +267,24 @@ class Samples:
 
     @property
     def has_windows(self) -> bool:
-        """Whether a sample is more than one row."""
+        """True if a sample is more than one row."""
         low, high = self.reach()
         return low != high
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over what the metadata says of shape, dtype and chunking; not over the path."""
+        """SHA-256 over shapes, dtypes, chunks and selection, without the path.
+
+        Every run stores it, so that it must never change: the fields that are hashed are listed one by one, and
+        facts that are added later stay out.
+        """
         described = [
             self.sample_dim,
             self.first_row,
             self.num_samples,
-            [asdict(replace(v, not_zarrs="", not_numcodecs="")) for v in self.variables],
-            [asdict(f) for f in self.fields],
-            [asdict(tile) for tile in self.tiles],
+            [_hashed_variable(v) for v in self.variables],
+            [{"name": field.name, "offsets": field.offsets, "window": field.window} for field in self.fields],
+            [{"ranges": tile.ranges} for tile in self.tiles],
         ]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
@@ -259,7 +299,7 @@ class Samples:
             for name in names:
                 v = self.variable(name)
                 stored = "x".join(map(str, v.chunks))
-                if v.objects != v.chunks:
+                if v.has_inner_chunks:
                     stored += " in shards of " + "x".join(map(str, v.objects))
                 lines.append((f"{role} {name}", f"{v.dtype}[{', '.join(v.dims)}] {v.shape}, chunks {stored}"))
         if self.has_windows or self.config.stride > 1:
@@ -274,18 +314,41 @@ class Samples:
         return "<dtrain.Samples>\n" + "\n".join(f"  {label:<16} {text}" for label, text in self.rows())
 
     def _repr_html_(self) -> str:
-        cells = "".join(
-            f"<tr><th style='text-align:left'>{escape(label)}</th><td style='text-align:left'>{escape(text)}</td></tr>"
-            for label, text in self.rows()
-        )
-        return f"<table><caption>dtrain.Samples</caption>{cells}</table>"
+        return html_table("dtrain.Samples", self.rows())
+
+
+def _hashed_variable(v: Variable) -> dict[str, Any]:
+    """Return the fields of a variable that the fingerprint covers: those of the first version, in their order."""
+    packing = v.encoding
+    return {
+        "name": v.name,
+        "dims": v.dims,
+        "shape": v.shape,
+        "dtype": v.dtype,
+        "chunks": v.chunks,
+        "objects": v.objects,
+        "sample_axis": v.sample_axis,
+        "checksums": v.checksums,
+        "select": v.select,
+        "dropped": v.dropped,
+        "encoding": packing
+        and {
+            "dtype": packing.dtype,
+            "scale": packing.scale,
+            "offset": packing.offset,
+            "missing": packing.missing,
+            "unsigned": packing.unsigned,
+        },
+        "not_zarrs": "",
+        "not_numcodecs": "",
+    }
 
 
 def common_rows(object_rows: Sequence[int]) -> int:
-    """Return the rows at which variables with different object lengths are cut together.
+    """Return the row interval at which variables with different object lengths are cut together.
 
-    Their least common multiple, unless that is more than 4 times the longest: then the longest, and objects of
-    the others that straddle a cut are decoded on both sides of it.
+    It is their least common multiple if that is at most 4 times the longest length. Otherwise it is the longest
+    length, and objects of the other variables that straddle a cut are decoded on both sides.
 
     >>> common_rows([6, 4]), common_rows([100, 7])
     (12, 100)

@@ -1,4 +1,4 @@
-"""The history of a run: one row a round, in history.jsonl and as an xarray.Dataset."""
+"""The history of a run, one row a round: in history.jsonl and as an xarray.Dataset."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def row_of(result: RoundResult) -> Row:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a history.jsonl; a line that a killed process left half-written ends them."""
+    """Return the rows of a history.jsonl, up to a line that is incomplete because the process was killed."""
     rows: list[Row] = []
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -50,7 +50,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def best_round(rows: Sequence[Mapping[str, Any]], metric: str = "val_loss", higher: bool = False) -> int | None:
-    """Return the round with the best value of a metric (of train_loss without validation); the first of equals."""
+    """Return the first round with the best value of a metric; without that metric, of train_loss."""
     key = metric if any(row.get(metric) is not None for row in rows) else "train_loss"
     scored = [(row[key], row["round"]) for row in rows if row.get(key) is not None]
     if not scored:
@@ -60,7 +60,7 @@ def best_round(rows: Sequence[Mapping[str, Any]], metric: str = "val_loss", high
 
 
 def dataset_of(rows: Sequence[Mapping[str, Any]]) -> xr.Dataset:
-    """Return the history as a Dataset over ``round``; replica_loss is over (round, replica)."""
+    """Return the history as a Dataset over ``round``; ``replica_loss`` is over (round, replica)."""
     numbers = [row["round"] for row in rows]
     variables: dict[str, Any] = {}
     for name in rows[0] if rows else ():

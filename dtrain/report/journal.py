@@ -1,4 +1,4 @@
-"""Events -> history.jsonl and events.jsonl of a run directory."""
+"""Write events to history.jsonl and events.jsonl of a run directory."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from dtrain.checkpoint import append_line, write_text
 from dtrain.events import ClusterOpening, Event, RoundFinished, RunFinished, RunStarted, StepsTaken
+from dtrain.files import append_line, write_text
 from dtrain.report.history import read_rows, row_of
 
 HISTORY, EVENTS = "history.jsonl", "events.jsonl"
 
 
 def journal(run: Path, event: Event) -> None:
-    """Append an event to the file it belongs to.
+    """Append an event to its file.
 
     Raises
     ------
@@ -30,7 +30,7 @@ def journal(run: Path, event: Event) -> None:
 
 
 def cut_history(run: Path, last: int) -> None:
-    """Drop the rows after round `last`, the newest commit: they will be written again."""
+    """Remove the rows after round `last`, the newest committed one: those rounds are trained again."""
     rows = read_rows(run / HISTORY)
     kept = [row for row in rows if row["round"] <= last]
     text = "".join(json.dumps(row) + "\n" for row in kept)

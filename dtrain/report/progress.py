@@ -1,4 +1,4 @@
-"""Events -> the terminal: a line a round, and below them one live line where stderr is a terminal."""
+"""Print progress to stderr: a line a round and, if stderr is a terminal, one live line below them."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from dtrain.events import (
 from dtrain.types import RoundResult
 
 MAX_LINES = 50
-"""Rounds of longer runs are printed every so often."""
+"""A run of more rounds prints only every n-th one, so that there are at most about this many lines."""
 PLAIN_SECONDS = 20.0
-"""Without a live line, a long round says how far it is this often."""
+"""Without a live line, a long round prints its progress this often."""
 
 
 @contextmanager
 def terminal_progress(*, color: bool = True, verbose: bool = False) -> Iterator[Reporter]:
-    """Give a reporter that writes to stderr; the live line is gone when the block ends.
+    """Yield a reporter that prints to stderr; the live line is removed when the block ends.
 
     Parameters
     ----------
     color : bool
-        Whether colours and the live line may be used; they never are if stderr is not a terminal.
+        Allow colours and the live line; they are used only if stderr is a terminal.
     verbose : bool
-        Whether to name every commit.
+        Also print commits and other events of a sound run.
     """
     console = Console(file=sys.stderr, no_color=not color, highlight=False)
     live = color and console.is_terminal
@@ -54,14 +54,14 @@ def terminal_progress(*, color: bool = True, verbose: bool = False) -> Iterator[
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        redirect_stdout=sys.stdout.isatty(),  # results that go elsewhere go there
+        redirect_stdout=sys.stdout.isatty(),  # results that are piped must not go to the terminal
         disable=not live,
     ) as progress:
         yield _Terminal(console, progress, verbose)
 
 
 class _Terminal:
-    """The reporter: remembers the run's length and the live line."""
+    """The reporter; it keeps the run's length and the live line."""
 
     def __init__(self, console: Console, progress: Progress, verbose: bool) -> None:
         self._console = console
@@ -71,12 +71,12 @@ class _Terminal:
         self._rounds = 0
         self._steps: dict[int, StepsTaken] = {}
         self._recent: deque[RoundResult] = deque(maxlen=6)
-        self._said = time.monotonic()
+        self._printed = time.monotonic()
 
     def __call__(self, event: Event) -> None:
         match event:
             case ClusterOpening(run=run, scheduler=scheduler) if scheduler != "serial":
-                self._say(
+                self._print(
                     f"{run}: " + ("starting local workers" if scheduler == "local" else f"connecting to {scheduler}")
                 )
             case RunStarted():
@@ -86,36 +86,36 @@ class _Terminal:
             case RoundFinished(result):
                 self._advance(result)
             case SegmentReplayed(round=number, reason=reason):
-                self._say(f"lost work with a worker; going on from round {number} ({_short(reason)})")
+                self._print(f"lost work with a worker; going on from round {number} ({_short(reason)})")
             case ReplicaRejected(round=number, replica=replica):
-                self._say(f"round {number}: replica {replica} is not finite and was left out of the average")
+                self._print(f"round {number}: replica {replica} is not finite and was left out of the average")
             case RoundDamaged(round=number, reason=reason):
-                self._say(f"round {number} is damaged and was skipped: {reason}")
+                self._print(f"round {number} is damaged and was skipped: {reason}")
             case RunFinished():
                 self._finish()
             case _ if self._verbose:
-                self._say(str(event))
+                self._print(str(event))
 
     def _start(self, event: RunStarted) -> None:
         self._rounds = event.rounds
-        went = f", continuing after round {event.round} of {event.rounds}" if event.round else ""
-        self._say(
+        continuing = f", continuing after round {event.round} of {event.rounds}" if event.round else ""
+        self._print(
             f"{event.run}: {event.samples:,} training samples, {event.replicas} replicas on {event.workers} workers"
-            + went
+            + continuing
         )
         if event.dashboard:
-            self._say(f"dashboard {event.dashboard} · stop with Ctrl-C (committed rounds are kept)")
+            self._print(f"dashboard {event.dashboard} · stop with Ctrl-C (committed rounds are kept)")
         self._finish()
         self._task = self._progress.add_task("round", total=event.rounds, completed=event.round, note="")
 
     def _step(self, event: StepsTaken) -> None:
-        """Show how far the replicas of a long round are: on the live line, else in a line now and then."""
+        """Show the progress of the replicas in a long round: on the live line, else in a line now and then."""
         self._steps = {k: e for k, e in self._steps.items() if e.round == event.round}
         self._steps[event.replica] = event
         shown = [self._steps[k] for k in sorted(self._steps)]
         speed = sum(e.samples / e.seconds for e in shown)
-        what = f"round {event.round}" if event.round else "mean and deviation, units"
-        text = f"{what}: {_replicas(shown)}, {speed:,.0f} samples/s"
+        label = f"round {event.round}" if event.round else "mean and standard deviation, units"
+        text = f"{label}: {_replicas(shown)}, {speed:,.0f} samples/s"
         if not event.round and not self._progress.disable:  # rounds have not begun
             if self._task is None:
                 self._task = self._progress.add_task("data", total=100, note="")
@@ -123,11 +123,11 @@ class _Terminal:
         if self._task is not None:
             self._progress.update(self._task, note=text)
         now = time.monotonic()
-        if self._progress.disable and now - self._said >= PLAIN_SECONDS:
-            self._say(text)
+        if self._progress.disable and now - self._printed >= PLAIN_SECONDS:
+            self._print(text)
 
     def _speed(self) -> float:
-        """Return samples a second over the last rounds; single ones come in bursts when rounds are submitted ahead."""
+        """Return samples a second over the last rounds; single rounds end in bursts, as they are submitted ahead."""
         seconds = sum(result.seconds for result in self._recent)
         return sum(result.samples for result in self._recent) / max(seconds, 1e-9)
 
@@ -139,21 +139,21 @@ class _Terminal:
         every = -(-self._rounds // MAX_LINES)
         if result.round % max(1, every) == 0 or result.round in (1, self._rounds):
             losses = f"round {result.round:>{len(str(self._rounds))}}  train_loss {result.train_loss:.4f}"
-            found = "".join(f"  {name} {value:.4f}" for name, value in result.metrics.items())
-            self._say(f"{losses}{found}  {self._speed():,.0f} samples/s")
+            metrics = "".join(f"  {name} {value:.4f}" for name, value in result.metrics.items())
+            self._print(f"{losses}{metrics}  {self._speed():,.0f} samples/s")
 
     def _finish(self) -> None:
         if self._task is not None:
             self._progress.remove_task(self._task)
             self._task = None
 
-    def _say(self, text: str) -> None:
-        self._said = time.monotonic()
+    def _print(self, text: str) -> None:
+        self._printed = time.monotonic()
         self._console.print(text, markup=False, soft_wrap=True)
 
 
 def _replicas(events: list[StepsTaken]) -> str:
-    """Return ``replica 0 7/10, replica 1 6/10`` for few, the slowest and the fastest for many."""
+    """Return ``replica 0 7/10, replica 1 6/10`` for few replicas, the slowest and the fastest of many."""
     if len(events) <= 4:
         return ", ".join(f"replica {e.replica} {e.step}/{e.steps}" for e in events)
     done = sorted(e.step / e.steps for e in events)

@@ -1,84 +1,62 @@
 r"""ClusterRunner: a round as a handful of Dask tasks.
 
-    replica 0    local ----> parameters_of --.
-                     `-----> inner_of         \
-    replica 1    local ----> parameters_of ----> reduce --> mixed_of ---> next round, evaluation
-                     `-----> inner_of                |----> outer_of ---> next round
-                                                     `----> summarise -> driver
+    replica 0    local ----> update_of ---.
+                     `-----> state_of      \
+    replica 1    local ----> update_of -----> combine --> broadcast_of ---> next round, evaluation
+                     `-----> state_of                |--> outer_of -------> next round
+                                                     `--> summarise ------> driver
 
 Parameters go from worker to worker. The driver sees futures and scalars, and a whole state only when it commits.
 """
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
-import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any
 
-from distributed import Client, Future, KilledWorker, WorkerPlugin, get_worker, wait
-from distributed.client import ClosedClientError
-from distributed.comm.core import CommClosedError
+from distributed import Future
 
-from dtrain.algorithm.evaluate import Sums
-from dtrain.algorithm.params import InnerState, Parameters
+from dtrain.algorithm.average import by_replica, round_averages
+from dtrain.algorithm.evaluate import Sums, merge
+from dtrain.algorithm.mix import Average
 from dtrain.data.load.statistics import Moments, merge_moments
-from dtrain.data.plan.partition import SplitName
-from dtrain.errors import ClusterLost, ClusterUnsuitable, DtrainError, one_line
+from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
-from dtrain.runtime import tasks
+from dtrain.runtime import remote
+from dtrain.runtime.client import GONE, TaskClient
 from dtrain.runtime.connect import Connection
-from dtrain.runtime.resident import Resident, RunSpec, install, remove, resident_of
-from dtrain.runtime.runner import SegmentLost
-from dtrain.runtime.serial import state_after
-from dtrain.runtime.tasks import Initial, Reduced, Update
-from dtrain.types import LocalTask, RoundPlan, TrainState
+from dtrain.runtime.placement import place_replicas
+from dtrain.runtime.remote import RESOURCE
+from dtrain.runtime.resident import Resident
+from dtrain.runtime.runner import Outcome
+from dtrain.runtime.spec import RunSpec
+from dtrain.runtime.trial import Initial
+from dtrain.types import Parameters, Position, RoundPlan, TrainState
 
-RESOURCE = {"dtrain": 1}
-"""Asked for by every task that runs the user's code, so that one runs at a time in a process."""
 PRIORITY_LOCAL, PRIORITY_EVALUATE, PRIORITY_REDUCE = 1, 2, 10
 """A worker evaluates a round before it trains the next one: later would not be faster, and results come evenly."""
 SMALL_BYTES = 1 << 20
-"""What may travel for nothing, rather than be left behind by a task of its own."""
-POLL_SECONDS = 0.5
-ASK_SECONDS = 1.0
-"""How long the list of workers is taken for true; tasks pinned to one that is gone run elsewhere."""
-NO_WORKERS_SECONDS = 120.0
-"""How long a cluster may be without any worker before the run gives up."""
-GONE = (
-    KilledWorker,
-    CommClosedError,
-    asyncio.CancelledError,
-    concurrent.futures.CancelledError,
-    TimeoutError,
-    OSError,
-)
-"""How Dask says that a value cannot be had any more."""
+"""Results whose other parts are below this size are sent whole; a task to split them would cost more."""
 
 
-Value = TypeVar("Value")
+@dataclass(frozen=True, slots=True)
+class ClusterRound:
+    """Futures of the values after a round; replicas that share a value hold the same future."""
 
-
-class RunPlugin(WorkerPlugin):  # type: ignore[misc]
-    """Gives each worker, also those that join late, the resident of a run and the resource `dtrain`."""
-
-    def __init__(self, spec: RunSpec) -> None:
-        self.name = f"dtrain-{spec.run_id}"
-        self.spec = spec
-
-    async def setup(self, worker: Any) -> None:
-        """Prepare a worker."""
-        install(self.spec)
-        await worker.set_resources(**RESOURCE)
-
-    def teardown(self, worker: Any) -> None:
-        """Forget the run."""
-        remove(self.spec.run_id)
+    model: Future
+    broadcast: tuple[Future, ...]
+    replicas: tuple[Future, ...]
+    outer: tuple[Future, ...]
+    """Without an outer optimizer its empty states themselves."""
+    small: bool
+    """Whether results are sent whole."""
+    summary: Future | None = None
+    """None before the first round of a segment."""
+    sums: Future | None = None
+    """None without a validation split too."""
 
 
 class ClusterRunner:
@@ -91,92 +69,31 @@ class ClusterRunner:
     def __init__(self, connection: Connection, spec: RunSpec) -> None:
         self.num_workers = connection.num_workers
         self.dashboard = connection.dashboard
-        self._client: Client = connection.client
-        self._direct = True  # past the scheduler; until a worker turns out to be out of the client's reach
         self.spec = spec
-        self._resident = Resident(spec)  # on the driver for its arithmetic only
-        self._attempt = 0
-        self._places: dict[int, str] = {}
-        self._known: list[str] = []
-        self._asked = 0.0
-        self._travels_whole = False
-        self._plugin = RunPlugin(spec)
-        self._client.register_plugin(self._plugin)
         self.on_progress: Callable[[StepsTaken], None] = lambda event: None
-        self._progress: SimpleQueue[dict[str, Any]] = SimpleQueue()
-        self._client.subscribe_topic(self._plugin.name, lambda event: self._progress.put(event[1]["steps"]))
+        self._client = TaskClient(connection.client, spec.run_id)
+        self._resident = Resident(spec)  # on the driver for its arithmetic only
+        self._places: dict[int, str] = {}
+        self._progress: SimpleQueue[StepsTaken] = SimpleQueue()
+        self._plugin = remote.RunPlugin(spec)
+        connection.client.register_plugin(self._plugin)
+        connection.client.subscribe_topic(
+            self._plugin.name, lambda event: self._progress.put(StepsTaken(**event[1]["steps"]))
+        )
 
     def initialise(self) -> Initial:
         """Build the model and try it on one batch."""
-        future = self._submit(_initialise, "initialise", self.spec.run_id, at=self._allowed(0), resources=RESOURCE)
-        initial: Initial = self.collect([future])[0]
+        future = self._client.submit(
+            remote.initialise_run, "initialise", self.spec.run_id, at=self._allowed(0), resources=RESOURCE
+        )
+        initial: Initial = self._gather([future])[0]
         return initial
 
-    def place(self, state: TrainState[Any]) -> TrainState[Any]:
-        """Scatter a state from the driver to the workers of its replicas."""
-        self._attempt += 1
-        self._known = []
-        self._places = self._placed(len(state.params))
-        try:
-            distinct = {id(params): params for params in state.params}
-            self._travels_whole = travels_whole(state)
-            sent = {
-                key: self._scatter(params, [self._places[k] for k, p in enumerate(state.params) if p is params])
-                for key, params in distinct.items()
-            }
-            return replace(
-                state,
-                params=tuple(sent[id(params)] for params in state.params),
-                inner=tuple(self._scatter(inner, [self._places[k]]) for k, inner in enumerate(state.inner)),
-                outer=tuple(self._scatter(outer, [self._places[0]]) for outer in state.outer),
-            )
-        except GONE as error:
-            raise self._lost(error) from error
-
-    def submit_round(self, state: TrainState[Any], plan: RoundPlan) -> tuple[TrainState[Any], Any]:
-        """Submit local steps and average of a round."""
-        self._places = self._placed(len(plan.tasks))
-        contributed: list[Future] = []
-        inner: list[Future] = []
-        for task in plan.tasks:
-            k, at = task.replica, self._places[task.replica]
-            name = f"r{plan.round:05d}-k{k}"
-            update = self._submit(
-                _train_local,
-                f"local-{name}",
-                self.spec.run_id,
-                task,
-                state.params[k],
-                state.inner[k],
-                at=self._allowed(k) or at,
-                resources=RESOURCE,
-                priority=PRIORITY_LOCAL,
-            )
-            contributed.append(self._part(tasks.parameters_of, f"parameters-{name}", update, at=at))
-            inner.append(self._part(tasks.inner_of, f"inner-{name}", update, at=at))
-        name = f"r{plan.round:05d}"
-        reduced = self._submit(
-            tasks.reduce_round,
-            f"reduce-{name}",
-            self.spec.config.average,
-            contributed,
-            state.params[0],
-            list(state.outer),
-            priority=PRIORITY_REDUCE,
-        )
-        outer = [
-            self._part(tasks.outer_of, f"outer-{name}-s{piece}", reduced, piece) for piece in range(len(state.outer))
-        ]
-        mixed = self._part(tasks.mixed_of, f"mixed-{name}", reduced)
-        summary = self._submit(tasks.summarise, f"summary-{name}", reduced, state.params[0])
-        return state_after(self._resident, state, plan, mixed, inner, outer), summary
-
-    def submit_moments(self, most_units: int | None) -> Any:
-        """Submit a pass over the training rows."""
-        self._places = self._placed(self.spec.plan.replicas)
+    def moments(self, most_units: int | None) -> dict[str, Moments]:
+        """Return the moments of ``data.normalize``, from one pass over the training rows."""
         moments = [
-            self._submit(
-                _take_moments,
+            self._client.submit(
+                remote.take_moments,
                 f"moments-k{k}",
                 self.spec.run_id,
                 k,
@@ -184,242 +101,191 @@ class ClusterRunner:
                 at=self._allowed(k) or at,
                 resources=RESOURCE,
             )
-            for k, at in self._places.items()
+            for k, at in self._placed(self.spec.plan.replicas).items()
         ]
-        return self._submit(merge_moments, "moments", moments)
+        merged: dict[str, Moments] = self._gather([self._client.submit(merge_moments, "moments", moments)])[0]
+        return merged
 
-    def submit_evaluation(self, params: Any, split: SplitName) -> Any:
-        """Submit the evaluation of parameters on a split."""
-        places = list(self._places.values()) or self._workers()
-        pieces = self._resident.pieces(split)
-        sums = [
-            self._submit(
-                _evaluate_piece,
-                f"evaluate-{split}-p{piece}-{uuid.uuid4().hex[:8]}",
-                self.spec.run_id,
-                params,
-                split,
-                piece,
-                at=source.workers or places[piece % len(places)],
-                resources=RESOURCE,
-                priority=PRIORITY_EVALUATE,
+    def evaluate(self, params: Parameters, split: SplitName) -> Sums | None:
+        """Evaluate parameters on a split."""
+        if not self._resident.pieces(split):
+            return None
+        workers = self._client.workers()
+        sums: Sums = self._gather([self._submit_evaluation(self._client.scatter(params, workers), split, workers)])[0]
+        return sums
+
+    # Rounds -------------------------------------------------------------------------------------------------
+
+    def place(self, state: TrainState) -> ClusterRound:
+        """Scatter a state from the driver to the workers of its replicas."""
+        self._client.begin()
+        at = self._placed(len(state.broadcast))
+        broadcast = self._client.scatter_each(state.broadcast, at)
+        outer = state.outer
+        if self.spec.config.average.outer is not None:
+            outer = self._client.scatter_each(state.outer, dict.fromkeys(at, at[0]))
+        return ClusterRound(
+            model=broadcast[0] if _is_shared(state) else self._client.scatter(state.model, [at[0]]),
+            broadcast=broadcast,
+            replicas=tuple(self._client.scatter(own, [at[k]]) for k, own in enumerate(state.replicas)),
+            outer=outer,
+            small=_is_small(state),
+        )
+
+    def submit(self, held: ClusterRound, plan: RoundPlan) -> ClusterRound:
+        """Submit the local steps, the averages and the evaluation of a round."""
+        self._placed(len(plan.tasks))
+        updates, replicas = self._submit_local(held, plan)
+        means = round_averages(plan, held.broadcast, self.spec.config.average)
+        names = [f"r{plan.round:05d}" + (f"-g{number}" if len(means) > 1 else "") for number in range(len(means))]
+        combined = [self._submit_mean(held, mean, name, updates) for mean, name in zip(means, names, strict=True)]
+        parts = [self._part(held, remote.broadcast_of, f"mixed-{n}", c) for n, c in zip(names, combined, strict=True)]
+        outer = [self._outer_part(held, f"outer-{n}", c) for n, c in zip(names, combined, strict=True)]
+        model = parts[0]
+        if len(means) > 1:
+            model = self._client.submit(
+                remote.mean_model, f"model-r{plan.round:05d}", means, combined, priority=PRIORITY_REDUCE
             )
-            for piece, (source, _) in enumerate(pieces)
-        ]
-        return self._submit(tasks.merge_pieces, f"merge-{uuid.uuid4().hex[:8]}", sums) if sums else None
+        return ClusterRound(
+            model=model,
+            broadcast=by_replica(means, parts),
+            replicas=replicas,
+            outer=by_replica(means, outer),
+            small=held.small,
+            summary=self._client.submit(
+                remote.summarise_round, f"summary-r{plan.round:05d}", combined, model, held.model
+            ),
+            sums=self._submit_evaluation(model, "val", list(self._places.values())),
+        )
 
-    def collect(self, handles: Sequence[Any]) -> list[Any]:
-        """Wait for futures and return their values; None stays None."""
-        try:
-            self._wait([handle for handle in handles if handle is not None])
-            return list(self._client.gather(list(handles), direct=self._direct))
-        except DtrainError:
-            raise
-        except GONE as error:
-            raise self._lost(error) from error
+    def collect(self, held: ClusterRound) -> Outcome:
+        """Wait for the scalars of a round."""
+        handles = [handle for handle in (held.summary, held.sums) if handle is not None]
+        summary, *sums = self._gather(handles)
+        return Outcome(summary, sums[0] if sums else None)
 
-    def gather(self, state: TrainState[Any]) -> TrainState[Any]:
-        """Bring a state to the driver."""
-        distinct = {handle.key: handle for handle in (*state.params, *state.inner, *state.outer)}
-        values = dict(zip(distinct, self.collect(list(distinct.values())), strict=True))
-        mixed = {handle.key: tasks.mixed_of(values[handle.key]) for handle in state.params}
-        return replace(
-            state,
-            params=tuple(mixed[handle.key] for handle in state.params),
-            inner=tuple(tasks.inner_of(values[handle.key]) for handle in state.inner),
-            outer=tuple(tasks.outer_of(values[handle.key], piece) for piece, handle in enumerate(state.outer)),
+    def gather(self, held: ClusterRound, position: Position) -> TrainState:
+        """Bring the state after a round to the driver."""
+        outer_handles = held.outer if self.spec.config.average.outer is not None else ()
+        handles = {handle.key: handle for handle in (held.model, *held.broadcast, *held.replicas, *outer_handles)}
+        values = dict(zip(handles, self._gather(list(handles.values())), strict=True))
+        broadcast = {handle.key: remote.broadcast_of(values[handle.key]) for handle in held.broadcast}
+        outer = {handle.key: remote.outer_of(values[handle.key]) for handle in outer_handles}
+        return TrainState(
+            position=position,
+            model=remote.model_in(values[held.model.key]),
+            broadcast=tuple(broadcast[handle.key] for handle in held.broadcast),
+            replicas=tuple(remote.state_of(values[handle.key]) for handle in held.replicas),
+            outer=tuple(outer[handle.key] for handle in outer_handles) or held.outer,
         )
 
     def close(self) -> None:
         """Take the run's residents away from the workers."""
-        if self._connected():
+        if self._client.connected:
             try:
-                self._client.unsubscribe_topic(self._plugin.name)
-                self._client.unregister_worker_plugin(self._plugin.name)
+                self._client.dask.unsubscribe_topic(self._plugin.name)
+                self._client.dask.unregister_worker_plugin(self._plugin.name)
             except (*GONE, ValueError):
                 pass  # they are gone already
 
-    def _submit(
-        self,
-        function: Any,
-        name: str,
-        *arguments: Any,
-        at: str | tuple[str, ...] | None = None,
-        resources: Mapping[str, int] | None = None,
-        priority: int = 0,
+    # Tasks of a round ---------------------------------------------------------------------------------------
+
+    def _submit_local(self, held: ClusterRound, plan: RoundPlan) -> tuple[list[Future], tuple[Future, ...]]:
+        """Submit the local steps; return, by replica, the futures of what it sends and of what it keeps."""
+        updates, replicas = [], []
+        for task in plan.tasks:
+            k, at, name = task.replica, self._places[task.replica], f"r{plan.round:05d}-k{task.replica}"
+            trained = self._client.submit(
+                remote.train_replica,
+                f"local-{name}",
+                self.spec.run_id,
+                task,
+                held.broadcast[k],
+                held.replicas[k],
+                at=self._allowed(k) or at,
+                resources=RESOURCE,
+                priority=PRIORITY_LOCAL,
+            )
+            updates.append(self._part(held, remote.update_of, f"parameters-{name}", trained, at))
+            replicas.append(self._part(held, remote.state_of, f"replica-{name}", trained, at))
+        return updates, tuple(replicas)
+
+    def _submit_mean(self, held: ClusterRound, mean: Average, name: str, updates: Sequence[Future]) -> Future:
+        first = mean.receivers[0]
+        return self._client.submit(
+            remote.combine_replicas,
+            f"reduce-{name}",
+            self.spec.config.average,
+            held.broadcast[first],
+            [updates[k] for k in mean.members],
+            held.outer[first],
+            priority=PRIORITY_REDUCE,
+        )
+
+    def _submit_evaluation(self, model: Future, split: SplitName, places: Sequence[str]) -> Future | None:
+        """Submit the evaluation of parameters on a split; None if it is empty."""
+        sums = [
+            self._client.submit(
+                remote.evaluate_piece,
+                f"evaluate-{split}-p{piece}-{uuid.uuid4().hex[:8]}",
+                self.spec.run_id,
+                model,
+                split,
+                piece,
+                at=stream.source.workers or places[piece % len(places)],
+                resources=RESOURCE,
+                priority=PRIORITY_EVALUATE,
+            )
+            for piece, stream in enumerate(self._resident.pieces(split))
+        ]
+        return self._client.submit(merge, f"merge-{uuid.uuid4().hex[:8]}", sums) if sums else None
+
+    def _part(
+        self, held: ClusterRound, part: Callable[[Any], Any], name: str, whole: Future, at: str | None = None
     ) -> Future:
-        """Submit a task: best on the worker `at`, or on no other than those of the tuple `at`."""
-        try:
-            return self._client.submit(
-                function,
-                *arguments,
-                key=f"dtrain-{name}-{self.spec.run_id}-a{self._attempt}",
-                workers=[at] if isinstance(at, str) else list(at) if at else None,
-                allow_other_workers=isinstance(at, str),
-                resources=resources,
-                priority=priority,
-            )
-        except ClosedClientError as error:  # the scheduler went away between two rounds
-            raise self._lost(error) from error
+        """Submit a task that takes a part out of a result; a small result is its own part."""
+        return whole if held.small else self._client.submit(part, name, whole, at=at, priority=PRIORITY_REDUCE)
 
-    def _part(self, function: Any, name: str, whole: Future, *arguments: Any, at: str | None = None) -> Future:
-        """Submit a task that takes a part out of a result, or, where that costs more than it saves, return it whole."""
-        if self._travels_whole:
-            return whole
-        return self._submit(function, name, whole, *arguments, at=at, priority=PRIORITY_REDUCE)
+    def _outer_part(self, held: ClusterRound, name: str, whole: Future) -> Future:
+        if self.spec.config.average.outer is None:
+            return ()
+        return self._part(held, remote.outer_of, name, whole)
 
-    def _scatter(self, value: Any, places: list[str]) -> Future:
-        # a list, since the values of a dict would be scattered one by one; broadcast within `places` only
-        addresses = sorted(set(places))
-        broadcast = len(addresses) > 1
-        try:
-            (future,) = self._client.scatter(
-                [value], workers=addresses, broadcast=broadcast, direct=self._direct, hash=False
-            )
-        except (OSError, TimeoutError):
-            if not self._direct or not set(addresses) <= set(self._live()):
-                raise
-            self._direct = False
-            (future,) = self._client.scatter([value], workers=addresses, broadcast=broadcast, direct=False, hash=False)
-        return future
+    def _gather(self, futures: Sequence[Future]) -> list[Any]:
+        return self._client.gather(futures, self._report_progress)
+
+    def _report_progress(self) -> None:
+        while not self._progress.empty():
+            self.on_progress(self._progress.get())
+
+    # Places -------------------------------------------------------------------------------------------------
 
     def _allowed(self, replica: int) -> tuple[str, ...]:
-        """Return the only workers that may read a replica's store; none: all may."""
-        return self.spec.sources[self._resident.stores[replica]].workers
+        """Return the only workers that may read a replica's store; empty: all may."""
+        return self._resident.replicas[replica].source.workers
 
     def _placed(self, replicas: int) -> dict[int, str]:
-        """Return the worker of each replica."""
-        live = self._workers()
-        allowed = {k: own for k in range(replicas) if (own := self._allowed(k))}
-        placed = place_replicas(self._places, live, replicas)
-        for replica, workers in allowed.items():
-            placed[replica] = next((worker for worker in workers if worker in live), workers[0])
-        return placed
-
-    def _workers(self) -> list[str]:
-        """Return the addresses of the live workers, as of a second ago; wait a while for the first."""
-        deadline = time.monotonic() + NO_WORKERS_SECONDS
-        while True:
-            self._check_alive(deadline)
-            if self._known and time.monotonic() - self._asked < ASK_SECONDS:
-                return self._known
-            if addresses := self._live():
-                self._known, self._asked = addresses, time.monotonic()
-                return addresses
-            time.sleep(0.2)
-
-    def _live(self) -> list[str]:
-        try:
-            return sorted(self._client.nthreads())
-        except (*GONE, AttributeError):  # a client without a scheduler has no attribute of it
-            return []
-
-    def _wait(self, futures: list[Future]) -> None:
-        deadline = time.monotonic() + NO_WORKERS_SECONDS
-        while True:
-            try:
-                wait(futures, timeout=POLL_SECONDS)
-                return
-            except TimeoutError:
-                if self._live():
-                    deadline = time.monotonic() + NO_WORKERS_SECONDS
-                self._check_alive(deadline)
-            finally:
-                while not self._progress.empty():
-                    self.on_progress(StepsTaken(**self._progress.get()))
-
-    def _connected(self) -> bool:
-        return self._client.status == "running" and self._client.scheduler is not None
-
-    def _check_alive(self, deadline: float) -> None:
-        if not self._connected():
-            raise _scheduler_lost()
-        if time.monotonic() > deadline:
-            raise ClusterLost(
-                f"The cluster has had no worker for {NO_WORKERS_SECONDS:.0f} s. Committed rounds are safe.", AGAIN
-            )
-
-    def _lost(self, error: BaseException) -> Exception:
-        """Return what a vanished value means: the one place that knows how Dask says it."""
-        if not self._connected():
-            return _scheduler_lost()
-        reason = one_line(error)
-        return SegmentLost(reason, isinstance(error, KilledWorker))
+        """Choose the worker of each replica, and return them."""
+        live = self._client.workers()
+        self._places = place_replicas(self._places, live, replicas)
+        for replica in range(replicas):
+            if allowed := self._allowed(replica):
+                self._places[replica] = next((worker for worker in allowed if worker in live), allowed[0])
+        return self._places
 
 
-def travels_whole(state: TrainState[Any]) -> bool:
-    """Whether results travel whole: parameters together with the states of the optimizers.
+def _is_shared(state: TrainState) -> bool:
+    """Whether the model that is evaluated is what every replica starts from."""
+    return all(own.params is state.model for own in state.broadcast)
 
-    Those states are for nothing where the parameters go, so they must be small. Before the first step they are
-    empty, and say nothing of what they will be.
+
+def _is_small(state: TrainState) -> bool:
+    """Whether results are sent whole: parameters together with the states of replicas and outer optimizer.
+
+    Those states are useless where the parameters go, so they must be small. Before the first step they are empty, and
+    do not show the size that they will have.
     """
-    states = (*state.inner, *state.outer) if state.round > 0 else state.params
-    return all(value.nbytes <= SMALL_BYTES for value in states)
-
-
-AGAIN = "Run the same command again to continue."
-
-
-def _scheduler_lost() -> ClusterLost:
-    return ClusterLost("Lost the Dask scheduler. Committed rounds are safe.", AGAIN)
-
-
-def place_replicas(previous: Mapping[int, str], workers: Sequence[str], replicas: int) -> dict[int, str]:
-    """Return the worker of each replica: evenly spread, and where it was before if that is still even.
-
-    >>> place_replicas({0: "a", 1: "b", 2: "b"}, ["b", "c"], 4)
-    {0: 'c', 1: 'b', 2: 'b', 3: 'c'}
-    """
-    most = -(-replicas // len(workers))
-    load = dict.fromkeys(workers, 0)
-    placed: dict[int, str] = {}
-    for replica in range(replicas):
-        at = previous.get(replica)
-        if at in load and load[at] < most:
-            placed[replica] = at
-            load[at] += 1
-    for replica in range(replicas):
-        if replica not in placed:
-            at = min(workers, key=lambda worker: (load[worker], worker))
-            placed[replica] = at
-            load[at] += 1
-    return dict(sorted(placed.items()))
-
-
-def _initialise(run_id: str) -> Initial:
-    return tasks.initialise(resident_of(run_id))
-
-
-def _train_local(run_id: str, task: LocalTask, params: Reduced | Parameters, inner: Update | InnerState) -> Update:
-    resident, progress = resident_of(run_id), partial(_tell, run_id)
-    return tasks.train_local(resident, task, tasks.mixed_of(params), tasks.inner_of(inner), progress)
-
-
-def _tell(run_id: str, event: StepsTaken) -> None:
-    get_worker().log_event(f"dtrain-{run_id}", {"steps": asdict(event)})  # Dask adds a key
-
-
-def _evaluate_piece(run_id: str, params: Reduced | Parameters, split: SplitName, piece: int) -> Sums:
-    return tasks.evaluate_piece(resident_of(run_id), tasks.mixed_of(params), split, piece)
-
-
-def _take_moments(run_id: str, replica: int, most_units: int | None) -> dict[str, Moments]:
-    return tasks.take_moments(resident_of(run_id), replica, most_units, partial(_tell, run_id))
-
-
-def call_there(connection: Connection, path: str, workers: tuple[str, ...], call: Callable[[], Value]) -> Value:
-    """Call a function on a worker that can see a store.
-
-    Raises
-    ------
-    ClusterUnsuitable
-        None of the workers is there.
-    """
-    live = [worker for worker in workers if worker in connection.client.nthreads()]
-    if not live:
-        raise ClusterUnsuitable(
-            f"data.path {path}: none of its workers ({', '.join(workers)}) is in the cluster.",
-            f"There are {', '.join(sorted(connection.client.nthreads()))}.",
-        )
-    found: Value = connection.client.submit(call, workers=live, pure=False).result()
-    return found
+    if state.round == 0:
+        return all(own.nbytes <= SMALL_BYTES for own in state.broadcast)
+    outer = [piece.nbytes for states in state.outer for piece in states]
+    return all(nbytes <= SMALL_BYTES for nbytes in [*(own.nbytes for own in state.replicas), *outer])

@@ -1,4 +1,4 @@
-"""Find or start a Dask cluster, and check that it can run tasks of dtrain."""
+"""Find or start a Dask cluster, and check that it can run dtrain's tasks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster
 from distributed.system import MEMORY_LIMIT
 
-from dtrain.config import ClusterConfig, parse_bytes
+from dtrain.config.schema import ClusterConfig
+from dtrain.config.values import parse_bytes
 from dtrain.errors import ClusterUnreachable, ClusterUnsuitable, InvalidConfig
 from dtrain.runtime import versions
 
-cloudpickle.register_pickle_by_value(versions)  # so that it also answers where dtrain is not installed
+cloudpickle.register_pickle_by_value(versions)  # so that workers without dtrain answer too
 
 CONNECT_TIMEOUT = 15.0
 """Seconds to wait for a scheduler."""
@@ -29,13 +30,13 @@ WORKERS_TIMEOUT = 60.0
 """Seconds to wait for its first worker."""
 
 OWNED = {
-    # parameters on disk would be of no use, and a worker paused by torch's own memory stays paused for ever
+    # spilled parameters would help nobody; a worker that torch's own memory has paused never resumes
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
     "distributed.scheduler.worker-ttl": "30s",
     "distributed.worker.profile.enabled": False,
-    # Dask's 64 kB makes malloc map and unmap every tensor anew: a third of the time of a small transformer's steps
+    # with Dask's 64 kB malloc maps and unmaps every tensor anew: a third of the time of a small transformer's steps
     "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
 }
 """Dask's configuration of clusters that dtrain starts."""
@@ -43,20 +44,18 @@ OWNED = {
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """A cluster that is there and fits."""
+    """A cluster that answers and can run dtrain's tasks."""
 
     client: Client
     num_workers: int
     worker_memory: int
-    """Bytes; the least that a worker may use."""
+    """Bytes: the smallest memory limit of a worker."""
     dashboard: str
-    owned: bool
-    """Whether dtrain started it."""
 
 
 @contextmanager
 def open_cluster(config: ClusterConfig, base: Path, client: Client | None = None) -> Iterator[Connection]:
-    """Connect to the cluster that the configuration names, or to that of a given client; start a local one.
+    """Connect to a cluster, or start a local one.
 
     Parameters
     ----------
@@ -76,17 +75,17 @@ def open_cluster(config: ClusterConfig, base: Path, client: Client | None = None
         The address is not allowed.
     """
     if client is not None:
-        yield _checked(client, owned=False)
+        yield _connection(client, started=False)
     elif config.scheduler == "local":
         with _local_cluster(config) as cluster, Client(cluster, direct_to_workers=True) as local:
-            yield _checked(local, owned=True)
+            yield _connection(local, started=True)
     else:
         with _connected(config, base) as remote:
-            yield _checked(remote, owned=False)
+            yield _connection(remote, started=False)
 
 
 def local_workers(config: ClusterConfig) -> int:
-    """Return how many workers a local cluster gets: a core for each of the threads of a task."""
+    """Return the number of workers of a local cluster: one core for each thread of a task."""
     return max(1, CPU_COUNT // config.threads) if config.workers == "auto" else config.workers
 
 
@@ -158,7 +157,8 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _checked(client: Client, *, owned: bool) -> Connection:
+def _connection(client: Client, *, started: bool) -> Connection:
+    """Wait for a worker, and compare versions, unless dtrain has just started the cluster."""
     try:
         client.wait_for_workers(1, timeout=WORKERS_TIMEOUT)
     except TimeoutError:
@@ -166,7 +166,7 @@ def _checked(client: Client, *, owned: bool) -> Connection:
             f"The scheduler at {client.scheduler.address} has no worker after {WORKERS_TIMEOUT:.0f} s.",
             "Start one with `dask worker ADDRESS`.",
         ) from None
-    if not owned:
+    if not started:
         check_versions(client.run(versions.versions))
     workers = client.run(_memory_limit)
     return Connection(
@@ -174,7 +174,6 @@ def _checked(client: Client, *, owned: bool) -> Connection:
         num_workers=len(workers),
         worker_memory=min(limit or int(MEMORY_LIMIT) for limit in workers.values()),
         dashboard=client.dashboard_link or "",
-        owned=owned,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a worker of a local cluster does first: leave Ctrl-C to the driver.
+"""Run first in each worker of a local cluster: ignore Ctrl-C, which the driver handles.
 
 A terminal sends SIGINT to every process of the command. The driver closes the cluster; workers that were interrupted
 themselves would only print tracebacks.

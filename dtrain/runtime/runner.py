@@ -1,30 +1,36 @@
-"""The seam between the loop and where it runs.
+"""The interface between the loop and the place where a run is executed.
 
-A runner is given handles and gives handles back: the values themselves in `SerialRunner`, futures on a cluster.
-The loop never looks inside; it may submit against handles whose values do not exist yet.
+A runner turns a state into handles and returns handles: values in `SerialRunner`, futures on a cluster. The loop never
+looks inside; it may submit a round against handles whose values do not exist yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
-from dtrain.data.plan.partition import SplitName
+from dtrain.algorithm.evaluate import Sums
+from dtrain.data.load.statistics import Moments
+from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
-from dtrain.runtime.resident import RunSpec
-from dtrain.runtime.tasks import Initial
-from dtrain.types import RoundPlan, TrainState
+from dtrain.runtime.spec import RunSpec
+from dtrain.runtime.trial import Initial
+from dtrain.types import Parameters, Position, RoundPlan, RoundSummary, TrainState
+
+Held = TypeVar("Held")
+"""The state after a round, as a runner holds it."""
 
 
 class SegmentLost(Exception):
-    """Something that a segment needs is gone with a worker; the segment can be replayed from its root.
+    """A value that a segment needs is lost with a worker; the segment can be replayed from its root.
 
     Not a `DtrainError`: the loop catches it, a user never meets it.
 
     Parameters
     ----------
     reason : str
-        What Dask said.
+        Dask's own words.
     killed : bool
         Whether one task took several workers down with it.
     """
@@ -35,14 +41,23 @@ class SegmentLost(Exception):
         self.killed = killed
 
 
-class Runner(Protocol):
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the driver learns about one round."""
+
+    summary: RoundSummary
+    sums: Sums | None
+    """Loss and metrics on the validation split; None without one."""
+
+
+class Runner(Protocol[Held]):
     """Executes the tasks of one run."""
 
     spec: RunSpec
     num_workers: int
     """Workers at the start; a serial runner counts as 2."""
     on_progress: Callable[[StepsTaken], None]
-    """Is told how far local tasks are, while `collect` waits."""
+    """Called with the progress of local tasks, while a method waits for values."""
     dashboard: str
     """Address of Dask's dashboard; empty without one."""
 
@@ -50,24 +65,24 @@ class Runner(Protocol):
         """Build the model and try it on one batch."""
         ...
 
-    def place(self, state: TrainState[Any]) -> TrainState[Any]:
+    def moments(self, most_units: int | None) -> dict[str, Moments]:
+        """Return the moments of ``data.normalize``, from one pass over the training rows."""
+        ...
+
+    def evaluate(self, params: Parameters, split: SplitName) -> Sums | None:
+        """Evaluate parameters on a split; None if it is empty."""
+        ...
+
+    def place(self, state: TrainState) -> Held:
         """Root a segment: turn a state held by the driver into handles."""
         ...
 
-    def submit_round(self, state: TrainState[Any], plan: RoundPlan) -> tuple[TrainState[Any], Any]:
-        """Submit a round; return the state after it and its `RoundSummary`, both as handles."""
+    def submit(self, held: Held, plan: RoundPlan) -> Held:
+        """Submit a round and the evaluation of its model; return the handles after it."""
         ...
 
-    def submit_moments(self, most_units: int | None) -> Any:
-        """Submit a pass over the training rows; return the moments of ``data.normalize`` as a handle."""
-        ...
-
-    def submit_evaluation(self, params: Any, split: SplitName) -> Any:
-        """Submit the evaluation of parameters on a split; return its `Sums` as a handle, None for an empty split."""
-        ...
-
-    def collect(self, handles: Sequence[Any]) -> list[Any]:
-        """Wait for values and return them.
+    def collect(self, held: Held) -> Outcome:
+        """Wait for the scalars of a submitted round.
 
         Raises
         ------
@@ -78,10 +93,10 @@ class Runner(Protocol):
         """
         ...
 
-    def gather(self, state: TrainState[Any]) -> TrainState[Any]:
-        """Bring a whole state to the driver; equal handles stay one object."""
+    def gather(self, held: Held, position: Position) -> TrainState:
+        """Bring the state after a submitted round to the driver; equal handles stay one object."""
         ...
 
     def close(self) -> None:
-        """Release what the run holds."""
+        """Release all that the run holds."""
         ...

@@ -1,23 +1,37 @@
-"""SerialRunner: the whole of a round as a plain loop in this process. Debugger, and oracle of the tests."""
+"""SerialRunner: a whole round as a plain loop in this process. Debugger, and oracle of the tests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from dtrain.algorithm.plan import cursor_after
-from dtrain.data.load.statistics import merge_moments
-from dtrain.data.plan.partition import SplitName
+from dtrain.algorithm.average import by_replica, combine, model_of, round_averages, summarise
+from dtrain.algorithm.evaluate import Sums, merge
+from dtrain.data.load.statistics import Moments, merge_moments
+from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
 from dtrain.runtime import tasks
-from dtrain.runtime.resident import Resident, RunSpec
-from dtrain.runtime.tasks import Initial
-from dtrain.types import RoundPlan, TrainState
+from dtrain.runtime.resident import Resident
+from dtrain.runtime.runner import Outcome
+from dtrain.runtime.spec import RunSpec
+from dtrain.runtime.trial import Initial, initialise
+from dtrain.types import Broadcast, OuterState, Parameters, Position, ReplicaState, RoundPlan, TrainState
+
+
+@dataclass(frozen=True, slots=True)
+class SerialRound:
+    """The values after a round."""
+
+    model: Parameters
+    broadcast: tuple[Broadcast, ...]
+    replicas: tuple[ReplicaState, ...]
+    outer: tuple[OuterState, ...]
+    outcome: Outcome | None
+    """None before the first round of a segment."""
 
 
 class SerialRunner:
-    """Runs every task at once, where it is submitted."""
+    """Runs every task at once, in the process that submits it."""
 
     num_workers = 2
     dashboard = ""
@@ -29,71 +43,64 @@ class SerialRunner:
 
     def initialise(self) -> Initial:
         """Build the model and try it on one batch."""
-        return tasks.initialise(self._resident)
+        return initialise(self._resident)
 
-    def place(self, state: TrainState[Any]) -> TrainState[Any]:
-        """Return the state: its values are their own handles."""
-        return state
-
-    def submit_round(self, state: TrainState[Any], plan: RoundPlan) -> tuple[TrainState[Any], Any]:
-        """Run a round."""
-        updates = [
-            tasks.train_local(
-                self._resident, task, state.params[task.replica], state.inner[task.replica], self.on_progress
-            )
-            for task in plan.tasks
-        ]
-        reduced = tasks.reduce_round(
-            self._resident.spec.config.average,
-            [tasks.parameters_of(update) for update in updates],
-            state.params[0],
-            state.outer,
-        )
-        inner = [tasks.inner_of(update) for update in updates]
-        after = state_after(self._resident, state, plan, reduced.params, inner, reduced.outer)
-        return after, tasks.summarise(reduced, state.params[0])
-
-    def submit_moments(self, most_units: int | None) -> Any:
+    def moments(self, most_units: int | None) -> dict[str, Moments]:
         """Return the moments of the variables of ``data.normalize``."""
-        replicas = range(self._resident.spec.plan.replicas)
+        replicas = range(self.spec.plan.replicas)
         return merge_moments([tasks.take_moments(self._resident, k, most_units, self.on_progress) for k in replicas])
 
-    def submit_evaluation(self, params: Any, split: SplitName) -> Any:
+    def evaluate(self, params: Parameters, split: SplitName) -> Sums | None:
         """Evaluate parameters on a split."""
         pieces = range(len(self._resident.pieces(split)))
-        if not pieces:
-            return None
-        return tasks.merge_pieces([tasks.evaluate_piece(self._resident, params, split, piece) for piece in pieces])
+        sums = [tasks.evaluate_piece(self._resident, params, split, piece) for piece in pieces]
+        return merge(sums) if sums else None
 
-    def collect(self, handles: Sequence[Any]) -> list[Any]:
-        """Return the values."""
-        return list(handles)
+    def place(self, state: TrainState) -> SerialRound:
+        """Return the state: its values are their own handles."""
+        return SerialRound(state.model, state.broadcast, state.replicas, state.outer, None)
 
-    def gather(self, state: TrainState[Any]) -> TrainState[Any]:
-        """Return the state."""
-        return state
+    def submit(self, held: SerialRound, plan: RoundPlan) -> SerialRound:
+        """Run a round and evaluate its model."""
+        config = self.spec.config.average
+        trained = [
+            tasks.train_local(self._resident, task, start, state, self.on_progress)
+            for task, start, state in zip(plan.tasks, held.broadcast, held.replicas, strict=True)
+        ]
+        means = round_averages(plan, held.broadcast, config)
+        combined = [
+            combine(
+                held.broadcast[mean.receivers[0]],
+                [trained[k][0] for k in mean.members],
+                held.outer[mean.receivers[0]],
+                config,
+            )
+            for mean in means
+        ]
+        model = model_of(means, combined)
+        return SerialRound(
+            model=model,
+            broadcast=by_replica(means, [one.broadcast for one in combined]),
+            replicas=tuple(state for _, state in trained),
+            outer=by_replica(means, [one.outer for one in combined]),
+            outcome=Outcome(summarise(combined, model, held.model), self.evaluate(model, "val")),
+        )
+
+    def collect(self, held: SerialRound) -> Outcome:
+        """Return the scalars of a round."""
+        assert held.outcome is not None
+        return held.outcome
+
+    def gather(self, held: SerialRound, position: Position) -> TrainState:
+        """Return the state after a round."""
+        return TrainState(
+            position=position,
+            model=held.model,
+            broadcast=held.broadcast,
+            replicas=held.replicas,
+            outer=held.outer,
+        )
 
     def close(self) -> None:
         """Close the loaders."""
         self._resident.close()
-
-
-def state_after(
-    resident: Resident,
-    state: TrainState[Any],
-    plan: RoundPlan,
-    mixed: Any,
-    inner: Sequence[Any],
-    outer: Sequence[Any],
-) -> TrainState[Any]:
-    """Return the state after a round, from the handles of its results."""
-    sizes = [partition.num_samples for partition in resident.partitions]
-    return replace(
-        state,
-        round=plan.round,
-        params=(mixed,) * len(plan.tasks),
-        inner=tuple(inner),
-        outer=tuple(outer),
-        cursors=tuple(cursor_after(task, size) for task, size in zip(plan.tasks, sizes, strict=True)),
-        steps=tuple(task.step + task.num_steps for task in plan.tasks),
-    )

@@ -1,4 +1,4 @@
-"""From a batch of the loader to what the model takes: tensors, the user's transform, the way to a GPU."""
+"""Batches of numpy arrays -> tensors: the user's transform, and the copy to a GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dtrain.algorithm.local import TensorBatch
+from dtrain.algorithm.batch import TensorBatch
 from dtrain.data.load.gather import Batch
 from dtrain.data.plan.hashing import TRANSFORM, hash64
 from dtrain.errors import UserCodeFailed
@@ -30,7 +30,7 @@ def as_tensors(batches: Iterator[Batch], split: str) -> Iterator[TensorBatch]:
 def transformed(
     batches: Iterator[TensorBatch], transform: Callable[..., Any], seed: int, stream: int, position: int
 ) -> Iterator[TensorBatch]:
-    """Yield transformed batches; the generator that a transform is given depends on the batch's place alone."""
+    """Yield transformed batches; the random generator of each depends only on its position in the stream."""
     for batch in batches:
         drawn = int(hash64(seed, TRANSFORM, *batch.split.encode(), stream, position))
         position += batch.size
@@ -38,42 +38,42 @@ def transformed(
 
 
 def apply_transform(transform: Callable[..., Any], batch: TensorBatch, seed: int) -> TensorBatch:
-    """Call ``data.transform`` with a batch and a generator of its own.
+    """Call ``data.transform`` with a batch and a random generator of its own.
 
     Raises
     ------
     UserCodeFailed
-        It raised, or returned something else than a batch, or one of another size.
+        It raised, or did not return a batch, or returned one of another size.
     """
     with user_code("The function given as data.transform"):
-        found = transform(batch, torch.Generator().manual_seed(seed))
-    if not isinstance(found, TensorBatch):
+        result = transform(batch, torch.Generator().manual_seed(seed))
+    if not isinstance(result, TensorBatch):
         raise UserCodeFailed(
-            f"The function given as data.transform returned {type(found).__name__}, not a batch.",
+            f"The function given as data.transform returned {type(result).__name__}, not a batch.",
             "Return the batch, or dataclasses.replace(batch, inputs=(...)).",
         )
-    tensors = (*found.inputs, *(found.targets if isinstance(found.targets, tuple) else (found.targets,)))
+    tensors = (*result.inputs, *(result.targets if isinstance(result.targets, tuple) else (result.targets,)))
     odd = [type(tensor).__name__ for tensor in tensors if not isinstance(tensor, torch.Tensor)]
-    if odd or len(found.inputs) != len(batch.inputs):
+    if odd or len(result.inputs) != len(batch.inputs):
         raise UserCodeFailed(
-            f"The function given as data.transform returned {len(found.inputs)} inputs"
+            f"The function given as data.transform returned {len(result.inputs)} inputs"
             + (f", and among its values {odd[0]} instead of tensors." if odd else f" for {len(batch.inputs)}."),
             "Return the batch, or dataclasses.replace(batch, inputs=(...)) with as many tensors.",
         )
     wrong = [len(tensor) for tensor in tensors if len(tensor) != batch.size]
-    if wrong or found.size != batch.size:
+    if wrong or result.size != batch.size:
         raise UserCodeFailed(
-            f"The function given as data.transform returned {wrong[0] if wrong else found.size} samples for a batch "
+            f"The function given as data.transform returned {wrong[0] if wrong else result.size} samples for a batch "
             f"of {batch.size}.",
             "A transform keeps the number of samples.",
         )
-    return found
+    return result
 
 
 def on_device(batches: Iterator[TensorBatch], device: str) -> Iterator[TensorBatch]:
-    """Yield batches on a GPU; the next one is copied on a stream of its own while this one is used.
+    """Yield batches on a GPU; the next one is copied on a second stream while this one is used.
 
-    A pinned batch is held until its copy is done: the loader uses its memory again once nobody refers to it.
+    A pinned batch is held until its copy is done: the loader reuses its memory once nothing refers to it.
     """
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     waiting: tuple[TensorBatch, TensorBatch, torch.cuda.Event] | None = None

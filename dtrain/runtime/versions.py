@@ -1,4 +1,4 @@
-"""Versions of what decides bits. Only the standard library is imported: it also runs where dtrain is missing."""
+"""Versions of the packages that decide bits. It imports only the standard library: it also runs without dtrain."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PACKAGES = ("dtrain", "torch", "numpy", "zarr", "distributed")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python (``major.minor``) and of `PACKAGES`; an empty text where one is missing."""
+    """Return the versions of Python (``major.minor``) and of `PACKAGES`; an empty text for a missing package."""
     found = {"python": ".".join(platform.python_version_tuple()[:2])}
     for package in PACKAGES:
         try:

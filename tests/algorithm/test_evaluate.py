@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from dtrain.algorithm.batch import TensorBatch
 from dtrain.algorithm.evaluate import METRICS, accuracy, evaluate, mean_metric, merge, metric_key, values
-from dtrain.algorithm.local import TensorBatch
 from dtrain.algorithm.losses import cross_entropy, mse
 from dtrain.errors import InvalidConfig, ShapesDiffer
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain.algorithm.local import Recipe, TensorBatch, make_optimizer, optimizer_named, run_local_steps
+from dtrain.algorithm.batch import TensorBatch
+from dtrain.algorithm.local import run_local_steps
 from dtrain.algorithm.losses import cross_entropy, mse
-from dtrain.algorithm.params import InnerState, empty_inner_state
-from dtrain.algorithm.plan import constant, schedule_named
-from dtrain.errors import InvalidConfig, UserCodeFailed
+from dtrain.algorithm.recipe import Recipe
+from dtrain.algorithm.replica import empty_inner_state
+from dtrain.algorithm.schedules import constant, schedule_named
+from dtrain.types import InnerState
 
 SGD = (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3})
 ADAM = (torch.optim.Adam, {"lr": 0.01})
@@ -252,56 +254,6 @@ def test_the_optimizers_default_rate_follows_the_schedule():
     recipe = recipe_of((Spy, {}), schedule=lambda step, total: 1 / (step + 1))
     run_local_steps(network(), recipe, empty_inner_state(), one_batch_a_step(batches(3)), first_step=1, total_steps=9)
     assert asked == [0.001 / 2, 0.001 * (1 / 3), 0.001 / 4]
-
-
-# Optimizers by name ---------------------------------------------------------------------------------------------
-
-NAMES = [
-    name
-    for name, value in vars(torch.optim).items()
-    if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and name not in ("Optimizer", "LBFGS")
-]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_optimizer_of_torch_goes_by_its_name(name):
-    kind = getattr(torch.optim, name)
-    assert optimizer_named(name) is optimizer_named(name.lower()) is optimizer_named(name.upper()) is kind
-
-
-def test_torch_has_the_usual_optimizers():
-    assert {"SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "NAdam", "RAdam", "Adadelta", "Adafactor"} <= set(NAMES)
-
-
-def test_a_misspelt_optimizer_gets_a_guess_and_the_list():
-    with pytest.raises(InvalidConfig, match='did you mean "adamw"') as caught:
-        optimizer_named("adamww")
-    assert "adam, " in caught.value.hint
-    assert "lbfgs" not in caught.value.hint
-    with pytest.raises(InvalidConfig, match="no such optimizer"):
-        optimizer_named("optimizer")
-
-
-def test_lbfgs_is_refused():
-    with pytest.raises(InvalidConfig, match="not supported"):
-        optimizer_named("LBFGS")
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "said"),
-    [
-        (torch.optim.SGD, {"learning_rate": 0.1}, "learning_rate"),
-        (torch.optim.SGD, {"lr": -1.0}, "-1.0"),
-        (torch.optim.SGD, {"lr": "fast"}, "fast"),
-        (torch.optim.SGD, {"lr": 0.1, "nesterov": True}, "momentum"),
-        (torch.optim.Adam, {"betas": 0.9}, "betas"),
-    ],
-)
-def test_bad_arguments_are_a_fault_of_the_user(kind, options, said):
-    with pytest.raises(UserCodeFailed, match=f"{kind.__name__} does not accept") as caught:
-        make_optimizer(recipe_of((kind, options)), list(nn.Linear(1, 1).parameters()))
-    assert said in caught.value.message
-    assert caught.value.code == 3
 
 
 def test_a_loss_that_is_not_finite_is_reported_as_it_is():

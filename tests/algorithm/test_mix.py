@@ -11,12 +11,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dtrain.algorithm import mix
-from dtrain.algorithm.local import Recipe, TensorBatch, run_local_steps
+from dtrain.algorithm.batch import TensorBatch
+from dtrain.algorithm.local import run_local_steps
 from dtrain.algorithm.losses import mse
-from dtrain.algorithm.mix import average, weighted_mean
-from dtrain.algorithm.params import Parameters, empty_inner_state, flatten, layout_of, load_into, tensors_of
-from dtrain.algorithm.plan import constant
+from dtrain.algorithm.mix import mean_of, weighted_mean
+from dtrain.algorithm.params import flatten, layout_of, load_into, tensors_of
+from dtrain.algorithm.recipe import Recipe
+from dtrain.algorithm.replica import empty_inner_state
+from dtrain.algorithm.schedules import constant
 from dtrain.errors import UnsuitableModel
+from dtrain.types import Parameters
 
 
 def across_decades(count, seed=0):
@@ -157,7 +161,7 @@ def replica(**values):
 
 
 def mixed(replicas, weights):
-    return {name: tensor.clone() for name, tensor in tensors_of(average(replicas, weights)).items()}
+    return {name: tensor.clone() for name, tensor in tensors_of(mean_of(replicas, weights)).items()}
 
 
 def test_float_buffers_get_the_weighted_mean():
@@ -203,7 +207,7 @@ def test_the_counter_of_batch_norm_is_the_largest():
 def test_bools_must_agree():
     assert mixed([replica(), replica()], [1, 1])["alive"].tolist() == [True, False]
     with pytest.raises(UnsuitableModel, match="bool buffer alive differs"):
-        average([replica(), replica(alive=[True, True])], [1, 1])
+        mean_of([replica(), replica(alive=[True, True])], [1, 1])
 
 
 def test_a_mask_of_minus_infinity_stays():
@@ -224,7 +228,7 @@ def test_the_average_of_equal_replicas_is_that_replica(weights):
             elif tensor.dtype not in (torch.bool, torch.uint32):
                 tensor.copy_(torch.randn(tensor.shape, dtype=torch.complex128 if tensor.is_complex() else None))
     params = flatten(module, layout_of(module))
-    found = average([params] * len(weights), weights)
+    found = mean_of([params] * len(weights), weights)
     assert found.flat.tobytes() == params.flat.tobytes()
     assert found.extra.tobytes() == params.extra.tobytes()
 
@@ -233,7 +237,7 @@ def test_equal_float64_buffers_stay_as_they_are():
     module = nn.Linear(1, 1)
     module.register_buffer("wide", torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     params = flatten(module, layout_of(module))
-    assert average([params] * 3, [3, 1, 3]).extra.tobytes() == params.extra.tobytes()
+    assert mean_of([params] * 3, [3, 1, 3]).extra.tobytes() == params.extra.tobytes()
 
 
 def test_the_average_leaves_its_arguments_alone():
@@ -241,7 +245,7 @@ def test_the_average_leaves_its_arguments_alone():
     replicas = [replica(clock=3, wide=0.1), replica(clock=9, wide=0.7)]
     given = [Parameters(layout, read_only(r.flat), read_only(r.extra)) for r in replicas]
     before = [(r.flat.tobytes(), r.extra.tobytes()) for r in given]
-    found = average(given, [2, 5])
+    found = mean_of(given, [2, 5])
     found.flat[:] = 0
     found.extra[:] = 0
     assert [(r.flat.tobytes(), r.extra.tobytes()) for r in given] == before
@@ -257,7 +261,7 @@ def test_tied_weights_are_averaged_once():
             module[0].weight.fill_(value)
         return flatten(module, layout_of(module))
 
-    found = tensors_of(average([tied(1.0), tied(2.0)], [1, 1]))
+    found = tensors_of(mean_of([tied(1.0), tied(2.0)], [1, 1]))
     assert [found[name].unique().tolist() for name in ("0.weight", "1.weight", "one", "two")] == [[1.5]] * 4
 
 
@@ -291,12 +295,12 @@ def test_one_full_step_on_each_partition_is_one_step_on_all_data(sizes):
     x, y = regression(64)
     start = linear_model(2)
     parts = list(zip(x.split(sizes), y.split(sizes), strict=True))
-    found = average([after_steps(start, [part], 0.1) for part in parts], sizes)
+    found = mean_of([after_steps(start, [part], 0.1) for part in parts], sizes)
     whole = after_steps(start, [(x, y)], 0.1)
     np.testing.assert_allclose(found.flat, whole.flat, rtol=1e-6)
     assert np.abs(whole.flat - start.flat).max() > 0.1
     if len(sizes) > 1:  # the weights matter
-        unweighted = average([after_steps(start, [part], 0.1) for part in parts], [1] * len(sizes))
+        unweighted = mean_of([after_steps(start, [part], 0.1) for part in parts], [1] * len(sizes))
         assert np.abs(unweighted.flat - whole.flat).max() > 1e-3
 
 
@@ -307,7 +311,7 @@ def test_averaging_after_every_step_is_training_with_the_large_batch(replicas):
     for round_x, round_y in zip(x.split(16 * replicas), y.split(16 * replicas), strict=True):
         large = after_steps(large, [(round_x, round_y)], 0.05)
         each = zip(round_x.split(16), round_y.split(16), strict=True)
-        small = average([after_steps(small, [part], 0.05) for part in each], [16] * replicas)
+        small = mean_of([after_steps(small, [part], 0.05) for part in each], [16] * replicas)
     np.testing.assert_allclose(small.flat, large.flat, rtol=1e-6, atol=1e-6)
 
 
@@ -315,6 +319,6 @@ def test_averaging_after_several_steps_is_not():
     x, y = regression(64)
     start = linear_model(2)
     halves = [(x[:32], y[:32]), (x[32:], y[32:])]
-    found = average([after_steps(start, [half] * 4, 0.1) for half in halves], [32, 32])
+    found = mean_of([after_steps(start, [half] * 4, 0.1) for half in halves], [32, 32])
     whole = after_steps(start, [(x, y)] * 4, 0.1)
     assert np.abs(found.flat - whole.flat).max() > 1e-3

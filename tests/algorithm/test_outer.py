@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dtrain.algorithm.outer import outer_optimizer, outer_step, pseudo_gradient
-from dtrain.algorithm.params import empty_inner_state
-from dtrain.config import OuterConfig, TrainConfig
+from dtrain.algorithm.replica import empty_inner_state
+from dtrain.config.schema import OuterConfig, TrainConfig
 from dtrain.errors import InvalidConfig, UserCodeFailed
 
 DILOCO = OuterConfig()

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -8,21 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.algorithm.plan import (
-    constant,
-    cosine,
     cursor_after,
-    linear,
+    first_position,
     micro_sizes,
     plan_round,
+    position_after,
     samples_a_round,
-    schedule_named,
     step_sizes,
     steps_a_round,
     task_seed,
-    with_warmup,
 )
-from dtrain.config import TrainTable
-from dtrain.types import Cursor, TrainState
+from dtrain.config.schema import TrainTable
+from dtrain.types import Cursor
 
 sizes = st.integers(1, 400)
 lengths = st.one_of(
@@ -38,15 +34,7 @@ tables = st.builds(
 
 
 def start(replicas=1, **changes):
-    state = TrainState(
-        round=0,
-        params=(None,) * replicas,
-        inner=(None,) * replicas,
-        outer=(),
-        cursors=(Cursor(0, 0),) * replicas,
-        steps=(0,) * replicas,
-    )
-    return replace(state, **changes)
+    return replace(first_position(replicas), **changes)
 
 
 def task_of(size, table, **changes):
@@ -137,22 +125,20 @@ def test_a_cursor_goes_on_in_the_cyclic_stream():
 
 @given(tables, st.lists(sizes, min_size=1, max_size=4), st.integers(1, 5))
 def test_rounds_follow_each_other_without_gap(train, partitions, rounds):
-    state = start(len(partitions))
+    position = start(len(partitions))
     for number in range(1, rounds + 1):
-        plan = plan_round(state, partitions, train)
+        plan = plan_round(position, partitions, train)
         assert plan.round == number
         assert [(t.round, t.replica) for t in plan.tasks] == [(number, k) for k in range(len(partitions))]
         assert [t.step for t in plan.tasks] == [(number - 1) * steps_a_round(size, train) for size in partitions]
-        state = replace(
-            state,
-            round=number,
-            cursors=tuple(cursor_after(t, size) for t, size in zip(plan.tasks, partitions, strict=True)),
-            steps=tuple(t.step + t.num_steps for t in plan.tasks),
-        )
-    consumed = [cursor.epoch * size + cursor.position for cursor, size in zip(state.cursors, partitions, strict=True)]
+        position = position_after(plan, partitions)
+        assert position.round == number
+    consumed = [
+        cursor.epoch * size + cursor.position for cursor, size in zip(position.cursors, partitions, strict=True)
+    ]
     assert consumed == [rounds * samples_a_round(size, train) for size in partitions]
     if not train.local_steps:
-        assert state.cursors == (Cursor(rounds * train.local_epochs, 0),) * len(partitions)
+        assert position.cursors == (Cursor(rounds * train.local_epochs, 0),) * len(partitions)
 
 
 def test_a_task_knows_the_length_of_the_run_and_its_passes():
@@ -182,55 +168,3 @@ def test_a_seed_is_the_same_in_every_process():
     # printf 0/1/0/local | sha256sum  ->  6508758779e56ee3...; as little-endian 0xe36ee57987750865, halved
     assert task_seed(0, 1, 0) == 0xE36EE57987750865 // 2
     assert plan_round(start(), [10], TrainTable(seed=0)).tasks[0].seed == 8194144202087105586
-
-
-# Schedules ------------------------------------------------------------------------------------------------------
-
-
-def test_constant_is_one():
-    assert {constant(step, 10) for step in range(20)} == {1.0}
-
-
-def test_cosine_by_hand():
-    assert cosine(0, 8) == 1.0
-    assert cosine(2, 8) == pytest.approx((1 + math.sqrt(0.5)) / 2, rel=1e-15)
-    assert cosine(4, 8) == pytest.approx(0.5, rel=1e-15)
-    assert cosine(6, 8) == pytest.approx((1 - math.sqrt(0.5)) / 2, rel=1e-15)
-    assert cosine(8, 8) == 0.0
-    assert cosine(100, 8) == 0.0
-
-
-def test_linear_by_hand():
-    assert [linear(step, 4) for step in range(7)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0]
-
-
-def test_warmup_rises_to_one_and_the_schedule_starts_after_it():
-    warmed = schedule_named("linear", 4)
-    # 4 steps of warm-up, then linear over the other 5
-    assert [warmed(step, 9) for step in range(10)] == [0.25, 0.5, 0.75, 1.0, 1.0, 0.8, 0.6, 0.4, pytest.approx(0.2), 0]
-    assert [schedule_named("constant", 2)(step, 5) for step in range(5)] == [0.5, 1.0, 1.0, 1.0, 1.0]
-
-
-def test_without_warmup_nothing_changes():
-    for name, plain in {"constant": constant, "cosine": cosine, "linear": linear}.items():
-        assert [schedule_named(name, 0)(step, 9) for step in range(12)] == [plain(step, 9) for step in range(12)]
-
-
-@pytest.mark.parametrize("name", ["constant", "cosine", "linear"])
-def test_a_warmup_longer_than_the_run_only_rises(name):
-    assert [schedule_named(name, 10)(step, 5) for step in range(5)] == [0.1, 0.2, 0.3, 0.4, 0.5]
-
-
-def test_a_schedule_of_the_users_can_be_warmed_up():
-    asked = []
-    warmed = with_warmup(lambda step, total: asked.append((step, total)) or 0.5, 3)
-    assert [warmed(step, 7) for step in range(5)] == [1 / 3, 2 / 3, 1.0, 0.5, 0.5]
-    assert asked == [(0, 4), (1, 4)]
-
-
-@given(st.sampled_from(["cosine", "linear"]), st.integers(1, 500), st.integers(0, 20))
-def test_factors_lie_between_zero_and_one_and_fall_after_the_warmup(name, total, warmup):
-    factors = [schedule_named(name, warmup)(step, total) for step in range(total)]
-    assert all(0 < factor <= 1 for factor in factors)
-    after = factors[warmup:]
-    assert after == sorted(after, reverse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dtrain.algorithm.stop import check_metric, stop_reason
-from dtrain.config import TrainConfig
+from dtrain.config.schema import TrainConfig
 from dtrain.errors import InvalidConfig
 
 

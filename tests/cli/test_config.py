@@ -82,7 +82,8 @@ def test_in_words(cli, project):
 
 
 def test_every_key_of_the_schema_is_there(cli, project):
-    from dtrain.config import DEFAULTS, flat_values
+    from dtrain.config.schema import DEFAULTS
+    from dtrain.config.values import flat_values
 
     found = last(cli("--json", "config", "show", project().config))["values"]
     assert {"train.local_steps", "stop.target", "average.outer", "average.codec"} <= set(found)

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from dtrain import config
+from dtrain.config import schema
 from tests.cli.helpers import MODEL, blobs, kept, last, objects
 
 BUILD = "import torch\nfrom torch import nn\n\n\ndef build():\n    return {}\n"
@@ -138,7 +138,7 @@ ASKED_FOR = {
     "cluster.tls": '{ ca = "ca.pem" }',
     "run.trackers": '["wandb"]',
 }
-LACKING = [*config.NOT_BUILT, *config.NOT_BUILT_VALUES]
+LACKING = [*schema.NOT_BUILT, *schema.NOT_BUILT_VALUES]
 
 
 def test_every_feature_that_this_version_lacks_is_asked_for_below():
@@ -494,7 +494,7 @@ def test_a_disk_that_is_full(cli, project, monkeypatch):
         return real(descriptor, data)
 
     job = project()
-    monkeypatch.setattr("dtrain.checkpoint.os.write", full)
+    monkeypatch.setattr("dtrain.files.os.write", full)
     fails(cli, ("train", job.config), 8, ["No space left", "same command"])
     monkeypatch.undo()
     monkeypatch.chdir(job.dir.parent)

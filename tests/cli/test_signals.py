@@ -9,6 +9,7 @@ import pytest
 
 from tests.cli.helpers import MODEL, SCRIPT, bits, history, kept, last, objects
 
+pytestmark = pytest.mark.alone
 ROUNDS = 12
 MANY = ("--set", f"train.rounds={ROUNDS}")
 

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 from hypothesis import strategies as st
 
+from dtrain.config.schema import TrainConfig
 from dtrain.data.load.loader import read_batches
 from dtrain.data.plan.partition import plan_data, train_partitions
 from dtrain.data.plan.units import box_shape
 from dtrain.data.read.units import UnitReader
+from dtrain.data.samples import Samples, Variable
 from dtrain.data.source import open_samples
 from dtrain.errors import InvalidConfig
 from dtrain.types import Cursor
@@ -84,6 +86,36 @@ def reader_of(samples, reader="auto", **options):
         return UnitReader(samples, "auto", **options)
 
 
+# Metadata alone ----------------------------------------------------------------------------------------------
+
+
+def variable(name, num_samples, object_rows, *, row=(), dtype="float32", chunk_rows=None, **facts):
+    """Describe an array along n that is not written."""
+    return Variable(
+        name=name,
+        dims=("n", *(f"d{i}" for i in range(len(row)))),
+        shape=(num_samples, *row),
+        dtype=dtype,
+        chunks=(chunk_rows or object_rows, *row),
+        objects=(object_rows, *row),
+        sample_axis=0,
+        checksums=False,
+        select=tuple((0, n, 1) for n in (num_samples, *row)),
+        **facts,
+    )
+
+
+def make_samples(num_samples, *object_rows, row=(), val=0.0, test=0.0, path="p.zarr", chunk_rows=None, **data):
+    """Describe the samples of arrays v0, v1, ... that are not written."""
+    variables = tuple(
+        variable(f"v{i}", num_samples, rows, row=row, chunk_rows=chunk_rows) for i, rows in enumerate(object_rows)
+    )
+    names = [v.name for v in variables]
+    table = {"path": path, "inputs": names, "targets": ["v0"], "split": {"val": val, "test": test}, **data}
+    config = TrainConfig(data=table).data
+    return Samples(path=path, config=config, sample_dim="n", num_samples=num_samples, variables=variables)
+
+
 # Batches ----------------------------------------------------------------------------------------------------
 
 
@@ -138,7 +170,9 @@ class Spy:
     """Stands between a loader and its reader: records which rows are read, and when reads begin and end."""
 
     def __init__(self, reader):
+        self.reader = reader
         self.reads = []
+        self.bytes_decoded = 0
         self.now = 0
         self.most = 0
         self._lock = threading.Lock()
@@ -150,11 +184,14 @@ class Spy:
             self.reads.append((box.start, box.stop))
             self.now += 1
             self.most = max(self.most, self.now)
+        decoded = 0
         try:
-            return self._read(box, out)
+            decoded = self._read(box, out)
+            return decoded
         finally:
             with self._lock:
                 self.now -= 1
+                self.bytes_decoded += decoded
 
     def units(self, plan):
         """How often each unit was read."""

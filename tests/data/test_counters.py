@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import math
 import sys
 import tempfile
 import threading
@@ -18,28 +16,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import ZstdCodec
 
-from dtrain.data.load.loader import Loader, read_batches
-from dtrain.data.plan import memory, partition
-from dtrain.data.plan.memory import Limits, Reading, plan_memory
-from dtrain.data.plan.partition import describe_plan, eval_partitions, plan_data, train_partitions
+from dtrain.data.load.loader import read_batches
+from dtrain.data.plan import cuts
+from dtrain.data.plan.memory import Limits
+from dtrain.data.plan.partition import eval_partitions, plan_data, train_partitions
+from dtrain.data.plan.summary import describe_plan
 from dtrain.data.plan.units import Box
+from dtrain.data.read.local import DirectoryStore
+from dtrain.data.read.shards import shard_layout
 from dtrain.data.read.store import ReadStore
 from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
-from dtrain.types import Cursor
+from dtrain.errors import TooFewSamples
 from tests.data.helpers import (
     START,
     WHOLE,
     Spy,
-    batches,
+    make_samples,
     only_partition,
     open_all,
     reader_of,
-    readers,
-    same_bits,
     vector,
 )
-from tests.data.test_partition import make_samples
 
 
 class Counted:
@@ -64,14 +62,14 @@ class Counted:
 
 
 def passes(samples, part, count, *, limits=None, replica=0, shuffle=True, which="zarr"):
-    """Run whole passes, and return (reader, counts of all but opening the store)."""
+    """Run whole passes, and return (spy on the reads, counts of all but opening the store)."""
     reader = reader_of(samples, which)
-    counted = Counted(reader)
+    counted, spy = Counted(reader), Spy(reader)
     stream = read_batches(
         reader, part, START, [part.num_samples] * count, replica=replica, shuffle=shuffle, limits=limits or Limits()
     )
     assert sum(batch.size for batch in stream) == part.num_samples * count
-    return reader, counted.get()
+    return spy, counted.get()
 
 
 # Objects --------------------------------------------------------------------------------------------------------
@@ -104,9 +102,9 @@ def test_every_object_is_asked_for_once_a_pass_and_no_index(write_store, tmp_pat
     assert plan.unit_rows == min(12, rows)
     for count, threads in ((1, 1), (1, 4), (3, 2)):
         limits = Limits(threads=threads, ahead=5)
-        reader, (requests, indices, read) = passes(samples, part, count, limits=limits, which=which)
-        assert reader.units_decoded == count * plan.num_units
-        assert reader.bytes_decoded == count * rows * samples.row_bytes
+        spy, (requests, indices, read) = passes(samples, part, count, limits=limits, which=which)
+        assert len(spy.reads) == count * plan.num_units
+        assert spy.bytes_decoded == count * rows * samples.row_bytes
         assert requests / len(objects) == count
         assert indices == 0
         assert read == count * size
@@ -140,30 +138,6 @@ def test_replicas_and_evaluations_together_ask_for_every_object_once(write_store
     assert sum(indices for _, indices, _ in counts) == 0
 
 
-@settings(max_examples=15)
-@given(st.integers(1, 12), st.integers(1, 6), st.integers(0, 6), st.booleans(), st.integers(1, 4))
-def test_every_unit_is_decoded_once_a_pass(numbers_of_60, passes_made, window, cached, shuffle, threads):
-    samples, plan = numbers_of_60
-    (part,) = train_partitions(replace(plan, window=window))
-    reader = UnitReader(samples, "zarr")
-    spy = Spy(reader)
-    limits = Limits(cached=cached, threads=threads)
-    sizes = [part.num_samples] * passes_made
-    for number, _ in enumerate(read_batches(reader, part, START, sizes, replica=0, shuffle=shuffle, limits=limits), 1):
-        assert reader.units_decoded >= 12 + (number - 1) * (12 - cached)
-    assert sorted(spy.units(plan).values()) == sorted([1] * cached + [passes_made] * (12 - cached))
-    assert reader.units_decoded == 12 + (passes_made - 1) * (12 - cached)
-
-
-@pytest.fixture(scope="module")
-def numbers_of_60(write_store, tmp_path_factory):
-    path = write_store(
-        tmp_path_factory.mktemp("counted") / "s", {"v0": vector(np.arange(60.0), 5), "index": vector(np.arange(60), 5)}
-    )
-    samples = open_all(path, ["v0"])
-    return samples, plan_data(samples, replicas=1, seed=0)
-
-
 # Parts of shards --------------------------------------------------------------------------------------------------
 
 
@@ -187,14 +161,14 @@ def test_a_shard_larger_than_8_mib_is_read_in_units_of_whole_inner_chunks(write_
     size = sum((Path(samples.path) / key).stat().st_size for key in shards)
     for count, which in ((1, "zarr"), (2, "zarr"), (1, "auto")):
         reader = reader_of(samples, which)
-        counted = Counted(reader)
+        counted, spy = Counted(reader), Spy(reader)
         stream = read_batches(
             reader, part, START, [part.num_samples] * count, replica=0, shuffle=True, limits=Limits(threads=1)
         )
         for batch in stream:
             np.testing.assert_array_equal(batch.inputs[0][:, 0], batch.targets[1])
             assert not batch.inputs[0][:, 1:].any()
-        assert reader.units_decoded == count * plan.num_units == count * 8
+        assert len(spy.reads) == count * plan.num_units == count * 8
         requests, indices, read = counted.get()
         assert indices == 3  # one a shard, in all passes together
         if which == "zarr":
@@ -209,9 +183,9 @@ def index_size(samples):
 @pytest.fixture
 def small_shards(write_store, tmp_path, monkeypatch):
     """What counts as large is scaled down by 1024, so that small stores have many large shards."""
-    monkeypatch.setattr(partition, "WHOLE_OBJECT_BYTES", 8 << 10)
-    monkeypatch.setattr(partition, "PART_BYTES", 2 << 10)
-    monkeypatch.setattr(partition, "GROWN_BYTES", 32 << 10)
+    monkeypatch.setattr(cuts, "WHOLE_OBJECT_BYTES", 8 << 10)
+    monkeypatch.setattr(cuts, "PART_BYTES", 2 << 10)
+    monkeypatch.setattr(cuts, "GROWN_BYTES", 32 << 10)
 
     def write(shards, shard_rows=24, chunk_rows=2, rows=None, blocks=1, **data):
         rows = shards * shard_rows if rows is None else rows
@@ -234,8 +208,8 @@ def test_units_of_a_shard_have_one_owner_where_there_are_enough_shards(small_sha
     assert sum(map(len, owners)) == len(set().union(*owners)) == 64
     total = Counter()
     for replica, part in enumerate(parts):
-        reader, (requests, indices, _) = passes(samples, part, 2, limits=Limits(threads=1), replica=replica)
-        assert reader.units_decoded == 2 * len(part.units)
+        spy, (requests, indices, _) = passes(samples, part, 2, limits=Limits(threads=1), replica=replica)
+        assert len(spy.reads) == 2 * len(part.units)
         total.update(requests=requests, indices=indices, units=len(part.units))
     assert total["indices"] == 64 * 2  # x and index: one a shard
     assert total["requests"] == 2 * 2 * total["units"]
@@ -259,13 +233,13 @@ def test_a_shard_of_8_mib_is_read_whole(small_shards):
 def test_the_index_of_a_shard_is_asked_for_once_also_by_several_threads(small_shards, threads, monkeypatch):
     samples = small_shards(8)
     plan, part = only_partition(samples, unit_rows=4, cell_rows=4)
-    get = ReadStore._ask
+    get = DirectoryStore.get
 
-    async def slowly(self, key, prototype, byte_range):
+    async def slowly(self, key, prototype, byte_range=None):
         await asyncio.sleep(0.002)
         return await get(self, key, prototype, byte_range)
 
-    monkeypatch.setattr(ReadStore, "_ask", slowly)
+    monkeypatch.setattr(DirectoryStore, "get", slowly)
     _, (requests, indices, _) = passes(samples, part, 1, limits=Limits(threads=threads, ahead=8), shuffle=False)
     assert requests == 2 * plan.num_units
     assert indices == 2 * 8
@@ -274,10 +248,11 @@ def test_the_index_of_a_shard_is_asked_for_once_also_by_several_threads(small_sh
 def test_what_was_held_of_a_shard_is_let_go_of(small_shards):
     samples = small_shards(20)
     _, part = only_partition(samples, unit_rows=4, cell_rows=4)
-    reader, _ = passes(samples, part, 2, limits=Limits(threads=4, ahead=8))
+    spy, _ = passes(samples, part, 2, limits=Limits(threads=4, ahead=8))
+    reader = spy.reader
     assert not any(reader.store._held.values())
     # many threads at once, switching as often as they can
-    layout = reader._layouts["x"]
+    layout = shard_layout(reader.arrays["x"])
     failed = []
 
     def hold():
@@ -309,10 +284,10 @@ def test_inner_chunks_that_lie_apart_are_not_read_together_with_what_is_between(
     }
     samples = open_all(write_store(tmp_path / "s", arrays), arrays, isel={"k": {"start": 8, "stop": 16}})
     _, part = only_partition(samples)
-    reader, (_, indices, read) = passes(samples, part, 1)
+    spy, (_, indices, read) = passes(samples, part, 1)
     assert indices == 1
     assert read - index_size(samples) - (16 * 128 + 4) == 64 * 8 * 8  # just what is selected
-    rows = reader.read(Box(0, 64))["v0"][1]
+    rows = spy.reader.read(Box(0, 64))["v0"][1]
     np.testing.assert_array_equal(rows, values[:, 8:16].astype("float32"))
 
 
@@ -375,10 +350,11 @@ def test_decoded_bytes_are_those_that_the_plan_says(
         )
         try:
             plan = plan_data(samples, replicas=replicas, seed=0)
-        except partition.TooFewSamples:
+        except TooFewSamples:
             return
         parts = train_partitions(plan)
         readers = [UnitReader(samples, "zarr") for _ in parts]
+        spies = [Spy(reader) for reader in readers]
         patch.setattr(ReadStore, "_noted", logged)
         for replica, (reader, part) in enumerate(zip(readers, parts, strict=True)):
             for _ in read_batches(reader, part, START, [part.num_samples], replica=replica, shuffle=True):
@@ -386,7 +362,7 @@ def test_decoded_bytes_are_those_that_the_plan_says(
         said = describe_plan(samples, plan)
         decoded, unique = sum(size for _, size in seen), sum(dict(seen).values())
         assert decoded / unique == pytest.approx(said["read_amplification"], rel=1e-12)
-        assert sum(reader.units_decoded for reader in readers) == sum(len(part.units) for part in parts)
+        assert sum(len(spy.reads) for spy in spies) == sum(len(part.units) for part in parts)
 
 
 @pytest.mark.parametrize(
@@ -442,116 +418,9 @@ def test_a_second_pass_reads_what_is_not_kept(write_store, tmp_path, kept, shuff
     limits = Limits(cached=kept)
     _, (once, _, first) = passes(samples, part, 1, limits=limits, shuffle=shuffle)
     for count in (2, 5):
-        reader, (requests, indices, read) = passes(samples, part, count, limits=limits, shuffle=shuffle)
+        spy, (requests, indices, read) = passes(samples, part, count, limits=limits, shuffle=shuffle)
         later = (read - first) / (count - 1)
         assert later / first == pytest.approx(1 - kept / 20, abs=0.01)
         assert (requests - once) / (count - 1) == once * (20 - kept) / 20
-        assert reader.units_decoded == 20 + (count - 1) * (20 - kept)
+        assert len(spy.reads) == 20 + (count - 1) * (20 - kept)
         assert indices == 0
-
-
-def test_the_units_that_are_kept_are_chosen_by_the_seed_and_spread(write_store, tmp_path):
-    arrays = {"v0": vector(np.arange(400.0), 4), "index": vector(np.arange(400), 4)}
-    samples = open_all(write_store(tmp_path / "s", arrays), arrays)
-    kept = {}
-    for seed in range(3):
-        plan, part = only_partition(samples, unit_rows=4, cell_rows=4, seed=seed)
-        sets = []
-        for count in (20, 40):
-            reader = UnitReader(samples, "zarr")
-            spy = Spy(reader)
-            batches(reader, part, [400] * 3, limits=Limits(cached=count))
-            sets.append({unit for unit, reads in spy.units(plan).items() if reads == 1})
-        assert [len(found) for found in sets] == [20, 40]
-        assert sets[0] < sets[1]  # with more memory more of the same
-        kept[seed] = sorted(sets[1])
-        assert all(np.histogram(kept[seed], 4, (0, 100))[0] >= 4)
-    assert len(set(map(tuple, kept.values()))) == 3
-
-
-# Resume -----------------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=18)
-@given(st.floats(0, 2.99), st.integers(1, 9), st.booleans(), st.integers(1, 9), readers)
-def test_a_stream_cut_at_random_goes_on_bit_by_bit(cut_store, share, batch, shuffle, window, which):
-    samples, plan = cut_store
-    part = train_partitions(replace(plan, window=window))[1]
-    count = part.num_samples
-    done = int(share * count)
-    steps = min(30, (3 * count - done) // batch)
-    whole = batches(UnitReader(samples), part, [done, *[batch] * steps], replica=1, shuffle=shuffle)
-    rest = batches(
-        reader_of(samples, which),
-        part,
-        [batch] * steps,
-        cursor=Cursor(*divmod(done, count)),
-        replica=1,
-        shuffle=shuffle,
-    )
-    assert same_bits(whole[1:], rest)
-
-
-@pytest.fixture(scope="module")
-def cut_store(write_store, tmp_path_factory):
-    values = np.random.default_rng(0).normal(size=(3, 150)).astype("float16")
-    arrays = {
-        "v0": {"dims": ("k", "n"), "values": values, "chunks": (2, 7)},
-        "index": vector(np.arange(150), 10, shards=(20,)),
-    }
-    path = write_store(tmp_path_factory.mktemp("cut") / "s", arrays)
-    samples = open_samples(
-        path,
-        inputs=["v0"],
-        targets=["v0", "index"],
-        input_offsets=[-1, 0],
-        target_offsets=1,
-        sample_dim="n",
-        split=WHOLE,
-    )
-    return samples, plan_data(samples, replicas=2, seed=0)
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("endless", [False, True])
-def test_units_until_the_first_batch_do_not_depend_on_the_position(
-    write_store, tmp_path, monkeypatch, shuffle, endless
-):
-    monkeypatch.setattr(memory, "GROUP_BATCHES", 1)
-    arrays = {"v0": vector(np.arange(4000.0), 10), "index": vector(np.arange(4000), 10)}
-    samples = open_all(write_store(tmp_path / "s", arrays), arrays)
-    _, part = only_partition(samples, unit_rows=10, cell_rows=10, window=16)
-    assert len(part.units) == 400
-    limits = Limits(ahead=3, buffers=2)
-    counts = []
-    for share in (0.0, 0.01, 0.5, 0.99):
-        reader = UnitReader(samples)
-        spy = Spy(reader)
-        sizes = itertools.repeat(1) if endless else [1]
-        cursor = Cursor(2, int(share * 4000))
-        loader = Loader(reader, part, cursor, sizes, replica=0, shuffle=shuffle, limits=limits)
-        loader.take()
-        counts.append(len(spy.reads))
-        loader.close()
-    assert max(counts) <= 16 + 3
-    assert max(counts[1:]) <= counts[0] + 16  # at the very beginning fewer are open
-    if not endless and not shuffle:
-        assert counts == [1, 1, 1, 1]
-
-
-# Memory -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_memory_of_a_worker_changes_what_is_kept_but_not_a_bit(cut_store):
-    samples, plan = cut_store
-    parts = train_partitions(plan)
-    units = max(len(part.units) for part in parts)
-    reading = Reading(samples=samples, plan=plan, loaders=1, units=units, batch_size=7, shuffle=True)
-    found, kept = [], set()
-    for limit in (88_000, 91_000, 200_000, 10_000_000):
-        law = plan_memory(reading, replace(reading, shuffle=False), limit, "the limit")
-        kept.add(law.train.limits)
-        found.append(batches(UnitReader(samples), parts[0], [7] * 60, limits=law.train.limits))
-    assert len(kept) > 1
-    assert all(same_bits(found[0], other) for other in found[1:])
-    assert math.isfinite(sum(batch.inputs[0].sum() for batch in found[0]))

@@ -16,15 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtrain.data.load.loader import read_batches
-from dtrain.data.plan.partition import (
-    cell_bounds,
-    describe_plan,
-    eval_partitions,
-    plan_data,
-    split_cells,
-    train_partitions,
-)
-from dtrain.data.plan.units import Box
+from dtrain.data.plan.partition import eval_partitions, plan_data, train_partitions
+from dtrain.data.plan.splits import split_cells
+from dtrain.data.plan.summary import describe_plan
+from dtrain.data.plan.units import Box, cell_bounds
+from dtrain.data.read.open import open_arrays
 from dtrain.data.read.presence import absent_chunks, absent_rows, check_presence
 from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
@@ -326,7 +322,7 @@ def test_rows_before_the_selection_do_not_count_for_the_shares_of_splits(write_s
 
 
 @pytest.mark.parametrize("which", ["zarr", "zarrs", "auto"])
-def test_a_small_variable_that_is_kept_whole_is_counted_from_the_first_selected_row(write_store, tmp_path, which):
+def test_a_small_variable_that_is_preloaded_is_counted_from_the_first_selected_row(write_store, tmp_path, which):
     arrays = {
         "v": {"dims": ("n", "x"), "values": np.arange(6000.0).reshape(60, 100), "chunks": (5, 100)},
         "index": vector(np.arange(60, dtype="int32"), 60),
@@ -335,7 +331,7 @@ def test_a_small_variable_that_is_kept_whole_is_counted_from_the_first_selected_
     samples = open_store(
         path, inputs=["v"], isel={"n": {"start": 13, "stop": 51}}, input_offsets=[-1, 0], target_offsets=2
     )
-    assert [v.name for v in samples.kept_whole] == ["index"]
+    assert [v.name for v in samples.preloaded] == ["index"]
     _, partition = only_partition(samples)
     (batch,) = batches(reader_of(samples, which), partition, [partition.num_samples])
     anchors = batch.targets[0] - 2
@@ -499,7 +495,7 @@ def test_an_inner_chunk_that_is_missing_is_skipped_alone(write_store, tmp_path):
     write_sparse(path, {"v": vector(values, 10, shards=(50,)), "index": vector(np.arange(1, 101), 10, shards=(50,))})
     samples = open_store(path, inputs=["v"], missing="skip")
     assert absent_rows(samples) == ((30, 40),)
-    (absent,) = absent_chunks(samples, samples.variable("v"), full=True)
+    (absent,) = absent_chunks(samples, *open_arrays(samples), samples.variable("v"), full=True)
     assert (absent.key, absent.inner, absent.start, absent.stop) == ("v/c/0", (3,), 30, 40)
     plan = plan_data(samples, replicas=1, seed=0, absent=absent_rows(samples))
     plan = replace(plan, cell_rows=10)

@@ -1,39 +1,23 @@
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import json
 import shutil
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import numcodecs
 import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from hypothesis import given
-from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 
-from dtrain.config import TrainConfig
+from dtrain.config.schema import TrainConfig
 from dtrain.data.plan.units import Box
 from dtrain.data.read.presence import check_presence, content_digest
-from dtrain.data.read.store import object_keys, open_group
 from dtrain.data.read.units import UnitReader
-from dtrain.data.samples import Samples, Variable
 from dtrain.data.source import describe, list_variables, open_samples
-from dtrain.errors import (
-    ChunkMissing,
-    DataNotFound,
-    InvalidConfig,
-    LengthsDiffer,
-    NotZarr,
-    UnknownVariable,
-    UnsuitableVariable,
-)
+from dtrain.errors import DataNotFound, InvalidConfig, LengthsDiffer, NotZarr, UnknownVariable, UnsuitableVariable
 
 FORMATS = pytest.mark.parametrize("zarr_format", [2, 3])
 
@@ -179,29 +163,6 @@ def test_the_sample_dimension_can_be_named(write_store, tmp_path):
     samples = open_xy(write_store(tmp_path / "s.zarr", arrays), sample_dim="b")
     assert [(v.sample_axis, v.row_shape, v.object_rows) for v in samples.variables] == [(1, (4,), 3), (1, (4,), 6)]
     assert samples.num_samples == 6
-
-
-def test_the_fingerprint_tells_stores_apart_but_not_their_paths(small):
-    y32 = {"dims": ("n",), "values": np.arange(10, dtype="int32"), "chunks": (3,)}
-    first = open_xy(small(name="a"))
-    assert open_xy(small(name="b", y=y32)).fingerprint == first.fingerprint
-    others = [
-        open_xy(small(name="dtype", y={**y32, "values": np.arange(10, dtype="int64")})),
-        open_xy(small(name="chunks", y={**y32, "chunks": (4,)})),
-        open_xy(small(name="shards", y={**y32, "shards": (6,)})),
-        open_xy(first.path, inputs=["x", "y"]),
-        open_xy(first.path, inputs=["y"], targets=["x"]),
-    ]
-    assert len({samples.fingerprint for samples in [first, *others]}) == 6
-
-
-def test_samples_print_as_a_table(small):
-    samples = open_xy(small())
-    assert repr(samples).splitlines()[0] == "<dtrain.Samples>"
-    assert "10 along n" in repr(samples)
-    assert "float64[n, k] (10, 2), chunks 4x2" in repr(samples)
-    assert "&lt;" in dataclasses.replace(samples, path="<b>")._repr_html_()
-    assert "<b>" not in dataclasses.replace(samples, path="<b>")._repr_html_()
 
 
 # What is refused -------------------------------------------------------------------------------------------
@@ -379,91 +340,7 @@ def test_a_misspelt_key_of_data(small):
         open_xy(small(), sample_dims="n")
 
 
-# Which chunks are stored ------------------------------------------------------------------------------------
-
-
-@st.composite
-def layouts(draw):
-    """Draw (shape, chunks, shards or None, sample axis, zarr format)."""
-    dims = draw(st.integers(1, 3))
-    shape = tuple(draw(st.integers(1, 9)) for _ in range(dims))
-    chunks = tuple(draw(st.integers(1, length)) for length in shape)
-    sharded = draw(st.booleans())
-    shards = tuple(size * draw(st.integers(1, 3)) for size in chunks) if sharded else None
-    return shape, chunks, shards, draw(st.integers(0, dims - 1)), 3 if sharded else draw(st.sampled_from([2, 3]))
-
-
-@given(layouts(), st.data())
-def test_object_keys_are_the_files_that_hold_the_rows(write_store, chunk_files, layout, data):
-    shape, chunks, shards, axis, zarr_format = layout
-    start = data.draw(st.integers(0, shape[axis] - 1))
-    stop = data.draw(st.integers(start + 1, shape[axis]))
-    dims = tuple("n" if dim == axis else f"d{dim}" for dim in range(len(shape)))
-    described = {"dims": dims, "values": np.zeros(shape), "chunks": chunks, "shards": shards}
-    with tempfile.TemporaryDirectory() as folder:
-        path = write_store(Path(folder, "s"), {"x": described}, zarr_format=zarr_format, group="g")
-        array = open_group(str(path), "g")["x"]
-        objects = shards or chunks
-        assert sorted(object_keys(array, objects, axis, 0, shape[axis])) == chunk_files(path)
-        touched = {int(i) // objects[axis] for i in range(start, stop)}
-        places = itertools.product(
-            *(sorted({i // size for i in range(n)}) for n, size in zip(shape, objects, strict=True))
-        )
-        dot = "." if zarr_format == 2 else "/"
-        head = "g/x/" if zarr_format == 2 else "g/x/c/"
-        expected = [head + dot.join(map(str, place)) for place in places if place[axis] in touched]
-        keys = list(object_keys(array, objects, axis, start, stop))
-        assert keys == expected
-
-
-LAYOUTS = {
-    "v2": (2, {"chunks": (4, 2)}, "x/2.1", 8),
-    "v3": (3, {"chunks": (4, 2)}, "x/c/2/1", 8),
-    "sharded": (3, {"chunks": (2, 1), "shards": (4, 2)}, "x/c/2/1", 8),
-    "other axis": (3, {"chunks": (3, 5)}, "x/c/3/0", 4),
-}
-
-
-@pytest.mark.parametrize("kind", LAYOUTS)
-def test_a_missing_chunk_is_named(small, kind):
-    zarr_format, chunking, key, objects = LAYOUTS[kind]
-    values = np.ones((10, 4)) if kind == "other axis" else np.ones((13, 4))
-    x = {"dims": ("n", "k"), "values": values, **chunking}
-    y = {"dims": ("n",), "values": np.zeros(len(values)), "chunks": (5,)}
-    path = small(zarr_format, x=x, y=y)
-    samples = open_xy(path)
-    check_presence(samples)
-    assert samples.variable("x").num_objects == objects
-    (path / key).unlink()
-    with pytest.raises(ChunkMissing) as caught:
-        check_presence(samples)
-    assert caught.value.code == 5
-    assert f"chunk {key} of x is missing (1 of {objects})" in caught.value.message
-    assert 'missing = "fill"' in caught.value.hint
-
-
-@FORMATS
-def test_several_missing_chunks_are_counted_and_the_first_is_named(small, grid_keys, zarr_format):
-    path = small(zarr_format, group="g")
-    for key in grid_keys("g/y", (4,), zarr_format)[1:]:
-        (path / key).unlink()
-    first = grid_keys("g/y", (4,), zarr_format)[1]
-    with pytest.raises(ChunkMissing, match=rf"chunk {first} of y is missing \(3 of 4 are\)"):
-        check_presence(open_xy(path, group="g"))
-
-
-def test_chunks_of_variables_that_are_not_used_may_be_missing(small):
-    path = small(z={"dims": ("n",), "values": np.zeros(10), "chunks": (5,)})
-    shutil.rmtree(path / "z" / "c")
-    check_presence(open_xy(path))
-
-
-def test_a_variable_is_not_taken_for_one_whose_name_it_begins(small):
-    longer = {"dims": ("n", "k"), "values": np.zeros((10, 2)), "chunks": (4, 2)}
-    path = small(x2=longer)
-    shutil.rmtree(path / "x" / "c")
-    with pytest.raises(ChunkMissing, match=r"chunk x/c/0/0 of x is missing \(3 of 3 are\)"):
-        check_presence(open_xy(path))
+# What is not used -----------------------------------------------------------------------------------------
 
 
 @FORMATS
@@ -547,31 +424,6 @@ def test_what_is_not_used_may_be_an_array_that_zarr_cannot_open(small, zarr_form
         open_samples(path, inputs=["q"], targets=["y"])
 
 
-@FORMATS
-def test_the_digest_of_a_store_follows_what_is_stored_not_where_or_when(small, tmp_path, zarr_format):
-    path = small(zarr_format, z={"dims": ("n",), "values": np.zeros(10), "chunks": (5,)})
-    first = content_digest(open_xy(path))
-    assert set(first) == {"x", "y"}
-    shutil.copytree(path, tmp_path / "copy")
-    assert content_digest(open_xy(tmp_path / "copy")) == first
-    key = "x/2.0" if zarr_format == 2 else "x/c/2/0"
-    shutil.rmtree(path / "z")
-    assert content_digest(open_xy(path)) == first  # it is not used
-    stored = (path / key).read_bytes()
-    digests = {first["x"]}
-    for damage in (stored + b"1", stored[:-1], None):
-        if damage is None:
-            (path / key).unlink()
-        else:
-            (path / key).write_bytes(damage)
-        found = content_digest(open_xy(path))
-        assert found["y"] == first["y"]
-        digests.add(found["x"])
-    assert len(digests) == 4
-    without = open_xy(path, isel={"n": {"start": 0, "stop": 8}})  # the last object is not selected
-    assert content_digest(without)["x"] == content_digest(open_xy(tmp_path / "copy", isel=without.config.isel))["x"]
-
-
 # Checksums --------------------------------------------------------------------------------------------------
 
 CODECS = {
@@ -622,12 +474,3 @@ def test_checksums_says_whether_a_flipped_bit_is_found(write_store, tmp_path, ch
         except Exception:  # found
             continue
     assert (silent == 0) == checksums
-
-
-def test_sample_metadata_is_plain_and_frozen(small):
-    samples = open_xy(small())
-    assert isinstance(samples, Samples)
-    assert isinstance(samples.variables[0], Variable)
-    assert all(type(n) is int for v in samples.variables for n in (*v.shape, *v.chunks, *v.objects))
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        samples.num_samples = 3

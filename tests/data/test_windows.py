@@ -13,19 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtrain.data.load.loader import read_batches
-from dtrain.data.plan.partition import (
-    cell_bounds,
-    describe_plan,
-    eval_partitions,
-    plan_data,
-    plan_held_out,
-    split_cells,
-    train_partitions,
-)
+from dtrain.data.plan.partition import eval_partitions, plan_data, plan_held_out, train_partitions
+from dtrain.data.plan.splits import split_cells
+from dtrain.data.plan.summary import describe_plan
+from dtrain.data.plan.units import cell_bounds
 from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
 from dtrain.errors import InvalidConfig, TooFewSamples
 from dtrain.types import Cursor
+from tests.data.helpers import Spy
 
 START = Cursor(0, 0)
 SPLITS = ("train", "val", "test")
@@ -116,11 +112,12 @@ def test_every_window_once_a_pass_and_none_across_a_split(
             seen: Counter[int] = Counter()
             for replica, partition in enumerate(parts):
                 reader = UnitReader(samples)
+                spy = Spy(reader)
                 (batch,) = read_batches(
                     reader, partition, START, [partition.num_samples], replica=replica, shuffle=shuffle
                 )
                 check_values(batch, inputs, targets, seen)
-                assert reader.units_decoded == len(partition.units)
+                assert len(spy.reads) == len(partition.units)
             assert sorted(seen.elements()) == expected[split], split
 
 

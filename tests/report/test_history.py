@@ -6,36 +6,11 @@ import math
 import numpy as np
 import pytest
 
-from dtrain.checkpoint import append_line
 from dtrain.events import ReplicaRejected, RoundCommitted, RoundFinished, RunFinished, RunStarted
+from dtrain.files import append_line
 from dtrain.report.history import best_round, dataset_of, read_rows, row_of
 from dtrain.report.journal import cut_history, journal
-from dtrain.types import Contribution, RoundResult
-
-
-def result_of(number=1, **changes):
-    contributions = tuple(
-        Contribution(
-            replica=k, samples=10, steps=2, loss_sum=5.0, finite=True, units_decoded=1, bytes_read=100, seconds=0.1
-        )
-        for k in range(2)
-    )
-    values = {
-        "round": number,
-        "train_loss": 0.5,
-        "metrics": {"val_loss": 0.75, "val_accuracy": 0.875},
-        "samples": 20,
-        "steps": 4,
-        "seconds": 1.23456789,
-        "bytes_reduced": 800,
-        "rejected": 0,
-        "retried": 1,
-        "params_sha256": "ab" * 32,
-        "replica_loss": (0.25, 0.75),
-        "contributions": contributions,
-        "state": None,
-    }
-    return RoundResult(**{**dict.fromkeys(RoundResult.__dataclass_fields__), **values, **changes})
+from tests.report.helpers import result_of
 
 
 def write_rows(run, *numbers, tail=""):

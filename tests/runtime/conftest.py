@@ -1,8 +1,7 @@
-"""Stores, models and clusters for whole runs."""
+"""Clusters to break."""
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
@@ -11,58 +10,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import dask
-import numpy as np
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
 
-import dtrain
-from dtrain.data.samples import Samples
-from dtrain.runtime.connect import OWNED
+from tests.clusters import new_cluster
 
 
-@pytest.fixture(scope="session")
-def blobs(tmp_path_factory: pytest.TempPathFactory, write_store: Callable[..., Path]) -> Path:
-    """A store of 611 samples in ragged chunks: x float64[n, 6], y int32[n]."""
-    rng = np.random.default_rng(3)
-    x = rng.normal(size=(611, 6))
-    y = (x @ rng.normal(size=(6, 3))).argmax(1).astype("int32")
-    return write_store(
-        tmp_path_factory.mktemp("blobs") / "blobs.zarr",
-        {
-            "x": {"dims": ("n", "f"), "values": x, "chunks": (40, 6)},
-            "y": {"dims": ("n",), "values": y, "chunks": (60,)},
-        },
-    )
-
-
-@pytest.fixture(scope="session")
-def samples(blobs: Path) -> Samples:
-    return dtrain.open_samples(blobs, inputs=["x"], targets=["y"])
-
-
-def new_cluster(workers: int) -> LocalCluster:
-    with dask.config.set(OWNED):
-        return LocalCluster(
-            n_workers=workers,
-            threads_per_worker=2,
-            processes=True,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-            silence_logs=logging.CRITICAL,
-        )
-
-
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[LocalCluster]:
-    with new_cluster(2) as started:
-        yield started
-
-
-@pytest.fixture
-def client(cluster: LocalCluster) -> Iterator[Client]:
-    with Client(cluster, direct_to_workers=True) as connected:
-        yield connected
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture

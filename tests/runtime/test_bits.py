@@ -98,10 +98,13 @@ def test_stopped_in_the_middle_of_a_segment_replays_the_lost_rounds(
     original = rounds._segment
 
     def stopping(*arguments: Any) -> Any:
-        for result in original(*arguments):
+        segment = original(*arguments)
+        for result in segment:
             yield result
             if result.round == 4:
                 raise Stopped("as if by SIGTERM")
+            if result.state is not None:
+                return (yield from segment)
 
     every_third = {"run": {"commit_every": 3}}
     with monkeypatch.context() as patch:

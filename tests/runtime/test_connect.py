@@ -11,7 +11,7 @@ import psutil
 import pytest
 from distributed import Client
 
-from dtrain.config import ClusterConfig
+from dtrain.config.schema import ClusterConfig
 from dtrain.errors import ClusterUnreachable, ClusterUnsuitable
 from dtrain.runtime import connect
 from dtrain.runtime.connect import check_versions, local_worker_memory, local_workers, open_cluster
@@ -19,7 +19,10 @@ from dtrain.runtime.versions import versions
 
 
 def test_workers_with_the_same_versions_are_accepted() -> None:
-    check_versions({"tcp://127.0.0.1:1": versions(), "tcp://127.0.0.1:2": versions()})
+    found = {"tcp://127.0.0.1:1": versions(), "tcp://127.0.0.1:2": versions()}
+    check_versions(found)
+    with pytest.raises(ClusterUnsuitable):  # the same call can fail
+        check_versions({**found, "tcp://127.0.0.1:3": {**versions(), "numpy": "0"}})
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ import torch
 from distributed import Client
 
 import dtrain
-from dtrain.config import TrainConfig
-from dtrain.data.plan.partition import JointPlan, cell_bounds, split_cells, train_partitions
+from dtrain.config.schema import TrainConfig
+from dtrain.data.plan.partition import JointPlan, train_partitions
+from dtrain.data.plan.splits import split_cells
+from dtrain.data.plan.units import cell_bounds
 from dtrain.errors import (
     ChunkMissing,
     ClusterUnsuitable,
@@ -121,7 +123,7 @@ def decoded(start: Callable[..., dtrain.Run], rounds: int, client: Client | None
             found.append(sum(c.units_decoded for c in event.result.contributions))
 
     run = start("counted", client, report, train={"rounds": rounds}, **tables)
-    return [*found, sum(len(part.units) for part in run.plan.partitions())]
+    return [*found, sum(len(part.units) for part in run.plan.partitions)]
 
 
 @pytest.mark.parametrize("where", ["serial", "cluster"])
@@ -158,7 +160,7 @@ def test_replicas_take_equal_steps_over_partitions_of_unequal_length(
         data={"partition": "contiguous"},
         average={"replicas": 4},
     )
-    lengths = {part.num_samples for part in run.plan.partitions()}
+    lengths = {part.num_samples for part in run.plan.partitions}
     assert len(lengths) > 1
     assert max(lengths) < 9 * 5 * 16
     assert found == [[(5, 80)] * 4] * 9
@@ -175,7 +177,7 @@ def test_normalize_standardises_by_the_training_rows(
     run = start("normal", client, data={"normalize": ["x"]})
     kept = json.loads((run.directory / "plan.json").read_text())["normalize"]
     x = np.asarray(zarr.open_group(blobs, mode="r")["x"][...]).astype("float32").astype("float64")
-    rows = np.concatenate([part.part_anchors(i) for part in run.plan.partitions() for i in range(len(part.units))])
+    rows = np.concatenate([part.part_anchors(i) for part in run.plan.partitions for i in range(len(part.units))])
     assert len(set(rows)) == len(rows) < len(x)
     np.testing.assert_allclose(kept["x"]["mean"], x[rows].mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(kept["x"]["std"], x[rows].std(axis=0), rtol=1e-12)
@@ -186,7 +188,7 @@ def test_normalize_standardises_by_the_training_rows(
 def test_a_run_keeps_its_normalisation(start: Callable[..., dtrain.Run], monkeypatch: pytest.MonkeyPatch) -> None:
     whole = start("whole", data={"normalize": ["x"]})
     start("cut", data={"normalize": ["x"]}, train={"rounds": 2})
-    monkeypatch.setattr("dtrain.job.scalings_of", None)  # a second pass over the data would fail
+    monkeypatch.setattr("dtrain.prepare.scalings_of", None)  # a second pass over the data would fail
     assert shas(start("cut", data={"normalize": ["x"]})) == shas(whole)
     assert whole.evaluate(split="test", round="last")["loss"] > 0
 
@@ -287,9 +289,9 @@ def test_several_stores_each_with_its_replicas(
     both = {"data": {"path": paths}, "average": {}}
     run = start("serial", **both)
     assert isinstance(run.plan, JointPlan)
-    assert (run.plan.replicas, run.plan.stores()) == (3, (0, 1, 1))
+    assert (run.plan.replicas, run.plan.stores) == (3, (0, 1, 1))
     assert [len(row["replica_loss"]) for row in run.rows] == [3, 3, 3]
-    assert [part.num_samples for part in run.plan.partitions()] == [
+    assert [part.num_samples for part in run.plan.partitions] == [
         part.num_samples for plan in run.plan.plans for part in train_partitions(plan)
     ]
     held_out = sum(piece.num_samples for _, piece in run.plan.pieces("test"))
@@ -337,7 +339,7 @@ def test_chunks_that_only_a_worker_sees_are_looked_for_before_training(
     assert isinstance(run.plan, JointPlan)
     assert [plan.absent for plan in run.plan.plans] == [(), ((140, 160),)]
     (folders[0] / "private.zarr" / "x" / "c" / "3" / "0").write_bytes(b"other")
-    with pytest.raises(DataChanged, match="chunks of x have been written again since the run was started"):
+    with pytest.raises(DataChanged, match="chunks of x have been modified since the run was started"):
         start("skips", own_client, data={"path": private, "missing": "skip"}, train={"rounds": 5}, average={})
 
 
@@ -392,7 +394,7 @@ def test_patches_selection_and_a_variable_without_samples(
     run = start("serial", **tables)
     plan = run.plan.plans[0]
     assert (plan.patches, plan.first_row, plan.num_samples) == (2 * 3, 3, 110)
-    assert sum(row["samples"] for row in run.rows[:1]) == sum(p.num_samples for p in run.plan.partitions())
+    assert sum(row["samples"] for row in run.rows[:1]) == sum(p.num_samples for p in run.plan.partitions)
     starts, stops = cell_bounds(plan, split_cells(plan, "all"))
     assert (int(starts.min()), int(stops.max())) == (3, 110)
     assert shas(run) == shas(start("cluster", client, **tables))
@@ -408,7 +410,7 @@ def test_samples_of_missing_chunks_can_be_skipped(
     assert caught.value.code == 5
     run = start("skip", data={"path": str(path), "missing": "skip"})
     assert run.plan.plans[0].absent == ((60, 80),)
-    everything = [*run.plan.partitions(), *(p for s in ("val", "test") for _, p in run.plan.pieces(s))]
+    everything = [*run.plan.partitions, *(p for s in ("val", "test") for _, p in run.plan.pieces(s))]
     rows = np.concatenate([part.part_anchors(i) for part in everything for i in range(len(part.units))])
     assert sorted(rows.tolist()) == [*range(60), *range(80, 400)]
 

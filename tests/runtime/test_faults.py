@@ -19,7 +19,8 @@ from distributed import Client
 from distributed.client import ClosedClientError
 
 import dtrain
-from dtrain.data.plan.partition import cell_bounds, plan_data, train_partitions
+from dtrain.data.plan.partition import plan_data, train_partitions
+from dtrain.data.plan.units import cell_bounds
 from dtrain.data.samples import Samples
 from dtrain.errors import ClusterLost, Diverged, OutOfMemory
 from dtrain.events import Event, ReplicaRejected, SegmentReplayed
@@ -74,12 +75,12 @@ def test_a_lost_segment_is_replayed_from_its_root(
 ) -> None:
     original, lost = ClusterRunner.collect, []
 
-    def losing(self: ClusterRunner, handles: Any) -> Any:
-        values = original(self, handles)
-        if len(handles) == 2 and len(lost) < 2:
+    def losing(self: ClusterRunner, held: Any) -> Any:
+        outcome = original(self, held)
+        if len(lost) < 2:
             lost.append(1)
             raise SegmentLost("as if the holder had died")
-        return values
+        return outcome
 
     monkeypatch.setattr(ClusterRunner, "collect", losing)
     events: list[Event] = []
@@ -112,10 +113,10 @@ def test_a_client_that_cannot_submit_is_a_lost_segment(
 def test_a_segment_that_is_always_lost_ends_the_run(
     samples: Samples, tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch, killed: bool, error: Any
 ) -> None:
-    def losing(self: ClusterRunner, state: Any, plan: Any) -> Any:
+    def losing(self: ClusterRunner, held: Any, plan: Any) -> Any:
         raise SegmentLost("always", killed)
 
-    monkeypatch.setattr(ClusterRunner, "submit_round", losing)
+    monkeypatch.setattr(ClusterRunner, "submit", losing)
     with pytest.raises(error, match="always"):
         start(samples, tmp_path, client, model_calm)
 

@@ -14,7 +14,6 @@ import dtrain
 from dtrain import rounds
 from dtrain.data.samples import Samples
 from dtrain.events import Event, RoundCommitted, RoundFinished
-from dtrain.rounds import commit_cadence, next_commit
 from tests.runtime import models
 
 OUTER = {"optimizer": "sgd", "args": {"lr": 0.7, "momentum": 0.9, "nesterov": True}}
@@ -104,7 +103,7 @@ def test_large_results_are_taken_apart_to_the_same_bits(
     assert keys == {"initialise", "local", "reduce", "summary", "evaluate", "merge"}
     monkeypatch.setattr(cluster, "SMALL_BYTES", -1)
     assert rows(start(samples, tmp_path, client, run={"commit_every": 5})) == calm
-    assert keys >= {"parameters", "inner", "mixed", "outer"}
+    assert keys >= {"parameters", "replica", "mixed", "outer"}
 
 
 def test_a_run_that_has_stopped_stays_stopped(
@@ -164,18 +163,17 @@ def test_the_next_round_is_submitted_before_the_last_one_is_evaluated(
     from dtrain.runtime.cluster import ClusterRunner
 
     seen: list[tuple[str, int]] = []
-    submit, collect = ClusterRunner.submit_round, ClusterRunner.collect
+    submit, collect = ClusterRunner.submit, ClusterRunner.collect
 
-    def watched_submit(self: ClusterRunner, state: Any, plan: Any) -> Any:
+    def watched_submit(self: ClusterRunner, held: Any, plan: Any) -> Any:
         seen.append(("submit", plan.round))
-        return submit(self, state, plan)
+        return submit(self, held, plan)
 
-    def watched_collect(self: ClusterRunner, handles: Any) -> Any:
-        if len(handles) == 2:
-            seen.append(("collect", sum(kind == "collect" for kind, _ in seen) + 1))
-        return collect(self, handles)
+    def watched_collect(self: ClusterRunner, held: Any) -> Any:
+        seen.append(("collect", sum(kind == "collect" for kind, _ in seen) + 1))
+        return collect(self, held)
 
-    monkeypatch.setattr(ClusterRunner, "submit_round", watched_submit)
+    monkeypatch.setattr(ClusterRunner, "submit", watched_submit)
     monkeypatch.setattr(ClusterRunner, "collect", watched_collect)
     start(samples, tmp_path, client, run={"commit_every": 12})
     order = {step: i for i, step in enumerate(seen)}
@@ -230,14 +228,6 @@ def kill_holder(client: Client) -> None:
     assert holders
     for address in list(holders)[:1]:
         os.kill(pids[address], signal.SIGKILL)
-
-
-def test_commits_take_two_percent() -> None:
-    assert commit_cadence(0.02, 1.0, 1) == 1
-    assert commit_cadence(0.2, 1.0, 10) == 10
-    assert commit_cadence(0.2, 1.0, 1) == 4  # grows step by step
-    assert commit_cadence(50.0, 0.01, 1000) == rounds.MAX_COMMIT_EVERY
-    assert [next_commit(7, 3, 3), next_commit(6, 3, 3), next_commit(7, 3, "auto")] == [9, 9, 10]
 
 
 def test_auto_commits_less_often_when_rounds_are_short(samples: Samples, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtrain.runtime.cluster import place_replicas
+from dtrain.runtime.placement import place_replicas
 
 names = st.sampled_from([f"tcp://10.0.0.{n}:1" for n in range(9)])
 workers = st.lists(names, min_size=1, max_size=8, unique=True)

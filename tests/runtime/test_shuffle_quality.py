@@ -12,7 +12,7 @@ import pytest
 from torch import nn
 
 import dtrain
-import dtrain.job
+import dtrain.resolve
 from dtrain.data.plan.order import epoch_order
 from dtrain.data.plan.partition import plan_data
 
@@ -89,7 +89,7 @@ def test_on_sorted_data_the_loss_is_that_of_a_full_shuffle(
         def planned(samples: Any, **options: Any) -> Any:
             return replace(plan_data(samples, **options), unit_rows=UNIT, cell_rows=UNIT, window=window)
 
-        monkeypatch.setattr(dtrain.job, "plan_data", planned)
+        monkeypatch.setattr(dtrain.resolve, "plan_data", planned)
         run = dtrain.train(
             model,
             dtrain.open_samples(path, inputs=["x"], targets=["y"], shuffle=shuffle),

@@ -10,14 +10,10 @@ import pytest
 
 from dtrain.errors import InvalidConfig, OutOfMemory, UserCodeFailed
 from dtrain.runtime import usercode
-from dtrain.runtime.usercode import (
-    directory_of,
-    load_function,
-    pickle_functions,
-    source_sha256,
-    unpickle_functions,
-    user_code,
-)
+from dtrain.runtime.codebytes import pickle_functions, unpickle_functions
+from dtrain.runtime.codetext import source_sha256
+from dtrain.runtime.modules import directory_of
+from dtrain.runtime.usercode import load_function, user_code
 
 
 @pytest.fixture(autouse=True)
@@ -246,7 +242,7 @@ def test_the_functions_of_one_config_share_their_classes(write):
 CALL = """
     import sys
     from pathlib import Path
-    from dtrain.runtime.usercode import unpickle_functions
+    from dtrain.runtime.codebytes import unpickle_functions
     functions = unpickle_functions(Path(sys.argv[1]).read_bytes())
     for name in ("model", "helper", "pkg"):
         assert name not in sys.modules
@@ -309,7 +305,7 @@ def test_a_torch_module_travels_and_gives_the_same_numbers(write, tmp_path):
         """
         import sys, torch
         from pathlib import Path
-        from dtrain.runtime.usercode import unpickle_functions
+        from dtrain.runtime.codebytes import unpickle_functions
         torch.manual_seed(0)
         print(unpickle_functions(Path(sys.argv[1]).read_bytes())["model"]()(torch.ones(1, 2)).tolist())
         """,
@@ -432,7 +428,8 @@ def test_the_sha256_is_equal_in_every_process(write, hash_seed):
         """
         import sys
         from pathlib import Path
-        from dtrain.runtime.usercode import load_function, source_sha256
+        from dtrain.runtime.usercode import load_function
+        from dtrain.runtime.codetext import source_sha256
         base = Path(sys.argv[1])
         print(source_sha256(load_function("model", "model:build", base), base))
         """,
@@ -444,7 +441,7 @@ def test_the_sha256_is_equal_in_every_process(write, hash_seed):
 
 SCRIPT = """
 from pathlib import Path
-from dtrain.runtime.usercode import source_sha256
+from dtrain.runtime.codetext import source_sha256
 import helper
 from sizes import Sized
 
@@ -508,7 +505,7 @@ def test_the_sha256_of_what_was_typed_covers_its_constants():
     typed = "\n".join(
         [
             "from pathlib import Path",
-            "from dtrain.runtime.usercode import source_sha256",
+            "from dtrain.runtime.codetext import source_sha256",
             "def build(): return [len(x) + 3 for x in ('a', 'b')]",
             "print(source_sha256(build, Path.cwd()))",
         ]

@@ -18,8 +18,8 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-Array: TypeAlias = npt.NDArray[np.generic]
-DType: TypeAlias = np.dtype[np.generic]
+from dtrain.data.encoding import Array, DType
+
 Allocate: TypeAlias = Callable[[tuple[int, ...], DType], Array]
 """Makes an array of a shape and a dtype; in pinned memory, for example."""
 Memory: TypeAlias = tuple[npt.NDArray[np.uint8], ...]

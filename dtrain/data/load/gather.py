@@ -9,8 +9,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from dtrain.data.encoding import Scaling, standardise, unpack
-from dtrain.data.load.buffers import Array, DType, FieldSpec, aligned_copy
+from dtrain.data.encoding import Array, DType, Scaling, standardise, unpack
+from dtrain.data.load.buffers import FieldSpec, aligned_copy
 from dtrain.data.load.slots import Rows
 from dtrain.data.plan.hashing import Ints
 from dtrain.data.samples import Field, Samples, Variable

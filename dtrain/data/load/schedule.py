@@ -29,7 +29,7 @@ from dtrain.data.load.messages import (
     Recycle,
     Taken,
 )
-from dtrain.data.load.slots import Rows, SlotTable, part_box
+from dtrain.data.load.slots import Rows, SlotTable
 from dtrain.data.plan.memory import Limits
 from dtrain.data.plan.order import RowRun, epoch_order
 from dtrain.data.plan.partition import Partition
@@ -163,7 +163,7 @@ class Schedule:
             slot = self.slots.assign(epoch, part)
             if slot is not None:
                 self._loading.add(slot)
-                todo.append(Read(slot, part_box(self._partition, part)))
+                todo.append(Read(slot, self._partition.box(part)))
         return todo
 
     def _locate(self) -> list[Instruction] | None:

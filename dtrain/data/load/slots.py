@@ -14,7 +14,6 @@ from dtrain.data.plan.hashing import CACHE, Ints, hash64
 from dtrain.data.plan.memory import Limits
 from dtrain.data.plan.order import RowRun
 from dtrain.data.plan.partition import Partition
-from dtrain.data.plan.units import Box
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +33,6 @@ class Rows:
         """Return samples ``start:stop``."""
         tile = None if self.tile is None else self.tile[start:stop]
         return Rows(self.slot[start:stop], self.row[start:stop], tile)
-
-
-def part_box(partition: Partition, part: int) -> Box:
-    """Return the box from the first to the last anchor of a part."""
-    anchors = partition.part_anchors(part)
-    return Box(int(anchors[0]), int(anchors[-1]) + 1)
 
 
 class SlotTable:

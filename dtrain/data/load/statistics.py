@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dtrain.data.encoding import Scaling, unpack
-from dtrain.data.load.buffers import Array
-from dtrain.data.plan.partition import Partition, cell_bounds
+from dtrain.data.encoding import Array, Scaling, unpack
+from dtrain.data.plan.partition import Partition
+from dtrain.data.plan.units import cell_bounds
 from dtrain.data.read.units import UnitReader
 from dtrain.data.samples import Variable
 from dtrain.errors import NonFiniteData

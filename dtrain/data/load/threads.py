@@ -8,7 +8,8 @@ from queue import Empty, SimpleQueue
 
 import numpy as np
 
-from dtrain.data.load.buffers import Allocate, Array, Buffers, Bundle
+from dtrain.data.encoding import Array
+from dtrain.data.load.buffers import Allocate, Buffers, Bundle
 from dtrain.data.load.gather import BatchGatherer
 from dtrain.data.load.messages import (
     Abandon,
@@ -28,7 +29,7 @@ from dtrain.data.load.messages import (
     Started,
 )
 from dtrain.data.load.schedule import Schedule
-from dtrain.data.plan.memory import slot_shape
+from dtrain.data.plan.footprint import slot_shape
 from dtrain.data.plan.partition import Partition
 from dtrain.data.read.units import UnitReader
 

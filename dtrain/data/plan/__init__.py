@@ -1,1 +1,16 @@
-"""Which samples are read, by whom, in which order and in how much memory: pure arithmetic on metadata, numpy only."""
+"""Which samples are read by whom, in which order and in how much memory: pure arithmetic on metadata, numpy only.
+
+Nothing in this folder knows zarr or xarray.
+
+    hashing     the counter hash of every seeded draw
+    units       `DataPlan`, units and cells, and the box of a read
+    cuts        how many rows make a unit and a cell
+    splits      which cells belong to train, val and test
+    partition   `plan_data`; the partition of each replica and evaluation task
+    order       the order of one pass over a partition
+    grid        which chunks and shards a selection touches
+    readers     who reads a variable, and why
+    footprint   bytes of samples, units and decoding
+    memory      the memory budget of a worker
+    summary     the counts of a plan that a person wants to see
+"""

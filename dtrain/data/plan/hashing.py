@@ -13,7 +13,7 @@ Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 
 SPLIT, DEAL, PART, ROW, CACHE, TRANSFORM = range(6)
-"""What a hash is drawn for, so that no two draws are the same."""
+"""The purpose of a draw is one of its keys, so that no two draws are the same."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 

@@ -1,30 +1,122 @@
-"""A unit is a box: a run of rows times a block of the patched dimensions. Only runs of whole rows are made so far."""
+"""What is read at once: units and their cells (`DataPlan`), and the box of rows and patched columns that a read covers.
+
+A unit is a run of rows of all variables. A `Box` can also name a block of other dimensions, for patches of large
+rows; all readers honour it, and plans make boxes of whole rows so far.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+import numpy as np
+
+from dtrain.data.plan.hashing import Ints
 from dtrain.data.samples import Samples, Select, Variable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataPlan:
+    """Which samples are read by whom: resolved once, at the first start of a run, and stored in its plan.json."""
+
+    num_samples: int
+    """Rows along the sample dimension."""
+    unit_rows: int
+    """Rows of a unit; the last unit may be shorter."""
+    cell_rows: int
+    """Rows of a cell, at most `unit_rows`; cells never cross units."""
+    group: int = 1
+    """Number of neighbouring cells that are dealt to one owner together: the cells of a shard."""
+    first_row: int = 0
+    """The first row that is used."""
+    absent: tuple[tuple[int, int], ...] = ()
+    """Runs of rows that are not stored and not used: the first row, and the one after the last."""
+    patches: int = 1
+    """Number of samples that every anchor is cut into."""
+    stride: int
+    """Anchors are multiples of it."""
+    first_offset: int
+    last_offset: int
+    """The rows of a sample lie between these offsets from its anchor."""
+    window: int
+    """Units of the mixing window: so many are shuffled into each other."""
+    replicas: int
+    eval_pieces: int
+    """Number of tasks that an evaluation is cut into."""
+    val: float
+    test: float
+    sequential: bool
+    """True: splits are cut along the sample axis; False: they are drawn at random."""
+    contiguous: bool
+    """True: partitions are runs of the training split; False: they are dealt by strata."""
+    shuffle: bool
+    seed: int
+    source: str
+    """`Samples.fingerprint` of the store."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the plan; a cursor is valid only together with it.
+
+        It must never change for a stored plan. A field that is added later has a default, for which the data path
+        does what it did before, and is left out of the fingerprint while it has that default.
+        """
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def num_units(self) -> int:
+        """Number of units of the whole store."""
+        return math.ceil(self.num_samples / self.unit_rows)
+
+    @property
+    def cells_per_unit(self) -> int:
+        """Number of cells of a full unit."""
+        return math.ceil(self.unit_rows / self.cell_rows)
+
+    @property
+    def num_cells(self) -> int:
+        """Number of cells of the whole store."""
+        full, rest = divmod(self.num_samples, self.unit_rows)
+        return full * self.cells_per_unit + math.ceil(rest / self.cell_rows)
+
+    def unit_box(self, unit: int) -> Box:
+        """Return the rows of a unit."""
+        start = unit * self.unit_rows
+        return Box(start, min(start + self.unit_rows, self.num_samples))
+
+
+def cell_bounds(plan: DataPlan, cells: Ints) -> tuple[Ints, Ints]:
+    """Return the first row of each cell and the row after its last."""
+    unit, within = np.divmod(cells, plan.cells_per_unit)
+    starts = unit * plan.unit_rows + within * plan.cell_rows
+    ends = np.minimum((unit + 1) * plan.unit_rows, plan.num_samples)
+    stops = np.minimum(starts + plan.cell_rows, ends)
+    return np.clip(starts, plan.first_row, stops), stops
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """What is read at once, without the halo that windows and patches need.
+    """Anchors that are read at once: a run of rows, and optionally a block of other dimensions.
 
-    Rows are those of the sample dimension. A dimension that `block` does not name is read whole.
+    It does not include the halo: the further rows that windows need are added by `box_shape` and `box_selection`.
     """
 
     start: int
-    """Its first row."""
+    """The first row."""
     stop: int
-    """The row after its last."""
+    """The row after the last."""
     block: tuple[tuple[str, int, int], ...] = ()
-    """Dimension, start and stop, counted in what ``data.isel`` selects of the dimension."""
+    """Dimension, start and stop, counted within the selected part of the dimension (``data.isel``).
+
+    Dimensions that are not named are read whole.
+    """
 
 
 def box_shape(samples: Samples, variable: Variable, box: Box) -> tuple[int, ...]:
-    """Return the shape of a variable's rows in a box, with the rows that windows reach to: row, then `row_axes`."""
+    """Return the shape of a variable's part of a box, with its halo: rows first, then `Variable.row_axes`."""
     low, high = samples.reach(variable.name)
     blocks = _blocks(box)
     lengths = zip(variable.row_axes, variable.row_shape, strict=True)
@@ -33,7 +125,7 @@ def box_shape(samples: Samples, variable: Variable, box: Box) -> tuple[int, ...]
 
 
 def box_selection(samples: Samples, variable: Variable, box: Box) -> Select:
-    """Return what is read of a variable for a box, in stored rows and columns, with the rows that windows reach to."""
+    """Return the selection of a variable that a box covers, with its halo, in stored rows and columns."""
     low, high = samples.reach(variable.name)
     blocks = _blocks(box)
     rows = variable.selection(box.start + low, box.stop + high)
@@ -41,7 +133,7 @@ def box_selection(samples: Samples, variable: Variable, box: Box) -> Select:
 
 
 def box_slices(variable: Variable, box: Box) -> tuple[slice, ...]:
-    """Return where a box lies along each of a row's axes."""
+    """Return the part of each of a row's axes that a box covers."""
     blocks = _blocks(box)
     return tuple(slice(*blocks.get(variable.dims[axis], (None,))) for axis in variable.row_axes)
 

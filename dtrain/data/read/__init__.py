@@ -1,1 +1,20 @@
-"""Bytes from Zarr: stores, shards, codecs, and the checks that Zarr does not make."""
+"""Bytes of a Zarr store -> units in memory.
+
+A kind of store is one file, a reader of chunks another one, and all sentences about faults stand in one place.
+
+    open        the kinds of stores, and groups and arrays in them
+    kind        `StoreKind`: all that a kind of store consists of
+    local       directories of this machine
+    remote      URLs, through fsspec
+    retry       requests that fail are retried
+    store       `ReadStore`: a store while it is read
+    documents   metadata that this process has read before
+    shards      indices of shards
+    codecs      codecs of chunks
+    presence    which chunks there are, looked up before training
+    rows        `ChunkReader`: what a reader of chunks does
+    files       reader: files of a local store, decoded by numcodecs (`decode`)
+    zarr        reader: through zarr, or zarrs
+    faults      missing, truncated, undecodable, modified, not finite: by name
+    units       `UnitReader`: chooses readers, reads units, checks values
+"""

@@ -5,34 +5,25 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-import os
 from array import array as NumberArray
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from zarr.core.sync import sync
 
-from dtrain.data.read.store import (
-    ArrayLike,
-    ReadStore,
-    array_in,
-    is_http,
-    is_remote,
-    open_group,
-    selected_keys,
-    shard_layout,
-    shards_of,
-    touched,
-)
+from dtrain.data.plan.grid import shards_of
+from dtrain.data.read.faults import chunk_missing
+from dtrain.data.read.open import open_arrays
+from dtrain.data.read.shards import ArrayLike, missing_chunks, shard_layout
+from dtrain.data.read.store import ReadStore, objects_of
 from dtrain.data.samples import Samples, Variable
 from dtrain.errors import ChunkMissing, StoreForbidden
 
 CONCURRENT_REQUESTS = 32
 MAX_INDICES = 4096
-"""Shards of a remote store that are asked for their index before training; of more, while they are read."""
+"""If a remote store has more shards, their indices are looked at while they are read, not before training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,33 +32,21 @@ class Absent:
 
     variable: Variable
     key: str
-    """Of the object, or of the shard that it should be in."""
+    """The key of the object, or of the shard that should hold the chunk."""
     inner: tuple[int, ...] | None
-    """Which chunk of the array it is, if it should be in a shard."""
+    """The place of the chunk in the grid of chunks, if it should be in a shard."""
     start: int
     """Its first row."""
     stop: int
+    """The row after its last."""
 
     def error(self, path: str, count: int = 1) -> ChunkMissing:
-        """Return what to say of it."""
+        """Return the error that names it, and says how many objects are missing."""
         return chunk_missing(path, self.variable, self.key, count, self.inner)
 
 
-def chunk_missing(
-    path: str, variable: Variable, key: str, count: int = 1, inner: tuple[int, ...] | None = None
-) -> ChunkMissing:
-    """Return the error for a chunk that is not stored."""
-    what = f"chunk {key} of {variable.name}" if inner is None else f"chunk {inner} of {variable.name}, in shard {key},"
-    others = f" ({count:,} of {variable.num_objects:,} are)" if count > 1 else f" (1 of {variable.num_objects:,})"
-    return ChunkMissing(
-        f"{path}: {what} is missing{others if inner is None else ''}; Zarr would read it as the fill value.",
-        'Repair the store. If it leaves out chunks that hold only the fill value: data.missing = "fill"; to leave '
-        'out their samples: "skip".',
-    )
-
-
 def check_presence(samples: Samples, *, full: bool = False) -> None:
-    """Check that every chunk that is to be read is there.
+    """Check that every chunk that will be read is there.
 
     Parameters
     ----------
@@ -80,72 +59,85 @@ def check_presence(samples: Samples, *, full: bool = False) -> None:
     ChunkMissing
         Names the array and the first missing chunk.
     """
+    store, arrays = open_arrays(samples)
     for variable in samples.variables:
-        if missing := list(absent_chunks(samples, variable, full=full)):
+        if missing := list(absent_chunks(samples, store, arrays, variable, full=full)):
             raise missing[0].error(samples.path, sum(chunk.inner is None for chunk in missing))
 
 
 def absent_rows(samples: Samples) -> tuple[tuple[int, int], ...]:
-    """Return the runs of rows of which a variable has no chunk: what ``data.missing = "skip"`` leaves out.
+    """Return the runs of rows for which a variable has no chunk: ``data.missing = "skip"`` leaves them out.
 
     Raises
     ------
     ChunkMissing
         A variable without the sample dimension lacks a chunk: no sample can do without it.
     """
+    store, arrays = open_arrays(samples)
     runs = []
     for variable in samples.variables:
-        for chunk in absent_chunks(samples, variable, full=True):
+        for chunk in absent_chunks(samples, store, arrays, variable, full=True):
             if variable.is_static:
                 raise chunk.error(samples.path)
             runs.append((chunk.start, chunk.stop))
-    found: list[tuple[int, int]] = []
-    for start, stop in sorted(set(runs)):
-        if found and start <= found[-1][1]:
-            found[-1] = (found[-1][0], max(stop, found[-1][1]))
-        else:
-            found.append((start, stop))
-    return tuple(found)
+    return _merged(runs)
 
 
-def absent_chunks(samples: Samples, variable: Variable, *, full: bool) -> Iterator[Absent]:
+def absent_chunks(
+    samples: Samples, store: ReadStore, arrays: Mapping[str, ArrayLike], variable: Variable, *, full: bool
+) -> Iterator[Absent]:
     """Yield the chunks of a variable that would be read and are not stored: objects, then inner chunks of shards.
 
-    The store is listed once; where it cannot be listed, it is asked for each object.
+    The store is listed once; where it cannot be listed, each object is looked for.
+
+    Parameters
+    ----------
+    samples : Samples
+    store, arrays
+        Of the samples, opened by `open_arrays`.
+    variable : Variable
+    full : bool
+        Look into every shard, also of a remote store with very many.
     """
-    group = open_group(samples.path, samples.config.group, samples.config.storage_options)
-    array: Any = array_in(group, samples.path, variable.name)
+    array = arrays[variable.name]
     select = variable.selection(samples.first_row, samples.num_samples)
 
     def keys() -> Iterator[str]:
-        return selected_keys(array, variable.objects, select)
+        return (key for _, key in objects_of(array, variable, select))
 
-    there = _which_exist(array, keys, samples.path)
-    rows = variable.objects[variable.sample_axis] if not variable.is_static else 0
-    for place, key, found in zip(itertools.product(*touched(variable.objects, select)), keys(), there, strict=True):
-        if not found:
-            first = 0 if variable.is_static else place[variable.sample_axis] * rows
-            yield Absent(variable, key, None, first, min(first + rows, samples.num_samples))
+    def absent(key: str, place: tuple[int, ...], rows: int, inner: tuple[int, ...] | None = None) -> Absent:
+        first = 0 if variable.is_static else place[variable.sample_axis] * rows
+        return Absent(variable, key, inner, first, min(first + rows, samples.num_samples))
+
+    is_there = _which_exist(store, array, keys)
+    for (place, key), there in zip(objects_of(array, variable, select), is_there, strict=True):
+        if not there:
+            yield absent(key, place, 0 if variable.is_static else variable.object_rows)
     layout = shard_layout(array)
-    if layout is None or (is_remote(samples.path) and len(there) > MAX_INDICES and not full):
+    if layout is None or (store.facts.read_ahead and len(is_there) > MAX_INDICES and not full):
         return
-    store: ReadStore = array.store
-    for shard, key, found in zip(shards_of(array, layout, select), keys(), there, strict=True):
-        if not found:
-            continue
-        index = store.index(key, layout)
-        if index is None:
-            continue  # cut short: the reader says so
-        for inner in shard.missing(index):
-            first = 0 if variable.is_static else inner[variable.sample_axis] * variable.chunk_rows
-            yield Absent(variable, key, inner, first, min(first + variable.chunk_rows, samples.num_samples))
+    for part, key, there in zip(shards_of(variable, select), keys(), is_there, strict=True):
+        if there and (index := store.index(key, layout)) is not None:  # else it is damaged: the reader says so
+            for inner in missing_chunks(part, index):
+                yield absent(key, inner, variable.chunk_rows, inner)
 
 
-def _which_exist(array: ArrayLike, keys: Callable[[], Iterator[str]], path: str) -> npt.NDArray[np.bool_]:
-    """Return, by key, whether it is stored. Of keys that are listed 8 bytes are kept, as they may be millions."""
-    if not is_http(path):
+def _merged(runs: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Return runs of rows, ascending and without overlaps or neighbours."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(set(runs)):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return tuple(merged)
+
+
+def _which_exist(store: ReadStore, array: ArrayLike, keys: Callable[[], Iterator[str]]) -> npt.NDArray[np.bool_]:
+    """Return, by key, True if it is stored. 8 bytes are kept of each key that is listed, since they may be millions."""
+    if store.facts.can_list:
         try:
-            listed = np.array(sync(_hashes(array.store.list_prefix(f"{array.path}/" if array.path else ""))), np.int64)
+            listed = np.array(sync(_hashes(store.list_prefix(f"{array.path}/" if array.path else ""))), np.int64)
             return np.isin(np.fromiter(map(hash, keys()), np.int64), listed)
         except StoreForbidden:
             pass  # a bucket may be read and not listed
@@ -155,42 +147,38 @@ def _which_exist(array: ArrayLike, keys: Callable[[], Iterator[str]], path: str)
 
         async def exists(key: str) -> bool:
             async with limit:
-                return bool(await array.store.exists(key))
+                return bool(await store.exists(key))
 
-        found: list[bool] = []
+        answers: list[bool] = []
         todo = keys()
         while some := list(itertools.islice(todo, 100 * CONCURRENT_REQUESTS)):
-            found += await asyncio.gather(*map(exists, some))
-        return found
+            answers += await asyncio.gather(*map(exists, some))
+        return answers
 
     return np.array(sync(look()), np.bool_)
 
 
 async def _hashes(keys: AsyncIterator[str]) -> NumberArray[int]:
-    found = NumberArray("q")
+    hashes = NumberArray("q")
     async for key in keys:
-        found.append(hash(key))
-    return found
+        hashes.append(hash(key))
+    return hashes
 
 
 def content_digest(samples: Samples) -> dict[str, str]:
-    """Return, by variable, a digest of the sizes of its stored objects; nothing for a remote store.
+    """Return, by variable, a digest of the sizes of its stored objects; nothing for a store that is not local.
 
-    It tells a store that has been written again from one that has been copied or moved.
+    It tells a store that has been modified from one that has been copied or moved.
     """
-    if is_remote(samples.path):
+    if not samples.store.is_local:
         return {}
-    group = open_group(samples.path, samples.config.group)
-    found = {}
+    store, arrays = open_arrays(samples)
+    digests = {}
     for variable in samples.variables:
-        array: Any = array_in(group, samples.path, variable.name)
         select = variable.selection(samples.first_row, samples.num_samples)
         digest = hashlib.sha256()
-        for key in selected_keys(array, variable.objects, select):
-            try:
-                size = os.stat(os.path.join(samples.path, key)).st_size
-            except OSError:
-                size = -1
-            digest.update(f"{key} {size}\n".encode())
-        found[variable.name] = digest.hexdigest()
-    return found
+        for _, key in objects_of(arrays[variable.name], variable, select):
+            version = store.version(key)
+            digest.update(f"{key} {-1 if version is None else version[0]}\n".encode())
+        digests[variable.name] = digest.hexdigest()
+    return digests

@@ -27,7 +27,8 @@ from dtrain.data.load.messages import (
 from dtrain.data.load.schedule import Schedule
 from dtrain.data.plan.memory import Limits
 from dtrain.data.plan.order import epoch_order
-from dtrain.data.plan.partition import DataPlan, Partition, train_partitions
+from dtrain.data.plan.partition import Partition, train_partitions
+from dtrain.data.plan.units import DataPlan
 from dtrain.types import Cursor
 
 START = Cursor(0, 0)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtrain.config import TrainConfig
+from dtrain.config.schema import TrainConfig
 from dtrain.data.encoding import Encoding, Scaling
 from dtrain.data.load import gather
 from dtrain.data.load.gather import BatchGatherer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import queue
 import random
 import subprocess
@@ -12,6 +13,7 @@ import tempfile
 import threading
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from hypothesis import strategies as st
 from dtrain.data.encoding import Scaling
 from dtrain.data.load.loader import Loader, read_batches
 from dtrain.data.plan import memory
-from dtrain.data.plan.memory import Limits
+from dtrain.data.plan.memory import Limits, Reading, plan_memory
 from dtrain.data.plan.partition import eval_partitions, plan_data, train_partitions
 from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
@@ -254,6 +256,61 @@ def test_limits_and_readers_do_not_change_a_bit(
         plain = batches(UnitReader(samples, "zarr"), partition, sizes, limits=least, **options)
         other = batches(reader_of(samples, which, threads=2), partition, sizes, limits=limits, **options)
         assert same_bits(plain, other)
+
+
+@settings(max_examples=12)
+@given(st.floats(0, 2.99), st.integers(1, 9), st.booleans(), st.integers(1, 9), readers)
+def test_a_stream_cut_at_random_goes_on_bit_by_bit(cut_store, share, batch, shuffle, window, which):
+    samples, plan = cut_store
+    part = train_partitions(replace(plan, window=window))[1]
+    count = part.num_samples
+    done = int(share * count)
+    steps = min(30, (3 * count - done) // batch)
+    whole = batches(UnitReader(samples), part, [done, *[batch] * steps], replica=1, shuffle=shuffle)
+    rest = batches(
+        reader_of(samples, which),
+        part,
+        [batch] * steps,
+        cursor=Cursor(*divmod(done, count)),
+        replica=1,
+        shuffle=shuffle,
+    )
+    assert same_bits(whole[1:], rest)
+
+
+@pytest.fixture(scope="module")
+def cut_store(write_store, tmp_path_factory):
+    values = np.random.default_rng(0).normal(size=(3, 150)).astype("float16")
+    arrays = {
+        "v0": {"dims": ("k", "n"), "values": values, "chunks": (2, 7)},
+        "index": vector(np.arange(150), 10, shards=(20,)),
+    }
+    path = write_store(tmp_path_factory.mktemp("cut") / "s", arrays)
+    samples = open_samples(
+        path,
+        inputs=["v0"],
+        targets=["v0", "index"],
+        input_offsets=[-1, 0],
+        target_offsets=1,
+        sample_dim="n",
+        split=WHOLE,
+    )
+    return samples, plan_data(samples, replicas=2, seed=0)
+
+
+def test_the_memory_of_a_worker_changes_what_is_kept_but_not_a_bit(cut_store):
+    samples, plan = cut_store
+    parts = train_partitions(plan)
+    units = max(len(part.units) for part in parts)
+    reading = Reading(samples=samples, plan=plan, loaders=1, units=units, batch_size=7, shuffle=True)
+    found, kept = [], set()
+    for limit in (88_000, 91_000, 200_000, 10_000_000):
+        budget = plan_memory(reading, replace(reading, shuffle=False), limit, "the limit")
+        kept.add(budget.train.limits)
+        found.append(batches(UnitReader(samples), parts[0], [7] * 60, limits=budget.train.limits))
+    assert len(kept) > 1
+    assert all(same_bits(found[0], other) for other in found[1:])
+    assert math.isfinite(sum(batch.inputs[0].sum() for batch in found[0]))
 
 
 # Memory: slots ------------------------------------------------------------------------------------------------
@@ -1010,7 +1067,7 @@ def test_the_interpreter_ends_while_a_loader_reads(numbers, how):
     code = f"""
 import itertools
 from dtrain.data.load.loader import Loader
-from dtrain.data.plan.memory import Limits
+from dtrain.data.plan.memory import Limits, Reading, plan_memory
 from dtrain.data.plan.partition import plan_data, train_partitions
 from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples

@@ -186,6 +186,22 @@ def test_slots_are_open_units_ahead_and_cached_and_never_more_than_two_passes_ne
     assert by_part == [1 if part in chosen else passes for part in range(units)]
 
 
+def test_the_parts_that_are_cached_are_chosen_by_the_seed_and_spread():
+    cached = {}
+    for seed in range(3):
+        sets = []
+        for count in (20, 40):
+            partition = whole_partition(400, 4, seed=seed)
+            loader = Simulation(partition, [(400,)] * 3, limits=Limits(cached=count), total=1200)
+            loader.run(random.Random(0))
+            sets.append({start // 4 for start, reads in loader.reads_of().items() if reads == 1})
+        assert [len(parts) for parts in sets] == [20, 40]
+        assert sets[0] < sets[1]  # with more memory more of the same
+        cached[seed] = sorted(sets[1])
+        assert all(np.histogram(cached[seed], 4, (0, 100))[0] >= 4)
+    assert len(set(map(tuple, cached.values()))) == 3
+
+
 @MANY
 @given(partitions(), st.booleans(), st.integers(0, 9), st.integers(0, 150), st.integers(1, 130), seeds)
 def test_nothing_is_read_that_the_total_does_not_need(partition, shuffle, ahead, done, total, seed):

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from dtrain.data.encoding import Scaling
 from dtrain.data.load.statistics import Moments, channel_axis, merge_moments, moments_of, partition_moments, scalings_of
-from dtrain.data.plan.partition import cell_bounds, plan_data, split_cells, train_partitions
+from dtrain.data.plan.partition import plan_data, train_partitions
+from dtrain.data.plan.splits import split_cells
+from dtrain.data.plan.units import cell_bounds
 from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
 from dtrain.errors import NonFiniteData
-from tests.data.helpers import WHOLE, only_partition, open_all, vector
-from tests.data.test_partition import variable
+from tests.data.helpers import WHOLE, only_partition, open_all, variable, vector
 
 
 def rows_of_train(plan):

@@ -1,0 +1,35 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from dtrain.job import Job
+
+CONFIG = Annotated[Path, typer.Argument(help="The config file (TOML, YAML or JSON).", show_default=False)]
+SET = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a key, for example train.rounds=50.", show_default=False),
+]
+SCHEDULER = Annotated[
+    str | None,
+    typer.Option("--scheduler", help="local, serial, tcp://host:port or a scheduler file.", show_default=False),
+]
+
+
+def load_job(config: Path, settings: list[str] | None, scheduler: str | None) -> Job:
+    """Read a config file with the command line's settings, and open what it names."""
+    from dtrain.config.files import load_config
+    from dtrain.job import job_from_config
+
+    own = [f'cluster.scheduler="{absolute_scheduler(scheduler)}"'] if scheduler is not None else []
+    return job_from_config(load_config(config, (*(settings or ()), *own)), config.absolute().parent)
+
+
+def absolute_scheduler(text: str) -> str:
+    """Return an address as it is, and the path of a scheduler file as an absolute path."""
+    return text if text in ("local", "serial") or "://" in text else str(Path(text).absolute())

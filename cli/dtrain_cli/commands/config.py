@@ -1,0 +1,88 @@
+"""dtrain config: show a configuration with its defaults, and the schema."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dtrain_cli.arguments import SET
+from dtrain_cli.output import result
+
+if TYPE_CHECKING:
+    from dtrain.config.schema import TrainConfig
+    from dtrain.config.values import Plain, Tables
+
+ORDER = 60
+app = typer.Typer(name="config", help="Show configurations.", no_args_is_help=True)
+
+
+@app.command("show")
+def show(
+    ctx: typer.Context,
+    source: Annotated[str, typer.Argument(metavar="CONFIG|RUN", help="A config file, or a run.", show_default=False)],
+    settings: SET = None,
+) -> None:
+    """Show every key with its value and its origin."""
+    from dtrain.config.compare import without_secrets
+    from dtrain.config.values import flat_values
+
+    config, given = _read(source, tuple(settings or ()))
+    by_hand = {text.partition("=")[0].strip() for text in settings or ()}
+    values = dict(flat_values(without_secrets(config)))
+    origins = {key: _origin(key, value, given, by_hand) for key, value in values.items()}
+    record = {key: {"value": value, "origin": origins[key]} for key, value in values.items()}
+    result(ctx.obj, _text(values, origins), {"event": "config", "values": record})
+
+
+@app.command("schema")
+def schema(ctx: typer.Context) -> None:
+    """Print the JSON Schema of config files."""
+    from dtrain.config.schema import TrainConfig
+
+    schema = TrainConfig.model_json_schema()
+    result(ctx.obj, json.dumps(schema, indent=1), schema)
+
+
+def _read(source: str, settings: tuple[str, ...]) -> tuple[TrainConfig, set[str]]:
+    """Return the configuration of a config file or a run, and the keys that the file gives."""
+    from dtrain.config.files import load_config, read_tables
+    from dtrain.directory import find_run
+    from dtrain.run import load_run
+
+    path = Path(source)
+    if path.is_file() or path.suffix in (".toml", ".yaml", ".yml", ".json"):
+        return load_config(path, settings), set(_keys(read_tables(path)))
+    return load_run(find_run(source)).config, set()
+
+
+def _keys(tables: Tables, prefix: str = "") -> list[str]:
+    keys = []
+    for name, value in tables.items():
+        keys.append(f"{prefix}{name}")
+        if isinstance(value, dict):
+            keys += _keys(value, f"{prefix}{name}.")
+    return keys
+
+
+def _origin(key: str, value: Plain, given: set[str], by_hand: set[str]) -> str:
+    if any(key == name or name.startswith(f"{key}.") or key.startswith(f"{name}.") for name in by_hand):
+        return "--set"
+    if key in given:
+        return "file"
+    from dtrain.config.schema import DEFAULTS
+    from dtrain.config.values import flat_values
+
+    if dict(flat_values(DEFAULTS)).get(key) != value:
+        return "run"
+    return "auto: resolved when the run starts" if value == "auto" else "default"
+
+
+def _text(values: Tables, origins: dict[str, str]) -> str:
+    """Return a line ``key = value  # origin`` for each key; values of usual length are aligned."""
+    lines = {key: f"{key} = {json.dumps(value)}" for key, value in values.items()}
+    width = max(len(lines[key]) for key, value in values.items() if len(json.dumps(value)) < 40)
+    shown = [key for key, value in values.items() if value is not None or origins[key] != "default"]
+    return "\n".join(f"{lines[key]:<{width}}  # {origins[key]}" for key in shown)

@@ -1,0 +1,87 @@
+"""dtrain status: the state of a run, read from its files alone."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dtrain_cli.output import Options, result, shown, table
+
+if TYPE_CHECKING:
+    from dtrain.report.history import Row
+    from dtrain.run import Run
+
+ORDER = 40
+app = typer.Typer()
+
+
+@app.command("status")
+def status(
+    ctx: typer.Context,
+    run: Annotated[
+        str, typer.Argument(help="A run's directory, or its name. [default: the newest]", show_default=False)
+    ] = "",
+    watch: Annotated[bool, typer.Option("--watch", help="Print every change until the run ends.")] = False,
+) -> None:
+    """Show the state of a run, while it trains or after a crash."""
+    from dtrain.directory import find_run
+    from dtrain.run import load_run
+
+    options: Options = ctx.obj
+    opened = load_run(find_run(run))
+    before: tuple[int, str] | None = None
+    while True:
+        rows = opened.rows
+        record = _record(opened, rows)
+        now = record["round"], record["state"]
+        if now != before:
+            result(options, table(_lines(record, rows)), record)
+            before = now
+        if not watch or record["state"] != "running":
+            return
+        time.sleep(1.0)
+
+
+def _record(run: Run, rows: list[Row]) -> dict[str, Any]:
+    from dtrain.algorithm.stop import metric_of, stop_reason
+    from dtrain.checkpoint import committed_rounds
+    from dtrain.lock import holder
+
+    committed = committed_rounds(run.directory)
+    finished, total = rows[-1]["round"] if rows else 0, run.config.train.rounds
+    ended = finished >= total or stop_reason([metric_of(row, run.config) for row in rows], run.config)
+    process = holder(run.directory)
+    return {
+        "event": "status",
+        "run": shown(run.directory),
+        "state": "running" if process else "done" if ended and finished in committed else "stopped",
+        "round": finished,
+        "rounds": total,
+        "committed": committed,
+        "best_round": run.best_round,
+        "last": rows[-1] if rows else None,
+        "holder": process,
+    }
+
+
+def _lines(record: dict[str, Any], rows: list[Row]) -> list[tuple[str, str]]:
+    process = record["holder"]
+    by = f" (process {process['pid']} on {process['host']})" if process else ""
+    lines = [
+        ("run", f"{record['run']}: {record['state']}{by}"),
+        ("rounds", f"{record['round']} of {record['rounds']}, committed {_listed(record['committed'])}"),
+    ]
+    best = next((row for row in rows if row["round"] == record["best_round"]), None)
+    return lines + [(label, _losses(row)) for label, row in (("last", record["last"]), ("best", best)) if row]
+
+
+def _listed(committed: list[int]) -> str:
+    return ", ".join(map(str, committed)) or "none"
+
+
+def _losses(row: Row) -> str:
+    losses = [(k, v) for k, v in row.items() if k.endswith("_loss") and isinstance(v, float)]
+    metrics = [(k, v) for k, v in row.items() if k.startswith("val_") and k != "val_loss" and v is not None]
+    return f"round {row['round']}: {', '.join(f'{key} {value:.4f}' for key, value in losses + metrics)}"

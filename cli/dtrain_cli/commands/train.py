@@ -1,0 +1,109 @@
+"""dtrain train: train a run, or continue it."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dtrain_cli.arguments import CONFIG, SCHEDULER, SET, load_job
+from dtrain_cli.output import Options, result, say, shown
+
+if TYPE_CHECKING:
+    from dtrain.events import Event, RunFinished
+
+ORDER = 30
+app = typer.Typer()
+
+
+@app.command("train")
+def train(
+    ctx: typer.Context,
+    config: CONFIG,
+    run: Annotated[
+        str | None,
+        typer.Option("--run", metavar="NAME", help="Name of the run; default: the config's directory name."),
+    ] = None,
+    settings: SET = None,
+    scheduler: SCHEDULER = None,
+    max_time: Annotated[
+        str | None,
+        typer.Option("--max-time", help="Stop after the round in which this time ends: 2h, 90m."),
+    ] = None,
+) -> None:
+    """Train a run, or continue it where its newest committed round ended.
+
+    The same command continues after any interruption. A complete run prints its result again.
+    """
+    from dtrain.directory import run_directory
+    from dtrain.events import RoundFinished, RunFinished
+    from dtrain.report.history import row_of
+    from dtrain.trainer import train_job
+
+    options: Options = ctx.obj
+    seconds = parse_duration(max_time) if max_time is not None else None
+    job = load_job(config, settings, scheduler)
+    directory = Path(shown(run_directory(job, run)))
+
+    def report(event: Event) -> None:
+        show(event)
+        if isinstance(event, RoundFinished) and options.json:
+            print(json.dumps(row_of(event.result)), flush=True)
+        if isinstance(event, RunFinished):
+            result(options, _done(event), {"event": "done", **asdict(event)})
+
+    with _terminable(), _progress(options) as show:
+        train_job(job, directory, report=report, max_seconds=seconds)
+    say(options, f"next: dtrain eval {shown(directory)}")
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of a duration such as ``90``, ``90s``, ``30m``, ``2h`` or ``1d``."""
+    from dtrain.errors import UsageError
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip())
+    if not match:
+        raise UsageError(f'--max-time "{text}": write it like 90s, 30m, 2h or 1d.')
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+def _progress(options: Options) -> AbstractContextManager[Callable[[Event], None]]:
+    if options.quiet:
+        return nullcontext(lambda event: None)
+    from dtrain.report.progress import terminal_progress
+
+    return terminal_progress(color=options.color, verbose=options.verbose)
+
+
+def _done(event: RunFinished) -> str:
+    loss = f", val_loss {event.val_loss:.4f}" if event.val_loss is not None else ""
+    return f"done ({event.reason}): {event.rounds} rounds{loss}\nrun {event.run}\nparams_sha256 {event.params_sha256}"
+
+
+class _Terminated(BaseException):
+    """SIGTERM has come. Like KeyboardInterrupt it is no Exception, so that no handler of faults catches it."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does: the cluster is closed, committed rounds are kept."""
+    from dtrain.errors import Stopped
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except _Terminated:
+        raise Stopped("Stopped by SIGTERM.", "Committed rounds are kept; the same command continues.") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)

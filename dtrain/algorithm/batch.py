@@ -1,0 +1,36 @@
+"""A batch of tensors, and the precision of the forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+Targets: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
+"""One tensor, or a tuple of several."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorBatch:
+    """One micro-batch: the tensors for the model and the loss."""
+
+    inputs: tuple[torch.Tensor, ...]
+    targets: Targets
+    size: int
+    split: str = "train"
+    """``train``, ``val``, ``test`` or ``all``: a transform may treat samples for evaluation differently."""
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...] | Targets]:
+        """Yield inputs and targets: ``for (x,), y in batches``."""
+        yield self.inputs
+        yield self.targets
+
+
+def autocast(precision: str, batch: TensorBatch) -> AbstractContextManager[object]:
+    """Return the context in which model and loss are called."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(batch.inputs[0].device.type, dtype=torch.bfloat16)

@@ -1,0 +1,54 @@
+"""The recipe of the local steps: loss, optimizer, schedule and metrics, from names or the user's functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from dtrain.algorithm.evaluate import FROM_LOSS, METRICS, Metric, mean_metric, metric_key
+from dtrain.algorithm.losses import LOSSES, Loss
+from dtrain.algorithm.optimizers import MakeOptimizer, optimizer_named
+from dtrain.algorithm.schedules import Schedule, schedule_named, with_warmup
+from dtrain.config.schema import TrainTable
+
+Functions: TypeAlias = Mapping[str, Callable[..., Any]]
+"""By config key (``model``, ``train.loss``, ``train.metrics.NAME`` ...): a function of the user's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a replica learns."""
+
+    loss: Loss
+    optimizer: MakeOptimizer
+    optimizer_args: Mapping[str, Any]
+    schedule: Schedule
+    clip_norm: float
+    """0: no clipping."""
+    precision: str = "float32"
+    """``bfloat16``: forward and loss under autocast; parameters, gradients and the optimizer stay float32."""
+
+
+def recipe_of(train: TrainTable, own: Functions) -> Recipe:
+    """Return the recipe of ``[train]``; the user's functions take the place of names."""
+    return Recipe(
+        loss=own["train.loss"] if "train.loss" in own else LOSSES[train.loss],
+        optimizer=own["train.optimizer"] if "train.optimizer" in own else optimizer_named(train.optimizer),
+        optimizer_args=train.optimizer_args,
+        schedule=with_warmup(own["train.schedule"], train.warmup_steps)
+        if "train.schedule" in own
+        else schedule_named(train.schedule, train.warmup_steps),
+        clip_norm=train.clip_norm,
+        precision=train.precision,
+    )
+
+
+def metrics_of(train: TrainTable, own: Functions) -> dict[str, Metric]:
+    """Return the metrics that are computed batch by batch, by the name they are reported with."""
+    chosen: dict[str, Metric] = {}
+    for name in train.metrics:
+        if name not in FROM_LOSS:
+            function = own.get(f"train.metrics.{name}")
+            chosen[metric_key(name)] = mean_metric(function) if function else METRICS[name]
+    return chosen

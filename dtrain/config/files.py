@@ -1,0 +1,140 @@
+"""Read configuration files (TOML, YAML, JSON), apply ``--set`` settings, write a configuration as TOML."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from dtrain.config.schema import TrainConfig, check_plain
+from dtrain.config.values import Plain, Tables, value_of
+from dtrain.errors import ConfigFileNotFound, InvalidConfig, UsageError
+
+REQUIRED = ("model", "data.path", "data.inputs", "data.targets", "train.loss")
+PATH_KEYS = ("data.path", "data.val_path", "train.init", "run.dir", "cluster.scheduler")
+YAML_FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+
+
+def load_config(path: str | Path, settings: tuple[str, ...] = ()) -> TrainConfig:
+    """Read a config file and apply ``key=value`` settings.
+
+    Parameters
+    ----------
+    path : path
+        A ``.toml``, ``.yaml``, ``.yml`` or ``.json`` file.
+    settings : tuple of str
+        ``"train.rounds=50"``; values in TOML syntax, bare words as strings. Paths in them are relative to the
+        working directory, paths in the file to the file.
+
+    Raises
+    ------
+    ConfigFileNotFound
+        There is no such file.
+    InvalidConfig
+        The file or a setting does not follow the schema.
+    """
+    tables = read_tables(path)
+    for setting in settings:
+        tables = with_setting(tables, setting)
+    config = TrainConfig(**tables)
+    for key in REQUIRED:
+        if not value_of(config, key):
+            raise InvalidConfig(
+                f"{path}: {key} is missing.", f"Every run needs {key}; `dtrain init` writes an example."
+            )
+    return config
+
+
+def read_tables(path: str | Path) -> Tables:
+    """Return the nested tables of a config file; the schema is not checked.
+
+    Raises
+    ------
+    ConfigFileNotFound
+        There is no such file.
+    InvalidConfig
+        The file is not valid TOML, YAML or JSON.
+    """
+    path = Path(path)
+    text = _read(path)
+    try:
+        tables = _parse(path.suffix.lower(), text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidConfig(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(tables, dict):
+        raise InvalidConfig(f"{path}: holds {type(tables).__name__}, not tables of keys.")
+    if odd := [key for key in tables if not isinstance(key, str)]:
+        raise InvalidConfig(f"{path}: the key {odd[0]!r} is not text; put it in quotes.")
+    return tables
+
+
+def _read(path: Path) -> str:
+    if path.is_dir():
+        raise ConfigFileNotFound(f"{path} is a directory, not a config file.", f"Try {path / 'dtrain.toml'}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigFileNotFound(f"{path}: no such config file.", "`dtrain init` writes one.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidConfig(f"{path}: cannot be read: {error}") from None
+
+
+def _parse(suffix: str, text: str) -> Any:
+    if suffix in (".yaml", ".yml"):
+        import yaml  # comes with Dask
+
+        class Loader(yaml.SafeLoader):
+            """Reads 1e-3 as a number, as TOML and JSON do; PyYAML asks for 1.0e-3."""
+
+        Loader.add_implicit_resolver("tag:yaml.org,2002:float", YAML_FLOAT, list("-+.0123456789"))
+        try:
+            return yaml.load(text, Loader)
+        except yaml.YAMLError as error:
+            raise ValueError(str(error)) from None
+    if suffix == ".json":
+        return json.loads(text)
+    return tomllib.loads(text)
+
+
+def with_setting(tables: Tables, setting: str) -> Tables:
+    """Return tables with one ``key=value`` setting applied."""
+    key, equals, text = setting.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise UsageError(f"--set {setting}: write it as key=value, for example --set train.rounds=50")
+    value = _toml_value(text.strip())
+    if key in PATH_KEYS and isinstance(value, str) and "://" not in value and value not in ("", "local", "serial"):
+        value = str(Path(value).expanduser().absolute())
+    return _replaced(tables, key.split("."), value, key)
+
+
+def _toml_value(text: str) -> Plain:
+    """Return a value in TOML syntax; a bare word is a string."""
+    try:
+        value: Plain = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return value
+
+
+def _replaced(tables: Tables, parts: list[str], value: Plain, key: str) -> Tables:
+    head, *rest = parts
+    if not rest:
+        return {**tables, head: value}
+    inner = tables.get(head, {})
+    if not isinstance(inner, dict):
+        raise InvalidConfig(f"--set {key}: {head} is not a table.")
+    return {**tables, head: _replaced(inner, rest, value, key)}
+
+
+def to_toml(config: TrainConfig) -> str:
+    """Return a configuration as TOML; keys without a value are left out."""
+    import tomli_w
+
+    check_plain(config)  # model_copy(update=...) checks nothing
+    tables = config.model_dump(mode="json", exclude_none=True)
+    if "local_steps" in tables["train"]:
+        del tables["train"]["local_epochs"]  # one of them is given, never both
+    return tomli_w.dumps(tables)

@@ -1,0 +1,33 @@
+"""The names that a configuration may use, and what is known of them without torch.
+
+A new loss, metric or schedule is one entry here and one function in `dtrain.algorithm`; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
+"""A reference to a user's function, ``module:function``."""
+
+LOSSES = ("mse", "mae", "huber", "cross_entropy", "bce")
+SCHEDULES = ("constant", "cosine", "linear")
+
+
+@dataclass(frozen=True, slots=True)
+class MetricFacts:
+    """How a metric is computed and compared."""
+
+    higher_is_better: bool = False
+    from_loss: bool = False
+    """It is a function of the mean loss, and needs no pass over the outputs of its own."""
+
+
+METRICS = {
+    "accuracy": MetricFacts(higher_is_better=True),
+    "mse": MetricFacts(),
+    "mae": MetricFacts(),
+    "perplexity": MetricFacts(from_loss=True),
+    "bits_per_byte": MetricFacts(from_loss=True),
+}

@@ -1,0 +1,334 @@
+"""TrainConfig: every value a run depends on, checked once, frozen, the same from TOML, YAML, JSON or Python.
+
+The schema declares every key that users see. A key whose feature is not built yet (`NOT_BUILT`) is refused when
+it is set; it is never accepted and ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from datetime import date, time
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from dtrain.config.faults import sentences
+from dtrain.config.names import FUNCTION, LOSSES, METRICS, SCHEDULES
+from dtrain.config.values import cache_bytes, parse_bytes, value_of
+from dtrain.errors import InvalidConfig, NotSupportedYet, did_you_mean
+
+Int = Annotated[int, Strict()]
+Natural = Annotated[int, Strict(), Field(ge=0)]
+Positive = Annotated[int, Strict(), Field(ge=1)]
+Float = Annotated[float, Strict()]
+NonNegative = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Strict(), Field(ge=0, lt=1)]
+Bool = Annotated[bool, Strict()]
+Size = Annotated[str, BeforeValidator(lambda given: str(given) if type(given) is int else given)]
+"""``auto``, or bytes such as ``512MB``; a number counts bytes."""
+
+FULL_BATCH_MICRO = 1024
+"""Samples of a micro-batch where ``train.batch_size`` is ``full`` and ``train.micro_batch`` is 0."""
+
+
+class Table(BaseModel):
+    """A table of the configuration: it is frozen and refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants", protected_namespaces=())
+
+
+class Slice(Table):
+    """``{ start, stop, step }`` along one dimension."""
+
+    start: Int = 0
+    stop: Int
+    step: Positive = 1
+
+
+class Store(Table):
+    """One of several stores (federated data)."""
+
+    path: str
+    workers: tuple[str, ...] = ()
+    replicas: Positive = 1
+
+
+Offsets = Int | tuple[Int, ...] | Slice
+
+
+class SplitConfig(Table):
+    """Shares of the data held out for validation and test."""
+
+    val: Share = 0.1
+    test: Share = 0.1
+
+    @model_validator(mode="after")
+    def _leaves_something(self) -> Self:
+        if self.val + self.test >= 1:
+            raise ValueError(f"val + test = {self.val + self.test:g} leaves nothing to train on; they must sum to < 1")
+        return self
+
+
+class DataConfig(Table):
+    """``[data]``: the samples, their split and their partitions."""
+
+    @field_validator("input_offsets", "target_offsets")
+    @classmethod
+    def _not_empty(cls, offsets: Offsets) -> Offsets:
+        if isinstance(offsets, Slice) and offsets.stop <= offsets.start:
+            raise ValueError(f"start = {offsets.start} and stop = {offsets.stop} hold no offset")
+        if offsets == ():
+            raise ValueError("is an empty list; give at least one offset")
+        return offsets
+
+    path: str | tuple[Store, ...] = ""
+    inputs: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    storage_options: dict[str, Any] = Field(default={}, repr=False)
+    group: str = ""
+    isel: dict[str, Int | Slice] = {}
+    sample_dim: str = "auto"
+    input_offsets: Offsets = 0
+    target_offsets: Offsets = 0
+    stride: Positive = 1
+    patch: dict[str, Positive] = {}
+    split: SplitConfig = SplitConfig()
+    split_order: Literal["auto", "random", "sequential"] = "auto"
+    val_path: str = ""
+    partition: Literal["stratified", "contiguous"] = "stratified"
+    normalize: tuple[str, ...] = ()
+    transform: str = ""
+    missing: Literal["error", "fill", "skip"] = "error"
+    non_finite: Literal["error", "allow"] = "error"
+    shuffle: Bool = True
+    memory: Size = "auto"
+    cache: Size = "auto"
+    reader: Literal["auto", "numcodecs", "zarrs", "zarr"] = "auto"
+
+
+class TrainTable(Table):
+    """``[train]``: the local steps of a replica in a round."""
+
+    loss: str = ""
+    metrics: tuple[str, ...] = ()
+    rounds: Positive = 20
+    local_epochs: Positive = 1
+    local_steps: Positive | None = None
+    sync_rounds: Natural = 0
+    batch_size: Positive | Literal["full"] = 100
+    micro_batch: Natural = 0
+    optimizer: str = "sgd"
+    optimizer_args: dict[str, Any] = {"lr": 0.01, "momentum": 0.9}
+    schedule: str = "constant"
+    warmup_steps: Natural = 0
+    clip_norm: NonNegative = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    init: str = ""
+    seed: Annotated[int, Strict(), Field(ge=0, lt=2**63)] = 0
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.local_steps is not None and "local_epochs" in self.model_fields_set:
+            raise ValueError("local_epochs and local_steps are both given; give one of them")
+        return self
+
+
+class MixConfig(Table):
+    """``[average.mix]``: the topology of averaging."""
+
+    topology: Literal["full", "ring", "exponential", "hierarchical"] = "full"
+    groups: Natural = 0
+    period: Positive = 1
+
+
+class OuterConfig(Table):
+    """``[average.outer]``: the outer optimizer, applied to the pseudo-gradient."""
+
+    optimizer: str = "sgd"
+    args: dict[str, Any] = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
+
+
+class CodecConfig(Table):
+    """``[average.codec]``: how updates are compressed."""
+
+    name: Literal["bf16", "int8", "int4"] = "int8"
+    error_feedback: Bool = True
+
+
+class AverageConfig(Table):
+    """``[average]``: how the replicas' parameters become one set of parameters."""
+
+    replicas: Positive | Literal["auto"] = "auto"
+    weights: Literal["samples", "uniform", "fednova"] = "samples"
+    reduce: Literal["mean", "median", "trimmed"] = "mean"
+    inner_state: Literal["keep", "average", "reset"] = "keep"
+    prox: NonNegative = 0.0
+    max_rejected: Annotated[float, Strict(), Field(ge=0, le=1)] = 0.25
+    ema: Share = 0.0
+    recalibrate_batchnorm: Bool = False
+    mix: MixConfig = MixConfig()
+    outer: OuterConfig | None = None
+    codec: CodecConfig | None = None
+
+
+class StopConfig(Table):
+    """``[stop]``: the rules that end training early."""
+
+    metric: str = "val_loss"
+    mode: Literal["auto", "min", "max"] = "auto"
+    target: Float | None = None
+    patience: Positive | None = None
+    min_delta: NonNegative = 0.0
+
+
+class ClusterConfig(Table):
+    """``[cluster]``: where tasks run."""
+
+    scheduler: str = "local"
+    workers: Positive | Literal["auto"] = "auto"
+    threads: Positive = 1
+    memory: Size = "auto"
+    allow_plain: Bool = False
+    slices: Positive | Literal["auto"] = "auto"
+    tls: dict[Literal["ca", "cert", "key"], str] = {}
+
+
+class RunConfig(Table):
+    """``[run]``: the run directory and the rounds kept in it."""
+
+    dir: str = "runs"
+    commit_every: Positive | Literal["auto"] = "auto"
+    keep: Positive = 3
+    trackers: tuple[str, ...] = ()
+
+
+class TrainConfig(Table):
+    """The configuration of a run.
+
+    Raises
+    ------
+    InvalidConfig
+        A key is unknown, or a value is not allowed; the message names every fault.
+    NotSupportedYet
+        A key asks for a feature that is not built yet.
+    """
+
+    model: str = ""
+    model_args: dict[str, Any] = {}
+    data: DataConfig = DataConfig()
+    train: TrainTable = TrainTable()
+    average: AverageConfig = AverageConfig()
+    stop: StopConfig = StopConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    run: RunConfig = RunConfig()
+
+    def __init__(self, /, **tables: Any) -> None:
+        try:
+            super().__init__(**tables)
+        except ValidationError as error:
+            raise InvalidConfig(*sentences(error, TrainConfig)) from None
+        _check_values(self)
+        check_plain(self)
+        _refuse_unbuilt(self)
+
+
+# Features that are not built yet ---------------------------------------------------------------------------
+
+NOT_BUILT: dict[str, str] = {
+    "train.sync_rounds": "post-local SGD",
+    "average.reduce": "robust averaging",
+    "average.inner_state": "another policy for the inner optimizer's state",
+    "average.prox": "FedProx",
+    "average.ema": "an average over rounds",
+    "average.recalibrate_batchnorm": "recalibration of batch norm",
+    "average.mix.topology": "averaging among neighbours",
+    "average.mix.groups": "hierarchical averaging",
+    "average.mix.period": "hierarchical averaging",
+    "average.codec": "compressed updates",
+    "cluster.slices": "cutting the reducer into slices",
+    "cluster.tls": "TLS clusters",
+    "run.trackers": "trackers",
+}
+NOT_BUILT_VALUES: dict[str, tuple[Any, str]] = {
+    "average.weights": ("fednova", "FedNova"),
+}
+
+
+def _refuse_unbuilt(config: TrainConfig) -> None:
+    for key, feature in NOT_BUILT.items():
+        given, default = value_of(config, key), value_of(DEFAULTS, key)
+        if given != default:
+            raise NotSupportedYet(
+                f"{key} = {_toml(given)}: this version does not have {feature} yet.", f"Leave {key} out."
+            )
+    for key, (value, feature) in NOT_BUILT_VALUES.items():
+        if value_of(config, key) == value:
+            raise NotSupportedYet(
+                f"{key} = {_toml(value)}: this version does not have {feature} yet.", f"Leave {key} out."
+            )
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json", exclude_none=True)
+    return json.dumps(value)
+
+
+# Checks that pydantic's types cannot state ---------------------------------------------------
+
+
+def _check_values(config: TrainConfig) -> None:
+    _check_name("train.loss", config.train.loss, LOSSES, empty=True)
+    for name in config.train.metrics:
+        _check_name("train.metrics", name, METRICS)
+    _check_name("train.schedule", config.train.schedule, SCHEDULES)
+    for key in ("data.memory", "cluster.memory"):
+        if (text := value_of(config, key)) != "auto":
+            parse_bytes(text, key)
+    if config.data.cache != "auto":
+        cache_bytes(config.data.cache)
+    _check_name("data.transform", config.data.transform, (), empty=True)
+    known = (*config.data.inputs, *config.data.targets)
+    if odd := [name for name in config.data.normalize if name not in known]:
+        raise InvalidConfig(
+            f'data.normalize names "{odd[0]}", which is neither an input nor a target{did_you_mean(odd[0], known)}'
+        )
+
+
+def _check_name(key: str, name: str, allowed: Collection[str], *, empty: bool = False) -> None:
+    if name in allowed or FUNCTION.match(name) or (empty and not name):
+        return
+    names = ", ".join([*allowed, '"module:function"']).replace(', "module', ' or "module')
+    raise InvalidConfig(f'{key} = "{name}": allowed are {names}{did_you_mean(name, allowed)}')
+
+
+def check_plain(config: TrainConfig) -> None:
+    """Refuse values that config.toml cannot store; they can come from Python, YAML or JSON."""
+    for key in ("model_args", "train.optimizer_args", "data.storage_options"):
+        _check_plain_value(key, value_of(config, key))
+
+
+def _check_plain_value(key: str, value: Any) -> None:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _check_plain_value(f"{key}.{name}", inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_plain_value(key, inner)
+    elif not isinstance(value, str | int | float | date | time):
+        kind = "null" if value is None else f"a {type(value).__name__}"
+        raise InvalidConfig(f"{key} is {kind}; allowed are text, numbers, booleans, dates, lists and tables.")
+
+
+DEFAULTS = TrainConfig.model_construct()

@@ -1,0 +1,61 @@
+"""Values of a configuration: by dotted key, in plain types, as bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import date, time
+from typing import Any, TypeAlias
+
+from pydantic import BaseModel, ByteSize, ConfigDict, TypeAdapter, ValidationError
+
+from dtrain.errors import InvalidConfig
+
+Plain: TypeAlias = "str | int | float | bool | date | time | list[Plain] | dict[str, Plain] | None"
+"""A value that a config file can hold."""
+Tables: TypeAlias = dict[str, Plain]
+"""Nested tables of keys."""
+
+REDACTED = "***"
+"""Shown in place of a secret."""
+
+TO_PLAIN: TypeAdapter[Any] = TypeAdapter(Any, config=ConfigDict(ser_json_inf_nan="constants"))
+
+
+def value_of(config: BaseModel, key: str) -> Any:
+    """Return the value at a dotted key."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def flat_values(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Plain]]:
+    """Yield every dotted key and its value in plain types, in the order of the schema."""
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            yield from flat_values(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", TO_PLAIN.dump_python(value, mode="json")
+
+
+def cache_bytes(text: str) -> int:
+    """Return the bytes of ``data.cache``; 0 turns the cache off."""
+    return 0 if text.strip().rstrip("bB").strip() == "0" else parse_bytes(text, "data.cache")
+
+
+def parse_bytes(text: str, key: str) -> int:
+    """Return the bytes of a size such as ``512MB`` or ``2GiB``.
+
+    Raises
+    ------
+    InvalidConfig
+        The text is not a positive number of bytes.
+    """
+    try:
+        value = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        value = 0
+    if value <= 0:
+        raise InvalidConfig(f'{key} = "{text}" is not a size; write "auto" or for example "512MB" or "2GiB".')
+    return value

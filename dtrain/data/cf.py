@@ -1,0 +1,95 @@
+"""What the CF attributes of a variable mean: xarray decodes one value, and says the dtype."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import xarray as xr
+
+from dtrain.data.encoding import DType, Encoding
+from dtrain.errors import UnsuitableVariable
+
+Attributes: TypeAlias = Mapping[Any, Any]
+"""Undecoded, as xarray gives them."""
+
+CF_ATTRIBUTES = ("scale_factor", "add_offset", "_FillValue", "missing_value", "_Unsigned")
+
+
+def encoding_of(name: str, attributes: Attributes, dtype: DType, *, zarr_format: int) -> Encoding | None:
+    """Return how a variable is packed; None if values are stored unpacked.
+
+    Parameters
+    ----------
+    name : str
+    attributes : mapping
+        The attributes of the variable, undecoded.
+    dtype : dtype
+        As stored.
+    zarr_format : int
+
+    Raises
+    ------
+    UnsuitableVariable
+        The attributes cannot be understood.
+    """
+    attributes = {key: attributes[key] for key in CF_ATTRIBUTES if key in attributes}
+    packed = "scale_factor" in attributes or "add_offset" in attributes
+    if zarr_format == 2 and not packed and attributes.get("_FillValue") == 0:
+        # zarr itself writes this fill value for a v2 array: it says nothing about missing values
+        del attributes["_FillValue"]
+    if not attributes:
+        return None
+    try:
+        decoded = _decoded_dtype(name, attributes, dtype)
+        scale, offset = (_number(attributes.get(key)) for key in ("scale_factor", "add_offset"))
+        unsigned = _other_signs(attributes, dtype)
+        missing = _marks(attributes, dtype, unsigned)
+    except Exception as error:
+        raise UnsuitableVariable(f"{name}: its CF attributes cannot be understood: {error}") from None
+    if scale is None and offset is None and not unsigned and all(v != v for v in missing):
+        return None  # NaN marks NaN
+    return Encoding(dtype=decoded, scale=scale, offset=offset, missing=missing, unsigned=unsigned)
+
+
+def float_encoding(dtype: DType) -> Encoding | None:
+    """Return how integers become the floats that can be standardised; in memory they stay as they are stored."""
+    if dtype.kind == "f":
+        return None
+    return Encoding(dtype="float32" if dtype.itemsize <= 2 else "float64")
+
+
+def _decoded_dtype(name: str, attributes: Attributes, dtype: DType) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of several fill values; all are missing
+        decoded = xr.conventions.decode_cf_variable(
+            name, xr.Variable((), np.zeros((), dtype), attributes), decode_times=False
+        )
+    return str(decoded.dtype)
+
+
+def _other_signs(attributes: Attributes, dtype: DType) -> str:
+    """Return the dtype with other signs that stored integers are meant to have; empty if they have the right ones."""
+    kind = {"true": "u", "false": "i"}.get(str(attributes.get("_Unsigned", "")).lower(), dtype.kind)
+    return f"{kind}{dtype.itemsize}" if dtype.kind in "iu" and kind != dtype.kind else ""
+
+
+def _marks(attributes: Attributes, dtype: DType, unsigned: str) -> tuple[float, ...]:
+    """Return the stored values that mark a missing one."""
+    fill, missing = (_numbers(attributes.get(key)) for key in ("_FillValue", "missing_value"))
+    if unsigned:  # the fill value is meant as it is stored, with other signs
+        bits = 8 * dtype.itemsize
+        wrapped = [int(v) % 2**bits for v in fill]
+        fill = [v - 2**bits if unsigned[0] == "i" and v >= 2 ** (bits - 1) else v for v in wrapped]
+    return tuple(dict.fromkeys([*fill, *missing]))
+
+
+def _numbers(value: Any) -> list[float]:
+    numbers = [] if value is None else np.atleast_1d(np.asarray(value)).tolist()
+    return [v if isinstance(v, int) else float(v) for v in numbers]  # float64 does not hold all int64
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(np.asarray(value).reshape(-1)[0])

@@ -1,0 +1,43 @@
+"""Find the store that a configured path or URL names, once there is a Zarr group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dtrain.data.read.kind import METADATA_FILES, NO_OPTIONS, StorageOptions
+from dtrain.data.read.open import kind_of, open_store
+from dtrain.data.read.store import ReadStore
+from dtrain.errors import NotZarr
+
+NAME_THE_GROUP = "Give the path of the group that it lies in, and its name in data.inputs or data.targets."
+
+
+def locate(path: str, base: Path, storage_options: StorageOptions = NO_OPTIONS) -> ReadStore:
+    """Open the store at a path or URL; a relative path is relative to `base`.
+
+    Returns
+    -------
+    ReadStore
+        Its `path` is the absolute path or URL. Metadata documents that it has read are requested again.
+
+    Raises
+    ------
+    DataNotFound, NotZarr
+        There is nothing, or no Zarr group.
+    StoreForbidden, StoreUnavailable
+        A server refuses or fails.
+    InvalidConfig
+        The URL holds a password, or its protocol or options cannot be used.
+    """
+    kind = kind_of(path)
+    store = open_store(kind.locate(path, base), storage_options)
+    if any(store.has_document(name) for name in METADATA_FILES):
+        return store
+    if store.has_document(".zarray"):
+        raise single_array(path)
+    raise kind.nothing_there(path)
+
+
+def single_array(path: str) -> NotZarr:
+    """Return the error for a Zarr array in the place of a group."""
+    return NotZarr(f"{path} is a single Zarr array; a group of named variables is needed.", NAME_THE_GROUP)

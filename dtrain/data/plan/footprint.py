@@ -1,0 +1,99 @@
+"""How many bytes samples, units and the decoding of units take, and how a number of bytes is printed."""
+
+from __future__ import annotations
+
+import math
+
+from dtrain.data.plan.readers import MIN_DENSITY, choose_readers, has_fine_shards
+from dtrain.data.plan.units import Box, DataPlan, box_shape
+from dtrain.data.samples import Samples, Variable
+
+INDEX_CACHE_BYTES = 64 << 20
+"""The indices of shards that a reader keeps take at most so many bytes."""
+INDEX_OVERHEAD_BYTES = 500
+"""The Python objects around one index."""
+ZARR_CONCURRENCY = 10
+"""zarr's setting ``async.concurrency``: the chunks that it decodes at once."""
+
+
+def sample_bytes(samples: Samples) -> int:
+    """Return the bytes of one sample as the model sees it."""
+    total = 0
+    for field in samples.fields:
+        variable = samples.variable(field.name)
+        cut = any(part != slice(None) for part in samples.tiles[0].slices(variable))
+        if cut or not variable.is_static:  # else it is one array for all samples
+            total += math.prod(samples.field_shape(field)) * variable.model_dtype.itemsize
+    return total
+
+
+def slot_shape(samples: Samples, plan: DataPlan, variable: Variable) -> tuple[int, ...]:
+    """Return the shape of a variable's largest unit in memory, with the halo of its windows."""
+    return box_shape(samples, variable, Box(0, min(plan.unit_rows, plan.num_samples)))
+
+
+def slot_bytes(samples: Samples, plan: DataPlan) -> int:
+    """Return the bytes of a unit in memory, with its halo."""
+    return sum(math.prod(slot_shape(samples, plan, v)) * v.kept_dtype.itemsize for v in samples.moving)
+
+
+def scratch_bytes(samples: Samples, plan: DataPlan) -> int:
+    """Return the bytes that decoding a unit needs besides its slot.
+
+    They hold the stored and decoded chunks of one variable at a time.
+    """
+    readers = choose_readers(samples, samples.config.reader)
+    return max(
+        (_decoding_bytes(v, slot_shape(samples, plan, v)[0], readers[v.name][0]) for v in samples.streamed), default=0
+    )
+
+
+def static_bytes(samples: Samples) -> int:
+    """Return the bytes of the variables that stay in memory: those without the sample dimension, and preloaded ones."""
+    statics = sum(math.prod(v.row_shape) * 8 for v in samples.variables if v.is_static)
+    rows = samples.num_samples - samples.first_row
+    return statics + sum(v.row_bytes * rows for v in samples.preloaded)
+
+
+def index_bytes(samples: Samples) -> int:
+    """Return the bytes of all indices of shards that are kept."""
+    sharded = [v for v in samples.variables if v.has_inner_chunks]
+    counts = [(v.num_objects, math.prod(v.objects) // math.prod(v.chunks)) for v in sharded]
+    return min(INDEX_CACHE_BYTES, sum(objects * (16 * chunks + INDEX_OVERHEAD_BYTES) for objects, chunks in counts))
+
+
+def _decoding_bytes(v: Variable, rows: int, reader: str) -> int:
+    chunks, cut = _chunks_of_rows(v, rows)
+    if reader == "numcodecs" and not has_fine_shards(v):  # else zarrs may read it, where that is installed
+        if not v.has_inner_chunks:
+            return 2 * v.chunk_bytes  # one chunk after the other
+        between = 1 / MIN_DENSITY if cut else 1  # one request reads more than the chunks themselves
+        return v.chunk_bytes + int(chunks * between) * v.chunk_bytes
+    if reader == "zarr":  # decodes a few at once in threads of its own, for each of which malloc keeps memory
+        at_once = min(chunks, ZARR_CONCURRENCY)
+        whole = 2 * chunks if v.has_inner_chunks else 2 * at_once  # a shard is decoded whole before it is copied
+        return (whole + 2 * at_once) * v.chunk_bytes
+    return 2 * chunks * v.chunk_bytes
+
+
+def _chunks_of_rows(v: Variable, rows: int) -> tuple[int, bool]:
+    """Return how many chunks a run of rows touches at most, and True if another dimension is selected in part."""
+    chunks, cut = math.ceil(rows / v.chunk_rows) + 1, False
+    for axis, (size, (start, stop, step)) in enumerate(zip(v.chunks, v.select, strict=True)):
+        if axis != v.sample_axis:
+            chunks *= math.ceil(stop / size) - start // size
+            cut = cut or (start, stop, step) != (0, v.shape[axis], 1)
+    return chunks, cut
+
+
+def format_bytes(count: float) -> str:
+    """Return a number of bytes in the unit that a person would use, in powers of 1000.
+
+    >>> format_bytes(1_500_000)
+    '1.5 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"

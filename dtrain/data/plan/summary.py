@@ -1,0 +1,59 @@
+"""The counts of a plan that a person wants to see: units, cells, samples of each split, bytes decoded a pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dtrain.data.plan.hashing import Ints
+from dtrain.data.plan.partition import Partition, cell_anchors, eval_partitions, train_partitions
+from dtrain.data.plan.splits import SplitName
+from dtrain.data.plan.units import DataPlan
+from dtrain.data.samples import Samples, Variable
+
+
+def describe_plan(samples: Samples, plan: DataPlan) -> dict[str, Any]:
+    """Return the counts of a plan by name, as ``dtrain plan --json`` prints them."""
+    parts = train_partitions(plan)
+    splits: tuple[SplitName, ...] = ("train", "val", "test")
+    anchors = -(-plan.num_samples // plan.stride) - -(-plan.first_row // plan.stride)
+    touched = sum(len(part.units) for part in parts)
+    distinct = len(np.unique(np.concatenate([part.units for part in parts])))
+    decoded, distinct_bytes = decoded_bytes(samples, parts)
+    return {
+        "units": plan.num_units,
+        "unit_rows": plan.unit_rows,
+        "cells": plan.num_cells,
+        "cell_rows": plan.cell_rows,
+        "window_units": plan.window,
+        "partition_samples": [part.num_samples for part in parts],
+        "val_samples": sum(part.num_samples for part in eval_partitions(plan, "val")),
+        "test_samples": sum(part.num_samples for part in eval_partitions(plan, "test")),
+        "dropped_samples": anchors * plan.patches - sum(cell_anchors(plan, split).num_samples for split in splits),
+        "decodes_per_unit": touched / distinct,
+        "partition_units": max(len(part.units) for part in parts),
+        "decoded_bytes": decoded,
+        "read_amplification": decoded / max(1, distinct_bytes),
+        "patches": plan.patches,
+        "absent_rows": sum(stop - start for start, stop in plan.absent),
+    }
+
+
+def decoded_bytes(samples: Samples, parts: tuple[Partition, ...]) -> tuple[int, int]:
+    """Return the bytes decoded in a pass over all partitions, and the bytes of the distinct chunks among them."""
+    spans = [part.spans() for part in parts]
+    starts, stops = (np.concatenate(bounds) for bounds in zip(*spans, strict=True))
+    counts = [(_decoded_chunks(samples, v, starts, stops), v.chunk_rows * v.row_bytes) for v in samples.streamed]
+    decoded = sum(total * chunk for (total, _), chunk in counts)
+    return decoded, sum(distinct * chunk for (_, distinct), chunk in counts)
+
+
+def _decoded_chunks(samples: Samples, v: Variable, starts: Ints, stops: Ints) -> tuple[int, int]:
+    """Return how many rows of chunks the runs of anchors ``starts:stops`` decode, in all and without repetitions."""
+    low, high = samples.reach(v.name)
+    first, after = (starts + low) // v.chunk_rows, -(-(stops + high) // v.chunk_rows)
+    order = np.argsort(first, kind="stable")
+    begin, end = first[order], np.maximum.accumulate(after[order])
+    before = np.concatenate([begin[:1], end[:-1]])
+    return int((after - first).sum()), int(np.maximum(0, end - np.maximum(begin, before)).sum())

@@ -1,0 +1,62 @@
+"""Metadata documents of stores: each is requested once, and remembered for the next reader in this process.
+
+A group is opened by `describe`, by the checks of its chunks and by every reader. They all open it anew, from the
+same documents. It is a cache of speed, never of truth: documents are used again only if they have not changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from zarr.core.buffer import Buffer
+
+from dtrain.data.read.local import Version
+
+NAMES = frozenset({"zarr.json", ".zgroup", ".zarray", ".zattrs", ".zmetadata"})
+ROOT_DOCUMENTS = (".zmetadata", "zarr.json", ".zgroup")
+REMEMBERED_STORES = 16
+
+
+class Documents:
+    """The answers of a store to requests for metadata documents, also that there is no such document."""
+
+    def __init__(self) -> None:
+        self._answers: dict[str, tuple[Buffer | None, Version | None]] = {}
+
+    @staticmethod
+    def holds(key: str) -> bool:
+        """Return True if a key names a metadata document."""
+        return key.rpartition("/")[2] in NAMES
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._answers
+
+    def __getitem__(self, key: str) -> Buffer | None:
+        return self._answers[key][0]
+
+    def put(self, key: str, document: Buffer | None, version: Version | None) -> None:
+        """Remember an answer, and the version of the file before it was read, if it is one."""
+        self._answers[key] = (document, version)
+
+    def copy(self) -> Documents:
+        """Return documents to which answers can be added."""
+        copied = Documents()
+        copied._answers = dict(self._answers)
+        return copied
+
+    def of_nodes(self, paths: Iterable[str]) -> Documents:
+        """Return the documents of some groups and arrays alone."""
+        wanted, chosen = set(paths), Documents()
+        for key, (document, version) in self._answers.items():
+            if key.rpartition("/")[0] in wanted:
+                chosen.put(key, document, version)
+        return chosen
+
+    def unchanged_files(self, version_of: Callable[[str], Version | None]) -> bool:
+        """Return True if every document is the version that it was, and those that were not there still are not."""
+        return all(version_of(key) == version for key, (_, version) in self._answers.items())
+
+    def root(self) -> tuple[str, Buffer] | None:
+        """Return key and text of the document at the root that says most."""
+        present = ((key, self._answers[key][0]) for key in ROOT_DOCUMENTS if key in self._answers)
+        return next(((key, document) for key, document in present if document is not None), None)

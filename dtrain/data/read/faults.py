@@ -1,0 +1,225 @@
+"""Faults of stored objects: missing, truncated, undecodable, modified, not finite. The one place for their sentences.
+
+Readers report observations; `Faults` decides which of them are faults, and raises an error that names the chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dtrain.data.encoding import Array, is_missing
+from dtrain.data.read.codecs import TRUNCATED
+from dtrain.data.read.local import Version
+from dtrain.data.read.shards import ArrayLike
+from dtrain.data.read.store import key_of
+from dtrain.data.samples import Samples, Select, Variable
+from dtrain.errors import ChunkMissing, ChunkUndecodable, DataChanged, NonFiniteData, one_line
+
+DAMAGED_INDEX = "its index is truncated or damaged"
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """A stored object, as a reader has seen it."""
+
+    place: tuple[int, ...]
+    """In the grid of the array's stored objects."""
+    key: str
+    is_absent: bool
+    is_truncated: bool
+    version: Version | None
+    """None if there is no file, or the store is not local."""
+
+
+class Faults:
+    """Decides which stored objects of some samples are at fault. Threads may share it.
+
+    Parameters
+    ----------
+    samples : Samples
+    arrays : mapping of str to zarr.Array
+        By variable.
+    absent : tuple of (int, int)
+        Runs of rows that nobody needs: chunks that are missing there are no fault.
+    """
+
+    def __init__(
+        self, samples: Samples, arrays: Mapping[str, ArrayLike], absent: tuple[tuple[int, int], ...] = ()
+    ) -> None:
+        self._samples = samples
+        self._arrays = arrays
+        self._absent = absent
+        self._seen = {v.name: np.zeros(v.grid, np.uint64) for v in samples.variables}
+        """Marks of the versions that were read first: 8 bytes a file, since there may be many."""
+
+    @property
+    def looks_for_missing(self) -> bool:
+        """False if the fill value may stand for every chunk that is not there."""
+        return self._samples.config.missing != "fill"
+
+    def check(self, variable: Variable, observations: Sequence[Observation]) -> None:
+        """Raise the first fault among the observations made while a selection was read.
+
+        Raises
+        ------
+        ChunkUndecodable, ChunkMissing, DataChanged
+        """
+        for seen in observations:
+            if seen.is_truncated:
+                raise self.undecodable(variable, seen.key, TRUNCATED)
+        for seen in observations:
+            if seen.is_absent:
+                self.check_missing(variable, seen.key, seen.place)
+        for seen in observations:
+            self.check_version(variable, seen.key, seen.place, seen.version)
+
+    def check_missing(self, variable: Variable, key: str, place: tuple[int, ...], *, inner: bool = False) -> None:
+        """Raise for a chunk that is not there, unless the fill value may stand for it or nobody needs its rows.
+
+        Parameters
+        ----------
+        variable : Variable
+        key : str
+            The key of the object, or of the shard that should hold the chunk.
+        place : tuple of int
+            In the grid of stored objects; of an inner chunk, in the grid of chunks.
+        inner : bool
+            True for an inner chunk of a shard.
+        """
+        missing = self._samples.config.missing
+        if missing == "fill":
+            return
+        if missing == "skip" and not variable.is_static:
+            rows = variable.chunk_rows if inner else variable.object_rows
+            first = place[variable.sample_axis] * rows
+            after = min(first + rows, self._samples.num_samples)
+            if any(start <= first and after <= stop for start, stop in self._absent):
+                return
+        raise chunk_missing(self._samples.path, variable, key, inner=place if inner else None)
+
+    def check_version(self, variable: Variable, key: str, place: tuple[int, ...], version: Version | None) -> None:
+        """Raise if a file of a local store is another version than when it was first read."""
+        if not self._samples.store.is_local:
+            return
+        mark = (hash(version) | 1) & (2**64 - 1)
+        seen = self._seen[variable.name]
+        if not seen[place]:
+            seen[place] = mark
+        if seen[place] != mark:
+            raise DataChanged(
+                f"{self._samples.path}: chunk {key} of {variable.name} has been modified since it was first read.",
+                "Train on data that nobody writes to; start a new run (--run NAME) for the data as they are now.",
+            )
+
+    def undecodable(self, variable: Variable, key: str, reason: str) -> ChunkUndecodable:
+        """Return the error for an object that cannot be read or decoded."""
+        return ChunkUndecodable(
+            f"{self._samples.path}: chunk {key} of {variable.name} cannot be decoded: {reason}",
+            "Restore it from a copy of the store.",
+        )
+
+    def unreliable(self, variable: Variable, select: Select, error: Exception) -> ChunkUndecodable:
+        """Return the error for a selection that could not be read, while each of its objects can be read alone."""
+        return ChunkUndecodable(
+            f"{self._samples.path}: {variable.name}{rows_text(variable, select)} could not be read: {one_line(error)}",
+            "Reading it again worked: the storage is unreliable. Run the same command again to continue.",
+        )
+
+    # Values -------------------------------------------------------------------------------------------------
+
+    def check_finite(self, variable: Variable, select: Select, values: Array) -> None:
+        """Raise if a value is missing, or not finite as the model sees it: a large float64 is infinite in float32.
+
+        Parameters
+        ----------
+        variable : Variable
+        select : Select
+            Where the values come from.
+        values : array[rows, *row]
+            As they are kept in memory.
+
+        Raises
+        ------
+        NonFiniteData
+        """
+        bad = _bad_values(variable, values)
+        if bad is None:
+            return
+        if not variable.is_static:
+            start = select[variable.sample_axis][0]
+            for first, after in self._absent:
+                bad[max(0, first - start) : max(0, after - start)] = False
+        if bad.any():
+            raise self._non_finite(variable, select, np.argwhere(bad)[0].tolist())
+
+    def _non_finite(self, variable: Variable, select: Select, place: list[int]) -> NonFiniteData:
+        where = [part[0] for part in select]
+        axes = list(variable.row_axes) if variable.is_static else [variable.sample_axis, *variable.row_axes]
+        for axis, index in zip(axes, place, strict=True):
+            where[axis] = range(*select[axis])[index]
+        array = self._arrays[variable.name]
+        value = np.asarray(array[tuple(where)])  # as stored: in memory it may be a float32
+        key = key_of(array, tuple(i // size for i, size in zip(where, variable.objects, strict=True)))
+        is_mark = variable.encoding is not None and bool(is_missing(_as_marked(variable, value), variable.encoding))
+        text = f"{value}, which float32 cannot hold" if np.isfinite(value) and not is_mark else f"{value}"
+        return NonFiniteData(
+            f"{self._samples.path}: {variable.name}{where} in chunk {key} is {text}"
+            f"{', which marks a missing value' if is_mark else ''}.",
+            'Repair or mask the data, or set data.non_finite = "allow".',
+        )
+
+
+def chunk_missing(
+    path: str, variable: Variable, key: str, count: int = 1, inner: tuple[int, ...] | None = None
+) -> ChunkMissing:
+    """Return the error for a chunk that is not stored.
+
+    Parameters
+    ----------
+    path : str
+        Names the store.
+    variable : Variable
+    key : str
+        The key of the object, or of the shard that should hold the chunk.
+    count : int
+        How many objects are missing.
+    inner : tuple of int, optional
+        The place of an inner chunk of a shard in the grid of chunks.
+    """
+    chunk = f"chunk {key} of {variable.name}" if inner is None else f"chunk {inner} of {variable.name}, in shard {key},"
+    others = f" ({count:,} of {variable.num_objects:,} are)" if count > 1 else f" (1 of {variable.num_objects:,})"
+    return ChunkMissing(
+        f"{path}: {chunk} is missing{others if inner is None else ''}; Zarr would read it as the fill value.",
+        'Repair the store. If it leaves out chunks that hold only the fill value: data.missing = "fill"; to leave '
+        'out their samples: "skip".',
+    )
+
+
+def rows_text(variable: Variable, select: Select) -> str:
+    """Return the rows of a selection as ``[first:last]``; empty for a variable without the sample dimension."""
+    return "" if variable.is_static else "[{}:{}]".format(*select[variable.sample_axis][:2])
+
+
+def _bad_values(variable: Variable, values: Array) -> Array | None:
+    """Return where values are missing or not finite; None if nowhere."""
+    has_marks = variable.encoding is not None and bool(variable.encoding.missing)
+    bad = None
+    if values.dtype.kind == "f":
+        with np.errstate(all="ignore"):
+            # one pass that writes nothing: the sum is only finite if all values are
+            if not np.isfinite(np.add.reduce(values, axis=None, dtype=np.float32)):
+                bad = ~np.isfinite(values.astype(np.float32, copy=False))
+    if has_marks and variable.encoding is not None:
+        marked = is_missing(_as_marked(variable, values), variable.encoding)
+        bad = marked if bad is None else bad | marked
+    return bad
+
+
+def _as_marked(variable: Variable, values: Array) -> Array:
+    """Return stored values as the marks of missing values are meant: with other signs where the encoding says so."""
+    if variable.encoding is not None and variable.encoding.unsigned:
+        return values.view(variable.encoding.unsigned)
+    return values

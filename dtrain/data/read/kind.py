@@ -1,0 +1,60 @@
+"""A kind of store, in one value: how to recognise its paths, open it, and say that nothing is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+from zarr.abc.store import Store
+
+from dtrain.data.samples import StoreFacts
+from dtrain.errors import DataNotFound, DtrainError, NotZarr
+
+StorageOptions: TypeAlias = Mapping[str, Any]
+"""``data.storage_options``, as fsspec and the packages behind it define them."""
+
+NO_OPTIONS: StorageOptions = MappingProxyType({})
+
+METADATA_FILES = ("zarr.json", ".zgroup", ".zmetadata")
+"""A Zarr group has at least one of these documents."""
+
+
+def local_path(path: str, base: Path) -> str:
+    """Return the absolute path of a file or directory; a relative one is relative to `base`.
+
+    Raises
+    ------
+    DataNotFound
+        There is nothing at the path.
+    """
+    located = Path(base, Path(path).expanduser()).absolute()
+    if not located.exists():
+        raise DataNotFound(f"{path}: no such file or directory.", f"Looked for {located}")
+    return str(located)
+
+
+def not_a_group(path: str) -> DtrainError:
+    """Return the error for something that is there, and is no Zarr group."""
+    return NotZarr(f"{path} is not a Zarr group: it has none of {', '.join(METADATA_FILES)}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreKind:
+    """A kind of store that dtrain reads; `dtrain.data.read.open.register_kind` adds another one."""
+
+    matches: Callable[[str], bool]
+    """True for the paths and URLs of this kind."""
+    open: Callable[[str, StorageOptions], Store]
+    """Opens a store, given its located path and ``data.storage_options``; the returned store can be read at once.
+
+    Raises InvalidConfig if the path or the options cannot be used. The store's own methods raise StoreForbidden or
+    StoreUnavailable where a server refuses or fails, and return None for an object that is not there.
+    """
+    facts: StoreFacts
+    locate: Callable[[str, Path], str] = local_path
+    """Turns ``data.path`` and a base directory into an absolute path or a URL. Raises DataNotFound, InvalidConfig."""
+    nothing_there: Callable[[str], DtrainError] = not_a_group
+    """The error for a path, as the user gave it, at which there is no Zarr group."""

@@ -1,0 +1,71 @@
+"""Stores in a directory of this machine: the objects are files, and can be read by their path without zarr."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import TypeAlias
+from urllib.parse import unquote
+
+from zarr.storage import LocalStore
+
+from dtrain.data.read.kind import StorageOptions, StoreKind, local_path
+from dtrain.data.samples import StoreFacts
+
+Version: TypeAlias = tuple[int, int]
+"""Size of a file, and the time when it was last written, in nanoseconds."""
+Scratch: TypeAlias = Callable[[int], memoryview]
+"""Gives a scratch buffer of so many bytes."""
+
+
+class DirectoryStore(LocalStore):
+    """A directory, listed without pathlib, which remembers every file that it has seen."""
+
+    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        """Yield the keys that begin so."""
+        for folder, _, names in os.walk(os.path.join(self.root, prefix), followlinks=True):
+            inside = os.path.relpath(folder, self.root).replace(os.sep, "/")
+            for name in names:
+                yield name if inside == "." else f"{inside}/{name}"
+
+
+def read_part(path: str, scratch: Scratch, start: int, stop: int | None) -> tuple[memoryview, Version] | None:
+    """Return the bytes ``start:stop`` of a file, as far as it goes, and its version; None if there is no file."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            facts = os.fstat(file.fileno())
+            end = facts.st_size if stop is None else min(stop, facts.st_size)
+            value = scratch(max(0, end - start))
+            if start:
+                file.seek(start)
+            done = 0
+            while done < len(value) and (count := file.readinto(value[done:])):
+                done += count
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+    return value[:done], (facts.st_size, facts.st_mtime_ns)
+
+
+def version_of(path: str) -> Version | None:
+    """Return the version of a file; None if there is none."""
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return None
+    return facts.st_size, facts.st_mtime_ns
+
+
+def _matches(path: str) -> bool:
+    return path.startswith("file://") or "://" not in path
+
+
+def _open(path: str, storage_options: StorageOptions) -> DirectoryStore:
+    return DirectoryStore(path, read_only=True)
+
+
+def _locate(path: str, base: Path) -> str:
+    return local_path(unquote(path.removeprefix("file://")) if path.startswith("file://") else path, base)
+
+
+DIRECTORY = StoreKind(matches=_matches, open=_open, facts=StoreFacts(), locate=_locate)

@@ -1,0 +1,121 @@
+"""Resolve the sample dimension, ``data.isel`` and ``data.patch`` against the dimensions that the variables have."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import TypeAlias
+
+from dtrain.config.schema import DataConfig, Slice
+from dtrain.data.samples import Tile, Variable
+from dtrain.errors import InvalidConfig, LengthsDiffer, did_you_mean
+
+Dims: TypeAlias = Mapping[str, tuple[str, ...]]
+"""The dimensions of each variable, in order."""
+Selected: TypeAlias = dict[str, tuple[tuple[int, int, int], bool]]
+"""By dimension: start, stop and step, and True if the dimension is dropped."""
+
+
+def sample_dim(config: DataConfig, dims: Dims) -> str:
+    """Return the dimension of the samples: ``data.sample_dim``, or the first that all variables share.
+
+    Raises
+    ------
+    LengthsDiffer
+        The variables share no dimension.
+    InvalidConfig
+        A target, or every variable, lacks the dimension.
+    """
+    if config.sample_dim == "auto":
+        first, *others = dims.values()
+        shared = [dim for dim in first if all(dim in other for other in others)]
+        if not shared:
+            texts = ", ".join(f"{name}({', '.join(of)})" for name, of in dims.items())
+            raise LengthsDiffer(
+                f"The variables share no dimension: {texts}.",
+                "Name the dimension of the samples in data.sample_dim; variables without it are the same for all.",
+            )
+        return shared[0]
+    known = list(dict.fromkeys(dim for of in dims.values() for dim in of))
+    lacking = [name for name in config.targets if config.sample_dim not in dims[name]]
+    if config.sample_dim not in known or lacking:
+        where = f"of {lacking[0]}, a target" if config.sample_dim in known else "of any variable"
+        guess = "" if config.sample_dim in known else did_you_mean(config.sample_dim, known)
+        raise InvalidConfig(
+            f'data.sample_dim = "{config.sample_dim}": not a dimension {where}{guess}',
+            f"Dimensions are {', '.join(known) or 'none'}.",
+        )
+    return config.sample_dim
+
+
+def select_dims(config: DataConfig, sizes: Mapping[str, int], sample_dim: str) -> Selected:
+    """Resolve ``data.isel``.
+
+    Parameters
+    ----------
+    config : DataConfig
+    sizes : mapping of str to int
+        The length of each dimension.
+    sample_dim : str
+
+    Raises
+    ------
+    InvalidConfig
+        There is no such dimension or place, or nothing is selected.
+    """
+    selected: Selected = {}
+    for dim, wanted in config.isel.items():
+        text = f"data.isel.{dim} = {wanted if isinstance(wanted, int) else wanted.model_dump()}"
+        if dim not in sizes:
+            raise InvalidConfig(
+                f"{text}: no such dimension{did_you_mean(dim, sizes)}", f"Dimensions are {', '.join(sizes)}."
+            )
+        if isinstance(wanted, int):
+            selected[dim] = (_one_place(text, dim, wanted, sizes[dim], is_samples=dim == sample_dim), True)
+        else:
+            selected[dim] = (_range(text, dim, wanted, sizes[dim], is_samples=dim == sample_dim), False)
+    return selected
+
+
+def _one_place(text: str, dim: str, wanted: int, size: int, *, is_samples: bool) -> tuple[int, int, int]:
+    if is_samples:
+        raise InvalidConfig(f"{text}: {dim} is the dimension of the samples; give a start and a stop.")
+    if not -size <= wanted < size:
+        raise InvalidConfig(f"{text}: {dim} has {size:,} places, counted from 0.")
+    place = wanted % size
+    return place, place + 1, 1
+
+
+def _range(text: str, dim: str, wanted: Slice, size: int, *, is_samples: bool) -> tuple[int, int, int]:
+    if is_samples and wanted.step != 1:
+        raise InvalidConfig(f"{text}: a step along {dim} is not for isel.", "Use data.stride for every n-th row.")
+    start, stop, step = slice(wanted.start, wanted.stop, wanted.step).indices(size)
+    if start >= stop:
+        raise InvalidConfig(f"{text}: selects nothing of the {size:,} places of {dim}.")
+    return start, stop, step
+
+
+def tiles(config: DataConfig, variables: tuple[Variable, ...], sample_dim: str) -> tuple[Tile, ...]:
+    """Cut the dimensions of ``data.patch``; the last patch of each begins earlier, so that it is whole.
+
+    Raises
+    ------
+    InvalidConfig
+        There is no such dimension, or it is shorter than a patch.
+    """
+    sizes: dict[str, int] = {}
+    for v in variables:
+        sizes.update((v.dims[axis], length) for axis, length in zip(v.row_axes, v.row_shape, strict=True))
+    ranges = []
+    for dim, size in config.patch.items():
+        if dim == sample_dim or dim not in sizes:
+            why = "is the dimension of the samples" if dim == sample_dim else "is not a dimension of any variable"
+            raise InvalidConfig(
+                f"data.patch.{dim} = {size}: {dim} {why}{did_you_mean(dim, sizes)}",
+                f"Dimensions are {', '.join(sizes)}.",
+            )
+        if size > sizes[dim]:
+            raise InvalidConfig(f"data.patch.{dim} = {size}: {dim} has {sizes[dim]:,} places.", "Cut smaller patches.")
+        starts = dict.fromkeys(min(start, sizes[dim] - size) for start in range(0, sizes[dim], size))
+        ranges.append([(dim, start, start + size) for start in starts])
+    return tuple(Tile(parts) for parts in itertools.product(*ranges))

@@ -1,0 +1,238 @@
+"""Run directories: found, named, described, and compared with the job that wants to continue one."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from dtrain.config.compare import differences, may_change, without_secrets
+from dtrain.config.files import to_toml
+from dtrain.config.schema import TrainConfig
+from dtrain.errors import DiskFull, RunConflict, RunDamaged, RunNotFound, UsageError, did_you_mean, one_line
+from dtrain.files import write_text
+from dtrain.job import Job
+from dtrain.report.journal import HISTORY
+from dtrain.resolve import Resolved, check_kind, from_json, to_json
+from dtrain.runtime.versions import versions
+
+NAME = re.compile(r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")
+CONFIG, PLAN, ENV = "config.toml", "plan.json", "env.json"
+
+
+# Names ----------------------------------------------------------------------------------------------------
+
+
+def run_directory(job: Job, name: str | None) -> Path:
+    """Return the directory of a named run below ``run.dir``.
+
+    Raises
+    ------
+    UsageError
+        The name cannot be that of a directory.
+    """
+    if name is None:
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", job.base.resolve().name).strip(".-") or "run"
+    if not NAME.match(name):
+        raise UsageError(f'--run "{name}": a run\'s name has letters, digits, ".", "_" and "-", at most 64.')
+    return Path(job.base, job.config.run.dir).expanduser() / name
+
+
+def next_run_directory(job: Job, root: Path) -> Path:
+    """Return the first ``run-N`` below ``run.dir`` that does not exist."""
+    parent = Path(root, job.config.run.dir)
+    number = 1
+    while (parent / f"run-{number}").exists():
+        number += 1
+    return parent / f"run-{number}"
+
+
+def find_run(text: str) -> Path:
+    """Return the directory that a path or name means: ``PATH``, ``runs/NAME`` or ``*/runs/NAME``; '' the newest.
+
+    Raises
+    ------
+    RunNotFound
+        There is none.
+    """
+    here = Path.cwd()
+    known = [p.parent for pattern in (f"runs/*/{CONFIG}", f"*/runs/*/{CONFIG}") for p in sorted(here.glob(pattern))]
+    if not text:
+        if not known:
+            raise RunNotFound("There is no run in runs/ or */runs/.", "Name its directory.")
+        return max(known, key=_touched).relative_to(here)
+    if (Path(text) / CONFIG).is_file():
+        return Path(text)
+    named = [p for p in known if p.name == text]
+    if len(named) == 1:
+        return named[0].relative_to(here)
+    if named:
+        raise RunNotFound(f"{text} names several runs: {', '.join(str(p.relative_to(here)) for p in named)}.")
+    names = [p.name for p in known]
+    raise RunNotFound(
+        f"{text}: no such run{did_you_mean(text, names)}",
+        f"Known here: {', '.join(names) or 'none'}. Name a run, or its directory.",
+    )
+
+
+def _touched(run: Path) -> float:
+    files = [run / CONFIG, run / HISTORY]
+    return max(file.stat().st_mtime for file in files if file.exists())
+
+
+# Reading --------------------------------------------------------------------------------------------------
+
+
+def read_tables_of(run: Path) -> dict[str, Any]:
+    """Return the tables of a run's config.toml.
+
+    Raises
+    ------
+    RunNotFound, RunDamaged
+        There is no run, or the file cannot be read.
+    """
+    if not (run / CONFIG).is_file():
+        raise RunNotFound(f"{run} is not a run: it has no {CONFIG}.", "A run's directory is runs/NAME.")
+    try:
+        return tomllib.loads((run / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunDamaged(f"{run / CONFIG} cannot be read: {one_line(error)}") from error
+
+
+def read_config_of(run: Path) -> TrainConfig:
+    """Return a run's configuration.
+
+    Raises
+    ------
+    RunNotFound, RunDamaged
+        There is no run, or its configuration cannot be read.
+    """
+    try:
+        return TrainConfig(**read_tables_of(run))
+    except ValueError as error:
+        raise RunDamaged(f"{run / CONFIG} cannot be read: {one_line(error)}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file of a run.
+
+    Raises
+    ------
+    RunDamaged
+        It cannot be read.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunDamaged(f"{path} cannot be read: {one_line(error)}") from error
+    return content
+
+
+def read_resolved(run: Path) -> Resolved:
+    """Return what a run has resolved: its plan.json.
+
+    Raises
+    ------
+    RunDamaged
+        It cannot be read, or lacks a key.
+    """
+    stored = read_json(run / PLAN)
+    try:
+        return from_json(stored)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise RunDamaged(f"{run / PLAN} cannot be read: {type(error).__name__}: {one_line(error)}") from error
+
+
+# Starting and continuing ----------------------------------------------------------------------------------
+
+
+def make_directory(run: Path) -> None:
+    """Make a run's directory, if it is not there.
+
+    Raises
+    ------
+    DiskFull
+        It cannot be made.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskFull(
+            f"{run} cannot be made: {error.strerror}.", "Set run.dir to a place that you may write to."
+        ) from error
+
+
+def read_plan(run: Path, job: Job) -> Resolved | None:
+    """Return the plan of a run that was started before, or None; refuse to continue with a changed job.
+
+    Raises
+    ------
+    RunConflict
+        The configuration or the user's code differs.
+    DataChanged
+        The store is another one.
+    """
+    if not (run / PLAN).is_file():
+        return None
+    _check_config(run, read_config_of(run), job.config)
+    read_json(run / ENV)  # it is not compared, but a run with a damaged file is not continued
+    resolved = read_resolved(run)
+    changed = [key for key, digest in job.code.items() if resolved.code.get(key) != digest]
+    if changed:
+        raise RunConflict(
+            f"{run} was started with other code of {', '.join(changed)}.",
+            "Train under another --run NAME, or undo the change.",
+        )
+    for source, plan in zip(job.sources, resolved.plan.plans, strict=True):
+        if source.samples is not None:
+            check_kind(source.samples, plan)
+    if job.held_out is not None and resolved.held_out is not None:
+        check_kind(job.held_out.described, resolved.held_out)
+    return resolved
+
+
+def _check_config(run: Path, old: TrainConfig, new: TrainConfig) -> None:
+    blocked = [d for d in differences(old, without_secrets(new)) if not may_change(d[0], new)]
+    if blocked:
+        changes = "; ".join(f"{key} was {_shown(before)}, is {_shown(after)}" for key, before, after in blocked[:4])
+        raise RunConflict(
+            f"{run} was started with another configuration: {changes}.",
+            "Train under another --run NAME, or undo the change.",
+        )
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else json.dumps(value)
+
+
+def write_run(run: Path, job: Job, resolved: Resolved) -> None:
+    """Write what describes a run: config.toml, env.json and, at the first start, plan.json.
+
+    Raises
+    ------
+    DiskFull
+        It cannot be written.
+    """
+    write_text(run / CONFIG, to_toml(without_secrets(job.config)))
+    environment = {
+        **versions(),
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "base": str(job.base.resolve()),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    write_text(run / ENV, json.dumps(environment, indent=1) + "\n")
+    if not (run / PLAN).exists():
+        write_text(run / PLAN, json.dumps(to_json(job, resolved), indent=1) + "\n")
+
+
+def _cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "")

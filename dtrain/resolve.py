@@ -1,0 +1,182 @@
+"""Resolve what decides bits: once, at a run's first start; later it is read back from plan.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from dtrain.data.encoding import Scaling
+from dtrain.data.plan.partition import JointPlan, count_units, plan_data, plan_held_out
+from dtrain.data.plan.units import DataPlan
+from dtrain.data.read.presence import absent_rows, content_digest
+from dtrain.data.samples import Samples
+from dtrain.data.source import describe
+from dtrain.errors import ClusterUnsuitable, DataChanged, InvalidConfig, LengthsDiffer, RunConflict
+from dtrain.job import Job
+from dtrain.runtime.place import Place
+from dtrain.runtime.spec import Source
+
+VERSION = 1
+"""Of plan.json. A key that is added later is optional, with the behaviour of before as its default; a change that an
+older dtrain would misread raises the version."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """All that decides bits."""
+
+    plan: JointPlan
+    held_out: DataPlan | None
+    """Of the store of ``data.val_path``."""
+    scalings: Mapping[str, Scaling]
+    """By variable of ``data.normalize``."""
+    device: str
+    contents: tuple[Mapping[str, str], ...]
+    """By store and variable: a digest of the sizes of its stored objects."""
+    code: Mapping[str, str]
+    """By config key: SHA-256 of the source text of a function of the user's."""
+
+
+def described(job: Job, place: Place) -> Job:
+    """Describe the stores that only their own workers can read."""
+    return replace(job, sources=tuple(_described(source, job, place) for source in job.sources))
+
+
+def _described(source: Source, job: Job, place: Place) -> Source:
+    if source.samples is not None:
+        return source
+    return replace(source, samples=place.call(source, partial(describe, source.config, job.base)))
+
+
+def resolve(job: Job, place: Place) -> Resolved:
+    """Resolve a first start; ``replicas = "auto"`` and ``device = "auto"`` look at the workers, nothing else does.
+
+    Raises
+    ------
+    InvalidConfig, LengthsDiffer, ClusterUnsuitable, TooFewSamples, ChunkMissing
+        The stores do not fit together or with the configuration, or the device is not there.
+    """
+    _check_alike(job)
+    plans = tuple(_plan(source, job, place) for source in job.sources)
+    held_out = None if job.held_out is None else plan_held_out(job.held_out.described, plans[0])
+    device = _device(job, place)
+    contents = tuple(place.call(source, partial(content_digest, source.described)) for source in job.all_sources)
+    return Resolved(
+        plan=JointPlan(plans), held_out=held_out, scalings={}, device=device, contents=contents, code=job.code
+    )
+
+
+def plan_other(samples: Samples, seed: int) -> DataPlan:
+    """Plan other data than a run's own, to evaluate a split of them."""
+    return plan_data(samples, replicas=1, seed=seed)
+
+
+def _plan(source: Source, job: Job, place: Place) -> DataPlan:
+    wanted, samples = job.config.average.replicas, source.described
+    if source.replicas is not None:
+        replicas = source.replicas
+    else:
+        replicas = min(place.num_workers, count_units(samples)) if wanted == "auto" else wanted
+    absent = place.call(source, partial(absent_rows, samples)) if samples.config.missing == "skip" else ()
+    return plan_data(samples, replicas=replicas, seed=job.config.train.seed, absent=absent)
+
+
+def _device(job: Job, place: Place) -> str:
+    if job.config.train.device == "auto":
+        return place.device
+    if job.config.train.device == "cuda" and place.device != "cuda":
+        raise ClusterUnsuitable(
+            'train.device = "cuda", but not every worker has a GPU that torch can use.', 'Set train.device = "cpu".'
+        )
+    return job.config.train.device
+
+
+def _check_alike(job: Job) -> None:
+    """Refuse stores that ask for another number of replicas than the run, or whose samples differ in kind."""
+    if job.sources[0].replicas is None:
+        return
+    wanted, total = job.config.average.replicas, sum(source.replicas or 1 for source in job.sources)
+    if wanted not in ("auto", total):
+        raise InvalidConfig(
+            f"average.replicas = {wanted}, but the stores of data.path have {total} together.",
+            "Leave average.replicas out.",
+        )
+    first = job.samples
+    for source in job.sources[1:]:
+        other = source.described
+        for a, b in zip(first.variables, other.variables, strict=True):
+            if (a.row_shape, a.model_dtype) != (b.row_shape, b.model_dtype):
+                raise LengthsDiffer(
+                    f"{other.path}: a row of {b.name} is {b.model_dtype}{list(b.row_shape)}; "
+                    f"in {first.path} it is {a.model_dtype}{list(a.row_shape)}.",
+                    "All stores of data.path must hold the same kind of samples.",
+                )
+
+
+def check_kind(samples: Samples, plan: DataPlan) -> None:
+    """Refuse data of other metadata than a plan was made for."""
+    if samples.fingerprint != plan.source:
+        raise DataChanged(
+            f"{samples.path} has other shapes, dtypes or chunks than when the run was started.",
+            "Train under another --run NAME; to evaluate other data, name them with --data.",
+        )
+
+
+# plan.json ------------------------------------------------------------------------------------------------
+
+
+def to_json(job: Job, resolved: Resolved) -> dict[str, Any]:
+    """Return the content of plan.json."""
+    plans = [asdict(plan) for plan in resolved.plan.plans]
+    return {
+        "version": VERSION,
+        "data": plans[0] if len(plans) == 1 else plans,
+        "held_out": None if resolved.held_out is None else asdict(resolved.held_out),
+        "fingerprint": resolved.plan.fingerprint,
+        "threads": job.config.cluster.threads,
+        "device": resolved.device,
+        "normalize": {name: asdict(scaling) for name, scaling in resolved.scalings.items()},
+        "contents": [dict(content) for content in resolved.contents],
+        "torch": torch.__version__,
+        "code": dict(resolved.code),
+    }
+
+
+def from_json(values: Mapping[str, Any]) -> Resolved:
+    """Return what `to_json` has written.
+
+    Raises
+    ------
+    RunConflict
+        A newer dtrain has written it.
+    """
+    if values.get("version", VERSION) > VERSION:
+        raise RunConflict(
+            f"The run was started by a newer dtrain: its plan has version {values['version']}, this one reads "
+            f"{VERSION}.",
+            "Install that version of dtrain to continue it.",
+        )
+    data = values["data"]
+    plans = tuple(_plan_from(plan) for plan in (data if isinstance(data, list) else [data]))
+    scalings = {
+        name: Scaling(tuple(scaling["mean"]), tuple(scaling["std"]), scaling["axis"])
+        for name, scaling in values.get("normalize", {}).items()
+    }
+    held_out = values.get("held_out")
+    return Resolved(
+        plan=JointPlan(plans),
+        held_out=None if held_out is None else _plan_from(held_out),
+        scalings=scalings,
+        device=values["device"],
+        contents=tuple(values.get("contents", ())),
+        code=values["code"],
+    )
+
+
+def _plan_from(values: Mapping[str, Any]) -> DataPlan:
+    absent = tuple((start, stop) for start, stop in values.get("absent", ()))
+    return DataPlan(**{**values, "absent": absent})

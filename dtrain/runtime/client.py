@@ -1,0 +1,174 @@
+"""A Dask client that knows how work gets lost: tasks and values out, values or `SegmentLost` back."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from distributed import Client, Future, KilledWorker, wait
+from distributed.client import ClosedClientError
+from distributed.comm.core import CommClosedError
+
+from dtrain.errors import ClusterLost, DtrainError, one_line
+from dtrain.runtime.runner import SegmentLost
+
+POLL_SECONDS = 0.5
+WORKERS_SECONDS = 1.0
+"""How long the list of workers is cached; tasks pinned to a worker that is gone run elsewhere."""
+NO_WORKERS_SECONDS = 120.0
+"""How long a cluster may be without any worker before the run gives up."""
+GONE = (
+    KilledWorker,
+    CommClosedError,
+    asyncio.CancelledError,
+    concurrent.futures.CancelledError,
+    TimeoutError,
+    OSError,
+)
+"""Dask's ways to say that a value cannot be had any more."""
+AGAIN = "Run the same command again to continue."
+
+
+class TaskClient:
+    """Submits tasks, scatters and gathers values.
+
+    Parameters
+    ----------
+    client : distributed.Client
+    suffix : str
+        Ends the key of each task: it names the run.
+    """
+
+    def __init__(self, client: Client, suffix: str) -> None:
+        self.dask = client
+        self._suffix = suffix
+        self._direct = True  # past the scheduler, until a worker turns out to be out of the client's reach
+        self._attempt = 0
+        self._known: list[str] = []
+        self._known_at = 0.0
+
+    def begin(self) -> None:
+        """Begin a segment: its keys differ from those of earlier attempts, and the workers are looked up anew."""
+        self._attempt += 1
+        self._known = []
+
+    def submit(
+        self,
+        function: Callable[..., Any],
+        name: str,
+        *arguments: Any,
+        at: str | tuple[str, ...] | None = None,
+        resources: Mapping[str, int] | None = None,
+        priority: int = 0,
+    ) -> Future:
+        """Submit a task: preferably on the worker `at`, or only on the workers of the tuple `at`."""
+        try:
+            return self.dask.submit(
+                function,
+                *arguments,
+                key=f"dtrain-{name}-{self._suffix}-a{self._attempt}",
+                workers=[at] if isinstance(at, str) else list(at) if at else None,
+                allow_other_workers=isinstance(at, str),
+                resources=resources,
+                priority=priority,
+            )
+        except ClosedClientError as error:  # the scheduler went away between two rounds
+            raise self.lost(error) from error
+
+    def scatter(self, value: object, places: Sequence[str]) -> Future:
+        """Send a value to some workers."""
+        addresses = sorted(set(places))
+        try:
+            return self._scatter(value, addresses)
+        except (OSError, TimeoutError) as error:
+            if not self._direct or not set(addresses) <= set(self.live()):
+                raise self.lost(error) from error
+            self._direct = False
+            return self._scatter(value, addresses)
+        except GONE as error:
+            raise self.lost(error) from error
+
+    def _scatter(self, value: object, addresses: list[str]) -> Future:
+        # a list, since the values of a dict would be scattered one by one; broadcast within `addresses` only
+        everywhere = len(addresses) > 1
+        (future,) = self.dask.scatter([value], workers=addresses, broadcast=everywhere, direct=self._direct, hash=False)
+        return future
+
+    def scatter_each(self, values: Sequence[object], at: Mapping[int, str]) -> tuple[Future, ...]:
+        """Send each value to its worker; a value that stands several times is sent once, to all its workers."""
+        places: dict[int, list[str]] = {}
+        for k, value in enumerate(values):
+            places.setdefault(id(value), []).append(at[k])
+        distinct = {id(value): value for value in values}
+        futures = {key: self.scatter(value, places[key]) for key, value in distinct.items()}
+        return tuple(futures[id(value)] for value in values)
+
+    def gather(self, futures: Sequence[Future], meanwhile: Callable[[], None]) -> list[Any]:
+        """Wait for futures and return their values; call `meanwhile` now and then."""
+        try:
+            self._wait(futures, meanwhile)
+            return list(self.dask.gather(list(futures), direct=self._direct))
+        except DtrainError:
+            raise
+        except GONE as error:
+            raise self.lost(error) from error
+
+    def _wait(self, futures: Sequence[Future], meanwhile: Callable[[], None]) -> None:
+        deadline = time.monotonic() + NO_WORKERS_SECONDS
+        while True:
+            try:
+                wait(list(futures), timeout=POLL_SECONDS)
+                return
+            except TimeoutError:
+                if self.live():
+                    deadline = time.monotonic() + NO_WORKERS_SECONDS
+                self._check_alive(deadline)
+            finally:
+                meanwhile()
+
+    # Workers ------------------------------------------------------------------------------------------------
+
+    def workers(self) -> list[str]:
+        """Return the addresses of the live workers, as of a second ago; wait a while for the first."""
+        deadline = time.monotonic() + NO_WORKERS_SECONDS
+        while True:
+            self._check_alive(deadline)
+            if self._known and time.monotonic() - self._known_at < WORKERS_SECONDS:
+                return self._known
+            if addresses := self.live():
+                self._known, self._known_at = addresses, time.monotonic()
+                return addresses
+            time.sleep(0.2)
+
+    def live(self) -> list[str]:
+        """Return the addresses of the workers that the scheduler knows now."""
+        try:
+            return sorted(self.dask.nthreads())
+        except (*GONE, AttributeError):  # a client without a scheduler has no attribute of it
+            return []
+
+    @property
+    def connected(self) -> bool:
+        """Whether the scheduler is there."""
+        return self.dask.status == "running" and self.dask.scheduler is not None
+
+    def _check_alive(self, deadline: float) -> None:
+        if not self.connected:
+            raise _scheduler_lost()
+        if time.monotonic() > deadline:
+            raise ClusterLost(
+                f"The cluster has had no worker for {NO_WORKERS_SECONDS:.0f} s. Committed rounds are safe.", AGAIN
+            )
+
+    def lost(self, error: BaseException) -> Exception:
+        """Return the error that a vanished value means."""
+        if not self.connected:
+            return _scheduler_lost()
+        return SegmentLost(one_line(error), isinstance(error, KilledWorker))
+
+
+def _scheduler_lost() -> ClusterLost:
+    return ClusterLost("Lost the Dask scheduler. Committed rounds are safe.", AGAIN)

@@ -1,0 +1,51 @@
+"""Build the user's module, and isolate the global state of torch, numpy and random from task to task."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from dtrain.errors import NotAModule
+from dtrain.runtime.usercode import user_code
+
+
+def build_module(build: Callable[..., nn.Module], arguments: Mapping[str, object], seed: int) -> nn.Module:
+    """Call the user's function under the run's seed.
+
+    Raises
+    ------
+    NotAModule
+        It returned something else.
+    UserCodeFailed
+        It raised an exception.
+    """
+    with isolated(seed, torch.get_num_threads()), user_code("The function given as model"):
+        module = build(**arguments)
+    if not isinstance(module, nn.Module):
+        hint = "Return the module from the function." if module is None else ""
+        raise NotAModule(f"The function given as model returned {type(module).__name__}, not a torch.nn.Module.", hint)
+    return module
+
+
+@contextmanager
+def isolated(seed: int, threads: int) -> Iterator[None]:
+    """Seed torch, numpy and random for one task, and restore all global state afterwards."""
+    states = random.getstate(), np.random.get_state()
+    before = torch.get_num_threads()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+            random.setstate(states[0])
+            np.random.set_state(states[1])

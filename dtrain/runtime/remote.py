@@ -1,0 +1,138 @@
+"""The tasks of `tasks.py` as Dask calls them: with the name of the run, and with results that are not taken apart yet.
+
+A large result is taken apart by tasks of its own, which copy nothing, so that its parts go to different workers. A
+small one is sent whole, and taken apart here, where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from distributed import WorkerPlugin, get_worker
+
+from dtrain.algorithm.average import Combined, Update, combine, model_of, summarise
+from dtrain.algorithm.evaluate import Sums
+from dtrain.algorithm.mix import Average
+from dtrain.config.schema import AverageConfig
+from dtrain.data.load.statistics import Moments
+from dtrain.data.plan.splits import SplitName
+from dtrain.events import StepsTaken
+from dtrain.runtime import tasks
+from dtrain.runtime.resident import install, remove, resident_of
+from dtrain.runtime.spec import RunSpec
+from dtrain.runtime.trial import Initial, initialise
+from dtrain.types import Broadcast, LocalTask, OuterState, Parameters, ReplicaState, RoundSummary
+
+RESOURCE = {"dtrain": 1}
+"""Asked for by every task that runs the user's code, so that one runs at a time in a process."""
+
+
+class RunPlugin(WorkerPlugin):  # type: ignore[misc]
+    """Gives each worker, also those that join late, the resident of a run and the resource `dtrain`."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        self.name = topic(spec.run_id)
+        self.spec = spec
+
+    async def setup(self, worker: Any) -> None:
+        """Prepare a worker."""
+        install(self.spec)
+        await worker.set_resources(**RESOURCE)
+
+    def teardown(self, worker: Any) -> None:
+        """Forget the run."""
+        remove(self.spec.run_id)
+
+
+def topic(run_id: str) -> str:
+    """Return the topic that workers send their progress to."""
+    return f"dtrain-{run_id}"
+
+
+def _progress(run_id: str, event: StepsTaken) -> None:
+    get_worker().log_event(topic(run_id), {"steps": asdict(event)})  # Dask adds a key
+
+
+# Parts of results -----------------------------------------------------------------------------------------
+
+
+def update_of(trained: tuple[Update, ReplicaState] | Update) -> Update:
+    """Return what a replica sends."""
+    return trained if isinstance(trained, Update) else trained[0]
+
+
+def state_of(trained: tuple[Update, ReplicaState] | ReplicaState) -> ReplicaState:
+    """Return what a replica keeps."""
+    return trained if isinstance(trained, ReplicaState) else trained[1]
+
+
+def broadcast_of(combined: Combined | Broadcast) -> Broadcast:
+    """Return what the next round starts from."""
+    return combined if isinstance(combined, Broadcast) else combined.broadcast
+
+
+def outer_of(combined: Combined | OuterState) -> OuterState:
+    """Return the state of the outer optimizer."""
+    return combined if isinstance(combined, tuple) else combined.outer
+
+
+def model_in(value: Combined | Broadcast | Parameters) -> Parameters:
+    """Return the parameters that are evaluated."""
+    return value if isinstance(value, Parameters) else broadcast_of(value).params
+
+
+# Tasks ----------------------------------------------------------------------------------------------------
+
+
+def initialise_run(run_id: str) -> Initial:
+    """Build the model and try it."""
+    return initialise(resident_of(run_id))
+
+
+def train_replica(
+    run_id: str,
+    task: LocalTask,
+    start: Combined | Broadcast,
+    state: tuple[Update, ReplicaState] | ReplicaState,
+) -> tuple[Update, ReplicaState]:
+    """Run the local steps of a replica."""
+    return tasks.train_local(
+        resident_of(run_id), task, broadcast_of(start), state_of(state), partial(_progress, run_id)
+    )
+
+
+def combine_replicas(
+    config: AverageConfig,
+    start: Combined | Broadcast,
+    updates: Sequence[tuple[Update, ReplicaState] | Update],
+    outer: Combined | OuterState,
+) -> Combined:
+    """Average replicas."""
+    return combine(broadcast_of(start), [update_of(update) for update in updates], outer_of(outer), config)
+
+
+def mean_model(means: tuple[Average, ...], combined: Sequence[Combined]) -> Parameters:
+    """Return the mean of replicas that go on from different parameters."""
+    return model_of(means, combined)
+
+
+def summarise_round(
+    combined: Sequence[Combined],
+    model: Combined | Broadcast | Parameters,
+    start: Combined | Broadcast | Parameters,
+) -> RoundSummary:
+    """Return the scalars of a round; the next round does not wait for their hash."""
+    return summarise(combined, model_in(model), model_in(start))
+
+
+def evaluate_piece(run_id: str, model: Combined | Broadcast | Parameters, split: SplitName, piece: int) -> Sums:
+    """Evaluate one piece of a split."""
+    return tasks.evaluate_piece(resident_of(run_id), model_in(model), split, piece)
+
+
+def take_moments(run_id: str, replica: int, most_units: int | None) -> dict[str, Moments]:
+    """Return the moments of the rows of a replica."""
+    return tasks.take_moments(resident_of(run_id), replica, most_units, partial(_progress, run_id))

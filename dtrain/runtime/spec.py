@@ -1,0 +1,77 @@
+"""What is fixed during a run: its stores and all that workers need, as plain values and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dtrain.config.schema import DataConfig, TrainConfig
+from dtrain.data.encoding import Scaling
+from dtrain.data.plan.memory import MemoryBudget
+from dtrain.data.plan.partition import JointPlan
+from dtrain.data.plan.units import DataPlan
+from dtrain.data.samples import Samples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One store of a run."""
+
+    config: DataConfig
+    """Its ``[data]`` table, with the path of this store."""
+    samples: Samples | None
+    """None until one of its workers has described it."""
+    workers: tuple[str, ...] = ()
+    """The only workers that may read it; empty: all may."""
+    replicas: int | None = None
+    """None: as ``average.replicas`` says."""
+
+    @property
+    def described(self) -> Samples:
+        """Its samples; they must be known."""
+        assert self.samples is not None
+        return self.samples
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSource:
+    """A store with the plan of its samples, and the memory budget of a worker that reads it."""
+
+    source: Source
+    plan: DataPlan
+    memory: MemoryBudget
+
+    @property
+    def samples(self) -> Samples:
+        """Its samples."""
+        return self.source.described
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """The only workers that may read it; empty: all may."""
+        return self.source.workers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSpec:
+    """All that is fixed during a run: plain values and bytes, sent to each worker once."""
+
+    run_id: str
+    """Names one execution of a run; keys and residents carry it."""
+    sources: tuple[PlannedSource, ...]
+    plan: JointPlan
+    """The plans of all sources."""
+    held_out: PlannedSource | None
+    """The store of ``data.val_path``; all of it is the split "val"."""
+    scalings: Mapping[str, Scaling]
+    """By variable of ``data.normalize``."""
+    config: TrainConfig
+    code: bytes
+    """The user's functions (`pickle_functions`)."""
+    device: str
+    """``cpu`` or ``cuda``."""
+
+    @property
+    def threads(self) -> int:
+        """Threads of torch in a task; they decide bits."""
+        return self.config.cluster.threads

@@ -1,0 +1,165 @@
+"""Build the model and try it on one real batch, before anything is trained."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from dtrain.algorithm.batch import TensorBatch, autocast
+from dtrain.algorithm.local import run_local_steps
+from dtrain.algorithm.params import flatten, layout_of
+from dtrain.algorithm.replica import empty_inner_state
+from dtrain.config.schema import FULL_BATCH_MICRO
+from dtrain.data.load.loader import read_batches
+from dtrain.errors import DtrainError, FirstLossNotFinite, ShapesDiffer, one_line
+from dtrain.runtime.module import isolated
+from dtrain.runtime.resident import Resident
+from dtrain.runtime.tasks import prepared
+from dtrain.runtime.usercode import user_code
+from dtrain.types import Cursor, Parameters
+
+Outputs: TypeAlias = Any
+"""Whatever the user's module returns."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Initial:
+    """Parameters of round 0, and what one real batch says about the model."""
+
+    params: Parameters
+    loss: float
+    """Of the first batch of replica 0."""
+    inputs: tuple[str, ...]
+    """Name, dtype and shape of each input of that batch."""
+    outputs: str
+    num_params: int
+    """Trainable and frozen parameters, tied ones once."""
+    seconds: float
+    """Of one local step."""
+
+
+def initialise(resident: Resident) -> Initial:
+    """Build the model, and try it on one real batch.
+
+    Raises
+    ------
+    NotAModule, UnsuitableModel, UserCodeFailed
+        The model cannot be built or trained.
+    ShapesDiffer
+        It does not accept the inputs, or its output does not fit the targets.
+    FirstLossNotFinite
+        The loss of that batch is NaN or infinite.
+    """
+    spec = resident.spec
+    with resident.lock, isolated(spec.config.train.seed, spec.threads):
+        module = resident.module()
+        layout = layout_of(module)
+        params = flatten(module, layout)
+        batch = _first_batch(resident)
+        module.to(spec.device)
+        loss, outputs = _first_loss(resident, module, batch)
+        with user_code("The first local step"):
+            seconds = [_timed_step(resident, module, batch) for _ in range(2)][-1]  # the first one is slower
+        return Initial(
+            params=params,
+            loss=loss,
+            inputs=_named(spec.config.data.inputs, batch.inputs),
+            outputs=described(outputs),
+            num_params=layout.num_params,
+            seconds=seconds,
+        )
+
+
+def _first_batch(resident: Resident) -> TensorBatch:
+    """Return the first batch of replica 0, read by a loader of its own."""
+    stream, train = resident.replicas[0], resident.spec.config.train
+    total = stream.partition.num_samples
+    batches = read_batches(
+        resident.reader(stream.source),
+        stream.partition,
+        Cursor(0, 0),
+        [min(total, FULL_BATCH_MICRO if train.batch_size == "full" else train.batch_size)],
+        replica=0,
+        shuffle=stream.shuffle,
+        limits=replace(stream.source.memory.train.limits, cached=0),
+        scalings=resident.spec.scalings,
+    )
+    with closing(batches):
+        return next(prepared(resident, batches, "train", 0, Cursor(0, 0), total))
+
+
+def _timed_step(resident: Resident, module: nn.Module, batch: TensorBatch) -> float:
+    started = time.monotonic()
+    steps = [(batch.size, [batch])]
+    run_local_steps(module, resident.recipe, empty_inner_state(), steps, first_step=0, total_steps=1)
+    return time.monotonic() - started
+
+
+def _first_loss(resident: Resident, module: nn.Module, batch: TensorBatch) -> tuple[float, Outputs]:
+    """Return the loss of a batch and the model's outputs; torch's errors about shapes become sentences."""
+    config, precision = resident.spec.config.data, resident.spec.config.train.precision
+    with torch.no_grad(), user_code("The first batch"), autocast(precision, batch):
+        module.train()
+        with _Shapes(
+            f"The model does not accept the inputs {', '.join(_named(config.inputs, batch.inputs))}",
+            f"Change the model, or data.inputs. Samples lie along {resident.spec.sources[0].samples.sample_dim} "
+            "(data.sample_dim).",
+        ):
+            outputs = module(*batch.inputs)
+        targets = batch.targets if isinstance(batch.targets, tuple) else (batch.targets,)
+        mismatch = _Shapes(
+            f"The model's output {described(outputs)} does not fit the targets "
+            f"{', '.join(_named(config.targets, targets))}",
+            "Change the model, the loss, the metrics or data.targets.",
+        )
+        # an error inside a loss of the user's is the user's
+        with nullcontext() if "train.loss" in resident.functions else mismatch:
+            loss = resident.recipe.loss(outputs, batch.targets)
+        with mismatch:
+            for metric in resident.metrics.values():
+                metric(outputs, batch.targets)
+    return _checked(loss), outputs
+
+
+def _checked(loss: torch.Tensor) -> float:
+    if not isinstance(loss, torch.Tensor) or loss.ndim:
+        raise ShapesDiffer(f"The loss returned {described(loss)}; it must be a scalar tensor, the mean over the batch.")
+    if not math.isfinite(loss.item()):
+        raise FirstLossNotFinite(
+            f"The loss of the first batch is {loss.item()} before any training.",
+            "Look at the scale of the inputs and at the model's initialisation.",
+        )
+    return loss.item()
+
+
+class _Shapes(AbstractContextManager[None]):
+    """Turns torch's errors about wrong shapes and dtypes into `ShapesDiffer`; can be entered several times."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        self._message = message
+        self._hint = hint
+
+    def __exit__(self, kind: object, error: BaseException | None, frames: object) -> None:
+        wrong = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
+        if isinstance(error, wrong) and not isinstance(error, DtrainError):
+            raise ShapesDiffer(f"{self._message}: {one_line(error)}", self._hint) from error
+
+
+def _named(names: Sequence[str], tensors: Sequence[torch.Tensor]) -> tuple[str, ...]:
+    return tuple(f"{name} {described(tensor)}" for name, tensor in zip(names, tensors, strict=True))
+
+
+def described(value: Any) -> str:
+    """Return dtype and shape of a tensor, or the type of another value."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(described, value))})"
+    return type(value).__name__

@@ -1,0 +1,190 @@
+"""TrainState <-> the files of a round: safetensors for arrays, JSON for the rest.
+
+params.safetensors          the state_dict that is evaluated and saved
+params-0001.safetensors     other parameters that replicas start the next round from, each once
+inner-0000.safetensors      what replica 0 keeps: its optimizer's state, and the residual of a codec
+outer-0000.safetensors      a state of the outer optimizer, each once
+state.json                  positions, layout, and which replica has which
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from dtrain.algorithm.params import from_tensors, tensors_of
+from dtrain.errors import DtrainError, RunDamaged, one_line
+from dtrain.types import (
+    Broadcast,
+    Cursor,
+    Entry,
+    InnerState,
+    Layout,
+    Parameters,
+    Position,
+    ReplicaState,
+    Slot,
+    TrainState,
+)
+
+T = TypeVar("T")
+STATE = "state.json"
+RESIDUAL = "residual"
+
+
+def state_files(state: TrainState, fingerprint: str, format_number: int) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of each file of a state."""
+    vectors, broadcast = _distinct([state.model, *(own.params for own in state.broadcast)])
+    outers, outer = _distinct(state.outer)
+    for number, params in enumerate(vectors):
+        yield _params_name(number), save_tensors({k: tensor.clone() for k, tensor in tensors_of(params).items()})
+    for replica, own in enumerate(state.replicas):
+        yield _inner_name(replica), save_tensors(_replica_tensors(own))
+    slices = [piece for pieces in outers for piece in pieces]
+    for number, piece in enumerate(slices):
+        yield _outer_name(number), save_tensors(_inner_tensors(piece))
+    described = {
+        "format": format_number,
+        "round": state.round,
+        "fingerprint": fingerprint,
+        "cursors": [asdict(cursor) for cursor in state.position.cursors],
+        "steps": list(state.position.steps),
+        "layout": asdict(state.model.layout),
+        "inner": [[_described_slot(slot) for slot in own.inner.slots] for own in state.replicas],
+        "outer": [[_described_slot(slot) for slot in piece.slots] for piece in slices],
+    }
+    if len(vectors) > 1:
+        described["broadcast"] = broadcast[1:]
+    if len(outers) > 1:
+        described["outer_of"] = outer
+    yield STATE, json_bytes(described)
+
+
+def state_from(files: Mapping[str, bytes]) -> tuple[TrainState, str]:
+    """Return the state and the fingerprint that `state_files` wrote."""
+    described = json.loads(files[STATE])
+    layout = _layout(described["layout"])
+    replicas = tuple(
+        _replica(slots, load_tensors(files[_inner_name(replica)])) for replica, slots in enumerate(described["inner"])
+    )
+    broadcast = described.get("broadcast", [0] * len(replicas))
+    vectors = [from_tensors(load_tensors(files[_params_name(number)]), layout) for number in range(max(broadcast) + 1)]
+    starts = [Broadcast(params) for params in vectors]
+    slices = [
+        _inner_state(slots, load_tensors(files[_outer_name(number)])) for number, slots in enumerate(described["outer"])
+    ]
+    outer_of = described.get("outer_of", [0] * len(replicas))
+    each = len(slices) // (max(outer_of) + 1)
+    outers = [tuple(slices[each * number : each * (number + 1)]) for number in range(max(outer_of) + 1)]
+    state = TrainState(
+        position=Position(
+            round=described["round"],
+            cursors=tuple(Cursor(**cursor) for cursor in described["cursors"]),
+            steps=tuple(described["steps"]),
+        ),
+        model=vectors[0],
+        broadcast=tuple(starts[number] for number in broadcast),
+        replicas=replicas,
+        outer=tuple(outers[number] for number in outer_of),
+    )
+    return state, described["fingerprint"]
+
+
+def load_tensor_file(path: Path, layout: Layout) -> Parameters:
+    """Return parameters from a safetensors file of a state_dict.
+
+    Raises
+    ------
+    RunDamaged
+        It cannot be read, or does not fit the model.
+    """
+    try:
+        return from_tensors(load_tensors(path.read_bytes()), layout)
+    except (OSError, ValueError, safetensors.SafetensorError, DtrainError) as error:
+        raise RunDamaged(f"{path} cannot be used: {one_line(error)}") from error
+
+
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """Return a JSON file."""
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _distinct(values: Sequence[T]) -> tuple[list[T], list[int]]:
+    """Return the distinct objects among values, and for each value the number of its object."""
+    numbers: dict[int, int] = {}
+    for value in values:
+        numbers.setdefault(id(value), len(numbers))
+    first = {numbers[id(value)]: value for value in reversed(values)}
+    return [first[number] for number in range(len(first))], [numbers[id(value)] for value in values]
+
+
+def _params_name(number: int) -> str:
+    return f"params-{number:04d}.safetensors" if number else "params.safetensors"
+
+
+def _inner_name(replica: int) -> str:
+    return f"inner-{replica:04d}.safetensors"
+
+
+def _outer_name(number: int) -> str:
+    return f"outer-{number:04d}.safetensors"
+
+
+# States ---------------------------------------------------------------------------------------------------
+
+
+def _replica_tensors(own: ReplicaState) -> dict[str, torch.Tensor]:
+    tensors = _inner_tensors(own.inner)
+    return tensors if own.residual is None else {**tensors, RESIDUAL: torch.from_numpy(own.residual.copy())}
+
+
+def _replica(slots: Sequence[dict[str, Any]], tensors: Mapping[str, torch.Tensor]) -> ReplicaState:
+    residual = tensors.get(RESIDUAL)
+    return ReplicaState(_inner_state(slots, tensors), None if residual is None else residual.numpy())
+
+
+def _inner_tensors(inner: InnerState) -> dict[str, torch.Tensor]:
+    return {
+        f"{slot.param}.{slot.key}": torch.from_numpy(inner.data[slot.offset : slot.offset + slot.size].copy())
+        .view(getattr(torch, slot.dtype))
+        .reshape(slot.shape)
+        for slot in inner.slots
+        if slot.dtype
+    }
+
+
+def _inner_state(described: Sequence[dict[str, Any]], tensors: Mapping[str, torch.Tensor]) -> InnerState:
+    slots = tuple(map(_slot, described))
+    size = max((slot.offset + slot.size + (-slot.size % 8) for slot in slots), default=0)
+    data = np.zeros(size, np.uint8)
+    for slot in slots:
+        if slot.dtype:
+            raw = tensors[f"{slot.param}.{slot.key}"].contiguous().reshape(-1).view(torch.uint8).numpy()
+            data[slot.offset : slot.offset + slot.size] = raw
+    return InnerState(slots, data)
+
+
+def _layout(described: dict[str, Any]) -> Layout:
+    entries = tuple(Entry(**{**entry, "shape": tuple(entry["shape"])}) for entry in described["entries"])
+    return Layout(entries, described["num_params"], described["num_flat"], described["num_extra"])
+
+
+def _described_slot(slot: Slot) -> dict[str, Any]:
+    value = slot.value
+    return {**asdict(slot), "value": str(value) if isinstance(value, float) and not math.isfinite(value) else value}
+
+
+def _slot(described: dict[str, Any]) -> Slot:
+    value = described["value"]  # JSON has no inf and nan
+    plain = float(value) if isinstance(value, str) else value
+    return Slot(**{**described, "shape": tuple(described["shape"]), "value": plain})

@@ -1,0 +1,184 @@
+"""`contribute` and `combine` with numbers worked out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dtrain.algorithm.average import (
+    Combined,
+    Update,
+    by_replica,
+    combine,
+    contribute,
+    first_outer,
+    model_of,
+    round_averages,
+    summarise,
+)
+from dtrain.algorithm.local import LocalResult
+from dtrain.algorithm.mix import Average, averages
+from dtrain.algorithm.params import params_sha256
+from dtrain.algorithm.plan import first_position, plan_round
+from dtrain.algorithm.replica import empty_inner_state, fresh_replica
+from dtrain.config.schema import AverageConfig, OuterConfig, TrainTable
+from dtrain.types import Broadcast, Contribution, Entry, InnerState, Layout, Parameters, ReplicaState
+
+LAYOUT = Layout(
+    (Entry("w", "param", "float32", (2,), 0, 2), Entry("b", "buffer", "float32", (1,), 2, 1)),
+    num_params=2,
+    num_flat=3,
+    num_extra=0,
+)
+OUTER = AverageConfig(outer=OuterConfig(optimizer="sgd", args={"lr": 0.5, "momentum": 0.9}))
+
+
+def params(*values):
+    return Parameters(LAYOUT, np.array(values, np.float32), np.zeros(0, np.uint8))
+
+
+def update(replica, samples, values, finite=True):
+    contribution = Contribution(replica=replica, samples=samples, steps=2, loss_sum=3.0, finite=finite)
+    return Update(params(*values), contribution)
+
+
+def task(replica=1):
+    return plan_round(first_position(3), (40, 40, 40), TrainTable()).tasks[replica]
+
+
+def inner(value):
+    return InnerState((), np.array([value], np.uint8))
+
+
+THETA = Broadcast(params(0, 0, 0))
+
+
+# contribute -----------------------------------------------------------------------------------------------------
+
+
+def test_a_replica_sends_its_parameters_and_keeps_its_new_state():
+    after, local = params(1, 2, 3), LocalResult(inner(7), loss_sum=12.5, samples=40, steps=5)
+    sent, kept = contribute(THETA, after, ReplicaState(inner(1)), local, task(), AverageConfig())
+    assert sent.payload is after
+    assert kept.inner is local.inner
+    assert kept.residual is None
+    assert sent.contribution == Contribution(replica=1, samples=40, steps=5, loss_sum=12.5, finite=True)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_replica_that_is_not_finite_keeps_the_state_it_came_with(bad):
+    state = ReplicaState(inner(1), np.ones(2, np.float32))
+    local = LocalResult(inner(7), loss_sum=float("nan"), samples=40, steps=5)
+    sent, kept = contribute(THETA, params(1, bad, 3), state, local, task(), AverageConfig())
+    assert not sent.contribution.finite
+    assert kept is state
+
+
+def test_what_was_infinite_at_the_start_may_be_so_after():
+    start = Broadcast(params(0, 0, -np.inf))
+    local = LocalResult(inner(7), loss_sum=1.0, samples=40, steps=5)
+    sent, _ = contribute(start, params(1, 2, -np.inf), fresh_replica(), local, task(), AverageConfig())
+    assert sent.contribution.finite
+
+
+# combine --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("weights", "mean"), [("samples", [4, 1, 7]), ("uniform", [3, 2, 6])])
+def test_the_mean_by_hand(weights, mean):
+    updates = [update(0, 10, (1, 4, 4)), update(1, 30, (5, 0, 8))]
+    result = combine(THETA, updates, (), AverageConfig(weights=weights))
+    assert result.broadcast.params.flat.tolist() == mean
+    assert result.outer == ()
+    assert result.contributions == tuple(u.contribution for u in updates)
+    assert result.nbytes == 2 * 3 * 4
+
+
+def test_replicas_that_are_not_finite_are_left_out():
+    updates = [update(0, 10, (np.nan, 1, 1), finite=False), update(1, 10, (2, 2, 2)), update(2, 10, (4, 4, 4))]
+    result = combine(THETA, updates, (), AverageConfig())
+    assert result.broadcast.params.flat.tolist() == [3, 3, 3]
+    assert [c.finite for c in result.contributions] == [False, True, True]
+
+
+def test_if_none_is_finite_the_first_stands_for_all():
+    updates = [update(k, 10, (np.nan, k, k), finite=False) for k in range(2)]
+    flat = combine(THETA, updates, (), AverageConfig()).broadcast.params.flat
+    assert np.isnan(flat[0])
+    assert flat[1:].tolist() == [0, 0]
+
+
+def test_two_outer_steps_by_hand_and_buffers_never_reach_them():
+    updates = [update(0, 1, (2, -4, 10))]
+    first = combine(THETA, updates, first_outer(OUTER), OUTER)
+    # g = theta - mean = (-2, 4); v = g; theta - 0.5 v = (1, -2); the buffer is the mean itself
+    assert first.broadcast.params.flat.tolist() == [1, -2, 10]
+    second = combine(first.broadcast, updates, first.outer, OUTER)
+    # g = (-1, 2); v = 0.9 (-2, 4) + g = (-2.8, 5.6); theta - 0.5 v = (2.4, -4.8)
+    np.testing.assert_allclose(second.broadcast.params.flat, [2.4, -4.8, 10], rtol=1e-6)
+
+
+def test_nothing_that_is_given_is_changed():
+    updates = [update(0, 1, (2, -4, 10)), update(1, 3, (1, 1, 1))]
+    outer = first_outer(OUTER)
+    frozen = [THETA.params.flat, *(u.payload.flat for u in updates), *(state.data for state in outer)]
+    before = [array.copy() for array in frozen]
+    for array in frozen:
+        array.flags.writeable = False
+    combine(THETA, updates, outer, OUTER)
+    for array, old in zip(frozen, before, strict=True):
+        array.flags.writeable = True
+        np.testing.assert_array_equal(array, old)
+
+
+# The pattern of a round -----------------------------------------------------------------------------------------
+
+
+def plan():
+    return plan_round(first_position(3), (40, 40, 40), TrainTable())
+
+
+def test_full_averaging_is_one_mean_for_all():
+    (mean,) = round_averages(plan(), [THETA] * 3, AverageConfig())
+    assert mean == Average(members=(0, 1, 2), receivers=(0, 1, 2))
+    (mean,) = round_averages(plan(), [THETA] * 3, OUTER)
+    assert mean.receivers == (0, 1, 2)
+
+
+def test_an_outer_step_is_taken_from_each_start():
+    other = Broadcast(params(1, 1, 1))
+    assert len(round_averages(plan(), [THETA, other, THETA], AverageConfig())) == 1
+    means = round_averages(plan(), [THETA, other, THETA], OUTER)
+    assert [mean.receivers for mean in means] == [(0, 2), (1,)]
+    assert {mean.members for mean in means} == {(0, 1, 2)}
+    assert by_replica(means, ["a", "b"]) == ("a", "b", "a")
+
+
+def combined(values, replicas):
+    contributions = tuple(update(k, 10, values).contribution for k in replicas)
+    return Combined(Broadcast(params(*values)), (), contributions, 12 * len(replicas))
+
+
+def test_the_model_is_the_mean_over_replicas():
+    means = averages(((0, 1), (0, 1), (2,)), [None] * 3)
+    parts = [combined((0, 3, 6), (0, 1)), combined((3, 0, 0), (2,))]
+    assert model_of(means, parts).flat.tolist() == [1, 2, 4]
+    assert model_of(means[:1], parts[:1]) is parts[0].broadcast.params
+
+
+def test_the_summary_of_a_round():
+    parts = [combined((1, 1, 1), (1, 2)), combined((2, 2, 2), (0, 1))]
+    summary = summarise(parts, params(1, 2, 3), THETA.params)
+    assert [c.replica for c in summary.contributions] == [0, 1, 2]
+    assert summary.params_sha256 == params_sha256(params(1, 2, 3))
+    assert (summary.finite, summary.bytes_reduced, summary.rejected) == (True, 48, ())
+    lost = replace(parts[0].contributions[0], finite=False)
+    summary = summarise([replace(parts[0], contributions=(lost,))], params(np.nan, 0, 0), THETA.params)
+    assert (summary.finite, summary.rejected) == (False, (1,))
+
+
+def test_an_outer_state_starts_empty():
+    assert first_outer(AverageConfig()) == ()
+    assert [state.nbytes for state in first_outer(OUTER)] == [empty_inner_state().nbytes] == [0]

@@ -1,0 +1,39 @@
+"""The names of the configuration are exactly those that the mathematics has functions for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from dtrain.algorithm.evaluate import FROM_LOSS
+from dtrain.algorithm.evaluate import METRICS as METRIC_FUNCTIONS
+from dtrain.algorithm.losses import LOSSES as LOSS_FUNCTIONS
+from dtrain.algorithm.schedules import schedule_named
+from dtrain.config.names import LOSSES, METRICS, SCHEDULES
+
+
+def test_every_loss_has_a_function_and_every_function_is_a_loss():
+    assert set(LOSSES) == LOSS_FUNCTIONS.keys()
+
+
+def test_every_metric_has_a_function_and_every_function_is_a_metric():
+    assert {name for name, facts in METRICS.items() if facts.from_loss} == FROM_LOSS.keys()
+    assert {name for name, facts in METRICS.items() if not facts.from_loss} == METRIC_FUNCTIONS.keys()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_has_a_function(name):
+    assert schedule_named(name, 0)(0, 10) == 1.0
+
+
+def test_a_schedule_without_a_name_has_no_function():
+    with pytest.raises(KeyError):
+        schedule_named("cosin", 0)
+
+
+def test_names_are_known_without_torch():
+    code = "import sys, dtrain.config.schema; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -1,0 +1,398 @@
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import tomllib
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from dtrain.config.files import load_config, to_toml
+from dtrain.config.schema import NOT_BUILT, NOT_BUILT_VALUES, CodecConfig, OuterConfig, TrainConfig, TrainTable
+from dtrain.config.values import flat_values
+from dtrain.errors import InvalidConfig, NotSupportedYet
+from tests.config.helpers import REQUIRED, RICH
+
+# SPEC section 3, its comments shortened
+CONTRACT = """
+model = "model:build"              # required
+model_args = {}
+
+[data]
+path = "train.zarr"                # required
+inputs = ["image"]                 # required
+targets = ["label"]                # required
+storage_options = {}
+group = ""
+isel = {}
+sample_dim = "auto"
+input_offsets = 0
+target_offsets = 0
+stride = 1
+patch = {}
+split = { val = 0.1, test = 0.1 }
+split_order = "auto"
+val_path = ""
+partition = "stratified"
+normalize = []
+transform = ""
+missing = "error"
+non_finite = "error"
+shuffle = true
+memory = "auto"
+cache = "auto"
+reader = "auto"
+
+[train]
+loss = "cross_entropy"             # required
+metrics = []
+rounds = 20
+local_epochs = 1
+# local_steps = 50
+sync_rounds = 0
+batch_size = 100
+micro_batch = 0
+optimizer = "sgd"
+optimizer_args = { lr = 0.01, momentum = 0.9 }
+schedule = "constant"
+warmup_steps = 0
+clip_norm = 0.0
+precision = "float32"
+device = "auto"
+init = ""
+seed = 0
+
+[average]
+replicas = "auto"
+weights = "samples"
+reduce = "mean"
+inner_state = "keep"
+prox = 0.0
+max_rejected = 0.25
+ema = 0.0
+recalibrate_batchnorm = false
+
+[average.mix]
+topology = "full"
+groups = 0
+period = 1
+
+[average.outer]
+optimizer = "sgd"
+args = { lr = 0.7, momentum = 0.9, nesterov = true }
+
+[average.codec]
+name = "int8"
+error_feedback = true
+
+[stop]
+metric = "val_loss"
+mode = "auto"
+# target = 0.1
+# patience = 5
+min_delta = 0.0
+
+[cluster]
+scheduler = "local"
+workers = "auto"
+threads = 1
+memory = "auto"
+allow_plain = false
+slices = "auto"
+# tls = { ca = "", cert = "", key = "" }
+
+[run]
+dir = "runs"
+commit_every = "auto"
+keep = 3
+trackers = []
+"""
+
+
+def without_optional_tables(tables):
+    average = {key: value for key, value in tables["average"].items() if key not in ("outer", "codec")}
+    return {**tables, "average": average}
+
+
+def nested(key, value):
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def refused(**tables):
+    with pytest.raises(InvalidConfig) as caught:
+        TrainConfig(**tables)
+    assert caught.value.code == 3
+    return caught.value.message
+
+
+# The contract ---------------------------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_those_of_the_contract():
+    printed = dict(flat_values(TrainConfig(**without_optional_tables(tomllib.loads(CONTRACT)))))
+    default = dict(flat_values(TrainConfig()))
+    assert {key: default.pop(key) for key in REQUIRED} == {
+        "model": "",
+        "data.path": "",
+        "data.inputs": [],
+        "data.targets": [],
+        "train.loss": "",
+    }
+    for key in REQUIRED:
+        printed.pop(key)
+    assert default == printed
+
+
+def test_the_tables_of_the_contract_are_the_whole_schema():
+    def keys(tables, prefix=""):
+        for key, value in tables.items():
+            inner = isinstance(value, dict) and f"{prefix}{key}" not in ("model_args", "train.optimizer_args")
+            yield from keys(value, f"{prefix}{key}.") if inner and value else [f"{prefix}{key}"]
+
+    uncommented = "\n".join(line[2:] if line.startswith("# ") else line for line in CONTRACT.splitlines())
+    named = set(keys(without_optional_tables(tomllib.loads(uncommented))))
+    named = {"cluster.tls" if key.startswith("cluster.tls.") else key for key in named}
+    assert named == {key for key, _ in flat_values(TrainConfig())} - {"average.outer", "average.codec"}
+
+
+def test_the_optional_tables_have_the_defaults_of_the_contract():
+    tables = tomllib.loads(CONTRACT)["average"]
+    assert OuterConfig().model_dump() == OuterConfig(**tables["outer"]).model_dump() == tables["outer"]
+    assert CodecConfig().model_dump() == CodecConfig(**tables["codec"]).model_dump() == tables["codec"]
+    assert TrainConfig().average.outer is None
+    assert TrainConfig().average.codec is None
+
+
+def test_a_partial_table_keeps_the_other_defaults():
+    config = TrainConfig(data={"split": {"val": 0.3}}, train={"rounds": 3})
+    assert (config.data.split.val, config.data.split.test) == (0.3, 0.1)
+    assert (config.train.rounds, config.train.batch_size) == (3, 100)
+
+
+def test_the_printed_config_can_be_loaded(write):
+    path = write("dtrain.toml", without_optional_tables(tomllib.loads(CONTRACT)))
+    config = load_config(path)
+    assert (config.model, config.data.inputs, config.train.loss) == ("model:build", ("image",), "cross_entropy")
+
+
+def test_a_config_is_the_same_after_pickling():
+    config = TrainConfig(**RICH)
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+# Wrong keys and values ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        ({"train": {"optimizr": "sgd"}}, 'train.optimizr: no such key; did you mean "optimizer"?'),
+        ({"train": {"momentun": 1}}, "train.momentun: no such key; [train] has loss, metrics, rounds"),
+        ({"trian": {}}, 'trian: no such key; did you mean "train"?'),
+        ({"batch_size": 3}, 'batch_size: no such key; did you mean "train.batch_size"?'),
+        ({"train": {"replicas": 3}}, 'train.replicas: no such key; did you mean "average.replicas"?'),
+        ({"data": {"split": {"vall": 0.1}}}, 'data.split.vall: no such key; did you mean "val"?'),
+        ({"average": {"outer": {"optimiser": "sgd"}}}, "average.outer.optimiser: no such key; did you mean"),
+        ({"average": {"mix": {"perod": 1}}}, 'average.mix.perod: no such key; did you mean "period"?'),
+        ({"xyzzy": 1}, "xyzzy: no such key; the config has model, model_args, data, train"),
+        ({"self": 1}, "self: no such key"),
+    ],
+)
+def test_a_misspelt_key_gets_a_guess_or_the_list(tables, said):
+    assert said in refused(**tables)
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        ({"train": {"rounds": "many"}}, 'train.rounds = "many": input should be a valid integer'),
+        ({"train": {"rounds": 2.0}}, "train.rounds = 2.0: input should be a valid integer"),
+        ({"train": {"rounds": True}}, "train.rounds = true: input should be a valid integer"),
+        ({"train": {"rounds": 0}}, "train.rounds = 0: input should be greater than or equal to 1"),
+        ({"train": {"seed": -1}}, "train.seed = -1: input should be greater than or equal to 0"),
+        ({"train": {"clip_norm": math.nan}}, "train.clip_norm = NaN: input should be a finite number"),
+        ({"train": {"clip_norm": "1"}}, 'train.clip_norm = "1": input should be a valid number'),
+        ({"train": {"batch_size": "ful"}}, "input should be a valid integer or 'full'; did you mean \"full\"?"),
+        ({"train": {"batch_size": 0}}, "input should be greater than or equal to 1 or 'full'"),
+        ({"average": {"replicas": "aut"}}, "input should be a valid integer or 'auto'"),
+        ({"train": {"optimizer_args": 3}}, "train.optimizer_args = 3: input should be a table"),
+        ({"train": 3}, "train = 3: input should be a table"),
+        ({"train": {1: 2}}, "train"),
+        ({"data": {"inputs": "image"}}, 'data.inputs = "image": input should be a list'),
+        ({"data": {"inputs": [1]}}, "data.inputs[0] = 1: input should be a valid string"),
+        ({"data": {"path": 3}}, "data.path = 3: input should be a valid string or a list"),
+        ({"data": {"shuffle": "yes"}}, 'data.shuffle = "yes": input should be a valid boolean'),
+        ({"data": {"partition": "contigous"}}, 'did you mean "contiguous"?'),
+        ({"data": {"memory": True}}, "data.memory = true: input should be a valid string"),
+        ({"data": {"memory": -1}}, 'data.memory = "-1" is not a size'),
+        ({"data": {"cache": 1.5}}, "data.cache = 1.5: input should be a valid string"),
+        (
+            {"data": {"path": [{"path": "a", "wrkers": ["x"]}]}},
+            'data.path[0].wrkers: no such key; did you mean "workers"?',
+        ),
+        (
+            {"data": {"path": [{"path": "a"}, {"path": "b", "replicas": 0}]}},
+            "data.path[1].replicas = 0: input should be gr",
+        ),
+        ({"data": {"path": [{"path": "a", "workers": "x"}]}}, 'data.path[0].workers = "x": input should be a list'),
+        ({"data": {"path": [{"replicas": 2}]}}, "data.path[0].path is missing"),
+        ({"data": {"path": ["a"]}}, 'data.path[0] = "a": input should be a table'),
+        ({"data": {"input_offsets": {"start": 0}}}, "data.input_offsets.stop is missing"),
+        (
+            {"data": {"isel": {"a": {"start": 0, "stop": 1, "stp": 2}}}},
+            'data.isel.a.stp: no such key; did you mean "stop"',
+        ),
+        ({"data": {"isel": {"a": "b"}}}, 'data.isel.a = "b": input should be a valid integer or a table'),
+        (
+            {"data": {"stride": "x", "split": {"val": 2}}},
+            'data.stride = "x": input should be a valid integer; data.split.v',
+        ),
+        ({"data": {"memory": "lots"}}, 'data.memory = "lots" is not a size'),
+        ({"cluster": {"memory": "-1GB"}}, 'cluster.memory = "-1GB" is not a size'),
+        ({"data": {"split": {"val": 0.5, "test": 0.5}}}, "data.split: val + test = 1 leaves nothing to train on"),
+        ({"data": {"split": {"val": 1.0}}}, "data.split.val = 1.0: input should be less than 1"),
+        ({"data": {"split": {"val": -0.1}}}, "data.split.val = -0.1: input should be greater than or equal to 0"),
+        ({"data": {"input_offsets": "x"}}, 'data.input_offsets = "x": input should be a valid integer or a list'),
+        ({"train": {"loss": "mes"}}, 'train.loss = "mes": allowed are mse, mae, huber, cross_entropy, bce or "module:'),
+        ({"train": {"loss": "mes"}}, 'did you mean "mse"?'),
+        ({"train": {"metrics": ["accurcy"]}}, 'did you mean "accuracy"?'),
+        ({"train": {"schedule": "cosin"}}, 'did you mean "cosine"?'),
+        ({"train": {"schedule": ":f"}}, 'train.schedule = ":f": allowed are'),
+        ({"average": {"max_rejected": 1.1}}, "average.max_rejected"),
+        ({"run": {"keep": 0}}, "run.keep = 0: input should be greater than or equal to 1"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_allowed(tables, said):
+    assert said in refused(**tables)
+
+
+def test_all_faults_are_named_at_once():
+    with pytest.raises(InvalidConfig) as caught:
+        TrainConfig(train={"rounds": 0, "sead": 1}, run={"keep": "x"})
+    assert "train.rounds" in caught.value.message
+    assert 'train.sead: no such key; did you mean "seed"?' in caught.value.message
+    assert "run.keep" in caught.value.message
+    assert caught.value.hint == "3 keys are wrong."
+
+
+def test_epochs_and_steps_together_are_refused():
+    assert "local_epochs and local_steps are both given" in refused(train={"local_epochs": 1, "local_steps": 5})
+    assert TrainTable(local_steps=5).local_epochs == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "null"),
+        (np.int64(3), "a int64"),
+        (np.ones(2), "a ndarray"),
+        (print, "a builtin_function_or_method"),
+        (b"x", "a bytes"),
+    ],
+)
+@pytest.mark.parametrize("place", [lambda v: v, lambda v: [1, v], lambda v: {"deep": v}])
+def test_arguments_that_a_config_file_cannot_hold_are_refused(value, said, place):
+    message = refused(model_args={"a": place(value)})
+    assert message.startswith("model_args.a")
+    assert f" is {said};" in message
+    assert refused(train={"optimizer_args": {"lr": value}}).startswith("train.optimizer_args.lr is ")
+
+
+def test_a_config_is_frozen():
+    config = TrainConfig()
+    with pytest.raises(ValidationError):
+        config.model = "other:build"
+    with pytest.raises(ValidationError):
+        config.train.rounds = 3
+    assert config == TrainConfig()
+
+
+def test_defaults_are_not_shared_between_configs():
+    TrainConfig().train.optimizer_args["lr"] = 5.0
+    TrainConfig().model_args["a"] = 1
+    assert TrainConfig().train.optimizer_args == {"lr": 0.01, "momentum": 0.9}
+    assert TrainConfig().model_args == {}
+
+
+# Features to come ---------------------------------------------------------------------------------------------------
+
+OTHER = {
+    "data.storage_options": {"anon": True},
+    "data.isel": {"level": 3},
+    "data.input_offsets": [0, 1],
+    "data.target_offsets": {"start": 1, "stop": 129},
+    "data.stride": 2,
+    "data.patch": {"lat": 64},
+    "data.val_path": "val.zarr",
+    "data.normalize": ["a"],
+    "data.transform": "m:f",
+    "data.cache": "1GB",
+    "train.sync_rounds": 1,
+    "train.precision": "bfloat16",
+    "average.reduce": "median",
+    "average.inner_state": "reset",
+    "average.prox": 0.1,
+    "average.ema": 0.9,
+    "average.recalibrate_batchnorm": True,
+    "average.mix.topology": "ring",
+    "average.mix.groups": 2,
+    "average.mix.period": 2,
+    "average.outer": {},
+    "average.codec": {"name": "bf16"},
+    "stop.metric": "val_accuracy",
+    "stop.mode": "max",
+    "stop.target": 0.1,
+    "stop.patience": 5,
+    "stop.min_delta": 0.1,
+    "cluster.slices": 2,
+    "cluster.tls": {"ca": "x"},
+    "run.trackers": ["m:f"],
+}
+
+
+@pytest.mark.parametrize("key", NOT_BUILT)
+def test_what_is_not_built_is_refused_by_name(key):
+    with pytest.raises(NotSupportedYet) as caught:
+        TrainConfig(**nested(key, OTHER[key]))
+    assert caught.value.message.startswith(f"{key} = ")
+    assert f"this version does not have {NOT_BUILT[key]} yet." in caught.value.message
+    assert caught.value.code == 3
+
+
+@pytest.mark.parametrize(
+    "key", [key for key, value in flat_values(TrainConfig()) if key in NOT_BUILT and value is not None]
+)
+def test_the_default_of_what_is_not_built_may_be_given(key):
+    default = dict(flat_values(TrainConfig()))[key]
+    assert TrainConfig(**nested(key, default)) == TrainConfig()
+
+
+@pytest.mark.parametrize("key", NOT_BUILT_VALUES)
+def test_a_value_that_is_not_built_is_refused_by_name(key):
+    value, feature = NOT_BUILT_VALUES[key]
+    with pytest.raises(NotSupportedYet) as caught:
+        TrainConfig(**nested(key, value))
+    assert caught.value.message == f"{key} = {json.dumps(value)}: this version does not have {feature} yet."
+
+
+def test_a_list_of_stores():
+    config = TrainConfig(data={"path": [{"path": "a.zarr"}, {"path": "b.zarr", "workers": ["w"], "replicas": 2}]})
+    assert [(store.path, store.workers, store.replicas) for store in config.data.path] == [
+        ("a.zarr", (), 1),
+        ("b.zarr", ("w",), 2),
+    ]
+    assert TrainConfig(**tomllib.loads(to_toml(config))) == config
+
+
+@pytest.mark.parametrize("cache", ["0", "0B", "512MB", "auto"])
+def test_sizes_of_the_cache(cache):
+    assert TrainConfig(data={"cache": cache}).data.cache == cache
+
+
+def test_normalize_names_inputs_or_targets():
+    with pytest.raises(InvalidConfig, match='data.normalize names "imag", .* did you mean "image"'):
+        TrainConfig(data={"inputs": ["image"], "targets": ["y"], "normalize": ["imag"]})

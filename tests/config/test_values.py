@@ -1,0 +1,28 @@
+"""Sizes in bytes."""
+
+from __future__ import annotations
+
+import pytest
+
+from dtrain.config.schema import TrainConfig
+from dtrain.config.values import parse_bytes
+from dtrain.errors import InvalidConfig
+
+
+def test_a_size_may_be_a_number_of_bytes():
+    data = TrainConfig(data={"memory": 512_000_000, "cache": 0}).data
+    assert (parse_bytes(data.memory, "data.memory"), data.cache) == (512_000_000, "0")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512MB", 512 * 10**6), ("2GiB", 2 * 2**30), ("1000", 1000), ("1.5 KiB", 1536), ("1kb", 1000)],
+)
+def test_sizes_are_parsed(text, size):
+    assert parse_bytes(text, "data.memory") == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1MB", "much", "0.1B", "MB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(InvalidConfig, match=r"data\.memory"):
+        parse_bytes(text, "data.memory")

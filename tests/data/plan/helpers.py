@@ -1,0 +1,82 @@
+"""Plans that tests draw, and the same arithmetic by walking along the sample axis."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from hypothesis import strategies as st
+
+from dtrain.data.plan.partition import plan_data
+from dtrain.data.plan.splits import split_cells
+from dtrain.data.plan.units import DataPlan
+from dtrain.errors import TooFewSamples
+from tests.data.helpers import make_samples
+
+
+def walk_cells(plan):
+    """[(unit, first sample, one after the last)] of each cell, by walking along the sample axis."""
+    cells = []
+    for unit, start in enumerate(range(0, plan.num_samples, plan.unit_rows)):
+        stop = min(start + plan.unit_rows, plan.num_samples)
+        cells += [(unit, a, min(a + plan.cell_rows, stop)) for a in range(start, stop, plan.cell_rows)]
+    return cells
+
+
+def joined(lists):
+    return [item for part in lists for item in part]
+
+
+def samples_of(partition):
+    """The samples of a partition as its reader finds them: unit by unit."""
+    rows = [partition.part_anchors(part) for part in range(len(partition.units))]
+    return np.concatenate(rows).tolist() if rows else []
+
+
+@st.composite
+def problems(draw, shares=((0.0, 0.0), (0.1, 0.1), (0.25, 0.0), (0.01, 0.3), (0.0, 0.5))):
+    """Draw (samples, replicas, seed) with every choice that a plan depends on."""
+    num_samples = draw(st.integers(1, 3000))
+    rows = draw(st.lists(st.integers(1, 200), min_size=1, max_size=2))
+    val, test = draw(st.sampled_from(shares))
+    samples = make_samples(
+        num_samples,
+        *rows,
+        row=draw(st.sampled_from([(), (7,), (300, 300)])),
+        val=val,
+        test=test,
+        split_order=draw(st.sampled_from(["auto", "random", "sequential"])),
+        partition=draw(st.sampled_from(["stratified", "contiguous"])),
+        shuffle=draw(st.booleans()),
+    )
+    return samples, draw(st.integers(1, 9)), draw(st.integers(0, 2**40))
+
+
+def plan_or_none(problem):
+    samples, replicas, seed = problem
+    try:
+        return plan_data(samples, replicas=replicas, seed=seed)
+    except TooFewSamples:
+        return None
+
+
+@st.composite
+def ragged_plans(draw):
+    """Draw a plan whose units end in a short cell, of any length."""
+    num_samples = draw(st.integers(1, 3000))
+    unit_rows = draw(st.integers(1, 60))
+    plan = plan_data(make_samples(num_samples, 1, split_order="random"), replicas=1, seed=draw(st.integers(0, 99)))
+    plan = replace(
+        plan,
+        unit_rows=min(unit_rows, num_samples),
+        cell_rows=draw(st.integers(1, min(unit_rows, num_samples))),
+        val=draw(st.sampled_from([0.0, 0.1, 0.5])),
+        sequential=draw(st.booleans()),
+    )
+    cells = len(split_cells(plan, "train"))
+    return replace(plan, replicas=draw(st.integers(1, max(1, min(9, cells)))), eval_pieces=draw(st.integers(1, 12)))
+
+
+def plan_from(table):
+    """A plan from what JSON gives back of it."""
+    return DataPlan(**{**table, "absent": tuple(map(tuple, table["absent"]))})

@@ -1,0 +1,316 @@
+"""The memory budget, worked out by hand, and kept by what loaders allocate."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dtrain.data.load.loader import Loader
+from dtrain.data.plan import memory
+from dtrain.data.plan.footprint import index_bytes, sample_bytes, scratch_bytes, slot_bytes, slot_shape
+from dtrain.data.plan.memory import Limits, Reading, group_batches, plan_memory
+from dtrain.data.plan.partition import eval_partitions, plan_data, train_partitions
+from dtrain.data.samples import StoreFacts
+from dtrain.data.source import open_samples
+from dtrain.errors import ChunkTooLarge, OutOfMemory
+from tests.data.helpers import START, WHOLE, make_samples, remembering, vector
+
+
+def reading(samples, *, loaders=3, batch_size=50, shuffle=True, units=None, **plan):
+    planned = replace(plan_data(samples, replicas=1, seed=0), **{"unit_rows": 10, "cell_rows": 10, "window": 8, **plan})
+    units = units or max(len(part.units) for part in train_partitions(planned))
+    return Reading(samples=samples, plan=planned, loaders=loaders, units=units, batch_size=batch_size, shuffle=shuffle)
+
+
+def read_by(reader, samples):
+    return replace(samples, config=samples.config.model_copy(update={"reader": reader}))
+
+
+def sharded(rows, chunk, shard):
+    samples = make_samples(rows, chunk, row=(25,), split=WHOLE)
+    (v0,) = samples.variables
+    return replace(samples, variables=(replace(v0, objects=(shard, 25)),))
+
+
+@pytest.fixture(autouse=True)
+def _four_cores(monkeypatch):
+    monkeypatch.setattr(memory, "THREADS", 2)
+
+
+# One variable v0 of 1000 rows of 25 float32 (100 bytes) in chunks of 10, input and target: a sample has 200 bytes.
+HUNDRED = make_samples(1000, 10, row=(25,))
+
+
+def test_the_terms_of_the_budget_by_hand():
+    budget = reading(HUNDRED).budget(kept=3, ahead=3, threads=2)
+    assert sample_bytes(HUNDRED) == 200
+    assert budget.unit == slot_bytes(HUNDRED, reading(HUNDRED).plan) == 1_000
+    assert (budget.kept, budget.open, budget.units, budget.limits) == (
+        3,
+        8,
+        100,
+        Limits(ahead=3, cached=0, threads=2, buffers=4),
+    )
+    assert budget.moving == 8 + 3
+    assert budget.buffers == 4 * 32 * 50 * 200  # 32 batches of 10 kB are less than 4 MiB
+    assert budget.scratch == 2 * 1_000  # chunks one after the other, stored and decoded
+    assert budget.total == 3 * (11 * 1_000 + 1_280_000 + 3 * 2_000)  # two threads, and the assembler
+    assert budget.cached_bytes == 0
+    whole = plan_memory(reading(HUNDRED), reading(HUNDRED, loaders=2, shuffle=False), 10_000_000, "the limit", cache=0)
+    assert whole.train == budget
+    assert (whole.evaluate.open, whole.evaluate.moving) == (1, 4)  # in order, one unit is open
+    assert whole.total == budget.total + 2 * (4 * 1_000 + 1_280_000 + 6_000) == 6_471_000
+    assert "train 3 x (11 units (8 open, 3 ahead) of 1.0 kB + batches 1.3 MB + decoding 3 x 2.0 kB)" in whole.sentence()
+    assert whole.sentence().endswith("= 6.5 MB")
+
+
+def test_groups_of_batches_by_hand():
+    def budget(batch_size):
+        return reading(HUNDRED, batch_size=batch_size).budget(kept=1, ahead=3, threads=2)
+
+    assert budget(1).buffers == 4 * 32 * 200
+    assert budget(1_000).buffers == 4 * ((4 << 20) + 200_000)  # as many batches as make 4 MiB, and less than one more
+    assert budget(10_000).buffers == 4 * ((4 << 20) + 2_000_000)
+    assert budget(200_000).buffers == 2 * ((4 << 20) + 40_000_000)  # large ones have two buffers
+    assert budget(200_000).limits.buffers == 2
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(1, 32), (100, 32), (655, 32), (656, 32), (800, 27), (20_000, 2), (20_971, 2), (20_972, 1)]
+)
+def test_as_many_batches_are_assembled_together_as_make_4_mib(size, expected):
+    # 27 * 800 * 200 bytes are the first that are at least 4 MiB
+    assert group_batches(itertools.repeat(size), HUNDRED) == [size] * expected
+    assert group_batches(iter([size]), HUNDRED) == [size]
+    assert group_batches(iter([]), HUNDRED) == []
+
+
+def test_windows_widen_units_and_samples():
+    samples = make_samples(1000, 10, row=(25,), input_offsets=[-3, 0], target_offsets=2, split=WHOLE)
+    of = reading(samples)
+    assert sample_bytes(samples) == 300
+    assert slot_shape(samples, of.plan, samples.variable("v0")) == (10 + 5, 25)
+    assert slot_bytes(samples, of.plan) == 1_500
+    assert scratch_bytes(samples, of.plan) == 2 * 1_000
+    assert scratch_bytes(read_by("zarrs", samples), of.plan) == 2 * (2 + 1) * 1_000
+
+
+def test_chunks_of_other_dimensions_count_as_far_as_they_are_selected():
+    samples = make_samples(1000, 10, row=(25,), split=WHOLE)
+    (v0,) = samples.variables
+    v0 = replace(v0, chunks=(10, 4), objects=(10, 4), select=((0, 1000, 1), (7, 18, 2)))
+    samples = replace(samples, variables=(v0,))
+    of = reading(samples)
+    assert slot_bytes(samples, of.plan) == 10 * 6 * 4  # places 7, 9, 11, 13, 15 and 17
+    assert scratch_bytes(read_by("zarr", samples), of.plan) == 4 * 2 * 4 * (10 * 4 * 4)  # chunks 1 to 4
+    sharded = replace(samples, variables=(replace(v0, objects=(10, 28)),))
+    assert scratch_bytes(sharded, of.plan) == (1 + 2 * 2 * 4) * (10 * 4 * 4)  # read with as much as is between them
+
+
+def test_large_inner_chunks_and_small_units_need_a_chunk_each():
+    samples = make_samples(1000, 10, row=(25,), chunk_rows=10, split=WHOLE)
+    of = reading(samples, unit_rows=3, cell_rows=3)
+    assert slot_bytes(samples, of.plan) == 300
+    assert scratch_bytes(read_by("zarr", samples), of.plan) == 4 * 2 * 1_000
+
+
+@pytest.mark.parametrize(
+    ("reader", "chunks"), [("auto", 1 + 5), ("numcodecs", 1 + 5), ("zarrs", 2 * 5), ("zarr", 2 * 5 + 2 * 5)]
+)
+def test_of_a_shard_what_is_stored_is_read_at_once(reader, chunks):
+    samples = read_by(reader, sharded(1000, 10, 40))
+    of = reading(samples, unit_rows=40, cell_rows=40)
+    assert scratch_bytes(samples, of.plan) == chunks * 1_000
+    assert index_bytes(samples) == 25 * (4 * 16 + 500)
+    budget = plan_memory(of, None, 10**9, "the limit")
+    assert budget.total == budget.train.total + budget.indices
+    assert budget.indices == index_bytes(samples)
+    assert "indices of shards 14.1 kB = " in budget.sentence()
+
+
+def test_zarr_decodes_ten_chunks_at_once():
+    samples = read_by("zarr", make_samples(1000, 10, row=(25,), split=WHOLE))
+    of = reading(samples, unit_rows=300, cell_rows=300)
+    assert scratch_bytes(samples, of.plan) == 4 * 10 * 1_000
+    assert scratch_bytes(read_by("zarrs", samples), of.plan) == 2 * 31 * 1_000
+
+
+def test_shards_of_many_small_chunks_may_be_read_by_zarrs():
+    samples = sharded(1000, 1, 500)
+    of = reading(samples, unit_rows=500, cell_rows=500)
+    assert scratch_bytes(samples, of.plan) == 2 * 501 * 100
+
+
+def test_indices_are_kept_up_to_a_limit():
+    assert index_bytes(sharded(10_000_000, 1, 20)) == 64 << 20
+    assert index_bytes(HUNDRED) == 0
+
+
+# What fits --------------------------------------------------------------------------------------------------------
+
+
+def plan_for(limit, cache=None, loaders=3, pieces=2, **options):
+    train, evaluate = reading(HUNDRED, loaders=loaders, **options), reading(HUNDRED, loaders=pieces, shuffle=False)
+    return plan_memory(train, evaluate, limit, "the limit", cache)
+
+
+def test_what_is_left_is_shared_by_the_caches():
+    least = plan_for(10**9, cache=0).total
+    assert least == 6_471_000
+    wanted = (3 + 2) * 100 * 1_000
+    for share in (0.0, 0.01, 0.25, 0.5, 0.999, 1.0, 7.0):
+        room = int(share * wanted)
+        for budget in (plan_for(least + room), plan_for(10**9, cache=room)):
+            units = min(100, int(100 * share))
+            assert (budget.train.limits.cached, budget.evaluate.limits.cached) == (units, units)
+            assert budget.cached_bytes == 5 * units * 1_000
+            assert budget.total <= max(least + room, least)
+            moving = min(11, 2 * (100 - units)), min(4, 2 * (100 - units))
+            assert (budget.train.moving, budget.evaluate.moving) == moving  # what is kept need not be read ahead
+    assert "cache 250.0 kB" in plan_for(least + wanted // 2).sentence()
+    assert plan_for(least + 1_000_000, cache=100_000).train.limits.cached == 20  # the lesser of both
+    assert plan_for(least + 100_000, cache=1_000_000).train.limits.cached == 20
+
+
+def test_without_an_evaluation_training_has_all():
+    budget = plan_memory(reading(HUNDRED), None, 10**7, "the limit")
+    assert budget.evaluate is None
+    assert budget.train.limits.cached == 100
+    assert budget.total == budget.train.total
+    assert "evaluate" not in budget.sentence()
+
+
+@pytest.mark.parametrize(
+    ("short_by", "kept", "evaluate", "ahead", "threads"),
+    [
+        (0, 3, 2, 3, 2),
+        (1, 3, 0, 3, 2),  # one loader of an evaluation at a time
+        (1_290_001, 2, 0, 3, 2),  # a train loader less
+        (1_290_001 + 1_297_000, 1, 0, 3, 2),
+        (1_290_001 + 2 * 1_297_000, 1, 0, 2, 2),  # two units of less
+        (1_290_001 + 2 * 1_297_000 + 2_000, 1, 0, 1, 1),
+    ],
+)
+def test_short_memory_means_fewer_loaders_then_less_ahead(short_by, kept, evaluate, ahead, threads):
+    budget = plan_for(6_471_000 - short_by)
+    assert (budget.train.kept, budget.evaluate.kept) == (kept, evaluate)
+    assert (budget.train.limits.ahead, budget.train.limits.threads) == (ahead, threads)
+    assert (budget.evaluate.limits.ahead, budget.evaluate.limits.threads) == (ahead, threads)
+    assert budget.total <= 6_471_000 - short_by
+
+
+def test_too_little_memory_is_refused_with_the_arithmetic():
+    least = (9 * 1_000 + 1_280_000 + 4_000) + (2 * 1_000 + 1_280_000 + 4_000)
+    budget = plan_for(least)
+    assert budget.total == least
+    assert (budget.train.limits.cached, budget.evaluate.limits.cached) == (0, 0)
+    with pytest.raises(OutOfMemory) as caught:
+        plan_for(least - 1)
+    error = caught.value
+    assert error.code == 8
+    assert (
+        "p.zarr: the data path needs train 1 x (9 units (8 open, 1 ahead) of 1.0 kB + batches 1.3 MB + "
+        "decoding 2 x 2.0 kB) + evaluate 1 x (2 units (1 open, 1 ahead) of 1.0 kB + batches 1.3 MB + "
+        "decoding 2 x 2.0 kB) = 2.6 MB (2,579,000 bytes); the limit is 2.6 MB (2,578,999 bytes)."
+    ) in error.message
+    assert "cluster.memory" in error.hint
+
+
+def test_a_chunk_larger_than_memory_is_refused_by_name():
+    samples = make_samples(1000, 500, row=(25,))
+    with pytest.raises(ChunkTooLarge) as caught:
+        plan_memory(reading(samples), None, 49_999, "cluster.memory")
+    assert caught.value.code == 3
+    assert "one chunk of v0 (500, 25) decodes to 50.0 kB; cluster.memory is 50.0 kB" in caught.value.message
+    with pytest.raises(OutOfMemory):  # it fits, but nothing else
+        plan_memory(reading(samples), None, 50_000, "cluster.memory")
+    with pytest.raises(ChunkTooLarge):
+        plan_memory(reading(HUNDRED), reading(samples), 49_999, "cluster.memory")
+
+
+def test_a_store_whose_requests_take_long_is_read_further_ahead_by_more_threads():
+    samples = replace(HUNDRED, store=StoreFacts(is_local=False, read_ahead=True))
+    budget = plan_memory(reading(samples), None, 10**9, "the limit")
+    assert (budget.train.limits.ahead, budget.train.limits.threads) == (8, 8)
+
+
+def test_a_plan_of_few_units_counts_each_at_most_twice():
+    budget = reading(HUNDRED, units=3).budget(kept=1, ahead=9, threads=1)
+    assert (budget.open, budget.moving) == (3, 6)
+
+
+def test_a_static_variable_that_patches_cut_is_a_part_of_every_sample(write_store, tmp_path):
+    arrays = {
+        "v0": {"dims": ("n", "y", "x"), "values": np.zeros((20, 5, 3), "float32"), "chunks": (4, 5, 3)},
+        "height": {"dims": ("y", "x"), "values": np.zeros((5, 3)), "chunks": (5, 3)},
+        "label": vector(np.zeros(20, "int32"), 4),
+    }
+    path = write_store(tmp_path / "s", arrays)
+    names = {"inputs": ["v0", "height"], "targets": ["label"], "sample_dim": "n"}
+    assert sample_bytes(open_samples(path, **names)) == 5 * 3 * 4 + 8
+    assert sample_bytes(open_samples(path, patch={"y": 2}, **names)) == 2 * (2 * 3 * 4) + 8
+
+
+# What loaders allocate --------------------------------------------------------------------------------------------
+
+
+KINDS = {
+    "plain": {},
+    "windows": {"input_offsets": [-4, 0], "target_offsets": 3},
+    "patches": {"patch": {"y": 2}},
+    "selected": {"isel": {"x": 1, "n": {"start": 20, "stop": 180}}},
+}
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("cached", [0, 3, 40])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loader_allocates_no_more_than_the_budget_says(write_store, tmp_path, kind, cached, shuffle):
+    arrays = {
+        "v0": {"dims": ("n", "y", "x"), "values": np.zeros((200, 5, 3), "float32"), "chunks": (4, 5, 3)},
+        "raw": {"dims": ("n", "y"), "values": np.zeros((200, 5), "uint8"), "chunks": (4, 5)},
+        "height": {"dims": ("y", "x"), "values": np.zeros((5, 3)), "chunks": (5, 3)},
+        "label": vector(np.zeros(200, "int32"), 4),
+    }
+    samples = open_samples(
+        write_store(tmp_path / "s", arrays),
+        inputs=["v0", "height", "raw"],
+        targets=["label"],
+        sample_dim="n",
+        split=WHOLE,
+        **KINDS[kind],
+    )
+    plan = replace(plan_data(samples, replicas=1, seed=0), unit_rows=4, cell_rows=4, window=6)
+    (part,) = train_partitions(plan) if shuffle else eval_partitions(plan, "train")
+    reader = remembering(samples)
+    for batch in (30, 5000):
+        of = Reading(samples=samples, plan=plan, loaders=1, units=len(part.units), batch_size=batch, shuffle=shuffle)
+        budget = of.budget(kept=1, ahead=2, threads=2)
+        limits = replace(budget.limits, cached=min(cached, len(part.units)))
+        budget = replace(budget, limits=limits)
+        made = []
+
+        def allocate(shape, dtype, made=made):
+            made.append(int(np.prod(shape)) * dtype.itemsize)
+            return np.empty(shape, dtype)
+
+        loader = Loader(
+            reader,
+            part,
+            START,
+            itertools.repeat(batch),
+            replica=0,
+            shuffle=shuffle,
+            limits=limits,
+            allocate=allocate,
+        )
+        for _ in range(150 if batch < 5000 else 4):
+            loader.take()
+        arenas = sum(arena.nbytes for arena in loader._threads.arena.values())
+        loader.close()
+        assert arenas <= (budget.moving + limits.cached) * budget.unit
+        padding = 4 * limits.buffers * 33 * 64  # for each batch of each field, to an aligned address
+        assert sum(made) <= budget.buffers + padding

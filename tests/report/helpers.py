@@ -1,0 +1,30 @@
+"""The result of a round, as reports see it."""
+
+from __future__ import annotations
+
+from dtrain.types import Contribution, RoundResult
+
+
+def result_of(number=1, **changes):
+    contributions = tuple(
+        Contribution(
+            replica=k, samples=10, steps=2, loss_sum=5.0, finite=True, units_decoded=1, bytes_read=100, seconds=0.1
+        )
+        for k in range(2)
+    )
+    values = {
+        "round": number,
+        "train_loss": 0.5,
+        "metrics": {"val_loss": 0.75, "val_accuracy": 0.875},
+        "samples": 20,
+        "steps": 4,
+        "seconds": 1.23456789,
+        "bytes_reduced": 800,
+        "rejected": 0,
+        "retried": 1,
+        "params_sha256": "ab" * 32,
+        "replica_loss": (0.25, 0.75),
+        "contributions": contributions,
+        "state": None,
+    }
+    return RoundResult(**{**dict.fromkeys(RoundResult.__dataclass_fields__), **values, **changes})

@@ -1,0 +1,84 @@
+"""Progress on stderr, without a terminal."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from dtrain.events import Event, ReplicaRejected, RoundCommitted, RoundFinished, RunStarted, SegmentReplayed, StepsTaken
+from dtrain.report.progress import MAX_LINES, terminal_progress
+from tests.report.helpers import result_of
+
+
+@pytest.fixture
+def started() -> RunStarted:
+    return RunStarted(run="runs/a", round=0, rounds=3, replicas=2, samples=1234, workers=2, dashboard="")
+
+
+def finished(number: int) -> RoundFinished:
+    return RoundFinished(result_of(number, metrics={"val_loss": 0.25}, samples=100, seconds=0.5))
+
+
+def printed(capsys: pytest.CaptureFixture[str], *events: Event, verbose: bool = False) -> list[str]:
+    with terminal_progress(color=False, verbose=verbose) as report:
+        for event in events:
+            report(event)
+    return capsys.readouterr().err.splitlines()
+
+
+def test_a_run_prints_its_size_and_a_line_a_round(capsys: pytest.CaptureFixture[str], started: RunStarted) -> None:
+    assert printed(capsys, started, finished(1), finished(2)) == [
+        "runs/a: 1,234 training samples, 2 replicas on 2 workers",
+        "round 1  train_loss 0.5000  val_loss 0.2500  200 samples/s",
+        "round 2  train_loss 0.5000  val_loss 0.2500  200 samples/s",
+    ]
+
+
+def test_a_continued_run_says_where(capsys: pytest.CaptureFixture[str], started: RunStarted) -> None:
+    (line,) = printed(capsys, replace(started, round=2))
+    assert line.endswith(", continuing after round 2 of 3")
+
+
+def test_a_long_run_prints_some_of_its_rounds(capsys: pytest.CaptureFixture[str], started: RunStarted) -> None:
+    rounds = 40 * MAX_LINES + 1
+    lines = printed(capsys, replace(started, rounds=rounds), *(finished(n) for n in range(1, rounds + 1)))[1:]
+    assert MAX_LINES / 2 <= len(lines) <= MAX_LINES + 2
+    assert lines[0].startswith("round    1 ")
+    assert lines[-1].startswith(f"round {rounds} ")
+
+
+def test_faults_are_always_printed_and_commits_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    events = (
+        ReplicaRejected(round=3, replica=1),
+        SegmentReplayed(round=2, reason="worker tcp://a is gone"),
+        RoundCommitted(round=3, bytes=9, seconds=0.1),
+    )
+    faults = [
+        "round 3: replica 1 is not finite and was left out of the average",
+        "lost work with a worker; going on from round 2 (worker tcp://a is gone)",
+    ]
+    assert printed(capsys, *events) == faults
+    assert printed(capsys, *events, verbose=True)[2].startswith("RoundCommitted(round=3")
+
+
+def test_the_pass_for_normalisation_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dtrain.report.progress.PLAIN_SECONDS", 0.0)
+    with terminal_progress(color=False) as show:
+        show(StepsTaken(round=0, replica=1, step=3, steps=10, samples=600, seconds=0.5))
+    assert capsys.readouterr().err.splitlines() == [
+        "mean and standard deviation, units: replica 1 3/10, 1,200 samples/s"
+    ]
+
+
+def test_without_a_terminal_a_long_round_says_so_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dtrain.report.progress.PLAIN_SECONDS", 0.0)
+    with terminal_progress(color=False) as show:
+        for replica, step in ((0, 3), (1, 2)):
+            show(StepsTaken(round=7, replica=replica, step=step, steps=10, samples=step * 50, seconds=0.5))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["round 7: replica 0 3/10, 300 samples/s", "round 7: replica 0 3/10, replica 1 2/10, 500 samples/s"]

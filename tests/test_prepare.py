@@ -1,0 +1,145 @@
+"""From a job to a runner: in order, once each, and refused before anything trains."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dtrain
+from dtrain import prepare
+from dtrain.data.plan import footprint, partition
+from dtrain.data.read import units
+from dtrain.data.samples import Samples
+from dtrain.errors import ChunkMissing, DataChanged, OutOfMemory
+from dtrain.job import Job, job_from_python
+from dtrain.prepare import open_runner
+from dtrain.run import with_scheduler
+from tests.runtime import models
+
+
+def job_of(samples: Samples, **tables: Any) -> Job:
+    train = {"loss": "cross_entropy", "rounds": 2, "local_steps": 2, "batch_size": 16}
+    config = dtrain.TrainConfig(**{"train": train, "average": {"replicas": 3}, **tables})
+    return job_from_python(models.small, samples, {}, with_scheduler(config, "serial"))
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts the calls of functions on the way to the first round, by name."""
+    counts: Counter[str] = Counter()
+
+    def count(module: Any, name: str, label: str | None = None) -> None:
+        original = getattr(module, name)
+
+        def counting(*arguments: Any, **options: Any) -> Any:
+            counts[label or name] += 1
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(module, name, counting)
+
+    count(partition, "train_partitions")
+    count(units.UnitReader, "__init__", "readers opened")
+    count(footprint, "choose_readers", "readers chosen for a budget")
+    count(units, "choose_readers", "readers chosen to open")
+    count(prepare, "resolve")
+    count(prepare, "check_presence")
+    return counts
+
+
+def test_nothing_is_computed_twice_on_the_way_to_the_first_round(
+    samples: Samples, tmp_path: Path, counted: Counter[str]
+) -> None:
+    dtrain.train(
+        models.small,
+        samples,
+        train={"loss": "cross_entropy", "rounds": 2, "local_steps": 2, "batch_size": 16},
+        average={"replicas": 3},
+        cluster="serial",
+        run_dir=tmp_path,
+        progress=False,
+    )
+    assert counted == {
+        "train_partitions": 1,
+        "readers opened": 1,
+        "readers chosen to open": 1,
+        "readers chosen for a budget": 2,  # that of training and that of evaluation
+        "resolve": 1,
+        "check_presence": 1,
+    }
+
+
+def test_a_continued_run_resolves_nothing(samples: Samples, tmp_path: Path, counted: Counter[str]) -> None:
+    options: dict[str, Any] = {"cluster": "serial", "run": "r", "run_dir": tmp_path, "progress": False}
+    for rounds in (1, 2):
+        table = {"loss": "cross_entropy", "rounds": rounds, "local_steps": 2, "batch_size": 16}
+        counted.clear()
+        dtrain.train(models.small, samples, train=table, average={"replicas": 3}, **options)
+    assert counted["resolve"] == 0
+    assert counted["train_partitions"] == 1
+
+
+def test_the_runner_has_what_was_resolved(samples: Samples) -> None:
+    job = job_of(samples)
+    with open_runner(job, "id") as (runner, resolved):
+        assert runner.spec.plan is resolved.plan
+        assert runner.spec.run_id == "id"
+        (source,) = runner.spec.sources
+        assert source.samples == job.samples
+        assert source.plan == resolved.plan.plans[0]
+        assert (resolved.held_out, runner.spec.held_out) == (None, None)
+        assert resolved.code == job.code
+        assert runner.spec.threads == 1
+
+
+def test_normalisation_is_resolved_by_one_pass_and_kept(blobs: Path) -> None:
+    samples = dtrain.open_samples(blobs, inputs=["x"], targets=["y"], normalize=["x"])
+    steps: list[Any] = []
+    with open_runner(job_of(samples), "id", on_progress=steps.append) as (runner, resolved):
+        assert resolved.scalings.keys() == runner.spec.scalings.keys() == {"x"}
+    with open_runner(job_of(samples), "id", known=resolved) as (again, _):
+        assert again.spec.scalings == resolved.scalings
+
+
+def test_a_budget_that_does_not_suffice_is_refused(blobs: Path) -> None:
+    samples = dtrain.open_samples(blobs, inputs=["x"], targets=["y"], memory="2kB")
+    with pytest.raises(OutOfMemory, match=r"data\.memory is 2\.0 kB"), open_runner(job_of(samples), "id"):
+        pass
+
+
+def test_missing_chunks_are_found_before_a_runner_is_there(
+    tmp_path: Path, write_store: Callable[..., Path], blobs: Path
+) -> None:
+    import shutil
+
+    store = tmp_path / "holes.zarr"
+    shutil.copytree(blobs, store)
+    (store / "x/c/3/0").unlink()
+    samples = dtrain.open_samples(store, inputs=["x"], targets=["y"])
+    with pytest.raises(ChunkMissing, match="x/c/3/0"), open_runner(job_of(samples), "id"):
+        pass
+
+
+def test_data_that_were_modified_since_the_start_are_refused(tmp_path: Path, blobs: Path) -> None:
+    import shutil
+
+    store = tmp_path / "copy.zarr"
+    shutil.copytree(blobs, store)
+    job = job_of(dtrain.open_samples(store, inputs=["x"], targets=["y"]))
+    with open_runner(job, "id") as (_, resolved):
+        pass
+    with (store / "y/c/2").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(DataChanged, match="chunks of y have been modified"), open_runner(job, "id", known=resolved):
+        pass
+
+
+def test_the_counters_can_count(samples: Samples, counted: Counter[str]) -> None:
+    job = job_of(samples)
+    for _ in range(2):
+        with open_runner(job, "id") as (runner, _):
+            runner.initialise()
+    assert counted["resolve"] == counted["readers opened"] == 2

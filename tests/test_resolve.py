@@ -1,0 +1,101 @@
+"""What decides bits is resolved once and read back from plan.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import dtrain
+from dtrain.data.plan.partition import eval_partitions
+from dtrain.directory import read_plan
+from dtrain.errors import RunConflict
+from dtrain.job import job_from_python
+from dtrain.prepare import open_runner
+from dtrain.resolve import VERSION, from_json, to_json
+from dtrain.run import with_scheduler
+from tests.runtime import models
+
+
+@pytest.fixture
+def held_out(blobs: Path, tmp_path: Path, write_store: Callable[..., Path]) -> Path:
+    rng = np.random.default_rng(5)
+    return write_store(
+        tmp_path / "val.zarr",
+        {
+            "x": {"dims": ("n", "f"), "values": rng.normal(size=(90, 6)), "chunks": (10, 6)},
+            "y": {"dims": ("n",), "values": rng.integers(0, 3, size=90, dtype="int32"), "chunks": (10,)},
+        },
+    )
+
+
+@pytest.fixture
+def samples(blobs: Path, held_out: Path) -> dtrain.Samples:
+    return dtrain.open_samples(
+        blobs, inputs=["x"], targets=["y"], val_path=str(held_out), split={"val": 0.0, "test": 0.1}
+    )
+
+
+def start(samples: dtrain.Samples, tmp_path: Path, rounds: int) -> dtrain.Run:
+    return dtrain.train(
+        models.small,
+        samples,
+        train={"loss": "cross_entropy", "rounds": rounds, "local_steps": 2, "batch_size": 16},
+        average={"replicas": 3},
+        cluster="serial",
+        run="r",
+        run_dir=tmp_path / "runs",
+        progress=False,
+    )
+
+
+def job_of(run: dtrain.Run, samples: dtrain.Samples) -> Any:
+    job = job_from_python(models.small, samples, {}, with_scheduler(run.config, "serial"))
+    return job
+
+
+def test_the_held_out_plan_is_read_back_from_plan_json(samples: dtrain.Samples, tmp_path: Path) -> None:
+    run = start(samples, tmp_path, 1)
+    stored = json.loads((run.directory / "plan.json").read_text())
+    assert stored["held_out"]["eval_pieces"] == 3
+    stored["held_out"]["eval_pieces"] = 2
+    (run.directory / "plan.json").write_text(json.dumps(stored))
+    job = job_of(run, samples)
+    known = read_plan(run.directory, job)
+    assert known is not None
+    with open_runner(job, "again", known=known) as (runner, resolved):
+        assert resolved.held_out is not None
+        assert runner.spec.held_out is not None
+        assert runner.spec.held_out.plan == resolved.held_out
+        assert len(eval_partitions(runner.spec.held_out.plan, "all")) == 2
+        assert len(runner._resident.pieces("val")) == 2
+
+
+def test_plan_json_comes_back_as_it_was(samples: dtrain.Samples, tmp_path: Path) -> None:
+    run = start(samples, tmp_path, 1)
+    stored = json.loads((run.directory / "plan.json").read_text())
+    assert stored["version"] == VERSION
+    resolved = from_json(stored)
+    assert json.loads(json.dumps(to_json(job_of(run, samples), resolved))) == stored
+
+
+def test_a_plan_without_version_is_read_and_a_newer_one_is_refused(samples: dtrain.Samples, tmp_path: Path) -> None:
+    run = start(samples, tmp_path, 1)
+    stored = json.loads((run.directory / "plan.json").read_text())
+    del stored["version"]  # as written before there were versions
+    assert from_json(stored) == run.resolved
+    (run.directory / "plan.json").write_text(json.dumps({**stored, "version": VERSION + 1}))
+    with pytest.raises(RunConflict, match="newer dtrain"):
+        start(samples, tmp_path, 2)
+
+
+def test_a_run_goes_on_with_the_plan_that_it_was_started_with(samples: dtrain.Samples, tmp_path: Path) -> None:
+    start(samples, tmp_path, 2)
+    resumed = start(samples, tmp_path, 4)
+    whole = start(samples, tmp_path / "whole", 4)
+    assert [row["params_sha256"] for row in resumed.rows] == [row["params_sha256"] for row in whole.rows]
+    assert [row["val_loss"] for row in resumed.rows] == [row["val_loss"] for row in whole.rows]

@@ -1,0 +1,218 @@
+"""The loop against a runner that is written down: what is submitted when, where segments end, what a loss repeats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dtrain import rounds as module
+from dtrain.algorithm.average import first_outer
+from dtrain.algorithm.plan import first_position
+from dtrain.algorithm.replica import fresh_replica
+from dtrain.config.schema import TrainConfig
+from dtrain.errors import ClusterLost, Diverged, OutOfMemory
+from dtrain.events import SegmentReplayed
+from dtrain.rounds import MAX_COMMIT_EVERY, commit_cadence, first_cadence, initial_state, next_commit, rounds
+from dtrain.runtime.runner import Outcome, SegmentLost
+from dtrain.types import Broadcast, Contribution, Layout, Parameters, Position, RoundPlan, RoundSummary, TrainState
+
+SIZES = (40, 24)
+
+
+def params(value: float = 0.0) -> Parameters:
+    return Parameters(Layout((), 1, 1, 0), np.array([value], np.float32), np.zeros(0, np.uint8))
+
+
+def state_after(position: Position) -> TrainState:
+    model = params(position.round)
+    return TrainState(
+        position=position,
+        model=model,
+        broadcast=(Broadcast(model),) * 2,
+        replicas=(fresh_replica(),) * 2,
+        outer=((), ()),
+    )
+
+
+START = state_after(first_position(2))
+
+
+@dataclass
+class Script:
+    """A runner that trains nothing: round r has the loss 1 / r. Handles are numbers of rounds."""
+
+    lose: tuple[int, ...] = ()
+    """Rounds that are lost when they are collected, each once."""
+    killed: bool = False
+    rejected: tuple[int, ...] = ()
+    finite: bool = True
+    validated: bool = True
+
+    def __post_init__(self) -> None:
+        self.log: list[str] = []
+        self.left = list(self.lose)
+        self.spec = SimpleNamespace(plan=SimpleNamespace(sizes=SIZES, replicas=2))
+
+    def initialise(self) -> Any:
+        return SimpleNamespace(params=params(7))
+
+    def place(self, state: TrainState) -> int:
+        self.log.append(f"place {state.round}")
+        return state.round
+
+    def submit(self, held: int, plan: RoundPlan) -> int:
+        assert plan.round == held + 1
+        self.log.append(f"submit {plan.round}")
+        return plan.round
+
+    def collect(self, held: int) -> Outcome:
+        if held in self.left:
+            self.left.remove(held)
+            raise SegmentLost("worker gone", self.killed)
+        self.log.append(f"collect {held}")
+        each = tuple(
+            Contribution(replica=k, samples=size, steps=3, loss_sum=size / held, finite=k not in self.rejected)
+            for k, size in enumerate(SIZES)
+        )
+        summary = RoundSummary(contributions=each, params_sha256=f"sha{held}", finite=self.finite, bytes_reduced=8)
+        return Outcome(summary, {"loss": (10 / held, 10), "accuracy": (held, 10)} if self.validated else None)
+
+    def gather(self, held: int, position: Position) -> TrainState:
+        assert position.round == held
+        self.log.append(f"gather {held}")
+        return state_after(position)
+
+
+def config(**tables: Any) -> TrainConfig:
+    train = {"loss": "mse", "rounds": 6, "local_steps": 3, "batch_size": 8, "metrics": ["accuracy"]}
+    return TrainConfig(**{**tables, "train": {**train, **tables.get("train", {})}})
+
+
+def go(runner: Script, given: TrainConfig, state: TrainState = START, **more: Any) -> tuple[list[Any], list[Any]]:
+    events: list[Any] = []
+    return list(rounds(runner, state, given, events.append, **more)), events  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("ahead", "order"),
+    [
+        (0, "submit 1 collect 1 submit 2 collect 2 submit 3 collect 3"),
+        (1, "submit 1 submit 2 collect 1 submit 3 collect 2 collect 3"),
+        (2, "submit 1 submit 2 submit 3 collect 1 collect 2 collect 3"),
+    ],
+)
+def test_rounds_are_submitted_ahead_within_a_segment(ahead: int, order: str) -> None:
+    runner = Script()
+    given = config(train={"rounds": 3}, run={"commit_every": 9})
+    results, _ = go(runner, given, look_ahead=ahead)
+    assert " ".join(runner.log) == f"place 0 {order} gather 3"
+    assert [result.stop for result in results] == [None, None, "rounds"]
+
+
+def test_a_segment_ends_with_a_state_and_the_next_one_starts_from_it() -> None:
+    runner = Script()
+    results, events = go(runner, config(run={"commit_every": 2}))
+    assert [line for line in runner.log if line.startswith(("place", "gather"))] == [
+        *("place 0", "gather 2", "place 2", "gather 4", "place 4", "gather 6")
+    ]
+    assert [result.round for result in results if result.state is not None] == [2, 4, 6]
+    assert results[-1].state is not None
+    assert results[-1].state.position.steps == (18, 18)
+    assert events == []
+
+
+def test_a_result_holds_the_means_of_its_round() -> None:
+    (first, second), _ = go(Script(rejected=(1,)), config(train={"rounds": 2}, average={"max_rejected": 0.5}))
+    assert (first.round, first.samples, first.steps, first.rejected, first.params_sha256) == (1, 64, 6, 1, "sha1")
+    assert second.train_loss == 0.5
+    assert second.replica_loss == (0.5, 0.5)
+    assert second.metrics == {"val_loss": 0.5, "val_accuracy": 0.2}
+    assert second.stop_metric == 0.5
+    assert second.bytes_reduced == 8
+
+
+def test_a_stop_rule_makes_its_round_the_last() -> None:
+    runner = Script()
+    results, _ = go(runner, config(stop={"target": 0.4}, run={"commit_every": 9}), look_ahead=2)
+    assert [result.round for result in results] == [1, 2, 3]
+    assert (results[-1].stop, results[-1].state is not None) == ("target", True)
+    assert "submit 5" in runner.log  # submitted ahead, and never collected
+    assert "collect 4" not in runner.log
+
+
+def test_the_history_before_counts_for_patience() -> None:
+    given = config(stop={"metric": "val_accuracy", "mode": "min", "patience": 3})
+    state = state_after(replace(first_position(2), round=2))
+    results, _ = go(Script(), given, state, history=(0.1, 0.15))
+    assert [result.round for result in results] == [3, 4]  # the best value is that of round 1
+    assert results[-1].stop == "patience"
+
+
+def test_a_lost_segment_is_replayed_and_its_rounds_are_yielded_once() -> None:
+    runner = Script(lose=(3, 3))
+    results, events = go(runner, config(run={"commit_every": 4}))
+    assert [result.round for result in results] == [1, 2, 3, 4, 5, 6]
+    assert [result.retried for result in results] == [0, 0, 2, 2, 0, 0]
+    assert events == [SegmentReplayed(round=0, reason="worker gone")] * 2
+    assert runner.log.count("submit 1") == 3
+    assert runner.log.count("submit 5") == 1
+
+
+@pytest.mark.parametrize(("killed", "error"), [(True, OutOfMemory), (False, ClusterLost)])
+def test_a_segment_that_is_always_lost_ends_the_run(killed: bool, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"[Rr]ound 3 .*worker gone"):
+        go(Script(lose=(3,) * 9, killed=killed), config(run={"commit_every": 2}))
+
+
+@pytest.mark.parametrize(
+    ("runner", "match"),
+    [
+        (Script(rejected=(0,)), r"Round 1: 1 of 2 replicas .*\(replica 0\); average.max_rejected = 0.25"),
+        (Script(rejected=(0, 1)), r"Round 1: 2 of 2 replicas"),
+        (Script(finite=False), r"Round 1: the averaged parameters are not finite"),
+    ],
+)
+def test_too_much_that_is_not_finite_stops_the_run(runner: Script, match: str) -> None:
+    with pytest.raises(Diverged, match=match):
+        go(runner, config())
+
+
+def test_without_validation_there_are_no_metrics() -> None:
+    results, _ = go(Script(validated=False), config(stop={"metric": "train_loss", "target": 0.5}))
+    assert [result.metrics for result in results] == [{}, {}]
+    assert [result.stop_metric for result in results] == [1.0, 0.5]
+
+
+def test_a_complete_state_has_no_further_round() -> None:
+    runner = Script()
+    assert go(runner, config(), state_after(replace(first_position(2), round=6)))[0] == []
+    assert runner.log == []
+
+
+def test_the_state_of_round_0(tmp_path: Any) -> None:
+    given = config(average={"outer": {}})
+    state = initial_state(Script(), given, tmp_path)  # type: ignore[arg-type]
+    assert state.position == first_position(2)
+    assert state.model.flat.tolist() == [7.0]
+    assert all(own.params is state.model for own in state.broadcast)
+    assert [piece.slots for piece in state.outer[0]] == [piece.slots for piece in first_outer(given.average)] == [()]
+    assert state.outer[0] is state.outer[1]
+
+
+def test_with_auto_the_first_commit_comes_soon() -> None:
+    assert (first_cadence("auto"), first_cadence(7)) == (1, 7)
+    assert [next_commit(7, 3, 3), next_commit(6, 3, 3), next_commit(7, 3, "auto")] == [9, 9, 10]
+    results, _ = go(Script(), config())
+    assert results[0].state is not None
+
+
+def test_commits_take_two_percent() -> None:
+    assert commit_cadence(0.02, 1.0, 1) == 1
+    assert commit_cadence(0.2, 1.0, 10) == 10
+    assert commit_cadence(0.2, 1.0, 1) == 4  # grows step by step
+    assert commit_cadence(50.0, 0.01, 1000) == MAX_COMMIT_EVERY
+    assert module.MAX_REPLAYS == 3

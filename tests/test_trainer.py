@@ -1,0 +1,143 @@
+"""`train_job`: what is written and told, in which order, and what a second call finds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dtrain
+from dtrain.checkpoint import committed_rounds
+from dtrain.data.samples import Samples
+from dtrain.errors import DataChanged, DiskFull, RunConflict, RunDamaged, Stopped
+from dtrain.events import ClusterOpening, RoundCommitted, RoundDamaged, RoundFinished, RunFinished, RunStarted
+from dtrain.job import Job, job_from_python
+from dtrain.run import with_scheduler
+from dtrain.trainer import train_job
+from tests.runtime import models
+
+
+def job_of(samples: Samples, rounds: int = 4, **train: Any) -> Job:
+    config = dtrain.TrainConfig(
+        train={"loss": "cross_entropy", "rounds": rounds, "batch_size": 16, **train},
+        average={"replicas": 2},
+        run={"commit_every": 2},
+    )
+    return job_from_python(models.small, samples, {}, with_scheduler(config, "serial"))
+
+
+def names(events: list[Any]) -> str:
+    return " ".join(type(event).__name__ for event in events if type(event).__name__ != "StepsTaken")
+
+
+@pytest.fixture(scope="module")
+def trained(samples: Samples, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_job(job_of(samples), tmp_path_factory.mktemp("runs") / "r").directory
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    shutil.copytree(trained, tmp_path / "r")
+    return tmp_path / "r"
+
+
+def test_events_come_in_order_and_the_files_are_there(samples: Samples, tmp_path: Path) -> None:
+    events: list[Any] = []
+    train_job(job_of(samples), tmp_path / "r", report=events.append)
+    assert names(events) == (
+        "ClusterOpening RunStarted RoundFinished RoundFinished RoundCommitted RoundFinished RoundFinished "
+        "RoundCommitted RunFinished"
+    )
+    opening, started, finished = events[0], next(e for e in events if isinstance(e, RunStarted)), events[-1]
+    assert isinstance(opening, ClusterOpening)
+    assert (opening.run, opening.scheduler) == (str(tmp_path / "r"), "serial")
+    assert (started.round, started.rounds, started.replicas) == (0, 4, 2)
+    assert started.samples == sum(dtrain.load_run(tmp_path / "r").plan.sizes)
+    assert isinstance(finished, RunFinished)
+    assert (finished.reason, finished.rounds) == ("rounds", 4)
+    found = {path.name for path in (tmp_path / "r").iterdir()}
+    assert found == {"config.toml", "env.json", "plan.json", "history.jsonl", "events.jsonl", "rounds"}
+    logged = [json.loads(line)["event"] for line in (tmp_path / "r/events.jsonl").read_text().splitlines()]
+    assert logged == ["RoundCommitted", "RoundCommitted"]
+
+
+def test_a_complete_run_says_so_without_opening_a_place(
+    run: Path, samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dtrain.trainer.open_runner", None)
+    before, events = (run / "history.jsonl").read_bytes(), list[Any]()
+    train_job(job_of(samples), run, report=events.append)
+    assert names(events) == "RunFinished"
+    assert (run / "history.jsonl").read_bytes() == before
+
+
+def test_rounds_after_the_newest_commit_are_done_again_to_the_same_lines(run: Path, samples: Samples) -> None:
+    before = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    shutil.rmtree(run / "rounds/round-000004")
+    events: list[Any] = []
+    train_job(job_of(samples), run, report=events.append)
+    again = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in before]
+    assert [event.result.round for event in events if isinstance(event, RoundFinished)] == [3, 4]
+
+
+def test_a_damaged_round_is_named_and_the_one_before_is_used(run: Path, samples: Samples) -> None:
+    (run / "rounds/round-000004/params.safetensors").write_bytes(b"?")
+    events: list[Any] = []
+    train_job(job_of(samples), run, report=events.append)
+    (damaged,) = [event for event in events if isinstance(event, RoundDamaged)]
+    assert damaged.round == 4
+    assert [event.round for event in events if isinstance(event, RoundCommitted)] == [4]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "match"),
+    [
+        (lambda run: (run / "history.jsonl").write_text(""), RunDamaged, "does not hold the 4 rounds"),
+        (
+            lambda run: shutil.copy(run / "rounds/round-000002/state.json", run / "plan.json"),
+            RunDamaged,
+            r"plan\.json cannot be read",
+        ),
+    ],
+)
+def test_files_that_do_not_fit_each_other_are_refused(
+    run: Path, samples: Samples, spoil: Any, error: type[Exception], match: str
+) -> None:
+    spoil(run)
+    with pytest.raises(error, match=match):
+        train_job(job_of(samples), run)
+
+
+def test_another_plan_than_the_rounds_were_trained_with(run: Path, samples: Samples) -> None:
+    plan = json.loads((run / "plan.json").read_text())
+    plan["data"]["seed"] += 1
+    (run / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(DataChanged, match=r"plan\.json is not the plan that round 4 was trained with"):
+        train_job(job_of(samples), run)
+
+
+def test_a_changed_job_is_refused_with_the_difference(run: Path, samples: Samples) -> None:
+    with pytest.raises(RunConflict, match=r"train\.batch_size was 16, is 8"):
+        train_job(job_of(samples, batch_size=8), run)
+    other = job_from_python(models.forecast, samples, {}, job_of(samples).config)
+    with pytest.raises(RunConflict, match=r"model was .*small.*, is .*forecast"):
+        train_job(other, run)
+
+
+def test_the_time_is_looked_at_after_commits(samples: Samples, tmp_path: Path) -> None:
+    events: list[Any] = []
+    with pytest.raises(Stopped, match="--max-time is over after round 2"):
+        train_job(job_of(samples), tmp_path / "r", report=events.append, max_seconds=0.0)
+    assert committed_rounds(tmp_path / "r") == [2]
+    assert (events[-1].reason, events[-1].rounds) == ("max_time", 2)
+    train_job(job_of(samples, rounds=2), tmp_path / "s", max_seconds=0.0)  # nothing would follow
+
+
+def test_a_directory_that_cannot_be_made(samples: Samples, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskFull, match="cannot be made"):
+        train_job(job_of(samples), tmp_path / "file/r")
