@@ -68,11 +68,9 @@ def measure(path: str, layout: str, budget: str, reader: str) -> dict[str, Any]:
     import torch  # noqa: F401
 
     import dtrain
-    from dtrain.batching import law_of
 
     windows = {"input_offsets": [-2, -1, 0], "target_offsets": 1} if layout == "windows" else {}
     samples = dtrain.open_samples(path, inputs=["x"], targets=["y"], split={"val": 0.0, "test": 0.0}, **windows)
-    law = law_of(samples, batch_size=256, memory=budget, reader=reader)
     process, peak, done = psutil.Process(), 0, threading.Event()
     base = process.memory_info().rss
 
@@ -84,12 +82,13 @@ def measure(path: str, layout: str, budget: str, reader: str) -> dict[str, Any]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     began, count = time.monotonic(), 0
-    for batch in dtrain.batches(samples, batch_size=256, epochs=2, memory=budget, reader=reader):
+    batches = dtrain.batches(samples, batch_size=256, epochs=2, memory=budget, reader=reader)
+    for batch in batches:
         count += batch.size
     seconds = time.monotonic() - began
     done.set()
     watcher.join()
-    return {"base": base, "peak": peak, "law": law.total, "samples": count, "seconds": seconds}
+    return {"base": base, "peak": peak, "law": batches.memory.total, "samples": count, "seconds": seconds}
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ from torch import nn
 
 import dtrain
 import dtrain.resolve
-from dtrain.data.load import loader
+from dtrain.data.load import schedule
 from dtrain.data.plan.order import RowRun, epoch_order
 from dtrain.data.plan.partition import plan_data
 from dtrain.data.plan.units import DataPlan
@@ -157,7 +157,7 @@ def final_loss(path: Path, model: Any, loss: str, seed: int, order: str, out: Pa
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(dtrain.resolve, "plan_data", partial(planned, window)))
         if blocks is not None:
-            patches.enter_context(mock.patch.object(loader, "epoch_order", partial(blocks_of, blocks)))
+            patches.enter_context(mock.patch.object(schedule, "epoch_order", partial(blocks_of, blocks)))
         run = dtrain.train(
             model,
             samples,

@@ -13,6 +13,7 @@ from distributed.system import MEMORY_LIMIT
 from dtrain.algorithm.batch import TensorBatch
 from dtrain.config.schema import DataConfig
 from dtrain.config.values import cache_bytes, parse_bytes
+from dtrain.data.encoding import Scaling
 from dtrain.data.load.loader import Loader
 from dtrain.data.load.statistics import partition_moments, scalings_of
 from dtrain.data.plan.memory import MemoryBudget, Reading, plan_memory
@@ -29,18 +30,20 @@ from dtrain.types import Cursor
 
 
 class Batches:
-    """An iterator of torch batches that reads ahead, and knows how far it is.
+    """An iterator of torch batches that reads ahead and knows its cursor.
 
-    Made by `batches`. It ends its threads when it is exhausted, closed or forgotten.
+    Made by `batches`. Its threads end when it is exhausted, closed or garbage-collected.
     """
 
-    def __init__(self, loader: Loader, prepared: Iterator[TensorBatch]) -> None:
+    def __init__(self, loader: Loader, prepared: Iterator[TensorBatch], memory: MemoryBudget) -> None:
         self._loader = loader
         self._prepared = prepared
+        self.memory = memory
+        """The memory budget that it keeps to, term by term."""
 
     @property
     def cursor(self) -> Cursor:
-        """Where the next batch begins: give it to `batches` to go on from there."""
+        """Where the next batch begins; pass it to `batches` to continue from there."""
         return self._loader.cursor
 
     def __iter__(self) -> Batches:
@@ -94,22 +97,23 @@ def batches(
     split : {"train", "val", "test", "all"}
         Only "train" is shuffled.
     epochs : int, optional
-        Passes; the last batch of a pass may be short. None: full batches of one pass after the other, for ever.
+        Number of passes; the last batch of a pass may be short. None: passes without end, in full batches that go
+        on from one pass to the next.
     drop_last : bool
         Leave out the short batch at the end of a pass.
     replica, replicas : int
-        Which of several equal partitions of the training split to read.
+        The training split is divided into `replicas` equal partitions; read partition number `replica`.
     seed : int
-        Of partitions and order.
+        Determines partitions and order.
     cursor : Cursor, optional
-        Where to begin: what `Batches.cursor` was.
+        Where to begin: the value of `Batches.cursor` at an earlier time.
     memory, cache, reader : str, optional
-        As the keys of ``[data]``, in whose place they stand.
+        Replace the keys of the same name in ``[data]``.
 
     Returns
     -------
     Batches
-        Of objects with `inputs` (a tuple), `targets` (a tensor, or a tuple of several) and `size`.
+        An iterator of objects with `inputs` (a tuple), `targets` (a tensor, or a tuple of several) and `size`.
 
     Raises
     ------
@@ -125,42 +129,25 @@ def batches(
     >>> for (image,), label in batches(samples, batch_size=64):  # doctest: +SKIP
     ...     loss = criterion(model(image), label)
     """
-    if not isinstance(samples, Samples):
-        raise InvalidConfig(f"samples is a {type(samples).__name__}, not what open_samples returns.")
-    _check(batch_size=batch_size, replicas=replicas, **({} if epochs is None else {"epochs": epochs}))
+    _check_samples(samples)
+    _check_positive(batch_size=batch_size, replicas=replicas, **({} if epochs is None else {"epochs": epochs}))
     _check_name("split", split, get_args(SplitName))
     if reader is not None:
         _check_name("reader", reader, get_args(DataConfig.model_fields["reader"].annotation))
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise InvalidConfig(f"seed = {seed!r}: an integer is needed.")
-    if not isinstance(cursor, Cursor | None):
-        raise InvalidConfig(
-            f"cursor = {cursor!r}: what Batches.cursor was is needed, or dtrain.Cursor(epoch, position)."
-        )
-    if not 0 <= replica < replicas:
-        raise InvalidConfig(f"replica = {replica}: allowed are 0 to {replicas - 1}, as replicas = {replicas}.")
+    _check_start(seed, cursor, replica, replicas)
     samples = _read_by(samples, reader)
     config = samples.config
     if config.missing == "error":
         check_presence(samples)
     plan = _plan(samples, replicas, seed)
-    found = train_partitions(plan) if split == "train" else _whole(plan, split)
-    partition = found[replica if split == "train" else 0]
+    partition = train_partitions(plan)[replica] if split == "train" else _whole(plan, split)
     shuffle = plan.shuffle and split == "train"
-    law = _law(samples, partition, batch_size, shuffle, memory, cache)
-    threads = law.train.limits.threads
-    opened = UnitReader(samples, config.reader, threads, plan.absent)
-    scalings = {}
-    if config.normalize:
-        moments = partition_moments(opened, _whole(plan, "train")[0], config.normalize)
-        scalings = scalings_of(moments, samples.variables)
+    budget = _memory_of(samples, partition, batch_size, shuffle, memory, cache)
+    limits = budget.train.limits
     start = cursor or Cursor(0, 0)
-    if start.position >= partition.num_samples:
-        raise InvalidConfig(
-            f"cursor = {start}: a pass over this split holds {partition.num_samples:,} samples.",
-            "A cursor goes on only in the split and the partition that it is of.",
-        )
-    consumed = start.epoch * partition.num_samples + start.position
+    consumed = _consumed(start, partition)
+    opened = UnitReader(samples, config.reader, limits.threads, plan.absent)
+    transform = load_function("data.transform", config.transform, Path.cwd()) if config.transform else None
     loader = Loader(
         opened,
         partition,
@@ -168,32 +155,19 @@ def batches(
         _sizes(partition.num_samples, batch_size, start, epochs),
         replica=replica,
         shuffle=shuffle,
-        limits=law.train.limits,
-        scalings=scalings,
+        limits=limits,
+        scalings=_scalings(opened, plan),
         total=None if epochs is None else max(0, epochs * partition.num_samples - consumed),
     )
     tensors = as_tensors(loader.stream(), split)
-    if config.transform:
-        transform = load_function("data.transform", config.transform, Path.cwd())
+    if transform is not None:
         tensors = transformed(tensors, transform, seed, replica, consumed)
     if drop_last:
         tensors = (batch for batch in tensors if batch.size == batch_size)
-    return Batches(loader, tensors)
+    return Batches(loader, tensors, budget)
 
 
-def law_of(
-    samples: Samples,
-    *,
-    batch_size: int = 100,
-    replicas: int = 1,
-    memory: str | None = None,
-    cache: str | None = None,
-    reader: str | None = None,
-) -> MemoryBudget:
-    """Return the memory law that `batches` keeps to with these arguments, on the training split."""
-    samples = _read_by(samples, reader)
-    plan = _plan(samples, replicas, 0)
-    return _law(samples, train_partitions(plan)[0], batch_size, plan.shuffle, memory, cache)
+# Parts of `batches` ------------------------------------------------------------------------------------------
 
 
 def _read_by(samples: Samples, reader: str | None) -> Samples:
@@ -207,13 +181,22 @@ def _plan(samples: Samples, replicas: int, seed: int) -> DataPlan:
     return plan_data(samples, replicas=replicas, seed=seed, absent=absent)
 
 
-def _law(
+def _whole(plan: DataPlan, split: SplitName) -> Partition:
+    """Return a whole split as one partition."""
+    partition = cell_anchors(plan, split)
+    if not partition.num_samples:
+        raise TooFewSamples(f'The split "{split}" holds no samples.', "Choose another, or hold out more.")
+    return partition
+
+
+def _memory_of(
     samples: Samples, partition: Partition, batch_size: int, shuffle: bool, memory: str | None, cache: str | None
 ) -> MemoryBudget:
+    """Return the memory budget; `memory` and `cache` replace those of ``[data]``."""
     config = samples.config
-    limit, what = int(MEMORY_LIMIT) // 2, "half of this machine's memory"
-    if (asked := config.memory if memory is None else memory) != "auto":
-        limit, what = parse_bytes(asked, "memory"), "memory"
+    limit, name = int(MEMORY_LIMIT) // 2, "half of this machine's memory"
+    if (wanted := config.memory if memory is None else memory) != "auto":
+        limit, name = parse_bytes(wanted, "memory"), "memory"
     kept = config.cache if cache is None else cache
     reading = Reading(
         samples=samples,
@@ -223,26 +206,25 @@ def _law(
         batch_size=batch_size,
         shuffle=shuffle,
     )
-    return plan_memory(reading, None, limit, what, None if kept == "auto" else cache_bytes(kept))
+    return plan_memory(reading, None, limit, name, None if kept == "auto" else cache_bytes(kept))
 
 
-def _check(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidConfig(f"{name} = {value!r}: a positive integer is needed.")
+def _scalings(reader: UnitReader, plan: DataPlan) -> dict[str, Scaling]:
+    """Return how variables are standardised: by the rows of the whole training split, in one pass over it."""
+    names = reader.samples.config.normalize
+    if not names:
+        return {}
+    return scalings_of(partition_moments(reader, _whole(plan, "train"), names), reader.samples.variables)
 
 
-def _check_name(key: str, given: str, allowed: tuple[str, ...]) -> None:
-    if given not in allowed:
-        raise InvalidConfig(f'{key} = "{given}": allowed are {", ".join(allowed)}{did_you_mean(str(given), allowed)}')
-
-
-def _whole(plan: DataPlan, split: SplitName) -> tuple[Partition, ...]:
-    """Return a whole split as one partition."""
-    found = cell_anchors(plan, split)
-    if not found.num_samples:
-        raise TooFewSamples(f'The split "{split}" holds no samples.', "Choose another, or hold out more.")
-    return (found,)
+def _consumed(start: Cursor, partition: Partition) -> int:
+    """Return the samples before a cursor, in all passes."""
+    if start.position >= partition.num_samples:
+        raise InvalidConfig(
+            f"cursor = {start}: a pass over this split holds {partition.num_samples:,} samples.",
+            "A cursor is valid only for the split and the partition that it was taken from.",
+        )
+    return start.epoch * partition.num_samples + start.position
 
 
 def _sizes(size: int, batch: int, start: Cursor, epochs: int | None) -> Iterator[int]:
@@ -256,3 +238,33 @@ def _sizes(size: int, batch: int, start: Cursor, epochs: int | None) -> Iterator
         if rest:
             yield rest
         position = 0
+
+
+# Checks of arguments ----------------------------------------------------------------------------------------
+
+
+def _check_samples(samples: Samples) -> None:
+    if not isinstance(samples, Samples):
+        raise InvalidConfig(f"samples is a {type(samples).__name__}, not what open_samples returns.")
+
+
+def _check_positive(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InvalidConfig(f"{name} = {value!r}: a positive integer is needed.")
+
+
+def _check_name(key: str, given: str, allowed: tuple[str, ...]) -> None:
+    if given not in allowed:
+        raise InvalidConfig(f'{key} = "{given}": allowed are {", ".join(allowed)}{did_you_mean(str(given), allowed)}')
+
+
+def _check_start(seed: int, cursor: Cursor | None, replica: int, replicas: int) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise InvalidConfig(f"seed = {seed!r}: an integer is needed.")
+    if not isinstance(cursor, Cursor | None):
+        raise InvalidConfig(
+            f"cursor = {cursor!r}: a dtrain.Cursor(epoch, position) is needed, or the value of Batches.cursor."
+        )
+    if not 0 <= replica < replicas:
+        raise InvalidConfig(f"replica = {replica}: allowed are 0 to {replicas - 1}, as replicas = {replicas}.")

@@ -457,6 +457,23 @@ def test_batches_end_their_threads(blobs: Path) -> None:
     assert threading.active_count() <= before + 8  # zarr's own threads stay
 
 
+def test_batches_tell_their_memory_budget(blobs: Path) -> None:
+    samples = dtrain.open_samples(blobs, inputs=["x"], targets=["y"])
+    with dtrain.batches(samples, batch_size=64, memory="5MB", cache="0") as small, dtrain.batches(samples) as large:
+        assert small.memory.limit == 5_000_000
+        assert 0 < small.memory.total <= small.memory.limit
+        assert small.memory.cached_bytes == 0 < large.memory.cached_bytes
+
+
+def test_a_transform_that_cannot_be_loaded_leaves_no_thread(blobs: Path) -> None:
+    import threading
+
+    samples = dtrain.open_samples(blobs, inputs=["x"], targets=["y"], transform="tests.runtime.test_data_path:nothing")
+    with pytest.raises(DtrainError):
+        dtrain.batches(samples)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("dtrain-")]
+
+
 def test_short_batches_can_be_dropped_and_partitions_are_disjoint(blobs: Path) -> None:
     samples = dtrain.open_samples(blobs, inputs=["x"], targets=["y"], split={"val": 0.0, "test": 0.0})
     sizes = [batch.size for batch in dtrain.batches(samples, batch_size=100, drop_last=True)]
@@ -479,7 +496,7 @@ def test_short_batches_can_be_dropped_and_partitions_are_disjoint(blobs: Path) -
         ({"reader": "zars"}, 'reader = "zars": allowed are auto, numcodecs, zarrs, zarr; did you mean'),
         ({"epochs": 0}, "epochs = 0: a positive integer is needed"),
         ({"seed": "a"}, "seed = 'a': an integer is needed"),
-        ({"cursor": 5}, "cursor = 5: what Batches.cursor was is needed"),
+        ({"cursor": 5}, "cursor = 5: a dtrain.Cursor(epoch, position) is needed"),
         ({"split": "val", "cursor": dtrain.Cursor(0, 300)}, "a pass over this split holds"),
     ],
 )

@@ -1,24 +1,26 @@
-"""Rows of units in memory -> fields of a batch: one `take` a field, unpacked and standardised on the way."""
+"""Rows of units in the arena -> fields of batches: one `take` for each field, unpacked and standardised on the way."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from dtrain.data.encoding import Scaling, standardise, unpack
+from dtrain.data.load.buffers import Array, DType, FieldSpec, aligned_copy
+from dtrain.data.load.slots import Rows
 from dtrain.data.plan.hashing import Ints
 from dtrain.data.samples import Field, Samples, Variable
 
-Array = npt.NDArray[Any]
-Allocate: TypeAlias = Callable[[tuple[int, ...], np.dtype[Any]], Array]
+Scalings: TypeAlias = Mapping[str, Scaling]
+"""By variable: how it is standardised."""
 
 PIECE_BYTES = 512 << 10
-"""What is gathered at once where it is copied a second time, to be cast or unpacked."""
+"""Rows that are copied twice, because they are cast or unpacked, are copied in pieces of this size: they stay in the
+processor's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +29,6 @@ class Batch:
 
     inputs: tuple[Array, ...]
     targets: tuple[Array, ...]
-    owner: object = field(default=None, repr=False)
-    """What keeps the memory of the arrays."""
 
     @property
     def size(self) -> int:
@@ -36,112 +36,138 @@ class Batch:
         return len(self.targets[0])
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Samples that lie in slots of an arena."""
-
-    slot: Ints
-    relative: Ints
-    """The sample's anchor, counted from the first anchor of its part."""
-    tile: Ints | None
-    """The patch; None if rows are not cut."""
-
-    def part(self, start: int, stop: int) -> Rows:
-        """Return some of them."""
-        tile = None if self.tile is None else self.tile[start:stop]
-        return Rows(self.slot[start:stop], self.relative[start:stop], tile)
-
-
-class Gatherer:
-    """Copies one field of samples out of an arena.
+class FieldGatherer:
+    """Copies one field of samples out of the arena.
 
     Parameters
     ----------
     samples : Samples
-    of : Field
+    field : Field
     scaling : Scaling or None
     """
 
-    def __init__(self, samples: Samples, of: Field, scaling: Scaling | None) -> None:
-        self.field = of
-        self.variable: Variable = samples.variable(of.name)
-        self.shape = samples.field_shape(of)
+    def __init__(self, samples: Samples, field: Field, scaling: Scaling | None) -> None:
+        self.field = field
+        self.variable: Variable = samples.variable(field.name)
+        self.spec = FieldSpec(samples.field_shape(field), self.variable.model_dtype)
         self._scaling = scaling
-        self._low = 0 if self.variable.is_static else samples.reach(of.name)[0]
-        cut = any(part != slice(None) for part in samples.tiles[0].slices(self.variable))
-        self._slices = [tile.slices(self.variable) for tile in samples.tiles] if cut else None
-        steps = np.diff(of.offsets)
+        self._low = 0 if self.variable.is_static else samples.reach(field.name)[0]
+        is_cut = any(part != slice(None) for part in samples.tiles[0].slices(self.variable))
+        self._slices = [tile.slices(self.variable) for tile in samples.tiles] if is_cut else None
+        steps = np.diff(field.offsets)
         self._step = int(steps[0]) if len(steps) and steps[0] > 0 and (steps == steps[0]).all() else 0
-
-    def fill(self, out: Array, arena: Array, rows: Rows) -> None:
-        """Fill ``out[sample, ...]`` from ``arena[slot, row, ...]``; out is contiguous and of the model's dtype."""
-        slot_rows = arena.shape[1]
-        flat = arena.reshape(-1, *arena.shape[2:])
-        first = rows.slot * slot_rows + rows.relative - self._low
-        for where, slices in self._cuts(rows):
-            self._take(out, where, flat[(slice(None), *slices)], first)
-        if self._scaling is not None:
-            self._standardise(out)
-
-    def fill_static(self, out: Array, values: Array, rows: Rows) -> None:
-        """Fill ``out[sample, ...]`` with the patches of a variable that is the same for all samples."""
-        for where, slices in self._cuts(rows):
-            out[where] = values[slices]
-
-    def decoded(self, values: Array) -> Array:
-        """Return the rows of a variable without the sample dimension as the model sees them."""
-        found = _cast(unpack(values, self.variable.encoding), self.variable.model_dtype)
-        if self._scaling is not None:
-            standardise(found, self._scaling, found.ndim)
-        return found
 
     @property
     def is_cut(self) -> bool:
-        """Whether it is different from patch to patch."""
+        """Whether the field differs from patch to patch."""
         return self._slices is not None
 
-    def _cuts(self, rows: Rows) -> list[tuple[Any, tuple[slice, ...]]]:
+    def fill(self, out: Array, arena: Array, rows: Rows) -> None:
+        """Fill ``out[sample, ...]`` from ``arena[slot, row, ...]``; out is contiguous and of the model's dtype."""
+        flat = arena.reshape(-1, *arena.shape[2:])
+        first = rows.slot * arena.shape[1] + rows.row - self._low
         if self._slices is None or rows.tile is None:
-            return [(slice(None), ())]
-        return [(np.flatnonzero(rows.tile == tile), self._slices[tile]) for tile in np.unique(rows.tile).tolist()]
+            self._take_all(out, flat, first)
+        else:
+            for samples, slices in _by_tile(rows.tile, self._slices):
+                self._take_some(out, flat[(slice(None), *slices)], first[samples], samples)
+        if self._scaling is not None:
+            standardise(out, self._scaling, len(self.variable.row_shape))
 
-    def _take(self, out: Array, where: Any, flat: Array, first: Ints) -> None:
-        offsets, whole = self.field.offsets, isinstance(where, slice)
-        start = first[where] + offsets[0]
-        if whole and not self.field.window and self.variable.encoding is None and flat.dtype == out.dtype:
+    def fill_static(self, out: Array, values: Array, rows: Rows) -> None:
+        """Fill ``out[sample, ...]`` with the patches of a variable that has no sample dimension."""
+        if self._slices is None or rows.tile is None:  # there is one patch, which is all of a row
+            out[...] = values
+            return
+        for samples, slices in _by_tile(rows.tile, self._slices):
+            out[samples] = values[slices]
+
+    def decoded(self, values: Array) -> Array:
+        """Return a variable without the sample dimension as the model sees it."""
+        decoded = _cast(unpack(values, self.variable.encoding), self.variable.model_dtype)
+        if self._scaling is not None:
+            standardise(decoded, self._scaling, decoded.ndim)
+        return decoded
+
+    def _take_all(self, out: Array, flat: Array, first: Ints) -> None:
+        """Fill `out` with the windows that begin at rows `first`, counted from the field's first offset."""
+        start = first + self.field.offsets[0]
+        if not self.field.window and self.variable.encoding is None and flat.dtype == out.dtype:
             np.take(flat, start, axis=0, out=out, mode="clip")  # another mode makes numpy copy the output
             return
-        sample_bytes = len(offsets) * flat.itemsize * math.prod(flat.shape[1:])
+        for piece in self._pieces(flat, start):
+            rows = start[piece]
+            taken = self._windows(flat, rows) if self.field.window else np.take(flat, rows, axis=0, mode="clip")
+            self._store(out, piece, taken)
+
+    def _take_some(self, out: Array, flat: Array, first: Ints, samples: Ints) -> None:
+        """Fill ``out[samples]`` in the same way, from rows that are cut to a patch."""
+        start = first + self.field.offsets[0]
+        for piece in self._pieces(flat, start):
+            rows = start[piece]
+            # np.take would copy all of the patch's rows first
+            self._store(out, samples[piece], self._windows(flat, rows) if self.field.window else flat[rows])
+
+    def _pieces(self, flat: Array, start: Ints) -> Iterator[slice]:
+        sample_bytes = len(self.field.offsets) * flat.itemsize * math.prod(flat.shape[1:])
         size = max(1, PIECE_BYTES // max(1, sample_bytes))
-        for begin in range(0, len(start), size):  # what is copied twice is small, and in the processor's cache
-            piece = start[begin : begin + size]
-            if not self.field.window and whole:  # it would copy all of what is cut
-                taken = np.take(flat, piece, axis=0, mode="clip")
-            elif not self.field.window:
-                taken = flat[piece]
-            elif self._step:
-                taken = _windows(flat, len(offsets), self._step)[piece]
-            else:
-                taken = flat[piece[:, None] + (np.array(offsets) - offsets[0])]
-            there = slice(begin, begin + size) if whole else where[begin : begin + size]
-            with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32, under non_finite = "allow"
-                out[there] = unpack(taken, self.variable.encoding)
+        return (slice(begin, begin + size) for begin in range(0, len(start), size))
 
-    def _standardise(self, out: Array) -> None:
-        assert self._scaling is not None
-        standardise(out, self._scaling, len(self.variable.row_shape))
+    def _windows(self, flat: Array, start: Ints) -> Array:
+        """Return a copy of the windows that begin at rows `start`."""
+        offsets = np.array(self.field.offsets)
+        if self._step:
+            return _all_windows(flat, len(offsets), self._step)[start]
+        rows: Ints = start[:, None] + (offsets - offsets[0])
+        return flat[rows]
+
+    def _store(self, out: Array, where: slice | Ints, taken: Array) -> None:
+        with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32, under non_finite = "allow"
+            out[where] = unpack(taken, self.variable.encoding)
 
 
-def _windows(flat: Array, length: int, step: int) -> Array:
-    """Return a view [start, place in the window, ...] of all windows of an array."""
-    count = max(0, len(flat) - (length - 1) * step)
-    strides = (flat.strides[0], flat.strides[0] * step, *flat.strides[1:])
-    return np.lib.stride_tricks.as_strided(flat, (count, length, *flat.shape[1:]), strides, writeable=False)
+class BatchGatherer:
+    """Copies all fields of samples out of the arena, and makes batches of them.
 
+    A variable without the sample dimension has no memory in a bundle, unless rows are cut into patches: its values
+    are repeated for all samples of a batch.
 
-def _cast(values: Array, dtype: np.dtype[Any]) -> Array:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.array(values, dtype)
+    Parameters
+    ----------
+    samples : Samples
+    statics : mapping of str to array
+        The variables without the sample dimension, as stored.
+    scalings : mapping of str to Scaling
+    """
+
+    def __init__(self, samples: Samples, statics: Mapping[str, Array], scalings: Scalings) -> None:
+        gatherers = [FieldGatherer(samples, field, scalings.get(field.name)) for field in samples.fields]
+        decoded = [g.decoded(statics[g.field.name]) if g.variable.is_static else None for g in gatherers]
+        self._num_inputs = len(samples.config.inputs)
+        self._repeated = [None if g.is_cut else values for g, values in zip(gatherers, decoded, strict=True)]
+        """By field: the values of all samples; None if the field has memory."""
+        pairs = zip(gatherers, decoded, self._repeated, strict=True)
+        self._filled = [(gatherer, static) for gatherer, static, values in pairs if values is None]
+        """The fields that have memory, with their values if they are patches of a static variable."""
+        self.specs = tuple(gatherer.spec for gatherer, _ in self._filled)
+        """Of the fields that have memory."""
+
+    def fill(self, field: int, out: Array, arena: Mapping[str, Array], rows: Rows) -> None:
+        """Fill samples of one of the fields that have memory from the arena's slots."""
+        gatherer, static = self._filled[field]
+        if static is None:
+            gatherer.fill(out, arena[gatherer.field.name], rows)
+        else:
+            gatherer.fill_static(out, static, rows)
+
+    def batch(self, fields: tuple[Array, ...], size: int) -> Batch:
+        """Return a batch made of the fields that have memory, and of those that are repeated."""
+        filled = iter(fields)
+        # a copy for each batch: values that a model writes into it must not reach the next batch
+        arrays = tuple(
+            next(filled) if values is None else repeated(aligned_copy(values), size) for values in self._repeated
+        )
+        return Batch(arrays[: self._num_inputs], arrays[self._num_inputs :])
 
 
 def repeated(values: Array, size: int) -> Array:
@@ -149,4 +175,18 @@ def repeated(values: Array, size: int) -> Array:
     return np.lib.stride_tricks.as_strided(values, (size, *values.shape), (0, *values.strides))
 
 
-Scalings: TypeAlias = Mapping[str, Scaling]
+def _by_tile(tile: Ints, slices: list[tuple[slice, ...]]) -> list[tuple[Ints, tuple[slice, ...]]]:
+    """Return, for each patch that occurs, the samples that are cut to it, and its slices of a row."""
+    return [(np.flatnonzero(tile == number), slices[number]) for number in np.unique(tile).tolist()]
+
+
+def _all_windows(flat: Array, length: int, step: int) -> Array:
+    """Return a view [start, place in the window, ...] of all windows of an array."""
+    count = max(0, len(flat) - (length - 1) * step)
+    strides = (flat.strides[0], flat.strides[0] * step, *flat.strides[1:])
+    return np.lib.stride_tricks.as_strided(flat, (count, length, *flat.shape[1:]), strides, writeable=False)
+
+
+def _cast(values: Array, dtype: DType) -> Array:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.array(values, dtype)

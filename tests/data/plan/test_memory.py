@@ -309,7 +309,7 @@ def test_a_loader_allocates_no_more_than_the_budget_says(write_store, tmp_path, 
         )
         for _ in range(150 if batch < 5000 else 4):
             loader.take()
-        arenas = sum(arena.nbytes for arena in loader._slots.arenas.values())
+        arenas = sum(arena.nbytes for arena in loader._threads.arena.values())
         loader.close()
         assert arenas <= (budget.moving + limits.cached) * budget.unit
         padding = 4 * limits.buffers * 33 * 64  # for each batch of each field, to an aligned address

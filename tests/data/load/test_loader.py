@@ -1,29 +1,29 @@
-"""The stream of batches: every sample once a pass, the same bits however it is read, in bounded memory."""
+"""Loaders with real threads over real stores: the same bits however they are read, in bounded memory, to any end."""
 
 from __future__ import annotations
 
 import gc
 import itertools
+import queue
 import random
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 import weakref
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtrain.data.encoding import Scaling
-from dtrain.data.load.loader import Loader, _Read, read_batches
+from dtrain.data.load.loader import Loader, read_batches
 from dtrain.data.plan import memory
 from dtrain.data.plan.memory import Limits
-from dtrain.data.plan.order import epoch_order
 from dtrain.data.plan.partition import eval_partitions, plan_data, train_partitions
 from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
@@ -48,6 +48,7 @@ from tests.data.helpers import (
     threads,
     vector,
 )
+from tests.data.load.simulation import Simulation, stream_of
 
 some_limits = st.builds(
     Limits,
@@ -63,7 +64,8 @@ def started():
     """A function that returns the threads of loaders that a test has started; none may be left at its end."""
     before = threads()
     yield lambda: threads() - before
-    gc.collect()
+    if threads() - before:
+        gc.collect()
     assert threads() <= before
 
 
@@ -80,7 +82,7 @@ def numbers(write_store, tmp_path):
 
 
 @pytest.fixture
-def one_batch_a_group(monkeypatch):
+def one_batch_a_bundle(monkeypatch):
     """Batches are assembled one by one."""
     monkeypatch.setattr(memory, "GROUP_BATCHES", 1)
 
@@ -92,10 +94,24 @@ def wait_until(true, seconds=10.0):
     assert true()
 
 
+def held_back(reader, gates=None):
+    """Make reads wait for an event: that of their thread, or one for all; return it and the threads that read."""
+    original, begun, go = reader.read_into, [], threading.Event()
+
+    def read_into(box, out):
+        name = threading.current_thread().name
+        begun.append(name)
+        assert (gates[name] if gates else go).wait(10)
+        return original(box, out)
+
+    reader.read_into = read_into
+    return go, begun
+
+
 # A pass -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=35)
+@settings(max_examples=20)
 @given(
     stores(),
     st.integers(1, 9),
@@ -129,18 +145,26 @@ def test_each_sample_comes_exactly_once_a_pass_with_its_values(
 
 
 @settings(max_examples=20)
-@given(stores(), st.integers(1, 9), st.integers(1, 5))
-def test_without_shuffle_samples_come_in_stored_order(write_store, store, replicas, window):
+@given(stores(), st.integers(1, 4), st.integers(1, 9), st.booleans(), some_limits, st.data())
+def test_batches_are_the_stream_that_the_schedule_is_tested_for(
+    write_store, store, replicas, window, shuffle, limits, data
+):
     with tempfile.TemporaryDirectory() as folder:
-        _, samples, plan = opened(write_store, folder, store, replicas, window, partition="contiguous")
-        reader = UnitReader(samples)
-        seen = []
-        for partition in train_partitions(plan):
-            seen += index_of(batches(reader, partition, one_pass(partition), shuffle=False))
-        assert seen == list(range(samples.num_samples))
+        _, samples, plan = opened(write_store, folder, store, replicas, window)
+        reader, partition = remembering(samples), data.draw(st.sampled_from(train_partitions(plan)))
+        count = partition.num_samples
+        cursor = Cursor(*divmod(data.draw(st.integers(0, 3 * count)), count))
+        sizes = data.draw(st.lists(st.integers(0, 40), max_size=12) | st.just([count] * 3))
+        options = {"cursor": cursor, "replica": 2, "shuffle": shuffle, "limits": limits}
+        found = batches(reader, partition, sizes, **options)
+        assert [batch.size for batch in found] == sizes
+        stream = stream_of(partition, sum(sizes), cursor, replica=2, shuffle=shuffle)
+        assert index_of(found) == [anchor for anchor, _ in stream]
+        endless = batches(reader, partition, itertools.chain(sizes, [1] * 100), **options)
+        assert same_bits(found, endless[: len(sizes)])
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(stores(), st.integers(1, 3))
 def test_train_val_and_test_together_hold_each_sample_once(write_store, store, replicas):
     with tempfile.TemporaryDirectory() as folder:
@@ -155,49 +179,6 @@ def test_train_val_and_test_together_hold_each_sample_once(write_store, store, r
         for partition in (*train_partitions(plan), *eval_partitions(plan, "val"), *eval_partitions(plan, "test")):
             seen += index_of(batches(reader, partition, one_pass(partition), shuffle=False))
         assert sorted(seen) == list(range(samples.num_samples))
-
-
-# The cyclic stream ------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=30)
-@given(stores(), st.integers(1, 4), st.integers(1, 5), st.integers(1, 90), st.booleans(), some_limits)
-def test_batches_go_on_with_the_next_pass(write_store, store, replicas, window, batch, shuffle, limits):
-    with tempfile.TemporaryDirectory() as folder:
-        _, samples, plan = opened(write_store, folder, store, replicas, window)
-        reader = remembering(samples)
-        partition = train_partitions(plan)[0]
-        count = partition.num_samples
-        steps = 2 * count // batch + 3
-        stream = index_of(batches(reader, partition, [batch] * steps, shuffle=shuffle, limits=limits))
-        assert len(stream) == steps * batch
-        owned = sorted(stream[:count])
-        assert len(set(owned)) == count
-        for epoch in range(steps * batch // count):
-            alone = index_of(batches(reader, partition, [count], cursor=Cursor(epoch, 0), shuffle=shuffle))
-            assert stream[epoch * count : (epoch + 1) * count] == alone
-            assert sorted(alone) == owned
-
-
-@settings(max_examples=30)
-@given(stores(), st.integers(1, 4), st.integers(1, 5), st.integers(1, 17), st.booleans(), some_limits, st.data())
-def test_a_stream_resumed_at_a_cursor_is_the_rest_of_the_stream(
-    write_store, store, replicas, window, batch, shuffle, limits, data
-):
-    with tempfile.TemporaryDirectory() as folder:
-        _, samples, plan = opened(write_store, folder, store, replicas, window)
-        reader = remembering(samples)
-        partition = train_partitions(plan)[-1]
-        count = partition.num_samples
-        whole = index_of(batches(reader, partition, [3 * count], shuffle=shuffle))
-        for _ in range(4):
-            done = data.draw(st.integers(0, 3 * count - 1))
-            steps = (3 * count - done) // batch
-            cursor = Cursor(*divmod(done, count))
-            rest = batches(reader, partition, [batch] * steps, cursor=cursor, shuffle=shuffle, limits=limits)
-            assert index_of(rest) == whole[done : done + steps * batch]
-        at_end = batches(reader, partition, [count], cursor=Cursor(0, count), shuffle=shuffle)
-        assert index_of(at_end) == whole[count : 2 * count]
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -220,35 +201,18 @@ def test_the_cursor_of_a_loader_is_that_of_the_batch_it_gives_next(numbers, shuf
     loader.close()
 
 
-def test_the_order_depends_on_replica_epoch_and_seed_alone(numbers):
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_loader_may_be_made_anew_at_each_cursor(numbers, shuffle):
     samples = open_all(numbers(60, 5), ["v0"])
-    plan, partition = only_partition(samples)
+    _, partition = only_partition(samples)
     reader = remembering(samples)
-
-    def order(seed=0, **options):
-        return tuple(index_of(batches(reader, replace(partition, plan=replace(plan, seed=seed)), [60], **options)))
-
-    assert order() == order()
-    different = {order(), order(replica=1), order(cursor=Cursor(1, 0)), order(seed=1)}
-    assert len(different) == 4
-    assert len({order(shuffle=False, replica=r, cursor=Cursor(e, 0)) for r in range(2) for e in range(2)}) == 1
-
-
-@settings(max_examples=25)
-@given(stores(), st.integers(1, 3), st.integers(1, 9), st.booleans(), st.lists(st.integers(0, 40), max_size=12))
-def test_any_sizes_of_batches_cut_the_same_stream(write_store, store, replicas, window, shuffle, sizes):
-    with tempfile.TemporaryDirectory() as folder:
-        _, samples, plan = opened(write_store, folder, store, replicas, window)
-        reader, partition = remembering(samples), train_partitions(plan)[0]
-        found = batches(reader, partition, sizes, shuffle=shuffle)
-        assert [batch.size for batch in found] == sizes
-        assert index_of(found) == index_of(batches(reader, partition, [sum(sizes)], shuffle=shuffle))
-        endless = read_batches(
-            reader, partition, START, itertools.chain(sizes, itertools.repeat(1)), replica=0, shuffle=shuffle
-        )
-        again = [next(endless).targets[-1].tolist() for _ in sizes]
-        endless.close()
-        assert [batch.targets[-1].tolist() for batch in found] == again
+    whole = batches(reader, partition, [7] * 20, shuffle=shuffle)
+    cursor = START
+    for expected in whole:
+        loader = Loader(reader, partition, cursor, [7] * 3, replica=0, shuffle=shuffle, limits=Limits())
+        assert same_bits([expected], [loader.take()])
+        cursor = loader.cursor
+        loader.close()
 
 
 def test_a_batch_of_another_size_than_asked_for_is_a_bug(numbers):
@@ -257,7 +221,7 @@ def test_a_batch_of_another_size_than_asked_for_is_a_bug(numbers):
     loader = Loader(UnitReader(samples), partition, START, [3, 4], replica=0, shuffle=True, limits=Limits())
     stream = loader.batches([3, 5])
     assert next(stream).size == 3
-    with pytest.raises(AssertionError, match="a batch of 4 samples, 5 are asked for"):
+    with pytest.raises(AssertionError, match="the next batch of the loader has 4 samples, 5 were requested"):
         next(stream)
     loader.close()
 
@@ -265,7 +229,7 @@ def test_a_batch_of_another_size_than_asked_for_is_a_bug(numbers):
 # The same bits, whatever it may use ---------------------------------------------------------------------------
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     stores(),
     st.integers(1, 3),
@@ -295,119 +259,85 @@ def test_limits_and_readers_do_not_change_a_bit(
 # Memory: slots ------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=35)
+@settings(max_examples=12)
 @given(stores(), st.integers(1, 3), st.integers(1, 6), st.booleans(), some_limits, st.integers(1, 4))
-def test_slots_are_open_units_ahead_and_cached_and_never_more_than_two_passes_need(
+def test_the_arena_has_the_slots_of_the_schedule_and_no_more_threads_read_than_allowed(
     write_store, store, replicas, window, shuffle, limits, passes
 ):
     with tempfile.TemporaryDirectory() as folder:
         _, samples, plan = opened(write_store, folder, store, replicas, window)
         partition = train_partitions(plan)[0]
-        units = len(partition.units)
-        cached = min(limits.cached, units)
-        slots = cached + min(min(window if shuffle else 1, units) + limits.ahead, 2 * (units - cached))
+        cached = min(limits.cached, len(partition.units))
         reader = remembering(samples)
         spy = Spy(reader)
         sizes = [partition.num_samples] * passes
         loader = Loader(reader, partition, START, sizes, replica=0, shuffle=shuffle, limits=limits)
-        arenas = loader._slots.arenas
-        assert {name: len(arena) for name, arena in arenas.items()} == {v.name: slots for v in samples.moving}
+        slots, arena = limits.slots(partition, shuffle), loader._threads.arena
+        assert {name: len(array) for name, array in arena.items()} == {v.name: slots for v in samples.moving}
         assert all(
-            arena[0].nbytes == plan.unit_rows * samples.variable(name).row_bytes for name, arena in arenas.items()
+            array[0].nbytes == plan.unit_rows * samples.variable(name).row_bytes for name, array in arena.items()
         )
-        seen = [loader.take().targets[-1].copy() for _ in sizes]
+        for _ in sizes:
+            loader.take()
         loader.close()
-        expected = sorted(seen[0].tolist())
-        assert all(sorted(part.tolist()) == expected for part in seen)
-        counts = spy.units(plan)
-        assert set(counts) == set(partition.units.tolist())
-        once = [unit for unit, count in counts.items() if count == 1]
-        if passes > 1:
-            assert len(once) == cached  # kept from the first pass on, the others are read in each
-        assert all(count in (1, passes) for count in counts.values())
+        assert not arena
+        counts = sorted(spy.units(plan).values())
+        assert counts == sorted([1] * cached + [passes] * (len(partition.units) - cached))
         assert spy.most <= limits.threads + 1  # the assembler reads while it would wait
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_nothing_is_read_that_a_sequence_of_sizes_does_not_need(numbers, shuffle):
-    samples = open_all(numbers(400, 4), ["v0"])
-    plan, partition = only_partition(samples, unit_rows=4, cell_rows=4, window=5)
-    for sizes in ([1], [4], [5, 3], [100, 1], [399], [400], [401], [801, 7]):
-        reader = UnitReader(samples)
-        spy = Spy(reader)
-        found = index_of(batches(reader, partition, sizes, shuffle=shuffle, limits=Limits(ahead=50, threads=4)))
-        needed, left = 0, sum(sizes)
-        for epoch in itertools.count():  # the parts of the blocks that hold the samples
-            blocks = epoch_order(
-                partition.part_sizes, mixed_units=5, shuffle=shuffle, seed=plan.seed, replica=0, epoch=epoch
-            )
-            taken = set()
-            for block in blocks:
-                if left <= 0:
-                    break
-                taken |= set(block.part.tolist())
-                left -= len(block.part)
-            needed += len(taken)
-            if left <= 0:
-                break
-        assert len(spy.reads) == needed
-        assert len(set(found)) == min(400, sum(sizes))
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("ahead", [0, 1, 5])
-def test_units_are_read_ahead_while_the_consumer_does_something_else(numbers, one_batch_a_group, shuffle, ahead):
+def test_without_a_consumer_as_much_is_read_as_the_schedule_says(numbers, one_batch_a_bundle, shuffle):
     samples = open_all(numbers(320, 4), ["v0"])
     _, partition = only_partition(samples, unit_rows=4, cell_rows=4, window=6)
-    reader = remembering(samples)  # faster than the consumer
-    batches(reader, partition, [320])
+    limits = Limits(ahead=3, buffers=2)
+    expected = Simulation(partition, itertools.repeat((4,)), shuffle=shuffle, limits=limits)
+    expected.settle()
+    reader = UnitReader(samples)
     spy = Spy(reader)
-    limits = Limits(ahead=ahead, buffers=2)
     loader = Loader(reader, partition, START, itertools.repeat(4), replica=0, shuffle=shuffle, limits=limits)
-    for step in range(1, 60):
+    wait_until(lambda: len(spy.reads) >= len(expected.reads) and not spy.now)
+    for step in range(1, 40):
         loader.take()
-        time.sleep(0.004)
-        if step % 15:
-            continue
-        # the batch that was taken and the one that waits; open or ahead, as slots allow
-        wait_until(lambda least=step + 1 + ahead: len(spy.reads) >= least)
-        time.sleep(0.02)
-        assert len(spy.reads) <= step + 1 + (6 if shuffle else 1) + ahead
+        expected.take()
+        expected.settle()
+        wait_until(lambda: len(spy.reads) >= len(expected.reads) and not spy.now)
+        assert len(spy.reads) == len(expected.reads), step
     loader.close()
+    assert sorted(start for start, _ in spy.reads) == sorted(read.box.start for read in expected.reads)
 
 
-def test_a_slow_store_is_read_by_as_many_threads_as_allowed(numbers):
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_slow_store_is_read_by_as_many_threads_as_allowed(numbers, count):
     samples = open_all(numbers(200, 5), ["v0"])
     _, partition = only_partition(samples, unit_rows=5, cell_rows=5)
-    for count in (1, 3):
-        reader = UnitReader(samples)
-        original = reader.read_into
+    reader = UnitReader(samples)
+    original, together = reader.read_into, threading.Barrier(count + 1)  # the assembler reads while it would wait
 
-        def slowly(box, out, original=original):
-            time.sleep(0.005)
-            return original(box, out)
+    def read_into(box, out):
+        if len(spy.reads) <= count + 1:
+            together.wait(10)  # fails unless so many reads are under way at once
+        return original(box, out)
 
-        reader.read_into = slowly
-        spy = Spy(reader)
-        limits = Limits(ahead=8, threads=count)
-        assert len(index_of(batches(reader, partition, [200], limits=limits))) == 200
-        assert spy.most == count + 1  # the assembler reads while it would wait
+    reader.read_into = read_into
+    spy = Spy(reader)
+    limits = Limits(ahead=8, threads=count)
+    assert len(index_of(batches(reader, partition, [200], limits=limits))) == 200
+    assert spy.most == count + 1
 
 
 def test_a_loader_counts_what_it_reads_itself(numbers):
     samples = open_all(numbers(60, 5), ["v0"])
     _, partition = only_partition(samples, unit_rows=5, cell_rows=5)
     reader = UnitReader(samples)
-    spy = Spy(reader)
     loaders = [
         Loader(reader, partition, START, [120], replica=r, shuffle=True, limits=Limits(cached=c))
         for r, c in enumerate((0, 4))
     ]
     for loader in loaders:
         loader.take()
-    assert [loader.units_decoded for loader in loaders] == [24, 20]
-    assert [loader.bytes_decoded for loader in loaders] == [120 * (8 + 8), 100 * (8 + 8)]
-    assert (len(spy.reads), spy.bytes_decoded) == (44, 220 * 16)
+    counted = [loader.counted() for loader in loaders]
+    assert [(c.units, c.bytes) for c in counted] == [(24, 120 * (8 + 8)), (20, 100 * (8 + 8))]
     for loader in loaders:
         loader.close()
 
@@ -415,16 +345,20 @@ def test_a_loader_counts_what_it_reads_itself(numbers):
 def test_what_has_been_counted_is_told_once(numbers):
     samples = open_all(numbers(60, 5), ["v0"])
     _, partition = only_partition(samples, unit_rows=5, cell_rows=5)
-    loader = Loader(
-        remembering(samples), partition, START, iter([60, 60]), replica=0, shuffle=False, limits=Limits(), total=120
-    )
+    reader = UnitReader(samples)
+    go, _ = held_back(reader)
+    loader = Loader(reader, partition, START, iter([60, 60]), replica=0, shuffle=False, limits=Limits(), total=120)
+    threading.Timer(0.01, go.set).start()
     loader.take()
+    first = loader.counted()
     loader.take()
+    second, third = loader.counted(), loader.counted()
     loader.close()
-    first, second = loader.counted(), loader.counted()
-    assert (first.units, second.units) == (24, 0)
-    assert first.waited == loader.waited
-    assert second.waited == second.bytes == 0
+    assert 12 <= first.units <= 24
+    assert first.units + second.units == 24
+    assert first.bytes + second.bytes == 120 * 16
+    assert first.waited > 0
+    assert (third.units, third.bytes, third.waited) == (0, 0, 0)
 
 
 def test_of_an_iterator_whose_sum_is_known_nothing_more_is_read(numbers):
@@ -441,40 +375,6 @@ def test_of_an_iterator_whose_sum_is_known_nothing_more_is_read(numbers):
             assert len(spy.reads) == 13
         else:
             assert 13 <= len(spy.reads) <= 13 + 9
-
-
-def test_what_has_been_read_is_forgotten_although_nobody_had_to_wait_for_it(numbers, one_batch_a_group):
-    samples = open_all(numbers(80, 4), ["v0"])
-    _, partition = only_partition(samples, unit_rows=4, cell_rows=4)
-    reader = remembering(samples)
-    spy = Spy(reader)
-    limits = Limits(ahead=4, buffers=2)
-    loader = Loader(reader, partition, START, itertools.repeat(4), replica=0, shuffle=False, limits=limits)
-    for step in range(1, 61):
-        wait_until(lambda least=step + 4: len(spy.reads) >= least and not spy.now)
-        loader.take()
-    waiting = len(loader._slots._waiting)
-    loader.close()
-    assert waiting <= 1 + 4  # one is open, four are ahead
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("cached", [0, 5])
-def test_nothing_is_kept_of_passes_that_are_over(numbers, one_batch_a_group, shuffle, cached):
-    samples = open_all(numbers(80, 4), ["v0"])
-    _, partition = only_partition(samples, unit_rows=4, cell_rows=4, window=3)
-    limits = Limits(ahead=2, buffers=2, cached=cached)
-    reader = remembering(samples)
-    loader = Loader(reader, partition, START, itertools.repeat(8), replica=0, shuffle=shuffle, limits=limits)
-    slots = loader._slots
-    count = len(slots.arenas["v0"])
-    for _ in range(200):  # 20 passes
-        loader.take()
-        assert len(slots._by_part) <= 2
-        assert len(slots._reads) <= count
-        assert len(slots._slot_of) <= count
-        assert len(slots._cached) <= cached
-    loader.close()
 
 
 # Memory: batches ----------------------------------------------------------------------------------------------
@@ -498,14 +398,25 @@ HOW_KEPT = {
     "a view": lambda array: array[1:, ::-1],
     "a view of a view": lambda array: array[::2].reshape(-1).view("uint8"),
     "a buffer": lambda array: memoryview(array),
+    "a tensor": lambda array: torch.from_numpy(array)[1:],
+    "in a cycle": lambda array: in_a_cycle(array),
 }
 
 
+def in_a_cycle(array):
+    """What refers to itself, and is let go of by garbage collection alone."""
+    cycle = {"array": array}
+    cycle["itself"] = cycle
+    return cycle
+
+
 def bits_of(kept):
-    return None if kept is None else np.asarray(kept).tobytes()
+    if kept is None:
+        return None
+    return np.asarray(kept["array"] if isinstance(kept, dict) else kept).tobytes()
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     st.lists(st.sampled_from(list(HOW_KEPT)), min_size=150, max_size=150),
     st.sampled_from([1, 2, 8, 32]),
@@ -513,10 +424,10 @@ def bits_of(kept):
     st.integers(1, 20),
     st.lists(st.booleans(), min_size=150, max_size=150),
 )
-def test_what_is_kept_of_a_batch_stays_as_it_is(numbers_of_60, kinds, group, buffers, batch, writes):
+def test_what_is_kept_of_a_batch_stays_as_it_is(numbers_of_60, kinds, bundle, buffers, batch, writes):
     _, reader, partition = numbers_of_60
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "GROUP_BATCHES", group)
+        patch.setattr(memory, "GROUP_BATCHES", bundle)
         stream = read_batches(
             reader, partition, START, [batch] * 150, replica=0, shuffle=True, limits=Limits(buffers=buffers)
         )
@@ -561,12 +472,12 @@ def watched_loader(reader, partition, buffers):
 
 
 @pytest.mark.parametrize("buffers", [2, 4])
-@pytest.mark.parametrize("group", [1, 32])
-def test_buffers_are_used_again_once_nobody_refers_to_them(numbers_of_60, monkeypatch, buffers, group):
+@pytest.mark.parametrize("bundle", [1, 32])
+def test_buffers_are_used_again_once_nobody_refers_to_them(numbers_of_60, monkeypatch, buffers, bundle):
     _, reader, partition = numbers_of_60
-    monkeypatch.setattr(memory, "GROUP_BATCHES", group)
+    monkeypatch.setattr(memory, "GROUP_BATCHES", bundle)
     loader, made = watched_loader(reader, partition, buffers)
-    for batch in loader.batches([6] * 3000):
+    for batch in loader.batches([6] * 1500):
         assert batch.size == 6
     assert len(made) <= 3 * buffers  # v0, v0 as a target, and index
     del batch
@@ -592,6 +503,83 @@ def test_a_batch_that_is_kept_keeps_its_memory_alone(numbers_of_60, monkeypatch)
     loader.close()
 
 
+def test_batches_that_are_kept_in_cycles_do_not_stop_the_loader(numbers_of_60, one_batch_a_bundle):
+    _, reader, partition = numbers_of_60
+    loader, made = watched_loader(reader, partition, 2)
+    whole = index_of(batches(reader, partition, [6] * 200))
+    gc.disable()  # nothing is let go of
+    try:
+        for step in range(200):
+            cycle = in_a_cycle(loader.take().targets[-1])
+            assert cycle["array"].tolist() == whole[step * 6 : step * 6 + 6]
+    finally:
+        gc.enable()
+    assert 3 * 199 <= len(made) <= 3 * (200 + 2)
+    assert loader.alive
+    del cycle
+    gc.collect()
+    for _ in range(200):
+        loader.take()
+    assert sum(ref() is not None for ref in made) <= 3 * 3
+    loader.close()
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_consumer_may_pass_batches_on_to_another_thread(numbers_of_60, one_batch_a_bundle, depth):
+    # as a prefetching data loader does: one thread takes, another one lets go
+    _, reader, partition = numbers_of_60
+    whole = index_of(batches(reader, partition, [6] * 400))
+    loader, made = watched_loader(reader, partition, 4)
+    passed, seen = queue.Queue(depth), []
+
+    def feed():
+        for batch in loader.batches([6] * 400):
+            passed.put(torch.from_numpy(batch.targets[-1]))
+            del batch
+        passed.put(None)
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    while (tensor := passed.get(timeout=10)) is not None:
+        before = tensor.tolist()
+        seen += before
+        assert tensor.tolist() == before
+        del tensor
+    feeder.join(10)
+    assert seen == whole
+    if depth == 1:
+        assert len(made) < 3 * 100  # some are used again, whoever lets go of them
+    loader.close()
+
+
+@pytest.mark.parametrize("kind", ["a batch", "a view"])
+def test_a_batch_outlives_its_loader(started, numbers_of_60, kind):
+    _, reader, partition = numbers_of_60
+    loader, made = watched_loader(reader, partition, 2)
+    batch = loader.take()
+    kept = batch.targets[-1] if kind == "a batch" else batch.targets[-1][::2]
+    before = kept.tolist()
+    loader.close()
+    del loader, batch
+    gc.collect()
+    assert not started()
+    assert kept.tolist() == before
+    assert sum(ref() is not None for ref in made) == 1  # of a field of one bundle
+    del kept
+    assert not any(ref() is not None for ref in made)
+
+
+def test_a_kept_batch_does_not_keep_the_arena(numbers_of_60):
+    _, reader, partition = numbers_of_60
+    loader = Loader(reader, partition, START, [6] * 9, replica=0, shuffle=True, limits=Limits())
+    arena = weakref.ref(loader._threads.arena["v0"])
+    kept = loader.take()
+    loader.close()
+    gc.collect()
+    assert arena() is None
+    assert kept.size == 6
+
+
 @pytest.mark.parametrize("kind", ["a view", "a part"])
 def test_memory_that_is_a_view_of_other_memory_is_not_used_again_too_early(numbers_of_60, monkeypatch, kind):
     # pinned memory comes as a view of what torch gives; views of it refer to that alone, never to the view
@@ -614,10 +602,10 @@ def test_memory_that_is_a_view_of_other_memory_is_not_used_again_too_early(numbe
         np.testing.assert_array_equal(now, before)
 
 
-@pytest.mark.parametrize("group", [1, 7, 32])
-def test_batches_lie_at_aligned_addresses(write_store, tmp_path, monkeypatch, group):
+@pytest.mark.parametrize("bundle", [1, 7, 32])
+def test_batches_lie_at_aligned_addresses(write_store, tmp_path, monkeypatch, bundle):
     # the last bits of a vectorised sum depend on where in memory it begins
-    monkeypatch.setattr(memory, "GROUP_BATCHES", group)
+    monkeypatch.setattr(memory, "GROUP_BATCHES", bundle)
     arrays = {
         "v0": {"dims": ("n", "k"), "values": np.zeros((40, 3)), "chunks": (5, 3)},
         "static": {"dims": ("k",), "values": np.zeros(3), "chunks": (3,)},
@@ -710,7 +698,7 @@ def test_what_a_model_writes_into_a_static_input_does_not_reach_other_batches(wi
 # Standardised -------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30)
+@settings(max_examples=8)
 @given(st.data())
 def test_variables_are_standardised_on_the_way(write_store, data):
     draw = data.draw
@@ -752,8 +740,8 @@ def test_variables_are_standardised_on_the_way(write_store, data):
 
 
 @settings(max_examples=25)
-@given(st.integers(0, 12), st.integers(1, 40), some_limits, st.booleans(), st.floats(0, 0.004))
-def test_a_loader_can_be_closed_at_any_time(numbers_of_60, steps, batch, limits, shuffle, pause):
+@given(st.integers(0, 12), st.integers(1, 40), some_limits, st.booleans())
+def test_a_loader_can_be_closed_at_any_time(numbers_of_60, steps, batch, limits, shuffle):
     samples, _, partition = numbers_of_60
     reader = UnitReader(samples)
     before = threads()
@@ -761,92 +749,59 @@ def test_a_loader_can_be_closed_at_any_time(numbers_of_60, steps, batch, limits,
     assert loader.alive
     for _ in range(steps):
         loader.take()
-    time.sleep(pause)
     loader.close()
     assert threads() <= before
     assert not loader.alive
     loader.close()  # again does no harm
-    assert not loader._slots.arenas
+    assert not loader._threads.arena
 
 
-def test_closing_waits_for_reads_that_are_under_way_but_begins_no_other(numbers):
+@pytest.mark.parametrize("count", [1, 2])
+def test_closing_waits_for_reads_that_are_under_way_but_begins_no_other(numbers, count):
     samples = open_all(numbers(400, 4), ["v0"])
     _, partition = only_partition(samples, unit_rows=4, cell_rows=4, window=20)
     reader = UnitReader(samples)
-    original, go, begun = reader.read_into, threading.Event(), []
-
-    def slowly(box, out):
-        begun.append(box.start)
-        go.wait(10)
-        return original(box, out)
-
-    reader.read_into = slowly
-    loader = Loader(reader, partition, START, itertools.repeat(4), replica=0, shuffle=True, limits=Limits(threads=2))
-    wait_until(lambda: len(begun) == 3)  # two threads, and the assembler
+    go, begun = held_back(reader)
+    limits = Limits(threads=count)
+    loader = Loader(reader, partition, START, itertools.repeat(4), replica=0, shuffle=True, limits=limits)
+    wait_until(lambda: len(begun) == count + 1)  # the threads, and the assembler
     closer = threading.Thread(target=loader.close)
     closer.start()
-    time.sleep(0.02)
+    assert loader._threads._closed.wait(10)
+    assert closer.is_alive()
     go.set()
     closer.join(10)
     assert not closer.is_alive()
-    assert len(begun) == 3
+    assert len(begun) == count + 1
 
 
 def test_an_assembler_that_reads_while_it_waits_begins_no_other_read_once_it_is_closed(numbers):
     samples = open_all(numbers(400, 4), ["v0"])
     _, partition = only_partition(samples, unit_rows=4, cell_rows=4, window=20)
     reader = UnitReader(samples)
-    original, begun = reader.read_into, []
     gates = {"dtrain-assemble": threading.Event(), "dtrain-read_0": threading.Event()}
-
-    def slowly(box, out):
-        name = threading.current_thread().name
-        begun.append(name)
-        gates[name].wait(10)
-        return original(box, out)
-
-    reader.read_into = slowly
+    _, begun = held_back(reader, gates)
     loader = Loader(reader, partition, START, itertools.repeat(4), replica=0, shuffle=True, limits=Limits(threads=1))
     wait_until(lambda: set(begun) == set(gates))
     closer = threading.Thread(target=loader.close)
     closer.start()
-    wait_until(lambda: loader._slots._closed)
+    assert loader._threads._closed.wait(10)
     gates["dtrain-assemble"].set()
-    loader._thread.join(0.05)
+    wait_until(lambda: not loader.alive)
+    assert closer.is_alive()  # it waits for the other one
     gates["dtrain-read_0"].set()
     closer.join(10)
     assert not closer.is_alive()
     assert sorted(begun) == sorted(gates)
 
 
-def test_a_read_is_done_once_by_whoever_begins_it_and_keeps_what_it_raises():
-    go, done = threading.Event(), []
-
-    def read(*what):
-        done.append((threading.current_thread().name, *what))
-        if what[0] == 2:
-            raise Failing
-
-    with ThreadPoolExecutor(1, thread_name_prefix="pool") as pool:
-        pool.submit(go.wait, 10)
-        taken, fails, left = (_Read(pool, partial(read, number, 5, 6)) for number in (1, 2, 3))
-        assert not taken.done
-        assert taken.claimed()
-        taken.run()
-        assert taken.done
-        assert taken.result() is None
-        assert fails.claimed()
-        fails.run()  # raises nothing yet
-        assert fails.done
-        for _ in range(2):
-            with pytest.raises(Failing):
-                fails.result()
-        assert not left.done
-        go.set()
-        left.result()
-        assert left.done
-        assert not left.claimed()
-    assert done == [("MainThread", 1, 5, 6), ("MainThread", 2, 5, 6), ("pool_0", 3, 5, 6)]
+def test_a_loader_that_waits_for_its_consumer_is_closed_at_once(numbers_of_60):
+    _, reader, partition = numbers_of_60
+    spy = Spy(reader := remembering(reader.samples))
+    loader = Loader(reader, partition, START, itertools.repeat(60), replica=0, shuffle=True, limits=Limits(buffers=2))
+    wait_until(lambda: loader._threads.bundles.qsize() == 2 and not spy.now)
+    loader.close()
+    assert not loader.alive
 
 
 def test_an_iterator_that_is_abandoned_closes_its_loader(started, numbers_of_60):
@@ -872,17 +827,11 @@ def test_a_stream_that_is_not_begun_begins_nothing(started, numbers_of_60):
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["taken after", "waiting"])
-def test_taking_from_a_loader_that_is_closed_does_not_hang(numbers, one_batch_a_group, late):
+def test_taking_from_a_loader_that_is_closed_does_not_hang(numbers, one_batch_a_bundle, late):
     samples = open_all(numbers(40, 4), ["v0"])
     _, partition = only_partition(samples, unit_rows=4, cell_rows=4)
     reader = UnitReader(samples)
-    original, go = reader.read_into, threading.Event()
-
-    def slowly(box, out):
-        go.wait(10)
-        return original(box, out)
-
-    reader.read_into = slowly
+    go, begun = held_back(reader)
     loader = Loader(reader, partition, START, itertools.repeat(4), replica=0, shuffle=True, limits=Limits())
     raised = []
 
@@ -893,21 +842,23 @@ def test_taking_from_a_loader_that_is_closed_does_not_hang(numbers, one_batch_a_
         except BaseException as error:
             raised.append(error)
 
-    taker = threading.Thread(target=take, daemon=True)
+    taker, closer = threading.Thread(target=take, daemon=True), threading.Thread(target=loader.close)
+    wait_until(lambda: begun)
     if late:
         taker.start()
-        time.sleep(0.02)
-    threading.Timer(0.02, go.set).start()
-    loader.close()
+    closer.start()
+    assert loader._threads._closed.wait(10)
+    go.set()
+    closer.join(10)
     if not late:
         taker.start()
     taker.join(5)
     hangs = taker.is_alive()
     if hangs:
-        loader._groups.put(RuntimeError("the test ends"))
+        loader._threads.bundles.put(RuntimeError("the test ends"))
         taker.join(5)
     assert not hangs
-    assert len(raised) == 1
+    assert [type(error) for error in raised] == [StopIteration]
 
 
 class Failing(Exception):
@@ -930,7 +881,7 @@ def failing_reader(samples, where, error):
 @pytest.mark.parametrize("error", [Failing("no luck"), MemoryError(), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_an_error_in_a_read_thread_reaches_the_consumer_each_time_it_asks(
-    started, numbers, one_batch_a_group, shuffle, error
+    started, numbers, one_batch_a_bundle, shuffle, error
 ):
     samples = open_all(numbers(400, 4), ["v0"])
     _, partition = only_partition(samples, unit_rows=4, cell_rows=4, window=5)
@@ -988,7 +939,7 @@ def test_an_error_in_the_sizes_or_the_allocator_reaches_the_consumer(numbers_of_
     loader.close()
 
 
-def test_faults_come_out_of_the_stream_of_batches(started, numbers, one_batch_a_group):
+def test_faults_come_out_of_the_stream_of_batches(started, numbers, one_batch_a_bundle):
     path = numbers(12, 3)
     samples = open_all(path, ["v0"])
     _, partition = only_partition(samples, unit_rows=3, cell_rows=3)
@@ -1051,3 +1002,28 @@ def test_reading_single_threaded_stores_of_one_unit_does_not_hang(numbers):
             read_batches(UnitReader(samples), partition, START, [3] * 50, replica=0, shuffle=True, limits=limits)
         )
         assert np.bincount(index_of(kept)).tolist() == [30] * 5
+
+
+@pytest.mark.parametrize("how", ["with batches", "in a cycle"])
+def test_the_interpreter_ends_while_a_loader_reads(numbers, how):
+    path = numbers(4000, 5)
+    code = f"""
+import itertools
+from dtrain.data.load.loader import Loader
+from dtrain.data.plan.memory import Limits
+from dtrain.data.plan.partition import plan_data, train_partitions
+from dtrain.data.read.units import UnitReader
+from dtrain.data.source import open_samples
+from dtrain.types import Cursor
+samples = open_samples({str(path)!r}, inputs=["v0"], targets=["index"], sample_dim="n")
+(partition,) = train_partitions(plan_data(samples, replicas=1, seed=0))
+sizes = itertools.repeat(5)
+loader = Loader(UnitReader(samples), partition, Cursor(0, 0), sizes, replica=0, shuffle=True, limits=Limits())
+kept = [loader.take() for _ in range(40)]
+if {how!r} == "in a cycle":
+    cycle = [loader]
+    cycle.append(cycle)
+    del loader, cycle, kept
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,0 +1,163 @@
+"""The threads of a loader: they carry out the instructions of its schedule, and report events to it."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+from queue import Empty, SimpleQueue
+
+import numpy as np
+
+from dtrain.data.load.buffers import Allocate, Array, Buffers, Bundle
+from dtrain.data.load.gather import BatchGatherer
+from dtrain.data.load.messages import (
+    Abandon,
+    Emit,
+    Event,
+    Fail,
+    Finish,
+    Freed,
+    Gather,
+    Gathered,
+    Instruction,
+    Open,
+    Read,
+    ReadDone,
+    ReadFailed,
+    Recycle,
+    Started,
+)
+from dtrain.data.load.schedule import Schedule
+from dtrain.data.plan.footprint import slot_shape
+from dtrain.data.plan.partition import Partition
+from dtrain.data.read.units import UnitReader
+
+
+class LoaderThreads:
+    """Carries out the instructions of a schedule, and reports events to it.
+
+    The assembler is the only thread that uses the schedule and the buffers. It gathers batches; read threads, and the
+    assembler while it waits for a part, read.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        reader: UnitReader,
+        partition: Partition,
+        gatherer: BatchGatherer,
+        allocate: Allocate,
+    ) -> None:
+        self.events: SimpleQueue[Event | None] = SimpleQueue()
+        """For the assembler; None: wake up, it is closed."""
+        self.bundles: SimpleQueue[Bundle | BaseException | None] = SimpleQueue()
+        """For the consumer; None: there are no further ones."""
+        self.decoded = (0, 0)
+        """Units and their bytes, read so far."""
+        self.arena: dict[str, Array] = {
+            v.name: np.empty((schedule.slots.count, *slot_shape(reader.samples, partition.plan, v)), v.kept_dtype)
+            for v in reader.samples.moving
+        }
+        self._schedule = schedule
+        self._reader = reader
+        self._gatherer = gatherer
+        put = self.events.put  # a batch that is kept keeps the queue alive, not the arena
+        self._buffers = Buffers(gatherer.specs, allocate, on_free=lambda bundle: put(Freed(bundle)))
+        self._reads: SimpleQueue[Read | None] = SimpleQueue()
+        """For whoever reads next, in the order in which parts are needed; None: it is closed."""
+        self._closed = threading.Event()
+        self._assembler = threading.Thread(target=self._assemble, name="dtrain-assemble", daemon=True)
+        self._all = [self._assembler]
+
+    @property
+    def alive(self) -> bool:
+        """Whether further bundles will come."""
+        return self._assembler.is_alive()
+
+    def start(self, readers: int) -> None:
+        """Start the assembler and some read threads."""
+        names = [f"dtrain-read_{number}" for number in range(readers)]
+        self._all += [threading.Thread(target=self._read_parts, name=name, daemon=True) for name in names]
+        for thread in self._all:
+            thread.start()
+        atexit.register(self.close)  # a thread that still reads when the interpreter ends may crash it
+
+    def close(self) -> None:
+        """Begin no further read, wait for those under way, and free all memory."""
+        atexit.unregister(self.close)
+        self._closed.set()
+        self._reads.put(None)
+        self.events.put(None)
+        for thread in self._all:
+            if thread is not threading.current_thread():  # garbage collection may close a loader in any thread
+                thread.join()
+        self.bundles.put(None)  # for a consumer that waits
+        self.arena.clear()
+        self._buffers.clear()
+
+    def _read_parts(self) -> None:
+        while (read := self._next_read(self._reads.get())) is not None:
+            self.events.put(self._read(read))
+
+    def _next_read(self, read: Read | None) -> Read | None:
+        """Return a read from the queue; None if the loader is closed."""
+        if read is None:
+            self._reads.put(None)  # for the other threads
+        return None if self._closed.is_set() else read
+
+    def _read(self, read: Read) -> ReadDone | ReadFailed:
+        try:
+            out = {name: array[read.slot] for name, array in self.arena.items()}
+            return ReadDone(read.slot, self._reader.read_into(read.box, out))
+        except BaseException as error:  # the consumer raises it when it needs the part
+            return ReadFailed(read.slot, error)
+
+    def _assemble(self) -> None:
+        event: Event | None = Started()
+        try:
+            while event is not None and not self._closed.is_set():
+                if isinstance(event, ReadDone):
+                    self.decoded = self.decoded[0] + 1, self.decoded[1] + event.bytes
+                for instruction in self._schedule.handle(event):
+                    self._execute(instruction)
+                event = None if self._schedule.is_over else self._next_event()
+        except BaseException as error:
+            self.bundles.put(error)
+
+    def _next_event(self) -> Event | None:
+        """Return the next event; None if the loader is closed.
+
+        While there is none, and a part is waited for, the assembler reads: a core has no better use.
+        """
+        try:
+            return self.events.get_nowait()
+        except Empty:
+            pass
+        if self._schedule.waits_for_part:
+            try:
+                read = self._next_read(self._reads.get_nowait())
+                return None if read is None else self._read(read)
+            except Empty:
+                pass
+        return self.events.get()
+
+    def _execute(self, instruction: Instruction) -> None:
+        match instruction:
+            case Read():
+                self._reads.put(instruction)
+            case Open(bundle=bundle, sizes=sizes):
+                self._buffers.open(bundle, sizes)
+            case Gather(start=start, rows=rows):
+                for field, first, after, out in self._buffers.pieces(start, start + len(rows)):
+                    self._gatherer.fill(field, out, self.arena, rows.part(first - start, after - start))
+                self.events.put(Gathered())
+            case Emit():
+                self.bundles.put(self._buffers.lend())
+            case Recycle(bundle=bundle):
+                self._buffers.recycle(bundle)
+            case Abandon(bundle=bundle):
+                self._buffers.abandon(bundle)
+            case Fail(error=error):
+                self.bundles.put(error)
+            case Finish():
+                self.bundles.put(None)
