@@ -21,7 +21,7 @@ from dtrain.runtime.spec import PlannedSource
 from dtrain.runtime.trial import Initial
 
 ESTIMATE_UNITS = 16
-"""Units of each partition from which a plan estimates mean and deviation."""
+"""Units of each partition from which a plan estimates mean and standard deviation."""
 
 
 class Choice(NamedTuple):
