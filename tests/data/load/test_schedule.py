@@ -230,6 +230,14 @@ def test_units_are_read_ahead_as_far_as_slots_and_buffers_allow(shuffle, ahead):
         assert step + 1 + ahead <= len(loader.reads) <= step + 1 + (6 if shuffle else 1) + ahead
 
 
+@pytest.mark.parametrize("ahead", [1, 2, 7])
+def test_at_the_start_the_first_part_and_those_ahead_are_requested(ahead):
+    limits = Limits(ahead=ahead, cached=20)
+    loader = Simulation(whole_partition(320, 4), itertools.repeat((4,)), shuffle=False, limits=limits)
+    assert loader.schedule.slots.count > 2 * ahead  # slots are not what limits it
+    assert len(loader.reads) == 1 + ahead
+
+
 def test_reads_begin_in_the_order_in_which_parts_are_needed():
     partition = whole_partition(80, 4, mixed_units=3)
     loader = Simulation(partition, [(80,)], limits=Limits(ahead=4), total=80)
