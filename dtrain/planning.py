@@ -21,7 +21,7 @@ from dtrain.runtime.spec import PlannedSource
 from dtrain.runtime.trial import Initial
 
 ESTIMATE_UNITS = 16
-"""Units of each partition from which a plan estimates mean and deviation."""
+"""Units of each partition from which a plan estimates mean and standard deviation."""
 
 
 class Choice(NamedTuple):
@@ -199,12 +199,12 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
     return record
 
 
-def memory_record(law: MemoryBudget) -> dict[str, Any]:
-    """Return the terms of the memory law."""
-    train, evaluate = law.train, law.evaluate
+def memory_record(budget: MemoryBudget) -> dict[str, Any]:
+    """Return the terms of the memory budget."""
+    train, evaluate = budget.train, budget.evaluate
     return {
-        "limit": law.limit,
-        "total": law.total,
+        "limit": budget.limit,
+        "total": budget.total,
         "unit": train.unit,
         "open_units": train.open,
         "ahead_units": train.limits.ahead,
@@ -214,7 +214,7 @@ def memory_record(law: MemoryBudget) -> dict[str, Any]:
         "batches": train.buffers,
         "scratch": train.scratch,
         "evaluate": evaluate.total if evaluate else 0,
-        "cached": law.cached_bytes,
-        "kept_whole": law.statics,
-        "shard_indices": law.indices,
+        "cached": budget.cached_bytes,
+        "kept_whole": budget.statics,
+        "shard_indices": budget.indices,
     }

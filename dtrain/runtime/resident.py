@@ -49,7 +49,7 @@ class Stream:
     shuffle: bool
 
     @property
-    def law(self) -> LoaderBudget:
+    def budget(self) -> LoaderBudget:
         """The memory budget of the loader."""
         memory = self.source.memory
         return memory.train if self.key[0] == "train" else memory.evaluate or memory.train
@@ -153,7 +153,7 @@ class Resident:
                 sizes,
                 replica=stream.replica,
                 shuffle=stream.shuffle,
-                limits=stream.law.limits,
+                limits=stream.budget.limits,
                 scalings=self.spec.scalings,
                 allocate=np.empty if self.spec.device == "cpu" else _pinned,
             )
@@ -164,7 +164,7 @@ class Resident:
         """Close the least recently used loaders, so that no more are kept than the budget allows."""
         training = stream.key[0] == "train"
         alike = [key for key in self._loaders if (key[0] == "train") == training]
-        for key in alike[: max(0, len(alike) + 1 - max(1, stream.law.kept))]:
+        for key in alike[: max(0, len(alike) + 1 - max(1, stream.budget.kept))]:
             self.release(key)
 
     def release(self, key: StreamKey) -> None:
