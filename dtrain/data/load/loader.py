@@ -22,7 +22,7 @@ from dtrain.data.load.gather import Batch, BatchGatherer, Scalings
 from dtrain.data.load.messages import Taken
 from dtrain.data.load.schedule import Schedule
 from dtrain.data.load.threads import LoaderThreads
-from dtrain.data.plan.memory import Limits, group_batches
+from dtrain.data.plan.memory import Limits, bundles_of
 from dtrain.data.plan.partition import Partition
 from dtrain.data.read.units import UnitReader
 from dtrain.types import Cursor
@@ -90,11 +90,10 @@ class Loader:
         """Of the batches of the bundle."""
         self._waited = 0.0
         self._told = Counted(0, 0, 0.0)
-        remaining = iter(sizes)
         schedule = Schedule(
             partition,
             cursor,
-            iter(lambda: tuple(group_batches(remaining, reader.samples)), ()),
+            bundles_of(sizes, reader.samples),
             replica=replica,
             shuffle=shuffle,
             limits=limits,

@@ -1,7 +1,7 @@
 """The memory budget of a worker's data path: printed before training, and kept.
 
     slots     (B open + R ahead + C cached) units     for each replica, and for each piece of an evaluation
-    buffers   a few groups of batches                 likewise
+    buffers   a few bundles of batches                likewise
     scratch   memory to decode one unit               for each read thread, and the assembler
 
 How much memory a worker has changes its speed only: how many units and how many loaders it keeps.
@@ -10,7 +10,7 @@ How much memory a worker has changes its speed only: how many units and how many
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -20,9 +20,9 @@ from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import Samples
 from dtrain.errors import ChunkTooLarge, OutOfMemory
 
-GROUP_BYTES = 4 << 20
-"""Batches are assembled together until they have this size, so that small ones cost no more than large ones."""
-GROUP_BATCHES = 32
+BUNDLE_BYTES = 4 << 20
+"""Batches are assembled in bundles of this size, so that small ones cost no more than large ones."""
+BUNDLE_BATCHES = 32
 BUFFERS = 4
 """One is filled, one waits, one is in use, one was in use before."""
 LARGE_BATCH_BYTES = 32 << 20
@@ -45,7 +45,7 @@ class Limits:
     threads: int = THREADS
     """Threads that read units, besides the assembler."""
     buffers: int = BUFFERS
-    """Groups of batches; at least 2."""
+    """Bundles of batches; at least 2."""
 
     def slots(self, partition: Partition, shuffle: bool) -> int:
         """Return how many units a loader of a partition holds."""
@@ -55,15 +55,19 @@ class Limits:
         return cached + min(open_or_ahead, 2 * (units - cached))
 
 
-def group_batches(sizes: Iterator[int], samples: Samples) -> list[int]:
-    """Take the sizes of the batches that are assembled together; none if there are none."""
-    taken: list[int] = []
-    size = sample_bytes(samples)
-    for batch in sizes:
-        taken.append(batch)
-        if sum(taken) * size >= GROUP_BYTES or len(taken) >= GROUP_BATCHES:
-            break
-    return taken
+def bundles_of(sizes: Iterable[int], samples: Samples) -> Iterator[tuple[int, ...]]:
+    """Yield the sizes of the batches that are assembled together: neighbouring ones, up to a size or a number."""
+    row_bytes = sample_bytes(samples)
+    bundle: list[int] = []
+    total = 0
+    for size in sizes:
+        bundle.append(size)
+        total += size
+        if total * row_bytes >= BUNDLE_BYTES or len(bundle) >= BUNDLE_BATCHES:
+            yield tuple(bundle)
+            bundle, total = [], 0
+    if bundle:
+        yield tuple(bundle)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +192,7 @@ class Reading:
             open=min(self.plan.window if self.shuffle else 1, self.units),
             units=self.units,
             limits=Limits(ahead=ahead, threads=threads, buffers=buffers),
-            buffers=buffers * max(batch, min(GROUP_BYTES + batch, GROUP_BATCHES * batch)),
+            buffers=buffers * max(batch, min(BUNDLE_BYTES + batch, BUNDLE_BATCHES * batch)),
             scratch=self.scratch,
         )
 

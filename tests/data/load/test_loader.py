@@ -86,7 +86,7 @@ def numbers(write_store, tmp_path):
 @pytest.fixture
 def one_batch_a_bundle(monkeypatch):
     """Batches are assembled one by one."""
-    monkeypatch.setattr(memory, "GROUP_BATCHES", 1)
+    monkeypatch.setattr(memory, "BUNDLE_BATCHES", 1)
 
 
 def wait_until(true, seconds=10.0):
@@ -484,7 +484,7 @@ def bits_of(kept):
 def test_what_is_kept_of_a_batch_stays_as_it_is(numbers_of_60, kinds, bundle, buffers, batch, writes):
     _, reader, partition = numbers_of_60
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "GROUP_BATCHES", bundle)
+        patch.setattr(memory, "BUNDLE_BATCHES", bundle)
         stream = read_batches(
             reader, partition, START, [batch] * 150, replica=0, shuffle=True, limits=Limits(buffers=buffers)
         )
@@ -532,7 +532,7 @@ def watched_loader(reader, partition, buffers):
 @pytest.mark.parametrize("bundle", [1, 32])
 def test_buffers_are_used_again_once_nobody_refers_to_them(numbers_of_60, monkeypatch, buffers, bundle):
     _, reader, partition = numbers_of_60
-    monkeypatch.setattr(memory, "GROUP_BATCHES", bundle)
+    monkeypatch.setattr(memory, "BUNDLE_BATCHES", bundle)
     loader, made = watched_loader(reader, partition, buffers)
     for batch in loader.batches([6] * 1500):
         assert batch.size == 6
@@ -546,7 +546,7 @@ def test_buffers_are_used_again_once_nobody_refers_to_them(numbers_of_60, monkey
 
 def test_a_batch_that_is_kept_keeps_its_memory_alone(numbers_of_60, monkeypatch):
     _, reader, partition = numbers_of_60
-    monkeypatch.setattr(memory, "GROUP_BATCHES", 1)
+    monkeypatch.setattr(memory, "BUNDLE_BATCHES", 1)
     loader, made = watched_loader(reader, partition, 2)
     kept = [loader.take() for _ in range(200)]
     alive = [ref for ref in made if ref() is not None]
@@ -641,7 +641,7 @@ def test_a_kept_batch_does_not_keep_the_arena(numbers_of_60):
 def test_memory_that_is_a_view_of_other_memory_is_not_used_again_too_early(numbers_of_60, monkeypatch, kind):
     # pinned memory comes as a view of what torch gives; views of it refer to that alone, never to the view
     _, reader, partition = numbers_of_60
-    monkeypatch.setattr(memory, "GROUP_BATCHES", 1)
+    monkeypatch.setattr(memory, "BUNDLE_BATCHES", 1)
 
     def allocate(shape, dtype):
         size = int(np.prod(shape)) * dtype.itemsize
@@ -662,7 +662,7 @@ def test_memory_that_is_a_view_of_other_memory_is_not_used_again_too_early(numbe
 @pytest.mark.parametrize("bundle", [1, 7, 32])
 def test_batches_lie_at_aligned_addresses(write_store, tmp_path, monkeypatch, bundle):
     # the last bits of a vectorised sum depend on where in memory it begins
-    monkeypatch.setattr(memory, "GROUP_BATCHES", bundle)
+    monkeypatch.setattr(memory, "BUNDLE_BATCHES", bundle)
     arrays = {
         "v0": {"dims": ("n", "k"), "values": np.zeros((40, 3)), "chunks": (5, 3)},
         "static": {"dims": ("k",), "values": np.zeros(3), "chunks": (3,)},
@@ -678,7 +678,7 @@ def test_batches_lie_at_aligned_addresses(write_store, tmp_path, monkeypatch, bu
 
 def test_batches_of_growing_size_get_buffers_of_their_size(numbers_of_60, monkeypatch):
     _, reader, partition = numbers_of_60
-    monkeypatch.setattr(memory, "GROUP_BATCHES", 1)
+    monkeypatch.setattr(memory, "BUNDLE_BATCHES", 1)
     sizes = [1, 50, 2, 51, 200, 3, 1000, 1, 1] * 3
     whole = index_of(batches(reader, partition, [sum(sizes)]))
     done = 0

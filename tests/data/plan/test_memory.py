@@ -11,7 +11,7 @@ import pytest
 from dtrain.data.load.loader import Loader
 from dtrain.data.plan import memory
 from dtrain.data.plan.footprint import index_bytes, sample_bytes, scratch_bytes, slot_bytes, slot_shape
-from dtrain.data.plan.memory import Limits, Reading, group_batches, plan_memory
+from dtrain.data.plan.memory import Limits, Reading, bundles_of, plan_memory
 from dtrain.data.plan.partition import eval_partitions, plan_data, train_partitions
 from dtrain.data.samples import StoreFacts
 from dtrain.data.source import open_samples
@@ -83,9 +83,11 @@ def test_groups_of_batches_by_hand():
 )
 def test_as_many_batches_are_assembled_together_as_make_4_mib(size, expected):
     # 27 * 800 * 200 bytes are the first that are at least 4 MiB
-    assert group_batches(itertools.repeat(size), HUNDRED) == [size] * expected
-    assert group_batches(iter([size]), HUNDRED) == [size]
-    assert group_batches(iter([]), HUNDRED) == []
+    endless = bundles_of(itertools.repeat(size), HUNDRED)
+    assert [next(endless) for _ in range(2)] == [(size,) * expected] * 2
+    assert list(bundles_of([size] * (expected + 1), HUNDRED)) == [(size,) * expected, (size,)]
+    assert list(bundles_of([size], HUNDRED)) == [(size,)]
+    assert list(bundles_of([], HUNDRED)) == []
 
 
 def test_windows_widen_units_and_samples():

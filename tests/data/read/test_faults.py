@@ -508,7 +508,7 @@ def test_a_place_in_a_shard_that_no_file_reaches_stops_reading_by_name(tmp_path)
 
 @pytest.fixture
 def batch_by_batch(monkeypatch):
-    monkeypatch.setattr(memory, "GROUP_BATCHES", 1)
+    monkeypatch.setattr(memory, "BUNDLE_BATCHES", 1)
 
 
 def read_twice(samples, which, between):
