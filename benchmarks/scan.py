@@ -49,10 +49,10 @@ from scan_report import Results, brief, log, plot, print_tables
 PACKAGES = ["dtrain", "torch", "numpy", "zarr", "zarrs", "numcodecs", "xarray", "dask", "xbatcher", "litdata"]
 
 
-def cost(found: Facts) -> float:
-    """Return what a sweep makes as small as it can be: seconds, or core-seconds for the limit, of the best pass."""
-    key = "cpu" if ENGINES[found["engine"]].role in ("decode", "gather") else "seconds"
-    return min((one[key] for one in found.get("passes", ())), default=float("inf"))
+def cost(result: Facts) -> float:
+    """Return the figure that a sweep minimises: the seconds of the best pass, or its core-seconds for the limit."""
+    key = "cpu" if ENGINES[result["engine"]].role in ("decode", "gather") else "seconds"
+    return min((one[key] for one in result.get("passes", ())), default=float("inf"))
 
 
 class Bench:
@@ -80,14 +80,14 @@ class Bench:
         return chosen
 
     def once(self, name: str, facts: Facts, settings: Settings) -> Facts:
-        """Convert if that is needed, run, and tell."""
+        """Convert the store if the engine needs it, run the engine, and log the result."""
         if (conversion := ENGINES[name].conversion) is not None:
             made = self.convert(name, conversion, facts, settings)
             if "seconds" not in made:
-                return self.tell(made)
+                return self.logged(made)
             if made not in self.results.conversions:
                 self.results.conversions.append(made)
-        return self.tell(run(name, facts, settings, self.arguments.timeout))
+        return self.logged(run(name, facts, settings, self.arguments.timeout))
 
     def convert(self, name: str, conversion: Conversion, facts: Facts, settings: Settings) -> Facts:
         """Write the store in an engine's own format, unless it is there, and return its facts."""
@@ -101,22 +101,22 @@ class Bench:
             log(f"  {name}: {facts['rows']:,} rows converted in {made['seconds']:.1f} s, {brief(kept)}")
         return json.loads(marker.read_text())
 
-    def tell(self, found: Facts) -> Facts:
-        where = f"  {found['engine']} [{found['store']}] {brief(found['settings'])}: "
-        if "left out" in found:
-            log(where + f"left out, {found['left out']}")
-            self.results.left_out.add(found["engine"])
-        elif "failed" in found:
-            log(where + f"FAILED\n{found['failed']}")
+    def logged(self, result: Facts) -> Facts:
+        where = f"  {result['engine']} [{result['store']}] {brief(result['settings'])}: "
+        if "left out" in result:
+            log(where + f"left out, {result['left out']}")
+            self.results.left_out.add(result["engine"])
+        elif "failed" in result:
+            log(where + f"FAILED\n{result['failed']}")
         else:
             log(
-                where + f"{found['rows'] / found['seconds']:,.0f} samples/s, {found['seconds']:.2f} s, "
-                f"{found['cpu']:.2f} core-seconds, {found['peak_rss'] / 1e6:.0f} MB"
+                where + f"{result['rows'] / result['seconds']:,.0f} samples/s, {result['seconds']:.2f} s, "
+                f"{result['cpu']:.2f} core-seconds, {result['peak_rss'] / 1e6:.0f} MB"
             )
-        return found
+        return result
 
     def sweep(self, name: str, facts: Facts) -> Settings:
-        """Return the best settings, found one axis after the other."""
+        """Return the best settings; one axis is varied after the other."""
         best, least = self.defaults(name), float("inf")
         for axis in ENGINES[name].axes:
             start = best
@@ -124,16 +124,16 @@ class Bench:
                 tried = start | values
                 if tried == start and least < float("inf"):
                     continue  # it has been measured on an axis before
-                found = self.once(name, facts, tried)
-                if "left out" in found:
+                result = self.once(name, facts, tried)
+                if "left out" in result:
                     return best
-                self.results.sweeps.append(found)
-                if cost(found) < least:
-                    best, least = tried, cost(found)
+                self.results.sweeps.append(result)
+                if cost(result) < least:
+                    best, least = tried, cost(result)
         return best
 
     def places(self) -> list[tuple[str, str]]:
-        """Return what is measured: engines, each with a store."""
+        """Return the engines to measure, each with a store."""
         arguments = self.arguments
         names = [name for name in ENGINES if name in arguments.engines]
         own = [(name, arguments.stores[0]) for name in names if ENGINES[name].role == "own"]
@@ -163,8 +163,8 @@ class Bench:
             first = repeat * len(places) // arguments.repeats
             for name, layout in places[first:] + places[:first]:
                 if name not in self.results.left_out:
-                    found = self.once(name, full[layout], self.results.settings[f"{name} {layout}"])
-                    self.results.runs.append(found | {"repeat": repeat})
+                    result = self.once(name, full[layout], self.results.settings[f"{name} {layout}"])
+                    self.results.runs.append(result | {"repeat": repeat})
             self.write()
 
     def write(self) -> None:

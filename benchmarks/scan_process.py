@@ -1,4 +1,4 @@
-"""One engine in a process of its own: its passes, their time, their memory, and whether every row came once."""
+"""Run one engine in a process of its own: time and memory of its passes, and a check that every row came once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ENOUGH_SECONDS = 2.5
 
 
 class Pass:
-    """The label and the first feature of each row that a pass delivered, in order, and what it took."""
+    """One pass: the label and the first feature of each row in the order of delivery, and the time it took."""
 
     def __init__(self, rows: int) -> None:
         # written to, so that the pages are there before memory is counted
@@ -158,7 +158,7 @@ def stop(pid: int) -> None:
 
 
 def run(name: str, facts: Facts, settings: Settings, timeout: float, convert: bool = False) -> Facts:
-    """Run one engine in a process of its own and return what it measured, or why it failed or was left out."""
+    """Run one engine in a process of its own; return its figures, or the reason why it failed or was left out."""
     task = json.dumps({"engine": name, "store": facts, "settings": settings, "convert": convert})
     events: dict[str, Facts] = {}
     peak: Peak | None = None
@@ -196,15 +196,15 @@ def run(name: str, facts: Facts, settings: Settings, timeout: float, convert: bo
                 peak.join()
         errors.seek(0)
         tail = errors.read()[-4000:]
-    found = {"engine": name, "store": facts["layout"], "rows_of_store": facts["rows"], "settings": settings}
+    result = {"engine": name, "store": facts["layout"], "rows_of_store": facts["rows"], "settings": settings}
     if "left out" in events:
-        return found | {"left out": events["left out"]["reason"]}
+        return result | {"left out": events["left out"]["reason"]}
     if "done" not in events:
-        return found | {"failed": f"no end after {timeout:g} s" if expired.is_set() else tail}
+        return result | {"failed": f"no end after {timeout:g} s" if expired.is_set() else tail}
     if peak is not None:
-        found["peak_rss"] = peak.rss - events["ready"]["rss"]
-        found["peak_private"] = peak.private - events["ready"]["private"]
-    return found | events["done"]
+        result["peak_rss"] = peak.rss - events["ready"]["rss"]
+        result["peak_private"] = peak.private - events["ready"]["private"]
+    return result | events["done"]
 
 
 if __name__ == "__main__":

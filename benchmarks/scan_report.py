@@ -50,7 +50,7 @@ class Results:
         if not runs:
             return {}
         rates = [r["rows"] / r["seconds"] for r in runs]
-        found = {
+        medians = {
             "engine": name,
             "store": layout,
             "samples_per_second": statistics.median(rates),
@@ -60,29 +60,29 @@ class Results:
             "rows": runs[0]["rows"],
         }
         for key in ("cpu", "mixed", "peak_rss", "peak_private"):
-            found[key] = statistics.median(r[key] for r in runs)
-        return found
+            medians[key] = statistics.median(r[key] for r in runs)
+        return medians
 
     def limits(self) -> dict[str, float]:
         """Return the limit in seconds by layout."""
-        found = {}
+        limits = {}
         for layout in self.layouts:
             decoded = [m["cpu"] for name in ("decode-zarr", "decode-zarrs") if (m := self.medians(name, layout))]
             gathered = self.medians("gather", layout)
             if decoded and gathered:
-                found[layout] = (min(decoded) + gathered["cpu"]) / self.cores
-        return found
+                limits[layout] = (min(decoded) + gathered["cpu"]) / self.cores
+        return limits
 
     def summary(self) -> list[Facts]:
         limits, rows = self.limits(), self.rows
-        found = []
+        summary = []
         for layout in self.layouts:
             for name in ENGINES:
                 if ENGINES[name].role in ("reader", "own") and (medians := self.medians(name, layout)):
                     if layout in limits:
                         medians["share_of_limit"] = medians["samples_per_second"] * limits[layout] / rows
-                    found.append(medians)
-        return found
+                    summary.append(medians)
+        return summary
 
     def failures(self) -> list[str]:
         return sorted({f"{r['engine']} on the {r['store']} store" for r in self.runs if "failed" in r})

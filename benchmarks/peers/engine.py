@@ -63,7 +63,7 @@ class Engine:
     Parameters
     ----------
     title, shuffle : str
-        What the table calls it, and how it shuffles.
+        Its name in the table, and how it shuffles.
     prepare : callable
         Given a store and the settings, returns the passes. Not timed.
     axes : list of list of dict
@@ -123,7 +123,7 @@ def shuffled(x: torch.Tensor, y: torch.Tensor, rng: np.random.Generator, size: i
 
 
 def split(messages: Batches) -> Batches:
-    """Yield views of a batch each of what comes several batches at a time."""
+    """Cut messages of several batches into views of one batch each."""
     for x, y in messages:
         for start in range(0, len(y), BATCH):
             yield x[start : start + BATCH], y[start : start + BATCH]

@@ -42,11 +42,11 @@ def digits() -> xr.Dataset:
             "--template digits takes its data from scikit-learn, which is not installed.",
             'Run pip install "dtrain[demo]", or use --template tabular.',
         ) from None
-    found = load_digits()
+    data = load_digits()
     return xr.Dataset(
         {
-            "image": (("sample", "y", "x"), (found.images / 16).astype("float32")),
-            "label": (("sample",), found.target.astype("int64")),
+            "image": (("sample", "y", "x"), (data.images / 16).astype("float32")),
+            "label": (("sample",), data.target.astype("int64")),
         },
         attrs={"title": "Handwritten digits of the UCI repository, as scikit-learn ships them"},
     )

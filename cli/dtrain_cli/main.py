@@ -71,10 +71,10 @@ def split_flags(arguments: list[str]) -> tuple[Options, list[str]]:
     """Take the global flags out of the arguments, wherever they stand; flags after ``--`` are not ours."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     ours = [f for text in arguments[:end] for f in ([f"-{c}" for c in text[1:]] if JOINED.match(text) else [text])]
-    found = {GLOBAL_FLAGS[text] for text in ours if text in GLOBAL_FLAGS}
+    flags = {GLOBAL_FLAGS[text] for text in ours if text in GLOBAL_FLAGS}
     rest = [text for text in ours if text not in GLOBAL_FLAGS] + arguments[end:]
-    color = "no_color" not in found and not os.environ.get("NO_COLOR")
-    return Options("json" in found, "quiet" in found, "verbose" in found, color, "debug" in found), rest
+    color = "no_color" not in flags and not os.environ.get("NO_COLOR")
+    return Options("json" in flags, "quiet" in flags, "verbose" in flags, color, "debug" in flags), rest
 
 
 def run(arguments: list[str]) -> int:

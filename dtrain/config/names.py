@@ -1,4 +1,4 @@
-"""The names that a configuration may use, and what is known of them without torch.
+"""The names that a configuration may use, and facts about them that need no torch.
 
 A new loss, metric or schedule is one entry here and one function in `dtrain.algorithm`; a test compares the two.
 """
