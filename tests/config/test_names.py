@@ -5,12 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
-
 from dtrain.algorithm.evaluate import FROM_LOSS
 from dtrain.algorithm.evaluate import METRICS as METRIC_FUNCTIONS
 from dtrain.algorithm.losses import LOSSES as LOSS_FUNCTIONS
-from dtrain.algorithm.schedules import schedule_named
+from dtrain.algorithm.schedules import SCHEDULES as SCHEDULE_FUNCTIONS
 from dtrain.config.names import LOSSES, METRICS, SCHEDULES
 
 
@@ -23,14 +21,9 @@ def test_every_metric_has_a_function_and_every_function_is_a_metric():
     assert {name for name, facts in METRICS.items() if not facts.from_loss} == METRIC_FUNCTIONS.keys()
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_every_schedule_has_a_function(name):
-    assert schedule_named(name, 0)(0, 10) == 1.0
-
-
-def test_a_schedule_without_a_name_has_no_function():
-    with pytest.raises(KeyError):
-        schedule_named("cosin", 0)
+def test_every_schedule_has_a_function_and_every_function_is_a_schedule():
+    assert set(SCHEDULES) == SCHEDULE_FUNCTIONS.keys()
+    assert all(schedule(0, 10) == 1.0 for schedule in SCHEDULE_FUNCTIONS.values())
 
 
 def test_names_are_known_without_torch():
