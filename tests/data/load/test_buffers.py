@@ -266,6 +266,17 @@ def test_memory_that_is_too_small_is_let_go_of(freed):
     assert [ref() is None for ref in made] == [True] * 3 + [False] * 3
 
 
+def test_recycled_memory_is_used_only_if_every_field_fits(freed):
+    # one sample of the first field is padded to as many bytes as 16 samples have
+    specs = (FieldSpec((), np.dtype("float32")), FieldSpec((100,), np.dtype("float32")))
+    for order in (specs, specs[::-1]):
+        buffers = Buffers(order, np.empty, freed.append)
+        lent(buffers, 0, sizes=(1,))
+        buffers.recycle(0)
+        bundle = lent(buffers, 1, sizes=(16,), value=3)
+        assert all((array == 3).all() for array in bundle.fields(0))
+
+
 def test_abandoned_memory_lives_as_long_as_its_batches_field_by_field(freed):
     made = []
 
