@@ -231,8 +231,16 @@ class Samples:
 
     def reach(self, name: str | None = None) -> tuple[int, int]:
         """Return the smallest and the largest offset at which one variable is read, or any variable."""
-        offsets = [o for field in self.fields if name in (None, field.name) for o in field.offsets]
-        return min(offsets), max(offsets)
+        return self._reaches[name]
+
+    @cached_property
+    def _reaches(self) -> dict[str | None, tuple[int, int]]:
+        """The smallest and the largest offset of each variable, and, under None, of all."""
+        offsets: dict[str | None, list[int]] = {}
+        for field in self.fields:
+            for name in (field.name, None) if field.offsets else ():
+                offsets.setdefault(name, []).extend(field.offsets)
+        return {name: (min(listed), max(listed)) for name, listed in offsets.items()}
 
     @property
     def moving(self) -> tuple[Variable, ...]:

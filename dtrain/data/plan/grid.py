@@ -58,14 +58,13 @@ def chunks_of(sizes: tuple[int, ...], select: Select) -> Iterator[Chunk]:
         The shape of a chunk.
     select : Select
     """
+    if not sizes:
+        yield Chunk((), (), (), True)
+        return
     along = [list(_parts_along(size, *part)) for size, part in zip(sizes, select, strict=True)]
     for parts in itertools.product(*along):
-        yield Chunk(
-            tuple(part[0] for part in parts),
-            tuple(part[1] for part in parts),
-            tuple(part[2] for part in parts),
-            all(part[3] for part in parts),
-        )
+        place, source, target, whole = zip(*parts, strict=True)
+        yield Chunk(place, source, target, all(whole))
 
 
 def shards_of(variable: Variable, select: Select) -> Iterator[ShardPart]:

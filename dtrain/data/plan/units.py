@@ -127,8 +127,10 @@ def box_shape(samples: Samples, variable: Variable, box: Box) -> tuple[int, ...]
 def box_selection(samples: Samples, variable: Variable, box: Box) -> Select:
     """Return the selection of a variable that a box covers, with its halo, in stored rows and columns."""
     low, high = samples.reach(variable.name)
-    blocks = _blocks(box)
     rows = variable.selection(box.start + low, box.stop + high)
+    if not box.block:
+        return rows
+    blocks = _blocks(box)
     return tuple(_cut(part, blocks.get(dim)) for dim, part in zip(variable.dims, rows, strict=True))
 
 

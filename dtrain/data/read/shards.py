@@ -63,7 +63,9 @@ class ShardLayout:
 
     def is_index(self, byte_range: ByteRequest | None) -> bool:
         """Return True if a request asks for the index alone."""
-        return byte_range == self.request
+        if self.at_end:
+            return isinstance(byte_range, SuffixByteRequest) and byte_range.suffix == self.index_bytes
+        return isinstance(byte_range, RangeByteRequest) and (byte_range.start, byte_range.end) == (0, self.index_bytes)
 
     def index_of(self, value: Buffer, byte_range: ByteRequest | None) -> Buffer | None:
         """Return the index, as a copy, from the answer to a request for the index or for the whole shard."""
