@@ -11,7 +11,7 @@ from typing import Any
 
 from distributed import Client
 
-from dtrain.config.schema import FULL_BATCH_MICRO
+from dtrain.algorithm.plan import micro_size
 from dtrain.config.values import cache_bytes, parse_bytes
 from dtrain.data.load.statistics import scalings_of
 from dtrain.data.plan.memory import MemoryBudget, Reading, plan_memory
@@ -160,14 +160,12 @@ def _budget(job: Job, source: Source, parts: list[Partition], held_out: DataPlan
 def _reading(
     job: Job, samples: Samples, parts: list[Partition] | tuple[Partition, ...], workers: int, *, shuffle: bool
 ) -> Reading:
-    train = job.config.train
-    micro = train.micro_batch or (FULL_BATCH_MICRO if train.batch_size == "full" else train.batch_size)
     return Reading(
         samples=samples,
         plan=parts[0].plan,
         loaders=-(-len(parts) // workers),
         units=max(len(part.units) for part in parts),
-        batch_size=min(micro, max(part.num_samples for part in parts)),
+        batch_size=min(micro_size(job.config.train), max(part.num_samples for part in parts)),
         shuffle=shuffle,
     )
 

@@ -126,8 +126,8 @@ def _result(number: int, outcome: Outcome, config: TrainConfig, history: History
     """Return what a round gave, and why it is the last one, if it is."""
     summary, each = outcome.summary, outcome.summary.contributions
     _check_finite(number, summary, config.average.max_rejected)
-    samples = sum(c.samples for c in each)
-    train_loss = sum(c.loss_sum for c in each) / samples
+    averaged = [c for c in each if c.finite]
+    train_loss = _ratio(sum(c.loss_sum for c in averaged), sum(c.loss_count for c in averaged))
     evaluated = values(outcome.sums, config.train.metrics) if outcome.sums is not None else {}
     metrics = {f"val_{name}": value for name, value in evaluated.items()}
     stop_metric = metric_of({"train_loss": train_loss, **metrics}, config)
@@ -135,18 +135,22 @@ def _result(number: int, outcome: Outcome, config: TrainConfig, history: History
         round=number,
         train_loss=train_loss,
         metrics=metrics,
-        samples=samples,
+        samples=sum(c.samples for c in each),
         steps=sum(c.steps for c in each),
         seconds=0.0,
         bytes_reduced=summary.bytes_reduced,
         rejected=len(summary.rejected),
         retried=0,
         params_sha256=summary.params_sha256,
-        replica_loss=tuple(c.loss_sum / c.samples for c in each),
+        replica_loss=tuple(_ratio(c.loss_sum, c.loss_count) for c in each),
         contributions=each,
         stop_metric=stop_metric,
         stop=end_reason((*history, stop_metric), config),
     )
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else math.nan
 
 
 def initial_state(runner: Runner[Held], config: TrainConfig, base: Path) -> TrainState:

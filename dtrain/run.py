@@ -150,7 +150,7 @@ class Run:
             sums = runner.evaluate(params, split)
         if sums is None:
             raise TooFewSamples(f'The split "{split}" holds no samples.', "Choose another --split.")
-        return values(sums, self.config.train.metrics), number, sums["loss"][1]
+        return values(sums, self.config.train.metrics), number, sums.samples
 
     def _plan_of(self, samples: Samples, split: SplitName) -> DataPlan:
         if split == "all":

@@ -31,6 +31,7 @@ from dtrain.types import (
     InnerState,
     Layout,
     Parameters,
+    Plain,
     Position,
     ReplicaState,
     Slot,
@@ -155,7 +156,7 @@ def _replica(slots: Sequence[dict[str, Any]], tensors: Mapping[str, torch.Tensor
 
 def _inner_tensors(inner: InnerState) -> dict[str, torch.Tensor]:
     return {
-        f"{slot.param}.{slot.key}": torch.from_numpy(inner.data[slot.offset : slot.offset + slot.size].copy())
+        _tensor_name(slot): torch.from_numpy(inner.data[slot.offset : slot.offset + slot.size].copy())
         .view(getattr(torch, slot.dtype))
         .reshape(slot.shape)
         for slot in inner.slots
@@ -169,22 +170,44 @@ def _inner_state(described: Sequence[dict[str, Any]], tensors: Mapping[str, torc
     data = np.zeros(size, np.uint8)
     for slot in slots:
         if slot.dtype:
-            raw = tensors[f"{slot.param}.{slot.key}"].contiguous().reshape(-1).view(torch.uint8).numpy()
+            raw = tensors[_tensor_name(slot)].contiguous().reshape(-1).view(torch.uint8).numpy()
             data[slot.offset : slot.offset + slot.size] = raw
     return InnerState(slots, data)
 
 
 def _layout(described: dict[str, Any]) -> Layout:
     entries = tuple(Entry(**{**entry, "shape": tuple(entry["shape"])}) for entry in described["entries"])
-    return Layout(entries, described["num_params"], described["num_flat"], described["num_extra"])
+    counts = {name: described.get(name, 0) for name in ("num_params", "num_flat", "num_extra", "num_frozen")}
+    return Layout(entries, **counts)
+
+
+def _tensor_name(slot: Slot) -> str:
+    name = f"{slot.param}.{slot.key}"
+    return name if slot.owner == "param" else f"{slot.owner}.{name}"
 
 
 def _described_slot(slot: Slot) -> dict[str, Any]:
-    value = slot.value
-    return {**asdict(slot), "value": str(value) if isinstance(value, float) and not math.isfinite(value) else value}
+    return {**asdict(slot), "value": _described_value(slot.value)}
 
 
 def _slot(described: dict[str, Any]) -> Slot:
-    value = described["value"]  # JSON has no inf and nan
-    plain = float(value) if isinstance(value, str) else value
-    return Slot(**{**described, "shape": tuple(described["shape"]), "value": plain})
+    return Slot(**{**described, "shape": tuple(described["shape"]), "value": _value(described["value"])})
+
+
+def _described_value(value: Plain) -> Any:
+    """Return a value as JSON has it: inf and nan as text; texts and tuples in an object."""
+    if isinstance(value, tuple | list):
+        items = [_described_value(item) for item in value]
+        return items if isinstance(value, list) else {"tuple": items}
+    if isinstance(value, str):
+        return {"text": value}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _value(described: Any) -> Plain:
+    """Return what `_described_value` was given."""
+    if isinstance(described, list):
+        return [_value(item) for item in described]
+    if isinstance(described, dict):
+        return str(described["text"]) if "text" in described else tuple(map(_value, described["tuple"]))
+    return float(described) if isinstance(described, str) else described

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -76,14 +76,15 @@ class Entry:
     """One tensor of the state_dict and its place in the flat arrays."""
 
     name: str
-    kind: Literal["param", "buffer", "extra"]
-    """Parameter or float32 buffer (in `Parameters.flat`), or buffer of another dtype (in `Parameters.extra`)."""
+    kind: Literal["param", "buffer", "extra", "frozen"]
+    """Parameter that is trained, or float32 buffer (in `Parameters.flat`); buffer of another dtype (in
+    `Parameters.extra`); parameter that does not require a gradient (in `Parameters.frozen`)."""
     dtype: str
     shape: tuple[int, ...]
     offset: int
-    """In elements of `flat`, in bytes of `extra`."""
+    """In elements of `flat` or `frozen`, in bytes of `extra`."""
     size: int
-    """In elements of `flat`, in bytes of `extra`."""
+    """In elements of `flat` or `frozen`, in bytes of `extra`."""
     alias: bool = False
     """Whether another name owns the tensor (tied weights)."""
 
@@ -94,9 +95,11 @@ class Layout:
 
     entries: tuple[Entry, ...]
     num_params: int
-    """Elements of `flat` that are parameters; the rest are float32 buffers."""
+    """Elements of `flat` that are trained parameters; the rest are float32 buffers."""
     num_flat: int
     num_extra: int
+    num_frozen: int = 0
+    """Elements of parameters that do not require a gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +111,14 @@ class Parameters:
     """float32[layout.num_flat]"""
     extra: Bytes
     """uint8[layout.num_extra]"""
+    frozen: Flat = field(default_factory=lambda: np.zeros(0, np.float32))
+    """float32[layout.num_frozen]; empty where the frozen parameters are kept apart: they never change, so that they
+    are sent to a worker once, and neither averaged nor returned."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both arrays."""
-        return self.flat.nbytes + self.extra.nbytes
+        """Bytes of all arrays."""
+        return self.flat.nbytes + self.extra.nbytes + self.frozen.nbytes
 
     def __sizeof__(self) -> int:  # Dask's memory accounting asks this
         return object.__sizeof__(self) + self.nbytes
@@ -121,12 +127,17 @@ class Parameters:
 # States of optimizers and replicas ------------------------------------------------------------------------
 
 
+Plain: TypeAlias = "float | int | bool | str | tuple[Plain, ...] | list[Plain] | None"
+"""A value that a state keeps as it is."""
+Owner: TypeAlias = Literal["param", "group", "state", "attribute"]
+
+
 @dataclass(frozen=True, slots=True)
 class Slot:
     """One value of an optimizer's state: a tensor in `InnerState.data`, or a plain value."""
 
     param: int
-    """Index among the parameters that the optimizer was given."""
+    """Index of the parameter among those that the optimizer was given, or of the group; else 0."""
     key: str
     dtype: str
     """Of the tensor; empty for a plain value."""
@@ -134,7 +145,10 @@ class Slot:
     offset: int
     size: int
     """In bytes."""
-    value: float | int | bool | None = None
+    value: Plain = None
+    owner: Owner = "param"
+    """Where the optimizer keeps it: in the state of a parameter, in a parameter group, under a key of ``state`` that
+    is no parameter, or as an attribute of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +240,9 @@ class Contribution:
     """Samples consumed: the replica's weight."""
     steps: int
     loss_sum: float
-    """Sum over the samples of the losses seen while training."""
+    """Sum of the losses seen while training, over the terms that count."""
+    loss_count: float
+    """Number of these terms: of samples, or of the targets that are not ignored."""
     finite: bool
     """Whether its parameters are finite; if not, it is left out of the average."""
     units_decoded: int = 0
@@ -265,7 +281,7 @@ class RoundResult:
 
     round: int
     train_loss: float
-    """Mean over the samples of the losses seen while training in this round."""
+    """Mean of the losses seen while training in this round, over the replicas that were averaged."""
     metrics: dict[str, float]
     """``val_loss`` and ``val_<metric>`` of the averaged parameters; empty without a validation split."""
     samples: int

@@ -20,7 +20,7 @@ from torch import nn
 import dtrain
 from dtrain.algorithm.params import flatten, layout_of, load_into, params_sha256
 from dtrain.algorithm.plan import first_position
-from dtrain.algorithm.replica import empty_inner_state, fresh_replica, pack_inner_state, unpack_inner_state
+from dtrain.algorithm.replica import carried, empty_inner_state, fresh_replica, pack_inner_state, unpack_inner_state
 from dtrain.checkpoint import (
     commit_round,
     committed_rounds,
@@ -51,11 +51,14 @@ def network(seed):
 
 def adam_state(module, steps):
     optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+    fresh = carried(optimizer)
+    optimizer.param_groups[0].update(k=steps, d=math.inf, betas=(0.8, 0.999), mode="on", seen=[1, (2.0, "x")])
+    optimizer.scale = torch.full((2,), float(steps))
     for _ in range(steps):
         optimizer.zero_grad()
         module(torch.randn(5, 3)).square().mean().backward()
         optimizer.step()
-    return pack_inner_state(optimizer, list(module.parameters()))
+    return pack_inner_state(optimizer, list(module.parameters()), fresh)
 
 
 PLAIN = (True, None, 3, 0.1, -0.0, math.inf, -math.inf, 1e-300, 2**70)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from dtrain import rounds as module
 from dtrain.algorithm.average import first_outer
+from dtrain.algorithm.evaluate import Sums
 from dtrain.algorithm.plan import first_position
 from dtrain.algorithm.replica import fresh_replica
 from dtrain.config.schema import TrainConfig
@@ -75,11 +77,18 @@ class Script:
             raise SegmentLost("worker gone", self.killed)
         self.log.append(f"collect {held}")
         each = tuple(
-            Contribution(replica=k, samples=size, steps=3, loss_sum=size / held, finite=k not in self.rejected)
+            Contribution(
+                replica=k,
+                samples=size,
+                steps=3,
+                loss_sum=math.nan if k in self.rejected else size / held,
+                loss_count=size,
+                finite=k not in self.rejected,
+            )
             for k, size in enumerate(SIZES)
         )
         summary = RoundSummary(contributions=each, params_sha256=f"sha{held}", finite=self.finite, bytes_reduced=8)
-        return Outcome(summary, {"loss": (10 / held, 10), "accuracy": (held, 10)} if self.validated else None)
+        return Outcome(summary, Sums(10, (10 / held, 10), {"accuracy": (held, 10)}) if self.validated else None)
 
     def gather(self, held: int, position: Position) -> TrainState:
         assert position.round == held
@@ -129,7 +138,8 @@ def test_a_result_holds_the_means_of_its_round() -> None:
     (first, second), _ = go(Script(rejected=(1,)), config(train={"rounds": 2}, average={"max_rejected": 0.5}))
     assert (first.round, first.samples, first.steps, first.rejected, first.params_sha256) == (1, 64, 6, 1, "sha1")
     assert second.train_loss == 0.5
-    assert second.replica_loss == (0.5, 0.5)
+    assert second.replica_loss[0] == 0.5
+    assert math.isnan(second.replica_loss[1])  # and train_loss is the mean of the replicas that were averaged
     assert second.metrics == {"val_loss": 0.5, "val_accuracy": 0.2}
     assert second.stop_metric == 0.5
     assert second.bytes_reduced == 8

@@ -18,7 +18,7 @@ from dtrain.algorithm.codec import Compressed, compress, decompress
 from dtrain.algorithm.local import LocalResult
 from dtrain.algorithm.mix import Average, averages, mean_of, neighbourhoods
 from dtrain.algorithm.outer import outer_step
-from dtrain.algorithm.params import is_finite, params_sha256
+from dtrain.algorithm.params import is_finite, params_sha256, with_frozen, without_frozen
 from dtrain.algorithm.replica import empty_inner_state
 from dtrain.config.schema import AverageConfig
 from dtrain.types import (
@@ -90,7 +90,12 @@ def contribute(
     """
     finite = is_finite(after, start.params)
     contribution = Contribution(
-        replica=task.replica, samples=local.samples, steps=local.steps, loss_sum=local.loss_sum, finite=finite
+        replica=task.replica,
+        samples=local.samples,
+        steps=local.steps,
+        loss_sum=local.loss_sum,
+        loss_count=local.loss_count,
+        finite=finite,
     )
     if not finite:
         return Update(after, contribution), state
@@ -158,6 +163,22 @@ def round_averages(plan: RoundPlan, starts: Sequence[object], config: AverageCon
     return averages(members, keys)
 
 
+def apart(broadcast: Sequence[Broadcast]) -> tuple[Broadcast, ...]:
+    """Return, by replica, what it starts from without the frozen parameters; equal objects stay one object."""
+    distinct = {id(start): Broadcast(without_frozen(start.params)) for start in broadcast}
+    return tuple(distinct[id(start)] if start.params.layout.num_frozen else start for start in broadcast)
+
+
+def together(broadcast: Sequence[Broadcast], model: Parameters) -> tuple[Broadcast, ...]:
+    """Return, by replica, what it starts from with the frozen parameters of the model; the inverse of `apart`."""
+    shared = {id(model.flat): Broadcast(model)}
+    distinct = {
+        id(start): shared.get(id(start.params.flat)) or Broadcast(with_frozen(start.params, model.frozen))
+        for start in broadcast
+    }
+    return tuple(distinct[id(start)] if model.layout.num_frozen else start for start in broadcast)
+
+
 def by_replica(means: Sequence[Average], values: Sequence[T]) -> tuple[T, ...]:
     """Return, by replica, the value of the mean that it receives."""
     received = {replica: value for mean, value in zip(means, values, strict=True) for replica in mean.receivers}
@@ -165,14 +186,14 @@ def by_replica(means: Sequence[Average], values: Sequence[T]) -> tuple[T, ...]:
 
 
 def model_of(means: Sequence[Average], combined: Sequence[Combined]) -> Parameters:
-    """Return what is evaluated and saved: the mean of all replicas' parameters."""
+    """Return what is evaluated and saved, without frozen parameters: the mean of all replicas' parameters."""
     if len(combined) == 1:
         return combined[0].broadcast.params
     return mean_of([one.broadcast.params for one in combined], [len(mean.receivers) for mean in means])
 
 
 def summarise(combined: Sequence[Combined], model: Parameters, start: Parameters) -> RoundSummary:
-    """Return the scalars of a round that started from `start`."""
+    """Return the scalars of a round that started from `start`; `model` is whole."""
     contributions = {c.replica: c for one in combined for c in one.contributions}
     return RoundSummary(
         contributions=tuple(contributions[replica] for replica in sorted(contributions)),

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from dtrain.algorithm.batch import TensorBatch, autocast
-from dtrain.algorithm.losses import Loss, classes_first, mae, mse
-from dtrain.errors import InvalidConfig
+from dtrain.algorithm.losses import Loss, classes_first, is_count, mae, mean_of_batch, mse
+from dtrain.config.names import IGNORED_CLASS, metric_key
+from dtrain.config.schema import ClassAxis
+from dtrain.errors import InvalidConfig, ShapesDiffer
 
-Sums: TypeAlias = dict[str, tuple[float, int]]
-"""By name: the sum of a quantity, and the number of its terms."""
-Metric: TypeAlias = Callable[[Any, Any], tuple[float, int]]
+Term: TypeAlias = tuple[float, float]
+"""The sum of a quantity, and the number of its terms (or the sum of their weights)."""
+Metric: TypeAlias = Callable[[Any, Any], Term]
 """(outputs, targets) -> sum over the batch, and the number of its terms."""
+Decode: TypeAlias = Callable[[Any, Any], tuple[Any, Any]]
+"""(outputs, targets) of the model -> the same in the units of the decoded data."""
 
-FROM_LOSS: dict[str, Callable[[float], float]] = {
-    "perplexity": lambda loss: math.inf if loss > 700 else math.exp(loss),
-    "bits_per_byte": lambda loss: loss / math.log(2.0),
-}
-"""Metrics that are functions of the mean loss."""
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Loss and metrics over some samples."""
+
+    samples: int
+    loss: Term
+    metrics: Mapping[str, Term]
+    """By reported name."""
 
 
 def evaluate(
@@ -31,45 +41,75 @@ def evaluate(
     metrics: Mapping[str, Metric],
     batches: Iterable[TensorBatch],
     precision: str = "float32",
+    decode: Decode = lambda outputs, targets: (outputs, targets),
 ) -> Sums:
-    """Return the sums of loss and metrics over batches."""
+    """Return the sums of loss and metrics over batches.
+
+    Parameters
+    ----------
+    module : nn.Module
+    loss : callable
+    metrics : mapping of str to callable
+    batches : iterable of TensorBatch
+    precision : str
+        As in `Recipe`.
+    decode : callable
+        Applied to outputs and targets before metrics are computed; the loss is in the model's units.
+    """
     module.eval()
-    sums: Sums = {"loss": (0.0, 0), **dict.fromkeys(metrics, (0.0, 0))}
+    sums = Sums(0, (0.0, 0), dict.fromkeys(metrics, (0.0, 0)))
     with torch.inference_mode():
         for batch in batches:
             with autocast(precision, batch):
                 outputs = module(*batch.inputs)
-                value = loss(outputs, batch.targets)
-            own: Sums = {"loss": (value.item() * batch.size, batch.size)}
-            own.update({name: metric(outputs, batch.targets) for name, metric in metrics.items()})
-            sums = merge([sums, own])
+                mean = mean_of_batch(loss(outputs, batch.targets), batch.size)
+            outputs, targets = decode(outputs, batch.targets)
+            own = {name: metric(outputs, targets) for name, metric in metrics.items()}
+            sums = merge([sums, Sums(batch.size, (mean.sum, mean.count), own)])
     return sums
 
 
 def merge(pieces: Sequence[Sums]) -> Sums:
     """Add sums in the order given."""
-    return {
-        name: (sum(piece[name][0] for piece in pieces), sum(piece[name][1] for piece in pieces)) for name in pieces[0]
-    }
+    return Sums(
+        sum(piece.samples for piece in pieces),
+        _added([piece.loss for piece in pieces]),
+        {name: _added([piece.metrics[name] for piece in pieces]) for name in pieces[0].metrics},
+    )
+
+
+def _added(terms: Sequence[Term]) -> Term:
+    return sum(term[0] for term in terms), sum(term[1] for term in terms)
 
 
 def values(sums: Sums, wanted: Sequence[str]) -> dict[str, float]:
-    """Return ``loss`` and the wanted metrics as means."""
-    means = {name: total / count if count else math.nan for name, (total, count) in sums.items()}
-    chosen = {"loss": means["loss"]}
+    """Return ``loss`` and the wanted metrics as means; NaN where no term counts."""
+    loss = _mean(sums.loss)
+    chosen = {"loss": loss}
     for name in wanted:
         key = metric_key(name)
-        chosen[key] = FROM_LOSS[name](means["loss"]) if name in FROM_LOSS else means[key]
+        chosen[key] = FROM_LOSS[name](loss) if name in FROM_LOSS else _mean(sums.metrics[key])
     return chosen
 
 
-def metric_key(name: str) -> str:
-    """Return the reported name of a metric; for ``module:function`` this is the name of the function."""
-    return name.rpartition(":")[2]
+def _mean(term: Term) -> float:
+    return term[0] / term[1] if term[1] else math.nan
 
 
-def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[float, int]:
-    """Count correct predictions: the class of the largest output; for targets of the outputs' shape, logit > 0."""
+# Metrics --------------------------------------------------------------------------------------------------
+
+FROM_LOSS: dict[str, Callable[[float], float]] = {
+    "perplexity": lambda loss: math.inf if loss > 700 else math.exp(loss),
+    "bits_per_byte": lambda loss: loss / math.log(2.0),
+}
+"""Metrics that are functions of the mean loss."""
+
+
+def accuracy(outputs: torch.Tensor, targets: torch.Tensor, class_axis: ClassAxis = "auto") -> Term:
+    """Count correct predictions: the class of the largest output; for targets of the outputs' shape, logit > 0.
+
+    Targets of -100 count neither as right nor as wrong.
+    """
     if targets.is_floating_point() or outputs.shape == targets.shape:
         if outputs.shape != targets.shape:
             raise InvalidConfig(
@@ -77,18 +117,46 @@ def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[float, int]:
             )
         right = (outputs > 0) == (targets > 0.5)
     else:
-        right = classes_first(outputs, targets).argmax(1) == targets
-    return float(right.sum().item()), right.numel()
+        right = classes_first(outputs, targets, class_axis).argmax(1) == targets
+    counted = targets != IGNORED_CLASS
+    return float((right & counted).sum().item()), int(counted.sum().item())
 
 
 def mean_metric(function: Callable[[Any, Any], Any]) -> Metric:
-    """Turn a function that returns the mean over the batch's samples into sums."""
+    """Turn a function that returns the mean over the batch's samples, or (sum, count), into sums."""
 
-    def metric(outputs: Any, targets: Any) -> tuple[float, int]:
+    def metric(outputs: Any, targets: Any) -> Term:
+        value = function(outputs, targets)
+        if isinstance(value, tuple):
+            if len(value) != 2 or not _is_number(value[0]) or not is_count(value[1]):
+                raise _not_a_metric(function, value)
+            return float(value[0]), float(value[1])
+        if not _is_number(value):
+            raise _not_a_metric(function, value)
         size = len(targets[0] if isinstance(targets, tuple) else targets)
-        return float(function(outputs, targets)) * size, size
+        return float(value) * size, size
 
     return metric
 
 
+def _is_number(value: object) -> bool:
+    try:
+        float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return not isinstance(value, str)
+
+
+def _not_a_metric(function: Callable[..., Any], value: object) -> ShapesDiffer:
+    return ShapesDiffer(
+        f"The metric {getattr(function, '__name__', 'function')} returned {value!r:.100}; it must return a number, the "
+        "mean over the batch, or (sum, count)."
+    )
+
+
 METRICS: dict[str, Metric] = {"accuracy": accuracy, "mse": mean_metric(mse), "mae": mean_metric(mae)}
+
+
+def metric_named(name: str, class_axis: ClassAxis = "auto") -> Metric:
+    """Return a built-in metric that is computed batch by batch."""
+    return partial(accuracy, class_axis=class_axis) if name == "accuracy" else METRICS[name]

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from dtrain.algorithm.batch import TensorBatch, autocast
+from dtrain.algorithm.losses import mean_of_batch
 from dtrain.algorithm.optimizers import make_optimizer
 from dtrain.algorithm.recipe import Recipe
-from dtrain.algorithm.replica import pack_inner_state, unpack_inner_state
+from dtrain.algorithm.replica import carried, pack_inner_state, unpack_inner_state
 from dtrain.types import InnerState
 
 
@@ -21,6 +22,7 @@ class LocalResult:
 
     inner: InnerState
     loss_sum: float
+    loss_count: float
     samples: int
     steps: int
 
@@ -46,7 +48,7 @@ def run_local_steps(
         State of the inner optimizer; not changed.
     steps : iterable of (int, iterable of TensorBatch)
         For each step the samples of its batch, and the micro-batches that make it up. The gradient is that of the
-        mean loss over the whole batch.
+        sum of the losses over the whole batch, divided by the number of its terms.
     first_step, total_steps : int
         The replica's steps before this task, and at the end of the run. The schedule is a function of both.
     on_step : callable
@@ -59,16 +61,13 @@ def run_local_steps(
     module.train()
     params = [p for p in module.parameters() if p.requires_grad]
     optimizer = make_optimizer(recipe.optimizer, params, recipe.optimizer_args)
+    fresh = carried(optimizer)
     unpack_inner_state(inner, optimizer, params)
     base_rates = [group.get("lr") for group in optimizer.param_groups]
-    loss_sum, samples, step = 0.0, 0, first_step
+    losses, samples, step = _Losses(), 0, first_step
     for batch_size, micro_batches in steps:
         optimizer.zero_grad(set_to_none=True)
-        for batch in micro_batches:
-            with autocast(recipe.precision, batch):
-                loss = recipe.loss(module(*batch.inputs), batch.targets)
-            loss_sum += loss.item() * batch.size
-            (loss if batch.size == batch_size else loss * (batch.size / batch_size)).backward()  # type: ignore[no-untyped-call]
+        losses += _accumulate(module, recipe, params, batch_size, micro_batches)
         if recipe.clip_norm > 0:
             nn.utils.clip_grad_norm_(params, recipe.clip_norm)
         _set_rates(optimizer, base_rates, recipe.schedule(step, total_steps))
@@ -76,7 +75,43 @@ def run_local_steps(
         samples += batch_size
         step += 1
         on_step(step - first_step, samples)
-    return LocalResult(pack_inner_state(optimizer, params), loss_sum, samples, step - first_step)
+    return LocalResult(pack_inner_state(optimizer, params, fresh), losses.sum, losses.count, samples, step - first_step)
+
+
+@dataclass(frozen=True, slots=True)
+class _Losses:
+    sum: float = 0.0
+    count: float = 0
+
+    def __add__(self, other: _Losses) -> _Losses:
+        return _Losses(self.sum + other.sum, self.count + other.count)
+
+
+def _accumulate(
+    module: nn.Module,
+    recipe: Recipe,
+    params: Sequence[nn.Parameter],
+    batch_size: int,
+    micro_batches: Iterable[TensorBatch],
+) -> _Losses:
+    """Leave the gradient of a batch in the parameters; return the sum of its losses and the number of its terms.
+
+    The number of terms of all micro-batches is known after the last one. The first one that has terms tells what to
+    expect if all samples have as many; where they do not, the gradient is rescaled.
+    """
+    seen, expected = _Losses(), 0.0
+    for batch in micro_batches:
+        with autocast(recipe.precision, batch):
+            mean = mean_of_batch(recipe.loss(module(*batch.inputs), batch.targets), batch.size)
+        expected = expected or mean.count * batch_size / batch.size
+        share = mean.count / expected if expected else 1.0
+        (mean.value if share == 1.0 else mean.value * share).backward()  # type: ignore[no-untyped-call]
+        seen += _Losses(mean.sum, mean.count)
+    if seen.count not in (0, expected):
+        for parameter in params:
+            if parameter.grad is not None:
+                parameter.grad *= expected / seen.count
+    return seen
 
 
 def _set_rates(

@@ -1,95 +1,196 @@
-"""Losses: the mean over the samples of a batch. Shapes are checked, so that torch does not broadcast them."""
+"""Losses: the mean over a batch, and the number of terms that it is the mean of.
+
+Terms that do not count (targets of -100) are in neither, so that batches, micro-batches and replicas add up to the
+whole. Shapes are checked, so that torch does not broadcast them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 
+from dtrain.config.names import IGNORED_CLASS
+from dtrain.config.schema import ClassAxis
 from dtrain.errors import ShapesDiffer
 
-Loss: TypeAlias = Callable[[Any, Any], torch.Tensor]
-"""(outputs, targets) -> scalar, mean over the batch's samples."""
+Value: TypeAlias = "torch.Tensor | tuple[torch.Tensor, torch.Tensor | float]"
+"""What a loss returns: the mean over the batch's samples, or a sum and the number of its terms."""
+Loss: TypeAlias = Callable[[Any, Any], Value]
+"""(outputs, targets) -> mean over the batch's samples, or (sum, count)."""
 
 
-def mse(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean squared error."""
-    return F.mse_loss(outputs, _like(outputs, targets, "mse"))
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """The mean of the terms of a batch."""
+
+    value: torch.Tensor
+    """A scalar; 0 if no term counts."""
+    count: float
+    """The number of terms, or the sum of their weights."""
+
+    @property
+    def sum(self) -> float:
+        """The sum of the terms."""
+        return float(self.value.item()) * self.count
 
 
-def mae(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean absolute error."""
-    return F.l1_loss(outputs, _like(outputs, targets, "mae"))
+def mean_of_batch(value: Value, size: int) -> Mean:
+    """Return what a loss gave for a batch as a mean.
 
-
-def huber(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Huber loss with delta = 1."""
-    return F.huber_loss(outputs, _like(outputs, targets, "huber"))
-
-
-def bce(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Binary cross entropy; the outputs are logits."""
-    return F.binary_cross_entropy_with_logits(outputs, _like(outputs, targets, "bce"))
-
-
-def cross_entropy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of logits with integer classes; the class axis is 1, else the last if only that fits."""
-    return F.cross_entropy(classes_first(outputs, targets), targets)
-
-
-def classes_first(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the outputs with the class axis at 1.
+    Parameters
+    ----------
+    value : tensor or (tensor, count)
+        The mean over the samples, or a sum and its count.
+    size : int
+        The number of samples: the count of a mean.
 
     Raises
     ------
     ShapesDiffer
-        No axis of the outputs can be the classes of these targets, or the targets are not integers.
+        It is neither.
+    """
+    if isinstance(value, torch.Tensor) and not value.ndim:
+        return Mean(value, size)
+    if isinstance(value, tuple) and len(value) == 2 and _is_scalar(value[0]) and is_count(value[1]):
+        total, count = value[0], float(value[1])
+        return Mean(total / count if count else total * 0.0, count)
+    raise ShapesDiffer(
+        f"The loss returned {described(value)}; it must return a scalar tensor, the mean over the batch, or "
+        "(sum, count): a scalar tensor and a number that is not negative."
+    )
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and not value.ndim
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is a finite number >= 0, or a tensor of one."""
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.Tensor):
+        return False
+    if isinstance(value, torch.Tensor) and value.numel() != 1:
+        return False
+    return 0 <= float(value) < float("inf")
+
+
+# Built-in losses ------------------------------------------------------------------------------------------
+
+
+def mse(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean squared error."""
+    return F.mse_loss(*_alike(outputs, targets, "mse"))
+
+
+def mae(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean absolute error."""
+    return F.l1_loss(*_alike(outputs, targets, "mae"))
+
+
+def huber(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Huber loss with delta = 1."""
+    return F.huber_loss(*_alike(outputs, targets, "huber"))
+
+
+def bce(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Binary cross entropy; the outputs are logits."""
+    return F.binary_cross_entropy_with_logits(*_alike(outputs, targets, "bce"))
+
+
+def cross_entropy(
+    outputs: torch.Tensor, targets: torch.Tensor, class_axis: ClassAxis = "auto"
+) -> tuple[torch.Tensor, int]:
+    """Cross entropy of logits with integer classes, as sum and count; targets of -100 are in neither."""
+    logits = classes_first(outputs, targets, class_axis)
+    total = F.cross_entropy(wide(logits), targets, ignore_index=IGNORED_CLASS, reduction="sum")
+    return total, int((targets != IGNORED_CLASS).sum())
+
+
+LOSSES: dict[str, Loss] = {"mse": mse, "mae": mae, "huber": huber, "cross_entropy": cross_entropy, "bce": bce}
+
+
+def loss_named(name: str, class_axis: ClassAxis = "auto") -> Loss:
+    """Return a built-in loss."""
+    return partial(cross_entropy, class_axis=class_axis) if name == "cross_entropy" else LOSSES[name]
+
+
+# Shapes ---------------------------------------------------------------------------------------------------
+
+
+def classes_first(outputs: torch.Tensor, targets: torch.Tensor, class_axis: ClassAxis = "auto") -> torch.Tensor:
+    """Return the outputs with the class axis at 1.
+
+    Parameters
+    ----------
+    outputs : tensor
+        The targets' shape and one axis more.
+    targets : integer tensor
+    class_axis : 1, -1 or "auto"
+        ``auto``: axis 1, or the last one if only that fits.
+
+    Raises
+    ------
+    ShapesDiffer
+        No axis of the outputs can be the classes of these targets, both can, or the targets are not integers.
     """
     if not isinstance(outputs, torch.Tensor) or not isinstance(targets, torch.Tensor):
         raise ShapesDiffer(
-            f"cross_entropy needs one output and one target tensor, got {_described(outputs)} and "
-            f"{_described(targets)}.",
+            f"cross_entropy needs one output and one target tensor, got {described(outputs)} and {described(targets)}.",
             "Give several outputs or targets a loss of your own.",
         )
     if targets.is_floating_point():
         raise ShapesDiffer(
-            f"cross_entropy needs integer classes, but the target is {_described(targets)}.",
+            f"cross_entropy needs integer classes, but the target is {described(targets)}.",
             "Use bce or mse, or store the classes as integers.",
         )
-    if outputs.ndim == targets.ndim + 1:
-        if outputs.shape[:1] + outputs.shape[2:] == targets.shape:
-            return outputs
-        if outputs.shape[:-1] == targets.shape:
-            return outputs.movedim(-1, 1)
+    is_first = outputs.ndim == targets.ndim + 1 and outputs.shape[:1] + outputs.shape[2:] == targets.shape
+    is_last = outputs.ndim == targets.ndim + 1 and outputs.shape[:-1] == targets.shape
+    if is_first and is_last and outputs.ndim > 2 and class_axis == "auto":
+        raise ShapesDiffer(
+            f"cross_entropy: the model's output is {described(outputs)}, the target {described(targets)}; both axis 1 "
+            "and the last axis of the output can be the classes.",
+            "Set train.class_axis = 1, or train.class_axis = -1 if the classes are last.",
+        )
+    if is_first and class_axis != -1:
+        return outputs
+    if is_last and class_axis != 1:
+        return outputs.movedim(-1, 1)
+    where = "as axis 1 or last" if class_axis == "auto" else f"at axis {class_axis} (train.class_axis)"
     raise ShapesDiffer(
-        f"cross_entropy: the model's output is {_described(outputs)}, the target {_described(targets)}; the output "
-        "needs the target's shape and one class axis more, as axis 1 or last."
+        f"cross_entropy: the model's output is {described(outputs)}, the target {described(targets)}; the output "
+        f"needs the target's shape and one class axis more, {where}."
     )
 
 
-def _like(outputs: Any, targets: Any, name: str) -> torch.Tensor:
+def wide(outputs: torch.Tensor) -> torch.Tensor:
+    """Return outputs in float32, if they are in a shorter float: losses and metrics are computed in float32."""
+    return outputs.float() if outputs.is_floating_point() and outputs.itemsize < 4 else outputs
+
+
+def _alike(outputs: Any, targets: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return outputs and targets of the same shape in the same dtype."""
     if not isinstance(outputs, torch.Tensor) or not isinstance(targets, torch.Tensor):
         raise ShapesDiffer(
-            f"{name} needs one output and one target tensor, got {_described(outputs)} and {_described(targets)}.",
+            f"{name} needs one output and one target tensor, got {described(outputs)} and {described(targets)}.",
             "Give several outputs or targets a loss of your own.",
         )
     if outputs.shape != targets.shape:
         raise ShapesDiffer(
-            f"{name}: the model's output is {_described(outputs)}, the target {_described(targets)}; they must be "
-            "equal.",
+            f"{name}: the model's output is {described(outputs)}, the target {described(targets)}; they must be equal.",
             "Reshape the output in the model's forward, for example with squeeze(-1).",
         )
-    return targets.to(outputs.dtype)
+    outputs = wide(outputs)
+    return outputs, targets.to(outputs.dtype)
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
+    """Return dtype and shape of a tensor, or the type of another value."""
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     if isinstance(value, tuple | list):
         return f"{type(value).__name__} of {len(value)}"
     return type(value).__name__
-
-
-LOSSES: dict[str, Loss] = {"mse": mse, "mae": mae, "huber": huber, "cross_entropy": cross_entropy, "bce": bce}

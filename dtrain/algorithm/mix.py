@@ -9,7 +9,7 @@ In this form the result does not depend on the order or the tree of the sum (the
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -102,8 +102,7 @@ def mean_of(replicas: Sequence[Parameters], weights: Sequence[int]) -> Parameter
     """
     layout = replicas[0].layout
     flat = weighted_mean([replica.flat for replica in replicas], weights)
-    extra = replicas[0].extra.copy()
-    mixed = Parameters(layout, flat, extra)
+    mixed = replace(replicas[0], flat=flat, extra=replicas[0].extra.copy())
     if layout.num_extra:
         targets = tensors_of(mixed)
         sources = [tensors_of(replica) for replica in replicas]

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from dtrain.algorithm.optimizers import make_optimizer, optimizer_named
-from dtrain.algorithm.replica import pack_inner_state, unpack_inner_state
+from dtrain.algorithm.replica import carried, pack_inner_state, unpack_inner_state
 from dtrain.config.schema import OuterConfig
 from dtrain.errors import InvalidConfig
 from dtrain.types import Flat, InnerState
@@ -76,7 +76,8 @@ def outer_step(theta: Flat, mean: Flat, state: InnerState, config: OuterConfig) 
     """
     parameter = nn.Parameter(torch.from_numpy(theta.copy()))
     optimizer = make_optimizer(outer_optimizer(config), [parameter], config.args, ARGS)
+    fresh = carried(optimizer)
     unpack_inner_state(state, optimizer, [parameter])
     parameter.grad = torch.from_numpy(pseudo_gradient(theta, mean))
     optimizer.step()
-    return parameter.detach().numpy(), pack_inner_state(optimizer, [parameter])
+    return parameter.detach().numpy(), pack_inner_state(optimizer, [parameter], fresh)

@@ -1,7 +1,8 @@
 """A module's state as one flat float32 array, and back.
 
-All parameters and float32 buffers lie in one contiguous float32 array, parameters first: a state_dict costs 10 to
-20 times as much to send. Buffers of other dtypes lie in a second byte array with their own dtypes. Tied
+All trained parameters and float32 buffers lie in one contiguous float32 array, parameters first: a state_dict costs
+10 to 20 times as much to send. Buffers of other dtypes lie in a second byte array with their own dtypes. Parameters
+that do not require a gradient lie in an array of their own, which is kept apart while rounds are trained. Tied
 parameters stand once and are listed as aliases.
 """
 
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +20,7 @@ import torch
 from torch import nn
 
 from dtrain.errors import UnsuitableModel
-from dtrain.types import Entry, Layout, Parameters
+from dtrain.types import Entry, Flat, Layout, Parameters
 
 ALIGNMENT = 8
 
@@ -31,14 +33,15 @@ def layout_of(module: nn.Module) -> Layout:
     UnsuitableModel
         A parameter is not float32, is not initialised, or the state_dict holds something that is no tensor.
     """
-    params = {id(p) for p in module.parameters()}
+    trained = {id(p) for p in module.parameters() if p.requires_grad}
+    frozen = {id(p) for p in module.parameters() if not p.requires_grad}
     seen: dict[int, Entry] = {}
     entries: list[Entry] = []
     state = module.state_dict(keep_vars=True)
     _check_parameters(module, state)
-    num_flat = num_extra = 0
-    # parameters first, so that the outer optimizer works on flat[:num_params]
-    ordered = sorted(state.items(), key=lambda item: id(item[1]) not in params)
+    num_flat = num_extra = num_frozen = 0
+    # trained parameters first, so that the outer optimizer works on flat[:num_params]
+    ordered = sorted(state.items(), key=lambda item: id(item[1]) not in trained)
     num_params = 0
     for name, tensor in ordered:
         if not isinstance(tensor, torch.Tensor):
@@ -48,8 +51,11 @@ def layout_of(module: nn.Module) -> Layout:
             first = seen[id(tensor)]
             entries.append(Entry(name, first.kind, dtype, shape, first.offset, first.size, alias=True))
             continue
-        if tensor.dtype == torch.float32:
-            kind: Literal["param", "buffer"] = "param" if id(tensor) in params else "buffer"
+        if id(tensor) in frozen:
+            entry = Entry(name, "frozen", dtype, shape, num_frozen, tensor.numel())
+            num_frozen += tensor.numel()
+        elif tensor.dtype == torch.float32:
+            kind: Literal["param", "buffer"] = "param" if id(tensor) in trained else "buffer"
             entry = Entry(name, kind, dtype, shape, num_flat, tensor.numel())
             num_flat += tensor.numel()
             num_params = num_flat if kind == "param" else num_params
@@ -59,13 +65,18 @@ def layout_of(module: nn.Module) -> Layout:
             num_extra += -(-size // ALIGNMENT) * ALIGNMENT
         seen[id(tensor)] = entry
         entries.append(entry)
-    return Layout(tuple(entries), num_params, num_flat, num_extra)
+    return Layout(tuple(entries), num_params, num_flat, num_extra, num_frozen)
 
 
 def _check_parameters(module: nn.Module, state: Mapping[str, Any]) -> None:
     names = dict(module.named_parameters(remove_duplicate=False))
     if not names:
         raise UnsuitableModel(f"{type(module).__name__} has no parameters; there is nothing to train.")
+    if not any(parameter.requires_grad for parameter in names.values()):
+        raise UnsuitableModel(
+            f"No parameter of {type(module).__name__} requires a gradient; there is nothing to train.",
+            "Leave requires_grad of some parameters True, and check train.freeze.",
+        )
     for name, parameter in names.items():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise UnsuitableModel(
@@ -95,6 +106,7 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], layout: Layout) -> Paramet
         Names, shapes or dtypes are not those of the layout.
     """
     flat, extra = np.empty(layout.num_flat, np.float32), np.zeros(layout.num_extra, np.uint8)
+    params = Parameters(layout, flat, extra, np.empty(layout.num_frozen, np.float32))
     named = {entry.name for entry in layout.entries}
     if odd := sorted(named.symmetric_difference(tensors)):
         raise UnsuitableModel(f"The tensors are not those of the model: {', '.join(odd[:3])} differ in name.")
@@ -106,27 +118,48 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], layout: Layout) -> Paramet
                 f"{entry.name} is {dtype}{list(tensor.shape)}, but the model has {entry.dtype}{list(entry.shape)}."
             )
         if not entry.alias:
-            _view(Parameters(layout, flat, extra), entry).copy_(tensor)
-    return Parameters(layout, flat, extra)
+            _view(params, entry).copy_(tensor)
+    return params
 
 
 def tensors_of(params: Parameters) -> dict[str, torch.Tensor]:
-    """Return the state_dict as views of the flat arrays, in the order of the layout; do not write to them."""
-    return {entry.name: _view(params, entry) for entry in params.layout.entries}
+    """Return the state_dict as views of the flat arrays, in the order of the layout; do not write to them.
+
+    Frozen parameters that are kept apart are left out.
+    """
+    return {entry.name: _view(params, entry) for entry in _present(params)}
+
+
+def _present(params: Parameters) -> Iterator[Entry]:
+    apart = len(params.frozen) < params.layout.num_frozen
+    return (entry for entry in params.layout.entries if not (apart and entry.kind == "frozen"))
+
+
+def without_frozen(params: Parameters) -> Parameters:
+    """Return parameters whose frozen ones are kept apart."""
+    return Parameters(params.layout, params.flat, params.extra) if params.layout.num_frozen else params
+
+
+def with_frozen(params: Parameters, frozen: Flat | None) -> Parameters:
+    """Return parameters together with the frozen ones that were kept apart; None: there are none."""
+    return params if frozen is None or not len(frozen) else replace(params, frozen=frozen)
 
 
 def load_into(module: nn.Module, params: Parameters) -> None:
-    """Copy flat arrays into a module of the same layout."""
-    with torch.no_grad():
-        state = module.state_dict()
-        for entry in params.layout.entries:
-            if not entry.alias:
-                state[entry.name].copy_(_view(params, entry))
+    """Copy flat arrays into a module of the same layout, as torch loads a state_dict (`get_extra_state` included)."""
+    assert len(params.frozen) == params.layout.num_frozen, "frozen parameters are kept apart"
+    state = module.state_dict()  # it knows the versions of the module's parts
+    state.update(tensors_of(params))
+    module.load_state_dict(state)
+
+
+def _source(params: Parameters, entry: Entry) -> Any:
+    """Return the array that holds an entry."""
+    return {"extra": params.extra, "frozen": params.frozen}.get(entry.kind, params.flat)
 
 
 def _view(params: Parameters, entry: Entry) -> torch.Tensor:
-    source: npt.NDArray[Any] = params.extra if entry.kind == "extra" else params.flat
-    part = _shared(source[entry.offset : entry.offset + entry.size])
+    part = _shared(_source(params, entry)[entry.offset : entry.offset + entry.size])
     return part.view(getattr(torch, entry.dtype)).reshape(entry.shape)
 
 
@@ -143,19 +176,19 @@ def params_sha256(params: Parameters) -> str:
     r"""Return the SHA-256 that names a set of parameters.
 
     Over, for name in sorted(state_dict): ``f"{name}\0{dtype}\0{','.join(shape)}\0"`` in UTF-8, then the
-    C-order little-endian bytes; tied names each appear.
+    C-order little-endian bytes; tied names each appear. Frozen parameters must be there.
     """
     digest = hashlib.sha256()
     for entry in sorted(params.layout.entries, key=lambda entry: entry.name):
         digest.update(f"{entry.name}\0{entry.dtype}\0{','.join(map(str, entry.shape))}\0".encode())
-        source: Any = params.extra if entry.kind == "extra" else params.flat
+        source = _source(params, entry)
         digest.update(source[entry.offset : entry.offset + entry.size])
     return digest.hexdigest()
 
 
 def is_finite(params: Parameters, before: Parameters | None = None) -> bool:
     """Whether every parameter and float buffer is finite, or infinite as it was `before` (a mask of -inf)."""
-    entries = [entry for entry in params.layout.entries if not entry.alias]
+    entries = [entry for entry in _present(params) if not entry.alias]
     return all(_finite(_view(params, entry), _view(before, entry) if before else None) for entry in entries)
 
 

@@ -74,7 +74,7 @@ def samples_a_round(size: int, train: TrainTable) -> int:
 def step_sizes(task: LocalTask, size: int, train: TrainTable) -> Iterator[tuple[int, ...]]:
     """Yield, for each local step of a task, the sizes of its micro-batches."""
     if train.batch_size == "full":
-        yield from (micro_sizes(size, train.micro_batch or FULL_BATCH_MICRO) for _ in range(task.num_steps))
+        yield from (micro_sizes(size, micro_size(train)) for _ in range(task.num_steps))
     elif task.num_epochs == 0:
         yield from (micro_sizes(train.batch_size, train.micro_batch) for _ in range(task.num_steps))
     else:
@@ -87,12 +87,28 @@ def endless_sizes(size: int, train: TrainTable) -> Iterator[int]:
     """Yield the sizes of a replica's micro-batches without end, from the start of any of its tasks."""
     while True:
         if train.batch_size == "full":
-            yield from micro_sizes(size, train.micro_batch or FULL_BATCH_MICRO)
+            yield from micro_sizes(size, micro_size(train))
         elif train.local_steps:
             yield from micro_sizes(train.batch_size, train.micro_batch)
         else:
             for start in range(0, size, train.batch_size):
                 yield from micro_sizes(min(train.batch_size, size - start), train.micro_batch)
+
+
+def micro_size(train: TrainTable) -> int:
+    """Return the most samples that are passed through the model at once."""
+    return train.micro_batch or (FULL_BATCH_MICRO if train.batch_size == "full" else train.batch_size)
+
+
+def first_step(size: int, train: TrainTable) -> tuple[int, ...]:
+    """Return the sizes of the micro-batches of a full step of a replica with `size` samples.
+
+    A partition with fewer samples than a batch has steps as short as a pass, unless batches go on from pass to pass.
+    """
+    if train.batch_size == "full":
+        return micro_sizes(size, micro_size(train))
+    batch = train.batch_size if train.local_steps else min(size, train.batch_size)
+    return micro_sizes(batch, train.micro_batch)
 
 
 def micro_sizes(batch: int, micro: int) -> tuple[int, ...]:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from dtrain.algorithm.evaluate import FROM_LOSS, METRICS, Metric, mean_metric, metric_key
-from dtrain.algorithm.losses import LOSSES, Loss
+from dtrain.algorithm.evaluate import FROM_LOSS, Metric, mean_metric, metric_named
+from dtrain.algorithm.losses import Loss, loss_named
 from dtrain.algorithm.optimizers import MakeOptimizer, optimizer_named
 from dtrain.algorithm.schedules import Schedule, schedule_named, with_warmup
+from dtrain.config.names import metric_key
 from dtrain.config.schema import TrainTable
 
 Functions: TypeAlias = Mapping[str, Callable[..., Any]]
@@ -33,7 +34,7 @@ class Recipe:
 def recipe_of(train: TrainTable, own: Functions) -> Recipe:
     """Return the recipe of ``[train]``; the user's functions take the place of names."""
     return Recipe(
-        loss=own["train.loss"] if "train.loss" in own else LOSSES[train.loss],
+        loss=own["train.loss"] if "train.loss" in own else loss_named(train.loss, train.class_axis),
         optimizer=own["train.optimizer"] if "train.optimizer" in own else optimizer_named(train.optimizer),
         optimizer_args=train.optimizer_args,
         schedule=with_warmup(own["train.schedule"], train.warmup_steps)
@@ -50,5 +51,5 @@ def metrics_of(train: TrainTable, own: Functions) -> dict[str, Metric]:
     for name in train.metrics:
         if name not in FROM_LOSS:
             function = own.get(f"train.metrics.{name}")
-            chosen[metric_key(name)] = mean_metric(function) if function else METRICS[name]
+            chosen[metric_key(name)] = mean_metric(function) if function else metric_named(name, train.class_axis)
     return chosen

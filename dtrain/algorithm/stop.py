@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from dtrain.algorithm.evaluate import metric_key
-from dtrain.config.names import METRICS, MetricFacts
+from dtrain.config.names import METRICS, MetricFacts, metric_key
 from dtrain.config.schema import TrainConfig
 from dtrain.errors import InvalidConfig, did_you_mean
 from dtrain.types import StopReason

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
 """A reference to a user's function, ``module:function``."""
 
+IGNORED_CLASS = -100
+"""A target of this class counts neither in the loss nor in metrics, as in torch."""
+
 LOSSES = ("mse", "mae", "huber", "cross_entropy", "bce")
 SCHEDULES = ("constant", "cosine", "linear")
 
@@ -31,3 +34,8 @@ METRICS = {
     "perplexity": MetricFacts(from_loss=True),
     "bits_per_byte": MetricFacts(from_loss=True),
 }
+
+
+def metric_key(name: str) -> str:
+    """Return the reported name of a metric; for ``module:function`` this is the name of the function."""
+    return name.rpartition(":")[2]

@@ -7,9 +7,9 @@ it is set; it is never accepted and ignored.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from datetime import date, time
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from dtrain.config.faults import sentences
-from dtrain.config.names import FUNCTION, LOSSES, METRICS, SCHEDULES
+from dtrain.config.names import FUNCTION, LOSSES, METRICS, SCHEDULES, metric_key
 from dtrain.config.values import cache_bytes, parse_bytes, value_of
 from dtrain.errors import InvalidConfig, NotSupportedYet, did_you_mean
 
@@ -36,6 +36,9 @@ Share = Annotated[float, Strict(), Field(ge=0, lt=1)]
 Bool = Annotated[bool, Strict()]
 Size = Annotated[str, BeforeValidator(lambda given: str(given) if type(given) is int else given)]
 """``auto``, or bytes such as ``512MB``; a number counts bytes."""
+
+ClassAxis: TypeAlias = Literal["auto", 1, -1]
+"""The axis of the classes in the model's output."""
 
 FULL_BATCH_MICRO = 1024
 """Samples of a micro-batch where ``train.batch_size`` is ``full`` and ``train.micro_batch`` is 0."""
@@ -125,6 +128,8 @@ class TrainTable(Table):
     local_epochs: Positive = 1
     local_steps: Positive | None = None
     sync_rounds: Natural = 0
+    class_axis: ClassAxis = "auto"
+    freeze: tuple[str, ...] = ()
     batch_size: Positive | Literal["full"] = 100
     micro_batch: Natural = 0
     optimizer: str = "sgd"
@@ -292,6 +297,7 @@ def _check_values(config: TrainConfig) -> None:
     _check_name("train.loss", config.train.loss, LOSSES, empty=True)
     for name in config.train.metrics:
         _check_name("train.metrics", name, METRICS)
+    _check_reported_names(config.train.metrics)
     _check_name("train.schedule", config.train.schedule, SCHEDULES)
     for key in ("data.memory", "cluster.memory"):
         if (text := value_of(config, key)) != "auto":
@@ -304,6 +310,21 @@ def _check_values(config: TrainConfig) -> None:
         raise InvalidConfig(
             f'data.normalize names "{odd[0]}", which is neither an input nor a target{did_you_mean(odd[0], known)}'
         )
+
+
+def _check_reported_names(metrics: Sequence[str]) -> None:
+    """Refuse metrics whose values would be reported under one name."""
+    cure = "Give the function another name, or leave the metric out."
+    known: dict[str, str] = {}
+    for name in metrics:
+        key = metric_key(name)
+        if key == "loss":
+            raise InvalidConfig(f'train.metrics: "{name}" would be reported as val_loss, which is the loss.', cure)
+        if key in known:
+            raise InvalidConfig(
+                f'train.metrics: "{known[key]}" and "{name}" would both be reported as val_{key}.', cure
+            )
+        known[key] = name
 
 
 def _check_name(key: str, name: str, allowed: Collection[str], *, empty: bool = False) -> None:

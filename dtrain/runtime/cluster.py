@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any
 
 from distributed import Future
 
-from dtrain.algorithm.average import by_replica, round_averages
+from dtrain.algorithm.average import apart, by_replica, round_averages, together
 from dtrain.algorithm.evaluate import Sums, merge
 from dtrain.algorithm.mix import Average
+from dtrain.algorithm.params import with_frozen, without_frozen
 from dtrain.data.load.statistics import Moments, merge_moments
 from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
@@ -34,7 +35,7 @@ from dtrain.runtime.resident import Resident
 from dtrain.runtime.runner import Outcome
 from dtrain.runtime.spec import RunSpec
 from dtrain.runtime.trial import Initial
-from dtrain.types import Parameters, Position, RoundPlan, TrainState
+from dtrain.types import Flat, Parameters, Position, RoundPlan, TrainState
 
 PRIORITY_LOCAL, PRIORITY_EVALUATE, PRIORITY_REDUCE = 1, 2, 10
 """A worker evaluates a round before it trains the next one: later would not be faster, and results come evenly."""
@@ -53,6 +54,10 @@ class ClusterRound:
     """Without an outer optimizer its empty states themselves."""
     small: bool
     """Whether results are sent whole."""
+    frozen: Flat
+    """The frozen parameters, on the driver."""
+    frozen_sent: Future | None
+    """The same on the workers, sent to each once; None without frozen parameters."""
     summary: Future | None = None
     """None before the first round of a segment."""
     sums: Future | None = None
@@ -111,7 +116,8 @@ class ClusterRunner:
         if not self._resident.pieces(split):
             return None
         workers = self._client.workers()
-        sums: Sums = self._gather([self._submit_evaluation(self._client.scatter(params, workers), split, workers)])[0]
+        sent = self._client.scatter(params, workers)
+        sums: Sums = self._gather([self._submit_evaluation(sent, split, workers, None)])[0]
         return sums
 
     # Rounds -------------------------------------------------------------------------------------------------
@@ -120,16 +126,19 @@ class ClusterRunner:
         """Scatter a state from the driver to the workers of its replicas."""
         self._client.begin()
         at = self._placed(len(state.broadcast))
-        broadcast = self._client.scatter_each(state.broadcast, at)
+        starts, frozen = apart(state.broadcast), state.model.frozen
+        broadcast = self._client.scatter_each(starts, at)
         outer = state.outer
         if self.spec.config.average.outer is not None:
             outer = self._client.scatter_each(state.outer, dict.fromkeys(at, at[0]))
         return ClusterRound(
-            model=broadcast[0] if _is_shared(state) else self._client.scatter(state.model, [at[0]]),
+            model=broadcast[0] if _is_shared(state) else self._client.scatter(without_frozen(state.model), [at[0]]),
             broadcast=broadcast,
             replicas=tuple(self._client.scatter(own, [at[k]]) for k, own in enumerate(state.replicas)),
             outer=outer,
-            small=_is_small(state),
+            small=_is_small(replace(state, broadcast=starts)),
+            frozen=frozen,
+            frozen_sent=self._client.scatter(frozen, list(at.values())) if len(frozen) else None,
         )
 
     def submit(self, held: ClusterRound, plan: RoundPlan) -> ClusterRound:
@@ -146,16 +155,16 @@ class ClusterRunner:
             model = self._client.submit(
                 remote.mean_model, f"model-r{plan.round:05d}", means, combined, priority=PRIORITY_REDUCE
             )
-        return ClusterRound(
+        return replace(
+            held,
             model=model,
             broadcast=by_replica(means, parts),
             replicas=replicas,
             outer=by_replica(means, outer),
-            small=held.small,
             summary=self._client.submit(
-                remote.summarise_round, f"summary-r{plan.round:05d}", combined, model, held.model
+                remote.summarise_round, f"summary-r{plan.round:05d}", combined, model, held.model, held.frozen_sent
             ),
-            sums=self._submit_evaluation(model, "val", list(self._places.values())),
+            sums=self._submit_evaluation(model, "val", list(self._places.values()), held.frozen_sent),
         )
 
     def collect(self, held: ClusterRound) -> Outcome:
@@ -169,12 +178,13 @@ class ClusterRunner:
         outer_handles = held.outer if self.spec.config.average.outer is not None else ()
         handles = {handle.key: handle for handle in (held.model, *held.broadcast, *held.replicas, *outer_handles)}
         values = dict(zip(handles, self._gather(list(handles.values())), strict=True))
+        model = with_frozen(remote.model_in(values[held.model.key]), held.frozen)
         broadcast = {handle.key: remote.broadcast_of(values[handle.key]) for handle in held.broadcast}
         outer = {handle.key: remote.outer_of(values[handle.key]) for handle in outer_handles}
         return TrainState(
             position=position,
-            model=remote.model_in(values[held.model.key]),
-            broadcast=tuple(broadcast[handle.key] for handle in held.broadcast),
+            model=model,
+            broadcast=together([broadcast[handle.key] for handle in held.broadcast], model),
             replicas=tuple(remote.state_of(values[handle.key]) for handle in held.replicas),
             outer=tuple(outer[handle.key] for handle in outer_handles) or held.outer,
         )
@@ -202,6 +212,7 @@ class ClusterRunner:
                 task,
                 held.broadcast[k],
                 held.replicas[k],
+                held.frozen_sent,
                 at=self._allowed(k) or at,
                 resources=RESOURCE,
                 priority=PRIORITY_LOCAL,
@@ -222,7 +233,9 @@ class ClusterRunner:
             priority=PRIORITY_REDUCE,
         )
 
-    def _submit_evaluation(self, model: Future, split: SplitName, places: Sequence[str]) -> Future | None:
+    def _submit_evaluation(
+        self, model: Future, split: SplitName, places: Sequence[str], frozen: Future | None
+    ) -> Future | None:
         """Submit the evaluation of parameters on a split; None if it is empty."""
         sums = [
             self._client.submit(
@@ -232,6 +245,7 @@ class ClusterRunner:
                 model,
                 split,
                 piece,
+                frozen,
                 at=stream.source.workers or places[piece % len(places)],
                 resources=RESOURCE,
                 priority=PRIORITY_EVALUATE,

@@ -16,6 +16,7 @@ from distributed import WorkerPlugin, get_worker
 from dtrain.algorithm.average import Combined, Update, combine, model_of, summarise
 from dtrain.algorithm.evaluate import Sums
 from dtrain.algorithm.mix import Average
+from dtrain.algorithm.params import with_frozen
 from dtrain.config.schema import AverageConfig
 from dtrain.data.load.statistics import Moments
 from dtrain.data.plan.splits import SplitName
@@ -24,7 +25,7 @@ from dtrain.runtime import tasks
 from dtrain.runtime.resident import install, remove, resident_of
 from dtrain.runtime.spec import RunSpec
 from dtrain.runtime.trial import Initial, initialise
-from dtrain.types import Broadcast, LocalTask, OuterState, Parameters, ReplicaState, RoundSummary
+from dtrain.types import Broadcast, Flat, LocalTask, OuterState, Parameters, ReplicaState, RoundSummary
 
 RESOURCE = {"dtrain": 1}
 """Asked for by every task that runs the user's code, so that one runs at a time in a process."""
@@ -97,10 +98,11 @@ def train_replica(
     task: LocalTask,
     start: Combined | Broadcast,
     state: tuple[Update, ReplicaState] | ReplicaState,
+    frozen: Flat | None,
 ) -> tuple[Update, ReplicaState]:
     """Run the local steps of a replica."""
     return tasks.train_local(
-        resident_of(run_id), task, broadcast_of(start), state_of(state), partial(_progress, run_id)
+        resident_of(run_id), task, broadcast_of(start), state_of(state), frozen, partial(_progress, run_id)
     )
 
 
@@ -123,14 +125,17 @@ def summarise_round(
     combined: Sequence[Combined],
     model: Combined | Broadcast | Parameters,
     start: Combined | Broadcast | Parameters,
+    frozen: Flat | None,
 ) -> RoundSummary:
     """Return the scalars of a round; the next round does not wait for their hash."""
-    return summarise(combined, model_in(model), model_in(start))
+    return summarise(combined, with_frozen(model_in(model), frozen), model_in(start))
 
 
-def evaluate_piece(run_id: str, model: Combined | Broadcast | Parameters, split: SplitName, piece: int) -> Sums:
+def evaluate_piece(
+    run_id: str, model: Combined | Broadcast | Parameters, split: SplitName, piece: int, frozen: Flat | None
+) -> Sums:
     """Evaluate one piece of a split."""
-    return tasks.evaluate_piece(resident_of(run_id), model_in(model), split, piece)
+    return tasks.evaluate_piece(resident_of(run_id), with_frozen(model_in(model), frozen), split, piece)
 
 
 def take_moments(run_id: str, replica: int, most_units: int | None) -> dict[str, Moments]:

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from dtrain.algorithm.evaluate import Metric
+from dtrain.algorithm.freeze import freeze
 from dtrain.algorithm.plan import endless_sizes
 from dtrain.algorithm.recipe import Recipe, metrics_of, recipe_of
 from dtrain.data.load.loader import Loader
@@ -89,7 +90,10 @@ class Resident:
 
     @cached_property
     def _template(self) -> nn.Module:
-        return build_module(self.functions["model"], self.spec.config.model_args, self.spec.config.train.seed)
+        config = self.spec.config
+        module = build_module(self.functions["model"], config.model_args, config.train.seed)
+        freeze(module, config.train.freeze)
+        return module
 
     def module(self) -> nn.Module:
         """Return a module as the user's function built it: a copy, so that tasks do not see each other's changes."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dtrain.algorithm.average import by_replica, combine, model_of, round_averages, summarise
+from dtrain.algorithm.average import apart, by_replica, combine, model_of, round_averages, summarise, together
 from dtrain.algorithm.evaluate import Sums, merge
+from dtrain.algorithm.params import with_frozen
 from dtrain.data.load.statistics import Moments, merge_moments
 from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
@@ -23,6 +24,7 @@ class SerialRound:
     """The values after a round."""
 
     model: Parameters
+    """Whole, with the frozen parameters."""
     broadcast: tuple[Broadcast, ...]
     replicas: tuple[ReplicaState, ...]
     outer: tuple[OuterState, ...]
@@ -58,13 +60,13 @@ class SerialRunner:
 
     def place(self, state: TrainState) -> SerialRound:
         """Return the state: its values are their own handles."""
-        return SerialRound(state.model, state.broadcast, state.replicas, state.outer, None)
+        return SerialRound(state.model, apart(state.broadcast), state.replicas, state.outer, None)
 
     def submit(self, held: SerialRound, plan: RoundPlan) -> SerialRound:
         """Run a round and evaluate its model."""
         config = self.spec.config.average
         trained = [
-            tasks.train_local(self._resident, task, start, state, self.on_progress)
+            tasks.train_local(self._resident, task, start, state, held.model.frozen, self.on_progress)
             for task, start, state in zip(plan.tasks, held.broadcast, held.replicas, strict=True)
         ]
         means = round_averages(plan, held.broadcast, config)
@@ -77,7 +79,7 @@ class SerialRunner:
             )
             for mean in means
         ]
-        model = model_of(means, combined)
+        model = with_frozen(model_of(means, combined), held.model.frozen)
         return SerialRound(
             model=model,
             broadcast=by_replica(means, [one.broadcast for one in combined]),
@@ -96,7 +98,7 @@ class SerialRunner:
         return TrainState(
             position=position,
             model=held.model,
-            broadcast=held.broadcast,
+            broadcast=together(held.broadcast, held.model),
             replicas=held.replicas,
             outer=held.outer,
         )

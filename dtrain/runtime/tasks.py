@@ -14,9 +14,8 @@ from dtrain.algorithm.average import Update, contribute
 from dtrain.algorithm.batch import TensorBatch
 from dtrain.algorithm.evaluate import Sums, evaluate
 from dtrain.algorithm.local import LocalResult, run_local_steps
-from dtrain.algorithm.params import flatten, load_into
-from dtrain.algorithm.plan import step_sizes
-from dtrain.config.schema import FULL_BATCH_MICRO
+from dtrain.algorithm.params import flatten, load_into, with_frozen, without_frozen
+from dtrain.algorithm.plan import micro_size, step_sizes
 from dtrain.data.load.gather import Batch
 from dtrain.data.load.loader import Counted
 from dtrain.data.load.statistics import Moments, partition_moments
@@ -26,7 +25,7 @@ from dtrain.runtime.module import isolated
 from dtrain.runtime.resident import Resident
 from dtrain.runtime.tensors import as_tensors, on_device, transformed
 from dtrain.runtime.usercode import user_code
-from dtrain.types import Broadcast, Cursor, InnerState, LocalTask, Parameters, ReplicaState
+from dtrain.types import Broadcast, Cursor, Flat, InnerState, LocalTask, Parameters, ReplicaState
 
 Progress: TypeAlias = Callable[[StepsTaken], None]
 
@@ -38,6 +37,7 @@ def train_local(
     task: LocalTask,
     start: Broadcast,
     state: ReplicaState,
+    frozen: Flat | None,
     progress: Progress = lambda event: None,
 ) -> tuple[Update, ReplicaState]:
     """Run the local steps of one replica in one round; return what it sends and what it keeps.
@@ -50,11 +50,13 @@ def train_local(
         What the round starts from.
     state : ReplicaState
         What the replica kept from the round before.
+    frozen : float32[num_frozen] or None
+        The parameters that are not trained, if there are some.
     progress : callable
         Called at most every `PROGRESS_SECONDS` with the finished steps.
     """
     started = time.monotonic()
-    local, after, counted = _local_steps(resident, task, start.params, state.inner, progress)
+    local, after, counted = _local_steps(resident, task, with_frozen(start.params, frozen), state.inner, progress)
     update, kept = contribute(start, after, state, local, task, resident.spec.config.average)
     measured = replace(
         update.contribution,
@@ -88,13 +90,13 @@ def _local_steps(
             total_steps=task.total_steps,
             on_step=_at_intervals(progress, task.round, task.replica, task.num_steps),
         )
-        return result, flatten(module, params.layout), loader.counted()
+        return result, without_frozen(flatten(module, params.layout)), loader.counted()
 
 
 def evaluate_piece(resident: Resident, params: Parameters, split: SplitName, piece: int) -> Sums:
     """Evaluate one piece of a split."""
     train, stream = resident.spec.config.train, resident.pieces(split)[piece]
-    size = train.micro_batch or (FULL_BATCH_MICRO if train.batch_size == "full" else train.batch_size)
+    size = micro_size(train)
     with resident.lock, isolated(train.seed, resident.spec.threads), user_code(f"Evaluating on {split}"):
         module = resident.module()
         load_into(module, params)

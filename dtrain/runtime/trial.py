@@ -14,9 +14,10 @@ from torch import nn
 
 from dtrain.algorithm.batch import TensorBatch, autocast
 from dtrain.algorithm.local import run_local_steps
+from dtrain.algorithm.losses import mean_of_batch
 from dtrain.algorithm.params import flatten, layout_of
+from dtrain.algorithm.plan import first_step
 from dtrain.algorithm.replica import empty_inner_state
-from dtrain.config.schema import FULL_BATCH_MICRO
 from dtrain.data.load.loader import read_batches
 from dtrain.errors import DtrainError, FirstLossNotFinite, ShapesDiffer, one_line
 from dtrain.runtime.module import isolated
@@ -35,7 +36,7 @@ class Initial:
 
     params: Parameters
     loss: float
-    """Of the first batch of replica 0."""
+    """Of the first micro-batch of replica 0."""
     inputs: tuple[str, ...]
     """Name, dtype and shape of each input of that batch."""
     outputs: str
@@ -46,7 +47,7 @@ class Initial:
 
 
 def initialise(resident: Resident) -> Initial:
-    """Build the model, and try it on one real batch.
+    """Build the model, and try it on one real micro-batch: no more memory is needed than to train.
 
     Raises
     ------
@@ -72,20 +73,20 @@ def initialise(resident: Resident) -> Initial:
             loss=loss,
             inputs=_named(spec.config.data.inputs, batch.inputs),
             outputs=described(outputs),
-            num_params=layout.num_params,
-            seconds=seconds,
+            num_params=layout.num_params + layout.num_frozen,
+            seconds=seconds * len(first_step(resident.replicas[0].partition.num_samples, spec.config.train)),
         )
 
 
 def _first_batch(resident: Resident) -> TensorBatch:
-    """Return the first batch of replica 0, read by a loader of its own."""
-    stream, train = resident.replicas[0], resident.spec.config.train
+    """Return the first micro-batch of replica 0, read by a loader of its own."""
+    stream = resident.replicas[0]
     total = stream.partition.num_samples
     batches = read_batches(
         resident.reader(stream.source),
         stream.partition,
         Cursor(0, 0),
-        [min(total, FULL_BATCH_MICRO if train.batch_size == "full" else train.batch_size)],
+        first_step(total, resident.spec.config.train)[:1],
         replica=0,
         shuffle=stream.shuffle,
         limits=replace(stream.source.memory.train.limits, cached=0),
@@ -121,7 +122,7 @@ def _first_loss(resident: Resident, module: nn.Module, batch: TensorBatch) -> tu
         )
         # an error inside a loss of the user's is the user's
         with nullcontext() if "train.loss" in resident.functions else mismatch:
-            loss = resident.recipe.loss(outputs, batch.targets)
+            loss = mean_of_batch(resident.recipe.loss(outputs, batch.targets), batch.size).value
         with mismatch:
             for metric in resident.metrics.values():
                 metric(outputs, batch.targets)
@@ -129,8 +130,6 @@ def _first_loss(resident: Resident, module: nn.Module, batch: TensorBatch) -> tu
 
 
 def _checked(loss: torch.Tensor) -> float:
-    if not isinstance(loss, torch.Tensor) or loss.ndim:
-        raise ShapesDiffer(f"The loss returned {described(loss)}; it must be a scalar tensor, the mean over the batch.")
     if not math.isfinite(loss.item()):
         raise FirstLossNotFinite(
             f"The loss of the first batch is {loss.item()} before any training.",

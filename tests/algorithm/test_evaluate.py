@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dtrain.algorithm.batch import TensorBatch
-from dtrain.algorithm.evaluate import METRICS, accuracy, evaluate, mean_metric, merge, metric_key, values
+from dtrain.algorithm.evaluate import METRICS, Sums, accuracy, evaluate, mean_metric, merge, metric_named, values
 from dtrain.algorithm.losses import cross_entropy, mse
+from dtrain.config.names import metric_key
 from dtrain.errors import InvalidConfig, ShapesDiffer
 
 
@@ -42,9 +43,9 @@ def test_pieces_give_what_one_pass_gives(pieces, size):
         for a, b in zip(x.split(pieces), y.split(pieces), strict=True)
     ]
     merged = merge(parts)
-    assert merged["loss"][1] == merged["accuracy"][1] == len(x)
-    assert merged["accuracy"] == whole["accuracy"]
-    assert merged["loss"][0] == pytest.approx(whole["loss"][0], rel=1e-5)
+    assert merged.loss[1] == merged.metrics["accuracy"][1] == merged.samples == len(x)
+    assert merged.metrics == whole.metrics
+    assert merged.loss[0] == pytest.approx(whole.loss[0], rel=1e-5)
 
 
 def test_loss_and_accuracy_are_those_of_the_eval_mode():
@@ -73,10 +74,11 @@ def test_nothing_is_recorded_for_gradients():
 
 
 def test_sums_merge_in_the_order_given():
-    pieces = [{"loss": (1e16, 1)}, {"loss": (1.0, 2)}, {"loss": (-1e16, 3)}]
-    assert merge(pieces) == {"loss": (0.0, 6)}  # 1 is lost behind 1e16
-    assert merge([pieces[0], pieces[2], pieces[1]]) == {"loss": (1.0, 6)}
-    assert merge([{"loss": (0.5, 2), "mae": (1.5, 2)}]) == {"loss": (0.5, 2), "mae": (1.5, 2)}
+    pieces = [Sums(1, (1e16, 1), {}), Sums(2, (1.0, 2), {}), Sums(3, (-1e16, 3), {})]
+    assert merge(pieces) == Sums(6, (0.0, 6), {})  # 1 is lost behind 1e16
+    assert merge([pieces[0], pieces[2], pieces[1]]) == Sums(6, (1.0, 6), {})
+    only = Sums(2, (0.5, 2), {"mae": (1.5, 2)})
+    assert merge([only]) == only
 
 
 def test_no_batches_give_nan():
@@ -130,7 +132,7 @@ def test_accuracy_names_shapes_that_do_not_fit():
 
 
 def test_perplexity_and_bits_per_byte_are_of_the_mean_loss():
-    found = values({"loss": (3 * math.log(8.0), 3)}, ["perplexity", "bits_per_byte"])
+    found = values(Sums(3, (3 * math.log(8.0), 3), {}), ["perplexity", "bits_per_byte"])
     assert found == {
         "loss": pytest.approx(math.log(8.0), rel=1e-12),
         "perplexity": pytest.approx(8.0, rel=1e-12),
@@ -139,12 +141,12 @@ def test_perplexity_and_bits_per_byte_are_of_the_mean_loss():
 
 
 def test_the_perplexity_of_a_huge_loss_is_infinite_and_of_nan_nan():
-    assert values({"loss": (1e6, 1)}, ["perplexity"])["perplexity"] == math.inf
-    assert math.isnan(values({"loss": (math.nan, 1)}, ["perplexity"])["perplexity"])
+    assert values(Sums(1, (1e6, 1), {}), ["perplexity"])["perplexity"] == math.inf
+    assert math.isnan(values(Sums(1, (math.nan, 1), {}), ["perplexity"])["perplexity"])
 
 
 def test_only_the_wanted_metrics_are_returned():
-    sums = {"loss": (2.0, 2), "mae": (4.0, 2)}
+    sums = Sums(2, (2.0, 2), {"mae": (4.0, 2)})
     assert values(sums, []) == {"loss": 1.0}
     assert values(sums, ["mae"]) == {"loss": 1.0, "mae": 2.0}
 
@@ -153,7 +155,7 @@ def test_a_metric_of_the_users_is_averaged_over_the_samples():
     bias = mean_metric(lambda outputs, targets: (outputs - targets).mean())
     sums = [bias(torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3)), bias(torch.tensor([10.0]), torch.zeros(1))]
     assert sums == [(6.0, 3), (10.0, 1)]
-    merged = merge([{"loss": (0.0, count), "bias": (total, count)} for total, count in sums])
+    merged = merge([Sums(3, (0.0, count), {"bias": (total, count)}) for total, count in sums])
     assert values(merged, ["mine:bias"])["bias"] == 4.0
 
 
@@ -165,3 +167,83 @@ def test_a_metric_over_several_targets_counts_the_first():
 def test_metrics_are_reported_by_the_name_of_the_function():
     assert metric_key("mine:skill.score") == "skill.score"
     assert metric_key("accuracy") == "accuracy"
+
+
+# What counts ----------------------------------------------------------------------------------------------------
+
+
+def labelled(count, share):
+    """Samples of which some targets are ignored."""
+    x, y = samples(count)
+    return x, torch.where(torch.rand(count, generator=torch.Generator().manual_seed(2)) < share, -100, y)
+
+
+@pytest.mark.parametrize("size", [1, 7, 50])
+def test_ignored_targets_count_neither_in_loss_nor_in_accuracy(size):
+    x, y = labelled(50, 0.6)
+    module = classifier().eval()
+    own = y != -100
+    assert 10 < own.sum() < 30
+    got = values(
+        evaluate(module, cross_entropy, {"accuracy": accuracy}, batches(x, y, size)), ["accuracy", "perplexity"]
+    )
+    logits = module(x)[own]
+    assert got["accuracy"] == (logits.argmax(1) == y[own]).double().mean().item()
+    assert got["loss"] == pytest.approx(nn.functional.cross_entropy(logits, y[own]).item(), rel=1e-6)
+    assert got["perplexity"] == pytest.approx(math.exp(got["loss"]), rel=1e-12)
+
+
+def test_no_counted_target_gives_nan():
+    x, y = samples(6)
+    sums = evaluate(classifier(), cross_entropy, {"accuracy": accuracy}, batches(x, torch.full_like(y, -100), 3))
+    assert (sums.samples, sums.loss, sums.metrics) == (6, (0.0, 0), {"accuracy": (0.0, 0)})
+    assert all(math.isnan(value) for value in values(sums, ["accuracy"]).values())
+
+
+def test_a_loss_and_a_metric_may_return_sum_and_count():
+    weights = torch.tensor([1.0, 0.0, 3.0, 2.0, 5.0, 1.0])
+
+    def loss(outputs, targets):  # the weight of a sample is its target
+        return ((outputs[:, 0] - 1) ** 2 * targets).sum(), targets.sum()
+
+    def share(outputs, targets):
+        return (outputs[:, 0] > 0).float() @ targets, targets.sum().item()
+
+    x = torch.arange(6.0).reshape(6, 1) - 2
+    module = nn.Identity()
+    for size in (1, 2, 4, 6):
+        given = [TensorBatch((a,), b, len(b)) for a, b in zip(x.split(size), weights.split(size), strict=True)]
+        got = values(evaluate(module, loss, {"share": mean_metric(share)}, given), ["mine:share"])
+        # errors -3 -2 -1 0 1 2: 9 * 1 + 0 + 1 * 3 + 0 + 1 * 5 + 4 * 1
+        assert got == {"loss": pytest.approx(21 / 12), "share": pytest.approx(8 / 12)}
+
+
+@pytest.mark.parametrize("value", ["0.5", None, torch.zeros(2), (1.0,), (1.0, -1), (1.0, True), (1.0, math.nan), {}])
+def test_what_is_no_metric_is_named(value):
+    def skill(outputs, targets):
+        return value
+
+    with pytest.raises(ShapesDiffer, match=r"metric skill returned .*\(sum, count\)"):
+        mean_metric(skill)(torch.zeros(3), torch.zeros(3))
+
+
+def test_the_class_axis_of_accuracy_can_be_given():
+    outputs = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])  # [sample, 2, 2]
+    targets = torch.tensor([[0, 0]])
+    with pytest.raises(ShapesDiffer, match="train.class_axis"):
+        metric_named("accuracy")(outputs, targets)
+    assert metric_named("accuracy", -1)(outputs, targets) == (2.0, 2)
+    assert metric_named("accuracy", 1)(outputs, torch.tensor([[0, 0]])) == (2.0, 2)
+    assert metric_named("accuracy", 1)(outputs, torch.tensor([[1, 0]])) == (1.0, 2)
+
+
+def test_metrics_are_computed_in_decoded_units_and_the_loss_is_not():
+    x = torch.tensor([[0.0], [1.0], [2.0]])
+    given = [TensorBatch((x,), torch.zeros(3, 1), 3)]
+    module = nn.Identity()
+
+    def decode(outputs, targets):
+        return outputs.double() * 10 + 1e9, targets.double() * 10 + 1e9
+
+    got = values(evaluate(module, mse, {"mae": METRICS["mae"]}, given, decode=decode), ["mae"])
+    assert got == {"loss": pytest.approx(5 / 3), "mae": 10.0}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -161,6 +162,70 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(cuts, clip_norm):
         torch.testing.assert_close(cut, full, rtol=1e-6, atol=1e-7)
     assert result.loss_sum == pytest.approx(expected.loss_sum, rel=1e-6)
     assert (result.samples, result.steps) == (expected.samples, expected.steps) == (40, 5)
+
+
+def ignoring(made, share=0.6):
+    """The same batches with some targets of -100; the first has none at all."""
+    generator = torch.Generator().manual_seed(5)
+    changed = []
+    for number, batch in enumerate(made):
+        lost = torch.rand(batch.size, generator=generator) < (1.0 if number == 0 else share)
+        changed.append(replace(batch, targets=torch.where(lost, -100, batch.targets)))
+    return changed
+
+
+@pytest.mark.parametrize("cuts", [(3, 3, 2), (1,) * 8, (5, 3)])
+def test_micro_batches_with_ignored_targets_give_the_gradient_of_the_whole_batch(cuts):
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    whole, module, by_hand = model(), model(), model()
+    made = ignoring(batches(5, size=8))
+    steps = []
+    for batch in made:
+        parts = zip(batch.inputs[0].split(cuts), batch.targets.split(cuts), strict=True)
+        steps.append((8, [TensorBatch((x,), y, len(y)) for x, y in parts]))
+    recipe = recipe_of()
+    expected = run_local_steps(whole, recipe, empty_inner_state(), one_batch_a_step(made), first_step=0, total_steps=5)
+    result = run_local_steps(module, recipe, empty_inner_state(), steps, first_step=0, total_steps=5)
+    optimizer = SGD[0](by_hand.parameters(), **SGD[1])
+    for batch in made:
+        optimizer.zero_grad()
+        total = nn.functional.cross_entropy(by_hand(batch.inputs[0]), batch.targets, reduction="sum")
+        (total / max(1, int((batch.targets != -100).sum()))).backward()
+        optimizer.step()
+    for cut, full, plain in zip(module.parameters(), whole.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(cut, full, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(full, plain, rtol=1e-6, atol=1e-7)
+    assert result.loss_count == expected.loss_count == sum(int((batch.targets != -100).sum()) for batch in made)
+    assert result.loss_sum == pytest.approx(expected.loss_sum, rel=1e-6)
+    assert (result.samples, result.steps) == (40, 5)
+
+
+def test_weighted_losses_add_up_over_micro_batches():
+    def weighted(outputs, targets):  # the weight of a sample is its class + 1
+        weights = (targets + 1).float()
+        return nn.functional.cross_entropy(outputs, targets, reduction="none") @ weights, weights.sum()
+
+    def trained(cuts):
+        torch.manual_seed(0)
+        module = nn.Linear(5, 3)
+        steps = []
+        for batch in batches(5, size=8):
+            parts = zip(batch.inputs[0].split(cuts), batch.targets.split(cuts), strict=True)
+            steps.append((8, [TensorBatch((x,), y, len(y)) for x, y in parts]))
+        result = run_local_steps(
+            module, recipe_of(loss=weighted), empty_inner_state(), steps, first_step=0, total_steps=5
+        )
+        return module.weight.detach(), result
+
+    whole, expected = trained((8,))
+    for cuts in ((3, 5), (1,) * 8):
+        weight, result = trained(cuts)
+        torch.testing.assert_close(weight, whole, rtol=1e-6, atol=1e-7)
+        assert result.loss_count == expected.loss_count
+        assert result.loss_sum == pytest.approx(expected.loss_sum, rel=1e-6)
 
 
 def test_batches_are_taken_one_at_a_time():

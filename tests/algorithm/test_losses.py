@@ -5,12 +5,27 @@ import math
 import pytest
 import torch
 
-from dtrain.algorithm.losses import LOSSES, bce, classes_first, cross_entropy, huber, mae, mse
+from dtrain.algorithm.losses import (
+    LOSSES,
+    bce,
+    classes_first,
+    cross_entropy,
+    huber,
+    loss_named,
+    mae,
+    mean_of_batch,
+    mse,
+)
 from dtrain.errors import ShapesDiffer
 
 
 def floats(*values):
     return torch.tensor(values, dtype=torch.float32)
+
+
+def mean(name, outputs, targets):
+    """The mean over a batch, whatever the loss returns."""
+    return mean_of_batch(LOSSES[name](outputs, targets), len(targets)).value
 
 
 # Values by hand -------------------------------------------------------------------------------------------------
@@ -32,9 +47,9 @@ def test_bce_takes_logits():
 
 def test_cross_entropy_by_hand():
     outputs = torch.log(floats(0.5, 0.25, 0.25, 0.1, 0.8, 0.1)).reshape(2, 3)
-    assert cross_entropy(outputs, torch.tensor([0, 2])).item() == pytest.approx(
-        (math.log(2) + math.log(10)) / 2, rel=1e-6
-    )
+    total, count = cross_entropy(outputs, torch.tensor([0, 2]))
+    assert count == 2
+    assert total.item() == pytest.approx(math.log(2) + math.log(10), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["mse", "mae", "huber", "bce"])
@@ -50,8 +65,8 @@ def test_a_loss_is_the_mean_over_the_samples(name):
     torch.manual_seed(0)
     outputs = torch.randn(8, 3)
     targets = torch.randint(0, 3, (8,)) if name == "cross_entropy" else torch.rand(8, 3)
-    each = [LOSSES[name](outputs[i : i + 1], targets[i : i + 1]).item() for i in range(8)]
-    assert LOSSES[name](outputs, targets).item() == pytest.approx(sum(each) / 8, rel=1e-6)
+    each = [mean(name, outputs[i : i + 1], targets[i : i + 1]).item() for i in range(8)]
+    assert mean(name, outputs, targets).item() == pytest.approx(sum(each) / 8, rel=1e-6)
 
 
 # The class axis -------------------------------------------------------------------------------------------------
@@ -74,18 +89,97 @@ def test_the_class_axis_is_the_first_after_the_samples_or_the_last(shape):
     targets = torch.randint(0, 3, shape)
     first = torch.randn(shape[0], 3, *shape[1:])
     by_hand = nll_by_hand(first, targets, lambda index, c: (index[0], c, *index[1:]))
-    assert cross_entropy(first, targets).item() == pytest.approx(by_hand, rel=1e-5)
+    assert mean("cross_entropy", first, targets).item() == pytest.approx(by_hand, rel=1e-5)
     last = torch.randn(*shape, 3)
     by_hand = nll_by_hand(last, targets, lambda index, c: (*index, c))
-    assert cross_entropy(last, targets).item() == pytest.approx(by_hand, rel=1e-5)
+    assert mean("cross_entropy", last, targets).item() == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_where_both_axes_fit_it_is_axis_1():
+BOTH_FIT = [(4, 3), (2, 3, 3)]
+
+
+@pytest.mark.parametrize("shape", BOTH_FIT)
+def test_where_both_axes_fit_the_class_axis_must_be_given(shape):
     torch.manual_seed(0)
-    outputs, targets = torch.randn(4, 3, 3), torch.randint(0, 3, (4, 3))
+    outputs = torch.randn(*shape, 3) if len(shape) == 2 else torch.randn(*shape[:1], 3, 3, 3)
+    targets = torch.randint(0, 3, shape)
+    with pytest.raises(ShapesDiffer) as caught:
+        cross_entropy(outputs, targets)
+    assert "both axis 1 and the last axis" in caught.value.message
+    assert "train.class_axis = 1" in caught.value.hint
+    assert caught.value.code == 3
+    for axis in (1, -1):
+        total, count = loss_named("cross_entropy", axis)(outputs, targets)
+        place = (lambda index, c: (index[0], c, *index[1:])) if axis == 1 else (lambda index, c: (*index, c))
+        assert total.item() / count == pytest.approx(nll_by_hand(outputs, targets, place), rel=1e-5)
+
+
+def test_a_perfect_model_of_windows_as_long_as_the_classes_scores_zero():
+    targets = torch.randint(0, 256, (2, 256), generator=torch.Generator().manual_seed(0))
+    outputs = 100.0 * torch.nn.functional.one_hot(targets, 256).float()  # [sample, window, class]
+    total, count = loss_named("cross_entropy", -1)(outputs, targets)
+    assert total.item() / count < 1e-6
+
+
+def test_without_a_window_axis_there_is_one_class_axis():
+    outputs, targets = torch.randn(3, 3), torch.tensor([0, 1, 2])
     assert classes_first(outputs, targets) is outputs
-    by_hand = nll_by_hand(outputs, targets, lambda index, c: (index[0], c, index[1]))
-    assert cross_entropy(outputs, targets).item() == pytest.approx(by_hand, rel=1e-5)
+    assert torch.equal(loss_named("cross_entropy", 1)(outputs, targets)[0], cross_entropy(outputs, targets)[0])
+    assert torch.equal(loss_named("cross_entropy", -1)(outputs, targets)[0], cross_entropy(outputs, targets)[0])
+
+
+@pytest.mark.parametrize(("axis", "shape"), [(1, (4, 5, 3)), (-1, (4, 3, 5))])
+def test_a_class_axis_that_does_not_fit_is_refused(axis, shape):
+    with pytest.raises(ShapesDiffer, match=rf"at axis {axis} \(train.class_axis\)"):
+        loss_named("cross_entropy", axis)(torch.zeros(shape), torch.zeros(4, 5, dtype=torch.int64))
+
+
+# What counts ----------------------------------------------------------------------------------------------------
+
+
+def test_ignored_classes_are_in_neither_sum_nor_count():
+    outputs = torch.log(floats(0.5, 0.25, 0.25, 0.1, 0.8, 0.1, 0.2, 0.2, 0.6)).reshape(3, 3).requires_grad_()
+    total, count = cross_entropy(outputs, torch.tensor([0, -100, 2]))
+    assert count == 2
+    assert total.item() == pytest.approx(math.log(2) - math.log(0.6), rel=1e-6)
+    total, count = cross_entropy(outputs, torch.full((3,), -100))
+    result = mean_of_batch((total, count), 3)
+    assert (result.value.item(), result.count, result.sum) == (0.0, 0, 0.0)
+    result.value.backward()
+    assert outputs.grad.tolist() == [[0.0] * 3] * 3
+
+
+def test_a_mean_counts_the_samples_and_a_sum_what_it_says():
+    plain = mean_of_batch(torch.tensor(1.5), 4)
+    assert (plain.value.item(), plain.count, plain.sum) == (1.5, 4, 6.0)
+    for count in (8, 8.0, torch.tensor(8)):
+        given = mean_of_batch((torch.tensor(6.0), count), 4)
+        assert (given.value.item(), given.count, given.sum) == (0.75, 8, 6.0)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [1.0, None, torch.zeros(3), (torch.tensor(1.0),), (1.0, 2), (torch.tensor(1.0), -1), (torch.tensor(1.0), True),
+     (torch.tensor(1.0), math.inf), (torch.zeros(3), 2), (torch.tensor(1.0), torch.zeros(2))],
+)  # fmt: skip
+def test_what_is_no_loss_is_refused(value):
+    with pytest.raises(ShapesDiffer, match=r"\(sum, count\)"):
+        mean_of_batch(value, 3)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("short", [torch.bfloat16, torch.float16])
+def test_targets_are_not_rounded_to_the_outputs_of_autocast(name, short):
+    torch.manual_seed(0)
+    if name == "cross_entropy":
+        outputs, targets = torch.randn(64, 3).to(short), torch.randint(0, 3, (64,))
+    else:
+        targets = torch.rand(64) if name == "bce" else 273 + 0.3 * torch.randn(64)
+        outputs = torch.randn(64).to(short) if name == "bce" else torch.full((64,), 273.0).to(short)
+    expected = mean(name, outputs.float(), targets)
+    assert mean(name, outputs, targets).item() == expected.item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert mean(name, outputs, targets).item() == expected.item()
 
 
 # What does not fit ----------------------------------------------------------------------------------------------

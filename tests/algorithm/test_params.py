@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain.algorithm.params import flatten, from_tensors, is_finite, layout_of, load_into, params_sha256, tensors_of
+from dtrain.algorithm.params import (
+    flatten,
+    from_tensors,
+    is_finite,
+    layout_of,
+    load_into,
+    params_sha256,
+    tensors_of,
+    with_frozen,
+    without_frozen,
+)
 from dtrain.algorithm.replica import empty_inner_state
 from dtrain.errors import UnsuitableModel
 from dtrain.types import InnerState, Parameters
@@ -80,9 +90,9 @@ def bits(tensors):
 
 
 def read_only(params):
-    flat, extra = params.flat.copy(), params.extra.copy()
-    flat.flags.writeable = extra.flags.writeable = False
-    return Parameters(params.layout, flat, extra)
+    flat, extra, frozen = params.flat.copy(), params.extra.copy(), params.frozen.copy()
+    flat.flags.writeable = extra.flags.writeable = frozen.flags.writeable = False
+    return Parameters(params.layout, flat, extra, frozen)
 
 
 # There and back ---------------------------------------------------------------------------------------------
@@ -164,24 +174,33 @@ def test_tensors_that_do_not_fit_are_named():
 def test_parameters_come_first_and_nothing_overlaps(build):
     module = build()
     layout = layout_of(module)
-    assert layout.num_params == sum(p.numel() for p in module.parameters())
+    assert layout.num_params == sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert layout.num_frozen == sum(p.numel() for p in module.parameters() if not p.requires_grad)
     own = [entry for entry in layout.entries if not entry.alias]
-    used = {"flat": np.zeros(layout.num_flat, int), "extra": np.zeros(layout.num_extra, int)}
+    used = {
+        "flat": np.zeros(layout.num_flat, int),
+        "extra": np.zeros(layout.num_extra, int),
+        "frozen": np.zeros(layout.num_frozen, int),
+    }
     for entry in own:
-        used["extra" if entry.kind == "extra" else "flat"][entry.offset : entry.offset + entry.size] += 1
+        used[entry.kind if entry.kind in used else "flat"][entry.offset : entry.offset + entry.size] += 1
+        if entry.kind == "frozen":
+            continue
         if entry.kind != "extra":
             assert (entry.offset < layout.num_params) == (entry.kind == "param")
         else:
             assert entry.offset % 8 == 0
     assert used["flat"].tolist() == [1] * layout.num_flat
+    assert used["frozen"].tolist() == [1] * layout.num_frozen
     assert used["extra"].max(initial=0) <= 1
     assert sorted(entry.name for entry in layout.entries) == sorted(module.state_dict())
 
 
 def test_the_zoo_lies_where_it_should():
     layout = layout_of(Zoo())
-    # 2*3 + 3 (first), 3 + 3 (norm), 3 + 1 (last); then scale 4, rate 1, running mean and variance 3 + 3
-    assert (layout.num_params, layout.num_flat) == (19, 30)
+    # 2*3 (first), 3 + 3 (norm), 3 + 1 (last); then scale 4, rate 1, running mean and variance 3 + 3; the first bias
+    # is frozen
+    assert (layout.num_params, layout.num_flat, layout.num_frozen) == (16, 27, 3)
     # mask 3 -> 8, count 8, wide 24, narrow 10 -> 16, nothing 0, turns 24, num_batches_tracked 8
     assert layout.num_extra == 88
     kinds = {entry.name: entry.kind for entry in layout.entries}
@@ -191,7 +210,7 @@ def test_the_zoo_lies_where_it_should():
         "norm.running_mean",
         "norm.running_var",
     }
-    assert kinds["first.bias"] == "param"
+    assert (kinds["first.weight"], kinds["first.bias"]) == ("param", "frozen")
     assert "forgotten" not in kinds
 
 
@@ -345,3 +364,85 @@ def test_sizeof_counts_the_arrays():
     inner = InnerState((), np.zeros(12345, np.uint8))
     assert 12345 <= sys.getsizeof(inner) < 12345 + 1000
     assert sys.getsizeof(empty_inner_state()) < 1000
+
+
+# Frozen parameters and extra state --------------------------------------------------------------------------------
+
+
+def test_frozen_parameters_can_be_kept_apart():
+    module = scrambled(Zoo())
+    whole = flatten(module, layout_of(module))
+    rest = without_frozen(whole)
+    assert rest.nbytes == whole.nbytes - 4 * 3
+    assert set(tensors_of(whole)) - set(tensors_of(rest)) == {"first.bias"}
+    assert is_finite(rest, rest)
+    again = with_frozen(rest, whole.frozen)
+    assert params_sha256(again) == params_sha256(whole)
+    assert bits(tensors_of(again)) == bits(module.state_dict())
+    assert with_frozen(whole, rest.frozen) is whole
+
+
+def test_without_frozen_parameters_nothing_is_kept_apart():
+    module = Tied()
+    params = flatten(module, layout_of(module))
+    assert without_frozen(params) is params
+    assert with_frozen(params, params.frozen) is params
+
+
+def test_a_model_without_a_gradient_is_refused():
+    module = nn.Linear(2, 1).requires_grad_(False)
+    with pytest.raises(UnsuitableModel, match="No parameter of Linear requires a gradient") as caught:
+        layout_of(module)
+    assert "train.freeze" in caught.value.hint
+
+
+class Remembering(nn.Module):
+    """Keeps a tensor as extra state: `state_dict` holds a copy of it."""
+
+    def __init__(self, value=1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.scale = torch.full((3,), value)
+
+    def get_extra_state(self):
+        return self.scale.clone()
+
+    def set_extra_state(self, state):
+        self.scale = state.clone()
+
+
+def test_extra_state_is_loaded():
+    source = nn.Sequential(Remembering(5.0), Remembering(7.0))
+    params = flatten(source, layout_of(source))
+    module = nn.Sequential(Remembering(), Remembering())
+    load_into(module, params)
+    assert [part.scale.tolist() for part in module] == [[5.0] * 3, [7.0] * 3]
+    assert params_sha256(flatten(module, params.layout)) == params_sha256(params)
+
+
+class Hooked(nn.Module):
+    """Saves a buffer under another name, as modules do that were renamed."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.register_buffer("now", torch.zeros(2))
+        self.register_state_dict_post_hook(lambda module, state, prefix, metadata: self._rename(state, prefix))
+        self.register_load_state_dict_pre_hook(lambda module, state, prefix, *rest: self._back(state, prefix))
+
+    @staticmethod
+    def _rename(state, prefix):
+        state[f"{prefix}before"] = state.pop(f"{prefix}now") * 2
+
+    @staticmethod
+    def _back(state, prefix):
+        state[f"{prefix}now"] = state.pop(f"{prefix}before") / 2
+
+
+def test_what_hooks_make_of_the_state_is_loaded():
+    source = Hooked()
+    source.now.fill_(3.0)
+    params = flatten(source, layout_of(source))
+    module = Hooked()
+    load_into(module, params)
+    assert module.now.tolist() == [3.0, 3.0]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain.algorithm.replica import empty_inner_state, pack_inner_state, unpack_inner_state
+from dtrain.algorithm.replica import carried, empty_inner_state, pack_inner_state, unpack_inner_state
 from dtrain.errors import UnsuitableModel
 from dtrain.types import InnerState
 
@@ -58,6 +58,10 @@ def moved(state):
     return InnerState(state.slots, data)
 
 
+def packed(optimizer, module, kind, options):
+    return pack_inner_state(optimizer, list(module.parameters()), carried(kind(module.parameters(), **options)))
+
+
 @optimizers
 def test_a_new_optimizer_goes_on_where_the_packed_one_stopped(kind, options):
     whole = small_model()
@@ -66,10 +70,10 @@ def test_a_new_optimizer_goes_on_where_the_packed_one_stopped(kind, options):
     module = small_model()
     optimizer = kind(module.parameters(), **options)
     take_steps(module, optimizer, 0, STEPS)
-    state = moved(pack_inner_state(optimizer, list(module.parameters())))
+    state = moved(packed(optimizer, module, kind, options))
     fresh = kind(module.parameters(), **options)
     unpack_inner_state(state, fresh, list(module.parameters()))
-    packed_again = pack_inner_state(fresh, list(module.parameters()))
+    packed_again = packed(fresh, module, kind, options)
     assert packed_again.slots == state.slots
     assert packed_again.data.tobytes() == state.data.tobytes()
     take_steps(module, fresh, STEPS, STEPS)
@@ -94,7 +98,7 @@ def test_a_packed_state_does_not_change_when_the_optimizer_goes_on(kind, options
     module = small_model()
     optimizer = kind(module.parameters(), **options)
     take_steps(module, optimizer, 0, 2)
-    state = pack_inner_state(optimizer, list(module.parameters()))
+    state = packed(optimizer, module, kind, options)
     before = state.data.tobytes()
     fresh = kind(module.parameters(), **options)
     unpack_inner_state(state, fresh, list(module.parameters()))
@@ -105,7 +109,7 @@ def test_a_packed_state_does_not_change_when_the_optimizer_goes_on(kind, options
 
 def test_the_state_of_an_optimizer_without_steps_is_empty():
     module = small_model()
-    state = pack_inner_state(torch.optim.Adam(module.parameters()), list(module.parameters()))
+    state = packed(torch.optim.Adam(module.parameters()), module, torch.optim.Adam, {})
     assert (state.slots, state.data.size) == ((), 0)
     assert (empty_inner_state().slots, empty_inner_state().data.size) == ((), 0)
 
@@ -117,7 +121,7 @@ def test_plain_values_and_odd_sizes_are_kept():
     told = {"flag": True, "none": None, "count": 3, "rate": 0.1, "mask": torch.tensor([True, False, True])}
     optimizer.state[params[0]].update(told)
     optimizer.state[params[1]].update({"wide": torch.tensor(1.0, dtype=torch.float64), "half": torch.ones(3).half()})
-    state = pack_inner_state(optimizer, params)
+    state = pack_inner_state(optimizer, params, carried(optimizer))
     assert [slot.offset % 8 for slot in state.slots] == [0] * 7
     fresh = torch.optim.SGD(params, lr=0.1)
     unpack_inner_state(state, fresh, params)
@@ -134,6 +138,106 @@ def test_plain_values_and_odd_sizes_are_kept():
 def test_a_state_that_is_neither_tensor_nor_number_is_refused():
     module = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    optimizer.state[module.bias]["history"] = [1, 2]
-    with pytest.raises(UnsuitableModel, match="SGD keeps a list as history"):
-        pack_inner_state(optimizer, list(module.parameters()))
+    optimizer.state[module.bias]["history"] = {1, 2}
+    with pytest.raises(UnsuitableModel, match="SGD keeps a set as history"):
+        pack_inner_state(optimizer, list(module.parameters()), carried(optimizer))
+
+
+# Values outside of the states of parameters -----------------------------------------------------------------------
+
+
+class Counting(torch.optim.SGD):
+    """Keeps a counter and an estimate in the group, as Prodigy, D-Adaptation and Schedule-Free do."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr=lr)
+        for group in self.param_groups:
+            group.update(k=0, d=1.0, betas=(0.9, 0.99), seen=[], scale=torch.ones(2), mode="train")
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"] += 1
+            group["d"] = group["d"] * 0.5 + group["k"]
+            group["betas"] = (group["betas"][0] * 0.9, 0.99)
+            group["seen"].append(group["k"])
+            group["scale"] *= 1.5
+            group["mode"] = "stepped"
+            for parameter in group["params"]:
+                parameter.data -= group["lr"] * group["d"] * group["scale"][0] * parameter.grad
+
+
+class WithAttributes(torch.optim.SGD):
+    """Keeps a counter, a tensor and a key of ``state`` that is no parameter."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr=lr)
+        self.count, self.mean = 0, torch.zeros(())
+
+    def step(self, closure=None):
+        self.count += 1
+        self.mean = self.mean + self.count
+        self.state["total"] = self.state.get("total", 0.0) + 0.5
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data -= group["lr"] * self.mean * self.state["total"] * parameter.grad
+
+
+@pytest.mark.parametrize("kind", [Counting, WithAttributes])
+def test_values_of_groups_and_attributes_go_on(kind):
+    whole = small_model()
+    take_steps(whole, kind(whole.parameters()), 0, 4 * STEPS)
+    module, state = small_model(), empty_inner_state()
+    for part in range(4):
+        optimizer = kind(module.parameters())
+        unpack_inner_state(state, optimizer, list(module.parameters()))
+        take_steps(module, optimizer, part * STEPS, STEPS)
+        state = moved(packed(optimizer, module, kind, {}))
+    assert bits(module.state_dict()) == bits(whole.state_dict())
+
+
+def test_only_values_that_differ_from_a_fresh_optimizer_are_kept():
+    module = small_model()
+    optimizer = Counting(module.parameters())
+    assert packed(optimizer, module, Counting, {}).slots == ()
+    take_steps(module, optimizer, 0, 1)
+    slots = packed(optimizer, module, Counting, {}).slots
+    assert {(slot.owner, slot.param, slot.key) for slot in slots} == {
+        ("group", 0, key) for key in ("k", "d", "betas", "seen", "scale", "mode")
+    }
+
+
+def test_the_learning_rate_is_that_of_the_schedule():
+    module = small_model()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    optimizer.param_groups[0]["lr"] = 0.05
+    assert packed(optimizer, module, torch.optim.SGD, {"lr": 0.1}).slots == ()
+
+
+@pytest.mark.parametrize("key", ["momenta", "by_name"])
+def test_tensors_in_a_collection_of_the_optimizer_are_refused(key):
+    module = small_model()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    optimizer.own = list(module.parameters())  # parameters are no state
+    state = packed(optimizer, module, torch.optim.SGD, {"lr": 0.1})
+    assert state.slots == ()
+    setattr(optimizer, key, {"momenta": [torch.zeros(2)], "by_name": {"a": torch.zeros(2)}}[key])
+    with pytest.raises(UnsuitableModel, match=f"keeps a .* as {key}") as caught:
+        packed(optimizer, module, torch.optim.SGD, {"lr": 0.1})
+    assert "param_groups" in caught.value.hint
+
+
+def test_several_groups_keep_their_own_values():
+    module = small_model()
+
+    def made():
+        layers = [{"params": module[0].parameters()}, {"params": module[2].parameters(), "lr": 0.2}]
+        return Counting(layers)
+
+    optimizer = made()
+    take_steps(module, optimizer, 0, 2)
+    optimizer.param_groups[1]["k"] = 99
+    state = pack_inner_state(optimizer, list(module.parameters()), carried(made()))
+    other = made()
+    unpack_inner_state(state, other, list(module.parameters()))
+    assert [group["k"] for group in other.param_groups] == [2, 99]
+    assert [group["lr"] for group in other.param_groups] == [0.1, 0.2]

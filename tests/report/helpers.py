@@ -8,7 +8,15 @@ from dtrain.types import Contribution, RoundResult
 def result_of(number=1, **changes):
     contributions = tuple(
         Contribution(
-            replica=k, samples=10, steps=2, loss_sum=5.0, finite=True, units_decoded=1, bytes_read=100, seconds=0.1
+            replica=k,
+            samples=10,
+            steps=2,
+            loss_sum=5.0,
+            loss_count=40,
+            finite=True,
+            units_decoded=1,
+            bytes_read=100,
+            seconds=0.1,
         )
         for k in range(2)
     )
