@@ -7,6 +7,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from dtrain.algorithm.params import without_frozen
 from dtrain.algorithm.plan import samples_a_round, steps_a_round
 from dtrain.config.values import value_of
 from dtrain.data.plan.footprint import format_bytes
@@ -95,7 +96,6 @@ def plan_job(job: Job, *, full: bool = False) -> RunPlan:
         workers, sources = runner.num_workers, runner.spec.sources
     train, plan = job.config.train, resolved.plan
     steps = tuple(steps_a_round(size, train) for size in plan.sizes)
-    size = initial.params.nbytes
     stores = tuple(
         StorePlan(
             source=source,
@@ -113,8 +113,8 @@ def plan_job(job: Job, *, full: bool = False) -> RunPlan:
         held_out_samples=_held_out_samples(resolved.held_out),
         rounds=train.rounds,
         workers=workers,
-        reduced_bytes=size * plan.replicas,
-        commit_bytes=size,
+        reduced_bytes=without_frozen(initial.params).nbytes * plan.replicas,
+        commit_bytes=initial.params.nbytes,
         round_seconds=initial.seconds * max(steps) * math.ceil(plan.replicas / workers),
         checksums={v.name: v.checksums for v in sources[0].samples.variables},
         choices=_choices(job, stores, resolved.device, workers),
@@ -177,6 +177,7 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
         "replicas": plan.data.replicas,
         "fingerprint": plan.data.fingerprint,
         "num_params": plan.initial.num_params,
+        "num_frozen": plan.initial.num_frozen,
         "first_loss": plan.initial.loss,
         "steps": list(plan.steps),
         "samples_a_round": plan.samples,

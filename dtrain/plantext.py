@@ -23,7 +23,8 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
         ("chunks", missing + (f"; no checksums in {', '.join(unchecked)}" if unchecked else "; all have checksums")),
         (
             "model",
-            f"{plan.initial.num_params:,} parameters; {', '.join(plan.initial.inputs)} -> {plan.initial.outputs}",
+            f"{plan.initial.num_params:,} parameters{_frozen(plan)}; {', '.join(plan.initial.inputs)} -> "
+            f"{plan.initial.outputs}",
         ),
         ("first loss", f"{train.loss} of one real batch: {plan.initial.loss:.4f}{_estimated(job)}"),
         (
@@ -35,6 +36,11 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
         ("time", f"{_seconds(plan.round_seconds)} of local steps a round on {plan.workers} workers (estimate)"),
         *((f"auto {key}", f"{value}: {why}") for key, (value, why) in plan.choices.items()),
     ]
+
+
+def _frozen(plan: RunPlan) -> str:
+    count = plan.initial.num_frozen
+    return f", of which {count:,} are frozen: they are neither averaged nor sent each round" if count else ""
 
 
 def _store_rows(job: Job, plan: RunPlan, store: StorePlan) -> list[tuple[str, str]]:

@@ -187,8 +187,8 @@ def params_sha256(params: Parameters) -> str:
 
 
 def is_finite(params: Parameters, before: Parameters | None = None) -> bool:
-    """Whether every parameter and float buffer is finite, or infinite as it was `before` (a mask of -inf)."""
-    entries = [entry for entry in _present(params) if not entry.alias]
+    """Whether all trained parameters and float buffers are finite, or infinite as `before` (a mask of -inf)."""
+    entries = [entry for entry in params.layout.entries if not entry.alias and entry.kind != "frozen"]
     return all(_finite(_view(params, entry), _view(before, entry) if before else None) for entry in entries)
 
 

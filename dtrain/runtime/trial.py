@@ -42,6 +42,8 @@ class Initial:
     outputs: str
     num_params: int
     """Trainable and frozen parameters, tied ones once."""
+    num_frozen: int
+    """Frozen ones among them."""
     seconds: float
     """Of one local step."""
 
@@ -74,6 +76,7 @@ def initialise(resident: Resident) -> Initial:
             inputs=_named(spec.config.data.inputs, batch.inputs),
             outputs=described(outputs),
             num_params=layout.num_params + layout.num_frozen,
+            num_frozen=layout.num_frozen,
             seconds=seconds * len(first_step(resident.replicas[0].partition.num_samples, spec.config.train)),
         )
 

@@ -321,7 +321,7 @@ def test_an_unsuitable_model_is_refused_with_exit_code_3(build, said):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
-    "name", ["first.weight", "first.bias", "scale", "rate", "wide", "narrow", "turns", "norm.running_var"]
+    "name", ["first.weight", "last.bias", "scale", "rate", "wide", "narrow", "turns", "norm.running_var"]
 )
 def test_one_bad_number_makes_a_state_not_finite(name, bad):
     module = Zoo()

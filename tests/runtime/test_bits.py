@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from distributed import Client
 
 import dtrain
@@ -29,10 +31,10 @@ def without_timings(run: dtrain.Run) -> list[dict[str, Any]]:
 @pytest.fixture
 def train(tmp_path: Path, samples: Samples, train_table: dict[str, Any]) -> Callable[..., dtrain.Run]:
     def start(cluster: Any = "serial", *, model: Any = models.small, run: str | None = None, **changes: Any) -> Any:
-        average = {"replicas": changes.pop("replicas", 3)}
         config = changes.pop("config", {})
+        average = {"replicas": changes.pop("replicas", 3), **config.get("average", {})}
         table = {**train_table, **changes}
-        tables = {"train": table, "average": average, **config}
+        tables = {**config, "train": table, "average": average}
         given = dtrain.TrainConfig(**tables)
         return dtrain.train(
             model, samples, config=given, cluster=cluster, run=run, run_dir=tmp_path / "runs", progress=False
@@ -66,6 +68,29 @@ def test_serial_equals_cluster_whatever_a_round_is(
     train: Callable[..., dtrain.Run], client: Client, changes: dict[str, Any]
 ) -> None:
     assert without_timings(train(client, **changes)) == without_timings(train(**changes))
+
+
+def test_frozen_parameters_reach_each_worker_and_no_average(
+    train: Callable[..., dtrain.Run], client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outer = {"optimizer": "adamw", "args": {"lr": 0.05, "weight_decay": 0.1}}
+    given = {"freeze": ["0.*"], "rounds": 4, "config": {"average": {"outer": outer}, "run": {"commit_every": 2}}}
+    expected = train(**given)
+    whole = train(rounds=1).rows[0]["bytes_reduced"]
+    assert {row["bytes_reduced"] for row in expected.rows} == {whole - 3 * 4 * (6 * 12 + 12)}
+    sent: list[int] = []
+    scatter = Client.scatter
+
+    def watched(self: Client, values: Any, **options: Any) -> Any:
+        sent.extend(value.size for value in values if isinstance(value, np.ndarray))
+        return scatter(self, values, **options)
+
+    monkeypatch.setattr(Client, "scatter", watched)
+    run = train(client, **given)
+    assert without_timings(run) == without_timings(expected)
+    assert sent == [6 * 12 + 12] * 2  # once a segment
+    before, after = train(**{**given, "rounds": 1}).model.state_dict(), run.model.state_dict()
+    assert {name for name in after if torch.equal(after[name], before[name])} >= {"0.weight", "0.bias"}
 
 
 @pytest.mark.parametrize(("workers", "ahead", "every"), [(1, 2, 3), (2, 0, 10), (3, 1, 1)])

@@ -99,7 +99,8 @@ def test_parameters_never_pass_through_the_scheduler_or_a_graph(
         assert not arrays_in(arguments)
         for argument in arguments:
             flat = argument if isinstance(argument, list) else [argument]
-            assert all(isinstance(a, Future | str | int | LocalTask | AverageConfig) or a in ((), None) for a in flat), argument
+            known = Future | str | int | LocalTask | AverageConfig | None
+            assert all(isinstance(a, known) or a == () for a in flat), argument
         return submit(self, function, *arguments, **options)
 
     def watched_scatter(self: Client, *arguments: Any, **options: Any) -> Any:
