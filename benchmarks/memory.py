@@ -1,10 +1,10 @@
-"""Does the data path keep to its memory law? Peak memory of a pass, against what `plan` says, for data of any size.
+"""Does the data path keep to its memory budget? Peak memory of a pass, against what `plan` says, for data of any size.
 
     python benchmarks/memory.py                     1, 4 and 16 times a budget of 128 MB: a few minutes
     python benchmarks/memory.py --budget 512MB --times 64 --dir DIR      16 GB on disk
 
 Each measurement is a process of its own: its resident memory just before the first batch, and the most that it had
-in two shuffled passes over the data. The difference must stay below 1.10 x the law.
+in two shuffled passes over the data. The difference must stay below 1.10 x the budget.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def measure(path: str, layout: str, budget: str, reader: str) -> dict[str, Any]:
     seconds = time.monotonic() - began
     done.set()
     watcher.join()
-    return {"base": base, "peak": peak, "law": batches.memory.total, "samples": count, "seconds": seconds}
+    return {"base": base, "peak": peak, "budgeted": batches.memory.total, "samples": count, "seconds": seconds}
 
 
 def main() -> None:
@@ -105,7 +105,7 @@ def main() -> None:
         print(json.dumps(measure(*options.child)))
         return
     budget, found = parse_bytes(options.budget, "--budget"), []
-    print(f"{'layout':<12} {'reader':<9} {'data':>9} {'law':>9} {'peak':>9} {'peak/law':>9} {'samples/s':>10}")
+    print(f"{'layout':<12} {'reader':<9} {'data':>9} {'budget':>9} {'peak':>9} {'peak/budget':>11} {'samples/s':>10}")
     for layout in options.layouts:
         for times in options.times:
             with tempfile.TemporaryDirectory(dir=options.dir) as folder:
@@ -116,15 +116,15 @@ def main() -> None:
                     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
                     done = subprocess.run(child, check=True, capture_output=True, text=True, env=environment)
                     row = {"layout": layout, "reader": reader, "data": times * budget, **json.loads(done.stdout)}
-                    found.append(row)
+                    rows.append(row)
                     used = row["peak"] - row["base"]
                     print(
-                        f"{layout:<12} {reader:<9} {row['data'] / 1e6:>6.0f} MB {row['law'] / 1e6:>6.1f} MB "
-                        f"{used / 1e6:>6.1f} MB {used / row['law']:>9.2f} {row['samples'] / row['seconds']:>10,.0f}",
+                        f"{layout:<12} {reader:<9} {row['data'] / 1e6:>6.0f} MB {row['budgeted'] / 1e6:>6.1f} MB "
+                        f"{used / 1e6:>6.1f} MB {used / row['budgeted']:>11.2f} {row['samples'] / row['seconds']:>9,.0f}",
                         flush=True,
                     )
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

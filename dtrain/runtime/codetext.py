@@ -52,9 +52,9 @@ def _add_imports(text: str, package: str, base: Path, roots: list[Path], texts: 
     for imported in (package, *_imports(text, package)):
         parts = imported.split(".")
         for name in (".".join(parts[:count]) for count in range(1, len(parts) + 1)):
-            found = [file for root in roots if name and (file := file_in(root, name)) and is_below(base, file)]
-            if found:
-                _add_file(name, found[0], base, texts)
+            files = [file for root in roots if name and (file := file_in(root, name)) and is_below(base, file)]
+            if files:
+                _add_file(name, files[0], base, texts)
 
 
 def _imports(text: str, package: str) -> Iterator[str]:

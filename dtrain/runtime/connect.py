@@ -182,7 +182,7 @@ def _memory_limit(dask_worker: Any) -> int | None:
     return limit
 
 
-def check_versions(found: dict[str, dict[str, str]]) -> None:
+def check_versions(by_worker: dict[str, dict[str, str]]) -> None:
     """Compare the versions of all workers with those here.
 
     Raises
@@ -191,7 +191,7 @@ def check_versions(found: dict[str, dict[str, str]]) -> None:
         Names the worker, the package, what it has and what is needed.
     """
     here = versions.versions()
-    for address, there in sorted(found.items()):
+    for address, there in sorted(by_worker.items()):
         for package, version in here.items():
             if there.get(package, "") != version:
                 has = f"has {package} {there[package]}" if there.get(package) else f"lacks {package}"

@@ -10,10 +10,10 @@ PACKAGES = ("dtrain", "torch", "numpy", "zarr", "distributed")
 
 def versions() -> dict[str, str]:
     """Return the versions of Python (``major.minor``) and of `PACKAGES`; an empty text for a missing package."""
-    found = {"python": ".".join(platform.python_version_tuple()[:2])}
+    installed = {"python": ".".join(platform.python_version_tuple()[:2])}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = ""
-    return found
+            installed[package] = ""
+    return installed
