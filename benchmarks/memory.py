@@ -104,7 +104,7 @@ def main() -> None:
     if options.child:
         print(json.dumps(measure(*options.child)))
         return
-    budget, found = parse_bytes(options.budget, "--budget"), []
+    budget, rows = parse_bytes(options.budget, "--budget"), []
     print(f"{'layout':<12} {'reader':<9} {'data':>9} {'budget':>9} {'peak':>9} {'peak/budget':>11} {'samples/s':>10}")
     for layout in options.layouts:
         for times in options.times:
@@ -117,10 +117,10 @@ def main() -> None:
                     done = subprocess.run(child, check=True, capture_output=True, text=True, env=environment)
                     row = {"layout": layout, "reader": reader, "data": times * budget, **json.loads(done.stdout)}
                     rows.append(row)
-                    used = row["peak"] - row["base"]
+                    used, rate = row["peak"] - row["base"], row["samples"] / row["seconds"]
                     print(
                         f"{layout:<12} {reader:<9} {row['data'] / 1e6:>6.0f} MB {row['budgeted'] / 1e6:>6.1f} MB "
-                        f"{used / 1e6:>6.1f} MB {used / row['budgeted']:>11.2f} {row['samples'] / row['seconds']:>9,.0f}",
+                        f"{used / 1e6:>6.1f} MB {used / row['budgeted']:>11.2f} {rate:>10,.0f}",
                         flush=True,
                     )
     if options.json:
