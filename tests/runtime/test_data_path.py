@@ -175,15 +175,20 @@ def test_normalize_standardises_by_the_training_rows(
 ) -> None:
     import zarr
 
-    run = start("normal", client, data={"normalize": ["x"]})
+    by_feature = {"normalize": {"x": ["f"]}}
+    run = start("normal", client, data=by_feature)
     kept = json.loads((run.directory / "plan.json").read_text())["normalize"]
-    x = np.asarray(zarr.open_group(blobs, mode="r")["x"][...]).astype("float32").astype("float64")
+    x = np.asarray(zarr.open_group(blobs, mode="r")["x"][...])  # float64
     rows = np.concatenate([part.part_anchors(i) for part in run.plan.partitions for i in range(len(part.units))])
     assert len(set(rows)) == len(rows) < len(x)
     np.testing.assert_allclose(kept["x"]["mean"], x[rows].mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(kept["x"]["std"], x[rows].std(axis=0), rtol=1e-12)
-    assert kept["x"]["axis"] == 0  # a feature has its own mean
-    assert shas(run) == shas(start("serial", data={"normalize": ["x"]})) != shas(start("plain"))
+    assert kept["x"]["axes"] == [0]
+    one = start("one mean", client, data={"normalize": ["x"]})
+    kept = json.loads((one.directory / "plan.json").read_text())["normalize"]
+    np.testing.assert_allclose(kept["x"]["mean"], [x[rows].mean()], rtol=1e-12)
+    assert shas(run) == shas(start("serial", data=by_feature))
+    assert len({*map(tuple, (shas(run), shas(one), shas(start("plain"))))}) == 3
 
 
 def test_a_run_keeps_its_normalisation(start: Callable[..., dtrain.Run], monkeypatch: pytest.MonkeyPatch) -> None:
