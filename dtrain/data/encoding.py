@@ -53,13 +53,15 @@ def unpack(values: Array, encoding: Encoding | None) -> Array:
         return values
     if encoding.unsigned:
         values = values.view(encoding.unsigned)
-    decoded = values.astype(encoding.dtype)
+    is_half = encoding.is_packed and encoding.dtype == "float16"
+    decoded = values.astype(np.float32 if is_half else encoding.dtype)
     if encoding.missing:
         decoded[is_missing(values, encoding)] = np.nan
+    number = float if decoded.dtype.kind == "f" else int
     if encoding.scale is not None:
-        decoded *= encoding.scale
+        decoded *= number(encoding.scale)
     if encoding.offset is not None:
-        decoded += encoding.offset
+        decoded += number(encoding.offset)
     return decoded
 
 
@@ -86,7 +88,9 @@ def is_missing(values: Array, encoding: Encoding) -> Array:
 def _as_stored(value: float, dtype: DType) -> Array | None:
     """Cast a mark to the dtype; None if it cannot be represented, and no value is marked."""
     if dtype.kind not in "iu":
-        return np.asarray(value, dtype)
+        with np.errstate(over="ignore"):
+            mark = np.asarray(value, dtype)
+        return None if np.isinf(mark) and not np.isinf(value) else mark
     info = np.iinfo(dtype)
     return np.asarray(int(value), dtype) if info.min <= value <= info.max and value == int(value) else None
 

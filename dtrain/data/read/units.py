@@ -159,5 +159,6 @@ class UnitReader:
             ) from error
 
     def _check(self, variable: Variable, select: Select, values: Array) -> None:
+        self.faults.check_integers(variable, select, values)
         if self.samples.config.non_finite == "error":
             self.faults.check_finite(variable, select, values)
