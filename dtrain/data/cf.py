@@ -44,19 +44,27 @@ def encoding_of(name: str, attributes: Attributes, dtype: DType, *, zarr_format:
     if not attributes:
         return None
     try:
-        attributes |= {key: _number(key, attributes[key]) for key in PACKING if key in attributes}
-        unsigned = _other_signs(attributes, dtype)
-        missing = _marks(attributes, dtype, unsigned)
-        decoded = _decoded_dtype(name, attributes, dtype)
-        if decoded.kind in "iu" and packed and missing:
-            decoded = np.dtype(np.float64)  # only a float can be NaN
-        elif decoded.kind in "iu" and packed:
-            _check_range(attributes, np.dtype(unsigned or dtype), decoded)
-        scale, offset = (float(attributes[key]) if key in attributes else None for key in PACKING)
+        encoding = _encoding(name, attributes, dtype)
     except Exception as error:
         raise UnsuitableVariable(f"{name}: its CF attributes cannot be understood: {error}") from None
-    if scale is None and offset is None and not unsigned and all(v != v for v in missing):
+    if not packed and not encoding.unsigned and all(v != v for v in encoding.missing):
         return None  # NaN marks NaN
+    return encoding
+
+
+def _encoding(name: str, given: Attributes, dtype: DType) -> Encoding:
+    packing = {key: _number(key, given[key]) for key in PACKING if key in given}
+    # xarray knows true and false in lower case only
+    words = {key: str(given[key]).lower() for key in ("_Unsigned",) if key in given}
+    attributes = {**given, **packing, **words}
+    unsigned = _other_signs(attributes, dtype)
+    missing = _marks(attributes, dtype, unsigned)
+    decoded = _decoded_dtype(name, attributes, dtype)
+    if packing and missing and decoded.kind in "iu":
+        decoded = np.dtype(np.float64)  # only a float can be NaN
+    elif packing and decoded.kind in "iu":
+        _check_range(packing, np.dtype(unsigned or dtype), decoded)
+    scale, offset = (float(packing[key]) if key in packing else None for key in PACKING)
     return Encoding(dtype=str(decoded), scale=scale, offset=offset, missing=missing, unsigned=unsigned)
 
 
@@ -81,7 +89,7 @@ def _decoded_dtype(name: str, attributes: Attributes, dtype: DType) -> DType:
 
 def _other_signs(attributes: Attributes, dtype: DType) -> str:
     """Return the dtype with other signs that stored integers are meant to have; empty if they have the right ones."""
-    kind = {"true": "u", "false": "i"}.get(str(attributes.get("_Unsigned", "")).lower(), dtype.kind)
+    kind = {"true": "u", "false": "i"}.get(attributes.get("_Unsigned", ""), dtype.kind)
     return f"{kind}{dtype.itemsize}" if dtype.kind in "iu" and kind != dtype.kind else ""
 
 
@@ -109,9 +117,9 @@ def _number(key: str, value: Any) -> int | float:
     return number
 
 
-def _check_range(attributes: Attributes, stored: DType, decoded: DType) -> None:
+def _check_range(packing: Mapping[str, int | float], stored: DType, decoded: DType) -> None:
     """Refuse integers that unpacking by integers may make too large."""
-    scale, offset = (int(attributes.get(key, default)) for key, default in zip(PACKING, (1, 0), strict=True))
+    scale, offset = (int(packing.get(key, default)) for key, default in zip(PACKING, (1, 0), strict=True))
     bounds = [bound * scale + offset for bound in _bounds(stored)]
     if min(bounds) < np.iinfo(decoded).min or max(bounds) > np.iinfo(decoded).max:
         raise ValueError(

@@ -335,6 +335,13 @@ def test_packing_that_is_no_number_is_refused(write_store, tmp_path, key, number
     assert caught.value.code == 3
 
 
+@pytest.mark.parametrize("word", ["true", "True", "TRUE", True])
+@pytest.mark.parametrize(("more", "decoded"), [({}, 255), ({"scale_factor": 0.5}, 127.5), ({"missing_value": 7}, 255)])
+def test_unsigned_may_be_written_in_capitals_or_as_a_boolean(write_store, tmp_path, word, more, decoded):
+    path = write(write_store, tmp_path, 3, np.array([-1], "int8"), {"_Unsigned": word, **more})
+    assert as_dtrain_decodes(path).tolist() == [decoded]
+
+
 @pytest.mark.parametrize("mark", [False, 1])
 def test_bools_of_which_some_are_missing_are_floats(write_store, tmp_path, mark):
     path = write(write_store, tmp_path, 3, np.array([True, False]), {"missing_value": mark})

@@ -87,15 +87,20 @@ def moments_of(values: Array, encoding: Encoding | None = None, axes: tuple[int,
     axes : tuple of int
         The axes of a row of which each index has its own mean.
     """
-    means = math.prod(values.shape[axis + 1] for axis in axes)
-    row = max(1, math.prod(values.shape[1:]))
-    size = max(1, PIECE_VALUES // row, -(-MIN_VALUES * means // row))
-    by_mean = np.moveaxis(values, [axis + 1 for axis in axes], range(len(axes)))
-    pieces = (by_mean[(slice(None),) * len(axes) + (slice(i, i + size),)] for i in range(0, len(values), size))
     with np.errstate(all="ignore"):  # values that are not finite give moments that are not: refused by name
-        return reduce(
-            operator.add, (_moments(np.ascontiguousarray(piece.reshape(means, -1)), encoding) for piece in pieces)
-        )
+        return reduce(operator.add, (_moments(piece, encoding) for piece in _pieces(values, axes)))
+
+
+def _pieces(values: Array, axes: tuple[int, ...]) -> Iterator[Array]:
+    """Yield rows in pieces ``[mean, value]``, contiguous."""
+    means = math.prod(values.shape[axis + 1] for axis in axes)
+    by_mean = np.moveaxis(values, [axis + 1 for axis in axes], range(len(axes)))
+    length = max(MIN_VALUES, PIECE_VALUES // means)
+    rows = max(1, length * means // max(1, math.prod(values.shape[1:])))
+    for first in range(0, len(values), rows):
+        some = by_mean[(slice(None),) * len(axes) + (slice(first, first + rows),)].reshape(means, -1)
+        for start in range(0, some.shape[1], length):
+            yield np.ascontiguousarray(some[:, start : start + length])
 
 
 def _moments(values: Array, encoding: Encoding | None) -> Moments:

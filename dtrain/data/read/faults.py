@@ -189,7 +189,8 @@ class Faults:
                 meant = "" if value.dtype.kind == "u" else f", which means {value.view(np.uint64)}"
                 raise UnsuitableVariable(
                     f"{text}{meant}; the model sees int64, which ends at {2**63 - 1}.",
-                    f"Store {variable.name} with smaller numbers, or as floats; data.normalize makes it a float too.",
+                    f"Store {variable.name} with smaller numbers or as floats, or name it in data.normalize: then the "
+                    "model sees floats.",
                 )
 
     def _first(self, variable: Variable, select: Select, bad: Array | None) -> list[int] | None:
