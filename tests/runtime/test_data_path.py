@@ -27,6 +27,7 @@ from dtrain.errors import (
     DtrainError,
     InvalidConfig,
     LengthsDiffer,
+    RunConflict,
     UserCodeFailed,
 )
 from dtrain.job import job_from_config
@@ -191,11 +192,17 @@ def test_normalize_standardises_by_the_training_rows(
     assert len({*map(tuple, (shas(run), shas(one), shas(start("plain"))))}) == 3
 
 
-def test_a_run_keeps_its_normalisation(start: Callable[..., dtrain.Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = start("whole", data={"normalize": ["x"]})
-    start("cut", data={"normalize": ["x"]}, train={"rounds": 2})
+@pytest.mark.parametrize("normalize", [["x"], {"x": ["f"]}])
+def test_a_run_keeps_its_normalisation(
+    start: Callable[..., dtrain.Run], monkeypatch: pytest.MonkeyPatch, normalize: Any
+) -> None:
+    whole = start("whole", data={"normalize": normalize})
+    start("cut", data={"normalize": normalize}, train={"rounds": 2})
     monkeypatch.setattr("dtrain.prepare.scalings_of", None)  # a second pass over the data would fail
-    assert shas(start("cut", data={"normalize": ["x"]})) == shas(whole)
+    assert shas(start("cut", data={"normalize": normalize})) == shas(whole)
+    assert dtrain.load_run(whole.directory).resolved.scalings == whole.resolved.scalings
+    with pytest.raises(RunConflict, match=r"data.normalize was .*, is \[\]"):
+        start("cut")
     assert whole.evaluate(split="test", round="last")["loss"] > 0
 
 
