@@ -35,16 +35,23 @@ class Batches:
     Made by `batches`. Its threads end when it is exhausted, closed or garbage-collected.
     """
 
-    def __init__(self, loader: Loader, prepared: Iterator[TensorBatch], memory: MemoryBudget) -> None:
+    def __init__(
+        self, loader: Loader, prepared: Iterator[TensorBatch], memory: MemoryBudget, shortest: int = 1
+    ) -> None:
         self._loader = loader
         self._prepared = prepared
+        self._shortest = shortest
+        """Samples of the shortest batch that is not left out."""
         self.memory = memory
         """The memory budget that it keeps to, term by term."""
 
     @property
     def cursor(self) -> Cursor:
         """Where the next batch begins; pass it to `batches` to continue from there."""
-        return self._loader.cursor
+        cursor = self._loader.cursor
+        if cursor.position and self._loader.pass_size - cursor.position < self._shortest:
+            return Cursor(cursor.epoch + 1, 0)
+        return cursor
 
     def __iter__(self) -> Batches:
         return self
@@ -97,8 +104,9 @@ def batches(
     split : {"train", "val", "test", "all"}
         Only "train" is shuffled.
     epochs : int, optional
-        Number of passes; the last batch of a pass may be short. None: passes without end, in full batches that go
-        on from one pass to the next.
+        Number of passes, counted from `cursor`: at the beginning of a pass it is the first, within a pass the rest of
+        it is. The last batch of a pass may be short. None: passes without end, in full batches that go on from one
+        pass to the next.
     drop_last : bool
         Leave out the short batch at the end of a pass.
     replica, replicas : int
@@ -106,7 +114,8 @@ def batches(
     seed : int
         Determines partitions and order.
     cursor : Cursor, optional
-        Where to begin: the value of `Batches.cursor` at an earlier time.
+        Where to begin: the value of `Batches.cursor` at an earlier time. That of an iterator that is exhausted is the
+        beginning of the next pass, which is shuffled anew.
     memory, cache, reader : str, optional
         Replace the keys of the same name in ``[data]``.
 
@@ -157,14 +166,14 @@ def batches(
         shuffle=shuffle,
         limits=limits,
         scalings=_scalings(opened, plan),
-        total=None if epochs is None else max(0, epochs * partition.num_samples - consumed),
+        total=None if epochs is None else epochs * partition.num_samples - start.position,
     )
     tensors = as_tensors(loader.stream(), split)
     if transform is not None:
         tensors = transformed(tensors, transform, seed, replica, consumed)
     if drop_last:
         tensors = (batch for batch in tensors if batch.size == batch_size)
-    return Batches(loader, tensors, budget)
+    return Batches(loader, tensors, budget, shortest=batch_size if drop_last and epochs is not None else 1)
 
 
 # Parts of `batches` ------------------------------------------------------------------------------------------
@@ -228,11 +237,11 @@ def _consumed(start: Cursor, partition: Partition) -> int:
 
 
 def _sizes(size: int, batch: int, start: Cursor, epochs: int | None) -> Iterator[int]:
-    """Yield the sizes of the batches of passes that begin at a cursor."""
+    """Yield the sizes of the batches of so many passes; the first one begins at the cursor."""
     if epochs is None:
         yield from itertools.repeat(batch)
     position = start.position
-    for _ in range(start.epoch, epochs or 0):
+    for _ in range(epochs or 0):
         full, rest = divmod(size - position, batch)
         yield from itertools.repeat(batch, full)
         if rest:
@@ -266,5 +275,7 @@ def _check_start(seed: int, cursor: Cursor | None, replica: int, replicas: int) 
         raise InvalidConfig(
             f"cursor = {cursor!r}: a dtrain.Cursor(epoch, position) is needed, or the value of Batches.cursor."
         )
+    if cursor is not None and min(cursor.epoch, cursor.position) < 0:
+        raise InvalidConfig(f"cursor = {cursor!r}: epoch and position count from 0.")
     if not 0 <= replica < replicas:
         raise InvalidConfig(f"replica = {replica}: allowed are 0 to {replicas - 1}, as replicas = {replicas}.")

@@ -189,6 +189,11 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
         "commit_bytes": plan.commit_bytes,
         "round_seconds": round(plan.round_seconds, 3),
         "checksums": plan.checksums,
+        "normalize": {
+            v.name: {"dims": v.mean_dims, "means": v.num_means}
+            for v in first.source.samples.variables
+            if v.is_standardised
+        },
         "readers": {name: reader for name, (reader, _) in first.readers.items()},
         "resolved": {key: {"value": value, "why": why} for key, (value, why) in plan.choices.items()},
     }

@@ -13,6 +13,7 @@ from distributed import Client
 
 from dtrain.algorithm.plan import micro_size
 from dtrain.config.values import cache_bytes, parse_bytes
+from dtrain.data.encoding import Scaling
 from dtrain.data.load.statistics import scalings_of
 from dtrain.data.plan.memory import MemoryBudget, Reading, plan_memory
 from dtrain.data.plan.partition import Partition, eval_partitions
@@ -71,6 +72,8 @@ def open_runner(
         job = described(job, place)
         resolved = known or resolve(job, place)
         _check_data(job, resolved, place, started=known is not None, full=full)
+        if resolved.scalings or not job.config.data.normalize:
+            job = _standardised(job, resolved.scalings)
         planned = _planned_sources(job, resolved, place)
         if job.config.data.normalize and not resolved.scalings:
             with place.runner(_spec(job, resolved, f"{run_id}-n", planned)) as runner:
@@ -79,6 +82,13 @@ def open_runner(
             resolved = replace(resolved, scalings=scalings)
         with place.runner(_spec(job, resolved, run_id, planned)) as runner:
             yield runner, resolved
+
+
+def _standardised(job: Job, scalings: Mapping[str, Scaling]) -> Job:
+    """Return the job with the variables standardised that plan.json names: also of other data than the run's own."""
+    sources = tuple(replace(source, samples=source.described.standardised_by(scalings)) for source in job.sources)
+    held_out = job.held_out and replace(job.held_out, samples=job.held_out.described.standardised_by(scalings))
+    return replace(job, sources=sources, held_out=held_out)
 
 
 def _check_data(job: Job, resolved: Resolved, place: Place, *, started: bool, full: bool) -> None:

@@ -20,7 +20,7 @@ from dtrain.job import Job
 from dtrain.runtime.place import Place
 from dtrain.runtime.spec import Source
 
-VERSION = 1
+VERSION = 2
 """Of plan.json. A key that is added later is optional, with the behaviour of before as its default; a change that an
 older dtrain would misread raises the version."""
 
@@ -61,6 +61,7 @@ def resolve(job: Job, place: Place) -> Resolved:
         The stores do not fit together or with the configuration, or the device is not there.
     """
     _check_alike(job)
+    _check_means(job)
     plans = tuple(_plan(source, job, place) for source in job.sources)
     held_out = None if job.held_out is None else plan_held_out(job.held_out.described, plans[0])
     device = _device(job, place)
@@ -117,6 +118,20 @@ def _check_alike(job: Job) -> None:
                 )
 
 
+def _check_means(job: Job) -> None:
+    """Refuse stores whose dimensions with means of their own are other axes than in the first store."""
+    first = job.samples
+    for source in job.all_sources[1:]:
+        other = source.described
+        for a, b in zip(first.variables, other.variables, strict=True):
+            if a.mean_axes != b.mean_axes:
+                raise LengthsDiffer(
+                    f"{other.path}: {b.name} has the dimensions {', '.join(b.dims)}; in {first.path} they are "
+                    f"{', '.join(a.dims)}. data.normalize has means along them.",
+                    "Store the dimensions in the same order.",
+                )
+
+
 def check_kind(samples: Samples, plan: DataPlan) -> None:
     """Refuse data of other metadata than a plan was made for."""
     if samples.fingerprint != plan.source:
@@ -162,10 +177,7 @@ def from_json(values: Mapping[str, Any]) -> Resolved:
         )
     data = values["data"]
     plans = tuple(_plan_from(plan) for plan in (data if isinstance(data, list) else [data]))
-    scalings = {
-        name: Scaling(tuple(scaling["mean"]), tuple(scaling["std"]), scaling["axis"])
-        for name, scaling in values.get("normalize", {}).items()
-    }
+    scalings = {name: _scaling_from(scaling) for name, scaling in values.get("normalize", {}).items()}
     held_out = values.get("held_out")
     return Resolved(
         plan=JointPlan(plans),
@@ -175,6 +187,12 @@ def from_json(values: Mapping[str, Any]) -> Resolved:
         contents=tuple(values.get("contents", ())),
         code=values["code"],
     )
+
+
+def _scaling_from(values: Mapping[str, Any]) -> Scaling:
+    """Return a scaling; version 1 had at most one axis, and no `rest`."""
+    axes = values["axes"] if "axes" in values else [] if values["axis"] is None else [values["axis"]]
+    return Scaling(tuple(values["mean"]), tuple(values["std"]), tuple(axes), tuple(values.get("rest", ())))
 
 
 def _plan_from(values: Mapping[str, Any]) -> DataPlan:

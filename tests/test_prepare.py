@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import pytest
 import dtrain
 from dtrain import prepare
 from dtrain.data.plan import footprint, partition
+from dtrain.data.plan.partition import JointPlan
 from dtrain.data.read import units
 from dtrain.data.samples import Samples
 from dtrain.errors import ChunkMissing, DataChanged, OutOfMemory
 from dtrain.job import Job, job_from_python
 from dtrain.prepare import open_runner
+from dtrain.resolve import plan_other
 from dtrain.run import with_scheduler
 from tests.runtime import models
 
@@ -102,6 +105,29 @@ def test_normalisation_is_resolved_by_one_pass_and_kept(blobs: Path) -> None:
         assert resolved.scalings.keys() == runner.spec.scalings.keys() == {"x"}
     with open_runner(job_of(samples), "id", known=resolved) as (again, _):
         assert again.spec.scalings == resolved.scalings
+
+
+def test_a_run_decides_what_is_standardised_of_other_data(blobs: Path) -> None:
+    with_means, without = (
+        dtrain.open_samples(blobs, inputs=["x"], targets=["y"], normalize=normalize)
+        for normalize in ({"x": ["f"], "y": []}, [])
+    )
+    with open_runner(job_of(with_means), "id") as (_, normalised):
+        pass
+    with open_runner(job_of(without), "id") as (_, plain):
+        pass
+    for samples, known in ((without, normalised), (with_means, normalised)):
+        known = replace(known, plan=JointPlan((plan_other(samples, 0),)), contents=())
+        with open_runner(job_of(samples), "id", known=known) as (runner, _):
+            (source,) = runner.spec.sources
+            assert [v.mean_axes for v in source.samples.variables] == [(0,), ()]
+            assert [str(v.kept_dtype) for v in source.samples.variables] == ["float64", "int32"]
+    known = replace(plain, plan=JointPlan((plan_other(with_means, 0),)), contents=())
+    job = job_of(with_means)
+    config = job.config.model_copy(update={"data": without.config})  # that of the run
+    with open_runner(replace(job, config=config), "id", known=known) as (runner, _):
+        (source,) = runner.spec.sources
+        assert source.samples.variables == without.variables
 
 
 def test_a_budget_that_does_not_suffice_is_refused(blobs: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import dtrain
 from dtrain.data.plan.partition import eval_partitions
 from dtrain.directory import read_plan
-from dtrain.errors import RunConflict
+from dtrain.errors import LengthsDiffer, RunConflict
 from dtrain.job import job_from_python
 from dtrain.prepare import open_runner
 from dtrain.resolve import VERSION, from_json, to_json
@@ -91,6 +92,48 @@ def test_a_plan_without_version_is_read_and_a_newer_one_is_refused(samples: dtra
     (run.directory / "plan.json").write_text(json.dumps({**stored, "version": VERSION + 1}))
     with pytest.raises(RunConflict, match="newer dtrain"):
         start(samples, tmp_path, 2)
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_means_of_an_earlier_version_are_read(tmp_path: Path, blobs: Path, axis: int | None) -> None:
+    samples = dtrain.open_samples(blobs, inputs=["x"], targets=["y"], normalize=["x"])
+    run = start(samples, tmp_path, 1)
+    stored = json.loads((run.directory / "plan.json").read_text())
+    assert set(stored["normalize"]["x"]) == {"mean", "std", "axes", "rest"}
+    number = 1 if axis is None else 6
+    old = {"mean": [0.5] * number, "std": [2.0] * number, "axis": axis}  # the axis was guessed
+    (run.directory / "plan.json").write_text(json.dumps({**stored, "version": 1, "normalize": {"x": old}}))
+    again = dtrain.load_run(run.directory, model=models.small)
+    means = again.resolved.scalings["x"]
+    assert (means.mean, means.axes, means.rest) == ((0.5,) * number, () if axis is None else (0,), ())
+    assert again.evaluate(split="test")["loss"] > 0
+    assert len(start(samples, tmp_path, 2).rows) == 2  # and it continues
+
+
+def test_stores_with_means_along_other_axes_are_refused(tmp_path: Path, write_store: Callable[..., Path]) -> None:
+    values = np.random.default_rng(0).normal(size=(60, 4, 4))
+
+    def write(name: str, dims: tuple[str, ...]) -> str:
+        arrays = {
+            "x": {"dims": dims, "values": values, "chunks": (10, 4, 4)},
+            "y": {"dims": ("n",), "values": np.arange(60) % 3, "chunks": (10,)},
+        }
+        return str(write_store(tmp_path / name, arrays))
+
+    one, other = write("one", ("n", "lat", "lon")), write("other", ("n", "lon", "lat"))
+    split = {"val": 0.0, "test": 0.0}
+    for normalize, fits in (({"x": ["lat"]}, False), (["x"], True), ({"x": ["lat", "lon"]}, True)):
+        samples = dtrain.open_samples(
+            one, inputs=["x"], targets=["y"], val_path=other, split=split, normalize=normalize
+        )
+        job = job_from_python(models.small, samples, {"train": {"loss": "cross_entropy"}}, None)
+        job = replace(job, config=with_scheduler(job.config, "serial"))
+        if fits:
+            with open_runner(job, "id"):
+                continue
+        said = "x has the dimensions n, lon, lat; in .* they are n, lat, lon"
+        with pytest.raises(LengthsDiffer, match=said), open_runner(job, "id"):
+            pass
 
 
 def test_a_run_goes_on_with_the_plan_that_it_was_started_with(samples: dtrain.Samples, tmp_path: Path) -> None:

@@ -125,7 +125,10 @@ def _replaced(tables: Tables, parts: list[str], value: Plain, key: str) -> Table
         return {**tables, head: value}
     inner = tables.get(head, {})
     if not isinstance(inner, dict):
-        raise InvalidConfig(f"--set {key}: {head} is not a table.")
+        whole = key.removesuffix("." + ".".join(rest))
+        raise InvalidConfig(
+            f"--set {key}: {whole} is not a table.", f"Set all of it: --set '{whole}={{ {'.'.join(rest)} = ... }}'"
+        )
     return {**tables, head: _replaced(inner, rest, value, key)}
 
 

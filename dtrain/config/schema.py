@@ -109,7 +109,7 @@ class DataConfig(Table):
     split_order: Literal["auto", "random", "sequential"] = "auto"
     val_path: str = ""
     partition: Literal["stratified", "contiguous"] = "stratified"
-    normalize: tuple[str, ...] = ()
+    normalize: tuple[str, ...] | dict[str, tuple[str, ...]] = ()
     transform: str = ""
     missing: Literal["error", "fill", "skip"] = "error"
     non_finite: Literal["error", "allow"] = "error"
@@ -117,6 +117,13 @@ class DataConfig(Table):
     memory: Size = "auto"
     cache: Size = "auto"
     reader: Literal["auto", "numcodecs", "zarrs", "zarr"] = "auto"
+
+    @property
+    def mean_dims(self) -> dict[str, tuple[str, ...]]:
+        """By variable of `normalize`: the dimensions of which each index has its own mean; none: one mean."""
+        if isinstance(self.normalize, dict):
+            return self.normalize
+        return dict.fromkeys(self.normalize, ())
 
 
 class TrainTable(Table):
@@ -305,11 +312,18 @@ def _check_values(config: TrainConfig) -> None:
     if config.data.cache != "auto":
         cache_bytes(config.data.cache)
     _check_name("data.transform", config.data.transform, (), empty=True)
-    known = (*config.data.inputs, *config.data.targets)
-    if odd := [name for name in config.data.normalize if name not in known]:
-        raise InvalidConfig(
-            f'data.normalize names "{odd[0]}", which is neither an input nor a target{did_you_mean(odd[0], known)}'
-        )
+    _check_normalize(config.data)
+
+
+def _check_normalize(data: DataConfig) -> None:
+    known = (*data.inputs, *data.targets)
+    for name, dims in data.mean_dims.items():
+        if name not in known:
+            raise InvalidConfig(
+                f'data.normalize names "{name}", which is neither an input nor a target{did_you_mean(name, known)}'
+            )
+        if twice := [dim for dim in dims if dims.count(dim) > 1]:
+            raise InvalidConfig(f'data.normalize.{name} names the dimension "{twice[0]}" twice.', "Name it once.")
 
 
 def _check_reported_names(metrics: Sequence[str]) -> None:

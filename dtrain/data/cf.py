@@ -15,7 +15,8 @@ from dtrain.errors import UnsuitableVariable
 Attributes: TypeAlias = Mapping[Any, Any]
 """Undecoded, as xarray gives them."""
 
-CF_ATTRIBUTES = ("scale_factor", "add_offset", "_FillValue", "missing_value", "_Unsigned")
+PACKING = ("scale_factor", "add_offset")
+CF_ATTRIBUTES = (*PACKING, "_FillValue", "missing_value", "_Unsigned")
 
 
 def encoding_of(name: str, attributes: Attributes, dtype: DType, *, zarr_format: int) -> Encoding | None:
@@ -36,22 +37,35 @@ def encoding_of(name: str, attributes: Attributes, dtype: DType, *, zarr_format:
         The attributes cannot be understood.
     """
     attributes = {key: attributes[key] for key in CF_ATTRIBUTES if key in attributes}
-    packed = "scale_factor" in attributes or "add_offset" in attributes
+    packed = any(key in attributes for key in PACKING)
     if zarr_format == 2 and not packed and attributes.get("_FillValue") == 0:
         # zarr itself writes this fill value for a v2 array: it says nothing about missing values
         del attributes["_FillValue"]
     if not attributes:
         return None
     try:
-        decoded = _decoded_dtype(name, attributes, dtype)
-        scale, offset = (_number(attributes.get(key)) for key in ("scale_factor", "add_offset"))
-        unsigned = _other_signs(attributes, dtype)
-        missing = _marks(attributes, dtype, unsigned)
+        encoding = _encoding(name, attributes, dtype)
     except Exception as error:
         raise UnsuitableVariable(f"{name}: its CF attributes cannot be understood: {error}") from None
-    if scale is None and offset is None and not unsigned and all(v != v for v in missing):
+    if not packed and not encoding.unsigned and all(v != v for v in encoding.missing):
         return None  # NaN marks NaN
-    return Encoding(dtype=decoded, scale=scale, offset=offset, missing=missing, unsigned=unsigned)
+    return encoding
+
+
+def _encoding(name: str, given: Attributes, dtype: DType) -> Encoding:
+    packing = {key: _number(key, given[key]) for key in PACKING if key in given}
+    # xarray knows true and false in lower case only
+    words = {key: str(given[key]).lower() for key in ("_Unsigned",) if key in given}
+    attributes = {**given, **packing, **words}
+    unsigned = _other_signs(attributes, dtype)
+    missing = _marks(attributes, dtype, unsigned)
+    decoded = _decoded_dtype(name, attributes, dtype)
+    if packing and missing and decoded.kind in "iu":
+        decoded = np.dtype(np.float64)  # only a float can be NaN
+    elif packing and decoded.kind in "iu":
+        _check_range(packing, np.dtype(unsigned or dtype), decoded)
+    scale, offset = (float(packing[key]) if key in packing else None for key in PACKING)
+    return Encoding(dtype=str(decoded), scale=scale, offset=offset, missing=missing, unsigned=unsigned)
 
 
 def float_encoding(dtype: DType) -> Encoding | None:
@@ -61,18 +75,21 @@ def float_encoding(dtype: DType) -> Encoding | None:
     return Encoding(dtype="float32" if dtype.itemsize <= 2 else "float64")
 
 
-def _decoded_dtype(name: str, attributes: Attributes, dtype: DType) -> str:
+def _decoded_dtype(name: str, attributes: Attributes, dtype: DType) -> DType:
+    """Return the dtype of decoded values: that of xarray, but for dtypes in which it loses values."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of several fill values; all are missing
         decoded = xr.conventions.decode_cf_variable(
             name, xr.Variable((), np.zeros((), dtype), attributes), decode_times=False
         )
-    return str(decoded.dtype)
+    if dtype.kind == "f" and decoded.dtype.kind != "f":  # an integer scale factor makes xarray truncate floats
+        return np.result_type(dtype, np.float32)
+    return np.dtype(np.float32) if decoded.dtype.kind == "O" else decoded.dtype  # bools of which some are missing
 
 
 def _other_signs(attributes: Attributes, dtype: DType) -> str:
     """Return the dtype with other signs that stored integers are meant to have; empty if they have the right ones."""
-    kind = {"true": "u", "false": "i"}.get(str(attributes.get("_Unsigned", "")).lower(), dtype.kind)
+    kind = {"true": "u", "false": "i"}.get(attributes.get("_Unsigned", ""), dtype.kind)
     return f"{kind}{dtype.itemsize}" if dtype.kind in "iu" and kind != dtype.kind else ""
 
 
@@ -91,5 +108,28 @@ def _numbers(value: Any) -> list[float]:
     return [v if isinstance(v, int) else float(v) for v in numbers]  # float64 does not hold all int64
 
 
-def _number(value: Any) -> float | None:
-    return None if value is None else float(np.asarray(value).reshape(-1)[0])
+def _number(key: str, value: Any) -> int | float:
+    """Return a number that may stand in a list of one, as netCDF's attributes do."""
+    numbers = np.asarray(value)
+    if numbers.size != 1 or numbers.dtype.kind not in "iuf" or not np.isfinite(numbers).all():
+        raise ValueError(f"{key} = {value!r} is not a finite number")
+    number: int | float = numbers.reshape(()).item()
+    return number
+
+
+def _check_range(packing: Mapping[str, int | float], stored: DType, decoded: DType) -> None:
+    """Refuse integers that unpacking by integers may make too large."""
+    scale, offset = (int(packing.get(key, default)) for key, default in zip(PACKING, (1, 0), strict=True))
+    bounds = [bound * scale + offset for bound in _bounds(stored)]
+    if min(bounds) < np.iinfo(decoded).min or max(bounds) > np.iinfo(decoded).max:
+        raise ValueError(
+            f"unpacked {stored} may reach {max(bounds, key=abs)}, which {decoded} cannot hold; write scale_factor and "
+            "add_offset as floats"
+        )
+
+
+def _bounds(dtype: DType) -> tuple[int, int]:
+    if dtype.kind == "b":
+        return 0, 1
+    info = np.iinfo(dtype)
+    return int(info.min), int(info.max)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from dtrain.config.schema import DataConfig, Offsets, Slice
-from dtrain.data.encoding import DType, Encoding
+from dtrain.data.encoding import DType, Encoding, Scaling
 from dtrain.display import html_table
 
 Select: TypeAlias = tuple[tuple[int, int, int], ...]
@@ -83,6 +83,11 @@ class Variable:
     """How values are packed; None if they are stored as they are."""
     chunk_format: ChunkFormat = ChunkFormat()
     """Decides who can read the variable, and nothing else; not part of the fingerprint."""
+    mean_axes: tuple[int, ...] | None = None
+    """The axes of a row of which each index has a mean of its own (``data.normalize``); none: one mean of all values.
+
+    None: the variable is not standardised. Not part of the fingerprint: plan.json keeps the means.
+    """
 
     @property
     def is_static(self) -> bool:
@@ -106,9 +111,28 @@ class Variable:
 
     @property
     def kept_dtype(self) -> DType:
-        """Dtype in memory: the stored one in native byte order; float64 becomes float32, which the model sees."""
+        """Dtype in memory: the stored one in native byte order; float64 becomes float32, which the model sees.
+
+        A variable that is standardised stays float64: its mean is subtracted first.
+        """
         stored = np.dtype(self.dtype).newbyteorder("=")
-        return np.dtype(np.float32) if stored.kind == "f" and stored.itemsize > 4 and not self.encoding else stored
+        is_cast = stored.kind == "f" and stored.itemsize > 4 and not self.encoding and not self.is_standardised
+        return np.dtype(np.float32) if is_cast else stored
+
+    @property
+    def is_standardised(self) -> bool:
+        """True if ``data.normalize`` names the variable."""
+        return self.mean_axes is not None
+
+    @property
+    def mean_dims(self) -> tuple[str, ...]:
+        """The dimensions of `mean_axes`."""
+        return tuple(self.dims[self.row_axes[axis]] for axis in self.mean_axes or ())
+
+    @property
+    def num_means(self) -> int:
+        """Number of means, if the variable is standardised."""
+        return math.prod(self.row_shape[axis] for axis in self.mean_axes or ())
 
     @property
     def decoded_dtype(self) -> DType:
@@ -117,8 +141,8 @@ class Variable:
 
     @property
     def model_dtype(self) -> DType:
-        """Dtype that the model sees: float32 for floats, int64 for integers and bools."""
-        return np.dtype(np.float32 if self.decoded_dtype.kind == "f" else np.int64)
+        """Dtype that the model sees: float32 for floats and what is standardised, int64 for integers and bools."""
+        return np.dtype(np.float32 if self.is_standardised or self.decoded_dtype.kind == "f" else np.int64)
 
     @property
     def object_rows(self) -> int:
@@ -300,6 +324,10 @@ class Samples:
         """Return the variable of that name."""
         return next(variable for variable in self.variables if variable.name == name)
 
+    def standardised_by(self, scalings: Mapping[str, Scaling]) -> Samples:
+        """Return the samples as a run reads them: these variables are standardised, whatever ``normalize`` names."""
+        return replace(self, variables=tuple(_standardised(v, scalings.get(v.name)) for v in self.variables))
+
     def rows(self) -> list[tuple[str, str]]:
         """Return label and text of each line of the printed table."""
         lines = [("rows", f"{self.num_samples - self.first_row:,} along {self.sample_dim}")]
@@ -313,6 +341,7 @@ class Samples:
         if self.has_windows or self.config.stride > 1:
             low, high = self.reach()
             lines.append(("windows", f"rows {low:+d} to {high:+d} around every multiple of {self.config.stride}"))
+        lines += [("normalize", f"{v.name}: {_means(v)}") for v in self.variables if v.is_standardised]
         if len(self.tiles) > 1:
             size = " x ".join(f"{dim} {stop - start}" for dim, start, stop in self.tiles[0].ranges)
             lines.append(("patches", f"{len(self.tiles):,} a row, of {size}"))
@@ -323,6 +352,20 @@ class Samples:
 
     def _repr_html_(self) -> str:
         return html_table("dtrain.Samples", self.rows())
+
+
+def _standardised(v: Variable, scaling: Scaling | None) -> Variable:
+    if scaling is not None:
+        return replace(v, mean_axes=scaling.axes)
+    was_cast = v.is_standardised and v.encoding is not None and v.encoding.is_cast
+    return replace(v, mean_axes=None, encoding=None if was_cast else v.encoding)
+
+
+def _means(v: Variable) -> str:
+    """Return how many means a variable is standardised by."""
+    if not v.mean_axes:
+        return "one mean of all values"
+    return f"one mean for each of the {v.num_means:,} places of {' x '.join(v.mean_dims)}"
 
 
 def _hashed_variable(v: Variable) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Resolve the sample dimension, ``data.isel`` and ``data.patch`` against the dimensions that the variables have."""
+"""Resolve the keys of ``[data]`` that name dimensions: ``sample_dim``, ``isel``, ``patch`` and ``normalize``."""
 
 from __future__ import annotations
 
@@ -119,3 +119,55 @@ def tiles(config: DataConfig, variables: tuple[Variable, ...], sample_dim: str) 
         starts = dict.fromkeys(min(start, sizes[dim] - size) for start in range(0, sizes[dim], size))
         ranges.append([(dim, start, start + size) for start in starts])
     return tuple(Tile(parts) for parts in itertools.product(*ranges))
+
+
+def mean_axes(
+    config: DataConfig, name: str, dims: tuple[str, ...], sample_dim: str, selected: Selected
+) -> tuple[int, ...] | None:
+    """Return the axes of a row of which each index has its own mean; None if ``data.normalize`` lacks the variable.
+
+    A dimension of which ``data.isel`` selects a single place is no axis of a row: naming it changes nothing.
+
+    Parameters
+    ----------
+    config : DataConfig
+    name : str
+        The variable.
+    dims : tuple of str
+        Its dimensions, in stored order.
+    sample_dim : str
+    selected : Selected
+
+    Raises
+    ------
+    InvalidConfig
+        The variable has no such dimension, or it is the dimension of the samples, or cut into patches.
+    """
+    wanted = config.mean_dims.get(name)
+    if wanted is None:
+        return None
+    for dim in wanted:
+        _check_mean_dim(config, name, dim, dims, sample_dim)
+    row = [dim for dim in dims if dim != sample_dim and not (dim in selected and selected[dim][1])]
+    return tuple(axis for axis, dim in enumerate(row) if dim in wanted)
+
+
+def _check_mean_dim(config: DataConfig, name: str, dim: str, dims: tuple[str, ...], sample_dim: str) -> None:
+    text = f'data.normalize.{name} names "{dim}"'
+    others = [other for other in dims if other != sample_dim]
+    allowed = f"Allowed are dimensions of {name} that are not cut: {', '.join(others)}." if others else ""
+    if dim == sample_dim and dim in dims:
+        raise InvalidConfig(
+            f"{text}: that is the dimension of the samples, and means are taken over samples.",
+            f"{allowed} Without any, {name} has one mean of all values.".lstrip(),
+        )
+    if dim not in dims:
+        raise InvalidConfig(
+            f"{text}: {name} has no such dimension{did_you_mean(dim, others)}",
+            allowed or f"Write data.normalize.{name} = []: one mean of all values.",
+        )
+    if dim in config.patch:
+        raise InvalidConfig(
+            f"{text}: data.patch cuts {dim}, and a patch has the same means wherever it is cut.",
+            f"Leave {dim} out of data.patch, or out of data.normalize.{name}.",
+        )

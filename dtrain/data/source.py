@@ -22,7 +22,7 @@ from dtrain.data.read.open import array_in, remember
 from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import ReadStore
 from dtrain.data.samples import Samples, Variable
-from dtrain.data.selection import Selected, sample_dim, select_dims, tiles
+from dtrain.data.selection import Selected, mean_axes, sample_dim, select_dims, tiles
 from dtrain.errors import InvalidConfig, LengthsDiffer, UnknownVariable, UnsuitableVariable, did_you_mean
 
 
@@ -84,10 +84,7 @@ def describe(config: DataConfig, base: Path) -> Samples:
     along = sample_dim(config, dims)
     selected = select_dims(config, sizes, along)
     variables = tuple(
-        _variable(
-            dataset[name], array_in(group, store.path, name), along, selected, standardised=name in config.normalize
-        )
-        for name in names
+        _variable(dataset[name], array_in(group, store.path, name), along, selected, config) for name in names
     )
     first, stop = _rows(store.path, variables, along, selected)
     samples = Samples(
@@ -137,7 +134,7 @@ def _rows(path: str, variables: tuple[Variable, ...], sample_dim: str, selected:
 
 
 def _variable(
-    described: xr.DataArray, array: ArrayLike, sample_dim: str, selected: Selected, *, standardised: bool
+    described: xr.DataArray, array: ArrayLike, sample_dim: str, selected: Selected, config: DataConfig
 ) -> Variable:
     name, dtype = str(described.name), np.dtype(array.dtype)
     if dtype.kind not in "fiub":
@@ -146,6 +143,7 @@ def _variable(
     shape = tuple(int(n) for n in array.shape)
     whole = [selected.get(dim, ((0, n, 1), False)) for dim, n in zip(dims, shape, strict=True)]
     encoding = encoding_of(name, described.attrs, dtype, zarr_format=array.metadata.zarr_format)
+    axes = mean_axes(config, name, dims, sample_dim, selected)
     return Variable(
         name=name,
         dims=dims,
@@ -157,6 +155,7 @@ def _variable(
         checksums=has_checksums(array),
         select=tuple(part for part, _ in whole),
         dropped=tuple(axis for axis, (_, dropped) in enumerate(whole) if dropped),
-        encoding=encoding or (float_encoding(dtype) if standardised else None),
+        encoding=encoding or (None if axes is None else float_encoding(dtype)),
         chunk_format=chunk_format(array),
+        mean_axes=axes,
     )

@@ -107,6 +107,29 @@ def test_the_numbers_in_words(cli, project):
     assert outcome.err == f"nothing was written; next: dtrain train {job.config}\n"
 
 
+@pytest.mark.parametrize(
+    ("setting", "said", "means"),
+    [
+        ('data.normalize=["x"]', "x: one mean of all values", {"x": {"dims": [], "means": 1}}),
+        (
+            'data.normalize.x=["k"]',
+            "x: one mean for each of the 3 places of k",
+            {"x": {"dims": ["k"], "means": 3}},
+        ),
+    ],
+)
+def test_the_means_of_a_variable_are_printed(cli, project, setting, said, means):
+    job = project()
+    assert said in cli("plan", job.config, "--set", setting).out
+    assert last(cli("--json", "plan", job.config, "--set", setting))["normalize"] == means
+
+
+def test_a_dimension_without_means_is_refused(cli, project):
+    outcome = cli("plan", project().config, "--set", 'data.normalize.x=["sample"]')
+    assert outcome.code == 3
+    assert 'data.normalize.x names "sample": that is the dimension of the samples' in outcome.err
+
+
 def test_nothing_is_written_and_nothing_trained(cli, project, tmp_path):
     job = project()
     before = tree(tmp_path)

@@ -31,6 +31,25 @@ def test_toml_yaml_and_json_give_the_same_config(write):
     assert toml.train.batch_size == "full"
 
 
+def test_normalize_as_a_table_is_the_same_in_all_three(write):
+    tables = merged(SMALLEST, {"data": {"normalize": {"a": ["level", "band"], "b": []}}})
+    configs = [
+        load_config(write("a.toml", tables)),
+        load_config(write("a.json", json.dumps(tables))),
+        load_config(write("a.yaml", yaml.safe_dump(tables))),
+        TrainConfig(**tables),
+    ]
+    assert configs[1:] == configs[:-1]
+    assert configs[0].data.mean_dims == {"a": ("level", "band"), "b": ()}
+
+
+def test_a_list_is_not_made_a_table_by_a_setting(write):
+    path = write("a.toml", merged(SMALLEST, {"data": {"normalize": ["a"]}}))
+    with pytest.raises(InvalidConfig, match="--set data.normalize.b: data.normalize is not a table") as caught:
+        load_config(path, ('data.normalize.b=["level"]',))
+    assert "--set 'data.normalize={ b = ... }'" in caught.value.hint
+
+
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", ".1e-2", "0.001", "+1e-3", "10e-4", "1.0e-3"])
 def test_a_small_number_is_a_number_in_yaml_too(write, text):
     given = yaml.safe_dump(SMALLEST).replace("loss: mse", f"loss: mse\n  optimizer_args: {{lr: {text}}}")
@@ -131,6 +150,9 @@ def with_settings(write, monkeypatch, tmp_path):
         ("model_args.name=a=b", "model_args", {"name": "a=b"}),
         ("model_args.deep.er.width=3", "model_args", {"deep": {"er": {"width": 3}}}),
         ("train.batch_size=full", "train.batch_size", "full"),
+        ('data.normalize=["a"]', "data.normalize", ("a",)),
+        ('data.normalize={ a = ["level"], b = [] }', "data.normalize", {"a": ("level",), "b": ()}),
+        ('data.normalize.a=["level"]', "data.normalize", {"a": ("level",)}),
     ],
 )
 def test_a_setting_is_toml_or_a_bare_word(with_settings, setting, key, value):

@@ -395,6 +395,40 @@ def test_sizes_of_the_cache(cache):
     assert TrainConfig(data={"cache": cache}).data.cache == cache
 
 
+@pytest.mark.parametrize(
+    ("given", "dims"),
+    [
+        ([], {}),
+        ({}, {}),
+        (["a"], {"a": ()}),
+        (["a", "b"], {"a": (), "b": ()}),
+        ({"a": []}, {"a": ()}),
+        ({"a": ["level", "band"], "b": []}, {"a": ("level", "band"), "b": ()}),
+    ],
+)
+def test_normalize_is_a_list_or_a_table(given, dims):
+    config = TrainConfig(data={"inputs": ["a"], "targets": ["b"], "normalize": given})
+    assert config.data.mean_dims == dims
+    assert TrainConfig(**tomllib.loads(to_toml(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("a", 'data.normalize = "a": input should be a list or a table'),
+        (3, "data.normalize = 3: input should be a list or a table"),
+        ({"a": "level"}, 'data.normalize.a = "level": input should be a list'),
+        ({"a": [3]}, "data.normalize.a[0] = 3: input should be a valid string"),
+        ({"a": ["x", "x"]}, 'data.normalize.a names the dimension "x" twice'),
+        ({"c": ["x"]}, 'data.normalize names "c", which is neither an input nor a target'),
+        ([["a"]], "data.normalize[0] = "),
+    ],
+)
+def test_normalize_of_another_kind_is_refused(given, said):
+    message = refused(data={"inputs": ["a"], "targets": ["b"], "normalize": given})
+    assert message.startswith(said), message
+
+
 def test_normalize_names_inputs_or_targets():
     with pytest.raises(InvalidConfig, match='data.normalize names "imag", .* did you mean "image"'):
         TrainConfig(data={"inputs": ["image"], "targets": ["y"], "normalize": ["imag"]})

@@ -29,11 +29,13 @@ from dtrain.errors import (
     DtrainError,
     InvalidConfig,
     LengthsDiffer,
+    RunConflict,
     UserCodeFailed,
 )
 from dtrain.job import job_from_config
 from dtrain.runtime.tensors import apply_transform
 from dtrain.trainer import train_job
+from dtrain.types import Cursor
 from tests.runtime import models
 
 
@@ -176,22 +178,33 @@ def test_normalize_standardises_by_the_training_rows(
 ) -> None:
     import zarr
 
-    run = start("normal", client, data={"normalize": ["x"]})
+    by_feature = {"normalize": {"x": ["f"]}}
+    run = start("normal", client, data=by_feature)
     kept = json.loads((run.directory / "plan.json").read_text())["normalize"]
-    x = np.asarray(zarr.open_group(blobs, mode="r")["x"][...]).astype("float32").astype("float64")
+    x = np.asarray(zarr.open_group(blobs, mode="r")["x"][...])  # float64
     rows = np.concatenate([part.part_anchors(i) for part in run.plan.partitions for i in range(len(part.units))])
     assert len(set(rows)) == len(rows) < len(x)
     np.testing.assert_allclose(kept["x"]["mean"], x[rows].mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(kept["x"]["std"], x[rows].std(axis=0), rtol=1e-12)
-    assert kept["x"]["axis"] == 0  # a feature has its own mean
-    assert shas(run) == shas(start("serial", data={"normalize": ["x"]})) != shas(start("plain"))
+    assert kept["x"]["axes"] == [0]
+    one = start("one mean", client, data={"normalize": ["x"]})
+    kept = json.loads((one.directory / "plan.json").read_text())["normalize"]
+    np.testing.assert_allclose(kept["x"]["mean"], [x[rows].mean()], rtol=1e-12)
+    assert shas(run) == shas(start("serial", data=by_feature))
+    assert len({*map(tuple, (shas(run), shas(one), shas(start("plain"))))}) == 3
 
 
-def test_a_run_keeps_its_normalisation(start: Callable[..., dtrain.Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = start("whole", data={"normalize": ["x"]})
-    start("cut", data={"normalize": ["x"]}, train={"rounds": 2})
+@pytest.mark.parametrize("normalize", [["x"], {"x": ["f"]}])
+def test_a_run_keeps_its_normalisation(
+    start: Callable[..., dtrain.Run], monkeypatch: pytest.MonkeyPatch, normalize: Any
+) -> None:
+    whole = start("whole", data={"normalize": normalize})
+    start("cut", data={"normalize": normalize}, train={"rounds": 2})
     monkeypatch.setattr("dtrain.prepare.scalings_of", None)  # a second pass over the data would fail
-    assert shas(start("cut", data={"normalize": ["x"]})) == shas(whole)
+    assert shas(start("cut", data={"normalize": normalize})) == shas(whole)
+    assert dtrain.load_run(whole.directory).resolved.scalings == whole.resolved.scalings
+    with pytest.raises(RunConflict, match=r"data.normalize was .*, is \[\]"):
+        start("cut")
     assert whole.evaluate(split="test", round="last")["loss"] > 0
 
 
@@ -442,6 +455,78 @@ def test_batches_go_on_at_a_cursor(blobs: Path) -> None:
     rest = [batch.inputs[0].clone() for batch in dtrain.batches(samples, batch_size=32, epochs=2, cursor=cursor)]
     assert len(first) + len(rest) == len(whole)
     assert all(torch.equal(a, b) for a, b in zip([*first, *rest], whole, strict=True))
+
+
+def passes(samples: dtrain.Samples, cursor: Any, **options: Any) -> tuple[list[list[int]], Any]:
+    """The values of y of each batch from a cursor on, and the cursor afterwards."""
+    with dtrain.batches(samples, cursor=cursor, **options) as found:
+        return [batch.targets.tolist() for batch in found], found.cursor
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory: pytest.TempPathFactory, write_store: Callable[..., Path]) -> Path:
+    arrays = {name: {"dims": ("n",), "values": np.arange(50), "chunks": (7,)} for name in ("x", "y")}
+    return write_store(tmp_path_factory.mktemp("numbers") / "s", arrays)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("size", [8, 10, 37])
+def test_epochs_count_from_the_cursor(numbers: Path, split: Any, drop_last: bool, size: int) -> None:
+    samples = dtrain.open_samples(numbers, inputs=["x"], targets=["y"], split={"val": 0.8 if split == "val" else 0.0})
+    options: dict[str, Any] = {"batch_size": size, "drop_last": drop_last, "split": split, "seed": 3}
+    whole, end = passes(samples, None, epochs=3, **options)
+    assert end == Cursor(3, 0)
+    pass_size = len(passes(samples, None, batch_size=1, split=split)[0])
+    per_pass = pass_size // size if drop_last else -(-pass_size // size)
+    assert len(whole) == 3 * per_pass > 0
+    cursor, found = None, []
+    for number in range(3):  # one pass at a time, as a training loop does
+        more, cursor = passes(samples, cursor, **options)
+        assert (len(more), cursor) == (per_pass, Cursor(number + 1, 0))
+        found += more
+    assert found == whole
+    if split == "train":
+        assert whole[:per_pass] != whole[per_pass : 2 * per_pass]  # another pass, another order
+    # within a pass the rest of it is the first one
+    with dtrain.batches(samples, epochs=2, **options) as some:
+        begun = [next(some).targets.tolist() for _ in range(per_pass)]
+        within = some.cursor
+    assert begun == whole[:per_pass]
+    if drop_last or pass_size % size == 0:
+        assert within == Cursor(1, 0)  # what is left out is not begun
+    with dtrain.batches(samples, **options) as some:
+        next(some)
+        within = some.cursor
+    if per_pass > 1:
+        assert passes(samples, within, **options) == (whole[1:per_pass], Cursor(1, 0))
+        assert passes(samples, within, epochs=2, **options) == (whole[1 : 2 * per_pass], Cursor(2, 0))
+
+
+def test_an_endless_stream_goes_on_at_a_cursor(numbers: Path) -> None:
+    samples = dtrain.open_samples(numbers, inputs=["x"], targets=["y"], split={"val": 0.0, "test": 0.0})
+    with dtrain.batches(samples, batch_size=8, epochs=None) as some:
+        first = [next(some).targets.tolist() for _ in range(20)]
+    with dtrain.batches(samples, batch_size=8, epochs=None) as some:
+        for _ in range(9):
+            next(some)
+        cursor = some.cursor
+    with dtrain.batches(samples, batch_size=8, epochs=None, cursor=cursor) as some:
+        assert [next(some).targets.tolist() for _ in range(11)] == first[9:]
+
+
+def test_a_transform_draws_on_at_a_cursor_of_a_later_pass(blobs: Path) -> None:
+    samples = dtrain.open_samples(
+        blobs, inputs=["x"], targets=["y"], transform="tests.runtime.test_data_path:noisy", split={"val": 0.0}
+    )
+
+    def drawn(**options: Any) -> list[torch.Tensor]:
+        return [batch.inputs[0].clone() for batch in dtrain.batches(samples, batch_size=100, **options)]
+
+    whole = drawn(epochs=2)
+    second = drawn(cursor=Cursor(1, 0))
+    assert len(second) * 2 == len(whole)
+    assert all(torch.equal(a, b) for a, b in zip(second, whole[len(second) :], strict=True))
 
 
 def loader_threads() -> set[threading.Thread]:

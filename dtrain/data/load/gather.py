@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import TypeAlias
 
 import numpy as np
 
-from dtrain.data.encoding import Array, DType, Scaling, standardise, unpack
+from dtrain.data.encoding import Array, Floats, Scaling, unpack
 from dtrain.data.load.buffers import FieldSpec, aligned_copy
 from dtrain.data.load.slots import Rows
 from dtrain.data.plan.hashing import Ints
@@ -49,8 +50,10 @@ class FieldGatherer:
     def __init__(self, samples: Samples, field: Field, scaling: Scaling | None) -> None:
         self.field = field
         self.variable: Variable = samples.variable(field.name)
-        self.spec = FieldSpec(samples.field_shape(field), self.variable.model_dtype)
-        self._scaling = scaling
+        row_shape = self.variable.row_shape
+        self._standard = None if scaling is None else scaling.against(field.name, row_shape)
+        dtype = self.variable.model_dtype if scaling is None else np.dtype(np.float32)
+        self.spec = FieldSpec(samples.field_shape(field), dtype)
         self._low = 0 if self.variable.is_static else samples.reach(field.name)[0]
         is_cut = any(part != slice(None) for part in samples.tiles[0].slices(self.variable))
         self._slices = [tile.slices(self.variable) for tile in samples.tiles] if is_cut else None
@@ -71,8 +74,6 @@ class FieldGatherer:
         else:
             for samples, slices in _by_tile(rows.tile, self._slices):
                 self._take_some(out, flat[(slice(None), *slices)], first[samples], samples)
-        if self._scaling is not None:
-            standardise(out, self._scaling, len(self.variable.row_shape))
 
     def fill_static(self, out: Array, values: Array, rows: Rows) -> None:
         """Fill ``out[sample, ...]`` with the patches of a variable that has no sample dimension."""
@@ -84,15 +85,15 @@ class FieldGatherer:
 
     def decoded(self, values: Array) -> Array:
         """Return a variable without the sample dimension as the model sees it."""
-        decoded = _cast(unpack(values, self.variable.encoding), self.variable.model_dtype)
-        if self._scaling is not None:
-            standardise(decoded, self._scaling, decoded.ndim)
+        decoded = np.empty(values.shape, self.spec.dtype)
+        self._store(decoded, ..., values)
         return decoded
 
     def _take_all(self, out: Array, flat: Array, first: Ints) -> None:
         """Fill `out` with the windows that begin at rows `first`, counted from the field's first offset."""
         start = first + self.field.offsets[0]
-        if not self.field.window and self.variable.encoding is None and flat.dtype == out.dtype:
+        as_stored = self.variable.encoding is None and self._standard is None and flat.dtype == out.dtype
+        if as_stored and not self.field.window:
             np.take(flat, start, axis=0, out=out, mode="clip")  # another mode makes numpy copy the output
             return
         for piece in self._pieces(flat, start):
@@ -121,9 +122,10 @@ class FieldGatherer:
         rows: Ints = start[:, None] + (offsets - offsets[0])
         return flat[rows]
 
-    def _store(self, out: Array, where: slice | Ints, taken: Array) -> None:
+    def _store(self, out: Array, where: slice | Ints | EllipsisType, taken: Array) -> None:
+        encoding, standard = self.variable.encoding, self._standard
         with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32, under non_finite = "allow"
-            out[where] = unpack(taken, self.variable.encoding)
+            out[where] = unpack(taken, encoding) if standard is None else standard.apply(taken, encoding)
 
 
 class BatchGatherer:
@@ -170,6 +172,29 @@ class BatchGatherer:
         return Batch(arrays[: self._num_inputs], arrays[self._num_inputs :])
 
 
+def target_scalings(samples: Samples, scalings: Scalings) -> tuple[tuple[Floats, Floats] | None, ...]:
+    """Return mean and standard deviation of each target; None for a target that is not standardised.
+
+    Decoded values are ``model's * std + mean``. The arrays broadcast against a batch of the target: sample axis, window
+    axis if it has one, then the axes of a row, also where rows are cut into patches.
+
+    Parameters
+    ----------
+    samples : Samples
+    scalings : mapping of str to Scaling
+    """
+    targets = samples.fields[len(samples.config.inputs) :]
+    return tuple(_target_scaling(samples, field, scalings.get(field.name)) for field in targets)
+
+
+def _target_scaling(samples: Samples, field: Field, scaling: Scaling | None) -> tuple[Floats, Floats] | None:
+    if scaling is None:
+        return None
+    standard = scaling.against(field.name, samples.variable(field.name).row_shape)
+    shape = ((1, 1) if field.window else (1,)) + standard.mean.shape
+    return standard.mean.reshape(shape), standard.std.reshape(shape)
+
+
 def repeated(values: Array, size: int) -> Array:
     """Return the same values for each of `size` samples, without copying them."""
     return np.lib.stride_tricks.as_strided(values, (size, *values.shape), (0, *values.strides))
@@ -185,8 +210,3 @@ def _all_windows(flat: Array, length: int, step: int) -> Array:
     count = max(0, len(flat) - (length - 1) * step)
     strides = (flat.strides[0], flat.strides[0] * step, *flat.strides[1:])
     return np.lib.stride_tricks.as_strided(flat, (count, length, *flat.shape[1:]), strides, writeable=False)
-
-
-def _cast(values: Array, dtype: DType) -> Array:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.array(values, dtype)

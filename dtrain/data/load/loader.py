@@ -84,7 +84,8 @@ class Loader:
     ) -> None:
         self.cursor = cursor
         """Where the next batch begins."""
-        self._pass_size = partition.num_samples
+        self.pass_size = partition.num_samples
+        """Samples of a pass."""
         self._bundle: Bundle | None = None
         self._next = 0
         """Of the batches of the bundle."""
@@ -118,7 +119,7 @@ class Loader:
         bundle, index = self._bundle, self._next
         size = bundle.layout.sizes[index]
         self._next += 1
-        self.cursor = _moved(self.cursor, size, self._pass_size)
+        self.cursor = _moved(self.cursor, size, self.pass_size)
         return self._gatherer.batch(bundle.fields(index), size)
 
     def _advance(self) -> None:

@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import itertools
+import math
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
-import numpy.typing as npt
 
-from dtrain.data.encoding import Array, Scaling, unpack
+from dtrain.data.encoding import Array, Encoding, Floats, Scaling, difference, holds_integers
 from dtrain.data.plan.partition import Partition
 from dtrain.data.plan.units import cell_bounds
 from dtrain.data.read.units import UnitReader
 from dtrain.data.samples import Variable
 from dtrain.errors import NonFiniteData
 
-Floats = npt.NDArray[np.float64]
-
-CHANNELS = ("channel", "channels", "band", "bands", "feature", "features", "variable", "level", "gene", "c")
-"""Names of dimensions along which every index has a mean of its own."""
+CONSTANT = 1e-12
+"""Decoded floats whose standard deviation is at most this share of their mean are constant, but for rounding."""
+NEGLIGIBLE = 2.0**-44
+"""A share of the standard deviation that the model's float32 does not show, but for values that are as near to 0."""
+PIECE_VALUES = 128 << 10
+"""Rows are summed in pieces of about so many values, which stay in the processor's cache as float64."""
+MIN_VALUES = 16
+"""Values of each mean in a piece, at least; merging a piece costs as much as a few values."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Count, mean and sum of squared differences from the mean, of each channel."""
+    """Count, mean and sum of squared differences from the mean, for each mean of a variable."""
 
     count: Floats
     mean: Floats
+    rest: Floats
+    """What float64 rounds off `mean`."""
     squares: Floats
 
     def __add__(self, other: Moments) -> Moments:
@@ -39,51 +47,101 @@ class Moments:
         """
         count = self.count + other.count
         share = np.divide(other.count, count, out=np.zeros_like(count), where=count > 0)
-        step = other.mean - self.mean
+        step = (other.mean - self.mean) + (other.rest - self.rest)
+        mean, rest = _two_sum(self.mean, self.rest + step * share)
+        is_other = self.count == 0
         return Moments(
             count,
-            self.mean + step * share,
+            np.where(is_other, other.mean, mean),
+            np.where(is_other, other.rest, rest),
             self.squares + other.squares + step * step * self.count * share,
         )
 
     @property
     def std(self) -> Floats:
-        """Standard deviation by channel; 0 for a channel without values."""
+        """Standard deviation for each mean; 0 where there are no values."""
         variance = np.divide(self.squares, self.count, out=np.zeros_like(self.count), where=self.count > 0)
         return np.sqrt(variance)
 
 
-def channel_axis(variable: Variable) -> int | None:
-    """Return the axis of a row along which every index has its own mean; None: one mean for all values.
+def _two_sum(one: Floats, other: Floats) -> tuple[Floats, Floats]:
+    """Return a sum as float64 rounds it, and what is rounded off, exactly.
 
-    A dimension that is named as one of `CHANNELS`; else the only dimension (features), or the first of three or more
-    (channels of an image or a volume).
+    References
+    ----------
+    Knuth: The Art of Computer Programming, volume 2, section 4.2.2, theorem B.
     """
-    dims = [variable.dims[axis].lower() for axis in variable.row_axes]
-    for axis, dim in enumerate(dims):
-        if dim in CHANNELS:
-            return axis
-    return 0 if len(dims) == 1 or len(dims) >= 3 else None
+    total = one + other
+    virtual = total - one
+    return total, (one - (total - virtual)) + (other - virtual)
 
 
-def moments_of(values: Array, axis: int | None) -> Moments:
-    """Return the moments of rows, by channel; NaN is left out.
+def moments_of(values: Array, encoding: Encoding | None = None, axes: tuple[int, ...] = ()) -> Moments:
+    """Return the moments of rows of a variable; NaN is left out.
 
     Parameters
     ----------
     values : array[row, ...]
-    axis : int or None
-        The channel axis of a row.
+        As stored; at least one row.
+    encoding : Encoding, optional
+    axes : tuple of int
+        The axes of a row of which each index has its own mean.
     """
-    channels = np.moveaxis(values, axis + 1, -1) if axis is not None else values[..., None]
-    flat = channels.reshape(-1, channels.shape[-1]).astype(np.float64)
-    present = ~np.isnan(flat)
-    count = present.sum(axis=0).astype(np.float64)
-    flat[~present] = 0
-    mean = np.divide(flat.sum(axis=0), count, out=np.zeros_like(count), where=count > 0)
-    flat -= mean
-    flat[~present] = 0
-    return Moments(count, mean, np.square(flat, out=flat).sum(axis=0))
+    with np.errstate(all="ignore"):  # values that are not finite give moments that are not: refused by name
+        return reduce(operator.add, (_moments(piece, encoding) for piece in _pieces(values, axes)))
+
+
+def _pieces(values: Array, axes: tuple[int, ...]) -> Iterator[Array]:
+    """Yield rows in pieces ``[mean, value]``, contiguous."""
+    means = math.prod(values.shape[axis + 1] for axis in axes)
+    by_mean = np.moveaxis(values, [axis + 1 for axis in axes], range(len(axes)))
+    length = max(MIN_VALUES, PIECE_VALUES // means)
+    rows = max(1, length * means // max(1, math.prod(values.shape[1:])))
+    for first in range(0, len(values), rows):
+        some = by_mean[(slice(None),) * len(axes) + (slice(first, first + rows),)].reshape(means, -1)
+        for start in range(0, some.shape[1], length):
+            yield np.ascontiguousarray(some[:, start : start + length])
+
+
+def _moments(values: Array, encoding: Encoding | None) -> Moments:
+    """Return the moments of ``values[mean, :]``.
+
+    All is counted from a value of the variable, so that a large mean does not drown a small standard deviation, and
+    a constant has none.
+
+    References
+    ----------
+    Chan, Golub, LeVeque: Algorithms for computing the sample variance, 1983: the corrected two-pass algorithm.
+    """
+    origin = _origin(values, encoding)
+    centred = difference(values, encoding, origin[:, None])
+    total = centred.sum(axis=1)
+    count = np.full(total.shape, float(values.shape[1]))
+    missing = np.isnan(centred) if np.isnan(total).any() else None
+    if missing is not None:
+        count -= missing.sum(axis=1)
+        centred[missing] = 0.0
+        total = centred.sum(axis=1)
+    share = np.divide(1.0, count, out=np.zeros_like(count), where=count > 0)
+    step = total * share
+    centred -= step[:, None]
+    if missing is not None:
+        centred[missing] = 0.0
+    left = centred.sum(axis=1)  # what rounding has left of the sum
+    squares = np.square(centred, out=centred).sum(axis=1) - left * left * share
+    mean, rest = _two_sum(origin, step + left * share)
+    return Moments(count, mean, rest, np.maximum(squares, 0.0))
+
+
+def _origin(values: Array, encoding: Encoding | None) -> Floats:
+    """Return the first finite value for each mean; 0 where there is none."""
+    zero = np.zeros((1, 1))
+    origin = difference(values[:, :1], encoding, zero)
+    if not np.isfinite(origin).all():
+        decoded = difference(values, encoding, zero)
+        first = np.isfinite(decoded).argmax(axis=1)
+        origin = np.take_along_axis(decoded, first[:, None], axis=1)
+    return np.where(np.isfinite(origin), origin, 0.0)[:, 0]
 
 
 def partition_moments(
@@ -108,11 +166,11 @@ def partition_moments(
     """
     moments: dict[str, Moments] = {}
     units = count = 0
-    for name in names:
+    for name in dict.fromkeys(names):
         variable = reader.samples.variable(name)
-        axis = channel_axis(variable)
+        axes = variable.mean_axes or ()
         for rows in itertools.islice(_owned_rows(reader, partition, variable), most_units):
-            more = moments_of(unpack(rows, variable.encoding), axis)
+            more = moments_of(rows, variable.encoding, axes)
             moments[name] = moments[name] + more if name in moments else more
             units, count = units + 1, count + len(rows)
             on_unit(units, count)
@@ -145,12 +203,12 @@ def merge_moments(parts: list[dict[str, Moments]]) -> dict[str, Moments]:
 
 
 def scalings_of(moments: dict[str, Moments], variables: tuple[Variable, ...]) -> dict[str, Scaling]:
-    """Return mean and standard deviation by variable; a channel that never changes is divided by 1.
+    """Return means and standard deviations by variable; values that never change are divided by 1.
 
     Raises
     ------
     NonFiniteData
-        A channel has no finite mean.
+        A mean or a standard deviation is not finite.
     """
     return {v.name: _scaling(v, moments[v.name]) for v in variables if v.name in moments}
 
@@ -162,5 +220,8 @@ def _scaling(variable: Variable, moments: Moments) -> Scaling:
             f"data.normalize: {variable.name} has no finite mean and standard deviation.",
             "Repair or mask the data, or leave it out of data.normalize.",
         )
-    std = np.where(std > 0, std, 1.0)
-    return Scaling(tuple(moments.mean.tolist()), tuple(std.tolist()), channel_axis(variable))
+    # integers are summed exactly: theirs is 0 if they are constant
+    exact = holds_integers(np.dtype(variable.dtype), variable.encoding)
+    std = np.where(std > (0.0 if exact else CONSTANT * np.abs(moments.mean)), std, 1.0)
+    rest = tuple(moments.rest.tolist()) if (np.abs(moments.rest) > NEGLIGIBLE * std).any() else ()
+    return Scaling(tuple(moments.mean.tolist()), tuple(std.tolist()), variable.mean_axes or (), rest)

@@ -10,13 +10,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dtrain.data.encoding import Array, is_missing
+from dtrain.data.encoding import Array, Encoding, is_missing, unpack
 from dtrain.data.read.codecs import TRUNCATED
 from dtrain.data.read.local import Version
 from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import key_of
 from dtrain.data.samples import Samples, Select, Variable
-from dtrain.errors import ChunkMissing, ChunkUndecodable, DataChanged, NonFiniteData, one_line
+from dtrain.errors import (
+    ChunkMissing,
+    ChunkUndecodable,
+    DataChanged,
+    NonFiniteData,
+    UnsuitableVariable,
+    one_line,
+)
 
 DAMAGED_INDEX = "its index is truncated or damaged"
 
@@ -145,31 +152,70 @@ class Faults:
         ------
         NonFiniteData
         """
-        bad = _bad_values(variable, values)
-        if bad is None:
+        place = self._first(variable, select, _bad_values(variable, values))
+        if place is None:
             return
+        text, value = self._stored(variable, place)
+        is_mark = variable.encoding is not None and bool(is_missing(_as_marked(variable, value), variable.encoding))
+        why = ", which float32 cannot hold" if np.isfinite(value) else ""
+        if is_mark:
+            why = ", which marks a missing value"
+        elif why and variable.encoding is not None and variable.encoding.is_packed:
+            why = f", unpacked {float(unpack(value, variable.encoding)):g}{why}"
+        raise NonFiniteData(f"{text}{why}.", 'Repair or mask the data, or set data.non_finite = "allow".')
+
+    def check_integers(self, variable: Variable, select: Select, values: Array) -> None:
+        """Raise if an unsigned integer does not fit the int64 that the model sees.
+
+        Parameters
+        ----------
+        variable : Variable
+        select : Select
+            Where the values come from.
+        values : array[rows, *row]
+            As they are kept in memory.
+
+        Raises
+        ------
+        UnsuitableVariable
+        """
+        if variable.model_dtype != np.int64 or variable.decoded_dtype != np.uint64:
+            return
+        signed = values.view(np.int64)
+        if signed.size and signed.min() < 0:
+            place = self._first(variable, select, signed < 0)
+            if place is not None:
+                text, value = self._stored(variable, place)
+                meant = "" if value.dtype.kind == "u" else f", which means {value.view(np.uint64)}"
+                raise UnsuitableVariable(
+                    f"{text}{meant}; the model sees int64, which ends at {2**63 - 1}.",
+                    f"Store {variable.name} with smaller numbers or as floats, or name it in data.normalize: then the "
+                    "model sees floats.",
+                )
+
+    def _first(self, variable: Variable, select: Select, bad: Array | None) -> list[int] | None:
+        """Return the place in the array of the first bad value that is not in a row that nobody needs."""
+        if bad is None:
+            return None
         if not variable.is_static:
             start = select[variable.sample_axis][0]
             for first, after in self._absent:
                 bad[max(0, first - start) : max(0, after - start)] = False
-        if bad.any():
-            raise self._non_finite(variable, select, np.argwhere(bad)[0].tolist())
-
-    def _non_finite(self, variable: Variable, select: Select, place: list[int]) -> NonFiniteData:
-        where = [part[0] for part in select]
+        if not bad.any():
+            return None
+        place = [part[0] for part in select]
         axes = list(variable.row_axes) if variable.is_static else [variable.sample_axis, *variable.row_axes]
-        for axis, index in zip(axes, place, strict=True):
-            where[axis] = range(*select[axis])[index]
+        for axis, index in zip(axes, np.argwhere(bad)[0].tolist(), strict=True):
+            place[axis] = range(*select[axis])[index]
+        return place
+
+    def _stored(self, variable: Variable, place: list[int]) -> tuple[str, Array]:
+        """Return a sentence that names a value and its chunk, and the stored value: in memory it may be rounded."""
         array = self._arrays[variable.name]
-        value = np.asarray(array[tuple(where)])  # as stored: in memory it may be a float32
-        key = key_of(array, tuple(i // size for i, size in zip(where, variable.objects, strict=True)))
-        is_mark = variable.encoding is not None and bool(is_missing(_as_marked(variable, value), variable.encoding))
-        text = f"{value}, which float32 cannot hold" if np.isfinite(value) and not is_mark else f"{value}"
-        return NonFiniteData(
-            f"{self._samples.path}: {variable.name}{where} in chunk {key} is {text}"
-            f"{', which marks a missing value' if is_mark else ''}.",
-            'Repair or mask the data, or set data.non_finite = "allow".',
-        )
+        value = np.asarray(array[tuple(place)])
+        value = value.astype(value.dtype.newbyteorder("="))
+        key = key_of(array, tuple(i // size for i, size in zip(place, variable.objects, strict=True)))
+        return f"{self._samples.path}: {variable.name}{place} in chunk {key} is {value}", value
 
 
 def chunk_missing(
@@ -207,15 +253,30 @@ def _bad_values(variable: Variable, values: Array) -> Array | None:
     """Return where values are missing or not finite; None if nowhere."""
     has_marks = variable.encoding is not None and bool(variable.encoding.missing)
     bad = None
-    if values.dtype.kind == "f":
-        with np.errstate(all="ignore"):
-            # one pass that writes nothing: the sum is only finite if all values are
-            if not np.isfinite(np.add.reduce(values, axis=None, dtype=np.float32)):
-                bad = ~np.isfinite(values.astype(np.float32, copy=False))
+    with np.errstate(all="ignore"):
+        # one pass that writes nothing: the sum is only finite if all values are
+        if values.dtype.kind == "f" and not np.isfinite(np.add.reduce(values, axis=None, dtype=np.float32)):
+            bad = ~np.isfinite(values.astype(np.float32, copy=False))
+        if variable.encoding is not None and _overflows(values, variable.encoding):
+            beyond = ~np.isfinite(unpack(values, variable.encoding).astype(np.float32, copy=False))
+            bad = beyond if bad is None else bad | beyond
     if has_marks and variable.encoding is not None:
         marked = is_missing(_as_marked(variable, values), variable.encoding)
         bad = marked if bad is None else bad | marked
     return bad
+
+
+def _overflows(values: Array, encoding: Encoding) -> bool:
+    """Return True if unpacking may make a float32 infinite: unpacked values lie between those of two bounds."""
+    if not encoding.is_packed or not values.size or values.dtype.kind == "b":
+        return False
+    if values.dtype.kind == "f":
+        bounds = np.array([values.min(), values.max()])  # NaN if there is one
+    else:
+        info = np.iinfo(values.dtype)
+        bounds = np.array([info.min, info.max, 2.0 * info.max])  # with other signs too
+    scale, offset = encoding.scale or 1.0, encoding.offset or 0.0
+    return not np.isfinite((bounds.astype(np.float64) * scale + offset).astype(np.float32)).all()
 
 
 def _as_marked(variable: Variable, values: Array) -> Array:

@@ -128,6 +128,10 @@ class UnitReader:
     def read_rows(self, variable: Variable, start: int, stop: int) -> Array:
         """Return rows ``start:stop`` of one variable, as they are kept in memory."""
         select = variable.selection(start, stop)
+        if variable in self.samples.preloaded:
+            rows = self._preload(variable)[start - self.samples.first_row : stop - self.samples.first_row]
+            self._check(variable, select, rows)
+            return rows
         rows = np.empty((stop - start, *variable.row_shape), variable.kept_dtype)
         self._fill(variable, select, rows)
         self._check(variable, select, rows)
@@ -155,5 +159,6 @@ class UnitReader:
             ) from error
 
     def _check(self, variable: Variable, select: Select, values: Array) -> None:
+        self.faults.check_integers(variable, select, values)
         if self.samples.config.non_finite == "error":
             self.faults.check_finite(variable, select, values)
