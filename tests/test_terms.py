@@ -129,6 +129,90 @@ def test_a_loss_of_sum_and_count_adds_up(labelled: Path, tmp_path: Path) -> None
     assert cut.rows[-1]["train_loss"] == pytest.approx(last["train_loss"], rel=1e-5)
 
 
+# Decoded units ----------------------------------------------------------------------------------------------------
+
+
+class Add(nn.Module):
+    """Predicts the input plus a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        moved = tuple(x + self.shift for x in inputs)
+        return moved[0] if len(moved) == 1 else moved
+
+
+def largest(outputs: Any, targets: Any) -> tuple[float, int]:
+    """The largest target of all, as a metric sees it."""
+    values = targets if isinstance(targets, tuple) else (targets,)
+    return max(float(value.max()) for value in values), 1
+
+
+@pytest.fixture(scope="module")
+def physical(tmp_path_factory: pytest.TempPathFactory, write_store: WriteStore) -> Path:
+    """Temperatures of three bands with means of 100, 10,000 and 1e9, and a packed copy of the first."""
+    rng = np.random.default_rng(1)
+    t = rng.normal(size=(300, 3, 4)) * [[5.0], [50.0], [2.0]] + [[100.0], [10_000.0], [1e9]]
+    packed = np.rint((t[:, 0] - 100) / 0.01).astype("int16")
+    attributes = {"scale_factor": 0.01, "add_offset": 100.0}
+    return write_store(
+        tmp_path_factory.mktemp("physical") / "t.zarr",
+        {
+            "t": {"dims": ("time", "band", "lat"), "values": t, "chunks": (25, 3, 4)},
+            "p": {"dims": ("time", "lat"), "values": packed, "chunks": (25, 4), "attributes": attributes},
+        },
+    )
+
+
+def measured(store: Path, tmp_path: Path, names: list[str], **data: Any) -> tuple[dtrain.Run, dict[str, Any]]:
+    samples = dtrain.open_samples(store, inputs=names, targets=names, **data)
+    table = {"loss": "tests.test_terms:first_mse", "metrics": ["mse", "mae", "tests.test_terms:largest"], "rounds": 1}
+    if len(names) > 1:
+        table["metrics"] = ["tests.test_terms:largest"]
+    run = train(samples, tmp_path, Add, train={**table, "optimizer_args": {"lr": 0.0}, "batch_size": 7})
+    return run, run.rows[-1]
+
+
+def first_mse(outputs: Any, targets: Any) -> torch.Tensor:
+    pair = (outputs, targets) if isinstance(outputs, torch.Tensor) else (outputs[0], targets[0])
+    return nn.functional.mse_loss(*pair)
+
+
+@pytest.mark.parametrize("data", [{}, {"patch": {"lat": 2}}, {"input_offsets": [-1, 0], "target_offsets": [0, 1]}])
+def test_metrics_are_in_the_units_of_the_data_and_the_loss_is_not(
+    physical: Path, tmp_path: Path, data: dict[str, Any]
+) -> None:
+    run, row = measured(physical, tmp_path, ["t"], normalize={"t": ["band"]}, **data)
+    std = np.array(run.resolved.scalings["t"].std)
+    assert std == pytest.approx([5.0, 50.0, 2.0], rel=0.1)
+    if not data.get("input_offsets"):  # then inputs and targets are the same, and every error is 0.5 std
+        assert row["val_loss"] == pytest.approx(0.25, rel=1e-5)
+        assert row["val_mse"] == pytest.approx(0.25 * np.mean(std**2), rel=1e-5)
+        assert row["val_mae"] == pytest.approx(0.5 * np.mean(std), rel=1e-5)
+    assert row["val_largest"] == pytest.approx(1e9 + 5, abs=4)
+    evaluated = run.evaluate(split="val", round="last")
+    assert (evaluated["mse"], evaluated["loss"]) == (row["val_mse"], row["val_loss"])
+
+
+def test_one_mean_and_packed_values_are_decoded_too(physical: Path, tmp_path: Path) -> None:
+    run, row = measured(physical, tmp_path, ["p"], normalize=["p"])
+    std = run.resolved.scalings["p"].std[0]
+    assert row["val_mse"] == pytest.approx(0.25 * std**2, rel=1e-5)
+    assert 105 < row["val_largest"] < 125
+    _, plain = measured(physical, tmp_path, ["p"])  # scale_factor and add_offset are applied anyway
+    assert plain["val_largest"] == pytest.approx(row["val_largest"], rel=1e-6)
+    assert plain["val_mse"] == pytest.approx(0.25, rel=1e-4)
+
+
+def test_of_several_targets_each_has_its_own_units(physical: Path, tmp_path: Path) -> None:
+    _, row = measured(physical, tmp_path, ["p", "t"], normalize={"t": ["band"]})
+    assert row["val_largest"] == pytest.approx(1e9 + 5, abs=4)
+    _, row = measured(physical, tmp_path, ["t", "p"], normalize={"t": ["band"], "p": []})
+    assert row["val_largest"] == pytest.approx(1e9 + 5, abs=4)
+
+
 # Optimizers that count in their groups ------------------------------------------------------------------------------
 
 

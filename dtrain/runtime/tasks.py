@@ -16,14 +16,14 @@ from dtrain.algorithm.evaluate import Sums, evaluate
 from dtrain.algorithm.local import LocalResult, run_local_steps
 from dtrain.algorithm.params import flatten, load_into, with_frozen, without_frozen
 from dtrain.algorithm.plan import micro_size, step_sizes
-from dtrain.data.load.gather import Batch
+from dtrain.data.load.gather import Batch, target_scalings
 from dtrain.data.load.loader import Counted
 from dtrain.data.load.statistics import Moments, partition_moments
 from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
 from dtrain.runtime.module import isolated
 from dtrain.runtime.resident import Resident
-from dtrain.runtime.tensors import as_tensors, on_device, transformed
+from dtrain.runtime.tensors import as_tensors, decoder, on_device, transformed
 from dtrain.runtime.usercode import user_code
 from dtrain.types import Broadcast, Cursor, Flat, InnerState, LocalTask, Parameters, ReplicaState
 
@@ -106,7 +106,8 @@ def evaluate_piece(resident: Resident, params: Parameters, split: SplitName, pie
         loader = resident.eval_loader(split, piece, sizes)
         batches = prepared(resident, loader.batches(sizes), split, piece, Cursor(0, 0), total)
         try:
-            return evaluate(module, resident.recipe.loss, resident.metrics, batches, train.precision)
+            decode = decoder(target_scalings(stream.source.samples, resident.spec.scalings))
+            return evaluate(module, resident.recipe.loss, resident.metrics, batches, train.precision, decode)
         finally:
             memory = stream.source.memory.evaluate
             if memory is None or not memory.kept:

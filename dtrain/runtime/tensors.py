@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from dtrain.algorithm.batch import TensorBatch
+from dtrain.algorithm.evaluate import Decode
+from dtrain.data.encoding import Floats
 from dtrain.data.load.gather import Batch
 from dtrain.data.plan.hashing import TRANSFORM, hash64
 from dtrain.errors import UserCodeFailed
@@ -68,6 +70,36 @@ def apply_transform(transform: Callable[..., Any], batch: TensorBatch, seed: int
             "A transform keeps the number of samples.",
         )
     return result
+
+
+def decoder(scalings: Sequence[tuple[Floats, Floats] | None]) -> Decode:
+    """Return a function that undoes the normalisation of outputs and targets, in float64.
+
+    An output is decoded as the target of the same place, where both have one shape. Others are left as they are.
+
+    Parameters
+    ----------
+    scalings : sequence of (mean, std) or None
+        By target (`target_scalings`).
+    """
+    arrays = [scaling and tuple(map(torch.from_numpy, scaling)) for scaling in scalings]
+
+    def decode(outputs: Any, targets: Any) -> tuple[Any, Any]:
+        if isinstance(targets, tuple):
+            if not isinstance(outputs, tuple | list) or not len(outputs) == len(targets) == len(arrays):
+                return outputs, targets
+            pairs = [_decoded(*pair) for pair in zip(outputs, targets, arrays, strict=True)]
+            return tuple(output for output, _ in pairs), tuple(target for _, target in pairs)
+        return _decoded(outputs, targets, arrays[0]) if len(arrays) == 1 else (outputs, targets)
+
+    return decode
+
+
+def _decoded(output: Any, target: torch.Tensor, scaling: tuple[torch.Tensor, ...] | None) -> tuple[Any, torch.Tensor]:
+    if scaling is None or not isinstance(output, torch.Tensor) or output.shape != target.shape:
+        return output, target
+    mean, std = (values.to(target.device) for values in scaling)
+    return output.double() * std + mean, target.double() * std + mean
 
 
 def on_device(batches: Iterator[TensorBatch], device: str) -> Iterator[TensorBatch]:

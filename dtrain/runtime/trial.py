@@ -18,11 +18,13 @@ from dtrain.algorithm.losses import mean_of_batch
 from dtrain.algorithm.params import flatten, layout_of
 from dtrain.algorithm.plan import first_step
 from dtrain.algorithm.replica import empty_inner_state
+from dtrain.data.load.gather import target_scalings
 from dtrain.data.load.loader import read_batches
 from dtrain.errors import DtrainError, FirstLossNotFinite, ShapesDiffer, one_line
 from dtrain.runtime.module import isolated
 from dtrain.runtime.resident import Resident
 from dtrain.runtime.tasks import prepared
+from dtrain.runtime.tensors import decoder
 from dtrain.runtime.usercode import user_code
 from dtrain.types import Cursor, Parameters
 
@@ -126,9 +128,10 @@ def _first_loss(resident: Resident, module: nn.Module, batch: TensorBatch) -> tu
         # an error inside a loss of the user's is the user's
         with nullcontext() if "train.loss" in resident.functions else mismatch:
             loss = mean_of_batch(resident.recipe.loss(outputs, batch.targets), batch.size).value
+        decode = decoder(target_scalings(resident.spec.sources[0].samples, resident.spec.scalings))
         with mismatch:
             for metric in resident.metrics.values():
-                metric(outputs, batch.targets)
+                metric(*decode(outputs, batch.targets))
     return _checked(loss), outputs
 
 
