@@ -21,6 +21,8 @@ from dtrain.resolve import Resolved, check_kind, from_json, to_json
 from dtrain.runtime.versions import versions
 
 NAME = re.compile(r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")
+FROM_HERE = {"train.rounds", "train.schedule", "train.warmup_steps", "train.optimizer", "train.optimizer_args"}
+"""Keys that change how training goes on: a new run can start from the old one's parameters."""
 CONFIG, PLAN, ENV = "config.toml", "plan.json", "env.json"
 
 
@@ -178,7 +180,7 @@ def read_plan(run: Path, job: Job) -> Resolved | None:
     """
     if not (run / PLAN).is_file():
         return None
-    _check_config(run, read_config_of(run), job.config)
+    _check_config(run, read_config_of(run), job)
     read_json(run / ENV)  # it is not compared, but a run with a damaged file is not continued
     resolved = read_resolved(run)
     changed = [key for key, digest in job.code.items() if resolved.code.get(key) != digest]
@@ -195,14 +197,29 @@ def read_plan(run: Path, job: Job) -> Resolved | None:
     return resolved
 
 
-def _check_config(run: Path, old: TrainConfig, new: TrainConfig) -> None:
+def _check_config(run: Path, old: TrainConfig, job: Job) -> None:
+    new = job.config
     blocked = [d for d in differences(old, without_secrets(new)) if not may_change(d[0], new)]
     if blocked:
+        keys = {key for key, _, _ in blocked}
+        cure = "Train under another --run NAME, or undo the change."
+        if keys <= FROM_HERE:
+            cure = (
+                f'To go on from its parameters, start a new --run NAME with train.init = "{_from_base(run, job.base)}".'
+            )
+        if keys == {"train.rounds"}:
+            cure = f'The learning rate of train.schedule = "{new.train.schedule}" depends on the last round. ' + cure
         changes = "; ".join(f"{key} was {_shown(before)}, is {_shown(after)}" for key, before, after in blocked[:4])
         raise RunConflict(
             f"{run} was started with another configuration: {changes}.",
-            "Train under another --run NAME, or undo the change.",
+            cure,
         )
+
+
+def _from_base(run: Path, base: Path) -> str:
+    """Return the run's path as a config file in `base` names it."""
+    run, base = run.resolve(), base.resolve()
+    return str(run.relative_to(base)) if run.is_relative_to(base) else str(run)
 
 
 def _shown(value: Any) -> str:

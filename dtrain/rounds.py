@@ -153,11 +153,11 @@ def _ratio(total: float, count: float) -> float:
     return total / count if count else math.nan
 
 
-def initial_state(runner: Runner[Held], config: TrainConfig, base: Path) -> TrainState:
-    """Return the state of round 0: the model of the user's function, or the tensors of ``train.init``."""
+def initial_state(runner: Runner[Held], config: TrainConfig, init: Path | None = None) -> TrainState:
+    """Return the state of round 0: the model of the user's function, or the tensors of a safetensors file."""
     params, replicas = runner.initialise().params, runner.spec.plan.replicas
-    if config.train.init:
-        params = load_tensor_file(Path(base, config.train.init).expanduser(), params.layout)
+    if init is not None:
+        params = load_tensor_file(init, params.layout)
     return TrainState(
         position=first_position(replicas),
         model=params,
@@ -203,12 +203,15 @@ def commit_cadence(overhead_seconds: float, round_seconds: float, every: int) ->
 
 
 def _check_finite(number: int, summary: RoundSummary, allowed: float) -> None:
-    cure = "Use a smaller learning rate, train.warmup_steps or train.clip_norm; committed rounds are safe."
+    cure, seen = "Use a smaller learning rate, train.warmup_steps or train.clip_norm; committed rounds are safe.", ""
+    if values := sum(c.non_finite for c in summary.contributions if not c.finite):
+        seen = f" Their batches held {values:,} NaN or infinite values of the data."
+        cure = 'Set data.non_finite = "error" to see which chunks hold them, or replace them in data.transform.'
     rejected, count = summary.rejected, len(summary.contributions)
     if len(rejected) > allowed * count or len(rejected) == count:
         raise Diverged(
             f"Round {number}: {len(rejected)} of {count} replicas ended with parameters that are not finite "
-            f"(replica {', '.join(map(str, rejected[:5]))}); average.max_rejected = {allowed:g}.",
+            f"(replica {', '.join(map(str, rejected[:5]))}); average.max_rejected = {allowed:g}.{seen}",
             cure,
         )
     if not summary.finite:

@@ -40,6 +40,7 @@ from dtrain.types import (
 
 T = TypeVar("T")
 STATE = "state.json"
+PARAMS = "params.safetensors"
 RESIDUAL = "residual"
 
 
@@ -130,7 +131,7 @@ def _distinct(values: Sequence[T]) -> tuple[list[T], list[int]]:
 
 
 def _params_name(number: int) -> str:
-    return f"params-{number:04d}.safetensors" if number else "params.safetensors"
+    return f"params-{number:04d}.safetensors" if number else PARAMS
 
 
 def _inner_name(replica: int) -> str:

@@ -12,7 +12,7 @@ from typing import Literal
 from distributed import Client
 
 from dtrain.algorithm.stop import end_reason, metric_of
-from dtrain.checkpoint import commit_round, newest_state, prune, sweep
+from dtrain.checkpoint import commit_round, newest_state, params_file, prune, sweep
 from dtrain.config.schema import RunConfig, TrainConfig
 from dtrain.data.samples import Samples
 from dtrain.directory import make_directory, next_run_directory, read_plan, run_directory, write_run
@@ -103,13 +103,19 @@ def _train(
     scheduler = job.config.cluster.scheduler if client is None else str(client.scheduler.address)
     tell(ClusterOpening(run=str(opened.directory), scheduler=scheduler))
     with open_runner(job, uuid.uuid4().hex[:8], known=known, client=client, on_progress=tell) as (runner, resolved):
-        state = state or initial_state(runner, job.config, job.base)
+        state = state or initial_state(runner, job.config, _init_file(job))
         write_run(opened.directory, job, resolved)
         tell(_started(opened, state, runner))
         runner.on_progress = tell
         for result in rounds(runner, state, job.config, note, history=history):
             _keep(opened, result, resolved.plan.fingerprint, note)
             _check_time(opened, result, deadline, tell)
+
+
+def _init_file(job: Job) -> Path | None:
+    """Return the safetensors file of ``train.init``."""
+    init = job.config.train.init
+    return params_file(Path(job.base, init).expanduser()) if init else None
 
 
 def _resume(run: Path, job: Job, note: Reporter) -> tuple[Resolved | None, TrainState | None]:
@@ -272,7 +278,7 @@ def train_rounds(
     """
     job, client = _python_job(model, samples, config, model_args, cluster, train=train, average=average)
     with open_runner(job, uuid.uuid4().hex[:8], client=client) as (runner, _):
-        yield from rounds(runner, initial_state(runner, job.config, job.base), job.config, lambda event: None)
+        yield from rounds(runner, initial_state(runner, job.config, _init_file(job)), job.config, lambda event: None)
 
 
 def _python_job(

@@ -245,6 +245,8 @@ class Contribution:
     """Number of these terms: of samples, or of the targets that are not ignored."""
     finite: bool
     """Whether its parameters are finite; if not, it is left out of the average."""
+    non_finite: int = 0
+    """NaN and infinite values in the batches whose loss was not finite."""
     units_decoded: int = 0
     bytes_read: int = 0
     """Decoded bytes."""

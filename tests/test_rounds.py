@@ -203,9 +203,9 @@ def test_a_complete_state_has_no_further_round() -> None:
     assert runner.log == []
 
 
-def test_the_state_of_round_0(tmp_path: Any) -> None:
+def test_the_state_of_round_0() -> None:
     given = config(average={"outer": {}})
-    state = initial_state(Script(), given, tmp_path)  # type: ignore[arg-type]
+    state = initial_state(Script(), given)  # type: ignore[arg-type]
     assert state.position == first_position(2)
     assert state.model.flat.tolist() == [7.0]
     assert all(own.params is state.model for own in state.broadcast)

@@ -96,6 +96,7 @@ def contribute(
         loss_sum=local.loss_sum,
         loss_count=local.loss_count,
         finite=finite,
+        non_finite=local.non_finite,
     )
     if not finite:
         return Update(after, contribution), state

@@ -29,6 +29,13 @@ class TensorBatch:
         yield self.targets
 
 
+def non_finite_values(batch: TensorBatch) -> int:
+    """Return how many values of a batch's floating-point inputs and targets are NaN or infinite."""
+    targets = batch.targets if isinstance(batch.targets, tuple) else (batch.targets,)
+    floats = [tensor for tensor in (*batch.inputs, *targets) if tensor.is_floating_point()]
+    return sum(int((~torch.isfinite(tensor)).sum()) for tensor in floats)
+
+
 def autocast(precision: str, batch: TensorBatch) -> AbstractContextManager[object]:
     """Return the context in which model and loss are called."""
     if precision == "float32":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from dtrain.algorithm.batch import TensorBatch, autocast
+from dtrain.algorithm.batch import TensorBatch, autocast, non_finite_values
 from dtrain.algorithm.losses import mean_of_batch
 from dtrain.algorithm.optimizers import make_optimizer
 from dtrain.algorithm.recipe import Recipe
@@ -23,6 +24,8 @@ class LocalResult:
     inner: InnerState
     loss_sum: float
     loss_count: float
+    non_finite: int
+    """NaN and infinite values in the batches whose loss was not finite."""
     samples: int
     steps: int
 
@@ -75,16 +78,24 @@ def run_local_steps(
         samples += batch_size
         step += 1
         on_step(step - first_step, samples)
-    return LocalResult(pack_inner_state(optimizer, params, fresh), losses.sum, losses.count, samples, step - first_step)
+    return LocalResult(
+        pack_inner_state(optimizer, params, fresh),
+        losses.sum,
+        losses.count,
+        losses.non_finite,
+        samples,
+        step - first_step,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class _Losses:
     sum: float = 0.0
     count: float = 0
+    non_finite: int = 0
 
     def __add__(self, other: _Losses) -> _Losses:
-        return _Losses(self.sum + other.sum, self.count + other.count)
+        return _Losses(self.sum + other.sum, self.count + other.count, self.non_finite + other.non_finite)
 
 
 def _accumulate(
@@ -106,7 +117,8 @@ def _accumulate(
         expected = expected or mean.count * batch_size / batch.size
         share = mean.count / expected if expected else 1.0
         (mean.value if share == 1.0 else mean.value * share).backward()  # type: ignore[no-untyped-call]
-        seen += _Losses(mean.sum, mean.count)
+        total = mean.sum
+        seen += _Losses(total, mean.count, 0 if math.isfinite(total) else non_finite_values(batch))
     if seen.count not in (0, expected):
         for parameter in params:
             if parameter.grad is not None:

@@ -45,7 +45,16 @@ def layout_of(module: nn.Module) -> Layout:
     num_params = 0
     for name, tensor in ordered:
         if not isinstance(tensor, torch.Tensor):
-            raise UnsuitableModel(f"state_dict()[{name!r}] is {type(tensor).__name__}; only tensors can be averaged.")
+            raise UnsuitableModel(
+                f"state_dict()[{name!r}] is {type(tensor).__name__}; only tensors can be averaged.",
+                "Return a tensor from get_extra_state, or keep the value out of the state.",
+            )
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+            condition = "without values, on the device meta" if tensor.is_meta else "sparse or quantized"
+            raise UnsuitableModel(
+                f"{name} is {condition}; dtrain averages dense tensors.",
+                "Build the module with dense tensors on the CPU.",
+            )
         dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
         if id(tensor) in seen:
             first = seen[id(tensor)]
@@ -82,6 +91,11 @@ def _check_parameters(module: nn.Module, state: Mapping[str, Any]) -> None:
             raise UnsuitableModel(
                 f"parameter {name} has no shape yet (a lazy module).",
                 "Run one batch through the module in the function that builds it, or give the sizes.",
+            )
+        if parameter.is_meta:
+            raise UnsuitableModel(
+                f"parameter {name} is on the device meta: it has no values.",
+                'Build the module without torch.device("meta"), or fill it with to_empty(device="cpu") and values.',
             )
         if parameter.dtype != torch.float32:
             raise UnsuitableModel(

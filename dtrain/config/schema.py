@@ -126,6 +126,13 @@ class DataConfig(Table):
         return dict.fromkeys(self.normalize, ())
 
 
+def _without_sgd_defaults(given: Any, key: str) -> Any:
+    """Leave the arguments of another optimizer than SGD to torch: the defaults of the schema are those of SGD."""
+    if isinstance(given, Mapping) and key not in given and str(given.get("optimizer", "sgd")).lower() != "sgd":
+        return {**given, key: {}}
+    return given
+
+
 class TrainTable(Table):
     """``[train]``: the local steps of a replica in a round."""
 
@@ -149,6 +156,11 @@ class TrainTable(Table):
     init: str = ""
     seed: Annotated[int, Strict(), Field(ge=0, lt=2**63)] = 0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _own_defaults(cls, given: Any) -> Any:
+        return _without_sgd_defaults(given, "optimizer_args")
+
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if self.local_steps is not None and "local_epochs" in self.model_fields_set:
@@ -169,6 +181,11 @@ class OuterConfig(Table):
 
     optimizer: str = "sgd"
     args: dict[str, Any] = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_defaults(cls, given: Any) -> Any:
+        return _without_sgd_defaults(given, "args")
 
 
 class CodecConfig(Table):

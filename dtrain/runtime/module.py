@@ -20,10 +20,16 @@ def build_module(build: Callable[..., nn.Module], arguments: Mapping[str, object
     Raises
     ------
     NotAModule
-        It returned something else.
+        It is a module itself, or returned something else.
     UserCodeFailed
         It raised an exception.
     """
+    if isinstance(build, nn.Module):
+        kind = type(build).__name__
+        raise NotAModule(
+            f"The model is a module, an instance of {kind}; dtrain needs a function that builds it.",
+            f"Give the class and model_args, or a function: def build(): return {kind}(...).",
+        )
     with isolated(seed, torch.get_num_threads()), user_code("The function given as model"):
         module = build(**arguments)
     if not isinstance(module, nn.Module):

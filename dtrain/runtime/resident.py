@@ -88,16 +88,29 @@ class Resident:
         """The metrics that are computed batch by batch."""
         return metrics_of(self.spec.config.train, self.functions)
 
-    @cached_property
-    def _template(self) -> nn.Module:
+    def _build(self) -> nn.Module:
         config = self.spec.config
         module = build_module(self.functions["model"], config.model_args, config.train.seed)
         freeze(module, config.train.freeze)
         return module
 
+    @cached_property
+    def _template(self) -> nn.Module | None:
+        """The module to copy; None if it refuses (a lock, a tensor that was computed), or copies are not trainable."""
+        module = self._build()
+        try:
+            copied = copy.deepcopy(module)
+        except Exception:  # whatever its parts raise
+            return None
+        return module if all(p.is_leaf for p in copied.parameters()) else None  # copies of scripted modules are not
+
     def module(self) -> nn.Module:
-        """Return a module as the user's function built it: a copy, so that tasks do not see each other's changes."""
-        return copy.deepcopy(self._template)
+        """Return a module as the user's function built it; tasks do not see each other's changes.
+
+        It is a copy, or built anew where the module cannot be copied: the same, since the function runs under the
+        run's seed.
+        """
+        return self._build() if self._template is None else copy.deepcopy(self._template)
 
     # Samples ------------------------------------------------------------------------------------------------
 

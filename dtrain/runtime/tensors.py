@@ -42,25 +42,32 @@ def transformed(
 def apply_transform(transform: Callable[..., Any], batch: TensorBatch, seed: int) -> TensorBatch:
     """Call ``data.transform`` with a batch and a random generator of its own.
 
+    In the batch that it gets and returns, ``inputs`` and ``targets`` are both tuples of tensors, however many there
+    are. A single tensor in place of a tuple of one is accepted.
+
     Raises
     ------
     UserCodeFailed
         It raised, or did not return a batch, or returned one of another size.
     """
-    with user_code("The function given as data.transform"):
-        result = transform(batch, torch.Generator().manual_seed(seed))
+    given = replace(batch, targets=_as_tuple(batch.targets))
+    with user_code("The function given as data.transform", "In it, batch.inputs and batch.targets are tuples."):
+        result = transform(given, torch.Generator().manual_seed(seed))
     if not isinstance(result, TensorBatch):
         raise UserCodeFailed(
             f"The function given as data.transform returned {type(result).__name__}, not a batch.",
-            "Return the batch, or dataclasses.replace(batch, inputs=(...)).",
+            "Return the batch, or dataclasses.replace(batch, inputs=(...), targets=(...)).",
         )
-    tensors = (*result.inputs, *(result.targets if isinstance(result.targets, tuple) else (result.targets,)))
+    result = replace(result, inputs=_as_tuple(result.inputs), targets=_as_tuple(result.targets))
+    tensors = (*result.inputs, *result.targets)
     odd = [type(tensor).__name__ for tensor in tensors if not isinstance(tensor, torch.Tensor)]
-    if odd or len(result.inputs) != len(batch.inputs):
+    counts = len(result.inputs), len(result.targets)
+    wanted = len(given.inputs), len(given.targets)
+    if odd or counts != wanted:
         raise UserCodeFailed(
-            f"The function given as data.transform returned {len(result.inputs)} inputs"
-            + (f", and among its values {odd[0]} instead of tensors." if odd else f" for {len(batch.inputs)}."),
-            "Return the batch, or dataclasses.replace(batch, inputs=(...)) with as many tensors.",
+            f"The function given as data.transform returned {counts[0]} inputs and {counts[1]} targets"
+            + (f", and among them {odd[0]} instead of tensors." if odd else f" for {wanted[0]} and {wanted[1]}."),
+            "Return the batch, or dataclasses.replace(batch, inputs=(...), targets=(...)) with as many tensors.",
         )
     wrong = [len(tensor) for tensor in tensors if len(tensor) != batch.size]
     if wrong or result.size != batch.size:
@@ -69,7 +76,13 @@ def apply_transform(transform: Callable[..., Any], batch: TensorBatch, seed: int
             f"of {batch.size}.",
             "A transform keeps the number of samples.",
         )
-    return result
+    return result if len(result.targets) > 1 else replace(result, targets=result.targets[0])
+
+
+def _as_tuple(values: Any) -> tuple[Any, ...]:
+    if isinstance(values, tuple | list):
+        return tuple(values)
+    return (values,)
 
 
 def decoder(scalings: Sequence[tuple[Floats, Floats] | None]) -> Decode:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from dtrain.algorithm.batch import TensorBatch, autocast
+from dtrain.algorithm.batch import TensorBatch, autocast, non_finite_values
 from dtrain.algorithm.local import run_local_steps
 from dtrain.algorithm.losses import mean_of_batch
 from dtrain.algorithm.params import flatten, layout_of
@@ -28,6 +28,8 @@ from dtrain.runtime.tensors import decoder
 from dtrain.runtime.usercode import user_code
 from dtrain.types import Cursor, Parameters
 
+DTYPE_WORDS = ("dtype", "scalar type", "Input type", "Long", "not implemented for")
+"""Words of torch's errors about dtypes."""
 Outputs: TypeAlias = Any
 """Whatever the user's module returns."""
 
@@ -117,6 +119,7 @@ def _first_loss(resident: Resident, module: nn.Module, batch: TensorBatch) -> tu
             f"The model does not accept the inputs {', '.join(_named(config.inputs, batch.inputs))}",
             f"Change the model, or data.inputs. Samples lie along {resident.spec.sources[0].samples.sample_dim} "
             "(data.sample_dim).",
+            _float_hint(config.inputs, batch.inputs),
         ):
             outputs = module(*batch.inputs)
         targets = batch.targets if isinstance(batch.targets, tuple) else (batch.targets,)
@@ -132,13 +135,19 @@ def _first_loss(resident: Resident, module: nn.Module, batch: TensorBatch) -> tu
         with mismatch:
             for metric in resident.metrics.values():
                 metric(*decode(outputs, batch.targets))
-    return _checked(loss), outputs
+    return _checked(loss, batch), outputs
 
 
-def _checked(loss: torch.Tensor) -> float:
+def _checked(loss: torch.Tensor, batch: TensorBatch) -> float:
     if not math.isfinite(loss.item()):
+        if values := non_finite_values(batch):
+            raise FirstLossNotFinite(
+                f"The loss of the first batch is {loss.item()}: its {batch.size:,} samples hold {values:,} NaN or "
+                "infinite values of the data.",
+                "Replace them in data.transform, or choose other data; data.non_finite says how they are met.",
+            )
         raise FirstLossNotFinite(
-            f"The loss of the first batch is {loss.item()} before any training.",
+            f"The loss of the first batch is {loss.item()} before any training, and its data are finite.",
             "Look at the scale of the inputs and at the model's initialisation.",
         )
     return loss.item()
@@ -147,14 +156,30 @@ def _checked(loss: torch.Tensor) -> float:
 class _Shapes(AbstractContextManager[None]):
     """Turns torch's errors about wrong shapes and dtypes into `ShapesDiffer`; can be entered several times."""
 
-    def __init__(self, message: str, hint: str) -> None:
+    def __init__(self, message: str, hint: str, dtype_hint: str = "") -> None:
         self._message = message
         self._hint = hint
+        self._dtype_hint = dtype_hint or hint
 
     def __exit__(self, kind: object, error: BaseException | None, frames: object) -> None:
         wrong = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
         if isinstance(error, wrong) and not isinstance(error, DtrainError):
-            raise ShapesDiffer(f"{self._message}: {one_line(error)}", self._hint) from error
+            text = one_line(error)
+            is_of_dtype = any(
+                word in text for word in ("dtype", "scalar type", "Input type", "Long", "not implemented for")
+            )
+            raise ShapesDiffer(f"{self._message}: {text}", self._dtype_hint if is_of_dtype else self._hint) from error
+
+
+def _float_hint(names: Sequence[str], tensors: Sequence[torch.Tensor]) -> str:
+    """Return what to do about layers that want floats; empty if all inputs are floats."""
+    integers = [name for name, tensor in zip(names, tensors, strict=True) if not tensor.is_floating_point()]
+    if not integers:
+        return ""
+    return (
+        f"Integers arrive as int64, for embeddings. Call .float() on {' and '.join(integers)} in the model's forward, "
+        f'or standardise: data.normalize = ["{integers[0]}"].'
+    )
 
 
 def _named(names: Sequence[str], tensors: Sequence[torch.Tensor]) -> tuple[str, ...]:

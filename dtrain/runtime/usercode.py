@@ -101,8 +101,15 @@ def _is_stale(imported_from: Path, file: Path, text: bytes, base: Path) -> bool:
 
 
 @contextmanager
-def user_code(doing: str) -> Iterator[None]:
+def user_code(doing: str, hint: str = "") -> Iterator[None]:
     """Turn an exception of the user's code into `UserCodeFailed` that says where it happened.
+
+    Parameters
+    ----------
+    doing : str
+        Begins the message.
+    hint : str
+        What the user's code may have overlooked.
 
     Raises
     ------
@@ -124,7 +131,8 @@ def user_code(doing: str) -> Iterator[None]:
         users = [f for f in own if not f.filename.startswith("<frozen ") and not is_installed(Path(f.filename))]
         where = f" ({Path(users[-1].filename).name}:{users[-1].lineno})" if users else ""
         raise UserCodeFailed(
-            f"{doing} raised {type(error).__name__}: {text}{where}", "Run with --debug to see the traceback."
+            f"{doing} raised {type(error).__name__}: {text}{where}",
+            f"{hint} Run with --debug to see the traceback.".lstrip(),
         ) from error
 
 

@@ -59,7 +59,10 @@ THETA = Broadcast(params(0, 0, 0))
 
 
 def test_a_replica_sends_its_parameters_and_keeps_its_new_state():
-    after, local = params(1, 2, 3), LocalResult(inner(7), loss_sum=12.5, loss_count=40, samples=40, steps=5)
+    after, local = (
+        params(1, 2, 3),
+        LocalResult(inner(7), loss_sum=12.5, loss_count=40, non_finite=0, samples=40, steps=5),
+    )
     sent, kept = contribute(THETA, after, ReplicaState(inner(1)), local, task(), AverageConfig())
     assert sent.payload is after
     assert kept.inner is local.inner
@@ -70,7 +73,7 @@ def test_a_replica_sends_its_parameters_and_keeps_its_new_state():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_replica_that_is_not_finite_keeps_the_state_it_came_with(bad):
     state = ReplicaState(inner(1), np.ones(2, np.float32))
-    local = LocalResult(inner(7), loss_sum=float("nan"), loss_count=40, samples=40, steps=5)
+    local = LocalResult(inner(7), loss_sum=float("nan"), loss_count=40, non_finite=0, samples=40, steps=5)
     sent, kept = contribute(THETA, params(1, bad, 3), state, local, task(), AverageConfig())
     assert not sent.contribution.finite
     assert kept is state
@@ -78,7 +81,7 @@ def test_a_replica_that_is_not_finite_keeps_the_state_it_came_with(bad):
 
 def test_what_was_infinite_at_the_start_may_be_so_after():
     start = Broadcast(params(0, 0, -np.inf))
-    local = LocalResult(inner(7), loss_sum=1.0, loss_count=40, samples=40, steps=5)
+    local = LocalResult(inner(7), loss_sum=1.0, loss_count=40, non_finite=0, samples=40, steps=5)
     sent, _ = contribute(start, params(1, 2, -np.inf), fresh_replica(), local, task(), AverageConfig())
     assert sent.contribution.finite
 

@@ -604,8 +604,8 @@ def test_batches_need_samples(blobs: Path) -> None:
     ("transform", "said"),
     [
         (raising, r"The function given as data.transform raised KeyError: 'nothing' \(test_data_path.py:\d+\)"),
-        (without_inputs, "returned 0 inputs for 1"),
-        (of_numpy, "returned 1 inputs, and among its values ndarray instead of tensors"),
+        (without_inputs, "returned 0 inputs and 1 targets for 1 and 1"),
+        (of_numpy, "returned 1 inputs and 1 targets, and among them ndarray instead of tensors"),
     ],
 )
 def test_a_transform_that_fails_is_named(samples: Any, transform: Any, said: str) -> None:
