@@ -107,9 +107,17 @@ def _train(
         write_run(opened.directory, job, resolved)
         tell(_started(opened, state, runner))
         runner.on_progress = tell
-        for result in rounds(runner, state, job.config, note, history=history):
+
+        def is_over() -> bool:
+            return deadline is not None and time.monotonic() > deadline
+
+        for result in rounds(
+            runner, state, job.config, note, history=history, look_ahead=runner.look_ahead, is_over=is_over
+        ):
             _keep(opened, result, resolved.plan.fingerprint, note)
-            _check_time(opened, result, deadline, tell)
+            if result.state is not None and result.stop is None and is_over():
+                tell(_finished(opened, "max_time"))
+                raise Stopped(f"--max-time is over after round {result.round}.", "Run it again to continue.")
 
 
 def _resume(run: Path, job: Job, note: Reporter) -> tuple[Resolved | None, TrainState | None]:
@@ -141,14 +149,6 @@ def _keep(run: Run, result: RoundResult, fingerprint: str, note: Reporter) -> No
         written = commit_round(run.directory, result.state, fingerprint)
         prune(run.directory, run.config.run.keep, run.best_round)
         note(RoundCommitted(round=result.round, bytes=written, seconds=time.monotonic() - started))
-
-
-def _check_time(run: Run, result: RoundResult, deadline: float | None, tell: Reporter) -> None:
-    """Stop after a committed round when the time is over and others would follow."""
-    over = deadline is not None and time.monotonic() > deadline
-    if over and result.state is not None and result.stop is None:
-        tell(_finished(run, "max_time"))
-        raise Stopped(f"--max-time is over after round {result.round}.", "Run it again to continue.")
 
 
 def _started(run: Run, state: TrainState, runner: Runner[Held]) -> RunStarted:
@@ -272,7 +272,8 @@ def train_rounds(
     """
     job, client = _python_job(model, samples, config, model_args, cluster, train=train, average=average)
     with open_runner(job, uuid.uuid4().hex[:8], client=client) as (runner, _):
-        yield from rounds(runner, initial_state(runner, job.config, job.base), job.config, lambda event: None)
+        state = initial_state(runner, job.config, job.base)
+        yield from rounds(runner, state, job.config, lambda event: None, look_ahead=runner.look_ahead)
 
 
 def _python_job(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,22 +18,29 @@ from dtrain.data.samples import Samples
 from dtrain.errors import DataChanged, DiskFull, RunConflict, RunDamaged, Stopped
 from dtrain.events import ClusterOpening, RoundCommitted, RoundDamaged, RoundFinished, RunFinished, RunStarted
 from dtrain.job import Job, job_from_python
+from dtrain.report.history import read_rows
 from dtrain.run import with_scheduler
 from dtrain.trainer import train_job
 from tests.runtime import models
 
 
-def job_of(samples: Samples, rounds: int = 4, **train: Any) -> Job:
+def job_of(samples: Samples, rounds: int = 4, run: Any = None, **train: Any) -> Job:
     config = dtrain.TrainConfig(
         train={"loss": "cross_entropy", "rounds": rounds, "batch_size": 16, **train},
         average={"replicas": 2},
-        run={"commit_every": 2},
+        run=run or {"commit_every": 2},
     )
     return job_from_python(models.small, samples, {}, with_scheduler(config, "serial"))
 
 
 def names(events: list[Any]) -> str:
     return " ".join(type(event).__name__ for event in events if type(event).__name__ != "StepsTaken")
+
+
+@pytest.fixture
+def lines() -> Callable[[Path], list[Any]]:
+    """A function that returns the history of a run without its timings."""
+    return lambda run: [{**row, "seconds": 0.0} for row in read_rows(run / "history.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -128,13 +138,43 @@ def test_a_changed_job_is_refused_with_the_difference(run: Path, samples: Sample
         train_job(other, run)
 
 
-def test_the_time_is_looked_at_after_commits(samples: Samples, tmp_path: Path) -> None:
-    events: list[Any] = []
-    with pytest.raises(Stopped, match="--max-time is over after round 2"):
-        train_job(job_of(samples), tmp_path / "r", report=events.append, max_seconds=0.0)
-    assert committed_rounds(tmp_path / "r") == [2]
-    assert (events[-1].reason, events[-1].rounds) == ("max_time", 2)
-    train_job(job_of(samples, rounds=2), tmp_path / "s", max_seconds=0.0)  # nothing would follow
+@pytest.mark.parametrize("where", ["serial", "cluster"])
+def test_when_the_time_is_over_the_round_being_trained_is_the_last_and_is_committed(
+    samples: Samples, tmp_path: Path, where: str, request: pytest.FixtureRequest, lines: Callable[[Path], list[Any]]
+) -> None:
+    client = request.getfixturevalue("client") if where == "cluster" else None
+    job = job_of(samples, run={"commit_every": 50})
+    for number in (1, 2, 3):
+        events: list[Any] = []
+        with pytest.raises(Stopped, match=f"--max-time is over after round {number}"):
+            train_job(job, tmp_path / "r", client=client, report=events.append, max_seconds=0.0)
+        assert committed_rounds(tmp_path / "r")[-1] == number
+        assert (events[-1].reason, events[-1].rounds) == ("max_time", number)
+    train_job(job, tmp_path / "r", client=client, max_seconds=0.0)  # nothing would follow the last round
+    train_job(job, tmp_path / "whole", client=client)
+    assert lines(tmp_path / "r") == lines(tmp_path / "whole")
+
+
+def test_time_that_ends_between_two_commits(
+    samples: Samples, tmp_path: Path, lines: Callable[[Path], list[Any]]
+) -> None:
+    """The clock is that of the rounds: it is over once the second one has been written down."""
+    job, seen = job_of(samples, rounds=6, run={"commit_every": 5}), list[int]()
+    with pytest.MonkeyPatch.context() as patch:
+        clock = SimpleNamespace(monotonic=lambda: 100.0 * len(seen), strftime=time.strftime)
+        patch.setattr("dtrain.trainer.time", clock)
+
+        def report(event: Any) -> None:
+            if isinstance(event, RoundFinished):
+                seen.append(event.result.round)
+
+        with pytest.raises(Stopped, match="after round 3"):
+            train_job(job, tmp_path / "r", report=report, max_seconds=150.0)
+    assert seen == [1, 2, 3]
+    assert committed_rounds(tmp_path / "r") == [3]
+    train_job(job, tmp_path / "r")
+    train_job(job, tmp_path / "whole")
+    assert lines(tmp_path / "r") == lines(tmp_path / "whole")
 
 
 def test_a_directory_that_cannot_be_made(samples: Samples, tmp_path: Path) -> None:

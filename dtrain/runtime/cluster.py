@@ -66,6 +66,8 @@ class ClusterRunner:
     parameters, and a strict pin hangs when the worker dies.
     """
 
+    look_ahead: int | None = None
+
     def __init__(self, connection: Connection, spec: RunSpec) -> None:
         self.num_workers = connection.num_workers
         self.dashboard = connection.dashboard
