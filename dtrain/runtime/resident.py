@@ -29,7 +29,7 @@ from dtrain.data.plan.memory import LoaderBudget
 from dtrain.data.plan.partition import Partition, eval_partitions
 from dtrain.data.plan.splits import SplitName
 from dtrain.data.read.units import UnitReader
-from dtrain.runtime.codebytes import unpickle_functions
+from dtrain.runtime.codebytes import live_functions, unpickle_functions
 from dtrain.runtime.module import build_module
 from dtrain.runtime.spec import PlannedSource, RunSpec
 from dtrain.runtime.usercode import user_code
@@ -67,6 +67,7 @@ class Resident:
 
     def __init__(self, spec: RunSpec) -> None:
         self.spec = spec
+        self._live = live_functions(spec.code)  # now: a task may look for them when the run is over
         self._pieces: dict[SplitName, tuple[Stream, ...]] = {}
         self._readers: dict[int, UnitReader] = {}
         self._loaders: OrderedDict[StreamKey, Loader] = OrderedDict()
@@ -74,6 +75,8 @@ class Resident:
     @cached_property
     def functions(self) -> dict[str, Callable[..., Any]]:
         """The user's functions by config key."""
+        if self._live is not None:
+            return self._live
         with user_code("Loading the code of the run"):
             return unpickle_functions(self.spec.code)
 
