@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from dtrain.algorithm.recipe import Functions
 from dtrain.algorithm.stop import check_metric
 from dtrain.config.names import FUNCTION
 from dtrain.config.schema import DataConfig, TrainConfig
+from dtrain.config.values import TO_PLAIN
 from dtrain.data.samples import Samples
 from dtrain.data.source import describe
 from dtrain.errors import InvalidConfig
@@ -62,7 +64,7 @@ class Job:
 def job_from_config(config: TrainConfig, base: Path) -> Job:
     """Resolve a configuration whose paths are relative to `base`: import its functions, describe its samples."""
     sources, held_out = open_sources(config.data, base), held_out_source(config.data, base)
-    functions = {key: load_function(key, reference, base) for key, reference in _references(config).items()}
+    functions = load_functions(config, base)
     _check_names(config)
     return Job(config=config, sources=sources, held_out=held_out, functions=functions, base=base)
 
@@ -80,14 +82,13 @@ def job_from_python(
     resolved = _config_from_python(model, samples, {name: table for name, table in tables.items() if table}, config)
     base = Path.cwd() if isinstance(model, str) else directory_of(model)
     own = {} if isinstance(model, str) else {"model": model}
-    references = {key: reference for key, reference in _references(resolved).items() if key not in own}
-    loaded = {key: load_function(key, reference, base) for key, reference in references.items()}
+    functions = load_functions(resolved, base, own)
     _check_names(resolved)
     return Job(
         config=resolved,
         sources=(source_of(samples),),
         held_out=held_out_source(samples.config, Path.cwd()),
-        functions={**own, **loaded},
+        functions=functions,
         base=base,
     )
 
@@ -147,7 +148,60 @@ def held_out_source(config: DataConfig, base: Path) -> Source | None:
     return Source(config=own, samples=describe(own, base))
 
 
+# Samples that are evaluated -------------------------------------------------------------------------------
+
+AS_OPENED = ("path", "group", "inputs", "targets", "storage_options", "memory", "cache", "reader")
+"""Keys of ``[data]`` that say where samples are: they are as the samples were opened."""
+OF_THE_RUN = ("split", "split_order", "val_path", "partition", "shuffle")
+"""Keys that say how rows are divided: they are the run's."""
+AGREED = ("normalize", "transform")
+"""Keys of what the model was trained with: samples have the same, or leave them out."""
+
+
+def as_trained(samples: Samples, config: DataConfig, *, own: bool) -> Samples:
+    """Return samples as the model of a run takes them: keys of ``[data]`` that they leave out are the run's.
+
+    Another store than the run's `own` is not cut by the run's ``isel``.
+
+    Raises
+    ------
+    InvalidConfig
+        They are prepared in another way than those that the model was trained with.
+    """
+    given, table = samples.config.model_fields_set, samples.config
+    for key in AGREED:
+        if key in given and getattr(table, key) != getattr(config, key):
+            raise InvalidConfig(
+                f"The samples have data.{key} = {plain(getattr(table, key))}, and the run was trained with "
+                f"{plain(getattr(config, key))}.",
+                f"Leave {key} out of open_samples: the run's is used.",
+            )
+    kept = {*given, *AS_OPENED, *(() if own else ("isel",))} - {*OF_THE_RUN}
+    return described_with(samples, {k: getattr(config, k) for k in DataConfig.model_fields if k not in kept})
+
+
+def described_with(samples: Samples, keys: Mapping[str, Any]) -> Samples:
+    """Describe samples again with other values of keys of ``[data]``; the same object where no value differs."""
+    changed = {key: value for key, value in keys.items() if getattr(samples.config, key) != value}
+    if not changed:
+        return samples
+    config = TrainConfig(data=samples.config.model_copy(update={**changed, "path": samples.path})).data
+    return describe(config, Path.cwd())
+
+
+def plain(value: object) -> str:
+    """Return a value of the configuration as a config file has it."""
+    return json.dumps(TO_PLAIN.dump_python(value, mode="json"))
+
+
 # Names ----------------------------------------------------------------------------------------------------
+
+
+def load_functions(config: TrainConfig, base: Path, given: Functions | None = None) -> Functions:
+    """Return the user's functions by config key: those that are given, and those that the configuration names."""
+    own = dict(given or {})
+    references = {key: reference for key, reference in _references(config).items() if key not in own}
+    return {**own, **{key: load_function(key, reference, base) for key, reference in references.items()}}
 
 
 def _references(config: TrainConfig) -> dict[str, str]:
