@@ -28,7 +28,7 @@ from dtrain.events import (
     RunFinished,
     RunStarted,
 )
-from dtrain.job import Job, Model, Table, job_from_python
+from dtrain.job import Job, Model, Table, absolute, contradiction, is_given, job_from_python
 from dtrain.lock import locked
 from dtrain.prepare import open_runner
 from dtrain.report.history import read_rows
@@ -36,6 +36,7 @@ from dtrain.report.journal import HISTORY, cut_history, journal
 from dtrain.resolve import Resolved
 from dtrain.rounds import initial_state, rounds
 from dtrain.run import Run, with_scheduler
+from dtrain.runtime.place import PLACES
 from dtrain.runtime.runner import Held, Runner
 from dtrain.types import History, RoundResult, TrainState
 
@@ -190,17 +191,17 @@ def _both(first: Reporter, second: Reporter | None) -> Reporter:
 
 
 def train(
-    model: Model,
-    samples: Samples,
+    model: Model | None = None,
+    samples: Samples | None = None,
     *,
     train: Table | None = None,
     average: Table | None = None,
     stop: Table | None = None,
     config: TrainConfig | None = None,
     model_args: Table | None = None,
-    cluster: Client | str = "local",
+    cluster: Client | str | None = None,
     run: str | None = None,
-    run_dir: str | Path = "runs",
+    run_dir: str | Path | None = None,
     progress: bool = True,
     report: Reporter | None = None,
 ) -> Run:
@@ -216,7 +217,8 @@ def train(
     train, average, stop : mapping, optional
         Tables of the configuration, for example ``train=dict(loss="cross_entropy", rounds=20)``.
     config : TrainConfig, optional
-        Instead of the tables.
+        Instead of the tables. Then arguments that are left out are as it says, and arguments that contradict it are
+        refused. Keys of ``config.data`` that the samples leave out are theirs too.
     model_args : mapping, optional
         Keyword arguments of the function.
     cluster : distributed.Client or str
@@ -224,7 +226,7 @@ def train(
     run : str, optional
         Name of the run; the same name continues it. By default the next free number.
     run_dir : path
-        Where runs are kept, relative to the working directory.
+        Where runs are kept, relative to the working directory; by default ``runs``.
     progress : bool
         Whether to show progress on stderr.
     report : callable, optional
@@ -251,14 +253,14 @@ def train(
 
 
 def train_rounds(
-    model: Model,
-    samples: Samples,
+    model: Model | None = None,
+    samples: Samples | None = None,
     *,
     train: Table | None = None,
     average: Table | None = None,
     config: TrainConfig | None = None,
     model_args: Table | None = None,
-    cluster: Client | str = "local",
+    cluster: Client | str | None = None,
 ) -> Iterator[RoundResult]:
     """Yield the rounds of a training that is kept nowhere: the loop is yours to stop.
 
@@ -277,20 +279,39 @@ def train_rounds(
 
 
 def _python_job(
-    model: Model,
-    samples: Samples,
+    model: Model | None,
+    samples: Samples | None,
     config: TrainConfig | None,
     model_args: Table | None,
-    cluster: Client | str,
+    cluster: Client | str | None,
     **tables: Table | None,
 ) -> tuple[Job, Client | None]:
-    job = job_from_python(model, samples, tables, config)
-    if model_args:
-        job = replace(job, config=job.config.model_copy(update={"model_args": dict(model_args)}))
-    if isinstance(cluster, str):
-        return replace(job, config=with_scheduler(job.config, cluster)), None
-    return job, cluster
+    job = job_from_python(model, samples, tables, config, model_args)
+    scheduler = _agreed_scheduler(job.config, cluster)
+    client = None if isinstance(cluster, str) else cluster
+    return replace(job, config=job.config if client is not None else with_scheduler(job.config, scheduler)), client
 
 
-def _run_table(config: TrainConfig, run_dir: str | Path) -> RunConfig:
-    return config.run.model_copy(update={"dir": str(Path(run_dir).expanduser().absolute())})
+def _agreed_scheduler(config: TrainConfig, cluster: Client | str | None) -> str:
+    """Return where to train: as the argument says, or the configuration; they must not contradict each other."""
+    configured = _scheduler_of(config.cluster.scheduler)
+    if cluster is None:
+        return configured
+    wanted = _scheduler_of(cluster) if isinstance(cluster, str) else str(cluster.scheduler.address)
+    if is_given(config, "cluster", "scheduler") and wanted != configured:
+        raise contradiction("cluster", wanted, configured, "cluster.scheduler")
+    return wanted
+
+
+def _scheduler_of(text: str) -> str:
+    """Return the path of a scheduler file as an absolute path, anything else as it is."""
+    is_file = text not in PLACES and text != "local" and Path(text).expanduser().is_file()
+    return absolute(text) if is_file else text
+
+
+def _run_table(config: TrainConfig, run_dir: str | Path | None) -> RunConfig:
+    configured = absolute(config.run.dir)
+    wanted = configured if run_dir is None else absolute(str(run_dir))
+    if is_given(config, "run", "dir") and wanted != configured:
+        raise contradiction("run_dir", str(run_dir), config.run.dir, "run.dir")
+    return config.run.model_copy(update={"dir": wanted})

@@ -304,6 +304,34 @@ def test_a_store_of_the_validation_is_all_validation(
     assert run.evaluate(open_noise(noise), split="test") == run.evaluate(split="test")
 
 
+def test_each_store_of_a_run_with_several_keeps_its_splits(
+    noise: Path, tmp_path: Path, write_store: Callable[..., Path]
+) -> None:
+    second = write_noise(tmp_path / "second.zarr", write_store, rows=160, seed=7)
+    run = dtrain.train(
+        regression,
+        config=dtrain.TrainConfig(
+            data={"path": [{"path": str(noise)}, {"path": str(second)}], "inputs": ["x"], "targets": ["y"]},
+            train={"loss": "mse", "rounds": 2, "batch_size": 10},
+        ),
+        cluster="serial",
+        run_dir=tmp_path / "runs",
+        progress=False,
+    )
+    for split in ("val", "test", "all"):
+        loss, _, count = run.evaluation(None, split=split, round="last", cluster="serial")  # type: ignore[arg-type]
+        parts = [
+            run.evaluation(open_noise(path), split=split, round="last", cluster="serial")  # type: ignore[arg-type]
+            for path in (noise, second)
+        ]
+        assert sum(number for _, _, number in parts) == count
+        total = sum(means["loss"] * number for means, _, number in parts)
+        assert total / count == pytest.approx(loss["loss"], rel=1e-6)
+        assert parts[1][2] == sum(
+            piece.num_samples for _, piece in run.plan.pieces(split) if piece.plan.num_samples == 160
+        )  # type: ignore[arg-type]
+
+
 def test_the_runs_own_data_need_not_be_there_to_evaluate_others(
     noise: Path, tmp_path: Path, write_store: Callable[..., Path]
 ) -> None:

@@ -300,7 +300,7 @@ def _check_values(config: TrainConfig) -> None:
         cache_bytes(config.data.cache)
     _check_name("data.transform", config.data.transform, (), empty=True)
     known = (*config.data.inputs, *config.data.targets)
-    if odd := [name for name in config.data.normalize if name not in known]:
+    if known and (odd := [name for name in config.data.normalize if name not in known]):  # Python may name them later
         raise InvalidConfig(
             f'data.normalize names "{odd[0]}", which is neither an input nor a target{did_you_mean(odd[0], known)}'
         )
