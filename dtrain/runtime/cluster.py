@@ -182,9 +182,10 @@ class ClusterRunner:
         )
 
     def close(self) -> None:
-        """Take the run's residents away from the workers."""
+        """Cancel what is not done, and take the run's residents away from the workers."""
         if self._client.connected:
             try:
+                self._client.cancel()
                 self._client.dask.unsubscribe_topic(self._plugin.name)
                 self._client.dask.unregister_worker_plugin(self._plugin.name)
             except (*GONE, ValueError):
