@@ -335,6 +335,11 @@ def test_the_runs_own_store_named_as_data_has_the_runs_own_splits(cli, run, monk
         assert last(cli("--json", "eval", run, "--data", "copy.zarr", "--split", split)) == own
         shutil.rmtree("copy.zarr")
         Path("link").unlink()
+    outcome = cli("--json", "eval", run, "--data", "job/train.zarr", "--round", "last")
+    assert (last(outcome)["split"], last(outcome)["samples"]) == ("all", 60)
+    assert outcome.err == (
+        "job/train.zarr is the run's own store: all of it includes the rows that the run was trained on.\n"
+    )
 
 
 def test_the_selection_of_the_run_is_mentioned_and_can_be_changed(cli, project, write_store, tmp_path):

@@ -62,20 +62,25 @@ def evaluate(
     rows = [("run", f"{shown(opened.directory)} round {number}"), ("split", f"{chosen}, {count:,} samples")]
     rows += [(name, f"{value:.6g}") for name, value in means.items()]
     result(options, table(rows), {**record, **{k: v if math.isfinite(v) else None for k, v in means.items()}})
-    for line in _notes(opened, samples, data, None if round else number):
+    for line in _notes(opened, samples, data, chosen, None if round else number):
         say(options, line)
 
 
-def _notes(run: Run, samples: Samples | None, data: str | None, last: int | None) -> Iterator[str]:
+def _notes(run: Run, samples: Samples | None, data: str | None, split: SplitName, last: int | None) -> Iterator[str]:
     """Yield what is said beside the figures: what they are of, where one could take them for something else."""
     from dtrain.job import plain
+    from dtrain.resolve import own_stores
 
     if last is not None and (note := run.note_on_best(last)):
         yield f"{note} --round best evaluates it."
-    if samples is not None and data is not None:
-        selected = samples.config.isel
-        if selected and selected == run.config.data.isel:
-            yield (
-                f"data.isel = {plain(selected)} of the run selects from {data} too; --set data.isel={{}} takes all of "
-                "it, or name another selection."
-            )
+    if samples is None or data is None:
+        return
+    store = own_stores(run.config.data, run.base).find(samples)
+    if isinstance(store, int) and split == "all":
+        yield f"{data} is the run's own store: all of it includes the rows that the run was trained on."
+    selected = samples.config.isel
+    if store is None and selected and selected == run.config.data.isel:
+        yield (
+            f"data.isel = {plain(selected)} of the run selects from {data} too; --set data.isel={{}} takes all of it, "
+            "or name another selection."
+        )
