@@ -5,7 +5,7 @@
     loader 2   reads  -->  turns ---'
 
 A loader has as many turns as it may read units at a time. So each of many loaders is served, and none fills the queue.
-A loader may be closed by garbage collection, in any thread and at any place: what that needs waits for no lock.
+A loader may be closed by garbage collection, in any thread and at any place: nobody who holds the lock waits.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Lane:
         self._finished: SimpleQueue[None] = SimpleQueue()
         """A None for each read that has ended since the lane was closed."""
         self._closed = threading.Event()
+        self._left = False
         self._pool = _pool_of(reader, turns)
 
     @property
@@ -91,11 +92,17 @@ class Lane:
             if not self._reads.empty():  # it came between `take` and parking
                 self._unpark()
 
+    def stop(self) -> None:
+        """Begin no further read."""
+        self._closed.set()
+
     def close(self) -> None:
         """Begin no further read, and wait for those under way; end the threads if no other loader uses them."""
-        if self._closed.is_set():
+        self.stop()
+        with _LOCK:
+            left, self._left = self._left, True
+        if left:
             return
-        self._closed.set()
         while self._reading - {threading.get_ident()}:
             self._finished.get()
         self._pool.leave()
@@ -120,10 +127,11 @@ class _Pool:
             return
         with _LOCK:
             count = len(self._threads)
-            if not self.ended and count < self.most and (count < lane.active or self._queue.qsize() > count):
-                thread = threading.Thread(target=self._run, name=f"dtrain-read_{count}", daemon=True)
-                self._threads.append(thread)
-                thread.start()
+            if self.ended or count >= self.most or (count >= lane.active and self._queue.qsize() <= count):
+                return
+            thread = threading.Thread(target=self._run, name=f"dtrain-read_{count}", daemon=True)
+            self._threads.append(thread)
+        thread.start()
 
     def _run(self) -> None:
         while (lane := self._queue.get()) is not None:
@@ -137,8 +145,8 @@ class _Pool:
             self.ended = not self.lanes
         if self.ended:
             self._queue.put(None)
-            for thread in self._threads:
-                if thread is not threading.current_thread():  # garbage collection may close a loader in any thread
+            for thread in self._threads:  # each was started by an earlier one, or by an assembler that is over
+                if thread is not threading.current_thread() and thread.ident is not None:
                     thread.join()
 
 

@@ -101,9 +101,10 @@ class LoaderThreads:
         atexit.unregister(self.close)
         self._closed.set()
         self.events.put(None)
-        self._lane.close()
+        self._lane.stop()
         if self._assembler is not threading.current_thread():  # garbage collection may close a loader in any thread
             self._assembler.join()
+        self._lane.close()
         self.bundles.put(None)  # for a consumer that waits
         self.arena.clear()
         self._buffers.clear()
