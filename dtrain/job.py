@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from torch import nn
 
@@ -14,11 +15,14 @@ from dtrain.algorithm.outer import outer_optimizer
 from dtrain.algorithm.recipe import Functions
 from dtrain.algorithm.stop import check_metric
 from dtrain.config.names import FUNCTION
-from dtrain.config.schema import DataConfig, TrainConfig
+from dtrain.config.schema import DataConfig, SplitConfig, TrainConfig
+from dtrain.config.values import TO_PLAIN
+from dtrain.data.paths import identity
 from dtrain.data.samples import Samples
 from dtrain.data.source import describe
 from dtrain.errors import InvalidConfig
 from dtrain.runtime.codetext import source_sha256
+from dtrain.runtime.module import check_builder
 from dtrain.runtime.modules import directory_of
 from dtrain.runtime.spec import Source
 from dtrain.runtime.usercode import load_function
@@ -27,6 +31,7 @@ Model: TypeAlias = Callable[..., nn.Module] | str
 """A function that builds a module, or its name as ``module:function``."""
 Table: TypeAlias = Mapping[str, Any]
 """A table of the configuration, unchecked."""
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,58 +67,160 @@ class Job:
 def job_from_config(config: TrainConfig, base: Path) -> Job:
     """Resolve a configuration whose paths are relative to `base`: import its functions, describe its samples."""
     sources, held_out = open_sources(config.data, base), held_out_source(config.data, base)
-    functions = {key: load_function(key, reference, base) for key, reference in _references(config).items()}
+    functions = load_functions(config, base)
     _check_names(config)
     return Job(config=config, sources=sources, held_out=held_out, functions=functions, base=base)
 
 
 def job_from_python(
-    model: Model, samples: Samples, tables: Mapping[str, Table | None], config: TrainConfig | None
+    model: Model | None,
+    samples: Samples | None,
+    tables: Mapping[str, Table | None],
+    config: TrainConfig | None,
+    model_args: Table | None = None,
 ) -> Job:
-    """Resolve what a Python program or notebook gives: a function, samples, and tables of the configuration.
+    """Resolve what a Python program or notebook gives: a function, samples, and tables or a whole configuration.
+
+    None means: as the configuration says. Its relative paths are relative to the working directory.
 
     Raises
     ------
     InvalidConfig
-        A table is wrong, both tables and a config are given, or there is no loss.
+        A table is wrong, model, samples or loss are missing, or the configuration says otherwise.
     """
-    resolved = _config_from_python(model, samples, {name: table for name, table in tables.items() if table}, config)
-    base = Path.cwd() if isinstance(model, str) else directory_of(model)
-    own = {} if isinstance(model, str) else {"model": model}
-    references = {key: reference for key, reference in _references(resolved).items() if key not in own}
-    loaded = {key: load_function(key, reference, base) for key, reference in references.items()}
+    given = {name: table for name, table in tables.items() if table}
+    _check_config(config, given)
+    whole = config or TrainConfig()
+    reference = _agreed("model", None if model is None else name_of(model), whole.model)
+    if not reference:
+        raise InvalidConfig("model is missing.", "Give a function that returns a torch.nn.Module, or its name.")
+    args = _agreed("model_args", None if model_args is None else dict(model_args), whole.model_args)
+    samples, data = _agreed_samples(samples, whole.data)
+    values = whole.model_dump(exclude_unset=True) if config is not None else given
+    resolved = TrainConfig(**{**values, "model": reference, "model_args": args or {}, "data": data})
+    if not resolved.train.loss:
+        raise InvalidConfig("train.loss is missing.", 'Give train=dict(loss="mse") or another loss.')
+    if resolved.train.init:
+        train = resolved.train.model_copy(update={"init": absolute(resolved.train.init)})
+        resolved = resolved.model_copy(update={"train": train})
+    base = Path.cwd() if model is None or isinstance(model, str) else directory_of(model)
+    functions = load_functions(resolved, base, {"model": model} if callable(model) else {})
     _check_names(resolved)
     return Job(
         config=resolved,
-        sources=(source_of(samples),),
-        held_out=held_out_source(samples.config, Path.cwd()),
-        functions={**own, **loaded},
+        sources=(source_of(samples),) if samples is not None else open_sources(resolved.data, Path.cwd()),
+        held_out=held_out_source(resolved.data, Path.cwd()),
+        functions=functions,
         base=base,
     )
 
 
-def _config_from_python(
-    model: Model, samples: Samples, given: Mapping[str, Table], config: TrainConfig | None
-) -> TrainConfig:
+def _check_config(config: TrainConfig | None, given: Mapping[str, Table]) -> None:
+    if config is not None and not isinstance(config, TrainConfig):
+        raise InvalidConfig(f"config is a {type(config).__name__}; a dtrain.TrainConfig is needed.")
     if config is not None and given:
         raise InvalidConfig(f"config= and {', '.join(given)}= are both given; give one of them.")
-    tables = config.model_dump(exclude_unset=True) if config is not None else given
-    if callable(tables.get("train", {}).get("loss")):
+    if callable(given.get("train", {}).get("loss")):
         raise InvalidConfig('train.loss is a function; write its name as "module:function".')
-    data = {**samples.config.model_dump(exclude_unset=True), "path": samples.path}
-    if samples.config.val_path:
-        data["val_path"] = str(Path(samples.config.val_path).expanduser().absolute())
-    resolved = TrainConfig(**{**tables, "model": _name_of(model), "data": data})
-    if not resolved.train.loss:
-        raise InvalidConfig("train.loss is missing.", 'Give train=dict(loss="mse") or another loss.')
-    return resolved
 
 
-def _name_of(model: Model) -> str:
+def name_of(model: Model) -> str:
+    """Return the name under which a configuration keeps a function."""
     if isinstance(model, str):
         return model
     name = getattr(model, "__qualname__", type(model).__qualname__)
     return f"{model.__module__}:{name}".replace("<locals>.", "")
+
+
+# A configuration and arguments beside it --------------------------------------------------------------------
+
+
+def _agreed(name: str, argument: Value | None, configured: Value) -> Value:
+    """Return an argument, or what the configuration says where there is none; they must not contradict each other."""
+    if argument is None:
+        return configured
+    if configured and configured != argument:
+        raise contradiction(name, argument, configured)
+    return argument
+
+
+def contradiction(name: str, argument: object, configured: object, key: str = "") -> InvalidConfig:
+    """Return the error for an argument that the configuration contradicts."""
+    return InvalidConfig(
+        f"{name} = {plain(argument)}, and config has {key or name} = {plain(configured)}.",
+        f"Leave {name} out to take what config says, or change config.",
+    )
+
+
+def is_given(config: TrainConfig, table: str, key: str) -> bool:
+    """Return True if a configuration itself sets a key, be it to the default."""
+    return table in config.model_fields_set and key in getattr(config, table).model_fields_set
+
+
+def _agreed_samples(samples: Samples | None, config: DataConfig) -> tuple[Samples | None, Table]:
+    """Return samples, described with the keys of the configuration, and the table ``[data]`` with absolute paths."""
+    if samples is None:
+        if not config.path:
+            raise InvalidConfig(
+                "samples are missing.", "Give what dtrain.open_samples returns, or config with data.path."
+            )
+        return None, _absolute(config.model_dump(exclude_unset=True))
+    if not isinstance(samples, Samples):
+        raise InvalidConfig(f"samples is a {type(samples).__name__}, not what open_samples returns.")
+    own, theirs = _flat(samples.config), _flat(config)
+    differing = [key for key in own.keys() & theirs.keys() if not _is_same(key, own[key], theirs[key], samples)]
+    if differing:
+        texts = [
+            f"{key}, and config has others"
+            if key in SECRET_KEYS
+            else f"{key} = {plain(own[key])}, and config has {plain(theirs[key])}"
+            for key in sorted(differing)[:4]
+        ]
+        raise InvalidConfig(
+            f"The samples have data.{'; data.'.join(texts)}.",
+            "Give each key once: to open_samples or in config. Or leave samples out: config names them.",
+        )
+    more = {key: getattr(config, key) for key in config.model_fields_set - samples.config.model_fields_set}
+    if "split" in config.model_fields_set & samples.config.model_fields_set:
+        parts = (config.split.model_dump(exclude_unset=True), samples.config.split.model_dump(exclude_unset=True))
+        more["split"] = SplitConfig(**{**parts[0], **parts[1]})
+    samples = described_with(samples, more)
+    return samples, _absolute({**samples.config.model_dump(exclude_unset=True), "path": samples.path})
+
+
+SECRET_KEYS = ("storage_options",)
+"""Keys of ``[data]`` whose values are not shown."""
+
+
+def _flat(config: DataConfig) -> dict[str, Any]:
+    """Return the keys that a table ``[data]`` itself sets, those of its split apart."""
+    values = config.model_dump(mode="json", exclude_unset=True)
+    split = values.pop("split", {})
+    return {**values, **{f"split.{key}": share for key, share in split.items()}}
+
+
+def _is_same(key: str, own: object, theirs: object, samples: Samples) -> bool:
+    if key == "path" and isinstance(theirs, str):
+        return identity(samples.path, Path.cwd()) == identity(theirs, Path.cwd())
+    if key == "val_path":
+        return identity(str(own), Path.cwd()) == identity(str(theirs), Path.cwd())
+    return own == theirs
+
+
+def _absolute(data: Table) -> Table:
+    """Return a table ``[data]`` whose local paths are absolute: the run is found again from elsewhere."""
+    path = data["path"]
+    stores = path if isinstance(path, str) else tuple({**store, "path": absolute(store["path"])} for store in path)
+    return {
+        **data,
+        "path": absolute(stores) if isinstance(stores, str) else stores,
+        **({"val_path": absolute(data["val_path"])} if data.get("val_path") else {}),
+    }
+
+
+def absolute(path: str) -> str:
+    """Return a path relative to the working directory as an absolute one; a URL as it is."""
+    return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
 # Stores ---------------------------------------------------------------------------------------------------
@@ -147,7 +254,62 @@ def held_out_source(config: DataConfig, base: Path) -> Source | None:
     return Source(config=own, samples=describe(own, base))
 
 
+# Samples that are evaluated -------------------------------------------------------------------------------
+
+AS_OPENED = ("path", "group", "inputs", "targets", "storage_options", "memory", "cache", "reader")
+"""Keys of ``[data]`` that say where samples are: they are as the samples were opened."""
+OF_THE_RUN = ("split", "split_order", "val_path", "partition", "shuffle")
+"""Keys that say how rows are divided: they are the run's."""
+AGREED = ("normalize", "transform")
+"""Keys of what the model was trained with: samples have the same, or leave them out."""
+
+
+def as_trained(samples: Samples, config: DataConfig, *, own: bool) -> Samples:
+    """Return samples as the model of a run takes them: keys of ``[data]`` that they leave out are the run's.
+
+    Another store than the run's `own` is not cut by the run's ``isel``.
+
+    Raises
+    ------
+    InvalidConfig
+        They are prepared in another way than those that the model was trained with.
+    """
+    given, table = samples.config.model_fields_set, samples.config
+    for key in AGREED:
+        if key in given and getattr(table, key) != getattr(config, key):
+            raise InvalidConfig(
+                f"The samples have data.{key} = {plain(getattr(table, key))}, and the run was trained with "
+                f"{plain(getattr(config, key))}.",
+                f"Leave {key} out of open_samples: the run's is used.",
+            )
+    kept = {*given, *AS_OPENED, *(() if own else ("isel",))} - {*OF_THE_RUN}
+    return described_with(samples, {k: getattr(config, k) for k in DataConfig.model_fields if k not in kept})
+
+
+def described_with(samples: Samples, keys: Mapping[str, Any]) -> Samples:
+    """Describe samples again with other values of keys of ``[data]``; the same object where no value differs."""
+    changed = {key: value for key, value in keys.items() if getattr(samples.config, key) != value}
+    if not changed:
+        return samples
+    config = TrainConfig(data=samples.config.model_copy(update={**changed, "path": samples.path})).data
+    return describe(config, Path.cwd())
+
+
+def plain(value: object) -> str:
+    """Return a value of the configuration as a config file has it."""
+    return json.dumps(TO_PLAIN.dump_python(value, mode="json"))
+
+
 # Names ----------------------------------------------------------------------------------------------------
+
+
+def load_functions(config: TrainConfig, base: Path, given: Functions | None = None) -> Functions:
+    """Return the user's functions by config key: those that are given, and those that the configuration names."""
+    own = dict(given or {})
+    references = {key: reference for key, reference in _references(config).items() if key not in own}
+    functions = {**own, **{key: load_function(key, reference, base) for key, reference in references.items()}}
+    check_builder(functions["model"])
+    return functions
 
 
 def _references(config: TrainConfig) -> dict[str, str]:

@@ -24,7 +24,7 @@ from dtrain.errors import DataChanged
 from dtrain.events import StepsTaken
 from dtrain.job import Job
 from dtrain.resolve import Resolved, check_kind, described, resolve
-from dtrain.runtime.codebytes import pickle_functions
+from dtrain.runtime.codebytes import sent
 from dtrain.runtime.place import Place, open_place
 from dtrain.runtime.runner import Runner
 from dtrain.runtime.spec import PlannedSource, RunSpec, Source
@@ -75,13 +75,14 @@ def open_runner(
         if resolved.scalings or not job.config.data.normalize:
             job = _standardised(job, resolved.scalings)
         planned = _planned_sources(job, resolved, place)
-        if job.config.data.normalize and not resolved.scalings:
-            with place.runner(_spec(job, resolved, f"{run_id}-n", planned)) as runner:
-                runner.on_progress = on_progress or runner.on_progress
-                scalings = scalings_of(runner.moments(most_units), job.samples.variables)
-            resolved = replace(resolved, scalings=scalings)
-        with place.runner(_spec(job, resolved, run_id, planned)) as runner:
-            yield runner, resolved
+        with sent(job.functions, job.base) as code:
+            if job.config.data.normalize and not resolved.scalings:
+                with place.runner(_spec(job, resolved, f"{run_id}-n", planned, code)) as runner:
+                    runner.on_progress = on_progress or runner.on_progress
+                    scalings = scalings_of(runner.moments(most_units), job.samples.variables)
+                resolved = replace(resolved, scalings=scalings)
+            with place.runner(_spec(job, resolved, run_id, planned, code)) as runner:
+                yield runner, resolved
 
 
 def _standardised(job: Job, scalings: Mapping[str, Scaling]) -> Job:
@@ -124,7 +125,7 @@ class _Planned:
     held_out: PlannedSource | None
 
 
-def _spec(job: Job, resolved: Resolved, run_id: str, planned: _Planned) -> RunSpec:
+def _spec(job: Job, resolved: Resolved, run_id: str, planned: _Planned, code: bytes) -> RunSpec:
     return RunSpec(
         run_id=run_id,
         sources=planned.sources,
@@ -132,7 +133,7 @@ def _spec(job: Job, resolved: Resolved, run_id: str, planned: _Planned) -> RunSp
         held_out=planned.held_out,
         scalings=resolved.scalings,
         config=job.config,
-        code=pickle_functions(job.functions, job.base),
+        code=code,
         device=resolved.device,
     )
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from dtrain.config.schema import DataConfig
 from dtrain.data.encoding import Scaling
+from dtrain.data.paths import identity
+from dtrain.data.plan.evaluation import StoreOfRun
 from dtrain.data.plan.partition import JointPlan, count_units, plan_data, plan_held_out
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.presence import absent_rows, content_digest
@@ -69,11 +73,6 @@ def resolve(job: Job, place: Place) -> Resolved:
     return Resolved(
         plan=JointPlan(plans), held_out=held_out, scalings={}, device=device, contents=contents, code=job.code
     )
-
-
-def plan_other(samples: Samples, seed: int) -> DataPlan:
-    """Plan other data than a run's own, to evaluate a split of them."""
-    return plan_data(samples, replicas=1, seed=seed)
 
 
 def _plan(source: Source, job: Job, place: Place) -> DataPlan:
@@ -139,6 +138,39 @@ def check_kind(samples: Samples, plan: DataPlan) -> None:
             f"{samples.path} has other shapes, dtypes or chunks than when the run was started.",
             "Train under another --run NAME; to evaluate other data, name them with --data.",
         )
+
+
+# The stores of a run ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OwnStores:
+    """The stores of a run, by `identity` and group."""
+
+    trained: tuple[tuple[str, str], ...]
+    """Of ``data.path``."""
+    held_out: tuple[str, str] | None
+    """Of ``data.val_path``."""
+
+    def find(self, samples: Samples) -> StoreOfRun:
+        """Return which of them the samples' store is."""
+        own = _identity(samples.path, samples.config.group, Path.cwd())
+        if own in self.trained:
+            return self.trained.index(own)
+        return "held_out" if own == self.held_out else None
+
+
+def own_stores(config: DataConfig, base: Path) -> OwnStores:
+    """Return the stores that a ``[data]`` table names; relative paths are relative to `base`."""
+    paths = [config.path] if isinstance(config.path, str) else [store.path for store in config.path]
+    return OwnStores(
+        tuple(_identity(path, config.group, base) for path in paths),
+        _identity(config.val_path, config.group, base) if config.val_path else None,
+    )
+
+
+def _identity(path: str, group: str, base: Path) -> tuple[str, str]:
+    return identity(path, base), group.strip("/")
 
 
 # plan.json ------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +39,7 @@ def rounds(
     *,
     history: History = (),
     look_ahead: int | None = None,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> Iterator[RoundResult]:
     """Yield the rounds after `state`, segment by segment, up to the last one or a rule of ``[stop]``.
 
@@ -57,24 +58,38 @@ def rounds(
         ``stop.metric`` of the rounds up to `state`.
     look_ahead : int, optional
         Rounds submitted ahead; it changes nothing but the speed.
+    is_over : callable
+        Whether the time of the run is over. Then no further round is begun, and the one that is being trained ends
+        its segment: its result holds the state. A round that is replayed has been yielded before, and ends nothing.
     """
     ahead = LOOK_AHEAD if look_ahead is None else look_ahead
     yielded = state.round
-    for result in _replayed(runner, state, config, report, history, ahead):
+
+    def ends_with(number: int) -> bool:
+        return number > yielded and is_over()
+
+    for result in _replayed(runner, state, config, report, history, ahead, ends_with):
         if result.round > yielded:
             yielded = result.round
             yield result
 
 
 def _replayed(
-    runner: Runner[Held], state: TrainState, config: TrainConfig, report: Reporter, history: History, ahead: int
+    runner: Runner[Held],
+    state: TrainState,
+    config: TrainConfig,
+    report: Reporter,
+    history: History,
+    ahead: int,
+    ends_with: Callable[[int], bool],
 ) -> Iterator[RoundResult]:
     """Yield the rounds of one segment after the other; those of a segment that is lost are yielded again."""
     every, replays = first_cadence(config.run.commit_every), 0
     while state.round < config.train.rounds:
         began, end = time.monotonic(), next_commit(state.round, every, config.run.commit_every)
         try:
-            done = yield from _segment(runner, state, min(end, config.train.rounds), config, history, ahead, replays)
+            last = min(end, config.train.rounds)
+            done = yield from _segment(runner, state, last, config, history, ahead, replays, ends_with)
         except SegmentLost as lost:
             replays += 1
             report(SegmentReplayed(round=state.round, reason=lost.reason))
@@ -98,15 +113,19 @@ def _segment(
     history: History,
     ahead: int,
     replays: int,
+    ends_with: Callable[[int], bool],
 ) -> Generator[RoundResult, None, list[RoundResult]]:
-    """Yield the rounds from `state` to `end`; round r + 1 is submitted against the handles of round r."""
+    """Yield the rounds from `state` to `end`; round r + 1 is submitted against the handles of round r.
+
+    The segment ends earlier with a round for which `ends_with` is true.
+    """
     sizes = runner.spec.plan.sizes
     held, position = runner.place(state), state.position
     pending: deque[tuple[Position, Held]] = deque()
     done: list[RoundResult] = []
     finished = time.monotonic()
     while not done or done[-1].state is None:
-        while position.round < end and len(pending) <= ahead:
+        while position.round < end and len(pending) <= ahead and not (pending and ends_with(pending[0][0].round)):
             plan = plan_round(position, sizes, config.train)
             held, position = runner.submit(held, plan), position_after(plan, sizes)
             pending.append((position, held))
@@ -114,7 +133,7 @@ def _segment(
         outcome = runner.collect(handles)
         seconds, finished = time.monotonic() - finished, time.monotonic()
         result = replace(_result(reached.round, outcome, config, history), seconds=seconds, retried=replays)
-        if result.stop is not None or reached.round == end:
+        if result.stop is not None or reached.round == end or ends_with(reached.round):
             result = replace(result, state=runner.gather(handles, reached))
         history = (*history, result.stop_metric)
         done.append(result)

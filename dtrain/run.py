@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import xarray as xr
 from distributed import Client
@@ -20,19 +22,24 @@ from dtrain.algorithm.stop import higher_is_better
 from dtrain.checkpoint import committed_rounds, find_round, load_params, round_directory
 from dtrain.config.files import with_setting
 from dtrain.config.schema import TrainConfig
-from dtrain.data.plan.partition import JointPlan, plan_held_out
+from dtrain.data.plan.evaluation import plan_evaluation
+from dtrain.data.plan.partition import JointPlan
 from dtrain.data.plan.splits import SplitName
-from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import Samples
+from dtrain.data.source import describe
 from dtrain.directory import ENV, read_config_of, read_json, read_resolved, read_tables_of
 from dtrain.display import html_table
-from dtrain.errors import InvalidConfig, TooFewSamples
-from dtrain.job import Job, held_out_source, job_from_config, open_sources, source_of
+from dtrain.errors import InvalidConfig, TooFewSamples, did_you_mean
+from dtrain.job import Job, as_trained, held_out_source, load_functions, open_sources, source_of
 from dtrain.prepare import open_runner
 from dtrain.report.history import Row, best_round, dataset_of, read_rows
 from dtrain.report.journal import HISTORY
-from dtrain.resolve import Resolved, plan_other
+from dtrain.resolve import Resolved, own_stores
 from dtrain.runtime.module import build_module
+from dtrain.runtime.spec import Source
+from dtrain.runtime.usercode import load_function
+
+LOG = logging.getLogger("dtrain")
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,21 @@ class Run:
         kept = [row for row in self.rows if row["round"] in committed]
         return best_round(kept, self.config.stop.metric, higher_is_better(self.config))
 
+    def note_on_best(self, number: int) -> str:
+        """Return a sentence about the best round, if it is not round `number`; else nothing."""
+        best, metric = self.best_round, self.config.stop.metric
+        if best in (None, number):
+            return ""
+        named = metric if any(row.get(metric) is not None for row in self.rows) else "train_loss"
+        return f"{self.directory.name}: this is round {number}, the last one; round {best} has the best {named}."
+
+    def _say_best(self) -> None:
+        """Say, once, that another round than the last one is the best, if it is."""
+        if "_best_said" not in vars(self):
+            vars(self)["_best_said"] = True
+            if note := self.note_on_best(find_round(self.directory, "last", None)):
+                LOG.warning("%s", note)
+
     @property
     def plan(self) -> JointPlan:
         """The plan of the data that was resolved at the first start."""
@@ -81,8 +103,10 @@ class Run:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The module with the parameters of the last committed round, in eval mode."""
-        return self.model_of("last")
+        """The module with the parameters of the last committed round, in eval mode; `model_of` gives other rounds."""
+        model = self.model_of("last")
+        self._say_best()
+        return model
 
     def model_of(self, wanted: str) -> nn.Module:
         """Return the module with the parameters of round ``best``, ``last`` or a number.
@@ -93,7 +117,8 @@ class Run:
             The run does not keep that round.
         """
         number = find_round(self.directory, wanted, self.best_round)
-        build = self._job(None).functions["model"]
+        own = (self.functions or {}).get("model")
+        build = load_function("model", self.config.model, self.base) if own is None else own
         module = build_module(build, self.config.model_args, self.config.train.seed)
         load_into(module, load_params(round_directory(self.directory, number)))
         return module.eval()
@@ -103,7 +128,7 @@ class Run:
         samples: Samples | None = None,
         *,
         split: SplitName = "test",
-        round: str | int = "best",
+        round: str | int = "last",
         cluster: str | Client = "serial",
     ) -> dict[str, float]:
         """Evaluate a committed round.
@@ -111,9 +136,11 @@ class Run:
         Parameters
         ----------
         samples : Samples, optional
-            Other data than the run's own; its split is cut with the run's shares and seed.
+            Data to evaluate; by default the run's own. A store that the run was trained on, or one of as many rows,
+            keeps the run's splits; another one is cut with the run's shares and seed. Keys of ``[data]`` that the
+            samples leave out are the run's, but for ``isel`` of another store.
         split : {"val", "test", "all"}
-        round : "best", "last" or a number
+        round : "last", "best" or a number
         cluster : str or distributed.Client
             Where it is computed: ``serial``, ``local``, an address, or a client.
 
@@ -128,44 +155,82 @@ class Run:
             The run does not keep that round.
         TooFewSamples
             The split is empty.
+        InvalidConfig
+            There is no such split, or rows of it may have been trained on.
         """
-        return self.evaluation(samples, split=split, round=str(round), cluster=cluster)[0]
+        means = self.evaluation(samples, split=split, round=str(round), cluster=cluster)[0]
+        if round == "last":
+            self._say_best()
+        return means
 
     def evaluation(
         self, samples: Samples | None, *, split: SplitName, round: str, cluster: str | Client
     ) -> tuple[dict[str, float], int, int]:
         """Return the values of `evaluate`, the round's number, and the number of samples."""
+        _check_split(split)
         number = find_round(self.directory, round, self.best_round)
         params = load_params(round_directory(self.directory, number))
-        job, client = self._job(samples), None
+        job, known, cut = self._own(split) if samples is None else self._given(samples, split)
+        client = None if isinstance(cluster, str) else cluster
         if isinstance(cluster, str):
             job = replace(job, config=with_scheduler(job.config, cluster))
-        else:
-            client = cluster
-        # data that were modified since the start may be evaluated: their contents are not compared
-        known = replace(self.resolved, contents=())
-        if samples is not None:
-            known = replace(known, plan=JointPlan((self._plan_of(samples, split),)), held_out=None)
         with open_runner(job, uuid.uuid4().hex[:8], known=known, client=client) as (runner, _):
-            sums = runner.evaluate(params, split)
+            sums = runner.evaluate(params, cut)
         if sums is None:
             raise TooFewSamples(f'The split "{split}" holds no samples.', "Choose another --split.")
         return values(sums, self.config.train.metrics), number, sums.samples
 
-    def _plan_of(self, samples: Samples, split: SplitName) -> DataPlan:
-        if split == "all":
-            return plan_held_out(samples, self.plan.plans[0])
-        return plan_other(samples, self.config.train.seed)
+    def _own(self, split: SplitName) -> tuple[Job, Resolved, SplitName]:
+        """Return what evaluates a split of the run's own data."""
+        data, base = self.config.data, self.base
+        job = self._job(open_sources(data, base), held_out_source(data, base))
+        # data that were modified since the start may be evaluated: their contents are not compared
+        return job, replace(self.resolved, contents=()), split
 
-    def _job(self, samples: Samples | None) -> Job:
-        """Return the job of the run's own data, or of other data."""
-        if self.functions is None:
-            job = job_from_config(self.config, self.base)
-        else:
-            sources = open_sources(self.config.data, self.base) if samples is None else ()
-            held_out = held_out_source(self.config.data, self.base) if samples is None else None
-            job = Job(config=self.config, sources=sources, held_out=held_out, functions=self.functions, base=self.base)
-        return job if samples is None else replace(job, sources=(source_of(samples),), held_out=None)
+    def _given(self, samples: Samples, split: SplitName) -> tuple[Job, Resolved, SplitName]:
+        """Return what evaluates a split of given samples."""
+        if not isinstance(samples, Samples):
+            raise InvalidConfig(f"samples is a {type(samples).__name__}, not what open_samples returns.")
+        known, store = self.resolved, own_stores(self.config.data, self.base).find(samples)
+        given = samples.config
+        if store != "held_out" and "split" in given.model_fields_set and not getattr(given.split, split, 1):
+            raise TooFewSamples(
+                f'The split "{split}" holds no samples: they were opened with data.split.{split} = 0.',
+                "Leave split out of open_samples: the run's is used. Or evaluate all of them (split all).",
+            )
+        samples = as_trained(samples, self.config.data, own=store is not None)
+        plan, cut = plan_evaluation(samples, split, known.plan.plans, known.held_out, store)
+        known = replace(known, plan=JointPlan((plan,)), held_out=None, contents=())
+        return self._job((source_of(samples),), None), known, cut
+
+    def _job(self, sources: tuple[Source, ...], held_out: Source | None) -> Job:
+        functions = load_functions(self.config, self.base, self.functions)
+        return Job(config=self.config, sources=sources, held_out=held_out, functions=functions, base=self.base)
+
+    def other_samples(self, data: str | None, settings: tuple[str, ...] = ()) -> Samples:
+        """Describe samples with the run's table ``[data]``.
+
+        Parameters
+        ----------
+        data : str, optional
+            Path or URL of a store; by default the run's own.
+        settings : tuple of str
+            ``"data.isel={}"``: keys that differ from the run's (`is_view`).
+
+        Raises
+        ------
+        InvalidConfig
+            A setting is wrong, or the run has several stores of its own.
+        """
+        table = self.config.data
+        if data is None and not isinstance(table.path, str):
+            raise InvalidConfig("The run has several stores.", "Name the one to evaluate with --data.")
+        if data is not None:
+            table = table.model_copy(update={"path": data})
+        tables: dict[str, Any] = {"data": table.model_dump(mode="json")}
+        for setting in settings:
+            tables = with_setting(tables, setting)
+        return describe(TrainConfig(**tables).data, self.base if data is None else Path.cwd())
 
     def __repr__(self) -> str:
         return f"<dtrain.Run {self.directory} {len(self.rows)} of {self.config.train.rounds} rounds>"
@@ -180,19 +245,43 @@ class Run:
 
 EVALUATION_KEYS = ("storage_options", "memory", "cache", "reader", "missing", "non_finite")
 """Keys of ``[data]`` that do not make a run another one."""
+VIEW_KEYS = ("isel", "group", "inputs", "targets", "sample_dim", "input_offsets", "target_offsets", "stride", "patch")
+"""Keys of ``[data]`` that may differ from the run's in samples that are evaluated (`Run.other_samples`)."""
+
+
+def is_view(setting: str) -> bool:
+    """Return True for a ``--set`` of one of `VIEW_KEYS`."""
+    return _is_of(setting, [f"data.{key}" for key in VIEW_KEYS])
+
+
+def _is_of(setting: str, keys: Sequence[str]) -> bool:
+    key = setting.partition("=")[0].strip()
+    return any(key == one or key.startswith(f"{one}.") for one in keys)
 
 
 def _with_settings(tables: dict[str, Any], settings: tuple[str, ...]) -> TrainConfig:
     allowed = (*(f"data.{key}" for key in EVALUATION_KEYS), "cluster")
     for setting in settings:
-        key = setting.partition("=")[0].strip()
-        if not any(key == one or key.startswith(f"{one}.") for one in allowed):
+        if not _is_of(setting, allowed):
             raise InvalidConfig(
-                f"--set {key}: of a run that is evaluated it cannot be set.",
-                f"Allowed are {', '.join(allowed[:-1])} and cluster.*.",
+                f"--set {setting.partition('=')[0].strip()}: of a run that is evaluated it cannot be set.",
+                f"Allowed are {', '.join(f'data.{key}' for key in (*EVALUATION_KEYS, *VIEW_KEYS))} and cluster.*.",
             )
         tables = with_setting(tables, setting)
     return TrainConfig(**tables)
+
+
+def _check_split(split: str) -> None:
+    allowed = [name for name in get_args(SplitName) if name != "train"]
+    if split == "train":
+        raise InvalidConfig(
+            'split = "train": the training split is not evaluated.', "The loss of each round is history.train_loss."
+        )
+    if split not in allowed:
+        raise InvalidConfig(
+            f"split = {json.dumps(split, default=repr)}: allowed are {', '.join(allowed)}"
+            f"{did_you_mean(str(split), allowed)}"
+        )
 
 
 def load_run(path: str | Path, *, model: Callable[..., Any] | None = None, settings: tuple[str, ...] = ()) -> Run:

@@ -28,7 +28,7 @@ from dtrain.events import (
     RunFinished,
     RunStarted,
 )
-from dtrain.job import Job, Model, Table, job_from_python
+from dtrain.job import Job, Model, Table, absolute, contradiction, is_given, job_from_python
 from dtrain.lock import locked
 from dtrain.prepare import open_runner
 from dtrain.report.history import read_rows
@@ -36,6 +36,7 @@ from dtrain.report.journal import HISTORY, cut_history, journal
 from dtrain.resolve import Resolved
 from dtrain.rounds import initial_state, rounds
 from dtrain.run import Run, with_scheduler
+from dtrain.runtime.place import PLACES
 from dtrain.runtime.runner import Held, Runner
 from dtrain.types import History, RoundResult, TrainState
 
@@ -107,9 +108,17 @@ def _train(
         write_run(opened.directory, job, resolved)
         tell(_started(opened, state, runner))
         runner.on_progress = tell
-        for result in rounds(runner, state, job.config, note, history=history):
+
+        def is_over() -> bool:
+            return deadline is not None and time.monotonic() > deadline
+
+        for result in rounds(
+            runner, state, job.config, note, history=history, look_ahead=runner.look_ahead, is_over=is_over
+        ):
             _keep(opened, result, resolved.plan.fingerprint, note)
-            _check_time(opened, result, deadline, tell)
+            if result.state is not None and result.stop is None and is_over():
+                tell(_finished(opened, "max_time"))
+                raise Stopped(f"--max-time is over after round {result.round}.", "Run it again to continue.")
 
 
 def _init_file(job: Job) -> Path | None:
@@ -147,14 +156,6 @@ def _keep(run: Run, result: RoundResult, fingerprint: str, note: Reporter) -> No
         written = commit_round(run.directory, result.state, fingerprint)
         prune(run.directory, run.config.run.keep, run.best_round)
         note(RoundCommitted(round=result.round, bytes=written, seconds=time.monotonic() - started))
-
-
-def _check_time(run: Run, result: RoundResult, deadline: float | None, tell: Reporter) -> None:
-    """Stop after a committed round when the time is over and others would follow."""
-    over = deadline is not None and time.monotonic() > deadline
-    if over and result.state is not None and result.stop is None:
-        tell(_finished(run, "max_time"))
-        raise Stopped(f"--max-time is over after round {result.round}.", "Run it again to continue.")
 
 
 def _started(run: Run, state: TrainState, runner: Runner[Held]) -> RunStarted:
@@ -196,17 +197,17 @@ def _both(first: Reporter, second: Reporter | None) -> Reporter:
 
 
 def train(
-    model: Model,
-    samples: Samples,
+    model: Model | None = None,
+    samples: Samples | None = None,
     *,
     train: Table | None = None,
     average: Table | None = None,
     stop: Table | None = None,
     config: TrainConfig | None = None,
     model_args: Table | None = None,
-    cluster: Client | str = "local",
+    cluster: Client | str | None = None,
     run: str | None = None,
-    run_dir: str | Path = "runs",
+    run_dir: str | Path | None = None,
     progress: bool = True,
     report: Reporter | None = None,
 ) -> Run:
@@ -222,7 +223,8 @@ def train(
     train, average, stop : mapping, optional
         Tables of the configuration, for example ``train=dict(loss="cross_entropy", rounds=20)``.
     config : TrainConfig, optional
-        Instead of the tables.
+        Instead of the tables. Then arguments that are left out are as it says, and arguments that contradict it are
+        refused. Keys of ``config.data`` that the samples leave out are theirs too.
     model_args : mapping, optional
         Keyword arguments of the function.
     cluster : distributed.Client or str
@@ -230,7 +232,7 @@ def train(
     run : str, optional
         Name of the run; the same name continues it. By default the next free number.
     run_dir : path
-        Where runs are kept, relative to the working directory.
+        Where runs are kept, relative to the working directory; by default ``runs``.
     progress : bool
         Whether to show progress on stderr.
     report : callable, optional
@@ -257,14 +259,14 @@ def train(
 
 
 def train_rounds(
-    model: Model,
-    samples: Samples,
+    model: Model | None = None,
+    samples: Samples | None = None,
     *,
     train: Table | None = None,
     average: Table | None = None,
     config: TrainConfig | None = None,
     model_args: Table | None = None,
-    cluster: Client | str = "local",
+    cluster: Client | str | None = None,
 ) -> Iterator[RoundResult]:
     """Yield the rounds of a training that is kept nowhere: the loop is yours to stop.
 
@@ -278,24 +280,44 @@ def train_rounds(
     """
     job, client = _python_job(model, samples, config, model_args, cluster, train=train, average=average)
     with open_runner(job, uuid.uuid4().hex[:8], client=client) as (runner, _):
-        yield from rounds(runner, initial_state(runner, job.config, _init_file(job)), job.config, lambda event: None)
+        state = initial_state(runner, job.config, _init_file(job))
+        yield from rounds(runner, state, job.config, lambda event: None, look_ahead=runner.look_ahead)
 
 
 def _python_job(
-    model: Model,
-    samples: Samples,
+    model: Model | None,
+    samples: Samples | None,
     config: TrainConfig | None,
     model_args: Table | None,
-    cluster: Client | str,
+    cluster: Client | str | None,
     **tables: Table | None,
 ) -> tuple[Job, Client | None]:
-    job = job_from_python(model, samples, tables, config)
-    if model_args:
-        job = replace(job, config=job.config.model_copy(update={"model_args": dict(model_args)}))
-    if isinstance(cluster, str):
-        return replace(job, config=with_scheduler(job.config, cluster)), None
-    return job, cluster
+    job = job_from_python(model, samples, tables, config, model_args)
+    scheduler = _agreed_scheduler(job.config, cluster)
+    client = None if isinstance(cluster, str) else cluster
+    return replace(job, config=job.config if client is not None else with_scheduler(job.config, scheduler)), client
 
 
-def _run_table(config: TrainConfig, run_dir: str | Path) -> RunConfig:
-    return config.run.model_copy(update={"dir": str(Path(run_dir).expanduser().absolute())})
+def _agreed_scheduler(config: TrainConfig, cluster: Client | str | None) -> str:
+    """Return where to train: as the argument says, or the configuration; they must not contradict each other."""
+    configured = _scheduler_of(config.cluster.scheduler)
+    if cluster is None:
+        return configured
+    wanted = _scheduler_of(cluster) if isinstance(cluster, str) else str(cluster.scheduler.address)
+    if is_given(config, "cluster", "scheduler") and wanted != configured:
+        raise contradiction("cluster", wanted, configured, "cluster.scheduler")
+    return wanted
+
+
+def _scheduler_of(text: str) -> str:
+    """Return the path of a scheduler file as an absolute path, anything else as it is."""
+    is_file = text not in PLACES and text != "local" and Path(text).expanduser().is_file()
+    return absolute(text) if is_file else text
+
+
+def _run_table(config: TrainConfig, run_dir: str | Path | None) -> RunConfig:
+    configured = absolute(config.run.dir)
+    wanted = configured if run_dir is None else absolute(str(run_dir))
+    if is_given(config, "run", "dir") and wanted != configured:
+        raise contradiction("run_dir", str(run_dir), config.run.dir, "run.dir")
+    return config.run.model_copy(update={"dir": wanted})

@@ -154,6 +154,44 @@ def test_a_stop_rule_makes_its_round_the_last() -> None:
     assert "collect 4" not in runner.log
 
 
+@pytest.mark.parametrize(
+    ("ahead", "over_from", "order"),
+    [
+        (0, 0, "submit 1 collect 1 gather 1"),
+        (2, 0, "submit 1 collect 1 gather 1"),
+        (0, 2, "submit 1 collect 1 submit 2 collect 2 gather 2"),
+        (2, 2, "submit 1 submit 2 submit 3 collect 1 submit 4 collect 2 gather 2"),
+    ],
+)
+def test_when_the_time_is_over_the_round_being_trained_ends_the_segment(ahead: int, over_from: int, order: str) -> None:
+    runner = Script()
+
+    def is_over() -> bool:
+        return f"collect {over_from}" in runner.log or not over_from
+
+    found = rounds(runner, START, config(run={"commit_every": 50}), print, look_ahead=ahead, is_over=is_over)  # type: ignore[arg-type]
+    for result in found:
+        if result.state is not None:
+            break
+    assert " ".join(runner.log) == f"place 0 {order}"
+    assert (result.round, result.stop) == (over_from or 1, None)
+    assert [one.round for one in found] == list(range(result.round + 1, 7))  # whoever goes on loses nothing
+
+
+def test_a_round_that_is_replayed_after_the_time_ends_nothing() -> None:
+    runner = Script(lose=(3,))
+    events: list[Any] = []
+
+    def is_over() -> bool:
+        return bool(events)  # from the loss of the segment on
+
+    found = rounds(runner, START, config(run={"commit_every": 5}), events.append, is_over=is_over)  # type: ignore[arg-type]
+    assert [(result.round, result.state is not None) for result in found] == [
+        *((1, False), (2, False), (3, True), (4, True), (5, True), (6, True))
+    ]
+    assert len(events) == 1
+
+
 def test_the_history_before_counts_for_patience() -> None:
     given = config(stop={"metric": "val_accuracy", "mode": "min", "patience": 3})
     state = state_after(replace(first_position(2), round=2))

@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from distributed import Client
 
 import dtrain
 from dtrain.checkpoint import committed_rounds
 from dtrain.data.samples import Samples
-from dtrain.errors import DataChanged, DiskFull, RunConflict, RunDamaged, Stopped
+from dtrain.errors import DataChanged, DiskFull, InvalidConfig, RunConflict, RunDamaged, Stopped
 from dtrain.events import ClusterOpening, RoundCommitted, RoundDamaged, RoundFinished, RunFinished, RunStarted
 from dtrain.job import Job, job_from_python
+from dtrain.report.history import read_rows
 from dtrain.run import with_scheduler
 from dtrain.trainer import train_job
 from tests.runtime import models
 
 
-def job_of(samples: Samples, rounds: int = 4, **train: Any) -> Job:
+def job_of(samples: Samples, rounds: int = 4, run: Any = None, **train: Any) -> Job:
     config = dtrain.TrainConfig(
         train={"loss": "cross_entropy", "rounds": rounds, "batch_size": 16, **train},
         average={"replicas": 2},
-        run={"commit_every": 2},
+        run=run or {"commit_every": 2},
     )
     return job_from_python(models.small, samples, {}, with_scheduler(config, "serial"))
 
 
 def names(events: list[Any]) -> str:
     return " ".join(type(event).__name__ for event in events if type(event).__name__ != "StepsTaken")
+
+
+@pytest.fixture
+def lines() -> Callable[[Path], list[Any]]:
+    """A function that returns the history of a run without its timings."""
+    return lambda run: [{**row, "seconds": 0.0} for row in read_rows(run / "history.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -123,21 +135,150 @@ def test_another_plan_than_the_rounds_were_trained_with(run: Path, samples: Samp
 def test_a_changed_job_is_refused_with_the_difference(run: Path, samples: Samples) -> None:
     with pytest.raises(RunConflict, match=r"train\.batch_size was 16, is 8"):
         train_job(job_of(samples, batch_size=8), run)
-    other = job_from_python(models.forecast, samples, {}, job_of(samples).config)
+    other = job_from_python(models.forecast, samples, {}, job_of(samples).config.model_copy(update={"model": ""}))
     with pytest.raises(RunConflict, match=r"model was .*small.*, is .*forecast"):
         train_job(other, run)
 
 
-def test_the_time_is_looked_at_after_commits(samples: Samples, tmp_path: Path) -> None:
-    events: list[Any] = []
-    with pytest.raises(Stopped, match="--max-time is over after round 2"):
-        train_job(job_of(samples), tmp_path / "r", report=events.append, max_seconds=0.0)
-    assert committed_rounds(tmp_path / "r") == [2]
-    assert (events[-1].reason, events[-1].rounds) == ("max_time", 2)
-    train_job(job_of(samples, rounds=2), tmp_path / "s", max_seconds=0.0)  # nothing would follow
+@pytest.mark.parametrize("where", ["serial", "cluster"])
+def test_when_the_time_is_over_the_round_being_trained_is_the_last_and_is_committed(
+    samples: Samples, tmp_path: Path, where: str, request: pytest.FixtureRequest, lines: Callable[[Path], list[Any]]
+) -> None:
+    client = request.getfixturevalue("client") if where == "cluster" else None
+    job = job_of(samples, run={"commit_every": 50})
+    for number in (1, 2, 3):
+        events: list[Any] = []
+        with pytest.raises(Stopped, match=f"--max-time is over after round {number}"):
+            train_job(job, tmp_path / "r", client=client, report=events.append, max_seconds=0.0)
+        assert committed_rounds(tmp_path / "r")[-1] == number
+        assert (events[-1].reason, events[-1].rounds) == ("max_time", number)
+    train_job(job, tmp_path / "r", client=client, max_seconds=0.0)  # nothing would follow the last round
+    train_job(job, tmp_path / "whole", client=client)
+    assert lines(tmp_path / "r") == lines(tmp_path / "whole")
+
+
+def test_time_that_ends_between_two_commits(
+    samples: Samples, tmp_path: Path, lines: Callable[[Path], list[Any]]
+) -> None:
+    """The clock is that of the rounds: it is over once the second one has been written down."""
+    job, seen = job_of(samples, rounds=6, run={"commit_every": 5}), list[int]()
+    with pytest.MonkeyPatch.context() as patch:
+        clock = SimpleNamespace(monotonic=lambda: 100.0 * len(seen), strftime=time.strftime)
+        patch.setattr("dtrain.trainer.time", clock)
+
+        def report(event: Any) -> None:
+            if isinstance(event, RoundFinished):
+                seen.append(event.result.round)
+
+        with pytest.raises(Stopped, match="after round 3"):
+            train_job(job, tmp_path / "r", report=report, max_seconds=150.0)
+    assert seen == [1, 2, 3]
+    assert committed_rounds(tmp_path / "r") == [3]
+    train_job(job, tmp_path / "r")
+    train_job(job, tmp_path / "whole")
+    assert lines(tmp_path / "r") == lines(tmp_path / "whole")
 
 
 def test_a_directory_that_cannot_be_made(samples: Samples, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskFull, match="cannot be made"):
         train_job(job_of(samples), tmp_path / "file/r")
+
+
+# A configuration in Python --------------------------------------------------------------------------------------
+
+
+def given_config(blobs: Path, **tables: Any) -> dtrain.TrainConfig:
+    data = {"path": str(blobs), "inputs": ["x"], "targets": ["y"], "split": {"val": 0.3, "test": 0.0}, "shuffle": False}
+    train = {"loss": "cross_entropy", "rounds": 2, "batch_size": 16}
+    return dtrain.TrainConfig(
+        model="tests.runtime.models:small",
+        data={**data, "normalize": ["x"]},
+        train=train,
+        **{"average": {"replicas": 2}, "cluster": {"scheduler": "serial"}, **tables},
+    )
+
+
+def opened_at(events: list[Any]) -> list[str]:
+    return [event.scheduler for event in events if isinstance(event, ClusterOpening)]
+
+
+def test_a_configuration_alone_says_everything(
+    blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: Callable[[Path], list[Any]]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    events: list[Any] = []
+    given = given_config(blobs, run={"dir": "kept"})
+    run = dtrain.train(config=given, progress=False, report=events.append)
+    assert (run.directory, opened_at(events)) == (tmp_path / "kept/run-1", ["serial"])
+    assert run.resolved.scalings.keys() == {"x"}
+    assert (run.plan.plans[0].val, run.plan.plans[0].test, run.plan.plans[0].shuffle) == (0.3, 0.0, False)
+    samples = dtrain.open_samples(blobs, inputs=["x"], targets=["y"])
+    for arguments in (
+        {"model": models.small, "samples": samples},
+        {"cluster": "serial", "run_dir": tmp_path / "kept"},
+        {"model": "tests.runtime.models:small", "run_dir": "kept"},
+    ):
+        again = dtrain.train(config=given, progress=False, **arguments)  # type: ignore[arg-type]
+        assert again.directory.parent == tmp_path / "kept"
+        assert lines(again.directory) == lines(run.directory)
+    shas = [result.params_sha256 for result in dtrain.train_rounds(config=given)]
+    assert shas == [row["params_sha256"] for row in run.rows]
+    reused = dtrain.train(config=run.config, run="again", progress=False)
+    assert lines(reused.directory) == lines(run.directory)
+    assert dtrain.load_run(reused.directory).evaluate(split="val")["loss"] == run.rows[-1]["val_loss"]
+
+
+def test_arguments_that_contradict_the_configuration_are_refused(
+    blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: Client
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = given_config(blobs, run={"dir": "kept"})
+    address = client.scheduler.address
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"cluster": "local"}, 'cluster = "local", and config has cluster.scheduler = "serial"'),
+        ({"cluster": client}, f'cluster = "{address}", and config has cluster.scheduler = "serial"'),
+        ({"cluster": "tcp://127.0.0.1:9"}, 'cluster = "tcp://127.0.0.1:9", and config has cluster.scheduler'),
+        ({"model": models.forecast}, 'model = "tests.runtime.models:forecast", and config has model = "tests'),
+        ({"model_args": {"a": 1}, "config": given.model_copy(update={"model_args": {"a": 2}})}, "model_args = "),
+    ]
+    for arguments, said in [*refused, ({"run_dir": "r"}, 'run_dir = "r", and config has run.dir = "kept"')]:
+        with pytest.raises(InvalidConfig, match=re.escape(said)):
+            dtrain.train(**{"config": given, **arguments}, progress=False)
+    for arguments, said in refused:
+        with pytest.raises(InvalidConfig, match=re.escape(said)):
+            next(dtrain.train_rounds(**{"config": given, **arguments}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_argument_counts_where_the_configuration_says_nothing(
+    blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: Client
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    events: list[Any] = []
+    open_given = given_config(blobs, cluster={"workers": 2}, run={"keep": 5})
+    options: dict[str, Any] = {"progress": False, "report": events.append}
+    first = dtrain.train(config=open_given, cluster="serial", run_dir="mine", **options)
+    second = dtrain.train(config=open_given, cluster=client, **options)
+    address = client.scheduler.address
+    named = given_config(blobs, cluster={"scheduler": address})
+    third = dtrain.train(config=named, cluster=client, **options)
+    fourth = dtrain.train(config=named, **options)
+    assert opened_at(events) == ["serial", address, address, address]
+    assert [run.directory.relative_to(tmp_path) for run in (first, second, third, fourth)] == [
+        *(Path("mine/run-1"), Path("runs/run-1"), Path("runs/run-2"), Path("runs/run-3"))
+    ]
+    assert len({run.rows[-1]["params_sha256"] for run in (first, second, third, fourth)}) == 1
+
+
+def test_a_scheduler_file_is_relative_to_the_working_directory(
+    blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: Client
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("scheduler.json").write_text(json.dumps({"address": client.scheduler.address}))
+    for given, cluster in (
+        (given_config(blobs, cluster={"scheduler": "scheduler.json"}), None),
+        (given_config(blobs, cluster={}), "scheduler.json"),
+    ):
+        run = dtrain.train(models.small, config=given, cluster=cluster, progress=False)
+        assert run.config.cluster.scheduler == str(tmp_path / "scheduler.json")

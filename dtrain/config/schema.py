@@ -335,7 +335,7 @@ def _check_values(config: TrainConfig) -> None:
 def _check_normalize(data: DataConfig) -> None:
     known = (*data.inputs, *data.targets)
     for name, dims in data.mean_dims.items():
-        if name not in known:
+        if known and name not in known:  # Python may name them later
             raise InvalidConfig(
                 f'data.normalize names "{name}", which is neither an input nor a target{did_you_mean(name, known)}'
             )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from dtrain.data.read.kind import METADATA_FILES, NO_OPTIONS, StorageOptions
 from dtrain.data.read.open import kind_of, open_store
@@ -36,6 +38,31 @@ def locate(path: str, base: Path, storage_options: StorageOptions = NO_OPTIONS) 
     if store.has_document(".zarray"):
         raise single_array(path)
     raise kind.nothing_there(path)
+
+
+ALIASES = {"s3a": "s3", "gcs": "gs"}
+"""Other names of protocols."""
+PORTS = {"http": ":80", "https": ":443"}
+
+
+def identity(path: str, base: Path) -> str:
+    """Return the one spelling of a path or URL that names a store, however it is written; nothing is opened.
+
+    Paths are made absolute and free of links; file:// is a path; a slash at the end, aliases and the case of a
+    protocol, and the case and default port of an HTTP server make no difference.
+    """
+    if "://" not in path or path.startswith("file://"):
+        local = unquote(path.removeprefix("file://")) if "://" in path else path
+        return os.path.realpath(Path(base, Path(local).expanduser()))
+    protocol, _, rest = path.partition("://")
+    protocol = ALIASES.get(protocol.lower(), protocol.lower())
+    rest = rest.rstrip("/")
+    if protocol == "memory":
+        rest = rest.lstrip("/")
+    if protocol in PORTS:
+        host = urlsplit(f"{protocol}://{rest}").netloc
+        rest = host.lower().removesuffix(PORTS[protocol]) + rest[len(host) :]
+    return f"{protocol}://{rest}"
 
 
 def single_array(path: str) -> NotZarr:

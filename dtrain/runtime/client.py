@@ -7,6 +7,7 @@ import concurrent.futures
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 from distributed import Client, Future, KilledWorker, wait
 from distributed.client import ClosedClientError
@@ -49,6 +50,7 @@ class TaskClient:
         self._attempt = 0
         self._known: list[str] = []
         self._known_at = 0.0
+        self._submitted: WeakSet[Future] = WeakSet()
 
     def begin(self) -> None:
         """Begin a segment: its keys differ from those of earlier attempts, and the workers are looked up anew."""
@@ -66,7 +68,7 @@ class TaskClient:
     ) -> Future:
         """Submit a task: preferably on the worker `at`, or only on the workers of the tuple `at`."""
         try:
-            return self.dask.submit(
+            future = self.dask.submit(
                 function,
                 *arguments,
                 key=f"dtrain-{name}-{self._suffix}-a{self._attempt}",
@@ -75,6 +77,8 @@ class TaskClient:
                 resources=resources,
                 priority=priority,
             )
+            self._submitted.add(future)
+            return future
         except ClosedClientError as error:  # the scheduler went away between two rounds
             raise self.lost(error) from error
 
@@ -128,6 +132,11 @@ class TaskClient:
                 self._check_alive(deadline)
             finally:
                 meanwhile()
+
+    def cancel(self) -> None:
+        """Cancel the tasks that somebody still refers to: the run is over, and nobody waits for them."""
+        if left := [future for future in self._submitted if not future.done()]:
+            self.dask.cancel(left)
 
     # Workers ------------------------------------------------------------------------------------------------
 

@@ -71,6 +71,8 @@ class ClusterRunner:
     parameters, and a strict pin hangs when the worker dies.
     """
 
+    look_ahead: int | None = None
+
     def __init__(self, connection: Connection, spec: RunSpec) -> None:
         self.num_workers = connection.num_workers
         self.dashboard = connection.dashboard
@@ -190,9 +192,10 @@ class ClusterRunner:
         )
 
     def close(self) -> None:
-        """Take the run's residents away from the workers."""
+        """Cancel what is not done, and take the run's residents away from the workers."""
         if self._client.connected:
             try:
+                self._client.cancel()
                 self._client.dask.unsubscribe_topic(self._plugin.name)
                 self._client.dask.unregister_worker_plugin(self._plugin.name)
             except (*GONE, ValueError):

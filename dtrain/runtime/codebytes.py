@@ -1,13 +1,17 @@
 """The user's functions as bytes for the workers.
 
-Modules next to the config file are pickled by value, so that neither scheduler nor workers need the files.
+Modules next to the config file are pickled by value, so that neither scheduler nor workers need the files. The process
+that sends functions never unpickles them: it uses the functions themselves (`sent`). Its classes and modules stay as
+they are, and what the user changes in a notebook is seen by the next run.
 """
 
 from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -50,12 +54,54 @@ def _reduce_code(code: CodeType) -> tuple[Any, ...]:
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """Keeps in which files the code is, which errors name; cloudpickle 3.1.3 and later leave it out."""
+    """Pickles functions so that runs do not meet in the classes of a process.
+
+    It keeps in which files the code is, which errors name; cloudpickle 3.1.3 and later leave it out. It gives classes
+    no identity of cloudpickle's, by which unpickling would find a class that is there already and overwrite it.
+    """
 
     dispatch_table = cloudpickle.Pickler.dispatch_table.new_child({CodeType: _reduce_code})
+
+    def reducer_override(self, obj: Any) -> Any:
+        reduced = super().reducer_override(obj)
+        if isinstance(reduced, tuple) and reduced[0].__name__ in ("_make_skeleton_class", "_make_skeleton_enum"):
+            build, (*described, _, extra), *rest = reduced
+            return (build, (*described, None, extra), *rest)
+        return reduced
 
 
 def unpickle_functions(code: bytes) -> dict[str, Callable[..., Any]]:
     """Return the functions; their modules need not be importable here."""
+    live = live_functions(code)
+    if live is not None:
+        return live
     functions: dict[str, Callable[..., Any]] = cloudpickle.loads(code)
     return functions
+
+
+# In the process that sends them -----------------------------------------------------------------------------
+
+_LIVE: dict[bytes, list[dict[str, Callable[..., Any]]]] = {}
+"""By their bytes: the functions of this process that are in use; one entry for each use."""
+_LOCK = threading.Lock()
+
+
+@contextmanager
+def sent(functions: Functions, base: Path) -> Iterator[bytes]:
+    """Give the functions as bytes; in this process `unpickle_functions` returns the functions themselves meanwhile."""
+    code, live = pickle_functions(functions, base), dict(functions)
+    with _LOCK:
+        _LIVE.setdefault(code, []).append(live)
+    try:
+        yield code
+    finally:
+        with _LOCK:
+            _LIVE[code] = [other for other in _LIVE[code] if other is not live]
+            if not _LIVE[code]:
+                del _LIVE[code]
+
+
+def live_functions(code: bytes) -> dict[str, Callable[..., Any]] | None:
+    """Return the functions if this process has sent them and still uses them."""
+    with _LOCK:
+        return _LIVE[code][-1] if code in _LIVE else None

@@ -20,9 +20,25 @@ def build_module(build: Callable[..., nn.Module], arguments: Mapping[str, object
     Raises
     ------
     NotAModule
-        It is a module itself, or returned something else.
+        It returned something else.
     UserCodeFailed
         It raised an exception.
+    """
+    with isolated(seed, torch.get_num_threads()), user_code("The function given as model"):
+        module = build(**arguments)
+    if not isinstance(module, nn.Module):
+        hint = "Return the module from the function." if module is None else ""
+        raise NotAModule(f"The function given as model returned {type(module).__name__}, not a torch.nn.Module.", hint)
+    return module
+
+
+def check_builder(build: Callable[..., object]) -> None:
+    """Refuse a module in place of a function that builds one.
+
+    Raises
+    ------
+    NotAModule
+        It is a module.
     """
     if isinstance(build, nn.Module):
         kind = type(build).__name__
@@ -30,12 +46,6 @@ def build_module(build: Callable[..., nn.Module], arguments: Mapping[str, object
             f"The model is a module, an instance of {kind}; dtrain needs a function that builds it.",
             f"Give the class and model_args, or a function: def build(): return {kind}(...).",
         )
-    with isolated(seed, torch.get_num_threads()), user_code("The function given as model"):
-        module = build(**arguments)
-    if not isinstance(module, nn.Module):
-        hint = "Return the module from the function." if module is None else ""
-        raise NotAModule(f"The function given as model returned {type(module).__name__}, not a torch.nn.Module.", hint)
-    return module
 
 
 @contextmanager

@@ -6,10 +6,11 @@ small one is sent whole, and taken apart here, where it is used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from distributed import WorkerPlugin, get_worker
 
@@ -22,11 +23,16 @@ from dtrain.data.load.statistics import Moments
 from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
 from dtrain.runtime import tasks
-from dtrain.runtime.resident import install, remove, resident_of
+from dtrain.runtime.resident import RunOver, install, is_over, remove, resident_of
 from dtrain.runtime.spec import RunSpec
 from dtrain.runtime.trial import Initial, initialise
 from dtrain.types import Broadcast, Flat, LocalTask, OuterState, Parameters, ReplicaState, RoundSummary
 
+Arguments = ParamSpec("Arguments")
+Value = TypeVar("Value")
+
+CLOSE_SECONDS = 5.0
+"""How long the end of a run waits for a worker's reads under way."""
 RESOURCE = {"dtrain": 1}
 """Asked for by every task that runs the user's code, so that one runs at a time in a process."""
 
@@ -43,9 +49,11 @@ class RunPlugin(WorkerPlugin):  # type: ignore[misc]
         install(self.spec)
         await worker.set_resources(**RESOURCE)
 
-    def teardown(self, worker: Any) -> None:
-        """Forget the run."""
-        remove(self.spec.run_id)
+    async def teardown(self, worker: Any) -> None:
+        """Forget the run, and wait a while for its loaders to be closed."""
+        closing = remove(self.spec.run_id)
+        if closing is not None:
+            await asyncio.to_thread(closing.join, CLOSE_SECONDS)
 
 
 def topic(run_id: str) -> str:
@@ -54,6 +62,8 @@ def topic(run_id: str) -> str:
 
 
 def _progress(run_id: str, event: StepsTaken) -> None:
+    if is_over(run_id):
+        raise RunOver(run_id)  # no further step
     get_worker().log_event(topic(run_id), {"steps": asdict(event)})  # Dask adds a key
 
 
@@ -88,11 +98,28 @@ def model_in(value: Combined | Broadcast | Parameters) -> Parameters:
 # Tasks ----------------------------------------------------------------------------------------------------
 
 
+def _unless_over(task: Callable[Concatenate[str, Arguments], Value]) -> Callable[Concatenate[str, Arguments], Value]:
+    """Let a task of a run that is over end without an error: nobody waits for its result, or reads of its failure."""
+
+    @wraps(task)
+    def run(run_id: str, /, *arguments: Arguments.args, **options: Arguments.kwargs) -> Value:
+        try:
+            return task(run_id, *arguments, **options)
+        except Exception:
+            if is_over(run_id):
+                return cast(Value, None)
+            raise
+
+    return run
+
+
+@_unless_over
 def initialise_run(run_id: str) -> Initial:
     """Build the model and try it."""
     return initialise(resident_of(run_id))
 
 
+@_unless_over
 def train_replica(
     run_id: str,
     task: LocalTask,
@@ -131,6 +158,7 @@ def summarise_round(
     return summarise(combined, with_frozen(model_in(model), frozen), model_in(start))
 
 
+@_unless_over
 def evaluate_piece(
     run_id: str, model: Combined | Broadcast | Parameters, split: SplitName, piece: int, frozen: Flat | None
 ) -> Sums:
@@ -138,6 +166,7 @@ def evaluate_piece(
     return tasks.evaluate_piece(resident_of(run_id), with_frozen(model_in(model), frozen), split, piece)
 
 
+@_unless_over
 def take_moments(run_id: str, replica: int, most_units: int | None) -> dict[str, Moments]:
     """Return the moments of the rows of a replica."""
     return tasks.take_moments(resident_of(run_id), replica, most_units, partial(_progress, run_id))

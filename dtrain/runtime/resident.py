@@ -10,7 +10,7 @@ import copy
 import itertools
 import math
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,7 +30,7 @@ from dtrain.data.plan.memory import LoaderBudget
 from dtrain.data.plan.partition import Partition, eval_partitions
 from dtrain.data.plan.splits import SplitName
 from dtrain.data.read.units import UnitReader
-from dtrain.runtime.codebytes import unpickle_functions
+from dtrain.runtime.codebytes import live_functions, unpickle_functions
 from dtrain.runtime.module import build_module
 from dtrain.runtime.spec import PlannedSource, RunSpec
 from dtrain.runtime.usercode import user_code
@@ -61,6 +61,10 @@ class Stream:
         return self.key[1] if self.key[0] == "train" else 0
 
 
+class RunOver(Exception):
+    """A task of a run that is over in this process. Not a `DtrainError`: nobody waits for the task."""
+
+
 class Resident:
     """The objects of one run in one process. `lock` lets one task at a time use torch's global state."""
 
@@ -68,13 +72,19 @@ class Resident:
 
     def __init__(self, spec: RunSpec) -> None:
         self.spec = spec
+        self._live = live_functions(spec.code)  # now: a task may look for them when the run is over
         self._pieces: dict[SplitName, tuple[Stream, ...]] = {}
         self._readers: dict[int, UnitReader] = {}
         self._loaders: OrderedDict[StreamKey, Loader] = OrderedDict()
+        self._loading = threading.RLock()
+        """Of the loaders."""
+        self._closed = False
 
     @cached_property
     def functions(self) -> dict[str, Callable[..., Any]]:
         """The user's functions by config key."""
+        if self._live is not None:
+            return self._live
         with user_code("Loading the code of the run"):
             return unpickle_functions(self.spec.code)
 
@@ -158,6 +168,12 @@ class Resident:
         return self._loader(self.pieces(split)[piece], Cursor(0, 0), itertools.cycle(sizes))
 
     def _loader(self, stream: Stream, cursor: Cursor, sizes: Iterator[int]) -> Loader:
+        with self._loading:
+            if self._closed:
+                raise RunOver(self.spec.run_id)
+            return self._kept_loader(stream, cursor, sizes)
+
+    def _kept_loader(self, stream: Stream, cursor: Cursor, sizes: Iterator[int]) -> Loader:
         kept = self._loaders.pop(stream.key, None)
         if kept is None or not _goes_on(kept, stream, cursor):
             if kept is not None:
@@ -186,12 +202,15 @@ class Resident:
 
     def release(self, key: StreamKey) -> None:
         """Close a loader, if it is there."""
-        loader = self._loaders.pop(key, None)
+        with self._loading:
+            loader = self._loaders.pop(key, None)
         if loader is not None:
             loader.close()
 
     def close(self) -> None:
-        """Close all loaders."""
+        """Close all loaders, and make no others: a task that still runs ends with its batches."""
+        with self._loading:
+            self._closed = True
         for key in list(self._loaders):
             self.release(key)
 
@@ -207,22 +226,44 @@ def _pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     return torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8, pin_memory=True).numpy().view(dtype)
 
 
-# Residents of this process, by run_id; the plugin of each run adds and removes its own.
+# Residents of this process, by run_id; the plugin of each run adds and removes its own, once for each worker.
 _RESIDENTS: dict[str, Resident] = {}
+_WORKERS: Counter[str] = Counter()
+"""By run_id: the workers of this process; they share a resident."""
+_OVER: deque[str] = deque(maxlen=1000)
+"""Runs that have ended in this process."""
+_LOCK = threading.Lock()
 
 
 def install(spec: RunSpec) -> None:
     """Keep a resident for a run in this process."""
-    _RESIDENTS[spec.run_id] = Resident(spec)
+    with _LOCK:
+        _WORKERS[spec.run_id] += 1
+        if spec.run_id not in _RESIDENTS:
+            _RESIDENTS[spec.run_id] = Resident(spec)
 
 
-def remove(run_id: str) -> None:
-    """Forget a run; its loaders are closed in the background."""
-    resident = _RESIDENTS.pop(run_id, None)
-    if resident is not None:
-        threading.Thread(target=resident.close, name="dtrain-close", daemon=True).start()
+def remove(run_id: str) -> threading.Thread | None:
+    """Forget a run, unless it has another worker in this process; return the thread that closes its loaders."""
+    with _LOCK:
+        _WORKERS[run_id] -= 1
+        if _WORKERS[run_id] > 0:
+            return None
+        del _WORKERS[run_id]
+        resident = _RESIDENTS.pop(run_id, None)
+        _OVER.append(run_id)
+    if resident is None:
+        return None
+    closing = threading.Thread(target=resident.close, name="dtrain-close", daemon=True)
+    closing.start()
+    return closing
 
 
 def resident_of(run_id: str) -> Resident:
     """Return the resident of a run in this process."""
     return _RESIDENTS[run_id]
+
+
+def is_over(run_id: str) -> bool:
+    """Return True if a run has ended in this process."""
+    return run_id in _OVER and run_id not in _RESIDENTS

@@ -56,6 +56,8 @@ class Runner(Protocol[Held]):
     spec: RunSpec
     num_workers: int
     """Workers at the start; a serial runner counts as 2."""
+    look_ahead: int | None
+    """Rounds to submit ahead; None: as many as the loop likes. 0 where `submit` itself trains the round."""
     on_progress: Callable[[StepsTaken], None]
     """Called with the progress of local tasks, while a method waits for values."""
     dashboard: str

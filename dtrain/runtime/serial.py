@@ -36,6 +36,7 @@ class SerialRunner:
     """Runs every task at once, in the process that submits it."""
 
     num_workers = 2
+    look_ahead: int | None = 0
     dashboard = ""
 
     def __init__(self, spec: RunSpec) -> None:

@@ -176,10 +176,23 @@ def test_the_values_of_validation_are_those_of_the_history(cli, run, number):
     }
 
 
-def test_the_default_is_the_best_round_on_the_test_split(cli, run):
+def test_the_default_is_the_last_round_on_the_test_split(cli, run):
     found = last(cli("--json", "eval", run))
-    assert (found["round"], found["split"], found["samples"]) == (best(run), "test", 6)
-    assert found == last(cli("--json", "eval", run, "--round", "best", "--split", "test"))
+    assert (found["round"], found["split"], found["samples"]) == (4, "test", 6)
+    assert found == last(cli("--json", "eval", run, "--round", "last", "--split", "test"))
+
+
+def test_another_round_that_is_the_best_is_mentioned(cli, run):
+    rows = [{**row, "val_loss": abs(row["round"] - 2.0)} for row in history(run)]
+    (run / "history.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    note = "job: this is round 4, the last one; round 2 has the best val_loss. --round best evaluates it.\n"
+    for output in ((), ("--json",)):
+        outcome = cli(*output, "eval", run)
+        assert (outcome.code, outcome.err) == (0, note)
+    for arguments in (("--round", "last"), ("--round", "best"), ("--round", "4")):
+        assert cli("eval", run, *arguments).err == ""
+    assert cli("-q", "eval", run).err == ""
+    assert last(cli("--json", "eval", run, "--round", "best"))["round"] == 2
 
 
 def test_the_whole_store(cli, run):
@@ -302,7 +315,51 @@ def test_a_round_that_is_damaged(cli, run):
 
 def test_a_best_round_that_is_not_kept_gives_way_to_the_last(cli, run):
     shutil.rmtree(run / f"rounds/round-{best(run):06d}")
-    assert last(cli("--json", "eval", run))["round"] == kept(run)[-1]
+    assert last(cli("--json", "eval", run, "--round", "best"))["round"] == kept(run)[-1]
+
+
+@pytest.mark.parametrize("split", ["tset", "train", "Test", ""])
+def test_a_split_that_is_not_there(cli, run, split):
+    outcome = cli("--json", "eval", run, f"--split={split}")
+    assert outcome.code == 2
+    assert "allowed are val, test and all" in last(outcome)["message"]
+
+
+def test_the_runs_own_store_named_as_data_has_the_runs_own_splits(cli, run, monkeypatch):
+    for split in ("val", "test"):
+        own = last(cli("--json", "eval", run, "--split", split))
+        Path("link").symlink_to("job/train.zarr")
+        shutil.copytree("job/train.zarr", "copy.zarr")
+        for data in ("job/train.zarr", "job/../job/train.zarr/", f"file://{Path.cwd()}/job/train.zarr", "link"):
+            assert last(cli("--json", "eval", run, "--data", data, "--split", split)) == own
+        assert last(cli("--json", "eval", run, "--data", "copy.zarr", "--split", split)) == own
+        shutil.rmtree("copy.zarr")
+        Path("link").unlink()
+    outcome = cli("--json", "eval", run, "--data", "job/train.zarr", "--round", "last")
+    assert (last(outcome)["split"], last(outcome)["samples"]) == ("all", 60)
+    assert outcome.err == (
+        "job/train.zarr is the run's own store: all of it includes the rows that the run was trained on.\n"
+    )
+
+
+def test_the_selection_of_the_run_is_mentioned_and_can_be_changed(cli, project, write_store, tmp_path):
+    job = project({"data": {"isel": {"sample": {"start": 0, "stop": 40}}}})
+    assert cli("-q", "train", job.config).code == 0
+    write_store(tmp_path / "later.zarr", blobs(90))
+    outcome = cli("--json", "eval", job.run, "--data", "later.zarr")
+    assert last(outcome)["samples"] == 40
+    assert last(outcome)["isel"] == {"sample": {"start": 0, "stop": 40, "step": 1}}
+    assert "data.isel = {" in outcome.err
+    assert "of the run selects from later.zarr too; --set data.isel={} takes all" in outcome.err
+    for setting, count in (("data.isel={}", 90), ("data.isel={sample={start=40,stop=90}}", 50)):
+        outcome = cli("--json", "eval", job.run, "--data", "later.zarr", "--set", setting)
+        assert (outcome.code, last(outcome)["samples"]) == (0, count)
+        assert "of the run selects" not in outcome.err
+    outcome = cli("--json", "eval", job.run, "--set", "data.isel.sample.stop=50", "--split", "all")
+    assert (outcome.code, last(outcome)["samples"]) == (0, 50)
+    outcome = cli("--json", "eval", job.run, "--set", "data.isel.sample.stop=50")
+    assert outcome.code == 3
+    assert "may hold rows that were trained on" in last(outcome)["message"]
 
 
 @pytest.mark.slow

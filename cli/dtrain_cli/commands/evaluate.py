@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dtrain_cli.arguments import SCHEDULER, SET, absolute_scheduler
-from dtrain_cli.output import Options, result, shown, table
+from dtrain_cli.output import Options, result, say, shown, table
 
 if TYPE_CHECKING:
-    from dtrain.config.schema import DataConfig
     from dtrain.data.plan.splits import SplitName
     from dtrain.data.samples import Samples
+    from dtrain.run import Run
 
 ORDER = 50
 app = typer.Typer()
@@ -31,33 +31,56 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option("--split", help="val, test or all. [default: test; with --data: all]")
     ] = None,
-    round: Annotated[str, typer.Option("--round", help="best, last or a number.")] = "best",
+    round: Annotated[
+        str | None, typer.Option("--round", help="last, best or a number. [default: last]", show_default=False)
+    ] = None,
     scheduler: SCHEDULER = None,
     settings: SET = None,
 ) -> None:
-    """Compute the loss and the metrics of a run, on the cluster."""
+    """Compute the loss and the metrics of a run, on the cluster.
+
+    --set data.isel={} and other keys of [data] select other samples than the run's.
+    """
     from dtrain.directory import find_run
-    from dtrain.errors import UsageError
-    from dtrain.run import load_run
+    from dtrain.errors import UsageError, did_you_mean
+    from dtrain.run import is_view, load_run
 
     options: Options = ctx.obj
     names: dict[str, SplitName] = {"val": "val", "test": "test", "all": "all"}
-    chosen = names.get(split or ("all" if data is not None else "test"))
+    chosen = names.get(split if split is not None else "test" if data is None else "all")
     if chosen is None:
-        raise UsageError(f'--split "{split}": allowed are val, test and all.')
-    opened = load_run(find_run(run), settings=tuple(settings or ()))
-    samples = None if data is None else _described(opened.config.data, data)
+        guess = did_you_mean(str(split), names)
+        raise UsageError(f'--split "{split}": allowed are val, test and all{guess or "."}')
+    view = tuple(setting for setting in settings or () if is_view(setting))
+    opened = load_run(find_run(run), settings=tuple(setting for setting in settings or () if setting not in view))
+    samples = opened.other_samples(data, view) if data is not None or view else None
     cluster = absolute_scheduler(scheduler) if scheduler is not None else opened.config.cluster.scheduler
-    means, number, count = opened.evaluation(samples, split=chosen, round=round, cluster=cluster)
+    means, number, count = opened.evaluation(samples, split=chosen, round=round or "last", cluster=cluster)
     record = {"event": "eval", "run": shown(opened.directory), "round": number, "split": chosen, "samples": count}
+    if samples is not None and samples.config.isel:
+        record["isel"] = samples.config.model_dump(mode="json")["isel"]
     rows = [("run", f"{shown(opened.directory)} round {number}"), ("split", f"{chosen}, {count:,} samples")]
     rows += [(name, f"{value:.6g}") for name, value in means.items()]
     result(options, table(rows), {**record, **{k: v if math.isfinite(v) else None for k, v in means.items()}})
+    for line in _notes(opened, samples, data, chosen, None if round else number):
+        say(options, line)
 
 
-def _described(config: DataConfig, data: str) -> Samples:
-    """Describe the samples of another store with a run's ``[data]`` table."""
-    from dtrain.data.source import describe
+def _notes(run: Run, samples: Samples | None, data: str | None, split: SplitName, last: int | None) -> Iterator[str]:
+    """Yield what is said beside the figures: what they are of, where one could take them for something else."""
+    from dtrain.job import plain
+    from dtrain.resolve import own_stores
 
-    path = data if "://" in data else str(Path(data).absolute())
-    return describe(config.model_copy(update={"path": path}), Path.cwd())
+    if last is not None and (note := run.note_on_best(last)):
+        yield f"{note} --round best evaluates it."
+    if samples is None or data is None:
+        return
+    store = own_stores(run.config.data, run.base).find(samples)
+    if isinstance(store, int) and split == "all":
+        yield f"{data} is the run's own store: all of it includes the rows that the run was trained on."
+    selected = samples.config.isel
+    if store is None and selected and selected == run.config.data.isel:
+        yield (
+            f"data.isel = {plain(selected)} of the run selects from {data} too; --set data.isel={{}} takes all of it, "
+            "or name another selection."
+        )

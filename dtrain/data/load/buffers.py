@@ -134,12 +134,24 @@ class Buffers:
     on_free : callable
         Called with the number of a bundle when nobody refers to its memory any more: in any thread, even within
         garbage collection, so it must not wait for a lock.
+    usual : callable, optional
+        Given the size of the first batch, the sizes of a usual bundle. The first bundles are smaller, and have the
+        memory of a usual one, which later bundles use again.
     """
 
-    def __init__(self, specs: tuple[FieldSpec, ...], allocate: Allocate, on_free: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        specs: tuple[FieldSpec, ...],
+        allocate: Allocate,
+        on_free: Callable[[int], None],
+        usual: Callable[[int], tuple[int, ...]] | None = None,
+    ) -> None:
         self._allocate = allocate
         self._on_free = on_free
         self._specs = specs
+        self._usual = usual
+        self._least = [0] * len(specs)
+        """By field: bytes that its memory has at least."""
         self._layout = Layout((), (), ())
         """Of the open bundle."""
         self._free: list[Memory] = []
@@ -149,6 +161,9 @@ class Buffers:
 
     def open(self, bundle: int, sizes: tuple[int, ...]) -> None:
         """Take memory for batches of these sizes."""
+        if self._usual is not None:
+            self._least = [field.nbytes for field in layout_of(self._specs, self._usual(sizes[0])).fields]
+            self._usual = None
         if sizes != self._layout.sizes:
             self._layout = layout_of(self._specs, sizes)
         self._open = bundle
@@ -159,7 +174,8 @@ class Buffers:
             memory = self._free.pop()
             if all(len(array) >= size for array, size in zip(memory, nbytes, strict=True)):
                 return memory
-        return tuple(_aligned(self._allocate((ALIGNMENT + size,), np.dtype(np.uint8))) for size in nbytes)
+        made = [max(sizes) for sizes in zip(nbytes, self._least, strict=True)]
+        return tuple(_aligned(self._allocate((ALIGNMENT + size,), np.dtype(np.uint8))) for size in made)
 
     def pieces(self, start: int, stop: int) -> Iterator[Piece]:
         """Yield samples ``start:stop`` of the open bundle, field by field, in as few pieces as are contiguous."""

@@ -11,9 +11,12 @@ read, never which.
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -22,9 +25,10 @@ from dtrain.data.load.gather import Batch, BatchGatherer, Scalings
 from dtrain.data.load.messages import Taken
 from dtrain.data.load.schedule import Schedule
 from dtrain.data.load.threads import LoaderThreads
-from dtrain.data.plan.memory import Limits, bundles_of
+from dtrain.data.plan.memory import BUNDLE_BATCHES, Limits, bundles_of
 from dtrain.data.plan.partition import Partition
 from dtrain.data.read.units import UnitReader
+from dtrain.data.samples import Samples
 from dtrain.types import Cursor
 
 
@@ -91,18 +95,27 @@ class Loader:
         """Of the batches of the bundle."""
         self._waited = 0.0
         self._told = Counted(0, 0, 0.0)
+        total = sum(sizes) if isinstance(sizes, Sequence) else total
         schedule = Schedule(
             partition,
             cursor,
-            bundles_of(sizes, reader.samples),
+            growing_bundles(sizes, reader.samples),
             replica=replica,
             shuffle=shuffle,
             limits=limits,
-            total=sum(sizes) if isinstance(sizes, Sequence) else total,
+            total=total,
         )
         self._gatherer = BatchGatherer(reader.samples, reader.statics, scalings or {})
-        self._threads = LoaderThreads(schedule, reader, partition, self._gatherer, allocate)
-        self._threads.start(limits.threads)
+        self._threads = LoaderThreads(
+            schedule,
+            reader,
+            partition,
+            self._gatherer,
+            allocate,
+            readers=limits.threads,
+            usual=partial(_usual_bundle, total=total, samples=reader.samples),
+        )
+        self._threads.start()
 
     def take(self) -> Batch:
         """Return the next batch, waiting for it if need be.
@@ -170,6 +183,24 @@ class Loader:
         """End the threads, and free the memory of all units and of the batches that nobody holds."""
         self._threads.close()
         self._bundle = None
+
+
+FIRST_BUNDLES = (1, 2, 4, 8, 16)
+"""Batches of the first bundles: the first batch is there soon, and many loaders that begin together begin small."""
+
+
+def growing_bundles(sizes: Iterable[int], samples: Samples) -> Iterator[tuple[int, ...]]:
+    """Yield the sizes of the batches that are assembled together: few at first, then as `bundles_of` says."""
+    sizes = iter(sizes)
+    for count in FIRST_BUNDLES:
+        yield from bundles_of(itertools.islice(sizes, count), samples)
+    yield from bundles_of(sizes, samples)
+
+
+def _usual_bundle(size: int, total: int | None, samples: Samples) -> tuple[int, ...]:
+    """Return the sizes of a bundle of batches of one size that is not one of the first ones, if there are so many."""
+    count = BUNDLE_BATCHES if total is None else min(BUNDLE_BATCHES, math.ceil(total / max(1, size)) or 1)
+    return next(bundles_of([size] * count, samples))
 
 
 def _moved(cursor: Cursor, size: int, pass_size: int) -> Cursor:

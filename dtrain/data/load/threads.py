@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import threading
+from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
 import numpy as np
@@ -28,6 +29,7 @@ from dtrain.data.load.messages import (
     Recycle,
     Started,
 )
+from dtrain.data.load.pool import Lane
 from dtrain.data.load.schedule import Schedule
 from dtrain.data.plan.footprint import slot_shape
 from dtrain.data.plan.partition import Partition
@@ -37,8 +39,21 @@ from dtrain.data.read.units import UnitReader
 class LoaderThreads:
     """Carries out the instructions of a schedule, and reports events to it.
 
-    The assembler is the only thread that uses the schedule and the buffers. It gathers batches; read threads, and the
-    assembler while it waits for a part, read.
+    The assembler is the only thread that uses the schedule and the buffers. It gathers batches; the read threads of the
+    store, and the assembler while it waits for a part, read.
+
+    Parameters
+    ----------
+    schedule : Schedule
+    reader : UnitReader
+    partition : Partition
+    gatherer : BatchGatherer
+    allocate : callable
+        Makes the memory of batches.
+    readers : int
+        The most threads of the store that read for it at a time.
+    usual : callable
+        Given the size of the first batch, the sizes of a bundle that is not one of the first, small ones.
     """
 
     def __init__(
@@ -48,6 +63,9 @@ class LoaderThreads:
         partition: Partition,
         gatherer: BatchGatherer,
         allocate: Allocate,
+        *,
+        readers: int,
+        usual: Callable[[int], tuple[int, ...]],
     ) -> None:
         self.events: SimpleQueue[Event | None] = SimpleQueue()
         """For the assembler; None: wake up, it is closed."""
@@ -63,48 +81,33 @@ class LoaderThreads:
         self._reader = reader
         self._gatherer = gatherer
         put = self.events.put  # a batch that is kept keeps the queue alive, not the arena
-        self._buffers = Buffers(gatherer.specs, allocate, on_free=lambda bundle: put(Freed(bundle)))
-        self._reads: SimpleQueue[Read | None] = SimpleQueue()
-        """For whoever reads next, in the order in which parts are needed; None: it is closed."""
+        self._buffers = Buffers(gatherer.specs, allocate, on_free=lambda bundle: put(Freed(bundle)), usual=usual)
         self._closed = threading.Event()
         self._assembler = threading.Thread(target=self._assemble, name="dtrain-assemble", daemon=True)
-        self._all = [self._assembler]
+        self._lane = Lane(reader, lambda read: self.events.put(self._read(read)), readers)
 
     @property
     def alive(self) -> bool:
         """Whether further bundles will come."""
         return self._assembler.is_alive()
 
-    def start(self, readers: int) -> None:
-        """Start the assembler and some read threads."""
-        names = [f"dtrain-read_{number}" for number in range(readers)]
-        self._all += [threading.Thread(target=self._read_parts, name=name, daemon=True) for name in names]
-        for thread in self._all:
-            thread.start()
+    def start(self) -> None:
+        """Start the assembler."""
+        self._assembler.start()
         atexit.register(self.close)  # a thread that still reads when the interpreter ends may crash it
 
     def close(self) -> None:
         """Begin no further read, wait for those under way, and free all memory."""
         atexit.unregister(self.close)
         self._closed.set()
-        self._reads.put(None)
         self.events.put(None)
-        for thread in self._all:
-            if thread is not threading.current_thread():  # garbage collection may close a loader in any thread
-                thread.join()
+        self._lane.stop()
+        if self._assembler is not threading.current_thread():  # garbage collection may close a loader in any thread
+            self._assembler.join()
+        self._lane.close()
         self.bundles.put(None)  # for a consumer that waits
         self.arena.clear()
         self._buffers.clear()
-
-    def _read_parts(self) -> None:
-        while (read := self._next_read(self._reads.get())) is not None:
-            self.events.put(self._read(read))
-
-    def _next_read(self, read: Read | None) -> Read | None:
-        """Return a read from the queue; None if the loader is closed."""
-        if read is None:
-            self._reads.put(None)  # for the other threads
-        return None if self._closed.is_set() else read
 
     def _read(self, read: Read) -> ReadDone | ReadFailed:
         try:
@@ -135,17 +138,15 @@ class LoaderThreads:
         except Empty:
             pass
         if self._schedule.waits_for_part:
-            try:
-                read = self._next_read(self._reads.get_nowait())
-                return None if read is None else self._read(read)
-            except Empty:
-                pass
+            read = self._lane.take()
+            if read is not None:
+                return self._read(read)
         return self.events.get()
 
     def _execute(self, instruction: Instruction) -> None:
         match instruction:
             case Read():
-                self._reads.put(instruction)
+                self._lane.put(instruction)
             case Open(bundle=bundle, sizes=sizes):
                 self._buffers.open(bundle, sizes)
             case Gather(start=start, rows=rows):

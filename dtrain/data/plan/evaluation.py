@@ -1,0 +1,105 @@
+"""Plan the evaluation of given samples, so that no row of their val and test splits has been trained on.
+
+the samples' store                    val and test                           all
+one that the run was trained on       the run's own splits                   all rows of the samples
+one of as many rows: maybe a copy     the run's own splits                   likewise
+that of ``data.val_path``             val: all rows                          likewise
+any other                             cut with the run's shares and seed     likewise
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal, TypeAlias
+
+from dtrain.data.plan.partition import plan_data, plan_held_out
+from dtrain.data.plan.splits import SplitName
+from dtrain.data.plan.units import DataPlan
+from dtrain.data.samples import Samples
+from dtrain.errors import InvalidConfig
+
+StoreOfRun: TypeAlias = int | Literal["held_out"] | None
+"""A store's number in ``data.path``, or the store of ``data.val_path``; None for a store that the run does not know."""
+
+
+def plan_evaluation(
+    samples: Samples, split: SplitName, plans: tuple[DataPlan, ...], held_out: DataPlan | None, store: StoreOfRun
+) -> tuple[DataPlan, SplitName]:
+    """Plan the evaluation of a split of given samples.
+
+    Parameters
+    ----------
+    samples : Samples
+        With the run's own keys of ``[data]`` for splits.
+    split : {"val", "test", "all"}
+    plans : tuple of DataPlan
+        Of the stores that the run was trained on.
+    held_out : DataPlan, optional
+        Of the store of ``data.val_path``.
+    store : int or "held_out", optional
+        Which store of the run it is.
+
+    Returns
+    -------
+    DataPlan
+    SplitName
+        The split of this plan that is evaluated.
+
+    Raises
+    ------
+    InvalidConfig
+        Rows of the split may have been trained on, or there is no such split.
+    TooFewSamples
+        The store is too short to be cut.
+    """
+    if store == "held_out":
+        return _of_held_out(samples, split, plans[0], held_out), "all"
+    alike = [plan for plan in plans if (plan.first_row, plan.num_samples) == (samples.first_row, samples.num_samples)]
+    if store is not None:
+        alike = [plans[store]] if plans[store] in alike else []
+    same = [plan for plan in alike if plan.source == samples.fingerprint]
+    if split == "all":
+        return (cut_as(same[0], samples) if same else plan_held_out(samples, plans[0])), split
+    if store is not None and not alike:
+        raise _other_rows(samples, split, plans[store])
+    cuts = [cut_as(plan, samples) for plan in same or alike]
+    if not cuts:
+        return plan_data(samples, replicas=1, seed=plans[0].seed), split
+    if any(cut != cuts[0] for cut in cuts):
+        raise InvalidConfig(
+            f"{samples.path} has as many rows as several stores of the run, whose splits differ: it may be a copy of "
+            "any of them.",
+            "Name the store that the run was trained on, or evaluate all of the data.",
+        )
+    return cuts[0], split
+
+
+def cut_as(plan: DataPlan, samples: Samples) -> DataPlan:
+    """Return the plan of samples of the same rows as those of another plan, with its splits."""
+    first, last = samples.reach()
+    return replace(
+        plan,
+        patches=len(samples.tiles),
+        stride=samples.config.stride,
+        first_offset=first,
+        last_offset=last,
+        source=samples.fingerprint,
+    )
+
+
+def _of_held_out(samples: Samples, split: SplitName, like: DataPlan, held_out: DataPlan | None) -> DataPlan:
+    if split == "test":
+        raise InvalidConfig(
+            f"{samples.path} is the validation store of the run (data.val_path): it has no test split.",
+            "Evaluate val: that is all of it.",
+        )
+    return held_out if held_out and held_out == cut_as(held_out, samples) else plan_held_out(samples, like)
+
+
+def _other_rows(samples: Samples, split: SplitName, plan: DataPlan) -> InvalidConfig:
+    return InvalidConfig(
+        f"{samples.path} is a store of the run, which knows its rows {plan.first_row:,} to {plan.num_samples - 1:,}; "
+        f"the samples hold rows {samples.first_row:,} to {samples.num_samples - 1:,}. Their split {split} may hold "
+        "rows that were trained on.",
+        "Evaluate all of rows that the run has not seen, or the run's own split: name no data.",
+    )
