@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dtrain.algorithm.params import without_frozen
-from dtrain.algorithm.plan import samples_a_round, steps_a_round
+from dtrain.algorithm.plan import pass_size, samples_a_round, steps_a_round
 from dtrain.config.values import value_of
 from dtrain.data.plan.footprint import format_bytes
 from dtrain.data.plan.memory import MemoryBudget
@@ -95,7 +95,8 @@ def plan_job(job: Job, *, full: bool = False) -> RunPlan:
         initial = runner.initialise()
         workers, sources = runner.num_workers, runner.spec.sources
     train, plan = job.config.train, resolved.plan
-    steps = tuple(steps_a_round(size, train) for size in plan.sizes)
+    sizes = [pass_size(size, train) for size in plan.sizes]
+    steps = tuple(steps_a_round(size, train) for size in sizes)
     stores = tuple(
         StorePlan(
             source=source,
@@ -109,7 +110,7 @@ def plan_job(job: Job, *, full: bool = False) -> RunPlan:
         stores=stores,
         initial=initial,
         steps=steps,
-        samples=sum(samples_a_round(n, train) for n in plan.sizes),
+        samples=sum(samples_a_round(size, train) for size in sizes),
         held_out_samples=_held_out_samples(resolved.held_out),
         rounds=train.rounds,
         workers=workers,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dtrain.algorithm.plan import pass_size
 from dtrain.data.plan.footprint import format_bytes
 from dtrain.job import Job
 from dtrain.planning import ESTIMATE_UNITS, RunPlan, StorePlan
@@ -30,12 +31,18 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
         (
             "round",
             f"{_range(plan.steps)} local steps a replica, batch {train.batch_size}: {plan.samples:,} samples, "
-            f"{plan.rounds} rounds",
+            f"{plan.rounds} rounds{_left_out(job, plan)}",
         ),
         ("traffic", f"{format_bytes(plan.reduced_bytes)} averaged a round, {format_bytes(plan.commit_bytes)} a commit"),
         ("time", f"{_seconds(plan.round_seconds)} of local steps a round on {plan.workers} workers (estimate)"),
         *((f"auto {key}", f"{value}: {why}") for key, (value, why) in plan.choices.items()),
     ]
+
+
+def _left_out(job: Job, plan: RunPlan) -> str:
+    train, sizes = job.config.train, plan.data.sizes
+    dropped = sum(size - pass_size(size, train) for size in sizes)
+    return f"; train.drop_last leaves out {dropped:,} samples of each pass" if dropped else ""
 
 
 def _frozen(plan: RunPlan) -> str:

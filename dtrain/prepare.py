@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +11,8 @@ from typing import Any
 
 from distributed import Client
 
-from dtrain.algorithm.plan import micro_size
+from dtrain.algorithm.plan import micro_size, pass_size
+from dtrain.config.schema import TrainTable
 from dtrain.config.values import cache_bytes, parse_bytes
 from dtrain.data.encoding import Scaling
 from dtrain.data.load.statistics import scalings_of
@@ -20,7 +21,7 @@ from dtrain.data.plan.partition import Partition, eval_partitions
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.presence import check_presence, content_digest
 from dtrain.data.samples import Samples
-from dtrain.errors import DataChanged
+from dtrain.errors import DataChanged, TooFewSamples
 from dtrain.events import StepsTaken
 from dtrain.job import Job
 from dtrain.resolve import Resolved, check_kind, described, resolve
@@ -71,6 +72,7 @@ def open_runner(
     with open_place(job.config.cluster, job.base, client) as place:
         job = described(job, place)
         resolved = known or resolve(job, place)
+        _check_passes(job.config.train, resolved.plan.sizes)
         _check_data(job, resolved, place, started=known is not None, full=full)
         if resolved.scalings or not job.config.data.normalize:
             job = _standardised(job, resolved.scalings)
@@ -90,6 +92,17 @@ def _standardised(job: Job, scalings: Mapping[str, Scaling]) -> Job:
     sources = tuple(replace(source, samples=source.described.standardised_by(scalings)) for source in job.sources)
     held_out = job.held_out and replace(job.held_out, samples=job.held_out.described.standardised_by(scalings))
     return replace(job, sources=sources, held_out=held_out)
+
+
+def _check_passes(train: TrainTable, sizes: Sequence[int]) -> None:
+    """Refuse passes that ``train.drop_last`` leaves empty."""
+    for replica, size in enumerate(sizes):
+        if not pass_size(size, train):
+            raise TooFewSamples(
+                f"train.drop_last leaves nothing of the {size:,} samples of replica {replica}: they are fewer than "
+                f"train.batch_size = {train.batch_size}.",
+                "Use a smaller train.batch_size, fewer replicas, or drop_last = false.",
+            )
 
 
 def _check_data(job: Job, resolved: Resolved, place: Place, *, started: bool, full: bool) -> None:

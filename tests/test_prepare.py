@@ -13,13 +13,12 @@ import pytest
 import dtrain
 from dtrain import prepare
 from dtrain.data.plan import footprint, partition
-from dtrain.data.plan.partition import JointPlan
+from dtrain.data.plan.partition import JointPlan, plan_data
 from dtrain.data.read import units
 from dtrain.data.samples import Samples
 from dtrain.errors import ChunkMissing, DataChanged, OutOfMemory
 from dtrain.job import Job, job_from_python
 from dtrain.prepare import open_runner
-from dtrain.resolve import plan_other
 from dtrain.run import with_scheduler
 from tests.runtime import models
 
@@ -117,12 +116,12 @@ def test_a_run_decides_what_is_standardised_of_other_data(blobs: Path) -> None:
     with open_runner(job_of(without), "id") as (_, plain):
         pass
     for samples, known in ((without, normalised), (with_means, normalised)):
-        known = replace(known, plan=JointPlan((plan_other(samples, 0),)), contents=())
+        known = replace(known, plan=JointPlan((plan_data(samples, replicas=1, seed=0),)), contents=())
         with open_runner(job_of(samples), "id", known=known) as (runner, _):
             (source,) = runner.spec.sources
             assert [v.mean_axes for v in source.samples.variables] == [(0,), ()]
             assert [str(v.kept_dtype) for v in source.samples.variables] == ["float64", "int32"]
-    known = replace(plain, plan=JointPlan((plan_other(with_means, 0),)), contents=())
+    known = replace(plain, plan=JointPlan((plan_data(with_means, replicas=1, seed=0),)), contents=())
     job = job_of(with_means)
     config = job.config.model_copy(update={"data": without.config})  # that of the run
     with open_runner(replace(job, config=config), "id", known=known) as (runner, _):

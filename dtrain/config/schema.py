@@ -142,6 +142,7 @@ class TrainTable(Table):
     local_epochs: Positive = 1
     local_steps: Positive | None = None
     sync_rounds: Natural = 0
+    drop_last: Bool = False
     class_axis: ClassAxis = "auto"
     freeze: tuple[str, ...] = ()
     batch_size: Positive | Literal["full"] = 100

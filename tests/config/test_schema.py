@@ -50,6 +50,7 @@ loss = "cross_entropy"             # required
 metrics = []
 rounds = 20
 local_epochs = 1
+drop_last = false
 class_axis = "auto"
 freeze = []
 # local_steps = 50
