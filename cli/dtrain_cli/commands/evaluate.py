@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dtrain_cli.arguments import SCHEDULER, SET, absolute_scheduler
+from dtrain_cli.arguments import SCHEDULER, SET, absolute_scheduler, start_workers_early
 from dtrain_cli.output import Options, result, say, shown, table
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def evaluate(
 
     --set data.isel={} and other keys of [data] select other samples than the run's.
     """
+    start_workers_early(Path(run) / "config.toml", settings, scheduler)
     from dtrain.directory import find_run
     from dtrain.errors import UsageError, did_you_mean
     from dtrain.run import is_view, load_run

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dtrain_cli.arguments import CONFIG, SCHEDULER, SET, load_job
+from dtrain_cli.arguments import CONFIG, SCHEDULER, SET, load_job, start_workers_early
 from dtrain_cli.output import Options, result, say, table
 
 ORDER = 20
@@ -25,6 +25,7 @@ def plan(
 
     Trains nothing, writes nothing, and refuses with the arithmetic what cannot work.
     """
+    start_workers_early(config, settings, scheduler)
     from dtrain.planning import plan_job, plan_record
     from dtrain.plantext import plan_rows
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dtrain_cli.arguments import CONFIG, SCHEDULER, SET, load_job
+from dtrain_cli.arguments import CONFIG, SCHEDULER, SET, load_job, start_workers_early
 from dtrain_cli.output import Options, result, say, shown
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def train(
 
     The same command continues after any interruption. A complete run prints its result again.
     """
+    start_workers_early(config, settings, scheduler)
     from dtrain.directory import run_directory
     from dtrain.events import RoundFinished, RunFinished
     from dtrain.report.history import row_of
