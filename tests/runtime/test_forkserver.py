@@ -12,6 +12,7 @@ import pytest
 
 from dtrain.config.schema import ClusterConfig
 from dtrain.runtime.connect import open_cluster
+from dtrain.runtime.forkserver import start
 from dtrain_cli.arguments import _scheduler_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
@@ -27,7 +28,6 @@ def facts() -> dict[str, Any]:
 
 
 def test_workers_are_forked_from_a_process_of_one_thread_with_the_environment_of_dask(tmp_path: Path) -> None:
-    before = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     with open_cluster(ClusterConfig(workers=2), tmp_path) as connection:
         workers = connection.client.run(facts)
         server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
@@ -42,7 +42,14 @@ def test_workers_are_forked_from_a_process_of_one_thread_with_the_environment_of
             "OPENBLAS_NUM_THREADS": "1",
             "MALLOC_TRIM_THRESHOLD_": None,
         }
-    assert {name: os.environ.get(name) for name in before} == before
+
+
+def test_the_environment_of_the_driver_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    start()
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    assert "MKL_NUM_THREADS" not in os.environ
 
 
 @pytest.mark.parametrize(
