@@ -391,7 +391,7 @@ def test_a_list_of_stores():
     assert TrainConfig(**tomllib.loads(to_toml(config))) == config
 
 
-@pytest.mark.parametrize("cache", ["0", "0B", "512MB", "auto"])
+@pytest.mark.parametrize("cache", ["0", "0B", "0MB", "0 GiB", "512MB", "auto"])
 def test_sizes_of_the_cache(cache):
     assert TrainConfig(data={"cache": cache}).data.cache == cache
 

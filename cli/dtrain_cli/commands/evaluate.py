@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dtrain_cli.arguments import SCHEDULER, SET, absolute_scheduler, start_workers_early
-from dtrain_cli.output import Options, result, say, shown, table
+from dtrain_cli.output import Options, result, say, shown, table, waiting
 
 if TYPE_CHECKING:
     from dtrain.data.plan.splits import SplitName
@@ -42,12 +42,13 @@ def evaluate(
 
     --set data.isel={} and other keys of [data] select other samples than the run's.
     """
-    start_workers_early(Path(run) / "config.toml", settings, scheduler)
-    from dtrain.directory import find_run
-    from dtrain.errors import UsageError, did_you_mean
-    from dtrain.run import is_view, load_run
-
     options: Options = ctx.obj
+    start_workers_early(Path(run) / "config.toml", settings, scheduler)
+    with waiting(options, "loading PyTorch"):
+        from dtrain.directory import find_run
+        from dtrain.errors import UsageError, did_you_mean
+        from dtrain.run import is_view, load_run
+
     names: dict[str, SplitName] = {"val": "val", "test": "test", "all": "all"}
     chosen = names.get(split if split is not None else "test" if data is None else "all")
     if chosen is None:
@@ -57,7 +58,8 @@ def evaluate(
     opened = load_run(find_run(run), settings=tuple(setting for setting in settings or () if setting not in view))
     samples = opened.other_samples(data, view) if data is not None or view else None
     cluster = absolute_scheduler(scheduler) if scheduler is not None else opened.config.cluster.scheduler
-    means, number, count = opened.evaluation(samples, split=chosen, round=round or "last", cluster=cluster)
+    with waiting(options, f"evaluating on {chosen}"):
+        means, number, count = opened.evaluation(samples, split=chosen, round=round or "last", cluster=cluster)
     record = {"event": "eval", "run": shown(opened.directory), "round": number, "split": chosen, "samples": count}
     if samples is not None and samples.config.isel:
         record["isel"] = samples.config.model_dump(mode="json")["isel"]
