@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from dtrain.data.plan.anchors import count_samples
 from dtrain.data.plan.hashing import Ints
-from dtrain.data.plan.partition import Partition, cell_anchors, eval_partitions, train_partitions
+from dtrain.data.plan.partition import Partition, train_partitions
 from dtrain.data.plan.splits import SplitName
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import Samples, Variable
@@ -19,7 +20,7 @@ def describe_plan(samples: Samples, plan: DataPlan) -> dict[str, Any]:
     splits: tuple[SplitName, ...] = ("train", "val", "test")
     anchors = -(-plan.num_samples // plan.stride) - -(-plan.first_row // plan.stride)
     touched = sum(len(part.units) for part in parts)
-    distinct = len(np.unique(np.concatenate([part.units for part in parts])))
+    distinct = _num_distinct_units(plan, parts)
     decoded, distinct_bytes = decoded_bytes(samples, parts)
     return {
         "units": plan.num_units,
@@ -28,9 +29,9 @@ def describe_plan(samples: Samples, plan: DataPlan) -> dict[str, Any]:
         "cell_rows": plan.cell_rows,
         "window_units": plan.window,
         "partition_samples": [part.num_samples for part in parts],
-        "val_samples": sum(part.num_samples for part in eval_partitions(plan, "val")),
-        "test_samples": sum(part.num_samples for part in eval_partitions(plan, "test")),
-        "dropped_samples": anchors * plan.patches - sum(cell_anchors(plan, split).num_samples for split in splits),
+        "val_samples": count_samples(plan, "val").samples,
+        "test_samples": count_samples(plan, "test").samples,
+        "dropped_samples": anchors * plan.patches - sum(count_samples(plan, split).samples for split in splits),
         "decodes_per_unit": touched / distinct,
         "partition_units": max(len(part.units) for part in parts),
         "decoded_bytes": decoded,
@@ -38,6 +39,13 @@ def describe_plan(samples: Samples, plan: DataPlan) -> dict[str, Any]:
         "patches": plan.patches,
         "absent_rows": sum(stop - start for start, stop in plan.absent),
     }
+
+
+def _num_distinct_units(plan: DataPlan, parts: tuple[Partition, ...]) -> int:
+    is_used = np.zeros(plan.num_units, bool)
+    for part in parts:
+        is_used[part.units] = True
+    return int(is_used.sum())
 
 
 def decoded_bytes(samples: Samples, parts: tuple[Partition, ...]) -> tuple[int, int]:
