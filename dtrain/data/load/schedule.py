@@ -31,7 +31,7 @@ from dtrain.data.load.messages import (
 )
 from dtrain.data.load.slots import Rows, SlotTable
 from dtrain.data.plan.memory import Limits
-from dtrain.data.plan.order import RowRun, epoch_order
+from dtrain.data.plan.order import PartRows, RowRun, epoch_order
 from dtrain.data.plan.partition import Partition
 from dtrain.types import Cursor
 
@@ -75,7 +75,7 @@ class Schedule:
         self._sizes: tuple[int, ...] | None = None
         """Of the next bundle, while it waits for memory."""
         self._bundle: _OpenBundle | None = None
-        self._epoch, self._run = cursor.epoch, RowRun(_NO_ROWS.slot, _NO_ROWS.row, (), -1)
+        self._epoch, self._run = cursor.epoch, RowRun(0, _no_rows, (), -1)
         self._rows: Rows | None = _NO_ROWS
         """The samples of the run; None until all its parts are read."""
         self._done = 0
@@ -188,7 +188,11 @@ class Schedule:
         self._done, self._gathering = self._done + self._gathering, 0
 
 
-_NO_ROWS = Rows(np.zeros(0, np.int64), np.zeros(0, np.int64), None)
+def _no_rows() -> PartRows:
+    return PartRows(np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
+_NO_ROWS = Rows(*_no_rows(), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +296,12 @@ class _BundleMemory:
 def row_runs(
     partition: Partition, cursor: Cursor, replica: int, shuffle: bool, total: int | None
 ) -> Iterator[tuple[int, RowRun]]:
-    """Yield epoch and run, from the cursor on, pass after pass, until the runs hold `total` samples."""
+    """Yield epoch and run, from the cursor on, pass after pass, until the runs hold `total` samples.
+
+    The partition must hold samples: of an empty one no run would ever come.
+    """
+    if not partition.num_samples:
+        raise AssertionError("a partition without samples has no order")
     plan = partition.plan
     epoch, position, count = cursor.epoch, cursor.position, 0
     while True:
@@ -308,5 +317,5 @@ def row_runs(
             if total is not None and count >= total:
                 return
             yield epoch, run
-            count += len(run.part)
+            count += run.size
         epoch, position = epoch + 1, 0
