@@ -16,6 +16,7 @@ from dtrain.config.values import cache_bytes, parse_bytes
 from dtrain.data.encoding import Scaling
 from dtrain.data.load.loader import Loader
 from dtrain.data.load.statistics import partition_moments, scalings_of
+from dtrain.data.plan.footprint import tables_bytes
 from dtrain.data.plan.memory import MemoryBudget, Reading, plan_memory
 from dtrain.data.plan.partition import Partition, cell_anchors, plan_data, train_partitions
 from dtrain.data.plan.splits import SplitName
@@ -205,6 +206,7 @@ def _memory_of(
         units=len(partition.units),
         batch_size=batch_size,
         shuffle=shuffle,
+        tables=tables_bytes(samples, partition.plan, partition.nbytes),
     )
     return plan_memory(reading, None, limit, name, None if kept == "auto" else cache_bytes(kept))
 

@@ -213,8 +213,10 @@ def memory_record(budget: MemoryBudget) -> dict[str, Any]:
         "loaders": train.kept,
         "batches": train.buffers,
         "scratch": train.scratch,
+        "order": train.order,
         "evaluate": evaluate.total if evaluate else 0,
         "cached": budget.cached_bytes,
         "kept_whole": budget.statics,
         "shard_indices": budget.indices,
+        "partitions": budget.tables,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +14,7 @@ from distributed import Client
 from dtrain.config.schema import FULL_BATCH_MICRO
 from dtrain.config.values import cache_bytes, parse_bytes
 from dtrain.data.load.statistics import scalings_of
+from dtrain.data.plan.footprint import tables_bytes
 from dtrain.data.plan.memory import MemoryBudget, Reading, plan_memory
 from dtrain.data.plan.partition import Partition, eval_partitions
 from dtrain.data.plan.units import DataPlan
@@ -142,15 +143,18 @@ def _planned_sources(job: Job, resolved: Resolved, place: Place) -> _Planned:
 def _budget(job: Job, source: Source, parts: list[Partition], held_out: DataPlan | None, place: Place) -> MemoryBudget:
     """Divide the memory that a worker has for a store."""
     workers, plan, cache = len(source.workers) or place.shares, parts[0].plan, job.config.data.cache
+    own, kept = source.described, sum(part.nbytes for part in parts)
     if held_out is None or job.held_out is None:
-        samples, pieces = source.described, eval_partitions(plan, "val") or eval_partitions(plan, "all")
+        samples, pieces = own, eval_partitions(plan, "val") or eval_partitions(plan, "all")
+        tables = sum(piece.nbytes for piece in pieces)
     else:
         samples, pieces = job.held_out.described, eval_partitions(held_out, "all")
+        tables = tables_bytes(samples, held_out, sum(piece.nbytes for piece in pieces))
     limit, name = _memory(job, place)
     beside = 1 if source.workers else sum(not other.workers for other in job.sources)
     return plan_memory(
-        _reading(job, source.described, parts, workers, shuffle=plan.shuffle),
-        _reading(job, samples, pieces, workers, shuffle=False),
+        _reading(job, own, parts, workers, shuffle=plan.shuffle, tables=tables_bytes(own, plan, kept)),
+        _reading(job, samples, pieces, workers, shuffle=False, tables=tables),
         limit // beside,
         name,
         None if cache == "auto" else cache_bytes(cache),
@@ -158,7 +162,7 @@ def _budget(job: Job, source: Source, parts: list[Partition], held_out: DataPlan
 
 
 def _reading(
-    job: Job, samples: Samples, parts: list[Partition] | tuple[Partition, ...], workers: int, *, shuffle: bool
+    job: Job, samples: Samples, parts: Sequence[Partition], workers: int, *, shuffle: bool, tables: int
 ) -> Reading:
     train = job.config.train
     micro = train.micro_batch or (FULL_BATCH_MICRO if train.batch_size == "full" else train.batch_size)
@@ -169,6 +173,7 @@ def _reading(
         units=max(len(part.units) for part in parts),
         batch_size=min(micro, max(part.num_samples for part in parts)),
         shuffle=shuffle,
+        tables=tables,
     )
 
 

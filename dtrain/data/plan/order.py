@@ -123,6 +123,22 @@ def _stored_rows(part: int, low: int, high: int) -> PartRows:
     return PartRows(np.full(high - low, part), np.arange(low, high))
 
 
+def index_dtype(size: int) -> DType:
+    """Return the dtype that holds the indices of the rows of a part of some size, while it is open."""
+    return np.min_scalar_type(max(0, size - 1))
+
+
+def bins_a_part(size: int, mixed_units: int) -> int:
+    """Return the largest number of bins that the rows of a part lie in, if the largest part has some size."""
+    return (mixed_units << _bits(size, mixed_units)) + 1
+
+
+def _bits(size: int, mixed_units: int) -> int:
+    """Return into how many bins steps are cut, as a power of two: few enough for bins of a part to have 16 bits."""
+    most = ((1 << 15) // mixed_units).bit_length() - 1
+    return max(0, min(((size - 1) // ORDERED_ROWS).bit_length(), most))
+
+
 # Shuffled -------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +283,7 @@ class _Pass:
         Parts of few rows are opened together, which saves time.
         """
         most = int(self.sizes.max())
-        dtype = np.min_scalar_type(most - 1)
+        dtype = index_dtype(most)
         together = max(1, min(MOST_BINS, SLICE // most, (1 << 16) // self.bins_a_part))
         for begin in range(first, after, together):
             steps = range(begin, min(begin + together, after))
@@ -438,10 +454,8 @@ def _sorted_rows(pieces: Sequence[tuple[_Opened, int, int]]) -> PartRows:
 def _pass_of(sizes: Compact, mixed_units: int, keys: tuple[int, int, int]) -> _Pass:
     count = len(sizes)
     mixed_units = min(mixed_units, 2 * count)  # from there on each mixing window is the whole pass
-    bits = ((int(sizes.max()) - 1) // ORDERED_ROWS).bit_length()
-    most = ((1 << 15) // min(mixed_units, count)).bit_length() - 1  # bins of a part have numbers of 16 bits
-    parts = compact(permutation(count, *keys, PART), count)
-    return _Pass(sizes, parts, mixed_units, hash64(*keys, ROW), max(0, min(bits, most)))
+    bits = _bits(int(sizes.max()), min(mixed_units, count))
+    return _Pass(sizes, compact(permutation(count, *keys, PART), count), mixed_units, hash64(*keys, ROW), bits)
 
 
 def _seek(order: _Pass, position: int) -> tuple[int, int]:
