@@ -21,6 +21,7 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
     return [
         *(row for store in plan.stores for row in _store_rows(job, plan, store)),
         ("chunks", missing + (f"; no checksums in {', '.join(unchecked)}" if unchecked else "; all have checksums")),
+        ("continuing", _compared(plan)),
         (
             "model",
             f"{plan.initial.num_params:,} parameters; {', '.join(plan.initial.inputs)} -> {plan.initial.outputs}",
@@ -59,6 +60,18 @@ def _store_rows(job: Job, plan: RunPlan, store: StorePlan) -> list[tuple[str, st
     if store.source.workers:
         rows.append(("workers", f"only {', '.join(store.source.workers)} read it"))
     return rows
+
+
+def _compared(plan: RunPlan) -> str:
+    """Return what is compared of the data when the run continues, and what is not."""
+    are_local = [store.source.samples.store.is_local for store in plan.stores]
+    sizes = (
+        "the sizes of stored chunks are compared; a chunk overwritten by one of the same size is not noticed"
+    )
+    if all(are_local):
+        return sizes
+    remote = "chunks of remote stores are not compared"
+    return f"{sizes}; {remote}" if any(are_local) else remote
 
 
 def _estimated(job: Job) -> str:

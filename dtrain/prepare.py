@@ -18,12 +18,12 @@ from dtrain.data.plan.footprint import tables_bytes
 from dtrain.data.plan.memory import MemoryBudget, Reading, plan_memory
 from dtrain.data.plan.partition import Partition, eval_partitions
 from dtrain.data.plan.units import DataPlan
-from dtrain.data.read.presence import check_presence, content_digest
+from dtrain.data.read.presence import check_presence
 from dtrain.data.samples import Samples
 from dtrain.errors import DataChanged
 from dtrain.events import StepsTaken
 from dtrain.job import Job
-from dtrain.resolve import Resolved, check_kind, described, resolve
+from dtrain.resolve import Resolved, check_kind, contents_of, described, resolve
 from dtrain.runtime.codebytes import pickle_functions
 from dtrain.runtime.place import Place, open_place
 from dtrain.runtime.runner import Runner
@@ -87,9 +87,10 @@ def _check_data(job: Job, resolved: Resolved, place: Place, *, started: bool, fu
     if started:
         for source, plan in zip(job.sources, resolved.plan.plans, strict=True):
             check_kind(source.described, plan)
-    for source in job.all_sources:
+    for number, source in enumerate(job.all_sources):
         if source.described.config.missing == "error":
-            place.call(source, partial(check_presence, source.described, full=full))
+            looked_up = number < len(resolved.contents) and source.described.store.is_local  # for the digest
+            place.call(source, partial(check_presence, source.described, full=full, objects=not looked_up))
     if started:
         for source, before in zip(job.all_sources, resolved.contents, strict=False):
             _check_contents(source, before, place)
@@ -97,7 +98,7 @@ def _check_data(job: Job, resolved: Resolved, place: Place, *, started: bool, fu
 
 def _check_contents(source: Source, before: Mapping[str, str], place: Place) -> None:
     """Refuse a store that has been modified since the run's first start."""
-    now = place.call(source, partial(content_digest, source.described))
+    now = place.call(source, partial(contents_of, source.described))
     changed = [name for name, digest in before.items() if now.get(name, digest) != digest]
     if changed:
         raise DataChanged(

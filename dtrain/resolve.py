@@ -64,10 +64,15 @@ def resolve(job: Job, place: Place) -> Resolved:
     plans = tuple(_plan(source, job, place) for source in job.sources)
     held_out = None if job.held_out is None else plan_held_out(job.held_out.described, plans[0])
     device = _device(job, place)
-    contents = tuple(place.call(source, partial(content_digest, source.described)) for source in job.all_sources)
+    contents = tuple(place.call(source, partial(contents_of, source.described)) for source in job.all_sources)
     return Resolved(
         plan=JointPlan(plans), held_out=held_out, scalings={}, device=device, contents=contents, code=job.code
     )
+
+
+def contents_of(samples: Samples) -> dict[str, str]:
+    """Return a digest of what is stored, by variable; of a local store, all objects have been looked up then."""
+    return content_digest(samples, complete=samples.config.missing == "error")
 
 
 def plan_other(samples: Samples, seed: int) -> DataPlan:
