@@ -13,6 +13,7 @@ from distributed.system import MEMORY_LIMIT
 from dtrain.algorithm.batch import TensorBatch
 from dtrain.config.schema import DataConfig
 from dtrain.config.values import cache_bytes, parse_bytes
+from dtrain.data.coordinate import find_gaps
 from dtrain.data.encoding import Scaling
 from dtrain.data.load.loader import Loader
 from dtrain.data.load.statistics import partition_moments, scalings_of
@@ -179,7 +180,7 @@ def _read_by(samples: Samples, reader: str | None) -> Samples:
 
 def _plan(samples: Samples, replicas: int, seed: int) -> DataPlan:
     absent = absent_rows(samples) if samples.config.missing == "skip" else ()
-    return plan_data(samples, replicas=replicas, seed=seed, absent=absent)
+    return plan_data(samples, replicas=replicas, seed=seed, absent=absent, jumps=find_gaps(samples).jumps)
 
 
 def _whole(plan: DataPlan, split: SplitName) -> Partition:

@@ -40,6 +40,8 @@ class StorePlan:
     """Of `describe_plan`."""
     readers: dict[str, tuple[str, str]]
     """By variable: the reader, and why it is taken."""
+    gaps: str
+    """What its coordinate says about jumps; empty if samples have no windows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +103,9 @@ def plan_job(job: Job, *, full: bool = False) -> RunPlan:
             source=source,
             counts=describe_plan(source.samples, source.plan),
             readers=choose_readers(source.samples, job.config.data.reader),
+            gaps=gaps,
         )
-        for source in sources
+        for source, gaps in zip(sources, resolved.gaps, strict=False)
     )
     return RunPlan(
         data=plan,
@@ -189,11 +192,17 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
         "round_seconds": round(plan.round_seconds, 3),
         "checksums": plan.checksums,
         "readers": {name: reader for name, (reader, _) in first.readers.items()},
+        "gaps": first.gaps,
         "resolved": {key: {"value": value, "why": why} for key, (value, why) in plan.choices.items()},
     }
     if len(plan.stores) > 1:
         record["stores"] = [
-            {"path": store.source.samples.path, "workers": list(store.source.workers), **store.counts}
+            {
+                "path": store.source.samples.path,
+                "workers": list(store.source.workers),
+                **store.counts,
+                "gaps": store.gaps,
+            }
             for store in plan.stores
         ]
     return record

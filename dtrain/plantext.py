@@ -49,6 +49,7 @@ def _store_rows(job: Job, plan: RunPlan, store: StorePlan) -> list[tuple[str, st
             + (f", cut into {counts['cells']:,} cells of {counts['cell_rows']:,}" if shared > 1 else ""),
         ),
         ("splits", _splits(plan, store)),
+        *([("gaps", store.gaps)] if store.gaps else []),
         ("partitions", f"{len(sizes)} of {_range(sizes)} samples, {job.config.data.partition}"),
         (
             "reading",
@@ -65,9 +66,7 @@ def _store_rows(job: Job, plan: RunPlan, store: StorePlan) -> list[tuple[str, st
 def _compared(plan: RunPlan) -> str:
     """Return what is compared of the data when the run continues, and what is not."""
     are_local = [store.source.samples.store.is_local for store in plan.stores]
-    sizes = (
-        "the sizes of stored chunks are compared; a chunk overwritten by one of the same size is not noticed"
-    )
+    sizes = "the sizes of stored chunks are compared; a chunk overwritten by one of the same size is not noticed"
     if all(are_local):
         return sizes
     remote = "chunks of remote stores are not compared"
@@ -92,12 +91,13 @@ def _splits(plan: RunPlan, store: StorePlan) -> str:
     counts = store.counts
     val = f"{counts['val_samples']:,}" if plan.held_out_samples is None else f"{plan.held_out_samples:,} of val_path"
     text = f"train {sum(counts['partition_samples']):,}, val {val}, test {counts['test_samples']:,} samples"
-    dropped = counts["dropped_samples"]
-    why = [
-        *(["whose window leaves its split"] if store.source.samples.has_windows else []),
-        *(["near a missing chunk"] if counts["absent_rows"] else []),
-    ]
-    return text + (f"; {dropped:,} dropped {' or '.join(why)}".rstrip() if dropped else "")
+    reasons = {
+        "split": "whose window leaves its split",
+        "gaps": f"whose window crosses a jump of {store.source.samples.sample_dim}",
+        "missing": "near a missing chunk",
+    }
+    dropped = [f"{count:,} {reasons[why]}" for why, count in counts["dropped"].items() if count]
+    return text + (f"; dropped: {', '.join(dropped)}" if dropped else "")
 
 
 def _why_amplified(store: StorePlan) -> str:

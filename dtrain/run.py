@@ -20,6 +20,7 @@ from dtrain.algorithm.stop import higher_is_better
 from dtrain.checkpoint import committed_rounds, find_round, load_params, round_directory
 from dtrain.config.files import with_setting
 from dtrain.config.schema import TrainConfig
+from dtrain.data.coordinate import find_gaps
 from dtrain.data.plan.partition import JointPlan, plan_held_out
 from dtrain.data.plan.splits import SplitName
 from dtrain.data.plan.units import DataPlan
@@ -154,7 +155,7 @@ class Run:
 
     def _plan_of(self, samples: Samples, split: SplitName) -> DataPlan:
         if split == "all":
-            return plan_held_out(samples, self.plan.plans[0])
+            return plan_held_out(samples, self.plan.plans[0], jumps=find_gaps(samples).jumps)
         return plan_other(samples, self.config.train.seed)
 
     def _job(self, samples: Samples | None) -> Job:

@@ -4,6 +4,7 @@ Nothing in this folder knows zarr or xarray.
 
     hashing     the counter hash of every seeded draw
     units       `DataPlan`, units and cells, and the box of a read
+    gaps        the rule for jumps of a coordinate
     cuts        how many rows make a unit and a cell
     splits      which cells belong to train, val and test
     anchors     which anchors each cell of a split holds

@@ -318,11 +318,13 @@ def plan_data(
     return plan
 
 
-def plan_held_out(samples: Samples, like: DataPlan) -> DataPlan:
-    """Return the plan of a store that is only evaluated: all of it is one split."""
+def plan_held_out(
+    samples: Samples, like: DataPlan, *, absent: tuple[tuple[int, int], ...] = (), jumps: str = ""
+) -> DataPlan:
+    """Return the plan of a store that is only evaluated: all of it is one split. `absent`, `jumps`: of `plan_data`."""
     config = samples.config
     whole = replace(samples, config=config.model_copy(update={"split": SplitConfig(val=0.0, test=0.0)}))
-    return plan_data(whole, replicas=1, seed=like.seed, eval_pieces=like.eval_pieces)
+    return plan_data(whole, replicas=1, seed=like.seed, eval_pieces=like.eval_pieces, absent=absent, jumps=jumps)
 
 
 def _check_train(samples: Samples, plan: DataPlan) -> None:

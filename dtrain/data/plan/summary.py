@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,7 @@ from dtrain.data.samples import Samples, Variable
 def describe_plan(samples: Samples, plan: DataPlan) -> dict[str, Any]:
     """Return the counts of a plan by name, as ``dtrain plan --json`` prints them."""
     parts = train_partitions(plan)
-    splits: tuple[SplitName, ...] = ("train", "val", "test")
-    anchors = -(-plan.num_samples // plan.stride) - -(-plan.first_row // plan.stride)
+    dropped = dropped_samples(plan)
     touched = sum(len(part.units) for part in parts)
     distinct = _num_distinct_units(plan, parts)
     decoded, distinct_bytes = decoded_bytes(samples, parts)
@@ -31,13 +31,33 @@ def describe_plan(samples: Samples, plan: DataPlan) -> dict[str, Any]:
         "partition_samples": [part.num_samples for part in parts],
         "val_samples": count_samples(plan, "val").samples,
         "test_samples": count_samples(plan, "test").samples,
-        "dropped_samples": anchors * plan.patches - sum(count_samples(plan, split).samples for split in splits),
+        "dropped_samples": sum(dropped.values()),
+        "dropped": dropped,
+        "jumps": len(plan.jump_rows),
         "decodes_per_unit": touched / distinct,
         "partition_units": max(len(part.units) for part in parts),
         "decoded_bytes": decoded,
         "read_amplification": decoded / max(1, distinct_bytes),
         "patches": plan.patches,
         "absent_rows": sum(stop - start for start, stop in plan.absent),
+    }
+
+
+def dropped_samples(plan: DataPlan) -> dict[str, int]:
+    """Return how many samples no split holds, by the reason.
+
+    ``missing``: a chunk of its rows, or of a cell beside them, is not stored; ``gaps``: its window holds a jump;
+    ``split``: its window leaves its split or the store.
+    """
+    splits: tuple[SplitName, ...] = ("train", "val", "test")
+    kept = sum(count_samples(plan, split).samples for split in splits)
+    stored, smooth = replace(plan, jumps=""), replace(plan, jumps="", absent=())
+    whole, of_stored, of_smooth = (count_samples(each, "all").samples for each in (smooth, stored, plan))
+    anchors = -(-plan.num_samples // plan.stride) - -(-plan.first_row // plan.stride)
+    return {
+        "split": anchors * plan.patches - whole + of_smooth - kept,
+        "gaps": of_stored - of_smooth,
+        "missing": whole - of_stored,
     }
 
 
