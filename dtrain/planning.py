@@ -57,6 +57,8 @@ class RunPlan:
     """Samples a round, by all replicas."""
     held_out_samples: int | None
     """Samples of ``data.val_path``."""
+    held_out_gaps: str
+    """What its coordinate says about jumps."""
     rounds: int
     workers: int
     reduced_bytes: int
@@ -105,7 +107,7 @@ def plan_job(job: Job, *, full: bool = False) -> RunPlan:
             readers=choose_readers(source.samples, job.config.data.reader),
             gaps=gaps,
         )
-        for source, gaps in zip(sources, resolved.gaps, strict=False)
+        for source, gaps in zip(sources, resolved.gaps, strict=False)  # the last may be of data.val_path
     )
     return RunPlan(
         data=plan,
@@ -114,6 +116,7 @@ def plan_job(job: Job, *, full: bool = False) -> RunPlan:
         steps=steps,
         samples=sum(samples_a_round(n, train) for n in plan.sizes),
         held_out_samples=_held_out_samples(resolved.held_out),
+        held_out_gaps=resolved.gaps[-1] if resolved.held_out is not None else "",
         rounds=train.rounds,
         workers=workers,
         reduced_bytes=size * plan.replicas,
@@ -193,6 +196,7 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
         "checksums": plan.checksums,
         "readers": {name: reader for name, (reader, _) in first.readers.items()},
         "gaps": first.gaps,
+        "held_out_gaps": plan.held_out_gaps,
         "resolved": {key: {"value": value, "why": why} for key, (value, why) in plan.choices.items()},
     }
     if len(plan.stores) > 1:

@@ -20,6 +20,7 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
     }[job.config.data.missing]
     return [
         *(row for store in plan.stores for row in _store_rows(job, plan, store)),
+        *([("gaps of val_path", plan.held_out_gaps)] if plan.held_out_gaps else []),
         ("chunks", missing + (f"; no checksums in {', '.join(unchecked)}" if unchecked else "; all have checksums")),
         ("continuing", _compared(plan)),
         (

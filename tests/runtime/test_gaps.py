@@ -139,6 +139,10 @@ def test_a_store_for_validation_and_other_data_are_looked_at_too(
     assert run.resolved.held_out is not None
     assert run.resolved.held_out.jumps == "300"
     assert json.loads((run.directory / "plan.json").read_text())["held_out"]["jumps"] == [300]
+    told = job(data={"path": str(complete), "val_path": str(broken)})
+    lines = dict(plan_rows(told, plan_job(told)))
+    assert lines["gaps"].startswith("none in 599 steps")
+    assert lines["gaps of val_path"].startswith("1 in 699 steps")
     with pytest.raises(CoordinateJumps, match="time jumps 89 times in 809 steps"):
         train_job(job(data={"path": str(complete), "val_path": str(weekly)}), tmp_path / "refused")
     other = dtrain.open_samples(broken, **WINDOWS)

@@ -33,6 +33,7 @@ from dtrain.data.load.slots import Rows, SlotTable
 from dtrain.data.plan.memory import Limits
 from dtrain.data.plan.order import PartRows, RowRun, epoch_order
 from dtrain.data.plan.partition import Partition
+from dtrain.errors import TooFewSamples
 from dtrain.types import Cursor
 
 
@@ -54,6 +55,11 @@ class Schedule:
         Slots, read-ahead, cached parts, and the number of bundles that have memory at a time.
     total : int, optional
         Sum of all sizes; no part that only later samples need is read.
+
+    Raises
+    ------
+    TooFewSamples
+        The partition is empty, as an earlier version planned some.
     """
 
     def __init__(
@@ -67,6 +73,10 @@ class Schedule:
         limits: Limits,
         total: int | None = None,
     ) -> None:
+        if not partition.num_samples:  # no run would ever come
+            raise TooFewSamples(
+                f"The plan of the run gives replica {replica} no samples.", "Start a new run with fewer replicas."
+            )
         self.slots = SlotTable(partition, limits, shuffle)
         self._partition = partition
         self._lookahead = _Lookahead(row_runs(partition, cursor, replica, shuffle, total), limits.ahead)
@@ -296,12 +306,7 @@ class _BundleMemory:
 def row_runs(
     partition: Partition, cursor: Cursor, replica: int, shuffle: bool, total: int | None
 ) -> Iterator[tuple[int, RowRun]]:
-    """Yield epoch and run, from the cursor on, pass after pass, until the runs hold `total` samples.
-
-    The partition must hold samples: of an empty one no run would ever come.
-    """
-    if not partition.num_samples:
-        raise AssertionError("a partition without samples has no order")
+    """Yield epoch and run, from the cursor on, pass after pass, until the runs hold `total` samples."""
     plan = partition.plan
     epoch, position, count = cursor.epoch, cursor.position, 0
     while True:

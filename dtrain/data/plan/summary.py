@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dtrain.data.plan.anchors import count_samples
-from dtrain.data.plan.hashing import Ints
+from dtrain.data.plan.hashing import slices
 from dtrain.data.plan.partition import Partition, train_partitions
 from dtrain.data.plan.splits import SplitName
 from dtrain.data.plan.units import DataPlan
@@ -70,18 +70,22 @@ def _num_distinct_units(plan: DataPlan, parts: tuple[Partition, ...]) -> int:
 
 def decoded_bytes(samples: Samples, parts: tuple[Partition, ...]) -> tuple[int, int]:
     """Return the bytes decoded in a pass over all partitions, and the bytes of the distinct chunks among them."""
-    spans = [part.spans() for part in parts]
-    starts, stops = (np.concatenate(bounds) for bounds in zip(*spans, strict=True))
-    counts = [(_decoded_chunks(samples, v, starts, stops), v.chunk_rows * v.row_bytes) for v in samples.streamed]
+    counts = [(_decoded_chunks(samples, v, parts), v.chunk_rows * v.row_bytes) for v in samples.streamed]
     decoded = sum(total * chunk for (total, _), chunk in counts)
     return decoded, sum(distinct * chunk for (_, distinct), chunk in counts)
 
 
-def _decoded_chunks(samples: Samples, v: Variable, starts: Ints, stops: Ints) -> tuple[int, int]:
-    """Return how many rows of chunks the runs of anchors ``starts:stops`` decode, in all and without repetitions."""
+def _decoded_chunks(samples: Samples, v: Variable, parts: tuple[Partition, ...]) -> tuple[int, int]:
+    """Return how many rows of chunks the parts of partitions decode, in all and without repetitions."""
     low, high = samples.reach(v.name)
-    first, after = (starts + low) // v.chunk_rows, -(-(stops + high) // v.chunk_rows)
-    order = np.argsort(first, kind="stable")
-    begin, end = first[order], np.maximum.accumulate(after[order])
-    before = np.concatenate([begin[:1], end[:-1]])
-    return int((after - first).sum()), int(np.maximum(0, end - np.maximum(begin, before)).sum())
+    begins = np.zeros(-(-samples.num_samples // v.chunk_rows) + 1, np.int32)
+    decoded = 0
+    for part in parts:
+        starts, stops = part.spans()
+        for some in slices(len(starts)):
+            first, after = (starts[some] + low) // v.chunk_rows, -(-(stops[some] + high) // v.chunk_rows)
+            decoded += int((after - first).sum())
+            np.add.at(begins, first, 1)
+            np.subtract.at(begins, after, 1)
+    np.cumsum(begins, out=begins)
+    return decoded, int(np.count_nonzero(begins))

@@ -35,6 +35,7 @@ from dtrain.data.plan.hashing import CACHE, hash64
 from dtrain.data.plan.memory import Limits
 from dtrain.data.plan.order import epoch_order
 from dtrain.data.plan.partition import train_partitions
+from dtrain.errors import TooFewSamples
 from dtrain.types import Cursor
 from tests.data.load.simulation import (
     START,
@@ -527,6 +528,12 @@ def test_the_schedule_knows_neither_threads_nor_files_nor_a_clock():
         third = {module.partition(".")[0] for module in used if not module.startswith("dtrain")}
         assert third <= {"__future__", "collections", "dataclasses", "typing", "numpy"}
         assert not {module for module in used if module.startswith(("dtrain.data.read", "dtrain.data.load.gather"))}
+
+
+def test_a_partition_without_samples_is_refused_at_once():
+    empty = whole_partition(8, 4).chosen(slice(0, 0))
+    with pytest.raises(TooFewSamples, match="gives replica 3 no samples"):
+        Schedule(empty, START, itertools.repeat((8,)), replica=3, shuffle=True, limits=Limits())
 
 
 def test_failures_carry_the_error_itself():
