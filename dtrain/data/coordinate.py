@@ -122,7 +122,7 @@ def _attributes(array: ArrayLike) -> dict[str, object]:
     elif isinstance(stored := attributes.get("_FillValue"), str):
         with suppress(Exception):  # text of another kind: `encoding_of` tells it
             attributes["_FillValue"] = FillValueCoder.decode(stored, np.dtype(array.dtype))
-    return attributes
+    return {key: value for key, value in attributes.items() if value == value}  # NaN marks NaN
 
 
 # Read -----------------------------------------------------------------------------------------------------

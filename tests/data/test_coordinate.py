@@ -128,7 +128,7 @@ def test_few_jumps_are_found_and_no_window_crosses_one(timed, kind):
     assert anchors == sorted(set(range(1, len(values) - 1)) - crossing)
     counts = describe_plan(samples, plan)["dropped"]
     assert counts == {"split": 2, "gaps": len(crossing & set(range(1, len(values) - 1))), "missing": 0}
-    seen = [batch.inputs[0].numpy().copy() for batch in dtrain.batches(samples, batch_size=64)]
+    seen = [batch.inputs[0].numpy().copy() for batch in dtrain.batches(samples, batch_size=1000)]
     firsts = np.concatenate(seen)[:, 0].astype(int)
     assert sorted((firsts + 1).tolist()) == anchors
 

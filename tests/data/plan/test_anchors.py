@@ -17,7 +17,7 @@ from dtrain.errors import TooFewSamples
 from tests.data.helpers import make_samples
 from tests.data.plan.helpers import anchors_by_hand, joined, samples_of, small_problems
 
-MANY = settings(max_examples=400)
+MANY = settings(max_examples=200)
 SPLITS = ("train", "val", "test")
 
 
