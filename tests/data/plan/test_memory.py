@@ -362,7 +362,7 @@ NARROW = {
         {"input_offsets": [-2, 0], "target_offsets": 1},
     ),
     "strides": ({"num_samples": 2_000_000, "unit": 200_000, "cell": 30_000}, {"stride": 5}),
-    "many units": ({"num_samples": 20_000, "unit": 2}, {}),
+    "many units": ({"num_samples": 200_000, "unit": 2, "batch": 256, "batches": 3}, {}),
 }
 
 
@@ -373,7 +373,7 @@ def test_what_a_loader_of_narrow_rows_takes_is_in_the_budget(kind, shuffle):
     samples = make_samples(layout["num_samples"], layout["unit"], layout["unit"], split=WHOLE, **options)
     cuts = {"unit_rows": layout["unit"], "cell_rows": layout.get("cell", layout["unit"]), "group": 1}
     plan = replace(plan_data(samples, replicas=1, seed=0), **cuts, jumps=layout.get("jumps", ""))
-    plan = replace(plan, window=layout.get("window", 16))
+    plan, batch = replace(plan, window=layout.get("window", 16)), layout.get("batch", 4096)
     tracemalloc.start()
     try:
         (part,) = train_partitions(plan) if shuffle else eval_partitions(plan, "train")
@@ -390,9 +390,9 @@ def test_what_a_loader_of_narrow_rows_takes_is_in_the_budget(kind, shuffle):
         budget = plan_memory(of, None, 10**9, "the limit", cache=0)
         limits = budget.train.limits
         loader = Loader(
-            NothingToRead(samples), part, START, itertools.repeat(4096), replica=0, shuffle=shuffle, limits=limits
+            NothingToRead(samples), part, START, itertools.repeat(batch), replica=0, shuffle=shuffle, limits=limits
         )
-        for _ in range(int(1.2 * part.num_samples / 4096)):  # over the end of a pass
+        for _ in range(layout.get("batches", int(1.2 * part.num_samples / batch))):  # over the end of a pass
             loader.take()
         loader.close()
         peak = tracemalloc.get_traced_memory()[1]
