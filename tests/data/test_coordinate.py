@@ -16,9 +16,11 @@ import xarray as xr
 import dtrain
 from dtrain.data import coordinate as module
 from dtrain.data.coordinate import find_gaps
+from dtrain.data.load.statistics import partition_moments
 from dtrain.data.plan.partition import eval_partitions, plan_data, train_partitions
 from dtrain.data.plan.summary import describe_plan
 from dtrain.data.read.presence import content_digest
+from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
 from dtrain.errors import ChunkMissing, ChunkUndecodable, CoordinateJumps
 from tests.data.helpers import WHOLE, vector
@@ -343,6 +345,14 @@ def test_splits_and_strides_with_jumps(timed):
     kept = [r for p in (*train_partitions(plan), *eval_partitions(plan, "val")) for r in samples_of(p)]
     assert all(values[row + 6] - values[row] == 6 for row in kept)
     assert not any(row % 3 for row in kept)
+
+
+def test_rows_beside_a_jump_count_once_for_normalisation(timed):
+    samples = timed([*range(120), *range(300, 700)])
+    plan = plan_data(samples, replicas=2, seed=0, jumps=find_gaps(samples).jumps)
+    moments = [partition_moments(UnitReader(samples), part, ["x"])["x"] for part in train_partitions(plan)]
+    assert sum(int(each.count[0]) for each in moments) == 520
+    assert sum(each.mean[0] * each.count[0] for each in moments) == pytest.approx(sum(range(520)))
 
 
 def test_a_coordinate_of_millions_of_rows_is_read_in_little_memory(timed):
