@@ -41,6 +41,8 @@ class StorePlan:
     """Of `describe_plan`."""
     readers: dict[str, tuple[str, str]]
     """By variable: the reader, and why it is taken."""
+    gaps: str
+    """What its coordinate says about jumps; empty if samples have no windows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +58,8 @@ class RunPlan:
     """Samples a round, by all replicas."""
     held_out_samples: int | None
     """Samples of ``data.val_path``."""
+    held_out_gaps: str
+    """What its coordinate says about jumps."""
     rounds: int
     workers: int
     reduced_bytes: int
@@ -102,8 +106,9 @@ def plan_job(job: Job, *, full: bool = False) -> RunPlan:
             source=source,
             counts=describe_plan(source.samples, source.plan),
             readers=choose_readers(source.samples, job.config.data.reader),
+            gaps=gaps,
         )
-        for source in sources
+        for source, gaps in zip(sources, resolved.gaps, strict=False)  # the last may be of data.val_path
     )
     return RunPlan(
         data=plan,
@@ -112,6 +117,7 @@ def plan_job(job: Job, *, full: bool = False) -> RunPlan:
         steps=steps,
         samples=sum(samples_a_round(size, train) for size in sizes),
         held_out_samples=_held_out_samples(resolved.held_out),
+        held_out_gaps=resolved.gaps[-1] if resolved.held_out is not None else "",
         rounds=train.rounds,
         workers=workers,
         reduced_bytes=without_frozen(initial.params).nbytes * plan.replicas,
@@ -196,11 +202,18 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
             if v.is_standardised
         },
         "readers": {name: reader for name, (reader, _) in first.readers.items()},
+        "gaps": first.gaps,
+        "held_out_gaps": plan.held_out_gaps,
         "resolved": {key: {"value": value, "why": why} for key, (value, why) in plan.choices.items()},
     }
     if len(plan.stores) > 1:
         record["stores"] = [
-            {"path": store.source.samples.path, "workers": list(store.source.workers), **store.counts}
+            {
+                "path": store.source.samples.path,
+                "workers": list(store.source.workers),
+                **store.counts,
+                "gaps": store.gaps,
+            }
             for store in plan.stores
         ]
     return record
@@ -220,8 +233,10 @@ def memory_record(budget: MemoryBudget) -> dict[str, Any]:
         "loaders": train.kept,
         "batches": train.buffers,
         "scratch": train.scratch,
+        "order": train.order,
         "evaluate": evaluate.total if evaluate else 0,
         "cached": budget.cached_bytes,
         "kept_whole": budget.statics,
         "shard_indices": budget.indices,
+        "partitions": budget.tables,
     }

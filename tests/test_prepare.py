@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import dtrain
 from dtrain import prepare
 from dtrain.data.plan import footprint, partition
 from dtrain.data.plan.partition import JointPlan, plan_data
-from dtrain.data.read import units
+from dtrain.data.read import presence, units
 from dtrain.data.samples import Samples
 from dtrain.errors import ChunkMissing, DataChanged, OutOfMemory
 from dtrain.job import Job, job_from_python
@@ -159,6 +159,36 @@ def test_data_that_were_modified_since_the_start_are_refused(tmp_path: Path, blo
     with (store / "y/c/2").open("ab") as file:
         file.write(b"more")
     with pytest.raises(DataChanged, match="chunks of y have been modified"), open_runner(job, "id", known=resolved):
+        pass
+
+
+def test_each_stored_object_is_looked_up_once_at_a_start(samples: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: Counter[str] = Counter()
+    original = presence.facts_of
+
+    def counting(folder: str, names: Iterable[str]) -> Iterator[Any]:
+        listed = list(names)
+        seen.update(f"{Path(folder).name}/{name}" for name in listed)
+        return original(folder, listed)
+
+    monkeypatch.setattr(presence, "facts_of", counting)
+    objects = sum(v.num_objects for v in samples.variables)
+    with open_runner(job_of(samples), "id") as (_, resolved):
+        assert (len(seen), set(seen.values())) == (objects, {1})
+    with open_runner(job_of(samples), "id", known=resolved):
+        assert (len(seen), set(seen.values())) == (objects, {2})
+
+
+def test_a_chunk_that_is_missing_when_a_run_continues_is_named(tmp_path: Path, blobs: Path) -> None:
+    import shutil
+
+    store = tmp_path / "copy.zarr"
+    shutil.copytree(blobs, store)
+    job = job_of(dtrain.open_samples(store, inputs=["x"], targets=["y"]))
+    with open_runner(job, "id") as (_, resolved):
+        pass
+    (store / "x/c/3/0").unlink()
+    with pytest.raises(ChunkMissing, match="x/c/3/0 of x"), open_runner(job, "id", known=resolved):
         pass
 
 

@@ -106,6 +106,7 @@ class DataConfig(Table):
     stride: Positive = 1
     patch: dict[str, Positive] = {}
     split: SplitConfig = SplitConfig()
+    gaps: Literal["auto", "drop", "error", "allow"] = "auto"
     split_order: Literal["auto", "random", "sequential"] = "auto"
     val_path: str = ""
     partition: Literal["stratified", "contiguous"] = "stratified"

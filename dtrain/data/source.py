@@ -6,6 +6,7 @@ Later everything is read through zarr or its files, by integer ranges.
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import zarr
 
 from dtrain.config.schema import DataConfig
 from dtrain.data.cf import encoding_of, float_encoding
+from dtrain.data.coordinate import coordinate_of
 from dtrain.data.dataset import open_dataset
 from dtrain.data.paths import locate
 from dtrain.data.read.codecs import chunk_format, has_checksums
@@ -97,7 +99,9 @@ def describe(config: DataConfig, base: Path) -> Samples:
         tiles=tiles(config, variables, along),
         store=store.facts,
     )
-    remember(store, config.storage_options, config.group, names)
+    samples = replace(samples, coordinate=coordinate_of(samples, group))
+    also = () if isinstance(samples.coordinate, str) else (along,)
+    remember(store, config.storage_options, config.group, (*names, *also))
     return samples
 
 

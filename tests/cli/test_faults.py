@@ -239,6 +239,17 @@ def test_a_split_of_less_than_a_sample(cli, project):
     fails(cli, ("train", job.config), 3, ["data.split.val = 0.001"])
 
 
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_windows_across_jumps_of_time(cli, project, command):
+    days = np.arange(60) + np.arange(60) // 5 * 2  # from Monday to Friday
+    time = {"dims": ("sample",), "values": days, "chunks": (60,), "attributes": {"units": "days since 2001-01-01"}}
+    job = project({"data": {"input_offsets": [-1, 0]}}, arrays={"sample": time})
+    words = ["sample jumps 11 times in 59 steps (18.6%)", "from 2001-01-05 to 2001-01-08 at row 5", '"allow"']
+    fails(cli, (command, job.config), 3, words)
+    fails(cli, (command, job.config, "--set", "data.gaps=error"), 3, ['(data.gaps = "error")'])
+    fails(cli, (command, job.config, "--set", "data.gaps=never"), 3, ["data.gaps", "auto", "drop", "allow"])
+
+
 def test_a_store_without_samples(cli, project):
     none = {key: {**value, "values": value["values"][:0]} for key, value in blobs().items()}
     fails(cli, ("train", project(arrays=none).config), 3, ["no samples"])

@@ -33,6 +33,7 @@ target_offsets = 0
 stride = 1
 patch = {}
 split = { val = 0.1, test = 0.1 }
+gaps = "auto"
 split_order = "auto"
 val_path = ""
 partition = "stratified"

@@ -4,8 +4,10 @@ Nothing in this folder knows zarr or xarray.
 
     hashing     the counter hash of every seeded draw
     units       `DataPlan`, units and cells, and the box of a read
+    gaps        the rule for jumps of a coordinate
     cuts        how many rows make a unit and a cell
     splits      which cells belong to train, val and test
+    anchors     which anchors each cell of a split holds
     partition   `plan_data`; the partition of each replica and evaluation task
     order       the order of one pass over a partition
     grid        which chunks and shards a selection touches

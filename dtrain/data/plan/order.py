@@ -11,39 +11,78 @@ Rows of at most `mixed_units` parts are mixed at any time, and each part is open
 staggered shuffle of MosaicML's *py1e*, in integer arithmetic. A row's place depends only on its own numbers, so the
 order from any position is computed without walking to it: the work grows with the mixing window, not with the
 position. A golden file pins the order.
+
+Parts may have millions of rows. Each step is cut into bins of at most about `ORDERED_ROWS` rows::
+
+    steps     |------- i -------|----- i + 1 -----|      step i opens part i
+    bins      |----|----|----|--|----|----|----|--|
+
+Of a row of an open part, only its index is kept, in 2 or 4 bytes, sorted by the bin that its place lies in. The rows of
+a bin are sorted when they are needed, from places that are drawn once more.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
-from dtrain.data.plan.hashing import PART, ROW, Hashes, Ints, hash64, permutation
+from dtrain.data.plan.hashing import PART, ROW, SLICE, Compact, Hashes, Ints, compact, hash64, permutation, slices
 
 ORDERED_ROWS = 8192
 """About this many rows of a pass are sorted together."""
+MOST_BINS = 64
+"""Bins of few rows are sorted together, up to this number."""
+STORED_ROWS = 1 << 16
+"""A run has at most this many rows if nothing is shuffled."""
+
+Rows: TypeAlias = npt.NDArray[np.integer]
+Bins: TypeAlias = npt.NDArray[np.uint16] | Ints
+DType: TypeAlias = np.dtype[np.integer]
 
 
-@dataclass(frozen=True, slots=True)
-class RowRun:
-    """Neighbouring rows of a pass, in order, and the part that no later run needs."""
+class PartRows(NamedTuple):
+    """The rows of a run, in order."""
 
     part: Ints
     """By row: index of its part in the partition."""
     row: Ints
     """By row: index within the part."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowRun:
+    """Neighbouring rows of a pass, and the part that no later run needs."""
+
+    size: int
+    """Number of rows."""
+    rows: Callable[[], PartRows]
+    """Computes them: a run that is only planned takes little memory."""
     opens: tuple[int, ...]
     """The parts whose first rows since `position` are in this run."""
     closed: int
     """The part whose last rows are in this run, or -1."""
 
+    @property
+    def part(self) -> Ints:
+        """By row: index of its part in the partition."""
+        return self.rows().part
+
+    @property
+    def row(self) -> Ints:
+        """By row: index within the part."""
+        return self.rows().row
+
 
 def epoch_order(
-    sizes: Ints, *, mixed_units: int, shuffle: bool, seed: int, replica: int, epoch: int, position: int = 0
+    sizes: Compact, *, mixed_units: int, shuffle: bool, seed: int, replica: int, epoch: int, position: int = 0
 ) -> Iterator[RowRun]:
     """Yield the rows of one pass from `position` on; never more than `mixed_units` parts are open at a time.
 
@@ -60,140 +99,371 @@ def epoch_order(
     position : int
         Number of rows to leave out at the start of the pass.
     """
-    runs = _shuffled(sizes, mixed_units, (seed, replica, epoch), position) if shuffle else _in_order(sizes, position)
-    for skip, run in runs:
-        if skip < len(run.part):
-            yield RowRun(run.part[skip:], run.row[skip:], run.opens, run.closed)
-        elif run.opens or run.closed >= 0:
-            yield RowRun(run.part[:0], run.row[:0], run.opens, run.closed)
+    if shuffle:
+        return _shuffled(sizes, mixed_units, (seed, replica, epoch), position)
+    return _in_order(sizes, position)
 
 
-def _in_order(sizes: Ints, position: int) -> Iterator[tuple[int, RowRun]]:
+def _in_order(sizes: Compact, position: int) -> Iterator[RowRun]:
     ends = np.cumsum(sizes)
     first = int(np.searchsorted(ends, position, side="right"))
+    start = position - int(ends[first - 1]) if first else position
+    del ends
     for part in range(first, len(sizes)):
         size = int(sizes[part])
-        skip = max(0, position - int(ends[part]) + size)
-        yield skip, RowRun(np.full(size, part), np.arange(size), (part,), part)
+        opens: tuple[int, ...] = (part,)
+        for low in range(start, size, STORED_ROWS):
+            high = min(size, low + STORED_ROWS)
+            yield RowRun(high - low, partial(_stored_rows, part, low, high), opens, part if high == size else -1)
+            opens = ()
+        start = 0
 
 
-def _shuffled(sizes: Ints, mixed_units: int, keys: tuple[int, int, int], position: int) -> Iterator[tuple[int, RowRun]]:
-    """Yield (rows to leave out, run) for each step of the mixing window that may reach beyond `position`.
+def _stored_rows(part: int, low: int, high: int) -> PartRows:
+    return PartRows(np.full(high - low, part), np.arange(low, high))
+
+
+def index_dtype(size: int) -> DType:
+    """Return the dtype that holds the indices of the rows of a part of some size, while it is open."""
+    return np.min_scalar_type(max(0, size - 1))
+
+
+def bins_a_part(size: int, mixed_units: int) -> int:
+    """Return the largest number of bins that the rows of a part lie in, if the largest part has some size."""
+    return (mixed_units << _bits(size, mixed_units)) + 1
+
+
+def _bits(size: int, mixed_units: int) -> int:
+    """Return into how many bins steps are cut, as a power of two: few enough for bins of a part to have 16 bits."""
+    most = ((1 << 15) // mixed_units).bit_length() - 1
+    return max(0, min(((size - 1) // ORDERED_ROWS).bit_length(), most))
+
+
+# Shuffled -------------------------------------------------------------------------------------------------
+
+
+def _shuffled(sizes: Compact, mixed_units: int, keys: tuple[int, int, int], position: int) -> Iterator[RowRun]:
+    """Yield the runs of a pass, a bin each, from the one that holds `position` on.
 
     Step i opens the i-th part of the permuted pass and emits all rows that lie before the mixing window of part
     i + 1. Then part i + 1 - mixed_units is finished. Before step i, between starts[i + 1 - mixed_units] and starts[i]
-    rows have been emitted. Steps of few rows are sorted together: that costs no more than one of them.
+    rows have been emitted.
     """
-    count = len(sizes)
-    parts = permutation(count, *keys, PART)
-    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes[parts])])
-    first = int(np.searchsorted(starts[1:], position, side="right"))
-    if first >= count:
+    order = _pass_of(sizes, mixed_units, keys)
+    first, before = _seek(order, position)
+    if first >= order.count:
         return
-    oldest = max(0, first + 1 - mixed_units)
-    seed = hash64(*keys, ROW)
-    opened = deque(_open(parts, sizes, range(oldest, first), mixed_units, seed))
-    emitted, begin = int(starts[oldest]) + sum(part.before(first) for part in opened), first
-    due: dict[int, list[int]] | None = None  # by step: the parts that it opens; None before `position` is reached
-    while begin < count:
-        end = min(count, begin + max(1, min(64, ORDERED_ROWS * count // int(starts[-1]))))
-        new = list(_open(parts, sizes, range(begin, end), mixed_units, seed))
-        opened.extend(new)
-        run_parts, rows, bounds = _emit(opened, begin, end, mixed_units, count)
+    opened = _OpenParts(order, first)
+    emitted = before + opened.emitted
+    due: dict[int, list[int]] | None = None  # by bin: the parts that it opens; None before `position` is reached
+    while opened.next_bin < order.num_bins:
+        begin = opened.next_bin
+        group, lengths, new = opened.advance()
+        bounds = list(accumulate(lengths, initial=emitted))
         if due is not None:
             for part in new:
-                due[part.next_step(part.first)].append(part.part)
-        elif position < emitted + bounds[-1]:
-            now = begin + int(np.searchsorted(bounds, position - emitted, side="right")) - 1
-            due = _due(opened, now, set(run_parts[position - emitted : bounds[now + 1 - begin]].tolist()))
-        for i, (low, high) in zip(range(begin, end), pairwise(bounds), strict=True):
-            closed = int(parts[i + 1 - mixed_units]) if i + 1 >= mixed_units and i + 1 < count else -1
-            skip = max(0, min(high - low, position - emitted))
-            opens = tuple(due.pop(i, ())) if due else ()
-            yield skip, RowRun(run_parts[low:high], rows[low:high], opens, closed)
-            emitted += high - low
-        while opened and opened[0].first + mixed_units <= end:
-            opened.popleft()
-        begin = end
+                due[part.next_bin(part.first_bin)].append(part.part)
+        elif position < bounds[-1]:
+            due = _due(opened.parts, group, begin, [bound - emitted for bound in bounds], position - emitted)
+        for number, (low, high) in enumerate(pairwise(bounds), begin):
+            opens, closed = tuple(due.pop(number, ())) if due else (), order.closed_by(number)
+            low = max(low, min(position, high))
+            if low < high or opens or closed >= 0:
+                yield RowRun(high - low, partial(group.rows, low - emitted, high - emitted), opens, closed)
+        emitted = bounds[-1]
+        opened.close()
 
 
-def _due(opened: Iterable[_Opened], now: int, rest: set[int]) -> defaultdict[int, list[int]]:
-    """Return, by step, the parts whose first rows it emits, if the pass starts within step `now`.
+def _due(
+    opened: Iterable[_Opened], group: _Group, begin: int, bounds: list[int], position: int
+) -> defaultdict[int, list[int]]:
+    """Return, by bin, the parts whose first rows it emits, if the pass starts at a position within a group.
 
-    `rest` holds the parts of the rows that step `now` emits from that position on.
+    Parameters
+    ----------
+    opened : iterable of _Opened
+    group : _Group
+        The rows of bins from `begin` on.
+    begin : int
+    bounds : list of int
+        Where the rows of each bin of the group begin, and where the last ones end.
+    position : int
+        Counted from the group's first row.
     """
+    inside = bisect_right(bounds, position) - 1
+    now, rest = begin + inside, set(group.rows(position, bounds[inside + 1]).part.tolist())
     due: defaultdict[int, list[int]] = defaultdict(list)
     for part in opened:
-        due[now if part.part in rest else part.next_step(max(part.first, now + 1))].append(part.part)
+        due[now if part.part in rest else part.next_bin(max(part.first_bin, now + 1))].append(part.part)
     return due
 
 
 _BITS = 40
-"""A place is a fixed-point number in half parts: 24 bits before the point, 40 behind it."""
+"""A place is a fixed-point number in half parts, with 40 bits behind the point, counted from a half part nearby."""
+_NOT_DRAWN = np.uint64(64 - _BITS)
 
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """The rows of a part, sorted by the step that emits them."""
+    """The rows of a part, sorted by the bin that emits them."""
 
     part: int
-    first: int
-    """The step that opened it."""
-    rows: Ints
-    places: Ints
+    state: int
+    """Of the hash that draws the rows' places."""
+    start: int
+    """The half part at which its mixing window begins."""
+    width: int
+    """The length of its mixing window, in half parts."""
+    first_bin: int
+    rows: Rows
     cuts: Ints
-    """Where the rows of step `first`, of the one after it, and so on begin."""
+    """Where the rows of `first_bin`, of the bin after it, and so on begin."""
 
-    def before(self, step: int) -> int:
-        """Return how many of its rows earlier steps have emitted."""
-        return int(self.cuts[max(0, min(step - self.first, len(self.cuts) - 1))])
+    @property
+    def end_bin(self) -> int:
+        """The bin after its last one."""
+        return self.first_bin + len(self.cuts) - 1
 
-    def next_step(self, step: int) -> int:
-        """Return the first step from `step` on that emits some of its rows; -1 if none does."""
-        cut = int(np.searchsorted(self.cuts, self.before(step), side="right"))
-        return self.first + cut - 1 if cut < len(self.cuts) else -1
+    def before(self, number: int) -> int:
+        """Return how many of its rows earlier bins have emitted."""
+        return int(self.cuts[max(0, min(number - self.first_bin, len(self.cuts) - 1))])
 
-    def emitted(self, begin: int, end: int) -> slice:
-        """Return the slice of its rows that steps ``begin:end`` emit."""
-        return slice(self.before(begin), self.before(end))
+    def next_bin(self, number: int) -> int:
+        """Return the first bin from `number` on that emits some of its rows; -1 if none does."""
+        cut = int(self.cuts.searchsorted(self.before(number), side="right"))
+        return self.first_bin + cut - 1 if cut < len(self.cuts) else -1
 
 
-def _open(parts: Ints, sizes: Ints, ranks: range, mixed_units: int, seed: Hashes) -> Iterator[_Opened]:
-    """Draw a place in the mixing window of the i-th part for each of its rows.
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """A permuted pass, and how it is cut into bins."""
 
-    A step emits the rows that lie before the mixing window of the next part. That window begins at half part
-    2 * (step + 1) + 1 - mixed_units.
+    sizes: Compact
+    """Rows of each part."""
+    parts: Compact
+    """By step: the part that it opens."""
+    mixed_units: int
+    seed: Hashes
+    """Of the hash that draws the rows' places, before part and row."""
+    bits: int
+    """A step has ``2 ** bits`` bins."""
+
+    @property
+    def count(self) -> int:
+        """Number of parts, and of steps."""
+        return len(self.sizes)
+
+    @property
+    def bins_a_step(self) -> int:
+        """Number of bins of each step but the last, which emits all that is left."""
+        return 1 << self.bits
+
+    @property
+    def bins_a_part(self) -> int:
+        """The largest number of bins that the rows of a part lie in."""
+        return (min(self.mixed_units, self.count) << self.bits) + 1
+
+    @property
+    def num_bins(self) -> int:
+        """Number of bins of the pass."""
+        return self._bin_after(2 * self.count)
+
+    def closed_by(self, number: int) -> int:
+        """Return the part that no later bin needs, or -1."""
+        step, rest = divmod(number + 1, self.bins_a_step)
+        return int(self.parts[step - self.mixed_units]) if not rest and self.mixed_units <= step < self.count else -1
+
+    def _bin_after(self, half: int) -> int:
+        """Return the bin after those of the places before a half part."""
+        return (((half + self.mixed_units - 1) << self.bits) + 1) >> 1
+
+    def open(self, first: int, after: int) -> Iterator[_Opened]:
+        """Draw a place in its mixing window for each row of the parts that steps ``first:after`` open.
+
+        Parts of few rows are opened together, which saves time.
+        """
+        most = int(self.sizes.max())
+        dtype = index_dtype(most)
+        together = max(1, min(MOST_BINS, SLICE // most, (1 << 16) // self.bins_a_part))
+        for begin in range(first, after, together):
+            steps = range(begin, min(begin + together, after))
+            yield from _open(self, steps, dtype)
+
+    def windows(self, steps: range) -> _Windows:
+        """Return the mixing window of the part of each step."""
+        middles = 2 * np.arange(steps.start, steps.stop) + 1
+        starts = np.maximum(0, middles - self.mixed_units)
+        stops = np.minimum(2 * self.count, middles + self.mixed_units)
+        first, after = (np.stack([starts, stops]) + self.mixed_units - 1) << self.bits
+        return _Windows(starts, stops - starts, first >> 1, (after + 1) >> 1, (first & 1) << (_BITS - self.bits))
+
+
+class _Windows(NamedTuple):
+    """The mixing windows of some parts."""
+
+    start: Ints
+    """The half part at which it begins."""
+    width: Ints
+    """Its length, in half parts."""
+    first_bin: Ints
+    end_bin: Ints
+    before: Ints
+    """The places of the first bin that lie before the mixing window."""
+
+
+def _open(order: _Pass, steps: range, dtype: DType) -> Iterator[_Opened]:
+    """Draw the places of the rows of some parts, and sort the rows of each part by bin."""
+    parts, most, windows = order.parts[steps.start : steps.stop], order.bins_a_part, order.windows(steps)
+    sizes, states = order.sizes[parts].astype(np.int64), hash64(parts, start=order.seed)
+    begins = np.cumsum(sizes) - sizes
+    bins = _new_bins(int(sizes.sum()), len(parts) * most)
+    owners = np.repeat(np.arange(len(parts)), sizes) if len(parts) > 1 else None
+    for some in slices(len(bins)):
+        owner = 0 if owners is None else owners[some]
+        row = np.arange(some.start, some.stop) - begins[owner]
+        draws = (hash64(row, start=states[owner]) >> _NOT_DRAWN).astype(np.int64)
+        places = draws * windows.width[owner] + windows.before[owner]
+        bins[some] = (places >> (_BITS + 1 - order.bits)) + owner * most
+    rows, lengths = _sorted_by(bins, len(parts) * most, dtype)
+    if owners is not None:
+        rows = (rows - begins[owners]).astype(dtype)
+    cuts = np.zeros((len(parts), most + 1), np.int64)
+    np.cumsum(lengths.reshape(len(parts), most), axis=1, out=cuts[:, 1:])
+    columns = (parts, states, *windows[:4], begins, begins + sizes)
+    facts = zip(*(column.tolist() for column in columns), strict=True)
+    for own_cuts, (part, state, start, width, first, after, begin, end) in zip(cuts, facts, strict=True):
+        yield _Opened(part, state, start, width, first, rows[begin:end], own_cuts[: after - first + 1])
+
+
+def _new_bins(size: int, most: int) -> Bins:
+    """Return memory for bins that numpy sorts by radix, if they are few enough."""
+    return np.empty(size, np.uint16) if most <= 1 << 16 else np.empty(size, np.int64)
+
+
+def _sorted_by(bins: Bins, most: int, dtype: DType) -> tuple[Rows, Ints]:
+    """Return ``argsort(bins, kind="stable")``, and the number of rows in each bin.
+
+    It takes little memory besides the result, which has the dtype if there are many rows.
     """
-    count = len(parts)
-    chosen = parts[ranks.start : ranks.stop]
-    for i, part, state in zip(ranks, chosen.tolist(), hash64(chosen, start=seed), strict=True):
-        start, stop = max(0, 2 * i + 1 - mixed_units), min(2 * count, 2 * i + 1 + mixed_units)
-        draws = (hash64(np.arange(sizes[part]), start=state) >> np.uint64(64 - _BITS)).astype(np.int64)
-        places = (start << _BITS) + draws * (stop - start)
-        steps = np.minimum(((places >> _BITS) + mixed_units - 1) // 2, count - 1) - i
-        narrow = steps.astype(np.int16) if mixed_units < 1 << 14 else steps  # numpy sorts 16 bits by radix
-        order = np.argsort(narrow, kind="stable")
-        cuts = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.bincount(steps))])
-        yield _Opened(part, i, order, places[order], cuts)
+    if len(bins) <= SLICE:
+        return np.argsort(bins, kind="stable"), np.bincount(bins, minlength=most)
+    parts = [(part, np.bincount(bins[part], minlength=most)) for part in slices(len(bins))]
+    lengths = sum((counts for _, counts in parts), np.zeros(most, np.int64))
+    rows, begins = np.empty(len(bins), dtype), np.cumsum(lengths) - lengths
+    for part, counts in parts:
+        order = np.argsort(bins[part], kind="stable")
+        places = np.repeat(begins - (np.cumsum(counts) - counts), counts) + np.arange(len(order))
+        rows[places] = order + part.start
+        begins += counts
+    return rows, lengths
 
 
-def _emit(
-    opened: Iterable[_Opened], begin: int, end: int, mixed_units: int, count: int
-) -> tuple[Ints, Ints, list[int]]:
-    """Return part and row of the rows that steps emit, and where each step begins: by place, then part, then row."""
-    pieces = [
-        (part.part, part.rows[which], part.places[which]) for part in opened for which in (part.emitted(begin, end),)
-    ]
-    lengths = [len(rows) for _, rows, _ in pieces]
-    rows = np.concatenate([rows for _, rows, _ in pieces] or [np.zeros(0, np.int64)])
-    parts = np.repeat(np.array([part for part, _, _ in pieces], np.int64), lengths)
-    places = np.concatenate([places for _, _, places in pieces] or [np.zeros(0, np.int64)])
-    order = _stable_order(places)
-    limits = np.array([(2 * step + 3 - mixed_units) << _BITS for step in range(begin, end)], np.int64)
-    bounds = [0, *np.searchsorted(places[order], limits).tolist()]
-    if end == count:  # the last step emits the rest
-        bounds[-1] = len(rows)
-    return parts[order], rows[order], bounds
+class _OpenParts:
+    """The parts that are open, from a step on."""
+
+    def __init__(self, order: _Pass, first: int) -> None:
+        self.parts = deque(order.open(max(0, first + 1 - order.mixed_units), first))
+        """In the order in which they were opened."""
+        self.next_bin = first * order.bins_a_step
+        """The bin that is emitted next."""
+        self._order = order
+        self._coming = order.open(first, order.count)
+        self._emitted = deque(part.before(self.next_bin) for part in self.parts)
+        """By part: its rows that have been emitted."""
+        self._lengths = np.zeros(((order.mixed_units + 1) << order.bits) + order.bins_a_part + MOST_BINS, np.int64)
+        """By bin from `next_bin` on: the rows of open parts."""
+        for part in self.parts:
+            self._expect(part)
+
+    @property
+    def emitted(self) -> int:
+        """The rows of open parts that have been emitted."""
+        return sum(self._emitted)
+
+    def advance(self) -> tuple[_Group, list[int], list[_Opened]]:
+        """Emit bins that are sorted together: their rows, the number of rows in each, and the parts that were opened.
+
+        A step opens its part before its first bin: the rows of a bin are known once all parts of its step are open.
+        """
+        order, begin, total = self._order, self.next_bin, 0
+        lengths: list[int] = []
+        new: list[_Opened] = []
+        while begin + len(lengths) < order.num_bins and len(lengths) < MOST_BINS and total < ORDERED_ROWS:
+            step, rest = divmod(begin + len(lengths), order.bins_a_step)
+            if not rest and step < order.count:
+                new.append(next(self._coming))
+                self.parts.append(new[-1])
+                self._emitted.append(0)
+                self._expect(new[-1])
+            lengths.append(int(self._lengths[len(lengths)]))
+            total += lengths[-1]
+        self.next_bin += len(lengths)
+        self._lengths[: -len(lengths)] = self._lengths[len(lengths) :]
+        self._lengths[-len(lengths) :] = 0
+        emitted = deque(part.before(self.next_bin) for part in self.parts)
+        group = _Group([(part, a, b) for part, a, b in zip(self.parts, self._emitted, emitted, strict=True) if a < b])
+        self._emitted = emitted
+        return group, lengths, new
+
+    def _expect(self, part: _Opened) -> None:
+        """Count the rows that bins from `next_bin` on emit."""
+        lengths, at = np.diff(part.cuts), part.first_bin - self.next_bin
+        self._lengths[max(0, at) : at + len(lengths)] += lengths[max(0, -at) :]
+
+    def close(self) -> None:
+        """Let go of the parts whose last rows have been emitted."""
+        while self.parts and self.parts[0].end_bin <= self.next_bin:
+            self.parts.popleft()
+            self._emitted.popleft()
+
+
+class _Group:
+    """Rows that are sorted together: by place, then part, then row, when the first of them are needed.
+
+    Parameters
+    ----------
+    pieces : sequence of (_Opened, int, int)
+        Which rows of which parts, by their place among the part's sorted rows.
+    """
+
+    def __init__(self, pieces: Sequence[tuple[_Opened, int, int]]) -> None:
+        self._pieces = pieces
+        self._rows: PartRows | None = None
+
+    def rows(self, low: int, high: int) -> PartRows:
+        """Return some of the rows."""
+        if self._rows is None:
+            self._rows, self._pieces = _sorted_rows(self._pieces), ()
+        return PartRows(self._rows.part[low:high], self._rows.row[low:high])
+
+
+def _sorted_rows(pieces: Sequence[tuple[_Opened, int, int]]) -> PartRows:
+    """Sort rows by place, then by part in the order of opening, then by row."""
+    if not pieces:
+        return PartRows(np.zeros(0, np.int64), np.zeros(0, np.int64))
+    base = pieces[0][0].start
+    facts = np.array([(part.part, part.width, (part.start - base) << _BITS) for part, _, _ in pieces])
+    lengths = [stop - start for _, start, stop in pieces]
+    rows = np.concatenate([part.rows[start:stop] for part, start, stop in pieces]).astype(np.int64)
+    states = np.repeat(np.array([part.state for part, _, _ in pieces], np.uint64), lengths)
+    part, width, start = (np.repeat(column, lengths) for column in facts.T)
+    order = _stable_order((hash64(rows, start=states) >> _NOT_DRAWN).astype(np.int64) * width + start)
+    return PartRows(part[order], rows[order])
+
+
+def _pass_of(sizes: Compact, mixed_units: int, keys: tuple[int, int, int]) -> _Pass:
+    count = len(sizes)
+    mixed_units = min(mixed_units, 2 * count)  # from there on each mixing window is the whole pass
+    bits = _bits(int(sizes.max()), min(mixed_units, count))
+    return _Pass(sizes, compact(permutation(count, *keys, PART), count), mixed_units, hash64(*keys, ROW), bits)
+
+
+def _seek(order: _Pass, position: int) -> tuple[int, int]:
+    """Return the first step that may reach beyond a position, and the rows of the parts that it no longer needs."""
+    ends = np.cumsum(order.sizes[order.parts])
+    first = int(np.searchsorted(ends, position, side="right"))
+    oldest = first + 1 - order.mixed_units
+    return first, int(ends[oldest - 1]) if oldest > 0 else 0
 
 
 def _stable_order(places: Ints) -> Ints:
