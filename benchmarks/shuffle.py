@@ -41,7 +41,8 @@ from torch import nn
 import dtrain
 import dtrain.resolve
 from dtrain.data.load import schedule
-from dtrain.data.plan.order import PartRows, RowRun, epoch_order
+from dtrain.data.plan.bins import PartRows
+from dtrain.data.plan.order import RowRun, epoch_order
 from dtrain.data.plan.partition import plan_data
 from dtrain.data.plan.units import DataPlan
 

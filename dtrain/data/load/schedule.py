@@ -30,8 +30,9 @@ from dtrain.data.load.messages import (
     Taken,
 )
 from dtrain.data.load.slots import Rows, SlotTable
+from dtrain.data.plan.bins import PartRows
 from dtrain.data.plan.memory import Limits
-from dtrain.data.plan.order import PartRows, RowRun, epoch_order
+from dtrain.data.plan.order import RowRun, epoch_order
 from dtrain.data.plan.partition import Partition
 from dtrain.errors import TooFewSamples
 from dtrain.types import Cursor

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
+from dtrain.data.plan.bins import MOST_BINS, ORDERED_ROWS, bins_a_part, index_dtype
 from dtrain.data.plan.hashing import SLICE
-from dtrain.data.plan.order import MOST_BINS, ORDERED_ROWS, STORED_ROWS, bins_a_part, index_dtype
+from dtrain.data.plan.order import STORED_ROWS
 from dtrain.data.plan.readers import MIN_DENSITY, choose_readers, has_fine_shards
 from dtrain.data.plan.units import Box, DataPlan, box_shape
 from dtrain.data.samples import Samples, Variable
