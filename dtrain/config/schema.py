@@ -1,12 +1,11 @@
 """TrainConfig: every value a run depends on, checked once, frozen, the same from TOML, YAML, JSON or Python.
 
-The schema declares every key that users see. A key whose feature is not built yet (`NOT_BUILT`) is refused when
-it is set; it is never accepted and ignored.
+The schema declares every key that users see. A key whose feature is not built yet (`dtrain.config.unbuilt`) is refused
+when it is set; it is never accepted and ignored.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from datetime import date, time
 from typing import Annotated, Any, Literal, Self, TypeAlias
@@ -24,8 +23,9 @@ from pydantic import (
 
 from dtrain.config.faults import sentences
 from dtrain.config.names import FUNCTION, LOSSES, METRICS, SCHEDULES, metric_key
+from dtrain.config.unbuilt import refuse_unbuilt
 from dtrain.config.values import cache_bytes, parse_bytes, value_of
-from dtrain.errors import InvalidConfig, NotSupportedYet, did_you_mean
+from dtrain.errors import InvalidConfig, did_you_mean
 
 Int = Annotated[int, Strict()]
 Natural = Annotated[int, Strict(), Field(ge=0)]
@@ -271,49 +271,7 @@ class TrainConfig(Table):
             raise InvalidConfig(*sentences(error, TrainConfig)) from None
         _check_values(self)
         check_plain(self)
-        _refuse_unbuilt(self)
-
-
-# Features that are not built yet ---------------------------------------------------------------------------
-
-NOT_BUILT: dict[str, str] = {
-    "train.sync_rounds": "post-local SGD",
-    "average.reduce": "robust averaging",
-    "average.inner_state": "another policy for the inner optimizer's state",
-    "average.prox": "FedProx",
-    "average.ema": "an average over rounds",
-    "average.recalibrate_batchnorm": "recalibration of batch norm",
-    "average.mix.topology": "averaging among neighbours",
-    "average.mix.groups": "hierarchical averaging",
-    "average.mix.period": "hierarchical averaging",
-    "average.codec": "compressed updates",
-    "cluster.slices": "cutting the reducer into slices",
-    "cluster.tls": "TLS clusters",
-    "run.trackers": "trackers",
-}
-NOT_BUILT_VALUES: dict[str, tuple[Any, str]] = {
-    "average.weights": ("fednova", "FedNova"),
-}
-
-
-def _refuse_unbuilt(config: TrainConfig) -> None:
-    for key, feature in NOT_BUILT.items():
-        given, default = value_of(config, key), value_of(DEFAULTS, key)
-        if given != default:
-            raise NotSupportedYet(
-                f"{key} = {_toml(given)}: this version does not have {feature} yet.", f"Leave {key} out."
-            )
-    for key, (value, feature) in NOT_BUILT_VALUES.items():
-        if value_of(config, key) == value:
-            raise NotSupportedYet(
-                f"{key} = {_toml(value)}: this version does not have {feature} yet.", f"Leave {key} out."
-            )
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json", exclude_none=True)
-    return json.dumps(value)
+        refuse_unbuilt(self, DEFAULTS)
 
 
 # Checks that pydantic's types cannot state ---------------------------------------------------

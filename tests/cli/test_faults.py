@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from dtrain.config import schema
+from dtrain.config import unbuilt
 from tests.cli.helpers import MODEL, blobs, kept, last, objects
 
 BUILD = "import torch\nfrom torch import nn\n\n\ndef build():\n    return {}\n"
@@ -138,7 +138,7 @@ ASKED_FOR = {
     "cluster.tls": '{ ca = "ca.pem" }',
     "run.trackers": '["wandb"]',
 }
-LACKING = [*schema.NOT_BUILT, *schema.NOT_BUILT_VALUES]
+LACKING = [*unbuilt.NOT_BUILT, *unbuilt.NOT_BUILT_VALUES]
 
 
 def test_every_feature_that_this_version_lacks_is_asked_for_below():

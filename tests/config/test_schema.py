@@ -10,7 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from dtrain.config.files import load_config, to_toml
-from dtrain.config.schema import NOT_BUILT, NOT_BUILT_VALUES, CodecConfig, OuterConfig, TrainConfig, TrainTable
+from dtrain.config.schema import CodecConfig, OuterConfig, TrainConfig, TrainTable
+from dtrain.config.unbuilt import NOT_BUILT, NOT_BUILT_VALUES
 from dtrain.config.values import flat_values
 from dtrain.errors import InvalidConfig, NotSupportedYet
 from tests.config.helpers import REQUIRED, RICH

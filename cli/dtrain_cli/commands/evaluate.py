@@ -59,14 +59,16 @@ def evaluate(
     samples = opened.other_samples(data, view) if data is not None or view else None
     cluster = absolute_scheduler(scheduler) if scheduler is not None else opened.config.cluster.scheduler
     with waiting(options, f"evaluating on {chosen}"):
-        means, number, count = opened.evaluation(samples, split=chosen, round=round or "last", cluster=cluster)
+        means, number, count = opened.evaluation(
+            samples, split=chosen, round="last" if round is None else round, cluster=cluster
+        )
     record = {"event": "eval", "run": shown(opened.directory), "round": number, "split": chosen, "samples": count}
     if samples is not None and samples.config.isel:
         record["isel"] = samples.config.model_dump(mode="json")["isel"]
     rows = [("run", f"{shown(opened.directory)} round {number}"), ("split", f"{chosen}, {count:,} samples")]
     rows += [(name, f"{value:.6g}") for name, value in means.items()]
     result(options, table(rows), {**record, **{k: v if math.isfinite(v) else None for k, v in means.items()}})
-    for line in _notes(opened, samples, data, chosen, None if round else number):
+    for line in _notes(opened, samples, data, chosen, number if round is None else None):
         say(options, line)
 
 
