@@ -58,10 +58,10 @@ BELOW: dict[str, set[str]] = {
 
 FENCED = {
     "torch": {"algorithm", "statefiles", "runtime", "job", "resolve", "run", "trainer"},
-    "zarr": {"data/read", "data/dataset", "data/source"},
+    "zarr": {"data/read", "data/dataset"},
     "dask": {"runtime"},
     "distributed": {"runtime", "prepare", "run", "batching", "trainer"},
-    "xarray": {"data/cf", "data/dataset", "data/source", "report", "run"},
+    "xarray": {"data/cf", "report", "run"},
     "rich": {"report"},
     "typer": set(),
 }
