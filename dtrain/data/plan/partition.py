@@ -223,7 +223,10 @@ def plan_data(
         There are fewer training samples than replicas, or a requested split is empty.
     """
     if samples.num_samples == 0:
-        raise TooFewSamples(f"{samples.path} holds no samples along {samples.sample_dim}.")
+        raise TooFewSamples(
+            f"{samples.path} holds no samples along {samples.sample_dim}.",
+            "Write some, or name another dimension in data.sample_dim.",
+        )
     rows = unit_rows(samples, replicas, whole=not absent)
     config = samples.config
     first_offset, last_offset = samples.reach()

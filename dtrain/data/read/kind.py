@@ -38,7 +38,10 @@ def local_path(path: str, base: Path) -> str:
 
 def not_a_group(path: str) -> DtrainError:
     """Return the error for something that is there, and is no Zarr group."""
-    return NotZarr(f"{path} is not a Zarr group: it has none of {', '.join(METADATA_FILES)}.")
+    return NotZarr(
+        f"{path} is not a Zarr group: it has none of {', '.join(METADATA_FILES)}.",
+        "Give the path of a group of variables, for example as xarray writes it: dataset.to_zarr(path).",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,4 +60,4 @@ class StoreKind:
     locate: Callable[[str, Path], str] = local_path
     """Turns ``data.path`` and a base directory into an absolute path or a URL. Raises DataNotFound, InvalidConfig."""
     nothing_there: Callable[[str], DtrainError] = not_a_group
-    """The error for a path, as the user gave it, at which there is no Zarr group."""
+    """The error for a located path at which there is no Zarr group."""
