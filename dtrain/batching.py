@@ -146,7 +146,7 @@ def batches(
     _check_start(seed, cursor, replica, replicas)
     samples = _read_by(samples, reader)
     config = samples.config
-    if config.missing == "error":
+    if config.missing in ("auto", "error"):
         check_presence(samples)
     plan = _plan(samples, replicas, seed)
     partition = train_partitions(plan)[replica] if split == "train" else _whole(plan, split)

@@ -16,6 +16,7 @@ from dtrain.config.values import cache_bytes, parse_bytes
 from dtrain.data.encoding import Scaling
 from dtrain.data.load.statistics import scalings_of
 from dtrain.data.plan.memory import MemoryBudget, Reading, plan_memory
+from dtrain.data.plan.missing import AbsentChunks
 from dtrain.data.plan.partition import Partition, eval_partitions
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.presence import check_presence, content_digest
@@ -23,7 +24,7 @@ from dtrain.data.samples import Samples
 from dtrain.errors import DataChanged
 from dtrain.events import StepsTaken
 from dtrain.job import Job
-from dtrain.resolve import Resolved, check_kind, described, resolve
+from dtrain.resolve import Resolved, check_filled, check_kind, described, filled, resolve
 from dtrain.runtime.codebytes import pickle_functions
 from dtrain.runtime.place import Place, open_place
 from dtrain.runtime.runner import Runner
@@ -39,6 +40,7 @@ def open_runner(
     client: Client | None = None,
     most_units: int | None = None,
     full: bool = False,
+    count: bool = False,
     on_progress: Callable[[StepsTaken], None] | None = None,
 ) -> Iterator[tuple[Runner[Any], Resolved]]:
     """Open the place that the configuration names, and give a runner with all that decides bits.
@@ -56,6 +58,8 @@ def open_runner(
         Units of each partition that ``data.normalize`` reads, for an estimate; by default all of them.
     full : bool
         Look for missing chunks in every shard, also of remote stores with very many.
+    count : bool
+        Count the missing chunks also where ``data.missing`` is ``fill`` or ``skip``.
     on_progress : callable, optional
         Called with the progress of the pass for ``data.normalize``.
 
@@ -71,10 +75,14 @@ def open_runner(
     with open_place(job.config.cluster, job.base, client) as place:
         job = described(job, place)
         resolved = known or resolve(job, place)
-        _check_data(job, resolved, place, started=known is not None, full=full)
+        absent = _check_data(job, resolved, place, started=known is not None, full=full, count=count)
+        if known is None:
+            resolved = replace(
+                resolved, filled=tuple(filled(*pair) for pair in zip(job.all_sources, absent, strict=True))
+            )
         if resolved.scalings or not job.config.data.normalize:
             job = _standardised(job, resolved.scalings)
-        planned = _planned_sources(job, resolved, place)
+        planned = _planned_sources(job, resolved, place, absent)
         if job.config.data.normalize and not resolved.scalings:
             with place.runner(_spec(job, resolved, f"{run_id}-n", planned)) as runner:
                 runner.on_progress = on_progress or runner.on_progress
@@ -91,17 +99,30 @@ def _standardised(job: Job, scalings: Mapping[str, Scaling]) -> Job:
     return replace(job, sources=sources, held_out=held_out)
 
 
-def _check_data(job: Job, resolved: Resolved, place: Place, *, started: bool, full: bool) -> None:
-    """Refuse missing chunks; where a run was `started` before, also other metadata and modified chunks."""
+def _check_data(
+    job: Job, resolved: Resolved, place: Place, *, started: bool, full: bool, count: bool
+) -> tuple[Mapping[str, AbsentChunks], ...]:
+    """Refuse missing chunks; where a run was `started` before, also other metadata and modified chunks.
+
+    Returns, by store and variable, the missing chunks that are no fault.
+    """
     if started:
         for source, plan in zip(job.sources, resolved.plan.plans, strict=True):
             check_kind(source.described, plan)
-    for source in job.all_sources:
-        if source.described.config.missing == "error":
-            place.call(source, partial(check_presence, source.described, full=full))
+    absent = tuple(
+        place.call(source, partial(check_presence, source.described, full=full))
+        if count or source.described.config.missing in ("auto", "error")
+        else {}
+        for source in job.all_sources
+    )
     if started:
         for source, before in zip(job.all_sources, resolved.contents, strict=False):
             _check_contents(source, before, place)
+        if resolved.filled is not None:
+            known = (*resolved.filled, *({} for _ in absent[len(resolved.filled) :]))
+            for source, missing, was in zip(job.all_sources, absent, known, strict=True):
+                check_filled(source, filled(source, missing), was)
+    return absent
 
 
 def _check_contents(source: Source, before: Mapping[str, str], place: Place) -> None:
@@ -137,15 +158,18 @@ def _spec(job: Job, resolved: Resolved, run_id: str, planned: _Planned) -> RunSp
     )
 
 
-def _planned_sources(job: Job, resolved: Resolved, place: Place) -> _Planned:
+def _planned_sources(
+    job: Job, resolved: Resolved, place: Place, absent: tuple[Mapping[str, AbsentChunks], ...]
+) -> _Planned:
     sources = []
     stores, parts = resolved.plan.stores, resolved.plan.partitions
     for number, (source, plan) in enumerate(zip(job.sources, resolved.plan.plans, strict=True)):
         own = list(compress(parts, (store == number for store in stores)))
-        sources.append(PlannedSource(source, plan, _budget(job, source, own, resolved.held_out, place)))
+        budget = _budget(job, source, own, resolved.held_out, place)
+        sources.append(PlannedSource(source, plan, budget, absent[number]))
     held_out = None
     if job.held_out is not None and resolved.held_out is not None:
-        held_out = PlannedSource(job.held_out, resolved.held_out, sources[0].memory)
+        held_out = PlannedSource(job.held_out, resolved.held_out, sources[0].memory, absent[-1])
     return _Planned(tuple(sources), held_out)
 
 
@@ -153,9 +177,9 @@ def _budget(job: Job, source: Source, parts: list[Partition], held_out: DataPlan
     """Divide the memory that a worker has for a store."""
     workers, plan, cache = len(source.workers) or place.shares, parts[0].plan, job.config.data.cache
     if held_out is None or job.held_out is None:
-        samples, pieces = source.described, eval_partitions(plan, "val") or eval_partitions(plan, "all")
+        samples, pieces = source.described, eval_partitions(plan, "val") or eval_partitions(plan, "all") or parts
     else:
-        samples, pieces = job.held_out.described, eval_partitions(held_out, "all")
+        samples, pieces = job.held_out.described, eval_partitions(held_out, "all") or parts
     limit, name = _memory(job, place)
     beside = 1 if source.workers else sum(not other.workers for other in job.sources)
     return plan_memory(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dtrain.data.encoding import Scaling
+from dtrain.data.plan.missing import AbsentChunks, absence_of
 from dtrain.data.plan.partition import JointPlan, count_units, plan_data, plan_held_out
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.presence import absent_rows, content_digest
@@ -23,6 +24,14 @@ from dtrain.runtime.spec import Source
 VERSION = 2
 """Of plan.json. A key that is added later is optional, with the behaviour of before as its default; a change that an
 older dtrain would misread raises the version."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """Chunks of a variable that are not stored, and the value that stands for each of theirs."""
+
+    chunks: int
+    value: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +48,8 @@ class Resolved:
     """By store and variable: a digest of the sizes of its stored objects."""
     code: Mapping[str, str]
     """By config key: SHA-256 of the source text of a function of the user's."""
+    filled: tuple[Mapping[str, Filled], ...] | None = ()
+    """By store and variable: the missing chunks that ``data.missing = "auto"`` fills; None: they are not compared."""
 
 
 def described(job: Job, place: Place) -> Job:
@@ -63,7 +74,10 @@ def resolve(job: Job, place: Place) -> Resolved:
     _check_alike(job)
     _check_means(job)
     plans = tuple(_plan(source, job, place) for source in job.sources)
-    held_out = None if job.held_out is None else plan_held_out(job.held_out.described, plans[0])
+    held_out = None
+    if job.held_out is not None:
+        absent = _absent_rows(job.held_out, place)
+        held_out = plan_held_out(job.held_out.described, plans[0], absent=absent)
     device = _device(job, place)
     contents = tuple(place.call(source, partial(content_digest, source.described)) for source in job.all_sources)
     return Resolved(
@@ -71,9 +85,36 @@ def resolve(job: Job, place: Place) -> Resolved:
     )
 
 
-def plan_other(samples: Samples, seed: int) -> DataPlan:
+def plan_other(samples: Samples, seed: int, absent: tuple[tuple[int, int], ...] = ()) -> DataPlan:
     """Plan other data than a run's own, to evaluate a split of them."""
-    return plan_data(samples, replicas=1, seed=seed)
+    return plan_data(samples, replicas=1, seed=seed, absent=absent)
+
+
+def filled(source: Source, absent: Mapping[str, AbsentChunks]) -> dict[str, Filled]:
+    """Return, by variable of a store, the missing chunks that ``data.missing = "auto"`` fills."""
+    samples = source.described
+    if samples.config.missing != "auto":
+        return {}
+    counted = ((samples.variable(name), count) for name, count in absent.items())
+    return {v.name: Filled(count.chunks, v.absent_value) for v, count in counted if absence_of(samples, v) == "fill"}
+
+
+def check_filled(source: Source, now: Mapping[str, Filled], before: Mapping[str, Filled]) -> None:
+    """Refuse a store of which other chunks are filled than when the run was started."""
+    changed = [name for name in {**before, **now} if now.get(name) != before.get(name)]
+    if changed:
+        said = [f"{one.chunks:,}" if (one := some.get(changed[0])) else "none" for some in (now, before)]
+        raise DataChanged(
+            f"{source.described.path}: of the chunks of {changed[0]}, {said[0]} are missing and filled; {said[1]} were "
+            "when the run was started.",
+            "Restore the data, or train under another --run NAME.",
+        )
+
+
+def _absent_rows(source: Source, place: Place) -> tuple[tuple[int, int], ...]:
+    """Return the rows of a store that ``data.missing = "skip"`` leaves out."""
+    samples = source.described
+    return place.call(source, partial(absent_rows, samples)) if samples.config.missing == "skip" else ()
 
 
 def _plan(source: Source, job: Job, place: Place) -> DataPlan:
@@ -82,8 +123,7 @@ def _plan(source: Source, job: Job, place: Place) -> DataPlan:
         replicas = source.replicas
     else:
         replicas = min(place.num_workers, count_units(samples)) if wanted == "auto" else wanted
-    absent = place.call(source, partial(absent_rows, samples)) if samples.config.missing == "skip" else ()
-    return plan_data(samples, replicas=replicas, seed=job.config.train.seed, absent=absent)
+    return plan_data(samples, replicas=replicas, seed=job.config.train.seed, absent=_absent_rows(source, place))
 
 
 def _device(job: Job, place: Place) -> str:
@@ -146,16 +186,17 @@ def check_kind(samples: Samples, plan: DataPlan) -> None:
 
 def to_json(job: Job, resolved: Resolved) -> dict[str, Any]:
     """Return the content of plan.json."""
-    plans = [asdict(plan) for plan in resolved.plan.plans]
+    plans = [plan.as_stored() for plan in resolved.plan.plans]
     return {
         "version": VERSION,
         "data": plans[0] if len(plans) == 1 else plans,
-        "held_out": None if resolved.held_out is None else asdict(resolved.held_out),
+        "held_out": None if resolved.held_out is None else resolved.held_out.as_stored(),
         "fingerprint": resolved.plan.fingerprint,
         "threads": job.config.cluster.threads,
         "device": resolved.device,
         "normalize": {name: asdict(scaling) for name, scaling in resolved.scalings.items()},
         "contents": [dict(content) for content in resolved.contents],
+        "filled": [{name: asdict(one) for name, one in store.items()} for store in resolved.filled or ()],
         "torch": torch.__version__,
         "code": dict(resolved.code),
     }
@@ -185,6 +226,7 @@ def from_json(values: Mapping[str, Any]) -> Resolved:
         scalings=scalings,
         device=values["device"],
         contents=tuple(values.get("contents", ())),
+        filled=tuple({name: Filled(**one) for name, one in store.items()} for store in values.get("filled", ())),
         code=values["code"],
     )
 

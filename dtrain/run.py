@@ -23,6 +23,7 @@ from dtrain.config.schema import TrainConfig
 from dtrain.data.plan.partition import JointPlan, plan_held_out
 from dtrain.data.plan.splits import SplitName
 from dtrain.data.plan.units import DataPlan
+from dtrain.data.read.presence import absent_rows
 from dtrain.data.samples import Samples
 from dtrain.directory import ENV, read_config_of, read_json, read_resolved, read_tables_of
 from dtrain.display import html_table
@@ -33,6 +34,7 @@ from dtrain.report.history import Row, best_round, dataset_of, read_rows
 from dtrain.report.journal import HISTORY
 from dtrain.resolve import Resolved, plan_other
 from dtrain.runtime.module import build_module
+from dtrain.runtime.spec import Source
 
 
 @dataclass(frozen=True)
@@ -143,9 +145,11 @@ class Run:
         else:
             client = cluster
         # data that were modified since the start may be evaluated: their contents are not compared
-        known = replace(self.resolved, contents=())
+        known = replace(self.resolved, contents=(), filled=None)
         if samples is not None:
             known = replace(known, plan=JointPlan((self._plan_of(samples, split),)), held_out=None)
+        else:
+            known = _without_lost_rows(known, job)
         with open_runner(job, uuid.uuid4().hex[:8], known=known, client=client) as (runner, _):
             sums = runner.evaluate(params, split)
         if sums is None:
@@ -153,9 +157,10 @@ class Run:
         return values(sums, self.config.train.metrics), number, sums.samples
 
     def _plan_of(self, samples: Samples, split: SplitName) -> DataPlan:
+        absent = absent_rows(samples) if samples.config.missing == "skip" else ()
         if split == "all":
-            return plan_held_out(samples, self.plan.plans[0])
-        return plan_other(samples, self.config.train.seed)
+            return plan_held_out(samples, self.plan.plans[0], absent=absent)
+        return plan_other(samples, self.config.train.seed, absent)
 
     def _job(self, samples: Samples | None) -> Job:
         """Return the job of the run's own data, or of other data."""
@@ -176,6 +181,20 @@ class Run:
             return html_table(repr(self), [])
         names = [name for name in rows[-1] if name == "round" or (name.endswith("_loss") and name != "replica_loss")]
         return html_table(repr(self), ([_cell(row.get(name)) for name in names] for row in rows[-10:]), names)
+
+
+def _without_lost_rows(known: Resolved, job: Job) -> Resolved:
+    """Leave out the rows of a run's own data that are not stored any more, if ``data.missing`` is "skip"."""
+    if job.config.data.missing != "skip":
+        return known
+
+    def without(plan: DataPlan, source: Source | None) -> DataPlan:
+        samples = None if source is None else source.samples  # None: only its own workers can read it
+        return plan if samples is None else replace(plan, lost=absent_rows(samples))
+
+    plans = tuple(without(*pair) for pair in zip(known.plan.plans, job.sources, strict=True))
+    held_out = known.held_out and without(known.held_out, job.held_out)
+    return replace(known, plan=JointPlan(plans), held_out=held_out)
 
 
 EVALUATION_KEYS = ("storage_options", "memory", "cache", "reader", "missing", "non_finite")

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from dtrain.config.schema import DataConfig, Offsets, Slice
-from dtrain.data.encoding import DType, Encoding, Scaling
+from dtrain.data.encoding import DType, Encoding, Scaling, unpack
 from dtrain.display import html_table
 
 Select: TypeAlias = tuple[tuple[int, int, int], ...]
@@ -83,6 +83,8 @@ class Variable:
     """How values are packed; None if they are stored as they are."""
     chunk_format: ChunkFormat = ChunkFormat()
     """Decides who can read the variable, and nothing else; not part of the fingerprint."""
+    fill_value: float | None = 0
+    """The stored value that Zarr gives for a chunk which is not stored; None: NaN. Not part of the fingerprint."""
     mean_axes: tuple[int, ...] | None = None
     """The axes of a row of which each index has a mean of its own (``data.normalize``); none: one mean of all values.
 
@@ -138,6 +140,14 @@ class Variable:
     def decoded_dtype(self) -> DType:
         """Dtype of unpacked values."""
         return np.dtype(self.encoding.dtype if self.encoding else self.dtype)
+
+    @property
+    def absent_value(self) -> float:
+        """What a chunk that is not stored decodes to."""
+        stored = np.full(1, math.nan if self.fill_value is None else self.fill_value, np.dtype(self.dtype))
+        with np.errstate(all="ignore"):
+            value: float = unpack(stored.astype(stored.dtype.newbyteorder("=")), self.encoding)[0].item()
+        return value
 
     @property
     def model_dtype(self) -> DType:

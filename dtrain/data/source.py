@@ -17,6 +17,7 @@ from dtrain.data.dataset import NamedArray, list_named, open_named
 from dtrain.data.paths import locate
 from dtrain.data.read.codecs import chunk_format, has_checksums
 from dtrain.data.read.open import remember
+from dtrain.data.read.shards import ArrayLike
 from dtrain.data.samples import Samples, Variable
 from dtrain.data.selection import Selected, mean_axes, sample_dim, select_dims, tiles
 from dtrain.errors import InvalidConfig, UnsuitableVariable
@@ -138,8 +139,15 @@ def _variable(
         dropped=tuple(axis for axis, (_, dropped) in enumerate(whole) if dropped),
         encoding=encoding or (None if axes is None else float_encoding(dtype)),
         chunk_format=chunk_format(array),
+        fill_value=_fill_value(array),
         mean_axes=axes,
     )
+
+
+def _fill_value(array: ArrayLike) -> float | None:
+    """Return the fill value as a plain number, None for NaN; a Zarr v2 array without one is filled with zeros."""
+    value: float = np.asarray(0 if array.fill_value is None else array.fill_value, array.dtype).item()
+    return value if value == value else None
 
 
 def _check_grid(

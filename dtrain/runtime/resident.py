@@ -132,7 +132,8 @@ class Resident:
         """Return the reader of a store; it is opened once in a process."""
         if id(source) not in self._readers:
             threads, reader = source.memory.train.limits.threads, self.spec.config.data.reader
-            self._readers[id(source)] = UnitReader(source.samples, reader, threads, source.plan.absent)
+            absent = (*source.plan.absent, *(source.plan.lost or ()))
+            self._readers[id(source)] = UnitReader(source.samples, reader, threads, absent)
         return self._readers[id(source)]
 
     def train_loader(self, replica: int, cursor: Cursor) -> Loader:

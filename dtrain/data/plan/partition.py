@@ -17,7 +17,7 @@ import numpy as np
 from dtrain.config.schema import SplitConfig
 from dtrain.data.plan.cuts import object_rows, unit_rows, with_cells
 from dtrain.data.plan.hashing import DEAL, Ints, hash64
-from dtrain.data.plan.splits import SplitName, split_cells
+from dtrain.data.plan.splits import SplitName, split_cells, without_rows
 from dtrain.data.plan.units import Box, DataPlan, cell_bounds
 from dtrain.data.samples import Samples
 from dtrain.errors import TooFewSamples
@@ -88,13 +88,13 @@ class Partition:
         return Partition(self.plan, self.cells[which], self.first[which], self.count[which])
 
 
-def cell_anchors(plan: DataPlan, split: SplitName) -> Partition:
-    """Return all cells of a split that hold anchors, as one partition.
+def cell_anchors(plan: DataPlan, split: SplitName, lost: tuple[tuple[int, int], ...] = ()) -> Partition:
+    """Return all cells of a split that hold anchors and none of the `lost` rows, as one partition.
 
     The rows of a sample must all lie in one run of neighbouring cells of its split. Anchors whose window leaves
     it are dropped.
     """
-    cells = split_cells(plan, split)
+    cells = without_rows(plan, split_cells(plan, split), lost)
     starts, stops = cell_bounds(plan, cells)
     begins = np.flatnonzero(np.diff(cells, prepend=-2) != 1)  # where a run of neighbours begins
     lengths = np.diff(np.append(begins, len(cells)))
@@ -130,7 +130,7 @@ def train_partitions(plan: DataPlan) -> tuple[Partition, ...]:
 
 def eval_partitions(plan: DataPlan, split: SplitName) -> tuple[Partition, ...]:
     """Return the pieces that an evaluation of a split is cut into, in order; none is empty."""
-    whole = cell_anchors(plan, split)
+    whole = cell_anchors(plan, split, plan.lost or ())
     return _runs(whole, min(plan.eval_pieces, len(whole.cells)))
 
 
@@ -257,11 +257,11 @@ def plan_data(
     return plan
 
 
-def plan_held_out(samples: Samples, like: DataPlan) -> DataPlan:
-    """Return the plan of a store that is only evaluated: all of it is one split."""
+def plan_held_out(samples: Samples, like: DataPlan, *, absent: tuple[tuple[int, int], ...] = ()) -> DataPlan:
+    """Return the plan of a store that is only evaluated: all of it is one split, but for `absent` rows."""
     config = samples.config
     whole = replace(samples, config=config.model_copy(update={"split": SplitConfig(val=0.0, test=0.0)}))
-    return plan_data(whole, replicas=1, seed=like.seed, eval_pieces=like.eval_pieces)
+    return plan_data(whole, replicas=1, seed=like.seed, eval_pieces=like.eval_pieces, absent=absent)
 
 
 def _check_train(samples: Samples, plan: DataPlan) -> None:

@@ -34,10 +34,18 @@ def present_cells(plan: DataPlan) -> Ints:
     """Return the cells that hold rows in use and no absent row, ascending."""
     cells = np.arange(plan.num_cells)
     starts, stops = cell_bounds(plan, cells)
-    used = starts < stops
-    for first, after in plan.absent:
-        used &= (stops <= first) | (starts >= after)
-    return cells[used]
+    return without_rows(plan, cells[starts < stops], plan.absent)
+
+
+def without_rows(plan: DataPlan, cells: Ints, rows: tuple[tuple[int, int], ...]) -> Ints:
+    """Return the cells that hold none of the rows, given as runs of them."""
+    if not rows:
+        return cells
+    starts, stops = cell_bounds(plan, cells)
+    kept = np.ones(len(cells), bool)
+    for first, after in rows:
+        kept &= (stops <= first) | (starts >= after)
+    return cells[kept]
 
 
 def shares_met(plan: DataPlan) -> bool:

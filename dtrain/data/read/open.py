@@ -154,8 +154,13 @@ def array_in(store: ReadStore, group: zarr.Group, name: str) -> ArrayLike:
     except Exception as error:
         raise unreadable_metadata(store.path, name, error) from None
     if not isinstance(node, zarr.Array):
-        raise DataNotFound(f"{store.path}: {name} is not there any more.", "Restore it from a copy.")
+        raise array_gone(store.path, name)
     return node
+
+
+def array_gone(path: str, name: str) -> DataNotFound:
+    """Return the error for an array that has been there before."""
+    return DataNotFound(f"{path}: {name} is not there any more.", "Restore it from a copy.")
 
 
 def unreadable_metadata(path: str, name: str, error: Exception) -> NotZarr:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import math
 from array import array as NumberArray
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,13 +14,15 @@ import numpy as np
 import numpy.typing as npt
 from zarr.core.sync import sync
 
-from dtrain.data.plan.grid import shards_of
+from dtrain.data.plan.grid import chunks_touched, shards_of, touched
+from dtrain.data.plan.missing import AbsentChunks, absence_of
 from dtrain.data.read.faults import chunk_missing
-from dtrain.data.read.open import open_arrays
+from dtrain.data.read.open import array_gone, open_arrays
 from dtrain.data.read.shards import ArrayLike, missing_chunks, shard_layout
 from dtrain.data.read.store import ReadStore, objects_of
+from dtrain.data.read.tree import kind_at
 from dtrain.data.samples import Samples, Variable
-from dtrain.errors import ChunkMissing, StoreForbidden
+from dtrain.errors import StoreForbidden
 
 CONCURRENT_REQUESTS = 32
 MAX_INDICES = 4096
@@ -28,7 +31,7 @@ MAX_INDICES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Absent:
-    """A chunk that is not stored."""
+    """A stored object that is not there, or a chunk that a shard does not have."""
 
     variable: Variable
     key: str
@@ -39,14 +42,14 @@ class Absent:
     """Its first row."""
     stop: int
     """The row after its last."""
-
-    def error(self, path: str, count: int = 1) -> ChunkMissing:
-        """Return the error that names it, and says how many objects are missing."""
-        return chunk_missing(path, self.variable, self.key, count, self.inner)
+    chunks: int = 1
+    """How many chunks would be read of it."""
 
 
-def check_presence(samples: Samples, *, full: bool = False) -> None:
-    """Check that every chunk that will be read is there.
+def check_presence(samples: Samples, *, full: bool = False) -> dict[str, AbsentChunks]:
+    """Look for every chunk that will be read, and refuse one that is a fault (`absence_of`).
+
+    Returns, by variable, the chunks that are not there and are no fault.
 
     Parameters
     ----------
@@ -56,13 +59,27 @@ def check_presence(samples: Samples, *, full: bool = False) -> None:
 
     Raises
     ------
-    ChunkMissing
+    ChunkMissing, NonFiniteData
         Names the array and the first missing chunk.
+    DataNotFound
+        An array has gone of which consolidated metadata still speak.
     """
     store, arrays = open_arrays(samples)
+    counts = {}
     for variable in samples.variables:
-        if missing := list(absent_chunks(samples, store, arrays, variable, full=full)):
-            raise missing[0].error(samples.path, sum(chunk.inner is None for chunk in missing))
+        chunks, objects, first = 0, 0, None
+        for gone in absent_chunks(samples, store, arrays, variable, full=full):
+            first, chunks, objects = first or gone, chunks + gone.chunks, objects + (gone.inner is None)
+        if first is None:
+            continue
+        absence = absence_of(samples, variable)
+        if absence == "error" or (absence == "nan" and samples.config.non_finite == "error"):
+            raise chunk_missing(samples, variable, first.key, objects, first.inner)
+        select = variable.selection(samples.first_row, samples.num_samples)
+        counts[variable.name] = AbsentChunks(chunks, math.prod(map(len, touched(variable.chunks, select))))
+        if chunks == counts[variable.name].of and kind_at(store, arrays[variable.name].path) is None:
+            raise array_gone(samples.path, variable.name)
+    return counts
 
 
 def absent_rows(samples: Samples) -> tuple[tuple[int, int], ...]:
@@ -70,16 +87,18 @@ def absent_rows(samples: Samples) -> tuple[tuple[int, int], ...]:
 
     Raises
     ------
-    ChunkMissing
-        A variable without the sample dimension lacks a chunk: no sample can do without it.
+    ChunkMissing, NonFiniteData
+        A variable without the sample dimension lacks a chunk that is not judged to be the fill value.
     """
     store, arrays = open_arrays(samples)
     runs = []
     for variable in samples.variables:
+        absence = absence_of(samples, variable)
         for chunk in absent_chunks(samples, store, arrays, variable, full=True):
-            if variable.is_static:
-                raise chunk.error(samples.path)
-            runs.append((chunk.start, chunk.stop))
+            if absence == "skip":
+                runs.append((chunk.start, chunk.stop))
+            elif absence == "error" or (absence == "nan" and samples.config.non_finite == "error"):
+                raise chunk_missing(samples, variable, chunk.key, 1, chunk.inner)
     return _merged(runs)
 
 
@@ -105,14 +124,17 @@ def absent_chunks(
     def keys() -> Iterator[str]:
         return (key for _, key in objects_of(array, variable, select))
 
-    def absent(key: str, place: tuple[int, ...], rows: int, inner: tuple[int, ...] | None = None) -> Absent:
+    def absent(
+        key: str, place: tuple[int, ...], rows: int, inner: tuple[int, ...] | None = None, chunks: int = 1
+    ) -> Absent:
         first = 0 if variable.is_static else place[variable.sample_axis] * rows
-        return Absent(variable, key, inner, first, min(first + rows, samples.num_samples))
+        return Absent(variable, key, inner, first, min(first + rows, samples.num_samples), chunks)
 
     is_there = _which_exist(store, array, keys)
     for (place, key), there in zip(objects_of(array, variable, select), is_there, strict=True):
         if not there:
-            yield absent(key, place, 0 if variable.is_static else variable.object_rows)
+            rows = 0 if variable.is_static else variable.object_rows
+            yield absent(key, place, rows, chunks=chunks_touched(variable, select, place))
     layout = shard_layout(array)
     if layout is None or (store.facts.read_ahead and len(is_there) > MAX_INDICES and not full):
         return
