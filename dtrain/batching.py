@@ -122,7 +122,8 @@ def batches(
     Returns
     -------
     Batches
-        An iterator of objects with `inputs` (a tuple), `targets` (a tensor, or a tuple of several) and `size`.
+        An iterator of objects with `inputs` (a tuple), `targets` (a tensor, or a tuple of several) and `size`. Missing
+        labels of an integer target are class -100, which torch's losses of classes leave out.
 
     Raises
     ------

@@ -24,7 +24,7 @@ from dtrain.data.samples import Samples
 from dtrain.errors import DataChanged
 from dtrain.events import StepsTaken
 from dtrain.job import Job
-from dtrain.resolve import Resolved, check_filled, check_kind, described, filled, resolve
+from dtrain.resolve import Resolved, check_filled, check_kind, described, filled, labelled, missing_labels, resolve
 from dtrain.runtime.codebytes import pickle_functions
 from dtrain.runtime.place import Place, open_place
 from dtrain.runtime.runner import Runner
@@ -73,7 +73,8 @@ def open_runner(
         The data are not those of the run's first start.
     """
     with open_place(job.config.cluster, job.base, client) as place:
-        job = described(job, place)
+        labels = missing_labels(job.config.train) if known is None else known.labels
+        job = labelled(described(job, place), labels)
         resolved = known or resolve(job, place)
         absent = _check_data(job, resolved, place, started=known is not None, full=full, count=count)
         if known is None:
@@ -81,7 +82,7 @@ def open_runner(
                 resolved, filled=tuple(filled(*pair) for pair in zip(job.all_sources, absent, strict=True))
             )
         if resolved.scalings or not job.config.data.normalize:
-            job = _standardised(job, resolved.scalings)
+            job = labelled(_standardised(job, resolved.scalings), labels)
         planned = _planned_sources(job, resolved, place, absent)
         if job.config.data.normalize and not resolved.scalings:
             with place.runner(_spec(job, resolved, f"{run_id}-n", planned)) as runner:

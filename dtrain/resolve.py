@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
+from dtrain.config.names import LABEL_LOSSES, LOSSES, METRICS
+from dtrain.config.schema import TrainTable
 from dtrain.data.encoding import Scaling
 from dtrain.data.plan.missing import AbsentChunks, absence_of
 from dtrain.data.plan.partition import JointPlan, count_units, plan_data, plan_held_out
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.presence import absent_rows, content_digest
-from dtrain.data.samples import Samples
+from dtrain.data.samples import MissingLabels, Samples
 from dtrain.data.source import describe
 from dtrain.errors import ClusterUnsuitable, DataChanged, InvalidConfig, LengthsDiffer, RunConflict
 from dtrain.job import Job
@@ -48,6 +50,8 @@ class Resolved:
     """By store and variable: a digest of the sizes of its stored objects."""
     code: Mapping[str, str]
     """By config key: SHA-256 of the source text of a function of the user's."""
+    labels: MissingLabels = "nan"
+    """What a value stands for that marks a missing label."""
     filled: tuple[Mapping[str, Filled], ...] | None = ()
     """By store and variable: the missing chunks that ``data.missing = "auto"`` fills; None: they are not compared."""
 
@@ -81,8 +85,32 @@ def resolve(job: Job, place: Place) -> Resolved:
     device = _device(job, place)
     contents = tuple(place.call(source, partial(content_digest, source.described)) for source in job.all_sources)
     return Resolved(
-        plan=JointPlan(plans), held_out=held_out, scalings={}, device=device, contents=contents, code=job.code
+        plan=JointPlan(plans),
+        held_out=held_out,
+        scalings={},
+        device=device,
+        contents=contents,
+        code=job.code,
+        labels=missing_labels(job.config.train),
     )
+
+
+def missing_labels(train: TrainTable) -> MissingLabels:
+    """Return what a value stands for that marks a missing label: it must not be trained on as a number.
+
+    To a loss of the user's, -100 may be a class to leave out or a number, as the other values are.
+    """
+    numbers = any(name in METRICS and not METRICS[name].of_labels for name in train.metrics)
+    if numbers or (train.loss in LOSSES and train.loss not in LABEL_LOSSES):
+        return "nan"
+    return "ignored" if train.loss in LABEL_LOSSES else "refused"
+
+
+def labelled(job: Job, missing: MissingLabels) -> Job:
+    """Return the job with another meaning of the values that mark missing labels."""
+    sources = tuple(replace(source, samples=source.described.labelled(missing)) for source in job.sources)
+    held_out = job.held_out and replace(job.held_out, samples=job.held_out.described.labelled(missing))
+    return replace(job, sources=sources, held_out=held_out)
 
 
 def plan_other(samples: Samples, seed: int, absent: tuple[tuple[int, int], ...] = ()) -> DataPlan:
@@ -196,6 +224,7 @@ def to_json(job: Job, resolved: Resolved) -> dict[str, Any]:
         "device": resolved.device,
         "normalize": {name: asdict(scaling) for name, scaling in resolved.scalings.items()},
         "contents": [dict(content) for content in resolved.contents],
+        "labels": resolved.labels,
         "filled": [{name: asdict(one) for name, one in store.items()} for store in resolved.filled or ()],
         "torch": torch.__version__,
         "code": dict(resolved.code),
@@ -226,6 +255,7 @@ def from_json(values: Mapping[str, Any]) -> Resolved:
         scalings=scalings,
         device=values["device"],
         contents=tuple(values.get("contents", ())),
+        labels=values.get("labels", "nan"),
         filled=tuple({name: Filled(**one) for name, one in store.items()} for store in values.get("filled", ())),
         code=values["code"],
     )

@@ -96,7 +96,7 @@ def describe(config: DataConfig, base: Path) -> Samples:
         variables=variables,
         tiles=tiles(config, variables, along),
         store=store.facts,
-    )
+    ).labelled("ignored")
     remember(store, config.storage_options, config.group, names)
     return samples
 

@@ -47,5 +47,7 @@ def _judged(samples: Samples, variable: Variable) -> Absence:
 
 def stands_for(variable: Variable) -> str:
     """Return the value that a chunk which is not stored decodes to, as text."""
-    value = variable.absent_value
+    value, encoding = variable.absent_value, variable.encoding
+    if encoding is not None and value == encoding.ignored:
+        return f"missing labels, class {value}"
     return f"{value:g}" if isinstance(value, float) else str(value)

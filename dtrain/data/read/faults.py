@@ -178,7 +178,13 @@ class Faults:
             why = ", which marks a missing value"
         elif why and variable.encoding is not None and variable.encoding.is_packed:
             why = f", unpacked {float(unpack(value, variable.encoding)):g}{why}"
-        raise NonFiniteData(f"{text}{why}.", 'Repair or mask the data, or set data.non_finite = "allow".')
+        hint = 'Repair or mask the data, or set data.non_finite = "allow".'
+        if is_mark and variable.encoding is not None and variable.encoding.ignored is not None:
+            hint = (
+                'Repair the data. With data.non_finite = "allow" your loss and metrics see class '
+                f"{variable.encoding.ignored} there, and must leave it out."
+            )
+        raise NonFiniteData(f"{text}{why}.", hint)
 
     def check_integers(self, variable: Variable, select: Select, values: Array) -> None:
         """Raise if an unsigned integer does not fit the int64 that the model sees.
@@ -199,7 +205,10 @@ class Faults:
             return
         signed = values.view(np.int64)
         if signed.size and signed.min() < 0:
-            place = self._first(variable, select, signed < 0)
+            beyond = signed < 0
+            if variable.encoding is not None and variable.encoding.missing:
+                beyond &= ~is_missing(_as_marked(variable, values), variable.encoding)
+            place = self._first(variable, select, beyond)
             if place is not None:
                 text, value = self._stored(variable, place)
                 meant = "" if value.dtype.kind == "u" else f", which means {value.view(np.uint64)}"
@@ -287,7 +296,7 @@ def rows_text(variable: Variable, select: Select) -> str:
 
 def _bad_values(variable: Variable, values: Array) -> Array | None:
     """Return where values are missing or not finite; None if nowhere."""
-    has_marks = variable.encoding is not None and bool(variable.encoding.missing)
+    has_marks = variable.encoding is not None and bool(variable.encoding.missing) and not variable.encoding.passes
     bad = None
     with np.errstate(all="ignore"):
         # one pass that writes nothing: the sum is only finite if all values are
