@@ -88,6 +88,8 @@ class Variable:
     """Decides who can read the variable, and nothing else; not part of the fingerprint."""
     fill_value: float | None = 0
     """The stored value that Zarr gives for a chunk which is not stored; None: NaN. Not part of the fingerprint."""
+    means_bool: bool = False
+    """True for integers that xarray reads as bools (their attribute ``dtype``). Not part of the fingerprint."""
     mean_axes: tuple[int, ...] | None = None
     """The axes of a row of which each index has a mean of its own (``data.normalize``); none: one mean of all values.
 

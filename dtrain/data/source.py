@@ -140,6 +140,7 @@ def _variable(
         encoding=encoding or (None if axes is None else float_encoding(dtype)),
         chunk_format=chunk_format(array),
         fill_value=_fill_value(array),
+        means_bool=dtype.kind in "iu" and named.attributes.get("dtype") == "bool",
         mean_axes=axes,
     )
 

@@ -110,3 +110,11 @@ def test_an_array_says_how_it_is_named_in_its_group(store, zarr_format):
     zarr.create_array(path.parent / "alone.zarr", data=VALUES, zarr_format=zarr_format)
     with pytest.raises(NotZarr, match=r"alone\.zarr is a single Zarr array"):
         open_xy(path.parent / "alone.zarr")
+
+
+def test_a_path_with_a_slip_of_the_pen_names_the_right_one(store, tmp_path):
+    store("train.zarr")
+    with pytest.raises(DataNotFound, match=r'trian\.zarr: no such file or directory; did you mean "train\.zarr"\?'):
+        open_xy(tmp_path / "trian.zarr")
+    with pytest.raises(DataNotFound, match=r"no such file or directory\.\n"):
+        open_xy(tmp_path / "nowhere" / "train.zarr")

@@ -38,7 +38,7 @@ def _judged(samples: Samples, variable: Variable) -> Absence:
     """Judge by what the chunk decodes to: writers leave out zeros of masks and labels, never measured values."""
     if math.isnan(variable.absent_value):
         return "nan"
-    kind, config = np.dtype(variable.dtype).kind, samples.config
+    kind, config = "b" if variable.means_bool else np.dtype(variable.dtype).kind, samples.config
     if kind == "f" or (variable.encoding is not None and variable.encoding.is_packed):
         return "error"
     is_label = variable.name in config.targets and variable.name not in config.inputs

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -11,7 +13,7 @@ from typing import Any, TypeAlias
 from zarr.abc.store import Store
 
 from dtrain.data.samples import StoreFacts
-from dtrain.errors import DataNotFound, DtrainError, NotZarr
+from dtrain.errors import DataNotFound, DtrainError, NotZarr, did_you_mean
 
 StorageOptions: TypeAlias = Mapping[str, Any]
 """``data.storage_options``, as fsspec and the packages behind it define them."""
@@ -32,7 +34,12 @@ def local_path(path: str, base: Path) -> str:
     """
     located = Path(base, Path(path).expanduser()).absolute()
     if not located.exists():
-        raise DataNotFound(f"{path}: no such file or directory.", f"Looked for {located}")
+        beside: list[str] = []
+        with suppress(OSError):
+            beside = os.listdir(located.parent)
+        raise DataNotFound(
+            f"{path}: no such file or directory{did_you_mean(located.name, beside) or '.'}", f"Looked for {located}"
+        )
     return str(located)
 
 

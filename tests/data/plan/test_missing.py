@@ -51,6 +51,8 @@ def judged(v, role="input", static=False, **data):
         ("uint8", {"fill_value": 0, "encoding": Encoding(dtype="int64", scale=2.0)}, ["error"] * 4),
         ("bool", {"fill_value": False}, ["fill", "fill", "fill", "fill"]),
         ("bool", {"fill_value": True}, ["fill", "fill", "fill", "fill"]),
+        ("int8", {"fill_value": 0, "means_bool": True}, ["fill", "fill", "fill", "fill"]),
+        ("int8", {"fill_value": 0, "means_bool": True, "encoding": PACKED}, ["error", "error", "error", "error"]),
         ("uint8", {"fill_value": 0}, ["error", "fill", "error", "fill"]),
         ("int64", {"fill_value": -1}, ["error", "fill", "error", "fill"]),
         (

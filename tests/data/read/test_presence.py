@@ -176,6 +176,19 @@ def test_missing_chunks_that_are_no_fault_are_counted(small):
     assert check_presence(open_xy(path, inputs=["x"], targets=["x"])) == {}
 
 
+def test_integers_that_older_xarray_wrote_for_bools_are_judged_as_bools(small):
+    mask = {"dims": ("n", "m"), "values": np.ones((10, 4), "int8"), "chunks": (4, 2)}
+    for attributes in ({"dtype": "bool"}, {"dtype": "int8"}, {}):
+        path = small(name=f"{len(attributes)}{attributes.get('dtype')}", mask={**mask, "attributes": attributes})
+        (path / "mask/c/0/0").unlink()
+        samples = open_xy(path, inputs=["x", "mask"])
+        if attributes == {"dtype": "bool"}:
+            assert check_presence(samples) == {"mask": AbsentChunks(1, 6)}
+        else:
+            with pytest.raises(ChunkMissing):
+                check_presence(samples)
+
+
 def test_chunks_of_a_missing_shard_are_counted_one_by_one(small):
     mask = {"dims": ("n", "m"), "values": np.ones((20, 4), bool), "chunks": (2, 2), "shards": (6, 4)}
     y = {"dims": ("n",), "values": np.zeros(20), "chunks": (5,)}
