@@ -164,13 +164,14 @@ def _planned_sources(
 ) -> _Planned:
     sources = []
     stores, parts = resolved.plan.stores, resolved.plan.partitions
+    lost = resolved.lost or ((),) * len(absent)
     for number, (source, plan) in enumerate(zip(job.sources, resolved.plan.plans, strict=True)):
         own = list(compress(parts, (store == number for store in stores)))
         budget = _budget(job, source, own, resolved.held_out, place)
-        sources.append(PlannedSource(source, plan, budget, absent[number]))
+        sources.append(PlannedSource(source, plan, budget, absent[number], lost[number]))
     held_out = None
     if job.held_out is not None and resolved.held_out is not None:
-        held_out = PlannedSource(job.held_out, resolved.held_out, sources[0].memory, absent[-1])
+        held_out = PlannedSource(job.held_out, resolved.held_out, sources[0].memory, absent[-1], lost[-1])
     return _Planned(tuple(sources), held_out)
 
 
@@ -178,9 +179,9 @@ def _budget(job: Job, source: Source, parts: list[Partition], held_out: DataPlan
     """Divide the memory that a worker has for a store."""
     workers, plan, cache = len(source.workers) or place.shares, parts[0].plan, job.config.data.cache
     if held_out is None or job.held_out is None:
-        samples, pieces = source.described, eval_partitions(plan, "val") or eval_partitions(plan, "all") or parts
+        samples, pieces = source.described, eval_partitions(plan, "val") or eval_partitions(plan, "all")
     else:
-        samples, pieces = job.held_out.described, eval_partitions(held_out, "all") or parts
+        samples, pieces = job.held_out.described, eval_partitions(held_out, "all")
     limit, name = _memory(job, place)
     beside = 1 if source.workers else sum(not other.workers for other in job.sources)
     return plan_memory(

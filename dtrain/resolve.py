@@ -14,6 +14,7 @@ from dtrain.config.schema import TrainTable
 from dtrain.data.encoding import Scaling
 from dtrain.data.plan.missing import AbsentChunks, absence_of
 from dtrain.data.plan.partition import JointPlan, count_units, plan_data, plan_held_out
+from dtrain.data.plan.splits import Runs
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.presence import absent_rows, content_digest
 from dtrain.data.samples import MissingLabels, Samples
@@ -54,6 +55,8 @@ class Resolved:
     """What a value stands for that marks a missing label."""
     filled: tuple[Mapping[str, Filled], ...] | None = ()
     """By store and variable: the missing chunks that ``data.missing = "auto"`` fills; None: they are not compared."""
+    lost: tuple[Runs, ...] = ()
+    """By store: rows that an evaluation leaves out since they are not stored any more; not kept in plan.json."""
 
 
 def described(job: Job, place: Place) -> Job:
@@ -113,7 +116,7 @@ def labelled(job: Job, missing: MissingLabels) -> Job:
     return replace(job, sources=sources, held_out=held_out)
 
 
-def plan_other(samples: Samples, seed: int, absent: tuple[tuple[int, int], ...] = ()) -> DataPlan:
+def plan_other(samples: Samples, seed: int, absent: Runs = ()) -> DataPlan:
     """Plan other data than a run's own, to evaluate a split of them."""
     return plan_data(samples, replicas=1, seed=seed, absent=absent)
 
@@ -139,7 +142,7 @@ def check_filled(source: Source, now: Mapping[str, Filled], before: Mapping[str,
         )
 
 
-def _absent_rows(source: Source, place: Place) -> tuple[tuple[int, int], ...]:
+def _absent_rows(source: Source, place: Place) -> Runs:
     """Return the rows of a store that ``data.missing = "skip"`` leaves out."""
     samples = source.described
     return place.call(source, partial(absent_rows, samples)) if samples.config.missing == "skip" else ()
@@ -214,11 +217,11 @@ def check_kind(samples: Samples, plan: DataPlan) -> None:
 
 def to_json(job: Job, resolved: Resolved) -> dict[str, Any]:
     """Return the content of plan.json."""
-    plans = [plan.as_stored() for plan in resolved.plan.plans]
+    plans = [asdict(plan) for plan in resolved.plan.plans]
     return {
         "version": VERSION,
         "data": plans[0] if len(plans) == 1 else plans,
-        "held_out": None if resolved.held_out is None else resolved.held_out.as_stored(),
+        "held_out": None if resolved.held_out is None else asdict(resolved.held_out),
         "fingerprint": resolved.plan.fingerprint,
         "threads": job.config.cluster.threads,
         "device": resolved.device,

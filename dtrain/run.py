@@ -34,7 +34,6 @@ from dtrain.report.history import Row, best_round, dataset_of, read_rows
 from dtrain.report.journal import HISTORY
 from dtrain.resolve import Resolved, plan_other
 from dtrain.runtime.module import build_module
-from dtrain.runtime.spec import Source
 
 
 @dataclass(frozen=True)
@@ -187,14 +186,8 @@ def _without_lost_rows(known: Resolved, job: Job) -> Resolved:
     """Leave out the rows of a run's own data that are not stored any more, if ``data.missing`` is "skip"."""
     if job.config.data.missing != "skip":
         return known
-
-    def without(plan: DataPlan, source: Source | None) -> DataPlan:
-        samples = None if source is None else source.samples  # None: only its own workers can read it
-        return plan if samples is None else replace(plan, lost=absent_rows(samples))
-
-    plans = tuple(without(*pair) for pair in zip(known.plan.plans, job.sources, strict=True))
-    held_out = known.held_out and without(known.held_out, job.held_out)
-    return replace(known, plan=JointPlan(plans), held_out=held_out)
+    described = (source.samples for source in job.all_sources)  # None: only its own workers can read it
+    return replace(known, lost=tuple(() if samples is None else absent_rows(samples) for samples in described))
 
 
 EVALUATION_KEYS = ("storage_options", "memory", "cache", "reader", "missing", "non_finite")

@@ -17,7 +17,7 @@ import numpy as np
 from dtrain.config.schema import SplitConfig
 from dtrain.data.plan.cuts import object_rows, unit_rows, with_cells
 from dtrain.data.plan.hashing import DEAL, Ints, hash64
-from dtrain.data.plan.splits import SplitName, split_cells, without_rows
+from dtrain.data.plan.splits import Runs, SplitName, split_cells, without_rows
 from dtrain.data.plan.units import Box, DataPlan, cell_bounds
 from dtrain.data.samples import Samples
 from dtrain.errors import TooFewSamples
@@ -88,7 +88,7 @@ class Partition:
         return Partition(self.plan, self.cells[which], self.first[which], self.count[which])
 
 
-def cell_anchors(plan: DataPlan, split: SplitName, lost: tuple[tuple[int, int], ...] = ()) -> Partition:
+def cell_anchors(plan: DataPlan, split: SplitName, lost: Runs = ()) -> Partition:
     """Return all cells of a split that hold anchors and none of the `lost` rows, as one partition.
 
     The rows of a sample must all lie in one run of neighbouring cells of its split. Anchors whose window leaves
@@ -128,9 +128,17 @@ def train_partitions(plan: DataPlan) -> tuple[Partition, ...]:
     return tuple(train.chosen(np.flatnonzero(owner[member] == replica)) for replica in range(plan.replicas))
 
 
-def eval_partitions(plan: DataPlan, split: SplitName) -> tuple[Partition, ...]:
-    """Return the pieces that an evaluation of a split is cut into, in order; none is empty."""
-    whole = cell_anchors(plan, split, plan.lost or ())
+def eval_partitions(plan: DataPlan, split: SplitName, lost: Runs = ()) -> tuple[Partition, ...]:
+    """Return the pieces that an evaluation of a split is cut into, in order; none is empty.
+
+    Parameters
+    ----------
+    plan : DataPlan
+    split : str
+    lost : tuple of (int, int)
+        Runs of rows that are left out since they are not stored any more: splits are cut as if they were.
+    """
+    whole = cell_anchors(plan, split, lost)
     return _runs(whole, min(plan.eval_pieces, len(whole.cells)))
 
 
@@ -203,7 +211,7 @@ def plan_data(
     replicas: int,
     seed: int,
     eval_pieces: int | None = None,
-    absent: tuple[tuple[int, int], ...] = (),
+    absent: Runs = (),
 ) -> DataPlan:
     """Resolve units, cells and mixing window from metadata, the number of replicas and the seed; never from memory.
 
@@ -257,7 +265,7 @@ def plan_data(
     return plan
 
 
-def plan_held_out(samples: Samples, like: DataPlan, *, absent: tuple[tuple[int, int], ...] = ()) -> DataPlan:
+def plan_held_out(samples: Samples, like: DataPlan, *, absent: Runs = ()) -> DataPlan:
     """Return the plan of a store that is only evaluated: all of it is one split, but for `absent` rows."""
     config = samples.config
     whole = replace(samples, config=config.model_copy(update={"split": SplitConfig(val=0.0, test=0.0)}))

@@ -10,6 +10,8 @@ from dtrain.data.plan.hashing import SPLIT, Ints, hash64
 from dtrain.data.plan.units import DataPlan, cell_bounds
 
 SplitName: TypeAlias = Literal["train", "val", "test", "all"]
+Runs: TypeAlias = tuple[tuple[int, int], ...]
+"""Runs of rows: the first row of each, and the one after its last."""
 
 SHARE_TOLERANCE = 0.1
 
@@ -37,8 +39,8 @@ def present_cells(plan: DataPlan) -> Ints:
     return without_rows(plan, cells[starts < stops], plan.absent)
 
 
-def without_rows(plan: DataPlan, cells: Ints, rows: tuple[tuple[int, int], ...]) -> Ints:
-    """Return the cells that hold none of the rows, given as runs of them."""
+def without_rows(plan: DataPlan, cells: Ints, rows: Runs) -> Ints:
+    """Return the cells that hold none of the rows."""
     if not rows:
         return cells
     starts, stops = cell_bounds(plan, cells)

@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
@@ -35,8 +34,6 @@ class DataPlan:
     """The first row that is used."""
     absent: tuple[tuple[int, int], ...] = ()
     """Runs of rows that are not stored and not used: the first row, and the one after the last."""
-    lost: tuple[tuple[int, int], ...] | None = None
-    """Runs of rows that an evaluation leaves out, as they are not stored any more; splits are cut as if they were."""
     patches: int = 1
     """Number of samples that every anchor is cut into."""
     stride: int
@@ -67,12 +64,7 @@ class DataPlan:
         It must never change for a stored plan. A field that is added later has a default, for which the data path
         does what it did before, and is left out of the fingerprint while it has that default.
         """
-        return hashlib.sha256(json.dumps(self.as_stored(), sort_keys=True).encode()).hexdigest()
-
-    def as_stored(self) -> dict[str, Any]:
-        """Return the fields in plain types, as plan.json holds them; later ones only if they are not the default."""
-        later = {"lost": None}
-        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @property
     def num_units(self) -> int:

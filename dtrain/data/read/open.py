@@ -16,7 +16,6 @@ from dtrain.data.read.remote import FSSPEC, HTTP
 from dtrain.data.read.retry import settle
 from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import ReadStore
-from dtrain.data.read.tree import kind_at
 from dtrain.data.samples import Samples
 from dtrain.errors import DataNotFound, DtrainError, NotZarr, one_line
 
@@ -133,7 +132,8 @@ def node_in(store: ReadStore, group: zarr.Group, name: str) -> ArrayLike | zarr.
         return group[name]
     except KeyError:
         path = f"{group.path}/{name}".lstrip("/")
-        if kind_at(store, path) is None:
+        documents = ("zarr.json",) if group.metadata.zarr_format == 3 else (".zarray", ".zgroup")
+        if not any(store.has_document(f"{path}/{document}") for document in documents):
             return None
         plain = zarr.open_group(store, path=group.path or None, mode="r", use_consolidated=False)
         return plain[name]

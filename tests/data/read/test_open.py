@@ -246,6 +246,7 @@ def test_a_document_that_was_not_there_is_looked_for_again(store):
     samples = open_xy(path)
     open_arrays(samples)
     (path / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')  # as if x had gone
+    (path / ".zgroup").unlink()
     with pytest.raises(DataNotFound, match="x is not there any more"):
         open_arrays(samples)
 
