@@ -124,7 +124,8 @@ def batches(
     Returns
     -------
     Batches
-        An iterator of objects with `inputs` (a tuple), `targets` (a tensor, or a tuple of several) and `size`.
+        An iterator of objects with `inputs` (a tuple), `targets` (a tensor, or a tuple of several) and `size`. Missing
+        labels of an integer target are class -100, which torch's losses of classes leave out.
 
     Raises
     ------
@@ -148,7 +149,7 @@ def batches(
     _check_start(seed, cursor, replica, replicas)
     samples = _read_by(samples, reader)
     config = samples.config
-    if config.missing == "error":
+    if config.missing in ("auto", "error"):
         check_presence(samples)
     plan = _plan(samples, replicas, seed)
     partition = train_partitions(plan)[replica] if split == "train" else _whole(plan, split)

@@ -180,7 +180,7 @@ def read_plan(run: Path, job: Job) -> Resolved | None:
     """
     if not (run / PLAN).is_file():
         return None
-    _check_config(run, read_config_of(run), job)
+    _check_config(run, _with_old_default(run, job.config), job)
     read_json(run / ENV)  # it is not compared, but a run with a damaged file is not continued
     resolved = read_resolved(run)
     changed = [key for key, digest in job.code.items() if resolved.code.get(key) != digest]
@@ -195,6 +195,17 @@ def read_plan(run: Path, job: Job) -> Resolved | None:
     if job.held_out is not None and resolved.held_out is not None:
         check_kind(job.held_out.described, resolved.held_out)
     return resolved
+
+
+def _with_old_default(run: Path, new: TrainConfig) -> TrainConfig:
+    """Return a run's configuration; ``data.missing`` was "error" by default in runs that know of no filled chunks.
+
+    Such a run goes on under "auto": its plan.json says that no chunk may be filled.
+    """
+    old = read_config_of(run)
+    if (old.data.missing, new.data.missing) != ("error", "auto") or "filled" in read_json(run / PLAN):
+        return old
+    return old.model_copy(update={"data": old.data.model_copy(update={"missing": "auto"})})
 
 
 def _check_config(run: Path, old: TrainConfig, job: Job) -> None:

@@ -38,6 +38,20 @@ class RunStarted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChunksFilled:
+    """Chunks are not stored, and ``data.missing = "auto"`` fills them: at every start of a run, for each variable."""
+
+    path: str
+    """The store."""
+    variable: str
+    chunks: int
+    of: int
+    """How many the variable has, as far as it is read."""
+    value: float
+    """What stands for each of their values."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepsTaken:
     """A local task has made progress. Sent a few times a second at most; it may arrive twice, late, or not at all."""
 
@@ -109,6 +123,7 @@ class RunFinished:
 Event: TypeAlias = (
     ClusterOpening
     | RunStarted
+    | ChunksFilled
     | StepsTaken
     | RoundFinished
     | ReplicaRejected

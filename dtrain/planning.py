@@ -12,10 +12,12 @@ from dtrain.algorithm.plan import pass_size, samples_a_round, steps_a_round
 from dtrain.config.values import value_of
 from dtrain.data.plan.footprint import format_bytes
 from dtrain.data.plan.memory import MemoryBudget
+from dtrain.data.plan.missing import absence_of, stands_for
 from dtrain.data.plan.partition import JointPlan, eval_partitions
 from dtrain.data.plan.readers import choose_readers
 from dtrain.data.plan.summary import describe_plan
 from dtrain.data.plan.units import DataPlan
+from dtrain.data.samples import Samples
 from dtrain.job import Job
 from dtrain.prepare import open_runner
 from dtrain.runtime.spec import PlannedSource
@@ -56,6 +58,8 @@ class RunPlan:
     """Local steps a round, by replica."""
     samples: int
     """Samples a round, by all replicas."""
+    held_out: PlannedSource | None
+    """The store of ``data.val_path``."""
     held_out_samples: int | None
     """Samples of ``data.val_path``."""
     held_out_gaps: str
@@ -95,9 +99,9 @@ def plan_job(job: Job, *, full: bool = False) -> RunPlan:
     DtrainError
         Whatever would stop the run at its start.
     """
-    with open_runner(job, uuid.uuid4().hex[:8], most_units=ESTIMATE_UNITS, full=full) as (runner, resolved):
+    with open_runner(job, uuid.uuid4().hex[:8], most_units=ESTIMATE_UNITS, full=full, count=True) as (runner, resolved):
         initial = runner.initialise()
-        workers, sources = runner.num_workers, runner.spec.sources
+        workers, sources, held_out = runner.num_workers, runner.spec.sources, runner.spec.held_out
     train, plan = job.config.train, resolved.plan
     sizes = [pass_size(size, train) for size in plan.sizes]
     steps = tuple(steps_a_round(size, train) for size in sizes)
@@ -116,6 +120,7 @@ def plan_job(job: Job, *, full: bool = False) -> RunPlan:
         initial=initial,
         steps=steps,
         samples=sum(samples_a_round(size, train) for size in sizes),
+        held_out=held_out,
         held_out_samples=_held_out_samples(resolved.held_out),
         held_out_gaps=resolved.gaps[-1] if resolved.held_out is not None else "",
         rounds=train.rounds,
@@ -142,6 +147,7 @@ def _choices(job: Job, stores: tuple[StorePlan, ...], device: str, workers: int)
     chosen = {
         "data.sample_dim": Choice(source.samples.sample_dim, "the first dimension that all variables share"),
         "data.split_order": Choice(*order),
+        "data.missing": _missing_choice(first.source.samples),
         "data.reader": _reader_choice(first),
         "data.memory": Choice(format_bytes(source.memory.limit), source.memory.what),
         "data.cache": Choice(
@@ -159,6 +165,16 @@ def _choices(job: Job, stores: tuple[StorePlan, ...], device: str, workers: int)
     if config.cluster.scheduler != "local":
         del chosen["cluster.workers"]
     return {key: choice for key, choice in chosen.items() if value_of(config, key) == "auto"}
+
+
+def _missing_choice(samples: Samples) -> Choice:
+    """Return what a chunk that is not stored stands for, by variable, and what it decodes to."""
+    judged = {"nan": "as data.non_finite says"}
+    absences = [(v, absence_of(samples, v)) for v in samples.variables]
+    values = ", ".join(f"{v.name} {judged.get(absence, absence)}" for v, absence in absences)
+    return Choice(
+        values, "by what a missing chunk decodes to: " + ", ".join(f"{v.name} {stands_for(v)}" for v, _ in absences)
+    )
 
 
 def _reader_choice(store: StorePlan) -> Choice:
@@ -196,6 +212,7 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
         "commit_bytes": plan.commit_bytes,
         "round_seconds": round(plan.round_seconds, 3),
         "checksums": plan.checksums,
+        "absent_chunks": absent_record(first.source),
         "normalize": {
             v.name: {"dims": v.mean_dims, "means": v.num_means}
             for v in first.source.samples.variables
@@ -213,10 +230,25 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
                 "workers": list(store.source.workers),
                 **store.counts,
                 "gaps": store.gaps,
+                "absent_chunks": absent_record(store.source),
             }
             for store in plan.stores
         ]
+    if plan.held_out is not None:
+        record["held_out_absent_chunks"] = absent_record(plan.held_out)
     return record
+
+
+def absent_record(source: PlannedSource) -> dict[str, dict[str, Any]]:
+    """Return, by variable, how many chunks are not stored, and what becomes of them."""
+    return {
+        name: {
+            "chunks": count.chunks,
+            "of": count.of,
+            "missing": absence_of(source.samples, source.samples.variable(name)),
+        }
+        for name, count in source.absent.items()
+    }
 
 
 def memory_record(budget: MemoryBudget) -> dict[str, Any]:

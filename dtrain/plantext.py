@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from dtrain.algorithm.plan import pass_size
 from dtrain.data.plan.footprint import format_bytes
+from dtrain.data.plan.missing import absence_of, stands_for
 from dtrain.job import Job
 from dtrain.planning import ESTIMATE_UNITS, RunPlan, StorePlan
+from dtrain.runtime.spec import PlannedSource
 
 
 def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
     """Return label and text of each line that a person reads."""
     train = job.config.train
     unchecked = [name for name, has in plan.checksums.items() if not has]
-    missing = {
-        "error": "all chunks are there",
-        "fill": "missing chunks read as fill value",
-        "skip": f"samples of missing chunks are left out ({_total(plan, 'absent_rows'):,} rows)",
-    }[job.config.data.missing]
+    absent = list(_absent_rows(plan))
+    checked = f"no checksums in {', '.join(unchecked)}" if unchecked else "all have checksums"
     return [
         *(row for store in plan.stores for row in _store_rows(job, plan, store)),
         *([("gaps of val_path", plan.held_out_gaps)] if plan.held_out_gaps else []),
-        ("chunks", missing + (f"; no checksums in {', '.join(unchecked)}" if unchecked else "; all have checksums")),
+        ("chunks", f"{'some are not stored' if absent else 'all chunks are there'}; {checked}"),
+        *(("not stored", text) for text in absent),
         ("continuing", _compared(plan)),
         (
             "model",
@@ -45,6 +45,28 @@ def _left_out(job: Job, plan: RunPlan) -> str:
     train, sizes = job.config.train, plan.data.sizes
     dropped = sum(size - pass_size(size, train) for size in sizes)
     return f"; train.drop_last leaves out {dropped:,} samples of each pass" if dropped else ""
+
+
+def _absent_rows(plan: RunPlan) -> Iterator[str]:
+    """Yield, by store and variable, how many chunks are not stored, and what becomes of them."""
+    stores = [*(store.source for store in plan.stores), *([plan.held_out] if plan.held_out is not None else [])]
+    for store in stores:
+        where = f" of {store.samples.path}" if len(stores) > 1 else ""
+        for name, count in store.absent.items():
+            yield f"{count.chunks:,} of {count.of:,} chunks of {name}{where} {_becomes(store, name)}"
+
+
+def _becomes(store: PlannedSource, name: str) -> str:
+    """Say what becomes of a chunk that is not stored, and which key decides it."""
+    variable, data = store.samples.variable(name), store.samples.config
+    match absence_of(store.samples, variable):
+        case "skip":
+            rows = sum(stop - start for start, stop in store.plan.absent)
+            return f'are left out, {rows:,} rows with those of all variables (data.missing = "skip")'
+        case "nan":
+            return f'read as NaN (data.non_finite = "{data.non_finite}")'
+        case _:
+            return f'read as {stands_for(variable)} (data.missing = "{data.missing}")'
 
 
 def _frozen(plan: RunPlan) -> str:
@@ -91,10 +113,6 @@ def _estimated(job: Job) -> str:
     if not job.config.data.normalize:
         return ""
     return f" (normalised by the first {ESTIMATE_UNITS} units of each partition)"
-
-
-def _total(plan: RunPlan, key: str) -> int:
-    return sum(store.counts[key] for store in plan.stores)
 
 
 def _seconds(seconds: float) -> str:

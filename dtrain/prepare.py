@@ -18,14 +18,26 @@ from dtrain.data.encoding import Scaling
 from dtrain.data.load.statistics import scalings_of
 from dtrain.data.plan.footprint import tables_bytes
 from dtrain.data.plan.memory import MemoryBudget, Reading, plan_memory
+from dtrain.data.plan.missing import AbsentChunks
 from dtrain.data.plan.partition import Partition, eval_partitions
+from dtrain.data.plan.splits import Runs
 from dtrain.data.plan.units import DataPlan
-from dtrain.data.read.presence import check_presence
+from dtrain.data.read.presence import Inventory, take_inventory
 from dtrain.data.samples import Samples
 from dtrain.errors import DataChanged, TooFewSamples
 from dtrain.events import StepsTaken
 from dtrain.job import Job
-from dtrain.resolve import Resolved, check_kind, contents_of, described, resolve
+from dtrain.resolve import (
+    Resolved,
+    absent_rows_of,
+    check_filled,
+    check_kind,
+    described,
+    filled,
+    labelled,
+    missing_labels,
+    resolve,
+)
 from dtrain.runtime.codebytes import sent
 from dtrain.runtime.place import Place, open_place
 from dtrain.runtime.runner import Runner
@@ -41,6 +53,8 @@ def open_runner(
     client: Client | None = None,
     most_units: int | None = None,
     full: bool = False,
+    count: bool = False,
+    without_lost: bool = False,
     on_progress: Callable[[StepsTaken], None] | None = None,
 ) -> Iterator[tuple[Runner[Any], Resolved]]:
     """Open the place that the configuration names, and give a runner with all that decides bits.
@@ -58,6 +72,10 @@ def open_runner(
         Units of each partition that ``data.normalize`` reads, for an estimate; by default all of them.
     full : bool
         Look for missing chunks in every shard, also of remote stores with very many.
+    count : bool
+        Count the missing chunks also where ``data.missing`` is ``fill`` or ``skip``.
+    without_lost : bool
+        Evaluate without the rows that are not stored any more, where ``data.missing`` is ``skip``.
     on_progress : callable, optional
         Called with the progress of the pass for ``data.normalize``.
 
@@ -71,13 +89,15 @@ def open_runner(
         The data are not those of the run's first start.
     """
     with open_place(job.config.cluster, job.base, client) as place:
-        job = described(job, place)
+        labels = missing_labels(job.config.train) if known is None else known.labels
+        job = labelled(described(job, place), labels)
         resolved = known or resolve(job, place)
         _check_passes(job.config.train, resolved.plan.sizes)
-        _check_data(job, resolved, place, started=known is not None, full=full)
+        resolved, absent = _compared(job, resolved, place, started=known is not None, full=full, count=count)
         if resolved.scalings or not job.config.data.normalize:
-            job = _standardised(job, resolved.scalings)
-        planned = _planned_sources(job, resolved, place)
+            job = labelled(_standardised(job, resolved.scalings), labels)
+        lost = tuple(absent_rows_of(source, place) if without_lost else () for source in job.all_sources)
+        planned = _planned_sources(job, resolved, place, absent, lost)
         with sent(job.functions, job.base) as code:
             if job.config.data.normalize and not resolved.scalings:
                 with place.runner(_spec(job, resolved, f"{run_id}-n", planned, code)) as runner:
@@ -106,24 +126,37 @@ def _check_passes(train: TrainTable, sizes: Sequence[int]) -> None:
             )
 
 
-def _check_data(job: Job, resolved: Resolved, place: Place, *, started: bool, full: bool) -> None:
-    """Refuse missing chunks; where a run was `started` before, also other metadata and modified chunks."""
+def _compared(
+    job: Job, resolved: Resolved, place: Place, *, started: bool, full: bool, count: bool
+) -> tuple[Resolved, tuple[Mapping[str, AbsentChunks], ...]]:
+    """Look for what the stores hold: refuse missing chunks that are faults, and stores other than at the first start.
+
+    Returns what is resolved, and by store and variable the missing chunks that are no fault.
+    """
     if started:
         for source, plan in zip(job.sources, resolved.plan.plans, strict=True):
             check_kind(source.described, plan)
-    for number, source in enumerate(job.all_sources):
-        if source.described.config.missing == "error":
-            looked_up = number < len(resolved.contents) and source.described.store.is_local  # for the digest
-            place.call(source, partial(check_presence, source.described, full=full, objects=not looked_up))
-    if started:
-        for source, before in zip(job.all_sources, resolved.contents, strict=False):
-            _check_contents(source, before, place)
+    digests, found = not started or bool(resolved.contents), []
+    for source in job.all_sources:
+        presence = count or source.described.config.missing in ("auto", "error")
+        look = partial(take_inventory, source.described, full=full, digests=digests, presence=presence)
+        found.append(place.call(source, look))
+    absent = tuple(inventory.absent for inventory in found)
+    fills = tuple(filled(*store) for store in zip(job.all_sources, absent, strict=True))
+    if not started:
+        return replace(resolved, contents=tuple(inventory.digests for inventory in found), filled=fills), absent
+    for source, digests_before, inventory in zip(job.all_sources, resolved.contents, found, strict=False):
+        _check_contents(source, digests_before, inventory)
+    if resolved.filled is not None:
+        were = (*resolved.filled, *({} for _ in fills[len(resolved.filled) :]))
+        for source, now, before in zip(job.all_sources, fills, were, strict=True):
+            check_filled(source, now, before)
+    return resolved, absent
 
 
-def _check_contents(source: Source, before: Mapping[str, str], place: Place) -> None:
+def _check_contents(source: Source, before: Mapping[str, str], now: Inventory) -> None:
     """Refuse a store that has been modified since the run's first start."""
-    now = place.call(source, partial(contents_of, source.described))
-    changed = [name for name, digest in before.items() if now.get(name, digest) != digest]
+    changed = [name for name, digest in before.items() if now.digests.get(name, digest) != digest]
     if changed:
         raise DataChanged(
             f"{source.described.path}: chunks of {', '.join(changed)} have been modified since the run was started.",
@@ -153,15 +186,22 @@ def _spec(job: Job, resolved: Resolved, run_id: str, planned: _Planned, code: by
     )
 
 
-def _planned_sources(job: Job, resolved: Resolved, place: Place) -> _Planned:
+def _planned_sources(
+    job: Job,
+    resolved: Resolved,
+    place: Place,
+    absent: tuple[Mapping[str, AbsentChunks], ...],
+    lost: tuple[Runs, ...],
+) -> _Planned:
     sources = []
     stores, parts = resolved.plan.stores, resolved.plan.partitions
     for number, (source, plan) in enumerate(zip(job.sources, resolved.plan.plans, strict=True)):
         own = list(compress(parts, (store == number for store in stores)))
-        sources.append(PlannedSource(source, plan, _budget(job, source, own, resolved.held_out, place)))
+        budget = _budget(job, source, own, resolved.held_out, place)
+        sources.append(PlannedSource(source, plan, budget, absent[number], lost[number]))
     held_out = None
     if job.held_out is not None and resolved.held_out is not None:
-        held_out = PlannedSource(job.held_out, resolved.held_out, sources[0].memory)
+        held_out = PlannedSource(job.held_out, resolved.held_out, sources[0].memory, absent[-1], lost[-1])
     return _Planned(tuple(sources), held_out)
 
 

@@ -10,15 +10,18 @@ from typing import Any
 
 import torch
 
-from dtrain.config.schema import DataConfig
+from dtrain.config.names import LABEL_LOSSES, LOSSES, METRICS
+from dtrain.config.schema import DataConfig, TrainTable
 from dtrain.data.coordinate import Gaps, find_gaps
 from dtrain.data.encoding import Scaling
 from dtrain.data.paths import identity
 from dtrain.data.plan.evaluation import StoreOfRun
+from dtrain.data.plan.missing import AbsentChunks, absence_of
 from dtrain.data.plan.partition import JointPlan, count_units, plan_data, plan_held_out
+from dtrain.data.plan.splits import Runs
 from dtrain.data.plan.units import DataPlan
-from dtrain.data.read.presence import absent_rows, content_digest
-from dtrain.data.samples import Coordinate, Samples
+from dtrain.data.read.presence import absent_rows
+from dtrain.data.samples import Coordinate, MissingLabels, Samples
 from dtrain.data.source import describe
 from dtrain.errors import ClusterUnsuitable, DataChanged, InvalidConfig, LengthsDiffer, RunConflict
 from dtrain.job import Job
@@ -28,6 +31,14 @@ from dtrain.runtime.spec import Source
 VERSION = 2
 """Of plan.json. A key that is added later is optional, with the behaviour of before as its default; a change that an
 older dtrain would misread raises the version."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """Chunks of a variable that are not stored, and the value that stands for each of theirs."""
+
+    chunks: int
+    value: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +57,10 @@ class Resolved:
     """By config key: SHA-256 of the source text of a function of the user's."""
     gaps: tuple[str, ...] = ()
     """By store: what a person is told about jumps of its coordinate; only at the first start."""
+    labels: MissingLabels = "nan"
+    """What a value stands for that marks a missing label."""
+    filled: tuple[Mapping[str, Filled], ...] | None = ()
+    """By store and variable: the missing chunks that ``data.missing = "auto"`` fills; None: they are not compared."""
 
 
 def described(job: Job, place: Place) -> Job:
@@ -60,7 +75,9 @@ def _described(source: Source, job: Job, place: Place) -> Source:
 
 
 def resolve(job: Job, place: Place) -> Resolved:
-    """Resolve a first start; ``replicas = "auto"`` and ``device = "auto"`` look at the workers, nothing else does.
+    """Resolve a first start, but for the stores' contents.
+
+    ``replicas = "auto"`` and ``device = "auto"`` look at the workers, nothing else does.
 
     Raises
     ------
@@ -73,21 +90,61 @@ def resolve(job: Job, place: Place) -> Resolved:
     plans = tuple(_plan(source, found.jumps, job, place) for source, found in zip(job.sources, gaps, strict=False))
     held_out = _held_out(job, gaps[-1].jumps, place, plans[0])
     device = _device(job, place)
-    contents = tuple(place.call(source, partial(contents_of, source.described)) for source in job.all_sources)
     return Resolved(
         plan=JointPlan(plans),
         held_out=held_out,
         scalings={},
         device=device,
-        contents=contents,
+        contents=(),
         code=job.code,
         gaps=tuple(found.text for found in gaps),
+        labels=missing_labels(job.config.train),
     )
 
 
-def contents_of(samples: Samples) -> dict[str, str]:
-    """Return a digest of what is stored, by variable; of a local store, all objects have been looked up then."""
-    return content_digest(samples, complete=samples.config.missing == "error")
+def missing_labels(train: TrainTable) -> MissingLabels:
+    """Return what a value stands for that marks a missing label: it must not be trained on as a number.
+
+    To a loss of the user's, -100 may be a class to leave out or a number, as the other values are.
+    """
+    numbers = any(name in METRICS and not METRICS[name].of_labels for name in train.metrics)
+    if numbers or (train.loss in LOSSES and train.loss not in LABEL_LOSSES):
+        return "nan"
+    return "ignored" if train.loss in LABEL_LOSSES else "refused"
+
+
+def labelled(job: Job, missing: MissingLabels) -> Job:
+    """Return the job with another meaning of the values that mark missing labels."""
+    sources = tuple(replace(source, samples=source.described.labelled(missing)) for source in job.sources)
+    held_out = job.held_out and replace(job.held_out, samples=job.held_out.described.labelled(missing))
+    return replace(job, sources=sources, held_out=held_out)
+
+
+def filled(source: Source, absent: Mapping[str, AbsentChunks]) -> dict[str, Filled]:
+    """Return, by variable of a store, the missing chunks that ``data.missing = "auto"`` fills."""
+    samples = source.described
+    if samples.config.missing != "auto":
+        return {}
+    counted = ((samples.variable(name), count) for name, count in absent.items())
+    return {v.name: Filled(count.chunks, v.absent_value) for v, count in counted if absence_of(samples, v) == "fill"}
+
+
+def check_filled(source: Source, now: Mapping[str, Filled], before: Mapping[str, Filled]) -> None:
+    """Refuse a store of which other chunks are filled than when the run was started."""
+    changed = [name for name in {**before, **now} if now.get(name) != before.get(name)]
+    if changed:
+        said = [f"{one.chunks:,}" if (one := some.get(changed[0])) else "none" for some in (now, before)]
+        raise DataChanged(
+            f"{source.described.path}: of the chunks of {changed[0]}, {said[0]} are missing and filled; {said[1]} were "
+            "when the run was started.",
+            "Restore the data, or train under another --run NAME.",
+        )
+
+
+def absent_rows_of(source: Source, place: Place) -> Runs:
+    """Return the rows of a store that ``data.missing = "skip"`` leaves out."""
+    samples = source.described
+    return place.call(source, partial(absent_rows, samples)) if samples.config.missing == "skip" else ()
 
 
 def _gaps(source: Source, place: Place) -> Gaps:
@@ -101,12 +158,7 @@ def _held_out(job: Job, jumps: str, place: Place, like: DataPlan) -> DataPlan | 
     if job.held_out is None:
         return None
     samples = job.held_out.described
-    return plan_held_out(samples, like, absent=_absent(job.held_out, place), jumps=jumps)
-
-
-def _absent(source: Source, place: Place) -> tuple[tuple[int, int], ...]:
-    samples = source.described
-    return place.call(source, partial(absent_rows, samples)) if samples.config.missing == "skip" else ()
+    return plan_held_out(samples, like, absent=absent_rows_of(job.held_out, place), jumps=jumps)
 
 
 def _plan(source: Source, jumps: str, job: Job, place: Place) -> DataPlan:
@@ -115,7 +167,7 @@ def _plan(source: Source, jumps: str, job: Job, place: Place) -> DataPlan:
         replicas = source.replicas
     else:
         replicas = min(place.num_workers, count_units(samples)) if wanted == "auto" else wanted
-    seed, absent = job.config.train.seed, _absent(source, place)
+    seed, absent = job.config.train.seed, absent_rows_of(source, place)
     return plan_data(samples, replicas=replicas, seed=seed, absent=absent, jumps=jumps)
 
 
@@ -222,6 +274,8 @@ def to_json(job: Job, resolved: Resolved) -> dict[str, Any]:
         "device": resolved.device,
         "normalize": {name: asdict(scaling) for name, scaling in resolved.scalings.items()},
         "contents": [dict(content) for content in resolved.contents],
+        "labels": resolved.labels,
+        "filled": [{name: asdict(one) for name, one in store.items()} for store in resolved.filled or ()],
         "torch": torch.__version__,
         "code": dict(resolved.code),
     }
@@ -251,6 +305,8 @@ def from_json(values: Mapping[str, Any]) -> Resolved:
         scalings=scalings,
         device=values["device"],
         contents=tuple(values.get("contents", ())),
+        labels=values.get("labels", "nan"),
+        filled=tuple({name: Filled(**one) for name, one in store.items()} for store in values.get("filled", ())),
         code=values["code"],
     )
 

@@ -175,7 +175,7 @@ class Run:
         client = None if isinstance(cluster, str) else cluster
         if isinstance(cluster, str):
             job = replace(job, config=with_scheduler(job.config, cluster))
-        with open_runner(job, uuid.uuid4().hex[:8], known=known, client=client) as (runner, _):
+        with open_runner(job, uuid.uuid4().hex[:8], known=known, client=client, without_lost=True) as (runner, _):
             sums = runner.evaluate(params, cut)
         if sums is None:
             raise TooFewSamples(f'The split "{split}" holds no samples.', "Choose another --split.")
@@ -186,7 +186,7 @@ class Run:
         data, base = self.config.data, self.base
         job = self._job(open_sources(data, base), held_out_source(data, base))
         # data that were modified since the start may be evaluated: their contents are not compared
-        return job, replace(self.resolved, contents=()), split
+        return job, replace(self.resolved, contents=(), filled=None), split
 
     def _given(self, samples: Samples, split: SplitName) -> tuple[Job, Resolved, SplitName]:
         """Return what evaluates a split of given samples."""
@@ -203,7 +203,7 @@ class Run:
         plan, cut = plan_evaluation(
             samples, split, known.plan.plans, known.held_out, store, jumps=find_gaps(samples).jumps
         )
-        known = replace(known, plan=JointPlan((plan,)), held_out=None, contents=())
+        known = replace(known, plan=JointPlan((plan,)), held_out=None, contents=(), filled=None)
         return self._job((source_of(samples),), None), known, cut
 
     def _job(self, sources: tuple[Source, ...], held_out: Source | None) -> Job:

@@ -18,6 +18,7 @@ from dtrain.data.samples import Samples
 from dtrain.directory import make_directory, next_run_directory, read_plan, run_directory, write_run
 from dtrain.errors import DataChanged, RunDamaged, Stopped
 from dtrain.events import (
+    ChunksFilled,
     ClusterOpening,
     Event,
     ReplicaRejected,
@@ -33,7 +34,7 @@ from dtrain.lock import locked
 from dtrain.prepare import open_runner
 from dtrain.report.history import read_rows
 from dtrain.report.journal import HISTORY, cut_history, journal
-from dtrain.resolve import Resolved
+from dtrain.resolve import Resolved, filled
 from dtrain.rounds import initial_state, rounds
 from dtrain.run import Run, with_scheduler
 from dtrain.runtime.place import PLACES
@@ -107,6 +108,8 @@ def _train(
         state = state or initial_state(runner, job.config, _init_file(job))
         write_run(opened.directory, job, resolved)
         tell(_started(opened, state, runner))
+        for event in _filled(runner):
+            note(event)
         runner.on_progress = tell
 
         def is_over() -> bool:
@@ -168,6 +171,15 @@ def _started(run: Run, state: TrainState, runner: Runner[Held]) -> RunStarted:
         workers=runner.num_workers,
         dashboard=runner.dashboard,
     )
+
+
+def _filled(runner: Runner[Held]) -> Iterator[ChunksFilled]:
+    """Yield the chunks that are not stored and are filled, by store and variable."""
+    stores = runner.spec.sources if runner.spec.held_out is None else (*runner.spec.sources, runner.spec.held_out)
+    for store in stores:
+        for name, one in filled(store.source, store.absent).items():
+            of = store.absent[name].of
+            yield ChunksFilled(path=store.samples.path, variable=name, chunks=one.chunks, of=of, value=one.value)
 
 
 def _finished(run: Run, reason: Literal["max_time"] | None) -> RunFinished:

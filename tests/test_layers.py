@@ -31,7 +31,7 @@ BELOW: dict[str, set[str]] = {
     "data/cf": {"data/encoding", "errors"},
     "data/paths": {"data/read", *CORE, "errors"},
     "data/dataset": {"data/paths", "data/read", *CORE, "errors"},
-    "data/coordinate": {"data/cf", "data/plan", "data/read", *CORE, "errors"},
+    "data/coordinate": {"data/cf", "data/dataset", "data/plan", "data/read", *CORE, "errors"},
     "data/source": {
         "data/cf",
         "data/coordinate",
@@ -69,10 +69,10 @@ BELOW: dict[str, set[str]] = {
 
 FENCED = {
     "torch": {"algorithm", "statefiles", "runtime", "job", "resolve", "run", "trainer"},
-    "zarr": {"data/read", "data/coordinate", "data/dataset", "data/source"},
+    "zarr": {"data/read", "data/dataset"},
     "dask": {"runtime"},
     "distributed": {"runtime", "prepare", "run", "batching", "trainer"},
-    "xarray": {"data/cf", "data/coordinate", "data/dataset", "data/source", "report", "run"},
+    "xarray": {"data/cf", "report", "run"},
     "rich": {"report"},
     "typer": set(),
 }

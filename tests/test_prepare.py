@@ -48,7 +48,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count(footprint, "choose_readers", "readers chosen for a budget")
     count(units, "choose_readers", "readers chosen to open")
     count(prepare, "resolve")
-    count(prepare, "check_presence")
+    count(prepare, "take_inventory")
     return counts
 
 
@@ -70,7 +70,7 @@ def test_nothing_is_computed_twice_on_the_way_to_the_first_round(
         "readers chosen to open": 1,
         "readers chosen for a budget": 2,  # that of training and that of evaluation
         "resolve": 1,
-        "check_presence": 1,
+        "take_inventory": 1,
     }
 
 

@@ -96,9 +96,15 @@ def huber(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.huber_loss(*_alike(outputs, targets, "huber"))
 
 
-def bce(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Binary cross entropy; the outputs are logits."""
-    return F.binary_cross_entropy_with_logits(*_alike(outputs, targets, "bce"))
+def bce(outputs: torch.Tensor, targets: torch.Tensor) -> Value:
+    """Binary cross entropy; the outputs are logits; integer targets of -100 are left out."""
+    logits, wanted = _alike(outputs, targets, "bce")
+    counted = targets != IGNORED_CLASS
+    if targets.is_floating_point() or bool(counted.all()):
+        return F.binary_cross_entropy_with_logits(logits, wanted)
+    total = F.binary_cross_entropy_with_logits(logits[counted], wanted[counted], reduction="sum")
+    each = targets.numel() / len(targets)  # terms of a sample: means of other batches count samples
+    return total / each, int(counted.sum()) / each
 
 
 def cross_entropy(

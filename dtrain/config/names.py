@@ -15,6 +15,8 @@ IGNORED_CLASS = -100
 """A target of this class counts neither in the loss nor in metrics, as in torch."""
 
 LOSSES = ("mse", "mae", "huber", "cross_entropy", "bce")
+LABEL_LOSSES = ("cross_entropy", "bce")
+"""The losses whose targets are labels: they leave out `IGNORED_CLASS`, which is a number like any other to the rest."""
 SCHEDULES = ("constant", "cosine", "linear")
 
 
@@ -25,14 +27,16 @@ class MetricFacts:
     higher_is_better: bool = False
     from_loss: bool = False
     """It is a function of the mean loss, and needs no pass over the outputs of its own."""
+    of_labels: bool = False
+    """It leaves out `IGNORED_CLASS`."""
 
 
 METRICS = {
-    "accuracy": MetricFacts(higher_is_better=True),
+    "accuracy": MetricFacts(higher_is_better=True, of_labels=True),
     "mse": MetricFacts(),
     "mae": MetricFacts(),
-    "perplexity": MetricFacts(from_loss=True),
-    "bits_per_byte": MetricFacts(from_loss=True),
+    "perplexity": MetricFacts(from_loss=True, of_labels=True),
+    "bits_per_byte": MetricFacts(from_loss=True, of_labels=True),
 }
 
 

@@ -112,7 +112,7 @@ class DataConfig(Table):
     partition: Literal["stratified", "contiguous"] = "stratified"
     normalize: tuple[str, ...] | dict[str, tuple[str, ...]] = ()
     transform: str = ""
-    missing: Literal["error", "fill", "skip"] = "error"
+    missing: Literal["auto", "error", "fill", "skip"] = "auto"
     non_finite: Literal["error", "allow"] = "error"
     shuffle: Bool = True
     memory: Size = "auto"

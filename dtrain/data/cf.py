@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import math
+import struct
 import warnings
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -18,14 +21,17 @@ Attributes: TypeAlias = Mapping[Any, Any]
 PACKING = ("scale_factor", "add_offset")
 TIME_ATTRIBUTES = ("units", "calendar")
 TIME_UNITS = {"D": "days", "h": "hours", "m": "minutes", "s": "seconds", "ms": "milliseconds", "us": "microseconds"}
-CF_ATTRIBUTES = (*PACKING, "_FillValue", "missing_value", "_Unsigned")
+MARKS = ("_FillValue", "missing_value")
+CF_ATTRIBUTES = (*PACKING, *MARKS, "_Unsigned")
 
 
-def encoding_of(name: str, attributes: Attributes, dtype: DType, *, zarr_format: int) -> Encoding | None:
+def encoding_of(path: str, name: str, attributes: Attributes, dtype: DType, *, zarr_format: int) -> Encoding | None:
     """Return how a variable is packed; None if values are stored unpacked.
 
     Parameters
     ----------
+    path : str
+        Names the store in errors.
     name : str
     attributes : mapping
         The attributes of the variable, undecoded.
@@ -38,17 +44,22 @@ def encoding_of(name: str, attributes: Attributes, dtype: DType, *, zarr_format:
     UnsuitableVariable
         The attributes cannot be understood.
     """
-    attributes = {key: attributes[key] for key in CF_ATTRIBUTES if key in attributes}
-    packed = any(key in attributes for key in PACKING)
-    if zarr_format == 2 and not packed and attributes.get("_FillValue") == 0:
+    given = {key: attributes[key] for key in CF_ATTRIBUTES if key in attributes}
+    packed = any(key in given for key in PACKING)
+    if zarr_format == 2 and not packed and given.get("_FillValue") == 0:
         # zarr itself writes this fill value for a v2 array: it says nothing about missing values
-        del attributes["_FillValue"]
-    if not attributes:
-        return None
+        del given["_FillValue"]
     try:
-        encoding = _encoding(name, attributes, dtype)
+        marks = {key: _numbers(key, given.pop(key), dtype) for key in MARKS if key in given}
+        given |= {key: numbers[0] if len(numbers) == 1 else numbers for key, numbers in marks.items() if numbers}
+        if not given:
+            return None
+        encoding = _encoding(name, given, dtype)
     except Exception as error:
-        raise UnsuitableVariable(f"{name}: its CF attributes cannot be understood: {error}") from None
+        raise UnsuitableVariable(
+            f"{path}: {name}: its CF attributes cannot be understood: {error}",
+            f"Write {', '.join((*PACKING, *MARKS))} as numbers (array.attrs in zarr), or remove them.",
+        ) from None
     if not packed and not encoding.unsigned and all(v != v for v in encoding.missing):
         return None  # NaN marks NaN
     return encoding
@@ -123,17 +134,44 @@ def _other_signs(attributes: Attributes, dtype: DType) -> str:
 
 def _marks(attributes: Attributes, dtype: DType, unsigned: str) -> tuple[float, ...]:
     """Return the stored values that mark a missing one."""
-    fill, missing = (_numbers(attributes.get(key)) for key in ("_FillValue", "missing_value"))
+    fill, missing = (_listed(attributes.get(key)) for key in MARKS)
     if unsigned:  # the fill value is meant as it is stored, with other signs
         bits = 8 * dtype.itemsize
-        wrapped = [int(v) % 2**bits for v in fill]
+        wrapped = [int(v) % 2**bits for v in fill if math.isfinite(v)]
         fill = [v - 2**bits if unsigned[0] == "i" and v >= 2 ** (bits - 1) else v for v in wrapped]
     return tuple(dict.fromkeys([*fill, *missing]))
 
 
-def _numbers(value: Any) -> list[float]:
-    numbers = [] if value is None else np.atleast_1d(np.asarray(value)).tolist()
-    return [v if isinstance(v, int) else float(v) for v in numbers]  # float64 does not hold all int64
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _numbers(key: str, value: Any, dtype: DType) -> list[float]:
+    """Return the numbers of an attribute that marks missing values: one, a list of them, or none (null)."""
+    plain = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+    return [_mark(key, item, dtype) for item in _listed(plain) if item is not None]
+
+
+def _mark(key: str, value: Any, dtype: DType) -> float:
+    """Return a number as whoever wrote the attribute meant it.
+
+    xarray writes the ``_FillValue`` of floats in Zarr v3 as 8 bytes in base64; others write numbers, or words as "NaN".
+    """
+    if isinstance(value, int):  # float64 does not hold all int64
+        return value
+    packed = _bytes(value) if dtype.kind == "f" else b""
+    try:
+        return float(struct.unpack("<d", packed)[0]) if len(packed) == 8 else float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{key} = {value!r} is not a number") from None
+
+
+def _bytes(value: Any) -> bytes:
+    """Return what a text in base64 holds; nothing if it is no such text."""
+    try:
+        return base64.b64decode(value, validate=True) if isinstance(value, str) else b""
+    except ValueError:
+        return b""
 
 
 def _number(key: str, value: Any) -> int | float:

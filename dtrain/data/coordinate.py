@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
-import zarr
-from xarray.backends.zarr import FillValueCoder
 
 from dtrain.data.cf import CF_ATTRIBUTES, TIME_ATTRIBUTES, encoding_of, step_text, texts_of
+from dtrain.data.dataset import NamedArray, find_named
 from dtrain.data.encoding import Array, DType, is_missing
 from dtrain.data.plan.gaps import (
     KEPT_STEPS,
@@ -26,15 +24,14 @@ from dtrain.data.plan.gaps import (
     too_many,
 )
 from dtrain.data.plan.hashing import Ints
-from dtrain.data.read.faults import Faults
+from dtrain.data.read.faults import Faults, chunk_missing
 from dtrain.data.read.open import open_arrays
 from dtrain.data.read.presence import absent_chunks
-from dtrain.data.read.retry import settle
 from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import ReadStore
 from dtrain.data.read.zarr import ZarrReader, best_settings
 from dtrain.data.samples import Coordinate, Samples, Variable
-from dtrain.errors import CoordinateJumps, StoreUnavailable, UnsuitableVariable, one_line
+from dtrain.errors import CoordinateJumps, DtrainError, StoreUnavailable, UnsuitableVariable, one_line
 
 BLOCK_ROWS = 1 << 18
 """About so many rows are read at once."""
@@ -55,35 +52,33 @@ class Gaps:
 # Described ------------------------------------------------------------------------------------------------
 
 
-def coordinate_of(samples: Samples, group: zarr.Group) -> Coordinate | str:
+def coordinate_of(samples: Samples, store: ReadStore) -> Coordinate | str:
     """Return the coordinate that has to be read, or why it cannot be; an empty text if it need not be."""
     if not samples.has_windows or samples.config.gaps == "allow":
         return ""
     name = samples.sample_dim
     try:
-        array = group[name]
-    except KeyError:
-        return f"{name} has no coordinate"
+        named = find_named(store, samples.config.group, name)
     except StoreUnavailable:
         raise
-    except Exception as error:  # a dtype or codec that zarr does not know, or a server that hides what is not there
-        settle()
+    except DtrainError as error:  # a dtype or codec that zarr does not know, or a server that hides what is not there
         return f"the coordinate {name} cannot be opened: {one_line(error)}"
-    if not isinstance(array, zarr.Array):
+    if named is None:
         return f"{name} has no coordinate"
-    rows, dims = samples.moving[0].shape[samples.moving[0].sample_axis], _dims(array)
-    if array.shape != (rows,) or dims not in (None, (name,)):
+    rows = samples.moving[0].shape[samples.moving[0].sample_axis]
+    if named.array.shape != (rows,) or named.dims != (name,):
         return f"{name} has no coordinate of one dimension"
-    dtype = np.dtype(array.dtype)
+    dtype = np.dtype(named.array.dtype)
     if dtype.kind not in "iufmM":
         return f"the coordinate {name} holds neither numbers nor dates ({dtype})"
-    return _described(name, array, dtype)
+    return _described(samples.path, name, named, dtype)
 
 
-def _described(name: str, array: ArrayLike, dtype: DType) -> Coordinate | str:
-    attributes = _attributes(array) if dtype.kind in "iuf" else {}
+def _described(path: str, name: str, named: NamedArray, dtype: DType) -> Coordinate | str:
+    array, known = named.array, (*CF_ATTRIBUTES, *TIME_ATTRIBUTES) if dtype.kind in "iuf" else ()
+    attributes = {key: named.attributes[key] for key in known if key in named.attributes}
     try:
-        encoding = encoding_of(name, attributes, dtype, zarr_format=array.metadata.zarr_format) if attributes else None
+        encoding = encoding_of(path, name, attributes, dtype, zarr_format=array.metadata.zarr_format)
     except UnsuitableVariable as error:
         return one_line(error)
     shape, chunks, objects = (
@@ -102,27 +97,6 @@ def _described(name: str, array: ArrayLike, dtype: DType) -> Coordinate | str:
         encoding=encoding,
     )
     return Coordinate(variable=variable, attributes=attributes)
-
-
-def _dims(array: ArrayLike) -> tuple[str, ...] | None:
-    """Return the names of an array's dimensions, if it has some."""
-    named = getattr(array.metadata, "dimension_names", None) or array.attrs.get("_ARRAY_DIMENSIONS")
-    return tuple(map(str, named)) if isinstance(named, list | tuple) else None
-
-
-def _attributes(array: ArrayLike) -> dict[str, object]:
-    """Return the CF attributes of an array, as xarray gives them."""
-    attributes: dict[str, object] = {}
-    for key in (*CF_ATTRIBUTES, *TIME_ATTRIBUTES):
-        if key in array.attrs:
-            attributes[key] = array.attrs[key]
-    if array.metadata.zarr_format == 2:
-        if array.fill_value is not None:
-            attributes["_FillValue"] = array.fill_value
-    elif isinstance(stored := attributes.get("_FillValue"), str):
-        with suppress(Exception):  # text of another kind: `encoding_of` tells it
-            attributes["_FillValue"] = FillValueCoder.decode(stored, np.dtype(array.dtype))
-    return {key: value for key, value in attributes.items() if value == value}  # NaN marks NaN
 
 
 # Read -----------------------------------------------------------------------------------------------------
@@ -192,7 +166,7 @@ class _CoordinateReader:
         with best_settings(both):
             store, arrays = open_arrays(both)
         store.watch(arrays[coordinate.variable.name])
-        if samples.config.missing == "error":
+        if samples.config.missing in ("auto", "error"):
             _check_presence(both, store, arrays, coordinate.variable)
         self._reader = ZarrReader(store, arrays, Faults(both, arrays))
         self._kept: list[Steps] | None = None
@@ -244,7 +218,7 @@ def _check_presence(samples: Samples, store: ReadStore, arrays: Mapping[str, Arr
     """Raise for a missing chunk of more than one row; of one row, zarr leaves it out if it holds the fill value."""
     for chunk in absent_chunks(samples, store, arrays, variable, full=True):
         if chunk.stop - chunk.start > 1:
-            raise chunk.error(samples.path)
+            raise chunk_missing(samples, variable, chunk.key, 1, chunk.inner)
 
 
 # Told -----------------------------------------------------------------------------------------------------

@@ -1,157 +1,286 @@
-"""Open a Zarr group as an undecoded xarray data set, also if it holds arrays that xarray or zarr cannot open."""
+"""The named arrays of a Zarr group, with their dimensions and attributes: no other array is opened.
+
+What xarray refuses in an array that nobody uses does not matter: dimensions, codec, dtype, fill value, damage.
+"""
 
 from __future__ import annotations
 
+import json
+import posixpath
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
-import xarray as xr
 import zarr
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
 
 from dtrain.data.paths import single_array
-from dtrain.data.read.open import any_group, unreadable_metadata
+from dtrain.data.read.kind import not_a_group
+from dtrain.data.read.open import any_group, node_in, unreadable_metadata
 from dtrain.data.read.retry import settle
 from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import ReadStore
-from dtrain.errors import DtrainError, InvalidConfig, LengthsDiffer, NotZarr, UnsuitableVariable, did_you_mean, one_line
+from dtrain.data.read.tree import arrays_named, nodes_in
+from dtrain.errors import (
+    DtrainError,
+    InvalidConfig,
+    LengthsDiffer,
+    NotZarr,
+    UnknownVariable,
+    UnsuitableVariable,
+    did_you_mean,
+    one_line,
+)
 
 UNSUPPORTED = ("nknown codec", "codec not available", "No Zarr data type", "An implementation for codec")
 """How zarr says that it lacks a codec, or knows no such dtype."""
+DIMENSIONS = "_ARRAY_DIMENSIONS"
+"""The attribute in which xarray names the dimensions of a Zarr v2 array."""
+MOST_NAMES = 20
+"""Names that a message lists."""
 
 
-def open_dataset(store: ReadStore, group: str, names: tuple[str, ...]) -> tuple[xr.Dataset, zarr.Group]:
-    """Return a group as xarray sees it, undecoded, and as zarr does.
+@dataclass(frozen=True, slots=True)
+class NamedArray:
+    """An array, as its metadata describe it to xarray."""
+
+    array: ArrayLike
+    dims: tuple[str, ...]
+    attributes: Mapping[str, Any]
+    """Undecoded; of a Zarr v2 array, the fill value is the attribute ``_FillValue``."""
+
+
+def open_named(store: ReadStore, group: str, names: tuple[str, ...]) -> dict[str, NamedArray]:
+    """Return the named arrays of a group; a name may be a path below the group.
 
     Parameters
     ----------
     store : ReadStore
     group : str
     names : tuple of str
-        The variables that are needed; all if empty. The others may be damaged, or of any shape.
 
     Raises
     ------
     NotZarr
-        There is no group of variables, or metadata cannot be read.
+        There is no group, or metadata that are needed cannot be read.
     InvalidConfig
         There is no such group in the store.
+    UnknownVariable
+        There is no such array in the group.
     LengthsDiffer, UnsuitableVariable
-        xarray or zarr cannot open a variable that is needed.
+        Arrays have dimensions of one name and different lengths, or cannot be read.
     """
-    store.members[group.strip("/")] = names
+    with _readable(store):
+        opened = _open_group(store, group)
+        nodes = {name: _node(store, opened, name) for name in names}
+    arrays = {name: node for name, node in nodes.items() if isinstance(node, NamedArray)}
+    for name, node in nodes.items():
+        if name not in arrays:
+            raise _unknown(store, group, name, list(arrays), is_group=node is not None)
+    _check_lengths(store.path, arrays)
+    return arrays
+
+
+def find_named(store: ReadStore, group: str, name: str) -> NamedArray | None:
+    """Return an array of a group; None if there is none of that name.
+
+    Raises
+    ------
+    NotZarr, UnsuitableVariable
+        It is there and cannot be read.
+    """
+    with _readable(store):
+        node = _node(store, _open_group(store, group), name)
+    return node if isinstance(node, NamedArray) else None
+
+
+def list_named(store: ReadStore) -> dict[str, NamedArray]:
+    """Return all arrays of the root group that can be opened and have named dimensions."""
+    arrays = {}
+    with _readable(store):
+        opened = _open_group(store, "")
+        for name in (name for name, kind in nodes_in(store, "").items() if kind == "array"):
+            try:
+                node = _node(store, opened, name)
+                if isinstance(node, NamedArray):
+                    arrays[name] = node
+            except (UnsuitableVariable, NotZarr):
+                pass  # it does no harm, as nobody uses it
+    return arrays
+
+
+@contextmanager
+def _readable(store: ReadStore) -> Iterator[None]:
+    """Turn the errors of zarr about a store into sentences, in this context."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a store without consolidated metadata is as good
         try:
-            return _open_dataset(store, group, names)
+            yield
         except DtrainError:
             raise
         except zarr.errors.ContainsArrayError:
             raise single_array(store.path) from None
         except zarr.errors.GroupNotFoundError:
-            raise NotZarr(f"{store.path} is not a Zarr group of variables.") from None
+            raise not_a_group(store.path) from None
         except Exception as error:  # broken metadata make zarr raise whatever its first wrong guess leads to
             settle()
-            text = one_line(error)
-            if "conflicting sizes" in text:
-                raise LengthsDiffer(f"{store.path}: variables differ in length: {text}.") from None
             raise NotZarr(
-                f"{store.path}: its Zarr metadata cannot be read: {text}", "Restore it from a copy of the store."
+                f"{store.path}: its Zarr metadata cannot be read: {one_line(error)}",
+                "Restore it from a copy of the store.",
             ) from None
-
-
-def _open_dataset(store: ReadStore, group: str, names: tuple[str, ...]) -> tuple[xr.Dataset, zarr.Group]:
-    opened = _open_group(store, group)
-    arrays, strange = _arrays_of(store, opened, names)
-    if strange:
-        store.hidden = frozenset(strange)
-        opened = zarr.open_group(store, path=group or None, mode="r", use_consolidated=False)
-    consolidated = False if strange else None
-    if unnamed := _without_dimensions(arrays, store.path, names):
-        # xarray would refuse the whole group for them: it opens the others one by one
-        backend = xr.backends.ZarrStore.open_group(store, group=group or None, mode="r", consolidated=consolidated)
-        others = [name for name in arrays if name not in unnamed]
-        return xr.Dataset({name: backend.open_store_variable(name) for name in others}), opened
-    dataset = xr.open_dataset(
-        store,  # type: ignore[arg-type]
-        engine="zarr",
-        group=group or None,
-        chunks=None,
-        decode_cf=False,
-        consolidated=consolidated,
-        drop_variables=[name for name in arrays if names and name not in names],  # they may have any shape
-    )
-    return dataset, opened
 
 
 def _open_group(store: ReadStore, name: str) -> zarr.Group:
     root = any_group(store, "")
-    if not name:
+    if not name.strip("/"):
         return root
-    if not isinstance(root.get(name.strip("/")), zarr.Group):
-        known = sorted(str(key) for key, _ in root.groups())
-        raise InvalidConfig(
-            f'data.group = "{name}": no such group in {store.path}{did_you_mean(name, known)}',
-            f"It has {', '.join(known) or 'no groups'}.",
-        )
-    return any_group(store, name)  # not from the root's consolidated metadata: they may be old
+    try:
+        return any_group(store, name)  # not from the root's consolidated metadata: they may be old
+    except (zarr.errors.GroupNotFoundError, zarr.errors.ContainsArrayError, FileNotFoundError):
+        known = sorted(found for found, kind in nodes_in(store, "").items() if kind == "group")
+    raise InvalidConfig(
+        f'data.group = "{name}": no such group in {store.path}{did_you_mean(name, known)}',
+        f"It has {_listed(known) or 'no groups'}.",
+    )
 
 
-def _arrays_of(store: ReadStore, group: zarr.Group, names: tuple[str, ...]) -> tuple[dict[str, ArrayLike], list[str]]:
-    """Return the arrays of a group, and the names of those that zarr cannot open: their dtype, a codec, or damage.
+def _node(store: ReadStore, group: zarr.Group, name: str) -> NamedArray | zarr.Group | None:
+    """Return what a group holds under a name; raise if it cannot be read.
 
-    Raises for an array of the second kind that is needed.
+    Raises
+    ------
+    UnsuitableVariable, NotZarr
     """
     try:
-        return dict(group.arrays()), []
+        node = node_in(store, group, name)
+        if not isinstance(node, zarr.Array):
+            return node
+        attributes = dict(node.attrs)
     except DtrainError:
         raise
-    except Exception:
+    except Exception as error:
         settle()
-    arrays: dict[str, ArrayLike] = {}
-    strange = []
-    for name in store.names(group.path):
-        try:
-            node = zarr.open(store, path=f"{group.path}/{name}".lstrip("/"), mode="r", use_consolidated=False)
-        except FileNotFoundError:
-            pass  # a file of the group itself
-        except DtrainError:
-            raise
-        except Exception as error:
-            _check_needed(store.path, name, error, names)
-            strange.append(name)
-        else:
-            if isinstance(node, zarr.Array):
-                arrays[name] = node
-    return arrays, strange
+        if any(text in str(error) for text in UNSUPPORTED):
+            raise UnsuitableVariable(
+                f"{store.path}: {name} cannot be read here: {one_line(error)}",
+                "If it is a codec: install the package that has it, here and on the workers. Else write the "
+                "variable with a dtype of numbers.",
+            ) from None
+        raise unreadable_metadata(store.path, name, error) from None
+    if node.metadata.zarr_format == 2 and node.fill_value is not None:
+        attributes["_FillValue"] = node.fill_value  # as xarray understands it
+    return NamedArray(node, _dimensions(store, name, node, attributes), attributes)
 
 
-def _check_needed(path: str, name: str, error: Exception, names: tuple[str, ...]) -> None:
-    """Raise for an array that zarr cannot open, if it is needed, or damaged where all arrays are listed."""
-    is_unsupported = any(text in str(error) for text in UNSUPPORTED)
-    if is_unsupported and name in names:
-        raise UnsuitableVariable(
-            f"{path}: {name} cannot be read here: {one_line(error)}",
-            "If it is a codec: install the package that has it, here and on the workers. Else write the "
-            "variable with a dtype of numbers.",
-        ) from None
-    if name in names or not (names or is_unsupported):
-        raise unreadable_metadata(path, name, error) from None
+def _check_lengths(path: str, arrays: Mapping[str, NamedArray]) -> None:
+    """Refuse arrays that have dimensions of one name and different lengths."""
+    lengths: dict[str, dict[str, int]] = {}
+    for name, named in arrays.items():
+        for dim, length in zip(named.dims, named.array.shape, strict=True):
+            if lengths.setdefault(dim, {}).setdefault(name, length) != length:
+                raise UnsuitableVariable(
+                    f"{path}: {name} has the dimension {dim} twice, with different lengths.",
+                    "Give its dimensions different names.",
+                )
+    for dim, by_name in lengths.items():
+        if len(set(by_name.values())) > 1:
+            texts = ", ".join(f"{name} has {length:,}" for name, length in by_name.items())
+            raise LengthsDiffer(
+                f"{path}: variables differ in length along {dim}: {texts}.",
+                "Dimensions of one name must have one length; rename one of them, or cut the longer variable.",
+            )
 
 
-def _without_dimensions(arrays: Mapping[str, ArrayLike], path: str, names: tuple[str, ...]) -> list[str]:
-    """Return the arrays without dimension names, which xarray would refuse together with all others."""
-    unnamed = [name for name, array in arrays.items() if not _has_dimensions(array)]
-    if needed := [name for name in names if name in unnamed]:
-        raise UnsuitableVariable(
-            f"{path}: {needed[0]} has no dimension names, so its sample dimension is unknown.",
-            "Write the store with xarray, or give the arrays dimension_names.",
+# Dimensions -----------------------------------------------------------------------------------------------
+
+
+def _dimensions(store: ReadStore, name: str, array: ArrayLike, attributes: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of an array's dimensions.
+
+    Raises
+    ------
+    UnsuitableVariable
+        It names none, or not as many as it has.
+    """
+    given = _given_dimensions(store, array, attributes)
+    if given is None and not array.ndim:
+        return ()
+    if isinstance(given, list | tuple) and len(given) == array.ndim:
+        return tuple(str(dim) if dim else f"{name} axis {axis}" for axis, dim in enumerate(given))
+    names = json.dumps(["sample", *(f"dim{axis}" for axis in range(1, array.ndim))])
+    raise UnsuitableVariable(
+        f"{store.path}: {name} has no dimension names, so its sample dimension is unknown."
+        if given is None
+        else f"{store.path}: {name} of shape {list(array.shape)} has the dimension names {json.dumps(given)}.",
+        f'Name each, for example zarr.open_group("{store.path}")["{array.path}"].attrs["{DIMENSIONS}"] = {names}; if '
+        "metadata are consolidated, run zarr.consolidate_metadata again.",
+    )
+
+
+def _given_dimensions(store: ReadStore, array: ArrayLike, attributes: Mapping[str, Any]) -> Any:
+    """Return the names of dimensions as they are stored; None if there are none."""
+    names = getattr(array.metadata, "dimension_names", None)
+    for given in (names, attributes.get(DIMENSIONS)):
+        if given is not None and not (isinstance(given, list | tuple) and given and not any(given)):
+            return given
+    return _netcdf_dimensions(store, array, attributes) if array.metadata.zarr_format == 2 else None
+
+
+def _netcdf_dimensions(store: ReadStore, array: ArrayLike, attributes: Mapping[str, Any]) -> Any:
+    """Return the names that the netCDF library writes into a Zarr v2 array of its own format, NCZarr."""
+    document = sync(store.get(f"{array.path}/.zarray", default_buffer_prototype()))
+    inside = {} if document is None else json.loads(document.to_bytes()).get("_NCZARR_ARRAY")
+    for described in (attributes.get("_nczarr_array"), attributes.get("_NCZARR_ARRAY"), inside):
+        if isinstance(described, Mapping):
+            references = described.get("dimension_references", described.get("dimrefs"))
+            if isinstance(references, list):
+                return [posixpath.basename(str(reference)) for reference in references]
+    return None
+
+
+# Names ----------------------------------------------------------------------------------------------------
+
+
+def _unknown(store: ReadStore, group: str, name: str, opened: list[str], *, is_group: bool) -> UnknownVariable:
+    """Return the error for a name that is no array of a group: the names that are, or where it lies."""
+    if is_group:
+        inside = sorted(
+            f"{name}/{found}" for found, kind in nodes_in(store, f"{group}/{name}").items() if kind == "array"
         )
-    return unnamed
+        return UnknownVariable(
+            f'{store.path}: "{name}" is a group, not a variable.', f"It holds {_listed(inside) or 'no variables'}."
+        )
+    known = sorted({*opened, *(found for found, kind in nodes_in(store, group).items() if kind == "array")})
+    message = f'{store.path}: variable "{name}" not found{did_you_mean(name, known)}'
+    if elsewhere := [path for path in arrays_named(store, name.rpartition("/")[2]) if path.strip("/")]:
+        return UnknownVariable(message, _way_to(group.strip("/"), elsewhere, opened))
+    if known or store.facts.can_list:
+        return UnknownVariable(message, f"It has {_listed(known) or 'no variables'}.")
+    return UnknownVariable(
+        message, "The server lists no variables: consolidate the metadata (zarr.consolidate_metadata) to see them."
+    )
 
 
-def _has_dimensions(array: ArrayLike) -> bool:
-    if not array.ndim and array.metadata.zarr_format == 3:
-        return True
-    if array.metadata.zarr_format == 3 and getattr(array.metadata, "dimension_names", None) is not None:
-        return True
-    return "_ARRAY_DIMENSIONS" in array.attrs or "_NCZARR_ARRAY" in array.attrs
+def _way_to(group: str, elsewhere: list[str], opened: list[str]) -> str:
+    """Say how an array of another group is named: by its path below ``data.group``."""
+    path = elsewhere[0]
+    found = f"{_listed(elsewhere)} {'has' if len(elsewhere) == 1 else 'have'} that name"
+    if not group:
+        whole = posixpath.dirname(path)
+        also = f', or set data.group = "{whole}" if all variables are there' if whole and not opened else ""
+        return f'{found}: write "{path}"{also}.'
+    if path.startswith(f"{group}/"):
+        return f'{found}: write "{path.removeprefix(f"{group}/")}".'
+    common = posixpath.commonpath([group, posixpath.dirname(path)])
+    names = [posixpath.relpath(one, common or ".") for one in (path, *(f"{group}/{name}" for name in opened))]
+    others = "".join(f', and "{name}" in place of {old}' for name, old in zip(names[1:], opened, strict=True))
+    return f'{found}: set data.group = "{common}" and write "{names[0]}"{others}.'
+
+
+def _listed(names: list[str]) -> str:
+    """Return names for a message, the first ones if they are many."""
+    more = len(names) - MOST_NAMES
+    return ", ".join(names[:MOST_NAMES]) + (f" and {more:,} more" if more > 0 else "")

@@ -32,6 +32,10 @@ class Encoding:
     """Stored values that mark a missing value; they decode to NaN."""
     unsigned: str = ""
     """Dtype with other signs as which stored integers are read; empty for the stored dtype."""
+    ignored: int | None = None
+    """What a missing value of a label decodes to: labels stay integers. None: NaN, and integers become floats."""
+    passes: bool = False
+    """True if a missing value is no fault: losses and metrics leave out the labels of `ignored`."""
 
     @property
     def is_packed(self) -> bool:
@@ -53,6 +57,10 @@ def unpack(values: Array, encoding: Encoding | None) -> Array:
         return values
     if encoding.unsigned:
         values = values.view(encoding.unsigned)
+    if encoding.ignored is not None:
+        labels: Array = values.astype(np.int64)
+        labels[is_missing(values, encoding)] = encoding.ignored
+        return labels
     is_half = encoding.is_packed and encoding.dtype == "float16"
     decoded = values.astype(np.float32 if is_half else encoding.dtype)
     if encoding.missing:
@@ -78,7 +86,7 @@ def is_missing(values: Array, encoding: Encoding) -> Array:
     for value in encoding.missing:
         if value != value:
             missing |= np.isnan(values)
-        elif values.dtype.kind in "iu" and values.dtype.itemsize == 8:
+        elif values.dtype.kind in "iu" and values.dtype.itemsize == 8 and encoding.ignored is None:
             missing |= values.astype(np.float64) == float(value)  # as xarray compares them
         elif (mark := _as_stored(value, values.dtype)) is not None:
             missing |= values == mark
@@ -87,12 +95,15 @@ def is_missing(values: Array, encoding: Encoding) -> Array:
 
 def _as_stored(value: float, dtype: DType) -> Array | None:
     """Cast a mark to the dtype; None if it cannot be represented, and no value is marked."""
+    if dtype.kind == "b":
+        return np.asarray(value, dtype) if value in (0, 1) else None
     if dtype.kind not in "iu":
         with np.errstate(over="ignore"):
             mark = np.asarray(value, dtype)
         return None if np.isinf(mark) and not np.isinf(value) else mark
     info = np.iinfo(dtype)
-    return np.asarray(int(value), dtype) if info.min <= value <= info.max and value == int(value) else None
+    fits = info.min <= value <= info.max and value == int(value)  # infinities are beyond
+    return np.asarray(int(value), dtype) if fits else None
 
 
 # Normalisation --------------------------------------------------------------------------------------------

@@ -11,7 +11,10 @@ from dtrain.data.read.open import kind_of, open_store
 from dtrain.data.read.store import ReadStore
 from dtrain.errors import NotZarr
 
-NAME_THE_GROUP = "Give the path of the group that it lies in, and its name in data.inputs or data.targets."
+NAME_THE_GROUP = (
+    "If it lies in a group, give the path of the group, and its name in data.inputs or data.targets; else write it "
+    "into one, with names for its dimensions."
+)
 
 
 def locate(path: str, base: Path, storage_options: StorageOptions = NO_OPTIONS) -> ReadStore:
@@ -36,8 +39,8 @@ def locate(path: str, base: Path, storage_options: StorageOptions = NO_OPTIONS) 
     if any(store.has_document(name) for name in METADATA_FILES):
         return store
     if store.has_document(".zarray"):
-        raise single_array(path)
-    raise kind.nothing_there(path)
+        raise single_array(store.path)
+    raise kind.nothing_there(store.path)
 
 
 ALIASES = {"s3a": "s3", "gcs": "gs"}

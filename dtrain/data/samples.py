@@ -8,14 +8,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from dtrain.config.names import IGNORED_CLASS
 from dtrain.config.schema import DataConfig, Offsets, Slice
-from dtrain.data.encoding import DType, Encoding, Scaling
+from dtrain.data.encoding import DType, Encoding, Scaling, unpack
 from dtrain.display import html_table
 
+MissingLabels: TypeAlias = Literal["ignored", "refused", "nan"]
+"""A missing label is the ignored class; the same, but a fault unless ``data.non_finite`` is "allow"; or NaN."""
 Select: TypeAlias = tuple[tuple[int, int, int], ...]
 """Start, stop and step along each dimension of a stored array; never empty."""
 
@@ -83,6 +86,10 @@ class Variable:
     """How values are packed; None if they are stored as they are."""
     chunk_format: ChunkFormat = ChunkFormat()
     """Decides who can read the variable, and nothing else; not part of the fingerprint."""
+    fill_value: float | None = 0
+    """The stored value that Zarr gives for a chunk which is not stored; None: NaN. Not part of the fingerprint."""
+    means_bool: bool = False
+    """True for integers that xarray reads as bools (their attribute ``dtype``). Not part of the fingerprint."""
     mean_axes: tuple[int, ...] | None = None
     """The axes of a row of which each index has a mean of its own (``data.normalize``); none: one mean of all values.
 
@@ -137,7 +144,19 @@ class Variable:
     @property
     def decoded_dtype(self) -> DType:
         """Dtype of unpacked values."""
-        return np.dtype(self.encoding.dtype if self.encoding else self.dtype)
+        if self.encoding is None:
+            return np.dtype(self.dtype)
+        if self.encoding.ignored is not None:
+            return np.dtype(self.encoding.unsigned or self.dtype)
+        return np.dtype(self.encoding.dtype)
+
+    @property
+    def absent_value(self) -> float:
+        """What a chunk that is not stored decodes to."""
+        stored = np.full(1, math.nan if self.fill_value is None else self.fill_value, np.dtype(self.dtype))
+        with np.errstate(all="ignore"):
+            value: float = unpack(stored.astype(stored.dtype.newbyteorder("=")), self.encoding)[0].item()
+        return value
 
     @property
     def model_dtype(self) -> DType:
@@ -336,6 +355,13 @@ class Samples:
         """Return the variable of that name."""
         return next(variable for variable in self.variables if variable.name == name)
 
+    def labelled(self, missing: MissingLabels) -> Samples:
+        """Return the samples with another meaning of the values that mark missing labels.
+
+        Labels are targets that are stored as integers or bools, neither packed nor standardised, and no inputs.
+        """
+        return replace(self, variables=tuple(_labelled(self.config, v, missing) for v in self.variables))
+
     def standardised_by(self, scalings: Mapping[str, Scaling]) -> Samples:
         """Return the samples as a run reads them: these variables are standardised, whatever ``normalize`` names."""
         return replace(self, variables=tuple(_standardised(v, scalings.get(v.name)) for v in self.variables))
@@ -350,6 +376,8 @@ class Samples:
                 if v.has_inner_chunks:
                     stored += " in shards of " + "x".join(map(str, v.objects))
                 lines.append((f"{role} {name}", f"{v.dtype}[{', '.join(v.dims)}] {v.shape}, chunks {stored}"))
+                if v.encoding is not None and v.encoding.ignored is not None:
+                    lines.append((f"labels {name}", _ignored(v.encoding)))
         if self.has_windows or self.config.stride > 1:
             low, high = self.reach()
             lines.append(("windows", f"rows {low:+d} to {high:+d} around every multiple of {self.config.stride}"))
@@ -366,11 +394,29 @@ class Samples:
         return html_table("dtrain.Samples", self.rows())
 
 
+def _labelled(config: DataConfig, v: Variable, missing: MissingLabels) -> Variable:
+    if v.encoding is None or not v.encoding.missing:
+        return v
+    is_whole = np.dtype(v.dtype).kind in "iub" and not v.encoding.is_packed and not v.is_standardised
+    is_label = is_whole and v.name in config.targets and v.name not in config.inputs
+    ignored = IGNORED_CLASS if is_label and missing != "nan" else None
+    return replace(
+        v, encoding=replace(v.encoding, ignored=ignored, passes=ignored is not None and missing == "ignored")
+    )
+
+
 def _standardised(v: Variable, scaling: Scaling | None) -> Variable:
     if scaling is not None:
         return replace(v, mean_axes=scaling.axes)
     was_cast = v.is_standardised and v.encoding is not None and v.encoding.is_cast
     return replace(v, mean_axes=None, encoding=None if was_cast else v.encoding)
+
+
+def _ignored(encoding: Encoding) -> str:
+    """Return what becomes of missing labels."""
+    marks = ", ".join(f"{mark:g}" if isinstance(mark, float) else str(mark) for mark in encoding.missing)
+    why = "losses and metrics leave it out" if encoding.passes else 'refused unless data.non_finite = "allow"'
+    return f"{marks} marks a missing label: it is class {encoding.ignored}, {why}"
 
 
 def _means(v: Variable) -> str:

@@ -33,7 +33,8 @@ def sample_dim(config: DataConfig, dims: Dims) -> str:
             texts = ", ".join(f"{name}({', '.join(of)})" for name, of in dims.items())
             raise LengthsDiffer(
                 f"The variables share no dimension: {texts}.",
-                "Name the dimension of the samples in data.sample_dim; variables without it are the same for all.",
+                "Name the dimension of the samples in data.sample_dim: every target needs it, and an input without it "
+                "is the same for all samples. If one dimension has two names, rename one (xarray: dataset.rename).",
             )
         return shared[0]
     known = list(dict.fromkeys(dim for of in dims.values() for dim in of))
@@ -79,9 +80,15 @@ def select_dims(config: DataConfig, sizes: Mapping[str, int], sample_dim: str) -
 
 def _one_place(text: str, dim: str, wanted: int, size: int, *, is_samples: bool) -> tuple[int, int, int]:
     if is_samples:
-        raise InvalidConfig(f"{text}: {dim} is the dimension of the samples; give a start and a stop.")
+        raise InvalidConfig(
+            f"{text}: {dim} is the dimension of the samples, of which a single place is no run of samples.",
+            f"Give a start and a stop, data.isel.{dim} = {{ start = 0, stop = {size} }}, or name another dimension in "
+            "data.sample_dim.",
+        )
     if not -size <= wanted < size:
-        raise InvalidConfig(f"{text}: {dim} has {size:,} places, counted from 0.")
+        raise InvalidConfig(
+            f"{text}: {dim} has {size:,} places, counted from 0.", f"Allowed are {-size} to {size - 1}."
+        )
     place = wanted % size
     return place, place + 1, 1
 
@@ -91,7 +98,10 @@ def _range(text: str, dim: str, wanted: Slice, size: int, *, is_samples: bool) -
         raise InvalidConfig(f"{text}: a step along {dim} is not for isel.", "Use data.stride for every n-th row.")
     start, stop, step = slice(wanted.start, wanted.stop, wanted.step).indices(size)
     if start >= stop:
-        raise InvalidConfig(f"{text}: selects nothing of the {size:,} places of {dim}.")
+        raise InvalidConfig(
+            f"{text}: selects nothing of the {size:,} places of {dim}.",
+            "Places are counted from 0, and stop is not included.",
+        )
     return start, stop, step
 
 

@@ -1,31 +1,31 @@
-"""Describe the samples of a Zarr group: xarray defines the data set, zarr how it is stored.
+"""Describe the samples of a Zarr group: named dimensions and attributes as xarray understands them, storage as in zarr.
 
 Later everything is read through zarr or its files, by integer ranges.
 """
 
 from __future__ import annotations
 
-import warnings
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xarray as xr
-import zarr
 
 from dtrain.config.schema import DataConfig
 from dtrain.data.cf import encoding_of, float_encoding
 from dtrain.data.coordinate import coordinate_of
-from dtrain.data.dataset import open_dataset
+from dtrain.data.dataset import NamedArray, list_named, open_named
 from dtrain.data.paths import locate
 from dtrain.data.read.codecs import chunk_format, has_checksums
-from dtrain.data.read.open import array_in, remember
+from dtrain.data.read.open import remember
 from dtrain.data.read.shards import ArrayLike
-from dtrain.data.read.store import ReadStore
 from dtrain.data.samples import Samples, Variable
 from dtrain.data.selection import Selected, mean_axes, sample_dim, select_dims, tiles
-from dtrain.errors import InvalidConfig, LengthsDiffer, UnknownVariable, UnsuitableVariable, did_you_mean
+from dtrain.errors import InvalidConfig, UnsuitableVariable
+
+MOST_CHUNKS = 10**8
+"""Stored objects of an array, and chunks of a shard, at most: to look for each of them takes minutes by then."""
 
 
 def open_samples(
@@ -76,19 +76,19 @@ def describe(config: DataConfig, base: Path) -> Samples:
         As `open_samples`.
     """
     if not config.inputs or not config.targets:
-        raise InvalidConfig("data.inputs and data.targets must each name at least one variable.")
+        raise InvalidConfig(
+            "data.inputs and data.targets must each name at least one variable.",
+            'Write the names of arrays of the group, for example inputs = ["image"].',
+        )
     names = tuple(dict.fromkeys([*config.inputs, *config.targets]))
     store = locate(str(config.path), base, config.storage_options)
-    dataset, group = open_dataset(store, config.group, names)
-    _check_names(store, dataset, group, names)
-    dims = {name: tuple(str(dim) for dim in dataset[name].dims) for name in names}
-    sizes = {str(dim): int(size) for name in names for dim, size in dataset[name].sizes.items()}
+    arrays = open_named(store, config.group, names)
+    dims = {name: named.dims for name, named in arrays.items()}
+    sizes = {dim: n for named in arrays.values() for dim, n in zip(named.dims, named.array.shape, strict=True)}
     along = sample_dim(config, dims)
     selected = select_dims(config, sizes, along)
-    variables = tuple(
-        _variable(dataset[name], array_in(group, store.path, name), along, selected, config) for name in names
-    )
-    first, stop = _rows(store.path, variables, along, selected)
+    variables = tuple(_variable(store.path, name, arrays[name], along, selected, config) for name in names)
+    first, stop = selected[along][0][:2] if along in selected else (0, sizes[along])
     samples = Samples(
         path=store.path,
         config=config,
@@ -98,68 +98,91 @@ def describe(config: DataConfig, base: Path) -> Samples:
         variables=variables,
         tiles=tiles(config, variables, along),
         store=store.facts,
-    )
-    samples = replace(samples, coordinate=coordinate_of(samples, group))
+    ).labelled("ignored")
+    samples = replace(samples, coordinate=coordinate_of(samples, store))
     also = () if isinstance(samples.coordinate, str) else (along,)
     remember(store, config.storage_options, config.group, (*names, *also))
     return samples
 
 
 def list_variables(path: str | Path) -> dict[str, tuple[str, ...]]:
-    """Return the names and dimensions of a group's data variables (not its coordinates), in stored order."""
-    dataset, _ = open_dataset(locate(str(path), Path.cwd()), "", ())
-    return {str(name): tuple(map(str, array.dims)) for name, array in dataset.data_vars.items()}
+    """Return the names and dimensions of a group's data variables (not its coordinates), in stored order.
 
-
-def _check_names(store: ReadStore, dataset: xr.Dataset, group: zarr.Group, names: tuple[str, ...]) -> None:
-    for name in names:
-        if name not in dataset.variables:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about files that are no arrays
-                known = sorted(str(key) for key, _ in group.arrays())
-            raise UnknownVariable(
-                f'{store.path}: variable "{name}" not found{did_you_mean(name, known)}',
-                f"It has {', '.join(known) or 'no variables'}."
-                if known or store.facts.can_list
-                else "The server lists no variables: consolidate the metadata (zarr.consolidate_metadata) to see them.",
-            )
-
-
-def _rows(path: str, variables: tuple[Variable, ...], sample_dim: str, selected: Selected) -> tuple[int, int]:
-    """Return the first selected row, and the row after the last."""
-    lengths = {v.name: v.shape[v.sample_axis] for v in variables if not v.is_static}
-    if len(set(lengths.values())) > 1:
-        texts = ", ".join(f"{name} has {length:,}" for name, length in lengths.items())
-        raise LengthsDiffer(f"{path}: variables differ in length along {sample_dim}: {texts}.")
-    if sample_dim in selected:
-        first, stop, _ = selected[sample_dim][0]
-        return first, stop
-    return 0, next(iter(lengths.values()))
+    Arrays that cannot be opened, or that name no dimensions, are left out.
+    """
+    arrays = list_named(locate(str(path), Path.cwd()))
+    return {name: named.dims for name, named in arrays.items() if named.dims != (name,)}
 
 
 def _variable(
-    described: xr.DataArray, array: ArrayLike, sample_dim: str, selected: Selected, config: DataConfig
+    path: str, name: str, named: NamedArray, sample_dim: str, selected: Selected, config: DataConfig
 ) -> Variable:
-    name, dtype = str(described.name), np.dtype(array.dtype)
+    array, dims, dtype = named.array, named.dims, np.dtype(named.array.dtype)
     if dtype.kind not in "fiub":
-        raise UnsuitableVariable(f"{name} has dtype {dtype}; only float, integer and bool arrays can be trained on.")
-    dims = tuple(str(dim) for dim in described.dims)
+        raise UnsuitableVariable(
+            f"{path}: {name} has dtype {dtype}; only float, integer and bool arrays can be trained on.",
+            f"Store {name} as numbers, for example each different value as an integer, or name another variable.",
+        )
     shape = tuple(int(n) for n in array.shape)
+    chunks, objects = (tuple(int(n) for n in sizes) for sizes in (array.chunks, array.shards or array.chunks))
+    _check_grid(path, name, shape, chunks, objects)
+    _check_dims(path, name, dims, shape, sample_dim)
     whole = [selected.get(dim, ((0, n, 1), False)) for dim, n in zip(dims, shape, strict=True)]
-    encoding = encoding_of(name, described.attrs, dtype, zarr_format=array.metadata.zarr_format)
+    encoding = encoding_of(path, name, named.attributes, dtype, zarr_format=array.metadata.zarr_format)
     axes = mean_axes(config, name, dims, sample_dim, selected)
     return Variable(
         name=name,
         dims=dims,
         shape=shape,
         dtype=str(dtype),
-        chunks=tuple(int(n) for n in array.chunks),
-        objects=tuple(int(n) for n in (array.shards or array.chunks)),
+        chunks=chunks,
+        objects=objects,
         sample_axis=dims.index(sample_dim) if sample_dim in dims else -1,
         checksums=has_checksums(array),
         select=tuple(part for part, _ in whole),
         dropped=tuple(axis for axis, (_, dropped) in enumerate(whole) if dropped),
         encoding=encoding or (None if axes is None else float_encoding(dtype)),
         chunk_format=chunk_format(array),
+        fill_value=_fill_value(array),
+        means_bool=dtype.kind in "iu" and named.attributes.get("dtype") == "bool",
         mean_axes=axes,
     )
+
+
+def _fill_value(array: ArrayLike) -> float | None:
+    """Return the fill value as a plain number, None for NaN; a Zarr v2 array without one is filled with zeros."""
+    value: float = np.asarray(0 if array.fill_value is None else array.fill_value, array.dtype).item()
+    return value if value == value else None
+
+
+def _check_grid(
+    path: str, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], objects: tuple[int, ...]
+) -> None:
+    """Refuse chunks without values, and more of them than can be looked for."""
+    if 0 in (*chunks, *objects):
+        raise UnsuitableVariable(
+            f"{path}: {name} has chunks of shape {list(chunks)}, which hold no values.",
+            "Its metadata are damaged, or it was never written: write it again with chunks of at least 1.",
+        )
+    stored = math.prod(-(-n // size) for n, size in zip(shape, objects, strict=True))
+    inner = math.prod(size // chunk for size, chunk in zip(objects, chunks, strict=True))
+    for count, text in ((stored, "stored objects"), (inner, "chunks in each shard")):
+        if count > MOST_CHUNKS:
+            raise UnsuitableVariable(
+                f"{path}: {name} of shape {list(shape)} has {count:,} {text}; at most {MOST_CHUNKS:,} can be read.",
+                f"Write {name} again with larger chunks.",
+            )
+
+
+def _check_dims(path: str, name: str, dims: tuple[str, ...], shape: tuple[int, ...], sample_dim: str) -> None:
+    """Refuse rows without values, and samples along two dimensions."""
+    empty = [dim for dim, n in zip(dims, shape, strict=True) if not n and dim != sample_dim]
+    if empty:
+        raise UnsuitableVariable(
+            f"{path}: {name} holds no values: its dimension {empty[0]} has length 0.", "Name another variable."
+        )
+    if dims.count(sample_dim) > 1:
+        raise UnsuitableVariable(
+            f"{path}: {name} has the dimension of the samples, {sample_dim}, more than once: {', '.join(dims)}.",
+            "Give its dimensions different names, or name another one in data.sample_dim.",
+        )

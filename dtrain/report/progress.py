@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dtrain.events import (
+    ChunksFilled,
     ClusterOpening,
     Event,
     ReplicaRejected,
@@ -87,6 +88,8 @@ class _Terminal:
                 self._advance(result)
             case SegmentReplayed(round=number, reason=reason):
                 self._print(f"lost work with a worker; going on from round {number} ({_short(reason)})")
+            case ChunksFilled(variable=variable, chunks=chunks, of=of, value=value):
+                self._print(f"{chunks:,} of {of:,} chunks of {variable} are not stored and read as {value}")
             case ReplicaRejected(round=number, replica=replica):
                 self._print(f"round {number}: replica {replica} is not finite and was left out of the average")
             case RoundDamaged(round=number, reason=reason):

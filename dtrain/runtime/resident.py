@@ -146,8 +146,9 @@ class Resident:
     def _cut(self, split: SplitName) -> list[tuple[PlannedSource, Partition]]:
         held_out = self.spec.held_out
         if split == "val" and held_out is not None:
-            return [(held_out, piece) for piece in eval_partitions(held_out.plan, "all")]
-        return [(self.spec.sources[store], piece) for store, piece in self.spec.plan.pieces(split)]
+            return [(held_out, piece) for piece in eval_partitions(held_out.plan, "all", held_out.lost)]
+        sources = self.spec.sources
+        return [(source, piece) for source in sources for piece in eval_partitions(source.plan, split, source.lost)]
 
     # Loaders ------------------------------------------------------------------------------------------------
 
@@ -155,7 +156,8 @@ class Resident:
         """Return the reader of a store; it is opened once in a process."""
         if id(source) not in self._readers:
             threads, reader = source.memory.train.limits.threads, self.spec.config.data.reader
-            self._readers[id(source)] = UnitReader(source.samples, reader, threads, source.plan.absent)
+            absent = (*source.plan.absent, *source.lost)
+            self._readers[id(source)] = UnitReader(source.samples, reader, threads, absent)
         return self._readers[id(source)]
 
     def train_loader(self, replica: int, cursor: Cursor) -> Loader:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dtrain.config.schema import DataConfig, TrainConfig
 from dtrain.data.encoding import Scaling
 from dtrain.data.plan.memory import MemoryBudget
+from dtrain.data.plan.missing import AbsentChunks
 from dtrain.data.plan.partition import JointPlan
+from dtrain.data.plan.splits import Runs
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import Samples
 
@@ -40,6 +42,10 @@ class PlannedSource:
     source: Source
     plan: DataPlan
     memory: MemoryBudget
+    absent: Mapping[str, AbsentChunks] = field(default_factory=dict)
+    """By variable: the chunks that are not stored, where they were counted."""
+    lost: Runs = ()
+    """Rows that an evaluation leaves out since they are not stored any more."""
 
     @property
     def samples(self) -> Samples:

@@ -45,6 +45,36 @@ def test_bce_takes_logits():
     assert bce(outputs, targets).item() == pytest.approx((math.log(2) + math.log(4)) / 2, rel=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(6,), (6, 4), (6, 2, 3)])
+def test_bce_leaves_out_ignored_targets(shape):
+    torch.manual_seed(0)
+    outputs, targets = torch.randn(shape, requires_grad=True), torch.randint(0, 2, shape)
+    targets[1::2] = -100
+    total, count = bce(outputs, targets)
+    kept = targets != -100
+    assert count == pytest.approx(3.0)  # samples: half of 6 count
+    expected = bce(outputs[kept], targets[kept].float())
+    assert (total / count).item() == pytest.approx(expected.item(), rel=1e-6)
+    total.backward()
+    assert not outputs.grad[~kept].any()
+    # micro-batches add up to the whole, whether or not one of them has ignored targets
+    targets[:2] = 1
+    whole = mean_of_batch(bce(outputs, targets), 6)
+    parts = [mean_of_batch(bce(outputs[i : i + 2], targets[i : i + 2]), 2) for i in (0, 2, 4)]
+    assert sum(part.sum for part in parts) == pytest.approx(whole.sum, rel=1e-6)
+    assert sum(part.count for part in parts) == pytest.approx(whole.count)
+
+
+def test_bce_of_nothing_but_ignored_targets_is_0():
+    mean = mean_of_batch(bce(torch.randn(3, 2), torch.full((3, 2), -100)), 3)
+    assert (mean.value.item(), mean.count) == (0.0, 0.0)
+
+
+def test_minus_100_is_a_number_among_floats():
+    outputs, targets = torch.zeros(2), floats(-100.0, 1.0)
+    assert isinstance(bce(outputs, targets), torch.Tensor)
+
+
 def test_cross_entropy_by_hand():
     outputs = torch.log(floats(0.5, 0.25, 0.25, 0.1, 0.8, 0.1)).reshape(2, 3)
     total, count = cross_entropy(outputs, torch.tensor([0, 2]))

@@ -243,8 +243,8 @@ def test_a_missing_chunk_of_labels_is_left_to_plan(cli, write_store, tmp_path, n
     (path / "y" / "c" / "2").unlink()
     assert cli("init", "job", "--data", "given.zarr").code == 0
     assert tomllib.loads((tmp_path / "job/dtrain.toml").read_text())["model_args"]["outputs"] == [3]
-    assert cli("plan", "job/dtrain.toml", "--scheduler", "serial").code == 5
-    plan_and_train(cli, "job/dtrain.toml", "--set", "data.missing=fill")
+    assert cli("plan", "job/dtrain.toml", "--scheduler", "serial", "--set", "data.missing=error").code == 5
+    plan_and_train(cli, "job/dtrain.toml")
 
 
 def test_the_config_file_of_a_template_means_the_same_as_json(cli, tmp_path):

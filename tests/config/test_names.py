@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import torch
+
 from dtrain.algorithm.evaluate import FROM_LOSS
 from dtrain.algorithm.evaluate import METRICS as METRIC_FUNCTIONS
 from dtrain.algorithm.losses import LOSSES as LOSS_FUNCTIONS
+from dtrain.algorithm.losses import mean_of_batch
 from dtrain.algorithm.schedules import SCHEDULES as SCHEDULE_FUNCTIONS
-from dtrain.config.names import LOSSES, METRICS, SCHEDULES
+from dtrain.config.names import IGNORED_CLASS, LABEL_LOSSES, LOSSES, METRICS, SCHEDULES
 
 
 def test_every_loss_has_a_function_and_every_function_is_a_loss():
@@ -19,6 +22,18 @@ def test_every_loss_has_a_function_and_every_function_is_a_loss():
 def test_every_metric_has_a_function_and_every_function_is_a_metric():
     assert {name for name, facts in METRICS.items() if facts.from_loss} == FROM_LOSS.keys()
     assert {name for name, facts in METRICS.items() if not facts.from_loss} == METRIC_FUNCTIONS.keys()
+
+
+def test_losses_and_metrics_of_labels_leave_out_the_ignored_class():
+    labels, numbers = torch.tensor([0, 1, IGNORED_CLASS]), torch.tensor([0.0, 1.0, 5.0])
+    for name in LOSSES:
+        outputs = torch.eye(3) if name == "cross_entropy" else numbers
+        whole, part = LOSS_FUNCTIONS[name](outputs, labels), LOSS_FUNCTIONS[name](outputs[:2], labels[:2])
+        left_out = mean_of_batch(whole, 3).value.isclose(mean_of_batch(part, 2).value)
+        assert bool(left_out) == (name in LABEL_LOSSES)
+    for name, metric in METRIC_FUNCTIONS.items():
+        (total, count), (of_part, counted) = metric(numbers, labels), metric(numbers[:2], labels[:2])
+        assert ((total, count) == (of_part, counted)) == METRICS[name].of_labels
 
 
 def test_every_schedule_has_a_function_and_every_function_is_a_schedule():

@@ -1,52 +1,120 @@
-"""One store has one identity, however its path or URL is written."""
+"""What is no Zarr group says where the way to one is, and that way works."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
+import zipfile
 
+import numpy as np
 import pytest
+import zarr
 
-from dtrain.data.paths import identity
+from dtrain.data.plan.units import Box
+from dtrain.data.read.presence import check_presence
+from dtrain.data.read.units import UnitReader
+from dtrain.data.source import open_samples
+from dtrain.errors import DataNotFound, InvalidConfig, NotZarr
 
-
-def test_spellings_of_a_local_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = tmp_path / "a b" / "s.zarr"
-    store.mkdir(parents=True)
-    (tmp_path / "link").symlink_to(store)
-    (tmp_path / "above").symlink_to(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    spellings = [
-        str(store),
-        "a b/s.zarr",
-        "./a b/../a b/s.zarr/",
-        "link",
-        "above/link",
-        "~/a b/s.zarr",
-        f"file://{tmp_path}/a%20b/s.zarr",
-        f"file://{tmp_path}/above/a%20b/s.zarr/",
-    ]
-    assert {identity(path, tmp_path) for path in spellings} == {str(store.resolve())}
-    assert identity("s.zarr", tmp_path) != identity("s.zarr", tmp_path / "a b") == str(store.resolve())
-    assert identity("nowhere/s.zarr/", tmp_path) == str(tmp_path.resolve() / "nowhere/s.zarr")  # it need not be there
+FORMATS = pytest.mark.parametrize("zarr_format", [2, 3])
+VALUES = np.arange(20, dtype="float32").reshape(10, 2)
 
 
-@pytest.mark.parametrize(
-    "spellings",
-    [
-        ("s3://bucket/A/s.zarr", "s3://bucket/A/s.zarr/", "S3://bucket/A/s.zarr", "s3a://bucket/A/s.zarr"),
-        ("gs://bucket/s", "gcs://bucket/s"),
-        ("http://Host.org/A/s", "HTTP://host.org:80/A/s/"),
-        ("https://host.org/s", "https://host.org:443/s"),
-        ("memory://s.zarr", "memory:///s.zarr/"),
-    ],
-)
-def test_spellings_of_a_url(spellings: tuple[str, ...], tmp_path: Path) -> None:
-    assert len({identity(url, tmp_path) for url in spellings}) == 1
+@pytest.fixture
+def store(write_store, tmp_path):
+    """A function that writes x(n, k) and y(n), and returns the path."""
+
+    def write(name="a.zarr", zarr_format=3):
+        arrays = {
+            "x": {"dims": ("n", "k"), "values": VALUES, "chunks": (4, 2)},
+            "y": {"dims": ("n",), "values": np.arange(10), "chunks": (3,)},
+        }
+        return write_store(tmp_path / name, arrays, zarr_format=zarr_format)
+
+    return write
 
 
-def test_other_stores_have_other_identities(tmp_path: Path) -> None:
-    urls = [
-        *("s3://bucket/s", "s3://bucket/S", "s3://Bucket/s", "gs://bucket/s", "http://bucket/s", "https://bucket/s"),
-        *("http://bucket:8080/s", "http://bucket/s?v=1", "memory://s", "s", "bucket/s", "/bucket/s"),
-    ]
-    assert len({identity(url, tmp_path) for url in urls}) == len(urls)
+def open_xy(path, **data):
+    return open_samples(path, inputs=["x"], targets=["y"], **data)
+
+
+def quoted(hint):
+    """The path or URL that a hint tells to give."""
+    return re.search(r'"(.+)"', hint)[1]
+
+
+@FORMATS
+@pytest.mark.parametrize("folder", ["", "a.zarr/", "deep/a.zarr/"])
+def test_a_zip_archive_is_read_as_the_message_says(store, tmp_path, zarr_format, folder, monkeypatch):
+    path = store(zarr_format=zarr_format)
+    (tmp_path / "with space").mkdir()
+    with zipfile.ZipFile(tmp_path / "with space/packed.zip", "w") as archive:
+        for file in sorted(path.rglob("*")):
+            if file.is_file():
+                archive.write(file, folder + file.relative_to(path).as_posix())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NotZarr, match="packed.zip is a zip archive") as caught:
+        open_xy("with space/packed.zip")
+    assert caught.value.code == 5
+    monkeypatch.chdir("/")
+    samples = open_xy(quoted(caught.value.hint))
+    check_presence(samples)
+    np.testing.assert_array_equal(UnitReader(samples).read(Box(0, 10))["x"][1], VALUES)
+
+
+def test_a_zip_archive_without_a_group(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("readme.txt", "nothing")
+    with pytest.raises(NotZarr, match="a zip archive without a Zarr group"):
+        open_xy(tmp_path / "a.zip")
+
+
+def test_the_url_of_a_zip_archive_is_said(tmp_path):
+    with pytest.raises(InvalidConfig) as caught:
+        open_xy(f"zip://{tmp_path}/a.zip")
+    assert caught.value.hint == f'The URL of a zip archive is "zip://::{tmp_path}/a.zip".'
+
+
+@pytest.mark.parametrize("name", ["a.nc", "a.h5", "a.tif", "a.tar.gz", "a.zip"])
+def test_another_file_is_to_be_converted(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x89HDF\r\n")
+    with pytest.raises(NotZarr, match=f"{name} is a file; a Zarr store is a directory, or a zip archive") as caught:
+        open_xy(tmp_path / name)
+    assert "to_zarr" in caught.value.hint
+
+
+@FORMATS
+def test_a_folder_of_stores_names_them(store, tmp_path, zarr_format):
+    paths = [store(name, zarr_format) for name in ("train.zarr", "test.zarr")]
+    (tmp_path / "more").mkdir()
+    with pytest.raises(NotZarr, match=r"is not a Zarr group; it holds test\.zarr, train\.zarr\.") as caught:
+        open_xy(tmp_path)
+    assert quoted(caught.value.hint) == str(paths[1])
+    assert open_xy(quoted(caught.value.hint)).num_samples == 10
+
+
+def test_an_empty_folder_says_what_is_missing(tmp_path):
+    with pytest.raises(NotZarr, match="it has none of zarr.json, .zgroup, .zmetadata") as caught:
+        open_xy(tmp_path)
+    assert "to_zarr" in caught.value.hint
+    with pytest.raises(DataNotFound) as gone:
+        open_xy(tmp_path / "nowhere")
+    assert gone.value.hint == f"Looked for {tmp_path}/nowhere"
+
+
+@FORMATS
+def test_an_array_says_how_it_is_named_in_its_group(store, zarr_format):
+    path = store(zarr_format=zarr_format)
+    with pytest.raises(NotZarr, match="x is a single Zarr array") as caught:
+        open_xy(path / "x")
+    assert "give the path of the group, and its name in data.inputs" in caught.value.hint
+    zarr.create_array(path.parent / "alone.zarr", data=VALUES, zarr_format=zarr_format)
+    with pytest.raises(NotZarr, match=r"alone\.zarr is a single Zarr array"):
+        open_xy(path.parent / "alone.zarr")
+
+
+def test_a_path_with_a_slip_of_the_pen_names_the_right_one(store, tmp_path):
+    store("train.zarr")
+    with pytest.raises(DataNotFound, match=r'trian\.zarr: no such file or directory; did you mean "train\.zarr"\?'):
+        open_xy(tmp_path / "trian.zarr")
+    with pytest.raises(DataNotFound, match=r"no such file or directory\.\n"):
+        open_xy(tmp_path / "nowhere" / "train.zarr")

@@ -213,14 +213,6 @@ def test_broken_array_metadata_is_an_error_of_dtrain(small, zarr_format, name, t
         open_xy(path)
 
 
-@pytest.mark.parametrize("text", BROKEN[:-1])
-def test_broken_consolidated_metadata_is_not_zarr(small, text):
-    path = small(2, consolidated=True)
-    (path / ".zmetadata").write_text(text)
-    with pytest.raises(NotZarr):
-        open_xy(path)
-
-
 @FORMATS
 def test_an_unknown_variable_is_named_with_the_closest_one(small, zarr_format):
     path = small(zarr_format, temperature={"dims": ("n",), "values": np.zeros(10), "chunks": (5,)})
@@ -228,15 +220,16 @@ def test_an_unknown_variable_is_named_with_the_closest_one(small, zarr_format):
         open_xy(path, targets=["temprature"])
     assert caught.value.code == 3
     assert {*caught.value.hint.removeprefix("It has ").rstrip(".").split(", ")} == {"x", "y", "temperature"}
+    empty = small(zarr_format, name="nested", group="a")
     with pytest.raises(UnknownVariable, match="no variables"):
-        open_xy(small(zarr_format, name="nested", group="a"))
+        open_xy(empty, inputs=["z"])
 
 
 @pytest.mark.parametrize("sample_dim", ["auto", "n"])
 @FORMATS
 def test_variables_of_different_length(small, zarr_format, sample_dim):
     path = small(zarr_format, y={"dims": ("n",), "values": np.zeros(7), "chunks": (3,)})
-    with pytest.raises(LengthsDiffer, match=r"length 7 .*length 10|length 10 .*length 7") as caught:
+    with pytest.raises(LengthsDiffer, match="differ in length along n: x has 10, y has 7") as caught:
         open_xy(path, sample_dim=sample_dim)
     assert caught.value.code == 3
 
@@ -375,8 +368,7 @@ def test_damaged_metadata_are_named_and_only_matter_where_they_are_used(small, z
     assert "NotZarr" in ran.stderr
     assert f"{path}: the metadata of v7 cannot be read" in ran.stderr
     assert "Task" not in ran.stderr  # of requests that are left behind asyncio speaks when Python exits
-    with pytest.raises(NotZarr, match="the metadata of v7 cannot be read"):
-        list_variables(path)
+    assert set(list_variables(path)) == {"x", "y", *many} - {"v7"}
 
 
 def make_strange(path, zarr_format, fault, *, consolidated):

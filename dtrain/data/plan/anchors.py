@@ -17,16 +17,16 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from dtrain.data.plan.hashing import Compact, Ints, slices
-from dtrain.data.plan.splits import SplitName, changes, split_cells
+from dtrain.data.plan.splits import Runs, SplitName, changes, split_cells, without_rows
 from dtrain.data.plan.units import DataPlan, cell_bounds
 
 AnchorRuns: TypeAlias = tuple[Compact, Ints, Ints]
 """Cell, first anchor and number of anchors of each run. A cell in which windows meet a jump has several runs."""
 
 
-def anchor_runs(plan: DataPlan, split: SplitName) -> Iterator[AnchorRuns]:
-    """Yield the anchors of a split, in order, in slices of cells; each run holds an anchor."""
-    cells = split_cells(plan, split)
+def anchor_runs(plan: DataPlan, split: SplitName, lost: Runs = ()) -> Iterator[AnchorRuns]:
+    """Yield the anchors of a split, in order, in slices of cells; each run holds an anchor, and no `lost` row."""
+    cells = without_rows(plan, split_cells(plan, split), lost)
     neighbours = _neighbours(plan, cells) if (plan.first_offset, plan.last_offset) != (0, 0) else None
     segments = _segments(plan) if plan.jumps else None
     for part in slices(len(cells)):

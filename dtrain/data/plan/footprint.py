@@ -18,8 +18,8 @@ INDEX_OVERHEAD_BYTES = 500
 ZARR_CONCURRENCY = 10
 """zarr's setting ``async.concurrency``: the chunks that it decodes at once."""
 
-STORED_BYTES = 40
-"""For each sample of a run in stored order: its part, its index, its place in the arena."""
+STORED_BYTES = 80
+"""For each sample of a run in stored order: its part, its index, its place in the arena, and what gathering takes."""
 SORTED_BYTES = 120
 """For each sample of a run that is sorted: the same, its place in the mixing window, and what sorting takes."""
 DRAWN_BYTES = 80

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
@@ -80,6 +81,25 @@ def shards_of(variable: Variable, select: Select) -> Iterator[ShardPart]:
         )
         there = [min(count, n - first) for count, n, first in zip(counts, total, origin, strict=True)]
         yield ShardPart(place, origin, inside, [len(along) for along in inside] == there)
+
+
+def chunks_touched(variable: Variable, select: Select, place: tuple[int, ...]) -> int:
+    """Return how many chunks of one stored object a selection touches.
+
+    Parameters
+    ----------
+    variable : Variable
+    select : Select
+    place : tuple of int
+        Of the object, in the grid of the array's objects.
+    """
+    count = 1
+    for size, chunk, number, along in zip(
+        variable.objects, variable.chunks, place, touched(variable.chunks, select), strict=True
+    ):
+        inside = range(number * (size // chunk), (number + 1) * (size // chunk))
+        count *= bisect_left(along, inside.stop) - bisect_left(along, inside.start)
+    return count
 
 
 def touched(sizes: tuple[int, ...], select: Select) -> list[Sequence[int]]:

@@ -21,7 +21,7 @@ from dtrain.data.plan.cuts import object_rows, unit_rows, with_cells, with_enoug
 from dtrain.data.plan.hashing import DEAL, SLICE, hash64
 from dtrain.data.plan.parts import Partition as Partition
 from dtrain.data.plan.parts import cell_anchors as cell_anchors
-from dtrain.data.plan.splits import SplitName, changes
+from dtrain.data.plan.splits import Runs, SplitName, changes
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import Samples
 from dtrain.errors import TooFewSamples
@@ -63,9 +63,17 @@ def _owners(train: Partition) -> npt.NDArray[np.int32]:
     return owner if is_whole else np.repeat(owner, np.diff(begins, append=len(train.cells)))
 
 
-def eval_partitions(plan: DataPlan, split: SplitName) -> tuple[Partition, ...]:
-    """Return the pieces that an evaluation of a split is cut into, in order; none is empty."""
-    whole = cell_anchors(plan, split)
+def eval_partitions(plan: DataPlan, split: SplitName, lost: Runs = ()) -> tuple[Partition, ...]:
+    """Return the pieces that an evaluation of a split is cut into, in order; none is empty.
+
+    Parameters
+    ----------
+    plan : DataPlan
+    split : str
+    lost : tuple of (int, int)
+        Runs of rows that are left out since they are not stored any more: splits are cut as if they were.
+    """
+    whole = cell_anchors(plan, split, lost)
     return tuple(piece for piece in _cut_evenly(whole, plan.eval_pieces) if len(piece.cells))
 
 
@@ -145,7 +153,7 @@ def plan_data(
     replicas: int,
     seed: int,
     eval_pieces: int | None = None,
-    absent: tuple[tuple[int, int], ...] = (),
+    absent: Runs = (),
     jumps: str = "",
 ) -> DataPlan:
     """Resolve units, cells and mixing window from metadata, the number of replicas and the seed; never from memory.
@@ -169,7 +177,10 @@ def plan_data(
         empty.
     """
     if samples.num_samples == 0:
-        raise TooFewSamples(f"{samples.path} holds no samples along {samples.sample_dim}.")
+        raise TooFewSamples(
+            f"{samples.path} holds no samples along {samples.sample_dim}.",
+            "Write some, or name another dimension in data.sample_dim.",
+        )
     rows = unit_rows(samples, replicas, whole=not absent)
     config = samples.config
     first_offset, last_offset = samples.reach()
@@ -202,9 +213,7 @@ def plan_data(
     return plan
 
 
-def plan_held_out(
-    samples: Samples, like: DataPlan, *, absent: tuple[tuple[int, int], ...] = (), jumps: str = ""
-) -> DataPlan:
+def plan_held_out(samples: Samples, like: DataPlan, *, absent: Runs = (), jumps: str = "") -> DataPlan:
     """Return the plan of a store that is only evaluated: all of it is one split. `absent`, `jumps`: of `plan_data`."""
     config = samples.config
     whole = replace(samples, config=config.model_copy(update={"split": SplitConfig(val=0.0, test=0.0)}))

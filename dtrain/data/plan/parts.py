@@ -9,7 +9,7 @@ import numpy as np
 
 from dtrain.data.plan.anchors import anchor_runs
 from dtrain.data.plan.hashing import Compact, Ints, compact
-from dtrain.data.plan.splits import SplitName, changes
+from dtrain.data.plan.splits import Runs, SplitName, changes
 from dtrain.data.plan.units import Box, DataPlan
 
 
@@ -118,11 +118,11 @@ class Partition:
         return Partition(self.plan, self.cells[which], self.first[which], self.count[which])
 
 
-def cell_anchors(plan: DataPlan, split: SplitName) -> Partition:
-    """Return all samples of a split as one partition."""
+def cell_anchors(plan: DataPlan, split: SplitName, lost: Runs = ()) -> Partition:
+    """Return all samples of a split as one partition, but those of `lost` rows (`eval_partitions`)."""
     runs = [
         (cells, compact(first, plan.num_samples), compact(count, plan.unit_rows + 1))
-        for cells, first, count in anchor_runs(plan, split)
+        for cells, first, count in anchor_runs(plan, split, lost)
     ]
     if not runs:
         none = np.zeros(0, np.int64)

@@ -12,6 +12,8 @@ from dtrain.data.plan.units import DataPlan, cell_bounds, cells_of_rows
 
 SplitName: TypeAlias = Literal["train", "val", "test", "all"]
 Flags: TypeAlias = npt.NDArray[np.bool_]
+Runs: TypeAlias = tuple[tuple[int, int], ...]
+"""Runs of rows: the first row of each, and the one after its last."""
 
 SHARE_TOLERANCE = 0.1
 
@@ -58,15 +60,21 @@ def present_cells(plan: DataPlan) -> Compact:
         return np.zeros(0, np.int64)
     first = int(cells_of_rows(plan, np.array([plan.first_row]))[0])
     cells = compact(np.arange(first, plan.num_cells), plan.num_cells)
-    if not plan.absent:
+    return without_rows(plan, cells, plan.absent)
+
+
+def without_rows(plan: DataPlan, cells: Compact, rows: Runs) -> Compact:
+    """Return the cells that hold none of the rows."""
+    if not rows:
         return cells
-    bounds = np.clip(np.array(plan.absent, np.int64), plan.first_row, plan.num_samples)
-    starts, stops = bounds[bounds[:, 0] < bounds[:, 1]].T
-    edges = np.zeros(len(cells) + 1, np.int32)
-    np.add.at(edges, cells_of_rows(plan, starts) - first, 1)
-    np.add.at(edges, cells_of_rows(plan, stops - 1) + 1 - first, -1)
-    present: Compact = cells[np.cumsum(edges[:-1], dtype=np.int32) == 0]
-    return present
+    begins, ends = np.array(sorted(rows), np.int64).T
+    last = np.append(np.int64(-1), np.maximum.accumulate(ends))  # by number of runs: where the last of them ends
+    kept = np.ones(len(cells), bool)
+    for part in slices(len(cells)):
+        starts, stops = cell_bounds(plan, cells[part])
+        kept[part] = last[np.searchsorted(begins, stops)] <= starts
+    left: Compact = cells[kept]
+    return left
 
 
 def shares_met(plan: DataPlan) -> bool:

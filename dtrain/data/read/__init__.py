@@ -9,6 +9,7 @@ A kind of store is one file, a reader of chunks another one, and all sentences a
     retry       requests that fail are retried
     store       `ReadStore`: a store while it is read
     documents   metadata that this process has read before
+    tree        arrays and groups of a store, by their documents alone
     shards      indices of shards
     codecs      codecs of chunks
     presence    which chunks there are, looked up before training

@@ -5,12 +5,14 @@ Readers report observations; `Faults` decides which of them are faults, and rais
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dtrain.data.encoding import Array, Encoding, is_missing, unpack
+from dtrain.data.plan.missing import absence_of, stands_for
 from dtrain.data.read.codecs import TRUNCATED
 from dtrain.data.read.local import Version
 from dtrain.data.read.shards import ArrayLike
@@ -61,11 +63,14 @@ class Faults:
         self._absent = absent
         self._seen = {v.name: np.zeros(v.grid, np.uint64) for v in samples.variables}
         """Marks of the versions that were read first: 8 bytes a file, since there may be many."""
+        self._absence = {v.name: absence_of(samples, v) for v in samples.variables}
+        self._gone: set[tuple[str, tuple[int, ...], bool]] = set()
+        """Chunks that are not there and read as NaN, which `check_finite` refuses: name, place, in a shard or not."""
 
-    @property
-    def looks_for_missing(self) -> bool:
-        """False if the fill value may stand for every chunk that is not there."""
-        return self._samples.config.missing != "fill"
+    def looks_for_missing(self, variable: Variable) -> bool:
+        """Return False if a chunk that is not there is no fault of its own."""
+        absence = self._absence[variable.name]
+        return absence in ("error", "skip") or (absence == "nan" and self._samples.config.non_finite == "error")
 
     def check(self, variable: Variable, observations: Sequence[Observation]) -> None:
         """Raise the first fault among the observations made while a selection was read.
@@ -96,16 +101,18 @@ class Faults:
         inner : bool
             True for an inner chunk of a shard.
         """
-        missing = self._samples.config.missing
-        if missing == "fill":
+        absence = self._absence[variable.name]
+        if absence == "nan" and self._samples.config.non_finite == "error":
+            self._gone.add((variable.name, place, inner))
+        if absence in ("fill", "nan"):
             return
-        if missing == "skip" and not variable.is_static:
+        if absence == "skip":
             rows = variable.chunk_rows if inner else variable.object_rows
             first = place[variable.sample_axis] * rows
             after = min(first + rows, self._samples.num_samples)
             if any(start <= first and after <= stop for start, stop in self._absent):
                 return
-        raise chunk_missing(self._samples.path, variable, key, inner=place if inner else None)
+        raise chunk_missing(self._samples, variable, key, inner=place if inner else None)
 
     def check_version(self, variable: Variable, key: str, place: tuple[int, ...], version: Version | None) -> None:
         """Raise if a file of a local store is another version than when it was first read."""
@@ -126,6 +133,13 @@ class Faults:
         return ChunkUndecodable(
             f"{self._samples.path}: chunk {key} of {variable.name} cannot be decoded: {reason}",
             "Restore it from a copy of the store.",
+        )
+
+    def vanished(self, variable: Variable, key: str) -> ChunkMissing:
+        """Return the error for a shard that has gone while it was read."""
+        return ChunkMissing(
+            f"{self._samples.path}: chunk {key} of {variable.name} is missing; it has gone while it was read.",
+            "Train on data that nobody writes to; repair the store.",
         )
 
     def unreliable(self, variable: Variable, select: Select, error: Exception) -> ChunkUndecodable:
@@ -158,11 +172,19 @@ class Faults:
         text, value = self._stored(variable, place)
         is_mark = variable.encoding is not None and bool(is_missing(_as_marked(variable, value), variable.encoding))
         why = ", which float32 cannot hold" if np.isfinite(value) else ""
+        if self._is_gone(variable, place):
+            raise NonFiniteData(f"{text}: the chunk is not stored.", _ways(self._samples, variable))
         if is_mark:
             why = ", which marks a missing value"
         elif why and variable.encoding is not None and variable.encoding.is_packed:
             why = f", unpacked {float(unpack(value, variable.encoding)):g}{why}"
-        raise NonFiniteData(f"{text}{why}.", 'Repair or mask the data, or set data.non_finite = "allow".')
+        hint = 'Repair or mask the data, or set data.non_finite = "allow".'
+        if is_mark and variable.encoding is not None and variable.encoding.ignored is not None:
+            hint = (
+                'Repair the data. With data.non_finite = "allow" your loss and metrics see class '
+                f"{variable.encoding.ignored} there, and must leave it out."
+            )
+        raise NonFiniteData(f"{text}{why}.", hint)
 
     def check_integers(self, variable: Variable, select: Select, values: Array) -> None:
         """Raise if an unsigned integer does not fit the int64 that the model sees.
@@ -183,7 +205,10 @@ class Faults:
             return
         signed = values.view(np.int64)
         if signed.size and signed.min() < 0:
-            place = self._first(variable, select, signed < 0)
+            beyond = signed < 0
+            if variable.encoding is not None and variable.encoding.missing:
+                beyond &= ~is_missing(_as_marked(variable, values), variable.encoding)
+            place = self._first(variable, select, beyond)
             if place is not None:
                 text, value = self._stored(variable, place)
                 meant = "" if value.dtype.kind == "u" else f", which means {value.view(np.uint64)}"
@@ -192,6 +217,14 @@ class Faults:
                     f"Store {variable.name} with smaller numbers or as floats, or name it in data.normalize: then the "
                     "model sees floats.",
                 )
+
+    def _is_gone(self, variable: Variable, place: list[int]) -> bool:
+        """Return True if a value is of a chunk that is not there."""
+        shapes = ((variable.objects, False), (variable.chunks, True))
+        return any(
+            (variable.name, tuple(i // size for i, size in zip(place, sizes, strict=True)), inner) in self._gone
+            for sizes, inner in shapes
+        )
 
     def _first(self, variable: Variable, select: Select, bad: Array | None) -> list[int] | None:
         """Return the place in the array of the first bad value that is not in a row that nobody needs."""
@@ -219,14 +252,13 @@ class Faults:
 
 
 def chunk_missing(
-    path: str, variable: Variable, key: str, count: int = 1, inner: tuple[int, ...] | None = None
-) -> ChunkMissing:
+    samples: Samples, variable: Variable, key: str, count: int = 1, inner: tuple[int, ...] | None = None
+) -> ChunkMissing | NonFiniteData:
     """Return the error for a chunk that is not stored.
 
     Parameters
     ----------
-    path : str
-        Names the store.
+    samples : Samples
     variable : Variable
     key : str
         The key of the object, or of the shard that should hold the chunk.
@@ -237,11 +269,24 @@ def chunk_missing(
     """
     chunk = f"chunk {key} of {variable.name}" if inner is None else f"chunk {inner} of {variable.name}, in shard {key},"
     others = f" ({count:,} of {variable.num_objects:,} are)" if count > 1 else f" (1 of {variable.num_objects:,})"
+    text = f"{samples.path}: {chunk} is missing{others if inner is None else ''}; Zarr would read it as the fill value"
+    if absence_of(samples, variable) == "nan":
+        return NonFiniteData(f"{text}, which means NaN.", _ways(samples, variable))
+    is_packed = variable.encoding is not None and variable.encoding.is_packed
     return ChunkMissing(
-        f"{path}: {chunk} is missing{others if inner is None else ''}; Zarr would read it as the fill value.",
-        'Repair the store. If it leaves out chunks that hold only the fill value: data.missing = "fill"; to leave '
-        'out their samples: "skip".',
+        f"{text}, {'which means ' if is_packed else ''}{stands_for(variable)}.", _ways(samples, variable)
     )
+
+
+def _ways(samples: Samples, variable: Variable) -> str:
+    """Say what to do about a chunk that is not stored."""
+    if absence_of(samples, variable) == "skip":
+        return "It was there when the run was planned. Repair the store, or train under another --run NAME."
+    skip = "" if variable.is_static else '; to leave out their samples: data.missing = "skip"'
+    if math.isnan(variable.absent_value):
+        auto = 'data.missing = "auto" and ' if samples.config.missing == "error" else ""
+        return f'Repair the store. If the model is to see NaN there: {auto}data.non_finite = "allow"{skip}.'
+    return f'Repair the store. If it leaves out chunks that hold only the fill value: data.missing = "fill"{skip}.'
 
 
 def rows_text(variable: Variable, select: Select) -> str:
@@ -251,7 +296,7 @@ def rows_text(variable: Variable, select: Select) -> str:
 
 def _bad_values(variable: Variable, values: Array) -> Array | None:
     """Return where values are missing or not finite; None if nowhere."""
-    has_marks = variable.encoding is not None and bool(variable.encoding.missing)
+    has_marks = variable.encoding is not None and bool(variable.encoding.missing) and not variable.encoding.passes
     bad = None
     with np.errstate(all="ignore"):
         # one pass that writes nothing: the sum is only finite if all values are

@@ -11,7 +11,7 @@ from dtrain.data.plan.grid import Chunk, ShardPart, chunks_of, shards_of
 from dtrain.data.plan.readers import MIN_DENSITY
 from dtrain.data.read.codecs import TRUNCATED, Undecodable
 from dtrain.data.read.decode import Decoder
-from dtrain.data.read.faults import DAMAGED_INDEX, Faults, chunk_missing
+from dtrain.data.read.faults import DAMAGED_INDEX, Faults
 from dtrain.data.read.local import Scratch, Version
 from dtrain.data.read.rows import as_stored
 from dtrain.data.read.shards import NO_CHUNK, ArrayLike, Index, ShardLayout, entry_of, runs_of, shard_layout
@@ -97,7 +97,7 @@ class FilesReader:
         for begin, end, together in runs_of(index, stored, part.origin, MIN_DENSITY):
             run, version = self._read_file(variable, key, begin, end)
             if run is None:
-                raise chunk_missing(self._store.path, variable, key)
+                raise self._faults.vanished(variable, key)
             self._decode_run(shard, index, begin, run, together)
         return version
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -11,7 +15,7 @@ from typing import Any, TypeAlias
 from zarr.abc.store import Store
 
 from dtrain.data.samples import StoreFacts
-from dtrain.errors import DataNotFound, DtrainError, NotZarr
+from dtrain.errors import DataNotFound, DtrainError, NotZarr, did_you_mean
 
 StorageOptions: TypeAlias = Mapping[str, Any]
 """``data.storage_options``, as fsspec and the packages behind it define them."""
@@ -32,13 +36,22 @@ def local_path(path: str, base: Path) -> str:
     """
     located = Path(base, Path(path).expanduser()).absolute()
     if not located.exists():
-        raise DataNotFound(f"{path}: no such file or directory.", f"Looked for {located}")
+        beside: list[str] = []
+        with suppress(OSError):
+            alike = partial(get_close_matches, located.stem, n=1)  # all stores end with ".zarr", which says nothing
+            beside = [name for name in os.listdir(located.parent) if alike([Path(name).stem])]
+        raise DataNotFound(
+            f"{path}: no such file or directory{did_you_mean(located.name, beside) or '.'}", f"Looked for {located}"
+        )
     return str(located)
 
 
 def not_a_group(path: str) -> DtrainError:
     """Return the error for something that is there, and is no Zarr group."""
-    return NotZarr(f"{path} is not a Zarr group: it has none of {', '.join(METADATA_FILES)}.")
+    return NotZarr(
+        f"{path} is not a Zarr group: it has none of {', '.join(METADATA_FILES)}.",
+        "Give the path of a group of variables, for example as xarray writes it: dataset.to_zarr(path).",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,4 +70,4 @@ class StoreKind:
     locate: Callable[[str, Path], str] = local_path
     """Turns ``data.path`` and a base directory into an absolute path or a URL. Raises DataNotFound, InvalidConfig."""
     nothing_there: Callable[[str], DtrainError] = not_a_group
-    """The error for a path, as the user gave it, at which there is no Zarr group."""
+    """The error for a located path at which there is no Zarr group."""

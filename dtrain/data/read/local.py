@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+import zipfile
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,8 +15,9 @@ from urllib.parse import unquote
 
 from zarr.storage import LocalStore
 
-from dtrain.data.read.kind import StorageOptions, StoreKind, local_path
+from dtrain.data.read.kind import METADATA_FILES, StorageOptions, StoreKind, local_path, not_a_group
 from dtrain.data.samples import StoreFacts
+from dtrain.errors import DtrainError, NotZarr
 
 Version: TypeAlias = tuple[int, int]
 """Size of a file, and the time when it was last written, in nanoseconds."""
@@ -115,4 +117,39 @@ def _locate(path: str, base: Path) -> str:
     return local_path(unquote(path.removeprefix("file://")) if path.startswith("file://") else path, base)
 
 
-DIRECTORY = StoreKind(matches=_matches, open=_open, facts=StoreFacts(), locate=_locate)
+def _nothing_there(path: str) -> DtrainError:
+    """Return the error for a path that is no Zarr group, with the way to one."""
+    if not os.path.isdir(path):
+        if zipfile.is_zipfile(path):
+            return _archive(path)
+        return NotZarr(
+            f"{path} is a file; a Zarr store is a directory, or a zip archive of one.",
+            "Convert it, for example xarray.open_dataset(...).to_zarr(...); unpack archives other than zip.",
+        )
+    inside = [name for name in sorted(os.listdir(path)) if _is_group(os.path.join(path, name))]
+    if inside:
+        return NotZarr(
+            f"{path} is not a Zarr group; it holds {', '.join(inside[:5])}{' and more' if len(inside) > 5 else ''}.",
+            f'Give the path of one: "{os.path.join(path, inside[0])}".',
+        )
+    return not_a_group(path)
+
+
+def _is_group(path: str) -> bool:
+    return any(os.path.exists(os.path.join(path, name)) for name in METADATA_FILES)
+
+
+def _archive(path: str) -> DtrainError:
+    """Return the error for a zip archive, with the URL under which it is read."""
+    with zipfile.ZipFile(path) as archive:
+        folders = {name.rpartition("/")[0] for name in archive.namelist() if name.rpartition("/")[2] in METADATA_FILES}
+    if not folders:
+        return NotZarr(
+            f"{path} is a zip archive without a Zarr group: it has none of {', '.join(METADATA_FILES)}.",
+            "Pack the directory of a Zarr group.",
+        )
+    root = min(folders, key=lambda folder: (folder.count("/") + bool(folder), folder))
+    return NotZarr(f"{path} is a zip archive.", f'Read it by its URL: "zip://{root}::{path}".')
+
+
+DIRECTORY = StoreKind(matches=_matches, open=_open, facts=StoreFacts(), locate=_locate, nothing_there=_nothing_there)

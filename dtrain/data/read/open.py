@@ -8,12 +8,12 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 import zarr
-from zarr.abc.store import Store
 
 from dtrain.data.read.documents import REMEMBERED_STORES, Documents
 from dtrain.data.read.kind import NO_OPTIONS, StorageOptions, StoreKind
 from dtrain.data.read.local import DIRECTORY
 from dtrain.data.read.remote import FSSPEC, HTTP
+from dtrain.data.read.retry import settle
 from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import ReadStore
 from dtrain.data.samples import Samples
@@ -74,7 +74,7 @@ def open_arrays(samples: Samples) -> tuple[ReadStore, dict[str, ArrayLike]]:
     if remembered is not None and _is_unchanged(store, remembered):
         store.documents = remembered.copy()
     group = group_in(store, config.group)
-    arrays = {v.name: array_in(group, samples.path, v.name) for v in samples.variables}
+    arrays = {v.name: array_in(store, group, v.name) for v in samples.variables}
     remember(store, config.storage_options, config.group, arrays)
     return store, arrays
 
@@ -103,17 +103,43 @@ def group_in(store: ReadStore, name: str) -> zarr.Group:
         ) from None
 
 
-def any_group(store: Store, name: str) -> zarr.Group:
-    """Open a group, also if its consolidated metadata hold an array that zarr cannot open: each has its own as well."""
+def any_group(store: ReadStore, name: str) -> zarr.Group:
+    """Open a group, whatever its consolidated metadata hold: an array that zarr cannot open, or what was true once.
+
+    Each array has documents of its own. Consolidated metadata save requests to a server, and no others.
+    """
+    if not store.facts.is_local:
+        try:
+            return zarr.open_group(store, path=name or None, mode="r")
+        except (DtrainError, FileNotFoundError):
+            raise
+        except Exception:
+            settle()
+    return zarr.open_group(store, path=name or None, mode="r", use_consolidated=False)
+
+
+def node_in(store: ReadStore, group: zarr.Group, name: str) -> ArrayLike | zarr.Group | None:
+    """Return what a group holds under a name or path, also if its consolidated metadata do not list it.
+
+    Raises
+    ------
+    Exception
+        Whatever zarr raises for metadata that it cannot read; KeyError for such that lack a key.
+    """
+    if name.strip("/") != name or not {"", ".", ".."}.isdisjoint(name.split("/")):
+        return None
     try:
-        return zarr.open_group(store, path=name or None, mode="r")
-    except (DtrainError, FileNotFoundError):
-        raise
-    except Exception:
-        return zarr.open_group(store, path=name or None, mode="r", use_consolidated=False)
+        return group[name]
+    except KeyError:
+        path = f"{group.path}/{name}".lstrip("/")
+        documents = ("zarr.json",) if group.metadata.zarr_format == 3 else (".zarray", ".zgroup")
+        if not any(store.has_document(f"{path}/{document}") for document in documents):
+            return None
+        plain = zarr.open_group(store, path=group.path or None, mode="r", use_consolidated=False)
+        return plain[name]
 
 
-def array_in(group: zarr.Group, path: str, name: str) -> ArrayLike:
+def array_in(store: ReadStore, group: zarr.Group, name: str) -> ArrayLike:
     """Open an array that has been there before.
 
     Raises
@@ -122,16 +148,19 @@ def array_in(group: zarr.Group, path: str, name: str) -> ArrayLike:
         It is not there any more, or its metadata cannot be read.
     """
     try:
-        node = group[name]
+        node = node_in(store, group, name)
     except DtrainError:
         raise
-    except KeyError:
-        node = None
     except Exception as error:
-        raise unreadable_metadata(path, name, error) from None
+        raise unreadable_metadata(store.path, name, error) from None
     if not isinstance(node, zarr.Array):
-        raise DataNotFound(f"{path}: {name} is not there any more.", "Restore it from a copy.")
+        raise array_gone(store.path, name)
     return node
+
+
+def array_gone(path: str, name: str) -> DataNotFound:
+    """Return the error for an array that has been there before."""
+    return DataNotFound(f"{path}: {name} is not there any more.", "Restore it from a copy.")
 
 
 def unreadable_metadata(path: str, name: str, error: Exception) -> NotZarr:

@@ -10,20 +10,23 @@ import os
 import stat
 from array import array as NumberArray
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 from zarr.core.sync import sync
 
-from dtrain.data.plan.grid import shards_of, touched
+from dtrain.data.plan.grid import chunks_touched, shards_of, touched
+from dtrain.data.plan.missing import AbsentChunks, absence_of
+from dtrain.data.plan.splits import Runs
 from dtrain.data.read.faults import chunk_missing
 from dtrain.data.read.local import facts_of
-from dtrain.data.read.open import open_arrays
+from dtrain.data.read.open import array_gone, open_arrays
 from dtrain.data.read.shards import ArrayLike, missing_chunks, shard_layout
 from dtrain.data.read.store import ReadStore, key_of, names_of
+from dtrain.data.read.tree import kind_at
 from dtrain.data.samples import Samples, Select, Variable
-from dtrain.errors import ChunkMissing, StoreForbidden
+from dtrain.errors import StoreForbidden
 
 CONCURRENT_REQUESTS = 32
 LINES_TOGETHER = 1024
@@ -34,7 +37,7 @@ MAX_INDICES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Absent:
-    """A chunk that is not stored."""
+    """A stored object that is not there, or a chunk that a shard does not have."""
 
     variable: Variable
     key: str
@@ -45,49 +48,103 @@ class Absent:
     """Its first row."""
     stop: int
     """The row after its last."""
-
-    def error(self, path: str, count: int = 1) -> ChunkMissing:
-        """Return the error that names it, and says how many objects are missing."""
-        return chunk_missing(path, self.variable, self.key, count, self.inner)
+    chunks: int = 1
+    """How many chunks would be read of it."""
 
 
-def check_presence(samples: Samples, *, full: bool = False, objects: bool = True) -> None:
-    """Check that every chunk that will be read is there.
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """What is stored of some samples."""
+
+    digests: Mapping[str, str]
+    """By variable (`content_digest`)."""
+    absent: Mapping[str, AbsentChunks]
+    """By variable: the chunks that are not there and are no fault, if they were looked for."""
+
+
+def take_inventory(samples: Samples, *, full: bool, digests: bool, presence: bool) -> Inventory:
+    """Look for what is stored; files are looked up once for both the digests and the presence of chunks.
+
+    Parameters
+    ----------
+    samples : Samples
+    full : bool
+        As of `check_presence`.
+    digests, presence : bool
+        What is looked for.
+
+    Raises
+    ------
+    ChunkMissing, NonFiniteData, DataNotFound
+        As `check_presence`.
+    """
+    found, missing = _digests(samples) if digests else ({}, {})
+    return Inventory(found, check_presence(samples, full=full, missing=missing) if presence else {})
+
+
+def check_presence(
+    samples: Samples, *, full: bool = False, missing: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, AbsentChunks]:
+    """Look for every chunk that will be read, and refuse one that is a fault (`absence_of`).
+
+    Returns, by variable, the chunks that are not there and are no fault.
 
     Parameters
     ----------
     samples : Samples
     full : bool
         Look into every shard, also of a remote store with very many.
-    objects : bool
-        False if stored objects have been looked up (`content_digest`): then only the chunks within shards are.
+    missing : mapping, optional
+        By variable: the stored objects that are not there, where they have been looked up (`take_inventory`).
 
     Raises
     ------
-    ChunkMissing
+    ChunkMissing, NonFiniteData
         Names the array and the first missing chunk.
+    DataNotFound
+        An array has gone of which consolidated metadata still speak.
     """
     store, arrays = open_arrays(samples)
+    counts = {}
     for variable in samples.variables:
-        if missing := list(absent_chunks(samples, store, arrays, variable, full=full, objects=objects)):
-            raise missing[0].error(samples.path, sum(chunk.inner is None for chunk in missing))
+        chunks, objects, first = 0, 0, None
+        known = (missing or {}).get(variable.name)
+        for gone in absent_chunks(samples, store, arrays, variable, full=full, missing=known):
+            first, chunks, objects = first or gone, chunks + gone.chunks, objects + (gone.inner is None)
+        if first is None:
+            continue
+        if _is_fault(samples, variable):
+            raise chunk_missing(samples, variable, first.key, objects, first.inner)
+        select = variable.selection(samples.first_row, samples.num_samples)
+        counts[variable.name] = AbsentChunks(chunks, math.prod(map(len, touched(variable.chunks, select))))
+        if chunks == counts[variable.name].of and kind_at(store, arrays[variable.name].path) is None:
+            raise array_gone(samples.path, variable.name)
+    return counts
 
 
-def absent_rows(samples: Samples) -> tuple[tuple[int, int], ...]:
+def _is_fault(samples: Samples, variable: Variable) -> bool:
+    """Return True if a chunk of a variable must not be missing."""
+    absence = absence_of(samples, variable)
+    return absence == "error" or (absence == "nan" and samples.config.non_finite == "error")
+
+
+def absent_rows(samples: Samples) -> Runs:
     """Return the runs of rows for which a variable has no chunk: ``data.missing = "skip"`` leaves them out.
 
     Raises
     ------
-    ChunkMissing
-        A variable without the sample dimension lacks a chunk: no sample can do without it.
+    ChunkMissing, NonFiniteData
+        A variable without the sample dimension lacks a chunk that is not judged to be the fill value.
     """
     store, arrays = open_arrays(samples)
     runs = []
     for variable in samples.variables:
+        absence = absence_of(samples, variable)
         for chunk in absent_chunks(samples, store, arrays, variable, full=True):
-            if variable.is_static:
-                raise chunk.error(samples.path)
-            runs.append((chunk.start, chunk.stop))
+            if absence == "skip":
+                runs.append((chunk.start, chunk.stop))
+            elif _is_fault(samples, variable):
+                raise chunk_missing(samples, variable, chunk.key, 1, chunk.inner)
     return _merged(runs)
 
 
@@ -98,7 +155,7 @@ def absent_chunks(
     variable: Variable,
     *,
     full: bool,
-    objects: bool = True,
+    missing: Sequence[int] | None = None,
 ) -> Iterator[Absent]:
     """Yield the chunks of a variable that would be read and are not stored: objects, then inner chunks of shards.
 
@@ -112,17 +169,21 @@ def absent_chunks(
     variable : Variable
     full : bool
         Look into every shard, also of a remote store with very many.
-    objects : bool
-        False if all stored objects are known to be there.
+    missing : sequence of int, optional
+        The objects that are not there, by their number among those that are touched, where that is known.
     """
     array = arrays[variable.name]
     select = variable.selection(samples.first_row, samples.num_samples)
 
     along = touched(variable.objects, select)
-    num_objects = math.prod(map(len, along))
-    is_there = _which_exist(store, array, variable, select) if objects else np.ones(num_objects, bool)
+    if missing is None:
+        is_there = _which_exist(store, array, variable, select)
+    else:
+        is_there = np.ones(math.prod(map(len, along)), bool)
+        is_there[list(missing)] = False
     for number in np.flatnonzero(~is_there).tolist():
-        yield _absent_object(samples, array, variable, place_of(along, number))
+        place = place_of(along, number)
+        yield replace(_absent_object(samples, array, variable, place), chunks=chunks_touched(variable, select, place))
     layout = shard_layout(array)
     if layout is None or (store.facts.read_ahead and len(is_there) > MAX_INDICES and not full):
         return
@@ -150,7 +211,7 @@ def _rows_of(samples: Samples, variable: Variable, place: tuple[int, ...], rows:
     return first, min(first + rows, samples.num_samples)
 
 
-def _merged(runs: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+def _merged(runs: list[tuple[int, int]]) -> Runs:
     """Return runs of rows, ascending and without overlaps or neighbours."""
     merged: list[tuple[int, int]] = []
     for start, stop in sorted(set(runs)):
@@ -197,34 +258,26 @@ async def _hashes(keys: AsyncIterator[str]) -> NumberArray[int]:
     return hashes
 
 
-def content_digest(samples: Samples, *, complete: bool = False) -> dict[str, str]:
+def content_digest(samples: Samples) -> dict[str, str]:
     """Return, by variable, a digest of the sizes of its stored objects; nothing for a store that is not local.
 
     It tells a store that has been modified from one that has been copied or moved. A chunk that was overwritten by
     another one of exactly the same size is not told: the times of files say nothing, since a copy has its own.
-
-    Parameters
-    ----------
-    samples : Samples
-    complete : bool
-        Check that every object is there, as `check_presence` does.
-
-    Raises
-    ------
-    ChunkMissing
-        An object of a local store is not there, and it should be `complete`.
     """
+    return _digests(samples)[0]
+
+
+def _digests(samples: Samples) -> tuple[dict[str, str], dict[str, Sequence[int]]]:
+    """Return, by variable, the digest of its stored objects, and which are missing; nothing if they are not local."""
     if not samples.store.is_local:
-        return {}
+        return {}, {}
     store, arrays = open_arrays(samples)
-    digests = {}
+    digests: dict[str, str] = {}
+    missing: dict[str, Sequence[int]] = {}
     for variable in samples.variables:
         array, select = arrays[variable.name], variable.selection(samples.first_row, samples.num_samples)
-        digests[variable.name], missing = _digest(store, array, names_of(array, variable, select))
-        if complete and missing:
-            place = place_of(touched(variable.objects, select), missing[0])
-            raise _absent_object(samples, array, variable, place).error(samples.path, len(missing))
-    return digests
+        digests[variable.name], missing[variable.name] = _digest(store, array, names_of(array, variable, select))
+    return digests, missing
 
 
 def _digest(store: ReadStore, array: ArrayLike, names: Iterator[str]) -> tuple[str, NumberArray[int]]:

@@ -140,7 +140,9 @@ def _open(store_class: type[RemoteStore], path: str, storage_options: StorageOpt
         known = did_you_mean(protocol, PROTOCOLS) if "not known" in str(error) else ""
         raise InvalidConfig(
             f"{path}: cannot be opened: {one_line(error)}{known}",
-            "Look at data.path and data.storage_options.",
+            f'The URL of a zip archive is "zip://::{path.removeprefix("zip://")}".'
+            if protocol == "zip" and "::" not in path
+            else "Look at data.path and data.storage_options.",
         ) from None
     return store_class(store, path, masked)
 

@@ -28,6 +28,8 @@ STALL_SECONDS = 60.0
 """How long one attempt may take."""
 BACKOFF_SECONDS = 0.25
 """Mean pause before the second attempt; doubled before each further one: 32 s in all."""
+JITTER = random.SystemRandom()
+"""Not the module's own generator, whose numbers are the user's; forked workers have pauses of their own."""
 WARN_SECONDS = 1.0
 """Log a retry only if the request has taken longer than this."""
 
@@ -49,7 +51,7 @@ class Retries:
         self._path = path
         self._refresh = refresh
         self._masked = masked
-        self._warned = -math.inf
+        self._warned = self._given_up = -math.inf
         self._lock = threading.Lock()
 
     async def call(self, key: str, request: Callable[[], Awaitable[Result]], seconds: float | None = None) -> Result:
@@ -87,9 +89,10 @@ class Retries:
                     continue
                 self._check_permanent(key, error)
                 reason = _reason(error, limit)
-                if attempt == ATTEMPTS:
-                    raise self._unavailable(key, reason, began) from None
-                pause = BACKOFF_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
+                if attempt == ATTEMPTS or self._given_up > began:  # nobody waits for the others of a call that failed
+                    self._given_up = time.monotonic()
+                    raise self._unavailable(key, reason, began, attempt) from None
+                pause = BACKOFF_SECONDS * 2 ** (attempt - 1) * JITTER.uniform(0.5, 1.5)
                 self._warn(f"{self._path}: {key} could not be read: {reason}", began, pause, attempt)
                 await asyncio.sleep(pause)
         raise AssertionError("unreachable")
@@ -109,10 +112,10 @@ class Retries:
                 "Look at data.path and data.storage_options.",
             ) from None
 
-    def _unavailable(self, key: str, reason: str, began: float) -> StoreUnavailable:
+    def _unavailable(self, key: str, reason: str, began: float, attempts: int) -> StoreUnavailable:
+        times = f"{attempts} attempt{'s' if attempts > 1 else ''} over {time.monotonic() - began:.0f} s"
         return StoreUnavailable(
-            f"{self._path}: {key} could not be read in {ATTEMPTS} attempts over {time.monotonic() - began:.0f} s: "
-            f"{reason}",
+            f"{self._path}: {key} could not be read in {times}: {reason}",
             "Look at data.path and the network. Run the same command again to continue; committed rounds are safe.",
         )
 

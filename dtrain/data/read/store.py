@@ -50,10 +50,6 @@ class ReadStore(WrapperStore[Store]):
         """How many of them were indices of shards."""
         self.bytes_read = 0
         """Stored bytes."""
-        self.members: dict[str, tuple[str, ...]] = {}
-        """By group, names to look for although the store may not list them."""
-        self.hidden: frozenset[str] = frozenset()
-        """Names that are not listed."""
         self._absent: set[str] = set()
         self._truncated: set[str] = set()
         self._watched: dict[str, tuple[ShardLayout | None, bool]] = {}
@@ -102,23 +98,6 @@ class ReadStore(WrapperStore[Store]):
         zarr's own would also read up to 1 MiB between two parts; `holding` has read dense parts together.
         """
         return [(i, self.get_sync(key, prototype=prototype, byte_range=part)) for i, part in enumerate(byte_ranges)]
-
-    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        """Yield the names in a group, also the `members` that are there although the store does not list them."""
-        names = [name async for name in self._store.list_dir(prefix)]
-        for name in self.members.get(prefix.strip("/"), ()):
-            if name not in names and await self._has_node(f"{prefix}/{name}".lstrip("/")):
-                names.append(name)
-        for name in dict.fromkeys(names):
-            if name not in self.hidden:
-                yield name
-
-    async def _has_node(self, path: str) -> bool:
-        prototype = default_buffer_prototype()
-        for name in ("zarr.json", ".zarray", ".zgroup"):
-            if await self.get(f"{path}/{name}", prototype) is not None:
-                return True
-        return False
 
     def names(self, group: str) -> list[str]:
         """Return the names in a group, from outside of the event loop."""

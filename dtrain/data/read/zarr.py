@@ -17,6 +17,7 @@ from zarr.storage import LocalStore, StorePath
 
 from dtrain.data.encoding import Array
 from dtrain.data.plan.grid import shards_of
+from dtrain.data.plan.missing import absence_of
 from dtrain.data.plan.readers import MIN_DENSITY
 from dtrain.data.read.codecs import ends_in_blosc, is_truncated_blosc
 from dtrain.data.read.faults import DAMAGED_INDEX, Faults, Observation
@@ -178,7 +179,7 @@ def _undecodable(selection: _Selection, faults: Faults, error: Exception) -> Chu
 def _check_inner_chunks(store: ReadStore, selection: _Selection, faults: Faults) -> None:
     """Raise if a shard that was read does not have all of its chunks."""
     variable, layout = selection.variable, selection.layout
-    if layout is None or not faults.looks_for_missing:
+    if layout is None or not faults.looks_for_missing(variable):
         return
     for part in shards_of(variable, selection.select):
         key = key_of(selection.array, part.place)
@@ -219,7 +220,7 @@ def best_settings(samples: Samples) -> Iterator[None]:
         settings["codec_pipeline.path"] = "zarr.core.codec_pipeline.FusedCodecPipeline"
         settings["codec_pipeline.max_workers"] = 1
     if zarr.config.get("array.read_missing_chunks", None) is not None:  # zarr 3.2
-        settings["array.read_missing_chunks"] = samples.config.missing != "error"
+        settings["array.read_missing_chunks"] = any(absence_of(samples, v) != "error" for v in samples.variables)
     with _OPENING, zarr.config.set(settings):
         yield
 

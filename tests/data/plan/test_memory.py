@@ -57,7 +57,7 @@ ORDER = {
     ahead: (8 + 4 + ahead + 2) * (10 * 1 + 9 * 8 + 1_000) + 2 * 10 + 80 * 640 + 120 * 1_000 + 48 * 100
     for ahead in (1, 2, 3)
 }
-STORED = 40 * 10 + 24 * 100
+STORED = 80 * 10 + 24 * 100
 LEAST = 6_471_000 + 3 * ORDER[3] + 2 * STORED
 
 
@@ -235,7 +235,7 @@ def test_too_little_memory_is_refused_with_the_arithmetic():
     assert (
         "p.zarr: the data path needs train 1 x (9 units (8 open, 1 ahead) of 1.0 kB + batches 1.3 MB + "
         "decoding 2 x 2.0 kB + order 192.2 kB) + evaluate 1 x (2 units (1 open, 1 ahead) of 1.0 kB + batches 1.3 MB + "
-        f"decoding 2 x 2.0 kB + order 2.8 kB) = 2.8 MB ({least:,} bytes); the limit is 2.8 MB ({least - 1:,} bytes)."
+        f"decoding 2 x 2.0 kB + order 3.2 kB) = 2.8 MB ({least:,} bytes); the limit is 2.8 MB ({least - 1:,} bytes)."
     ) in error.message
     assert "cluster.memory" in error.hint
 

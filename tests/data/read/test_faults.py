@@ -644,7 +644,7 @@ def test_a_small_variable_that_is_preloaded_is_checked_as_well(write_store, tmp_
         "index": vector(np.arange(60, dtype="int32"), 60),
     }
     path = write_store(tmp_path / "s", arrays)
-    samples = open_all(path, arrays)
+    samples = open_all(path, arrays, missing="error")
     assert [v.name for v in samples.preloaded] == ["index"]
     _, partition = only_partition(samples)
     found = batches(reader_of(samples, which), partition, [25] * 5)

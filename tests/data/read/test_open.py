@@ -245,8 +245,8 @@ def test_a_document_that_was_not_there_is_looked_for_again(store):
     path = store(zarr_format=2)
     samples = open_xy(path)
     open_arrays(samples)
-    consolidated = {"zarr_consolidated_format": 1, "metadata": {".zgroup": {"zarr_format": 2}}}
-    (path / ".zmetadata").write_text(json.dumps(consolidated))  # as if x had gone
+    (path / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')  # as if x had gone
+    (path / ".zgroup").unlink()
     with pytest.raises(DataNotFound, match="x is not there any more"):
         open_arrays(samples)
 

@@ -16,14 +16,18 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dtrain.data.plan.missing import AbsentChunks
+from dtrain.data.plan.units import Box
 from dtrain.data.read import local
 from dtrain.data.read.local import facts_of
 from dtrain.data.read.open import open_arrays
-from dtrain.data.read.presence import check_presence, content_digest
+from dtrain.data.read.presence import absent_rows, check_presence, content_digest, take_inventory
 from dtrain.data.read.store import names_of, objects_of
+from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
-from dtrain.errors import ChunkMissing
+from dtrain.errors import ChunkMissing, DataNotFound, NonFiniteData
 from tests.data.helpers import variable
+from tests.data.servers import FileServer
 
 FORMATS = pytest.mark.parametrize("zarr_format", [2, 3])
 
@@ -120,7 +124,7 @@ def test_several_missing_chunks_are_counted_and_the_first_is_named(small, grid_k
         (path / key).unlink()
     first = grid_keys("g/y", (4,), zarr_format)[1]
     with pytest.raises(ChunkMissing, match=rf"chunk {first} of y is missing \(3 of 4 are\)"):
-        check_presence(open_xy(path, group="g"))
+        check_presence(open_xy(path, group="g", missing="error"))
 
 
 def test_chunks_of_variables_that_are_not_used_may_be_missing(small):
@@ -140,7 +144,7 @@ def test_a_variable_is_not_taken_for_one_whose_name_it_begins(small):
 @FORMATS
 def test_the_digest_of_a_store_follows_what_is_stored_not_where_or_when(small, tmp_path, zarr_format):
     path = small(zarr_format, z={"dims": ("n",), "values": np.zeros(10), "chunks": (5,)})
-    first = content_digest(open_xy(path))
+    first = content_digest(open_xy(path))  # says nothing about missing ones
     assert set(first) == {"x", "y"}
     shutil.copytree(path, tmp_path / "copy")
     assert content_digest(open_xy(tmp_path / "copy")) == first
@@ -202,6 +206,106 @@ def test_a_directory_in_the_place_of_a_chunk_is_no_chunk(small):
     (path / "y/c/1").unlink()
     (path / "y/c/1").mkdir()
     with pytest.raises(ChunkMissing, match=r"chunk y/c/1 of y is missing \(1 of 4\)"):
-        check_presence(open_xy(path))
+        check_presence(open_xy(path, missing="error"))
     with pytest.raises(ChunkMissing, match=r"chunk y/c/1 of y is missing \(1 of 4\)"):
-        content_digest(open_xy(path), complete=True)
+        take_inventory(open_xy(path, missing="error"), full=False, digests=True, presence=True)
+
+
+# What becomes of missing chunks -----------------------------------------------------------------------------
+
+
+def test_missing_chunks_that_are_no_fault_are_counted(small):
+    mask = {"dims": ("n", "m"), "values": np.ones((10, 4), bool), "chunks": (4, 2)}
+    path = small(mask=mask)
+    for key in ("mask/c/0/0", "mask/c/2/1", "y/c/1"):
+        (path / key).unlink()
+    samples = open_xy(path, inputs=["x", "mask"])
+    assert check_presence(samples) == {"mask": AbsentChunks(2, 6), "y": AbsentChunks(1, 4)}
+    some = open_xy(path, inputs=["x", "mask"], isel={"n": {"start": 0, "stop": 8}, "m": {"start": 0, "stop": 2}})
+    assert check_presence(some) == {"mask": AbsentChunks(1, 2), "y": AbsentChunks(1, 3)}
+    assert check_presence(open_xy(path, inputs=["x"], targets=["x"])) == {}
+
+
+def test_integers_that_older_xarray_wrote_for_bools_are_judged_as_bools(small):
+    mask = {"dims": ("n", "m"), "values": np.ones((10, 4), "int8"), "chunks": (4, 2)}
+    for attributes in ({"dtype": "bool"}, {"dtype": "int8"}, {}):
+        path = small(name=f"{len(attributes)}{attributes.get('dtype')}", mask={**mask, "attributes": attributes})
+        (path / "mask/c/0/0").unlink()
+        samples = open_xy(path, inputs=["x", "mask"])
+        if attributes == {"dtype": "bool"}:
+            assert check_presence(samples) == {"mask": AbsentChunks(1, 6)}
+        else:
+            with pytest.raises(ChunkMissing):
+                check_presence(samples)
+
+
+def test_chunks_of_a_missing_shard_are_counted_one_by_one(small):
+    mask = {"dims": ("n", "m"), "values": np.ones((20, 4), bool), "chunks": (2, 2), "shards": (6, 4)}
+    y = {"dims": ("n",), "values": np.zeros(20), "chunks": (5,)}
+    x = {"dims": ("n", "k"), "values": np.zeros((20, 2)), "chunks": (4, 2)}
+    path = small(mask=mask, x=x, y=y)
+    (path / "mask/c/3/0").unlink()  # rows 18 and 19
+    (path / "mask/c/0/0").unlink()  # rows 0 to 5
+    samples = open_xy(path, inputs=["x", "mask"])
+    assert check_presence(samples) == {"mask": AbsentChunks(2 * (1 + 3), 2 * 10)}
+    some = open_xy(path, inputs=["x", "mask"], isel={"n": {"start": 3, "stop": 20}}, sample_dim="n")
+    assert check_presence(some) == {"mask": AbsentChunks(2 * (1 + 2), 2 * 9)}
+
+
+def test_a_missing_chunk_says_what_would_be_read_and_only_ways_that_work(small):
+    packed = {"dims": ("n", "k"), "values": np.ones((10, 2), "int16"), "chunks": (4, 2)}
+    packed["attributes"] = {"scale_factor": 0.5, "add_offset": 280.0}
+    path = small(packed=packed, place={"dims": ("k",), "values": np.ones(2), "chunks": (1,)})
+    (path / "packed/c/1/0").unlink()
+    with pytest.raises(ChunkMissing, match="Zarr would read it as the fill value, which means 280[.]") as caught:
+        check_presence(open_xy(path, inputs=["packed"]))
+    assert 'data.missing = "fill"; to leave out their samples: data.missing = "skip".' in caught.value.hint
+    for way in ("fill", "skip"):
+        assert (
+            absent_rows(open_xy(path, inputs=["packed"], missing=way)) == ((4, 8),) * (way == "skip") or way == "fill"
+        )
+    (path / "place/c/1").unlink()
+    with pytest.raises(ChunkMissing, match="chunk place/c/1 of place is missing .* fill value, 0[.]") as caught:
+        check_presence(open_xy(path, inputs=["x", "place"], sample_dim="n"))
+    assert "skip" not in caught.value.hint
+
+
+@pytest.mark.parametrize("missing", ["auto", "error"])
+def test_a_missing_chunk_of_nan_says_what_lets_it_through(small, missing):
+    x = {"dims": ("n", "k"), "values": np.ones((10, 2)), "chunks": (4, 2), "fill_value": np.nan}
+    path = small(x=x)
+    (path / "x/c/1/0").unlink()
+    with pytest.raises((NonFiniteData, ChunkMissing), match="chunk x/c/1/0 of x is missing") as caught:
+        check_presence(open_xy(path, missing=missing))
+    assert ('data.missing = "auto" and data.non_finite = "allow"' in caught.value.hint) == (missing == "error")
+    assert 'data.non_finite = "allow"' in caught.value.hint
+    assert check_presence(open_xy(path, non_finite="allow")) == {"x": AbsentChunks(1, 3)}
+
+
+@FORMATS
+def test_an_array_that_has_gone_although_consolidated_metadata_list_it(small, zarr_format):
+    path = small(zarr_format)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        zarr.consolidate_metadata(path)
+    shutil.rmtree(path / "y")
+    server = FileServer(path)
+    try:
+        with pytest.raises(DataNotFound, match="y is not there any more"):
+            check_presence(open_xy(server.url))
+    finally:
+        server.stop()
+
+
+def test_a_chunk_that_reads_as_nan_is_named_where_it_is_read(small):
+    sharded = {"dims": ("n", "k"), "values": np.ones((10, 2)), "chunks": (2, 2), "shards": (4, 2), "fill_value": np.nan}
+    for name, options, key in (("plain", {"chunks": (4, 2)}, "x/c/1/0"), ("shards", sharded, "x/c/1/0")):
+        x = {"dims": ("n", "k"), "values": np.ones((10, 2)), "fill_value": np.nan, **options}
+        path = small(name=name, x=x)
+        (path / key).unlink()
+        for reader in ("auto", "zarr"):
+            with pytest.raises(
+                NonFiniteData, match=rf"x\[4, 0\] in chunk {key} is nan: the chunk is not stored"
+            ) as caught:
+                UnitReader(open_xy(path, reader=reader), reader).read(Box(0, 10))
+            assert 'data.missing = "skip"' in caught.value.hint

@@ -68,7 +68,7 @@ def test_the_pause_between_attempts_doubles_and_is_drawn_at_random(clock, monkey
         drawn.append((low, high))
         return random.Random(len(drawn)).uniform(low, high)
 
-    monkeypatch.setattr(retry.random, "uniform", uniform)
+    monkeypatch.setattr(retry.JITTER, "uniform", uniform)
     monkeypatch.setattr(retry, "BACKOFF_SECONDS", 1.0)
     server = Server(*[OSError("down")] * ATTEMPTS)
     with pytest.raises(StoreUnavailable) as caught:
@@ -134,8 +134,45 @@ def test_an_attempt_that_stalls_is_cut_off():
             asyncio.run(ask())
 
 
+def test_requests_beside_one_that_has_given_up_are_not_retried_any_more(clock):
+    asked = []
+
+    async def two():
+        has_failed = asyncio.Event()
+        retries = Retries("s3://store", has_failed.wait)
+
+        async def request():
+            asked.append(1)
+            await has_failed.wait()
+            raise OSError("down")
+
+        async def fails():
+            raise OSError("down")
+
+        beside = asyncio.create_task(retries.call("x/c/1", request))
+        await asyncio.wait([beside], timeout=0)
+        with pytest.raises(StoreUnavailable, match="x/c/0 could not be read in 8 attempts"):
+            await retries.call("x/c/0", fails)
+        has_failed.set()
+        with pytest.raises(StoreUnavailable, match="x/c/1 could not be read in 1 attempt"):
+            await beside
+        with pytest.raises(
+            StoreUnavailable, match="x/c/0 could not be read in 8 attempts"
+        ):  # a later one is tried again
+            await retries.call("x/c/0", fails)
+
+    asyncio.run(two())
+    assert len(asked) == 1
+
+
+def test_retries_leave_the_random_numbers_of_the_user_alone(clock):
+    state = random.getstate()
+    assert Server(OSError("down")).ask() == 7
+    assert random.getstate() == state
+
+
 def test_only_a_request_that_takes_long_is_spoken_of_and_not_at_every_attempt(clock, caplog, monkeypatch):
-    monkeypatch.setattr(retry.random, "uniform", lambda low, high: 1.0)
+    monkeypatch.setattr(retry.JITTER, "uniform", lambda low, high: 1.0)
     caplog.set_level(logging.WARNING, "dtrain")  # a command with --quiet has raised it
     assert Server(*[OSError("down")] * 3).ask() == 7  # pauses of 0.25, 0.5 and 1 s: before the last, 0.75 s are over
     assert caplog.records == []

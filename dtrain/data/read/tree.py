@@ -1,0 +1,113 @@
+"""Which arrays and groups a store holds, by their metadata documents alone: what zarr cannot open is there too."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.core.sync import sync
+
+from dtrain.data.read.documents import NAMES
+from dtrain.data.read.store import ReadStore
+
+Kind: TypeAlias = Literal["array", "group"]
+
+MOST_NODES = 500
+"""A search looks at so many arrays and groups, at most."""
+CONCURRENT_REQUESTS = 32
+
+
+def nodes_in(store: ReadStore, group: str) -> dict[str, Kind]:
+    """Return name and kind of each array and group in a group.
+
+    Parameters
+    ----------
+    store : ReadStore
+    group : str
+        Its path; empty for the root.
+    """
+    group = group.strip("/")
+    known = _consolidated(store) or _kinds(store, _listed(store, group))
+    return {path.rpartition("/")[2]: kind for path, kind in known.items() if path.rpartition("/")[0] == group}
+
+
+def arrays_named(store: ReadStore, name: str) -> list[str]:
+    """Return the paths of arrays of a name, wherever they lie in the store; the search is bounded."""
+    known = _consolidated(store)
+    todo = [] if known else [""]
+    while todo and len(known) < MOST_NODES:
+        kinds = _kinds(store, _listed(store, todo.pop(0))[: MOST_NODES - len(known)])
+        todo += [path for path, kind in kinds.items() if kind == "group" and path not in known]
+        known |= kinds
+    return sorted(path for path, kind in known.items() if kind == "array" and path.rpartition("/")[2] == name)
+
+
+def kind_at(store: ReadStore, path: str) -> Kind | None:
+    """Return whether a path is an array or a group; None if nothing is there."""
+    return _kinds(store, [path]).get(path)
+
+
+def _listed(store: ReadStore, group: str) -> list[str]:
+    """Return the paths that a store lists in a group: of arrays, groups and other files."""
+    names = (name.strip("/") for name in store.names(group))
+    return [f"{group}/{name}".lstrip("/") for name in dict.fromkeys(names) if name and name not in NAMES]
+
+
+def _kinds(store: ReadStore, paths: Sequence[str]) -> dict[str, Kind]:
+    """Return the kind of each path that is an array or a group."""
+
+    async def look() -> dict[str, Kind]:
+        limit = asyncio.Semaphore(CONCURRENT_REQUESTS)
+
+        async def kind(path: str) -> Kind | None:
+            async with limit:
+                return await _kind(store, path)
+
+        kinds = await asyncio.gather(*map(kind, paths))
+        return {path: kind for path, kind in zip(paths, kinds, strict=True) if kind is not None}
+
+    return sync(look())
+
+
+async def _kind(store: ReadStore, path: str) -> Kind | None:
+    prototype = default_buffer_prototype()
+    document = await store.get(f"{path}/zarr.json", prototype)
+    if document is not None:
+        return "group" if _parsed(document).get("node_type") == "group" else "array"
+    if await store.get(f"{path}/.zarray", prototype) is not None:
+        return "array"
+    return "group" if await store.get(f"{path}/.zgroup", prototype) is not None else None
+
+
+def _consolidated(store: ReadStore) -> dict[str, Kind]:
+    """Return the kind of each node that the consolidated metadata of the root list; of a local store, nothing.
+
+    They may be older than the store, which a directory says by itself.
+    """
+    if store.facts.is_local:
+        return {}
+    prototype = default_buffer_prototype()
+    v3 = _parsed(sync(store.get("zarr.json", prototype))).get("consolidated_metadata")
+    kinds: dict[str, Kind] = {}
+    for path, node in _table(_table(v3).get("metadata")).items():
+        kinds[path] = "group" if _table(node).get("node_type") == "group" else "array"
+    for key in _table(_parsed(sync(store.get(".zmetadata", prototype))).get("metadata")):
+        path, _, document = key.rpartition("/")
+        if path and document in (".zarray", ".zgroup"):
+            kinds[path] = "array" if document == ".zarray" else "group"
+    return kinds
+
+
+def _parsed(document: Buffer | None) -> Mapping[str, Any]:
+    """Return a metadata document; nothing if it is not there or damaged."""
+    try:
+        return _table(json.loads(document.to_bytes())) if document is not None else {}
+    except ValueError:
+        return {}
+
+
+def _table(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
