@@ -128,3 +128,70 @@ STORES: dict[str, Callable[..., Path]] = {
     "cells": cells,
 }
 """By kind of user: a function that writes a store."""
+
+
+# Any store --------------------------------------------------------------------------------------------------
+
+DIMS = (
+    "time",
+    "lat",
+    "lon",
+    "level",
+    "n",
+    "y",
+    "x",
+    "c",
+    "z",
+    "cell",
+    "gene",
+    "dim_0",
+    "dim_1",
+    "station",
+    "band",
+    "t",
+)
+NAMES = ("t2m", "image", "mask", "label", "y", "target", "X", "tokens", "a", "b", "lsm", "crs", "time_bnds", "codes")
+NAMES = (*NAMES, "cell_type", "count", "sst", "class", "weights", "id", "segmentation", "z")
+KINDS = ("f4", "f8", "f2", "i1", "i2", "i4", "i8", "u1", "u2", "u8", "?", "c8", "O", "M8[ns]", "packed", "nan", "const")
+
+
+def anything(path: Path, seed: int) -> Path:
+    """A group of variables that nobody has thought of: names, dimensions, dtypes, chunks and marks by chance."""
+    rng = np.random.default_rng(seed)
+    dims = rng.choice(DIMS, rng.integers(1, 6), replace=False).tolist()
+    sizes = {dim: int(rng.choice([1, 2, 3, 5, 8, 9, 12, 20, 33, 60])) for dim in dims}
+    variables, encoding = {}, {}
+    for name in rng.choice(NAMES, rng.integers(1, 7), replace=False).tolist():
+        own = rng.permutation(dims)[: rng.choice([0, 1, 1, 2, 2, 3, 3, 4])].tolist()
+        if name in dims and own != [name]:
+            continue
+        shape = tuple(sizes[dim] for dim in own)
+        values, packing = _any_values(rng, shape)
+        chunks = tuple(int(rng.choice([n, max(1, n // 3), 1 if n < 9 else n])) for n in shape)
+        variables[name], encoding[name] = (own, values), {**packing, **({"chunks": chunks} if chunks else {})}
+    dated = {
+        dim: _hours(sizes[dim]) for dim in dims if dim in ("time", "t") and dim not in variables and rng.random() < 0.5
+    }
+    return write(xr.Dataset(variables, dated), path, encoding, zarr_format=2 + seed % 2)
+
+
+def _hours(count: int) -> Any:
+    return np.datetime64("2020-01-01", "ns") + np.arange(count) * np.timedelta64(1, "h")
+
+
+def _any_values(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[Any, dict[str, Any]]:
+    kind = str(rng.choice(KINDS))
+    floats = rng.normal(size=shape)
+    if kind == "packed":
+        return 280 + floats, {"dtype": "int16", "scale_factor": 0.01, "add_offset": 280.0, "_FillValue": -9999}
+    if kind == "nan":
+        return np.where(rng.random(shape) < 0.3, np.nan, 50 * floats), {}
+    if kind == "const":
+        return np.full(shape, rng.choice([0.0, 7.0, 1e6])), {}
+    if kind == "O":
+        return np.full(shape, "text", dtype=object), {}
+    if kind[0] in "iu":
+        most = min(int(rng.choice([2, 3, 10, 300, 60_000])), np.iinfo(kind).max)
+        marks = {"_FillValue": int(rng.choice([0, 1]))} if kind == "i2" else {}
+        return rng.integers(0, most, shape).astype(kind), marks
+    return (floats * 10.0 ** rng.integers(-3, 3)).astype(kind), {}

@@ -54,6 +54,7 @@ def draft_of(contents: Contents, look: Look) -> Draft | None:
         text(contents, look)
         or maps(contents, look)
         or supervised(contents, look, guess=False)
+        or maps(contents, look, any_places=True)
         or series(contents, look)
         or supervised(contents, look, guess=True)
         or alone(contents, look, images=False)

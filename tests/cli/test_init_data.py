@@ -14,7 +14,7 @@ import xarray as xr
 import zarr
 
 from tests.cli.helpers import last, tree
-from tests.foreign import STORES, cells, climate, nuclei, table, tokens, write
+from tests.foreign import STORES, anything, cells, climate, nuclei, table, tokens, write
 
 RNG = np.random.default_rng(0)
 
@@ -126,6 +126,19 @@ FORECASTS = {
         data={**TIME, **STEP, "patch": {"lon": 64}, "normalize": ["t"]},
         coords={"time": dates(40)},
     ),
+    "images over time": Layout(
+        {"m": (("t", "c", "y", "x"), whole(255, 60, 2, 20, 20, dtype="uint8"))},
+        ["m"],
+        "m",
+        data={"sample_dim": "t", **STEP, "normalize": {"m": ["c"]}},
+    ),
+    "lead times": Layout(
+        {"t2m": (("time", "lead_time", "lat", "lon"), normal(40, 5, 8, 9))},
+        ["t2m"],
+        "t2m",
+        data={**TIME, **STEP, "normalize": ["t2m"]},
+        coords={"time": dates(40), "lead_time": np.arange(5)},
+    ),
     "one series": Layout(
         {"flow": (("time",), normal(200))}, ["flow"], "flow", data={**TIME, **WEEK}, coords={"time": dates(200)}
     ),
@@ -229,12 +242,34 @@ IMAGES = {
         "cross_entropy",
         data={
             "sample_dim": "y",
-            "input_offsets": {"start": -4, "stop": 5},
+            "input_offsets": {"start": -3, "stop": 4},
             "target_offsets": 0,
             "normalize": {"rgb": ["band"]},
             "split": {"val": 0.2, "test": 0.2},
         },
         outputs=5,
+    ),
+    "maps of one time": Layout(
+        {"elevation": (("time", "lat", "lon"), normal(1, 40, 50)), "rain": (("time", "lat", "lon"), normal(1, 40, 50))},
+        ["elevation"],
+        "rain",
+        data={
+            "sample_dim": "lat",
+            "input_offsets": {"start": -2, "stop": 3},
+            "target_offsets": 0,
+            "split": {"val": 0.2, "test": 0.2},
+        },
+        coords={"time": dates(1)},
+    ),
+    "colours last, no names": Layout(
+        {
+            "a": (("dim_0", "dim_1", "dim_2", "dim_3"), normal(40, *YX, 3)),
+            "b": (("dim_0",), whole(3, 40, dtype="int32")),
+        },
+        ["a"],
+        "b",
+        "cross_entropy",
+        outputs=3,
     ),
     "images and one mask of all": Layout(
         {"image": (IMAGE, normal(40, *YX)), "mask": (("y", "x"), whole(2, *YX, dtype="uint8"))},
@@ -274,7 +309,7 @@ TABLES = {
     ),
     "cells last, codes with -1": Layout(
         {
-            "X": (("gene", "cell"), 3 + normal(30, 100)),
+            "X": (("gene", "cell"), 9 + normal(30, 100)),
             "cell_type": (("cell",), texts(100)),
             "cell_type_codes": (("cell",), whole(4, 100, dtype="int8") - 1),
         },
@@ -318,6 +353,20 @@ TABLES = {
         ["x"],
         "y",
         outputs=[],
+    ),
+    "hashes beyond int64": Layout(
+        {
+            "h": (("n",), 2**63 + np.arange(60, dtype="uint64") ** 9),
+            "x": (("n",), normal(60)),
+            "y": (("n",), normal(60)),
+        },
+        ["h", "x"],
+        "y",
+        data={"normalize": ["h"]},
+        outputs=[],
+    ),
+    "labels as strings alone": Layout(
+        {"X": (("cell", "gene"), normal(40, 8)), "cell_type": (("cell",), texts(40))}, ["X"], "X", outputs=[8]
     ),
     "a matrix alone": Layout(
         {"X": (("cell", "gene"), normal(100, 30)), "gene_mean": (("gene",), normal(30))}, ["X"], "X", outputs=[30]
@@ -370,6 +419,18 @@ def accepted(cli: Any, *more: str) -> None:
     for command in (["plan"], ["train", "--set", "train.rounds=1"]):
         outcome = cli("-q", command[0], "job/dtrain.toml", "--scheduler", "serial", *command[1:], *more)
         assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("seed", [*range(12), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(12, 120))])
+def test_any_store_is_planned_or_refused(cli: Any, tmp_path: Path, seed: int) -> None:
+    anything(tmp_path / "s.zarr", seed)
+    outcome = cli("init", "job", "--data", "s.zarr")
+    if outcome.code:
+        assert outcome.code in (2, 3, 5)
+        assert 2 <= outcome.err.count("\n") <= 4, outcome.err
+    else:
+        planned = cli("-q", "plan", "job/dtrain.toml", "--scheduler", "serial")
+        assert planned.code == (5 if "warning: chunk" in outcome.err else 0), planned.err
 
 
 # Zarr formats and writers -----------------------------------------------------------------------------------

@@ -212,7 +212,7 @@ def _write(directory: Path, texts: dict[str, str], stores: Stores) -> None:
 
 
 def _relative(data: str, directory: Path) -> str:
-    return data if "://" in data else os.path.relpath(Path(data).absolute(), directory.absolute())
+    return data if "://" in data else os.path.relpath(Path(data).expanduser().absolute(), directory.absolute())
 
 
 def _read(name: str) -> str:

@@ -222,6 +222,8 @@ def _why_unsuitable(name: str, variable: xr.Variable, references: Mapping[str, s
         return KINDS.get(kind, f"dtype {variable.dtype}")
     if not variable.dims:
         return "no dimensions"
+    if len(set(variable.dims)) < len(variable.dims):
+        return "a dimension twice"
     if references.get(name, "coordinate") != "coordinate":
         return references[name]
     if set(map(str, variable.dims)) & BOUNDS and len(variable.dims) > 1 and has_word(name, BOUNDS):

@@ -27,12 +27,21 @@ MOST_INPUTS = 8
 
 def forecast(contents: Contents, look: Look) -> Draft | None:
     """Return a draft for maps over time, else for series; None if there is neither."""
-    return maps(contents, look) or series(contents, look)
+    return maps(contents, look) or maps(contents, look, any_places=True) or series(contents, look)
 
 
-def maps(contents: Contents, look: Look) -> Draft | None:
-    """Return a draft for fields over time and places of the earth; None if there are none."""
-    fields = [_field(array, contents) for array in contents.arrays.values() if not array.is_coordinate]
+def maps(contents: Contents, look: Look, *, any_places: bool = False) -> Draft | None:
+    """Return a draft for fields over time and places of the earth; None if there are none.
+
+    Parameters
+    ----------
+    contents : Contents
+    look : Look
+    any_places : bool
+        Take images over time too.
+    """
+    arrays = [array for array in contents.arrays.values() if not array.is_coordinate]
+    fields = [_field(array, contents, any_places=any_places) for array in arrays]
     target = _usual([field.array for field in fields if field is not None])
     chosen = next((field for field in fields if field is not None and field.array is target), None)
     if chosen is None or target is None:
@@ -119,13 +128,13 @@ def time_of(array: ArrayFacts, contents: Contents) -> str:
     return next((dim for dim in times if dim in contents.time_dims), times[0] if times else "")
 
 
-def _field(array: ArrayFacts, contents: Contents) -> Field | None:
-    """Return an array as a field over time and the earth; None if it is none."""
+def _field(array: ArrayFacts, contents: Contents, *, any_places: bool) -> Field | None:
+    """Return an array as a field over time and the earth, or any places; None if it is none."""
     time, space = time_of(array, contents), space_of(array, contents)
     if not space:  # an unstructured grid
         space = tuple(dim for dim in array.dims if words(dim)[-1:] in (["cell"], ["ncells"], ["values"], ["node"]))[:1]
     is_map = any(is_earth(dim, contents) for dim in space) or (time in contents.time_dims and array.kind == "f")
-    if not time or not space or not is_map or _is_flag(array) or array.sizes[time] < FEWEST:
+    if not time or not space or not (is_map or any_places) or _is_flag(array) or array.sizes[time] < FEWEST:
         return None
     return Field(array, time, space)
 

@@ -21,6 +21,8 @@ SAMPLE = {"n", "sample", "samples", "image", "images", "cell", "cells", "obs", "
 SAMPLE |= {"case", "patient", "subject", "item", "observation", "record", "event", "station", "idx", "num", "number"}
 BOUNDS = {"bnds", "bnd", "bound", "bounds", "nv", "nbnd", "nvertex", "vertices", "vertex", "nvertices"}
 
+MOST_COLOURS = 4
+"""An unnamed last dimension of an image is one of colours if it is at most so long."""
 MIN_PLACES = 8
 """Unnamed dimensions are those of an image if they are at least so long."""
 
@@ -153,6 +155,10 @@ def space_of(array: ArrayFacts, contents: Contents) -> tuple[str, ...]:
         return tuple(volume if is_volume else named[-2:])
     rest = [dim for dim in array.dims if not is_channel(dim) and not is_time(dim, contents)]
     rest = [dim for dim in rest if words(dim)[:1] not in [[name] for name in SAMPLE]]
-    if array.dims[-2:] != tuple(rest[-2:]) or len(rest) < 2 or len(array.dims) < 3:
+    if len(array.dims) > 3 and rest[-3:] == list(array.dims[-3:]) and sizes[rest[-1]] <= MOST_COLOURS:
+        rest = rest[:-1]
+    elif array.dims[-2:] != tuple(rest[-2:]):
+        return ()
+    if len(rest) < 2 or len(array.dims) < 3:
         return ()
     return tuple(rest[-2:]) if min(sizes[dim] for dim in rest[-2:]) >= MIN_PLACES else ()

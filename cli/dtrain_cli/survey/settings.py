@@ -76,7 +76,7 @@ def settle(draft: Draft, contents: Contents, look: Look) -> Settings:
             "average": {"replicas": plan.replicas},
         },
         why={**draft.notes, **data.why, **train.why},
-        off=_offered(draft, data, gaps),
+        off=_offered(draft, data, gaps, can_miss=any(contents.arrays[name].kind == "f" for name in values)),
         left_out=listed([f"{name} ({reason})" for name, reason in contents.left_out.items()]),
         filled=gaps.why if gaps.missing else "",
         lost=gaps.lost,
@@ -106,13 +106,13 @@ def _missing(draft: Draft, samples: Samples, has_nan: list[str], gaps: Gaps) -> 
     return keys
 
 
-def _offered(draft: Draft, data: Keys, gaps: Gaps) -> dict[str, tuple[Any, str]]:
+def _offered(draft: Draft, data: Keys, gaps: Gaps, *, can_miss: bool) -> dict[str, tuple[Any, str]]:
     """Return keys that are written as comments, for what the sample did not show, each with its value and why."""
     off: dict[str, tuple[Any, str]] = {}
     if gaps.lost:
         why = "if they are lost, skip leaves their samples out; if they hold only the fill value, write fill"
         off["data.missing"] = ("skip", f"{gaps.lost}: dtrain refuses that; {why}")
-    if "non_finite" not in data.values and not draft.vocabulary:
+    if can_miss and "non_finite" not in data.values:
         off["data.non_finite"] = ("allow", "if values are missing: model.py reads them as 0, the mean")
         if not draft.classes:
             off["train.loss"] = ("model:mse", "if values of the target are missing: this loss leaves them out")

@@ -52,6 +52,7 @@ def _pictured(contents: Contents, target: Target) -> Draft | None:
     if not pictures:
         return None
     space = space or max((space_of(picture, contents) for picture in pictures), key=len)
+    space = tuple(dim for dim in space if dim in target.array.dims) or space  # a target may have one of two axes
     inputs = [picture for picture in pictures if set(space) <= set(picture.without(along))]
     if not inputs:
         return None
@@ -76,14 +77,15 @@ def _rows_of_one_image(contents: Contents, target: Target, pictures: list[ArrayF
     """Return a draft for a single large image: its rows are the samples, seen with their neighbours."""
     along, *space = space_of(target.array, contents)
     draft = _draft(contents, target, [p for p in pictures if set(p.dims) >= {along, *space}], along, template="image")
-    near = f"a sample is a row of {along}; the model sees {NEIGHBOURS} more rows on both sides of it"
+    near = min(NEIGHBOURS, target.array.sizes[along] // (5 * NEIGHBOURS))
+    why = f"a sample is a row of {along}; the model sees {near} more rows on both sides of it"
     return replace(
         draft,
         space=tuple(space),
-        input_offsets={"start": -NEIGHBOURS, "stop": NEIGHBOURS + 1},
+        input_offsets={"start": -near, "stop": near + 1} if near else 0,
         notes={
             **draft.notes,
-            "data.input_offsets": near,
+            "data.input_offsets": why,
             "data.sample_dim": "there is one image: its rows are samples",
         },
     )
@@ -134,6 +136,8 @@ def alone(contents: Contents, look: Look, *, images: bool) -> Draft | None:
     largest = max(arrays, key=lambda a: a.itemsize * math.prod(a.shape))
     along = sample_dim(largest, [largest], contents)
     space = space_of(largest, contents)
+    texts = listed(sorted(contents.strings))
+    strings = f"; strings ({texts}) can be one as integer codes" if texts else ""
     return Draft(
         template="tabular",
         title=f"No target was found: the model learns to reproduce {largest.name}.",
@@ -143,7 +147,7 @@ def alone(contents: Contents, look: Look, *, images: bool) -> Draft | None:
         patch=patches(largest, space) if space else {},
         others=unused(contents, largest.name),
         notes={
-            "data.targets": "no target was found: name yours here, and change the loss and outputs",
+            "data.targets": f"no target was found: name yours here, and change the loss and outputs{strings}",
             "data.patch": "large images are cut into patches",
         },
     )

@@ -225,9 +225,12 @@ def _counted(array: ArrayFacts, values: Values, classes: int) -> str:
 
 def is_one_image(target: ArrayFacts, others: Iterable[ArrayFacts], contents: Contents) -> bool:
     """Return True if a target and an input are single images: they have places, and else nothing but channels."""
-    space = set(space_of(target, contents))
-    pictures = [other for other in others if space <= set(other.dims)]
-    return space == set(target.dims) and any(all(map(is_channel, other.without(*space))) for other in pictures)
+    space = space_of(target, contents)
+    pictures = [other for other in others if space and set(space) <= set(other.dims)]
+    beside = [[dim for dim in picture.without(*space) if not is_channel(dim)] for picture in pictures]
+    is_image = all(target.sizes[dim] == 1 for dim in target.without(*space))
+    sizes = {dim: size for picture in pictures for dim, size in picture.sizes.items()}
+    return is_image and any(all(sizes[dim] == 1 for dim in dims) for dims in beside)
 
 
 def sample_dim(target: ArrayFacts, others: Iterable[ArrayFacts], contents: Contents) -> str:
@@ -243,7 +246,9 @@ def sample_dim(target: ArrayFacts, others: Iterable[ArrayFacts], contents: Conte
     others = list(others)
     space = space_of(target, contents) if any(space_of(other, contents) for other in others) else ()
     shared = {dim: sum(dim in other.dims for other in others) for dim in target.dims if dim not in space}
-    shared = {dim: count for dim, count in shared.items() if count and not is_channel(dim)}
+    shared = {dim: count for dim, count in shared.items() if count and not (is_channel(dim) and len(target.dims) > 1)}
+    if all(target.sizes[dim] == 1 for dim in shared) and is_one_image(target, others, contents):
+        return ""
     if not shared:
         return ""
 

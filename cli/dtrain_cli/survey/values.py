@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -16,9 +18,14 @@ from dtrain.errors import ChunkUndecodable, DtrainError, one_line
 from dtrain_cli.survey.roles import ArrayFacts, Contents
 
 FEW_CHUNKS, MANY_CHUNKS = 3, 256
-"""Chunks that are read of an array: most say enough of an input, classes are counted in more."""
+"""Chunks that are read of an array: three say enough of an input, classes are counted in more."""
+SMALL_SAMPLE = 1 << 20
+"""Of small chunks more are read, up to so many bytes and `SMALL_CHUNKS`."""
+SMALL_CHUNKS = 64
 SAMPLE_BYTES = 32 << 20
 """A sample has at most so many bytes, but for a single chunk."""
+THREADS = 8
+"""Of which each reads a chunk: a remote store answers several requests at once."""
 LARGEST_CHUNK = 256 << 20
 """A larger chunk is not read."""
 ALL_CHUNKS = 1024
@@ -81,16 +88,26 @@ class Sampler:
         if (name, closely) not in self._seen:
             facts, array = self._contents.arrays[name], self._group[name]
             assert isinstance(array, zarr.Array)
-            most = MANY_CHUNKS if closely else FEW_CHUNKS if self._chunks < ALL_CHUNKS else 1
+            most = MANY_CHUNKS if closely else few_chunks(math.prod(array.chunks) * facts.itemsize)
+            most = most if self._chunks < ALL_CHUNKS else 1
             places = sample_places(array.shape, array.chunks, facts.itemsize, most)
             self._chunks += len(places)
-            parts = [_read(self._contents.path, array, place) for place in places]
-            parts = [
-                part for part, place in zip(parts, places, strict=True) if _says_something(facts, array, place, part)
-            ]
+            with ThreadPoolExecutor(THREADS) as pool:
+                read = list(pool.map(partial(_read, self._contents.path, array), places))
+            pairs = zip(places, read, strict=True)
+            parts = [values for place, values in pairs if _says_something(facts, array, place, values)]
             total = math.prod(-(-n // size) for n, size in zip(array.shape, array.chunks, strict=True))
             self._seen[name, closely] = describe(facts, parts, is_whole=len(places) == total)
         return self._seen[name, closely]
+
+
+def few_chunks(chunk_bytes: int) -> int:
+    """Return how many chunks of an input are read.
+
+    >>> few_chunks(100), few_chunks(100_000), few_chunks(10_000_000)
+    (64, 10, 3)
+    """
+    return max(FEW_CHUNKS, min(SMALL_CHUNKS, SMALL_SAMPLE // max(1, chunk_bytes)))
 
 
 def sample_places(shape: tuple[int, ...], chunks: tuple[int, ...], itemsize: int, most: int) -> list[tuple[slice, ...]]:
