@@ -38,6 +38,26 @@ def test_a_template_is_written_and_trains(cli, tmp_path, template):
     assert trained[1]["val_loss"] < trained[0]["val_loss"]
 
 
+def test_help_shows_what_to_type_in_80_columns(script):
+    outcome = script("init", "--help", env={"COLUMNS": "80", "TERM": "dumb"})
+    assert outcome.code == 0
+    for line in ("dtrain init digits --template digits", "dtrain init my --data archive.zarr"):
+        assert line in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 80
+
+
+def test_json_says_what_was_recognised(cli, write_store, tmp_path, numbered):
+    store(
+        write_store,
+        tmp_path,
+        {"x": (("n", "k"), numbered(60, (3,))), "y": (("n",), numbered(60)), "z": (("k",), [1.0] * 3)},
+    )
+    outcome = cli("--json", "init", "job", "--data", "given.zarr")
+    assert objects(outcome.out) == [
+        {"event": "init", "written": ["job/dtrain.toml", "job/model.py"], "template": "tabular", "not_used": ["z"]}
+    ]
+
+
 def test_without_a_name_this_directory(cli, tmp_path):
     outcome = cli("init", "--template", "digits")
     assert outcome.code == 0

@@ -430,7 +430,8 @@ def test_any_store_is_planned_or_refused(cli: Any, tmp_path: Path, seed: int) ->
         assert 2 <= outcome.err.count("\n") <= 4, outcome.err
     else:
         planned = cli("-q", "plan", "job/dtrain.toml", "--scheduler", "serial")
-        assert planned.code == (5 if "warning: chunk" in outcome.err else 0), planned.err
+        # a chunk of NaN that is missing stops training, and the plan if its batch needs it
+        assert planned.code in ((0, 5) if "warning: chunk" in outcome.err else (0,)), planned.err
 
 
 # Zarr formats and writers -----------------------------------------------------------------------------------

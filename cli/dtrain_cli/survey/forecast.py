@@ -25,6 +25,15 @@ LARGE_ROW = 32 << 20
 MOST_INPUTS = 8
 
 
+@dataclass(frozen=True, slots=True)
+class Field:
+    """An array over time and places."""
+
+    array: ArrayFacts
+    time: str
+    space: tuple[str, ...]
+
+
 def forecast(contents: Contents, look: Look) -> Draft | None:
     """Return a draft for maps over time, else for series; None if there is neither."""
     return maps(contents, look) or maps(contents, look, any_places=True) or series(contents, look)
@@ -49,15 +58,8 @@ def maps(contents: Contents, look: Look, *, any_places: bool = False) -> Draft |
     time, space = chosen.time, chosen.space
     isel = _one_level(target, time, contents)
     inputs = _inputs(target, time, space, dict.fromkeys(isel, 1), contents)
-    sizes = target.sizes
-    window = WINDOW if sizes[time] >= MANY else 1
-    notes = {
-        "data.target_offsets": f"the target is one step of {time} later",
-        "data.input_offsets": f"the model sees this step of {time} and the one before" if window > 1 else "",
-        "data.isel": "all levels make rows too large for a first try",
-        "data.patch": f"maps of {' x '.join(str(sizes[dim]) for dim in space)} are cut into patches",
-        "data.targets": _beside("or another field", [f.array.name for f in fields if f and f.array is not target]),
-    }
+    window = WINDOW if target.sizes[time] >= MANY else 1
+    others = [field.array.name for field in fields if field is not None and field is not chosen]
     return Draft(
         template="forecast",
         title=f"A forecast: {target.name} one step of {time} ahead, from {listed(inputs, 3)}.",
@@ -71,8 +73,20 @@ def maps(contents: Contents, look: Look, *, any_places: bool = False) -> Draft |
         patch=patches(target, space),
         always_normalize=True,
         others=unused(contents, *inputs, target.name),
-        notes={key: text for key, text in notes.items() if text},
+        notes=_map_notes(chosen, window, others),
     )
+
+
+def _map_notes(field: Field, window: int, others: list[str]) -> dict[str, str]:
+    """Return the comments of the config file, by key."""
+    time, sizes = field.time, [str(field.array.sizes[dim]) for dim in field.space]
+    return {
+        "data.target_offsets": f"the target is one step of {time} later",
+        "data.input_offsets": f"the model sees this step of {time} and the one before" if window > 1 else "",
+        "data.isel": "all levels make rows too large for a first try",
+        "data.patch": f"maps of {' x '.join(sizes)} are cut into patches",
+        "data.targets": _beside("or another field", others),
+    }
 
 
 def series(contents: Contents, look: Look) -> Draft | None:
@@ -111,15 +125,6 @@ def series(contents: Contents, look: Look) -> Draft | None:
             "data.target_offsets": f"the target is one step of {time} later",
         },
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """An array over time and places."""
-
-    array: ArrayFacts
-    time: str
-    space: tuple[str, ...]
 
 
 def time_of(array: ArrayFacts, contents: Contents) -> str:

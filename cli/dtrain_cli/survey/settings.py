@@ -22,6 +22,8 @@ from dtrain_cli.survey.values import Look, Values
 REPLICAS = 2
 SHARES = ((0.1, 0.1), (0.2, 0.2), (0.3, 0.0), (0.0, 0.0))
 """Of validation and test; the first that leaves samples in each is taken."""
+LARGER = {"tabular_model.py": ("hidden", 256), "grid_model.py": ("width", 64), "text_model.py": ("width", 192)}
+"""By model: an argument that makes it larger, and a value."""
 MOST_VALIDATED = 20_000
 """Less is held out for validation where a tenth would be more samples."""
 
@@ -108,7 +110,8 @@ def _missing(draft: Draft, samples: Samples, has_nan: list[str], gaps: Gaps) -> 
 
 def _offered(draft: Draft, data: Keys, gaps: Gaps, *, can_miss: bool) -> dict[str, tuple[Any, str]]:
     """Return keys that are written as comments, for what the sample did not show, each with its value and why."""
-    off: dict[str, tuple[Any, str]] = {}
+    key, value = LARGER[model_file(draft)]
+    off: dict[str, tuple[Any, str]] = {f"model_args.{key}": (value, "a larger model learns more, and takes longer")}
     if gaps.lost:
         why = "if they are lost, skip leaves their samples out; if they hold only the fill value, write fill"
         off["data.missing"] = ("skip", f"{gaps.lost}: dtrain refuses that; {why}")
