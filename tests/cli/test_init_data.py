@@ -295,9 +295,9 @@ TABLES = {
         outputs=[3],
     ),
     "hundreds of columns": Layout(
-        {f"col {i}": (("row",), normal(100)) for i in range(300)},
-        [f"col {i}" for i in range(299)],
-        "col 299",
+        {f"col {i}": (("row",), normal(100)) for i in range(120)},
+        [f"col {i}" for i in range(119)],
+        "col 119",
         outputs=[],
     ),
     "counts": Layout(
@@ -522,6 +522,40 @@ def test_a_token_beyond_the_vocabulary_is_named(cli: Any, tmp_path: Path) -> Non
     outcome = cli("plan", "job/dtrain.toml", "--scheduler", "serial", "--set", "model_args.vocabulary=200")
     assert outcome.code == 3
     assert "raise model_args.vocabulary, now 200" in outcome.err
+
+
+# A change of what was guessed -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "said", "cure"),
+    [
+        (table, '["age", "height"]', "write features = 2 in [model_args]", ["model_args.features=2"]),
+        (climate, '["t2m", "lsm"]', "samples have the shapes [2, 12, 16], [12, 16]: name their axes", []),
+        (climate, '["t2m", "z", "lsm"]', "name their axes in inputs", []),
+        (nuclei, '["image", "image"]', "name their axes in inputs", []),
+    ],
+)
+def test_other_inputs_need_another_model_and_plan_says_which(
+    cli: Any, tmp_path: Path, kind: Any, inputs: str, said: str, cure: list[str]
+) -> None:
+    kind(tmp_path / "s.zarr")
+    written_for(cli, "s.zarr")
+    plan = ("plan", "job/dtrain.toml", "--scheduler", "serial", "--set", f"data.inputs={inputs}")
+    plan = (*plan, "--set", "data.normalize=[]")
+    outcome = cli(*plan)
+    assert outcome.code == 3
+    assert said in outcome.err
+    if cure:
+        assert cli(*plan, "--set", *cure).code == 0
+
+
+def test_another_number_of_channels_is_said(cli: Any, tmp_path: Path) -> None:
+    climate(tmp_path / "s.zarr")
+    written_for(cli, "s.zarr")
+    outcome = cli("plan", "job/dtrain.toml", "--scheduler", "serial", "--set", "data.isel={level={stop=2}}")
+    assert outcome.code == 3
+    assert "a place has 7 values: write channels = 7 in [model_args]" in outcome.err
 
 
 # Chunks that are not stored ---------------------------------------------------------------------------------

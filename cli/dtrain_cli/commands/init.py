@@ -81,7 +81,7 @@ dtrain init my --data s3://bucket/era5.zarr --template forecast
 @app.command("init", epilog=EPILOG)
 def init(
     ctx: typer.Context,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write; made if absent.")] = Path("."),
+    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to write; made if absent.")] = Path("."),
     template: Annotated[
         str | None,
         typer.Option(

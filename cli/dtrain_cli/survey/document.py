@@ -14,6 +14,8 @@ from dtrain_cli.survey.settings import Settings
 WIDTH = 80
 BARE = re.compile(r"^[A-Za-z0-9_-]+$")
 """A key of TOML that needs no quotes."""
+ABOVE = {"model_args": "shapes of a sample; if data.inputs or data.targets change, dtrain plan says what to write"}
+"""By table: the comment above it."""
 LONG_TABLE = 3
 """Tables of more keys, in ``[data]``, are tables of their own."""
 
@@ -30,14 +32,14 @@ def document(settings: Settings, path: str) -> str:
     tables = {**settings.tables, "data": {**settings.tables["data"], "path": path}}
     lines = [
         *_comment(settings.draft.title),
-        *_comment("Guessed from names, shapes and a few chunks: check it, change what does not fit."),
+        *_comment("Guessed from names, shapes and a few chunks: change what does not fit."),
         "#   dtrain plan dtrain.toml      what training would do",
         "#   dtrain train dtrain.toml     train, or continue",
         "",
         'model = "model:build"',
     ]
     for name, table in tables.items():
-        lines += ["", f"[{name}]", *_table(name, table, settings)]
+        lines += ["", *_comment(ABOVE.get(name, "")), f"[{name}]", *_table(name, table, settings)]
     return "\n".join(lines) + "\n"
 
 

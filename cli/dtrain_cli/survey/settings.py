@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from dtrain.config.schema import SplitConfig
 from dtrain.data.plan.partition import plan_data
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import Samples
@@ -137,13 +138,15 @@ def _split(data: Keys) -> tuple[Samples, DataPlan, Keys]:
     TooFewSamples
         There is none.
     """
-    shares = _shares(_opened(data))
+    opened = _opened(data)
+    shares = _shares(opened)
     fault: TooFewSamples | None = None
     for replicas in (REPLICAS, 1):
         for val, test in shares:
             why = "many samples" if (val, test) not in SHARES else "few samples"
             split = NONE.also("data.split", {"val": val, "test": test}, why)
-            samples = _opened(data | split)
+            config = opened.config.model_copy(update={"split": SplitConfig(val=val, test=test)})
+            samples = replace(opened, config=config)
             try:
                 plan = plan_data(samples, replicas=replicas, seed=0)
             except TooFewSamples as error:

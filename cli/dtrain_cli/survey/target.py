@@ -61,7 +61,11 @@ def find_target(contents: Contents, look: Look, *, guess: bool = True) -> Target
         if sample_dim(array, others, contents) or is_one_image(array, others, contents):
             return _with_classes(array, why, contents, look, is_named=is_named)
     last = _last(contents, look) if guess else None
-    return None if last is None else _with_classes(last, "a guess: the last column", contents, look, is_named=False)
+    return (
+        None
+        if last is None
+        else _with_classes(last, "a guess: the last column of numbers", contents, look, is_named=False)
+    )
 
 
 def _candidates(contents: Contents, look: Look) -> Iterator[tuple[ArrayFacts, str, bool]]:

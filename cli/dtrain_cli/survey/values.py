@@ -21,14 +21,14 @@ FEW_CHUNKS, MANY_CHUNKS = 3, 256
 """Chunks that are read of an array: three say enough of an input, classes are counted in more."""
 SMALL_SAMPLE = 1 << 20
 """Of small chunks more are read, up to so many bytes and `SMALL_CHUNKS`."""
-SMALL_CHUNKS = 64
+SMALL_CHUNKS = 256
 SAMPLE_BYTES = 32 << 20
 """A sample has at most so many bytes, but for a single chunk."""
 THREADS = 8
 """Of which each reads a chunk: a remote store answers several requests at once."""
 LARGEST_CHUNK = 256 << 20
 """A larger chunk is not read."""
-ALL_CHUNKS = 1024
+ALL_CHUNKS = 2048
 """After so many chunks of all arrays, one chunk of each further array is read."""
 DISTINCT = 1 << 20
 """Distinct values are counted among so many."""
@@ -105,7 +105,7 @@ def few_chunks(chunk_bytes: int) -> int:
     """Return how many chunks of an input are read.
 
     >>> few_chunks(100), few_chunks(100_000), few_chunks(10_000_000)
-    (64, 10, 3)
+    (256, 10, 3)
     """
     return max(FEW_CHUNKS, min(SMALL_CHUNKS, SMALL_SAMPLE // max(1, chunk_bytes)))
 

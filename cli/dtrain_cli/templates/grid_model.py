@@ -45,7 +45,7 @@ class Grid(nn.Module):
     ) -> None:
         super().__init__()
         convolution = CONVOLUTIONS[len(space)]
-        self.inputs, self.space, self.target = inputs, space, target
+        self.inputs, self.space, self.channels = inputs, space, channels
         self.axes = [CLASS, *target] if classes else target
         self.sizes = [classes, *sizes] if classes else sizes
         self.is_map = all(dim in target for dim in space)
@@ -71,9 +71,14 @@ class Grid(nn.Module):
 
     def joined(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Return float32[sample, channel, *space]."""
+        if [x.ndim - 1 for x in inputs] != [len(axes) for axes in self.inputs]:
+            shapes = ", ".join(str(list(x.shape[1:])) for x in inputs)
+            raise ValueError(f"samples have the shapes {shapes}: name their axes in inputs of [model_args]")
         fields = [self.channels_first(x, axes) for x, axes in zip(inputs, self.inputs, strict=True)]
         places = [max(field.shape[2 + i] for field in fields) for i in range(len(self.space))]
         x = torch.cat([field.expand(-1, -1, *places) for field in fields], dim=1)
+        if x.shape[1] != self.channels:
+            raise ValueError(f"a place has {x.shape[1]} values: write channels = {x.shape[1]} in [model_args]")
         return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
 
     def channels_first(self, x: torch.Tensor, axes: list[str]) -> torch.Tensor:

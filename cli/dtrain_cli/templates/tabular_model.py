@@ -12,7 +12,7 @@ class Perceptron(nn.Module):
 
     def __init__(self, features: int, outputs: list[int], hidden: int) -> None:
         super().__init__()
-        self.outputs = outputs
+        self.features, self.outputs = features, outputs
         self.layers = nn.Sequential(
             nn.Linear(features, hidden),
             nn.ReLU(),
@@ -24,6 +24,10 @@ class Perceptron(nn.Module):
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Return float32[sample, *outputs] for inputs whose first axis is the sample axis."""
         joined = torch.cat([x.float().flatten(1) if x.ndim > 1 else x.float()[:, None] for x in inputs], dim=1)
+        if joined.shape[1] != self.features:
+            raise ValueError(
+                f"a sample has {joined.shape[1]} values: write features = {joined.shape[1]} in [model_args]"
+            )
         known = torch.nan_to_num(joined, nan=0.0, posinf=0.0, neginf=0.0)
         return self.layers(known).reshape(len(known), *self.outputs)
 
