@@ -1,93 +1,86 @@
-"""Inspect a store and choose inputs, target and loss from the names, shapes and dtypes of its variables."""
+"""Inspect a store and choose what to train on: the drafts in the order in which they are tried."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
-from dtrain.errors import ChunkUndecodable, TooFewSamples, UsageError, one_line
+from dtrain.data.read.open import open_group
+from dtrain.errors import UsageError
+from dtrain_cli.survey.contents import read_contents
+from dtrain_cli.survey.draft import Draft, listed
+from dtrain_cli.survey.forecast import forecast, maps, series
+from dtrain_cli.survey.roles import Contents
+from dtrain_cli.survey.settings import Settings, settle
+from dtrain_cli.survey.supervised import alone, image, supervised, tabular
+from dtrain_cli.survey.text import text
+from dtrain_cli.survey.values import Look, Sampler
 
-TARGET_NAMES = ("label", "labels", "target", "targets", "class", "classes", "y")
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Variables of a store, and a model and a loss that fit them."""
-
-    inputs: list[str]
-    target: str
-    features: int
-    """Numbers of all inputs of one sample."""
-    outputs: list[int]
-    """Shape of the model's output for one sample."""
-    loss: str
-
-
-TABULAR = Choice(inputs=["features"], target="target", features=16, outputs=[], loss="mse")
-"""The variables of the template's own store, `dtrain_cli.datasets.tabular`."""
+BY_TEMPLATE: Mapping[str, Callable[[Contents, Look], Draft | None]] = {
+    "tabular": tabular,
+    "forecast": forecast,
+    "image": image,
+    "text": text,
+}
 
 
-def choose(path: str) -> Choice:
-    """Return a choice of variables that share their first dimension.
+def choose(path: str, template: str | None = None) -> Settings:
+    """Return a configuration for a store.
 
     Parameters
     ----------
     path : str
-        Path or URL of a Zarr store.
+        Path or URL of a Zarr group.
+    template : str, optional
+        One of `BY_TEMPLATE`: the kind of task. The one that fits if not given.
 
     Raises
     ------
     UsageError
-        No two variables share their first dimension.
-    TooFewSamples
-        That dimension is empty.
-    ChunkUndecodable
-        A chunk of an integer target cannot be decoded.
+        No variables fit together, or none fit the template.
+    DtrainError
+        The store cannot be read, or not trained on.
     """
-    import numpy as np
+    contents = read_contents(path)
+    look = Sampler(contents, open_group(path, contents.group))
+    draft = draft_of(contents, look) if template is None else BY_TEMPLATE[template](contents, look)
+    if draft is None:
+        raise _nothing_fits(contents, template)
+    return settle(draft, contents, look)
 
-    from dtrain.data.source import list_variables, open_samples
 
-    known = {name: dims for name, dims in sorted(list_variables(path).items()) if dims}
-    if len(known) < 2:
-        raise UsageError(f"{path}: needs two variables, an input and a target; it has {', '.join(known) or 'none'}.")
-    target = next((name for name in TARGET_NAMES if name in known), list(known)[-1])
-    inputs = [name for name, dims in known.items() if name != target and dims[0] == known[target][0]]
-    if not inputs:
-        raise UsageError(f"{path}: no variable shares the first dimension of {target}, {known[target][0]}.")
-    samples = open_samples(path, inputs=inputs, targets=[target])
-    if not samples.num_samples:
-        raise TooFewSamples(f"{path} holds no samples along {samples.sample_dim}.")
-    variable = samples.variable(target)
-    classes = count_classes(path, target) if np.dtype(variable.dtype).kind in "iub" else 0
-    return Choice(
-        inputs=inputs,
-        target=target,
-        features=sum(math.prod(samples.variable(name).row_shape) for name in inputs),
-        outputs=[classes, *variable.row_shape] if classes else list(variable.row_shape),
-        loss="cross_entropy" if classes else "mse",
+def draft_of(contents: Contents, look: Look) -> Draft | None:
+    """Return the first draft that fits: what names and attributes say comes before guesses."""
+    return (
+        text(contents, look)
+        or maps(contents, look)
+        or supervised(contents, look, guess=False)
+        or maps(contents, look, any_places=True)
+        or series(contents, look)
+        or supervised(contents, look, guess=True)
+        or alone(contents, look, images=False)
     )
 
 
-def count_classes(path: str, target: str) -> int:
-    """Return the largest class + 1, reading the target chunk by chunk; 0 if a value is negative, so no class."""
-    import numpy as np
-    import zarr
+NEEDS = {
+    "forecast": "numbers along a dimension of time",
+    "image": "images: arrays of samples, height and width",
+    "text": "an array of integers that number tokens",
+}
 
-    from dtrain.data.read.open import open_group
 
-    array = open_group(path, "")[target]
-    assert isinstance(array, zarr.Array)
-    rows, largest = array.chunks[0], 0
-    for start in range(0, array.shape[0], rows):
-        try:
-            values = np.asarray(array[start : start + rows])
-        except Exception as error:
-            raise ChunkUndecodable(
-                f"{path}: {target}[{start}:{start + rows}] cannot be decoded: {one_line(error)}",
-                "Restore it from a copy of the store.",
-            ) from error
-        if int(values.min()) < 0:
-            return 0
-        largest = max(largest, int(values.max()))
-    return largest + 1
+def _nothing_fits(contents: Contents, template: str | None) -> UsageError:
+    arrays = [f"{a.name}({', '.join(a.dims)})" for a in contents.arrays.values() if not a.is_coordinate]
+    unsuitable = [f"{name} ({reason})" for name, reason in contents.left_out.items()]
+    has = listed(arrays) or "no array of numbers"
+    also = f"; not used: {listed(unsuitable)}" if unsuitable else ""
+    if template in NEEDS:
+        return UsageError(
+            f"{contents.path}: --template {template} needs {NEEDS[template]}; it has {has}{also}.",
+            "Leave --template out: dtrain init takes the one that fits.",
+        )
+    return UsageError(
+        f"{contents.path}: needs two variables of numbers that share a dimension, an input and a target; it has "
+        f"{has}{also}.",
+        "Write both along one dimension, for example with xarray: "
+        'xr.Dataset({"x": (("n", "k"), x), "y": (("n",), y)}).to_zarr("new.zarr").',
+    )

@@ -57,6 +57,8 @@ def coordinate_of(samples: Samples, store: ReadStore) -> Coordinate | str:
     if not samples.has_windows or samples.config.gaps == "allow":
         return ""
     name = samples.sample_dim
+    if all(variable.name == name for variable in samples.moving):
+        return f"{name} is read as data"
     try:
         named = find_named(store, samples.config.group, name)
     except StoreUnavailable:

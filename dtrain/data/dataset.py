@@ -97,19 +97,26 @@ def find_named(store: ReadStore, group: str, name: str) -> NamedArray | None:
     return node if isinstance(node, NamedArray) else None
 
 
-def list_named(store: ReadStore) -> dict[str, NamedArray]:
-    """Return all arrays of the root group that can be opened and have named dimensions."""
-    arrays = {}
+def list_named(store: ReadStore, group: str = "") -> tuple[dict[str, NamedArray], dict[str, DtrainError]]:
+    """Return all arrays of a group, in stored order: those that have named dimensions, and why others have none.
+
+    Raises
+    ------
+    NotZarr, InvalidConfig
+        There is no such group.
+    """
+    arrays: dict[str, NamedArray] = {}
+    strange: dict[str, DtrainError] = {}
     with _readable(store):
-        opened = _open_group(store, "")
-        for name in (name for name, kind in nodes_in(store, "").items() if kind == "array"):
+        opened = _open_group(store, group)
+        for name in (name for name, kind in nodes_in(store, group).items() if kind == "array"):
             try:
                 node = _node(store, opened, name)
                 if isinstance(node, NamedArray):
                     arrays[name] = node
-            except (UnsuitableVariable, NotZarr):
-                pass  # it does no harm, as nobody uses it
-    return arrays
+            except (UnsuitableVariable, NotZarr) as error:
+                strange[name] = error
+    return arrays, strange
 
 
 @contextmanager

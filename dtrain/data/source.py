@@ -15,7 +15,7 @@ import numpy as np
 from dtrain.config.schema import DataConfig
 from dtrain.data.cf import encoding_of, float_encoding
 from dtrain.data.coordinate import coordinate_of
-from dtrain.data.dataset import NamedArray, list_named, open_named
+from dtrain.data.dataset import NamedArray, open_named
 from dtrain.data.paths import locate
 from dtrain.data.read.codecs import chunk_format, has_checksums
 from dtrain.data.read.open import remember
@@ -103,15 +103,6 @@ def describe(config: DataConfig, base: Path) -> Samples:
     also = () if isinstance(samples.coordinate, str) else (along,)
     remember(store, config.storage_options, config.group, (*names, *also))
     return samples
-
-
-def list_variables(path: str | Path) -> dict[str, tuple[str, ...]]:
-    """Return the names and dimensions of a group's data variables (not its coordinates), in stored order.
-
-    Arrays that cannot be opened, or that name no dimensions, are left out.
-    """
-    arrays = list_named(locate(str(path), Path.cwd()))
-    return {name: named.dims for name, named in arrays.items() if named.dims != (name,)}
 
 
 def _variable(

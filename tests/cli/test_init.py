@@ -38,6 +38,26 @@ def test_a_template_is_written_and_trains(cli, tmp_path, template):
     assert trained[1]["val_loss"] < trained[0]["val_loss"]
 
 
+def test_help_shows_what_to_type_in_80_columns(script):
+    outcome = script("init", "--help", env={"COLUMNS": "80", "TERM": "dumb"})
+    assert outcome.code == 0
+    for line in ("dtrain init digits --template digits", "dtrain init my --data archive.zarr"):
+        assert line in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 80
+
+
+def test_json_says_what_was_recognised(cli, write_store, tmp_path, numbered):
+    store(
+        write_store,
+        tmp_path,
+        {"x": (("n", "k"), numbered(60, (3,))), "y": (("n",), numbered(60)), "z": (("k",), [1.0] * 3)},
+    )
+    outcome = cli("--json", "init", "job", "--data", "given.zarr")
+    assert objects(outcome.out) == [
+        {"event": "init", "written": ["job/dtrain.toml", "job/model.py"], "template": "tabular", "not_used": ["z"]}
+    ]
+
+
 def test_without_a_name_this_directory(cli, tmp_path):
     outcome = cli("init", "--template", "digits")
     assert outcome.code == 0
@@ -95,7 +115,9 @@ def test_init_twice(cli, tmp_path):
         (["--template", "images"], 2, ["images", "digits, tabular"]),
         (["--template", "forecast"], 3, ["forecast"]),
         (["--template", "image"], 3, ["image"]),
+        (["--template", "text"], 3, ["text"]),
         (["--template", "digits", "--data", "a.zarr"], 2, ["--data", "tabular"]),
+        (["--template", "imag", "--data", "a.zarr"], 2, ["imag", "forecast, image, text", 'did you mean "image"?']),
         (["--data", "nothing.zarr"], 5, ["nothing.zarr"]),
         (["--data", "text"], 5, ["text"]),
         (["text", "--template", "tabular"], 4, ["text"]),
@@ -198,8 +220,9 @@ def test_a_path_with_quotes_and_letters_of_all_kinds(cli, write_store, tmp_path,
     ("arrays", "code", "words"),
     [
         ({"y": (("n",), np.zeros(20))}, 2, ["two variables", "y"]),
-        ({"x": (("a",), np.zeros(20)), "y": (("b",), np.zeros(20))}, 2, ["first dimension", "y"]),
-        ({"x": (("n",), np.zeros(20, "datetime64[s]")), "y": (("n",), np.zeros(20))}, 3, ["x", "datetime64"]),
+        ({"x": (("a",), np.zeros(20)), "y": (("b",), np.zeros(20))}, 2, ["share a dimension", "x(a), y(b)"]),
+        ({"x": (("n",), np.zeros(20, "datetime64[s]")), "y": (("n",), np.zeros(20))}, 2, ["y(n)", "x (dates)"]),
+        ({"x": (("n",), np.ones(20) * 1j), "y": (("n",), np.zeros(20))}, 2, ["y(n)", "x (complex)"]),
     ],
 )
 def test_stores_that_fill_no_config_file(cli, write_store, tmp_path, arrays, code, words):
@@ -238,10 +261,12 @@ def test_labels_that_cannot_be_decoded(cli, write_store, tmp_path, numbered):
     assert not (tmp_path / "job").exists()
 
 
-def test_a_missing_chunk_of_labels_is_left_to_plan(cli, write_store, tmp_path, numbered):
+def test_a_missing_chunk_of_labels_is_filled_and_counted(cli, write_store, tmp_path, numbered):
     path = store(write_store, tmp_path, {"x": (("n", "k"), numbered(60, (3,))), "y": (("n",), np.arange(60) % 3)})
     (path / "y" / "c" / "2").unlink()
-    assert cli("init", "job", "--data", "given.zarr").code == 0
+    outcome = cli("init", "job", "--data", "given.zarr")
+    assert outcome.code == 0
+    assert "chunks that the store leaves out are read as the fill value: 1 of 6 of y" in " ".join(outcome.err.split())
     assert tomllib.loads((tmp_path / "job/dtrain.toml").read_text())["model_args"]["outputs"] == [3]
     assert cli("plan", "job/dtrain.toml", "--scheduler", "serial", "--set", "data.missing=error").code == 5
     plan_and_train(cli, "job/dtrain.toml")

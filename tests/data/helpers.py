@@ -11,7 +11,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from dtrain.config.schema import TrainConfig
+from dtrain.data.dataset import list_named
 from dtrain.data.load.loader import read_batches
+from dtrain.data.paths import locate
 from dtrain.data.plan.partition import plan_data, train_partitions
 from dtrain.data.plan.units import box_shape
 from dtrain.data.read.units import UnitReader
@@ -208,3 +210,9 @@ def only_partition(samples, **changes):
     plan = replace(plan_data(samples, replicas=1, seed=0), **changes)
     (partition,) = train_partitions(plan)
     return plan, partition
+
+
+def list_variables(path):
+    """Names and dimensions of the data variables of a group, not of its coordinates."""
+    arrays, _ = list_named(locate(str(path), Path.cwd()))
+    return {name: named.dims for name, named in arrays.items() if named.dims != (name,)}

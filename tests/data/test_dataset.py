@@ -19,8 +19,9 @@ from dtrain.data.read.documents import NAMES
 from dtrain.data.read.local import DirectoryStore
 from dtrain.data.read.presence import check_presence
 from dtrain.data.read.units import UnitReader
-from dtrain.data.source import list_variables, open_samples
+from dtrain.data.source import open_samples
 from dtrain.errors import InvalidConfig, LengthsDiffer, NotZarr, UnknownVariable, UnsuitableVariable
+from tests.data.helpers import list_variables
 from tests.data.servers import FileServer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Consolidated metadata is")

@@ -16,8 +16,9 @@ from dtrain.config.schema import TrainConfig
 from dtrain.data.plan.units import Box
 from dtrain.data.read.presence import check_presence, content_digest
 from dtrain.data.read.units import UnitReader
-from dtrain.data.source import describe, list_variables, open_samples
+from dtrain.data.source import describe, open_samples
 from dtrain.errors import DataNotFound, InvalidConfig, LengthsDiffer, NotZarr, UnknownVariable, UnsuitableVariable
+from tests.data.helpers import list_variables
 
 FORMATS = pytest.mark.parametrize("zarr_format", [2, 3])
 

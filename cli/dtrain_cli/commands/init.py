@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from string import Template as Text
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
@@ -17,8 +16,6 @@ from dtrain_cli.output import Options, result, say, shown
 
 if TYPE_CHECKING:
     import xarray as xr
-
-    from dtrain_cli.inspect_store import Choice
 
 Stores: TypeAlias = "dict[str, tuple[xr.Dataset, int]]"
 """By name: a data set, and the rows of a chunk."""
@@ -67,50 +64,125 @@ TEMPLATES = {
         {"dtrain.toml": "tabular.toml", "model.py": "tabular_model.py"}, ("tabular.zarr",), _tabular_stores
     ),
 }
-LATER = ("forecast", "image")
+LATER = ("forecast", "image", "text")
+"""Templates that need a store of the user's; their own data come later."""
+
+EPILOG = """
+For example:
+
+dtrain init digits --template digits   handwritten digits, with a model
+
+dtrain init my --data archive.zarr   a config file for a store of yours
+
+dtrain init my --data s3://bucket/era5.zarr --template forecast
+"""
 
 
-@app.command("init")
+@app.command("init", epilog=EPILOG)
 def init(
     ctx: typer.Context,
     directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to write; made if absent.")] = Path("."),
     template: Annotated[
-        str | None, typer.Option("--template", help="demo, digits or tabular. [default: demo; with --data: tabular]")
+        str | None,
+        typer.Option(
+            "--template",
+            help="demo (default), digits, tabular; with --data: tabular, forecast, image or text (default: what fits)",
+            show_default=False,
+        ),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="Path or URL of a Zarr store to fill the config file for.", show_default=False),
+        typer.Option(
+            "--data",
+            help="Path or URL of a Zarr store of yours: the config file is filled in for it.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
-    """Write dtrain.toml, model.py and a template's data. Overwrites nothing."""
-    from dtrain_cli.inspect_store import TABULAR, choose
+    """Write dtrain.toml, model.py and a template's data. Overwrites nothing.
 
+    With --data, the config file is filled in for your store. Names, shapes and
+    a few chunks decide what is learned: the next step of a field over time,
+    masks or labels of images, a column of a table, the next token of a text.
+    The file says what was guessed, and how to change it.
+    """
     options: Options = ctx.obj
-    name = template or ("demo" if data is None else "tabular")
-    chosen = _template(name, data)
-    names = [*chosen.files, *(chosen.stores if data is None else ())]
+    if data is None:
+        _from_template(options, directory, template or "demo")
+    else:
+        _from_store(options, directory, data, template)
+
+
+def _from_template(options: Options, directory: Path, name: str) -> None:
+    chosen = _template(name)
+    names = [*chosen.files, *chosen.stores]
     _refuse_existing(directory, names)
-    texts = {file: _read(source) for file, source in chosen.files.items()}
-    if name == "tabular":
-        path, choice = ("tabular.zarr", TABULAR) if data is None else (_relative(data, directory), choose(data))
-        texts["dtrain.toml"] = _filled(texts["dtrain.toml"], path, choice)
-    _write(directory, texts, chosen.make_stores() if data is None else {})
+    _write(directory, {file: _read(source) for file, source in chosen.files.items()}, chosen.make_stores())
     written = [shown(directory / file) for file in names]
-    config = shown(directory / "dtrain.toml")
     result(options, "\n".join(f"wrote {file}" for file in written), {"event": "init", "written": written})
+    _say_next(options, directory)
+
+
+def _from_store(options: Options, directory: Path, data: str, template: str | None) -> None:
+    from dtrain_cli.inspect_store import BY_TEMPLATE, choose
+    from dtrain_cli.survey.document import document
+
+    if template is not None:
+        _check_template_for_data(template, BY_TEMPLATE)
+    names = ["dtrain.toml", "model.py"]
+    _refuse_existing(directory, names)
+    settings = choose(data, template)
+    text = document(settings, _relative(data, directory))
+    _write(directory, {"dtrain.toml": text, "model.py": _read(settings.model)}, {})
+    written = [shown(directory / file) for file in names]
+    draft = settings.draft
+    record = {"event": "init", "written": written, "template": draft.template, "not_used": list(draft.others)}
+    result(options, "\n".join(f"wrote {file}" for file in written), record)
+    say(options, _wrapped(draft.title))
+    if settings.left_out:
+        say(options, _wrapped(f"left out: {settings.left_out}"))
+    if settings.filled:
+        say(options, _wrapped(f"note: {settings.filled}"))
+    if settings.lost:
+        say(options, _wrapped(f"warning: {settings.lost}: dtrain refuses that; {written[0]} has the cure"))
+    say(options, _wrapped(f"what was guessed, and how to change it, stands in {written[0]}"))
+    _say_next(options, directory)
+
+
+def _say_next(options: Options, directory: Path) -> None:
+    config = shown(directory / "dtrain.toml")
     say(options, f"next: dtrain plan {config}, then dtrain train {config}")
 
 
-def _template(name: str, data: str | None) -> Template:
+def _wrapped(text: str) -> str:
+    from dtrain_cli.survey.document import plain
+
+    return textwrap.fill(plain(text), 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def _template(name: str) -> Template:
     from dtrain.errors import NotSupportedYet, UsageError, did_you_mean
 
     if name in LATER:
-        raise NotSupportedYet(f"--template {name}: this version has {', '.join(TEMPLATES)}.")
+        raise NotSupportedYet(
+            f"--template {name} has no data of its own in this version.",
+            f"Give a store of yours: --template {name} --data PATH. Templates with data are {', '.join(TEMPLATES)}.",
+        )
     if name not in TEMPLATES:
         raise UsageError(f"--template {name}: allowed are {', '.join(TEMPLATES)}{did_you_mean(name, TEMPLATES)}")
-    if data is not None and name != "tabular":
-        raise UsageError(f"--data fills the template tabular, not {name}.")
     return TEMPLATES[name]
+
+
+def _check_template_for_data(name: str, allowed: Iterable[str]) -> None:
+    from dtrain.errors import UsageError, did_you_mean
+
+    allowed = list(allowed)
+    if name not in allowed:
+        why = "brings its own data" if name in TEMPLATES else "is not known"
+        raise UsageError(
+            f"--template {name} {why}; with --data, allowed are {', '.join(allowed)}{did_you_mean(name, allowed)}",
+            "Leave --template out to take the one that fits.",
+        )
 
 
 def _refuse_existing(directory: Path, names: list[str]) -> None:
@@ -139,23 +211,8 @@ def _write(directory: Path, texts: dict[str, str], stores: Stores) -> None:
         ) from error
 
 
-def _filled(text: str, path: str, choice: Choice) -> str:
-    """Fill in the config file of the tabular template."""
-    classes = choice.loss == "cross_entropy"
-    return Text(text).substitute(
-        path=json.dumps(path, ensure_ascii=False)[1:-1],  # it may hold quotes
-        inputs=json.dumps(choice.inputs, ensure_ascii=False),
-        targets=json.dumps([choice.target], ensure_ascii=False),
-        features=choice.features,
-        outputs=json.dumps(choice.outputs),
-        loss=choice.loss,
-        metric="accuracy" if classes else "mae",
-        kind="classes" if classes else "a number",
-    )
-
-
 def _relative(data: str, directory: Path) -> str:
-    return data if "://" in data else os.path.relpath(Path(data).absolute(), directory.absolute())
+    return data if "://" in data else os.path.relpath(Path(data).expanduser().absolute(), directory.absolute())
 
 
 def _read(name: str) -> str:

@@ -26,7 +26,6 @@ from dtrain.data.read import retry
 from dtrain.data.read.open import open_store
 from dtrain.data.read.presence import check_presence
 from dtrain.data.read.units import UnitReader
-from dtrain.data.source import list_variables
 from dtrain.errors import (
     ChunkMissing,
     ChunkUndecodable,
@@ -39,6 +38,7 @@ from dtrain.errors import (
     UnknownVariable,
 )
 from dtrain.types import Cursor
+from tests.data.helpers import list_variables
 from tests.data.servers import FileServer, S3Server
 
 ROWS, OBJECT = 48, 8

@@ -1,0 +1,222 @@
+"""List the arrays of a store with what their metadata say. No chunk is read."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import zarr
+
+from dtrain.data.cf import encoding_of
+from dtrain.data.dataset import NamedArray, list_named
+from dtrain.data.paths import locate, single_array
+from dtrain.data.read.open import any_group, group_in
+from dtrain.data.read.store import ReadStore
+from dtrain.errors import DtrainError, NotZarr, TooFewSamples, UsageError
+from dtrain_cli.survey.draft import listed
+from dtrain_cli.survey.roles import BOUNDS, ArrayFacts, Attributes, Contents, has_word, natural, words
+
+KINDS = {"O": "objects", "S": "strings", "U": "strings", "T": "strings", "M": "dates", "m": "times", "c": "complex"}
+"""By kind of dtype: what an array holds that is no number."""
+REFERENCES = {"bounds": "bounds", "climatology": "bounds", "grid_mapping": "grid mapping", "cell_measures": "areas"}
+"""CF attributes that name other variables, and what those are."""
+AT = "Name one with --data"
+MOST_DEPTH = 3
+"""Of groups that are looked into."""
+
+
+def read_contents(path: str) -> Contents:
+    """Return the arrays of the group at a path or URL, or of the only group below it that has any.
+
+    Raises
+    ------
+    DataNotFound, NotZarr
+        There is nothing, or no Zarr group.
+    UsageError
+        No array has dimension names, or several groups have arrays.
+    TooFewSamples
+        All arrays are empty.
+    """
+    store = locate(path, Path.cwd())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a store without consolidated metadata is as good
+        try:
+            root = any_group(store, "")
+        except zarr.errors.ContainsArrayError:
+            raise single_array(path) from None
+        except Exception:
+            root = group_in(store, "")  # says what is wrong
+        variables, strange = _variables(store, root)
+        if any(variable.dims for variable in variables.values()):
+            return _contents(path, "", root, variables, strange)
+        below = {name: _variables(store, group) for name, group in _groups(root)}
+        named = {name: arrays for name, arrays in below.items() if any(v.dims for v in arrays[0].values())}
+        if len(named) != 1:
+            raise _nothing_named(path, store, root, list(named))
+        name, (variables, strange) = next(iter(named.items()))
+        return _contents(path, name, root, variables, strange)
+
+
+def _groups(root: zarr.Group, depth: int = MOST_DEPTH) -> Iterator[tuple[str, zarr.Group]]:
+    """Yield the groups below one, with their paths from there."""
+    try:
+        groups = sorted(root.groups())
+    except DtrainError:
+        raise
+    except Exception:  # an array beside them that zarr cannot open
+        return
+    for name, group in groups:
+        yield name, group
+        if depth > 1:
+            yield from ((f"{name}/{inner}", below) for inner, below in _groups(group, depth - 1))
+
+
+def _variables(store: ReadStore, group: zarr.Group) -> tuple[dict[str, NamedArray], dict[str, str]]:
+    """Return the arrays of a group, and why others cannot be used, by name."""
+    arrays, strange = list_named(store, group.path)
+    return {name: arrays[name] for name in sorted(arrays, key=natural)}, {
+        name: "no dimension names" if "dimension names" in error.message else "cannot be opened"
+        for name, error in sorted(strange.items(), key=lambda item: natural(item[0]))
+    }
+
+
+def _nothing_named(path: str, store: ReadStore, root: zarr.Group, groups: list[str]) -> DtrainError:
+    """Return the error for a group in which there are no named dimensions, with what to do."""
+    attributes = root.attrs.asdict()
+    if groups:
+        return UsageError(f"{path} holds several groups of variables: {listed(groups)}.", f"{AT} {path}/{groups[0]}.")
+    images = 'xr.Dataset({"image": (("n", "y", "x"), images)}).to_zarr("new.zarr")'
+    if "multiscales" in attributes or "ome" in attributes:
+        return UsageError(
+            f"{path} is OME-Zarr, which this version does not read.", f"Write a level with xarray: {images}."
+        )
+    if attributes.get("encoding-type") == "anndata":
+        cells = 'xr.Dataset({"X": (("cell", "gene"), matrix), "label": (("cell",), codes)}).to_zarr("new.zarr")'
+        return UsageError(f"{path} is AnnData, which this version does not read.", f"Write it with xarray: {cells}.")
+    if any(True for _ in root.array_keys()):
+        return NotZarr(f"{path}: its arrays have no named dimensions.", f"Write the store with xarray: {images}.")
+    if not store.facts.can_list:
+        return NotZarr(
+            f"{path}: the server does not list the arrays of the group.",
+            "Consolidate the metadata where the store lies: zarr.consolidate_metadata(path).",
+        )
+    return NotZarr(f"{path} is a Zarr group without arrays.", f"Write the store with xarray: {images}.")
+
+
+# What each array is -----------------------------------------------------------------------------------------
+
+
+def _contents(
+    path: str, group: str, root: zarr.Group, variables: Mapping[str, NamedArray], strange: Mapping[str, str]
+) -> Contents:
+    attributes = (root[group] if group else root).attrs.asdict()
+    references = _references(variables, attributes)
+    is_axis = {name for name in variables if _is_axis(name, variables)}
+    arrays: dict[str, ArrayFacts] = {}
+    left_out = {**strange, **_conflicts(variables)}
+    zarr_format = root.metadata.zarr_format
+    for name, variable in variables.items():
+        if name in is_axis or name in left_out:
+            continue
+        reason = _why_unsuitable(name, variable, references)
+        facts = _facts(path, name, variable, zarr_format, references) if not reason else None
+        if facts is None:
+            left_out[name] = reason or "its CF attributes cannot be understood"
+        else:
+            arrays[name] = facts
+    empty = [name for name, reason in left_out.items() if reason == "no values"]
+    if not arrays and empty:
+        raise TooFewSamples(
+            f"{path} holds no samples: {empty[0]} has the shape {list(variables[empty[0]].array.shape)}."
+        )
+    return Contents(
+        path=path,
+        group=group,
+        arrays=arrays,
+        axes={name: variables[name].attributes for name in is_axis},
+        time_dims=frozenset(name for name in is_axis if _holds_dates(variables[name])),
+        strings=frozenset(name for name, reason in left_out.items() if reason in ("strings", "objects")),
+        left_out=left_out,
+        attributes=attributes,
+    )
+
+
+def _is_axis(name: str, variables: Mapping[str, NamedArray]) -> bool:
+    """Return True for the coordinate of a dimension that other variables have; alone, it is data with a double name."""
+    if variables[name].dims != (name,):
+        return False
+    is_used = any(name in variable.dims for other, variable in variables.items() if other != name)
+    return is_used or variables[name].array.dtype.kind not in "iuf" or _holds_dates(variables[name])
+
+
+def _conflicts(variables: Mapping[str, NamedArray]) -> dict[str, str]:
+    """Return the variables that have a dimension in another length than most others, and why they cannot be used."""
+    lengths: dict[str, Counter[int]] = {}
+    for variable in variables.values():
+        for dim, size in zip(variable.dims, variable.array.shape, strict=True):
+            lengths.setdefault(dim, Counter())[size] += 1
+    usual = {dim: counts.most_common(1)[0][0] for dim, counts in lengths.items()}
+    return {
+        name: f"another length along {dim}"
+        for name, variable in variables.items()
+        for dim, size in zip(variable.dims, variable.array.shape, strict=True)
+        if size != usual[dim]
+    }
+
+
+def _references(variables: Mapping[str, NamedArray], attributes: Attributes) -> dict[str, str]:
+    """Return what a variable is that others refer to, by name: coordinates and the rest of `REFERENCES`."""
+    referred: dict[str, str] = {}
+    for given in (attributes, *(variable.attributes for variable in variables.values())):
+        for key, kind in (("coordinates", "coordinate"), *REFERENCES.items()):
+            text = given.get(key)
+            names = text.split() if isinstance(text, str) else []
+            referred.update((name, kind) for name in names if name in variables)
+    return referred
+
+
+def _why_unsuitable(name: str, variable: NamedArray, references: Mapping[str, str]) -> str:
+    """Return why an array can be neither input nor target; empty if it can."""
+    kind = variable.array.dtype.kind
+    if kind not in "fiub":
+        return KINDS.get(kind, f"dtype {variable.array.dtype}")
+    if not variable.dims:
+        return "no dimensions"
+    if len(set(variable.dims)) < len(variable.dims):
+        return "a dimension twice"
+    if references.get(name, "coordinate") != "coordinate":
+        return references[name]
+    if set(variable.dims) & BOUNDS and len(variable.dims) > 1 and has_word(name, BOUNDS):
+        return "bounds"
+    if _holds_dates(variable):
+        return "dates"
+    return "no values" if not variable.array.size else ""
+
+
+def _holds_dates(variable: NamedArray) -> bool:
+    return variable.array.dtype.kind == "M" or "since" in words(str(variable.attributes.get("units", "")))
+
+
+def _facts(
+    path: str, name: str, variable: NamedArray, zarr_format: int, references: Mapping[str, str]
+) -> ArrayFacts | None:
+    """Return what the metadata of an array of numbers say; None if they cannot be understood."""
+    dtype = np.dtype(variable.array.dtype)
+    try:
+        encoding = encoding_of(path, name, variable.attributes, dtype, zarr_format=zarr_format)
+    except DtrainError:
+        return None
+    return ArrayFacts(
+        name=name,
+        dims=tuple(variable.dims),
+        shape=tuple(map(int, variable.array.shape)),
+        stored=dtype.kind,
+        kind=np.dtype(encoding.dtype).kind if encoding else dtype.kind,
+        itemsize=dtype.itemsize,
+        encoding=encoding,
+        attributes=variable.attributes,
+        is_coordinate=references.get(name) == "coordinate",
+    )
