@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-import xarray as xr
 from distributed import Client
 from torch import nn
 
@@ -39,6 +38,9 @@ from dtrain.resolve import Resolved, own_stores
 from dtrain.runtime.module import build_module
 from dtrain.runtime.spec import Source
 from dtrain.runtime.usercode import load_function
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 LOG = logging.getLogger("dtrain")
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
-import xarray as xr
 
 from dtrain.data.encoding import Array, DType, Encoding
 from dtrain.errors import UnsuitableVariable
@@ -90,6 +89,8 @@ def float_encoding(dtype: DType) -> Encoding | None:
 
 def texts_of(name: str, values: Array, attributes: Attributes) -> list[str]:
     """Return stored values of a coordinate in its own words: dates and times, or numbers with their unit."""
+    import xarray as xr  # takes half a second, which few stores need
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of dates that numpy does not hold
         try:
@@ -116,6 +117,10 @@ def step_text(step: float, dtype: DType, attributes: Attributes) -> str:
 
 def _decoded_dtype(name: str, attributes: Attributes, dtype: DType) -> DType:
     """Return the dtype of decoded values: that of xarray, but for dtypes in which it loses values."""
+    if not any(key in attributes for key in (*PACKING, "_Unsigned")):
+        return _with_nan(dtype)
+    import xarray as xr  # also dask.array, for the first variable: together a second, which most stores do not need
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of several fill values; all are missing
         decoded = xr.conventions.decode_cf_variable(
@@ -124,6 +129,13 @@ def _decoded_dtype(name: str, attributes: Attributes, dtype: DType) -> DType:
     if dtype.kind == "f" and decoded.dtype.kind != "f":  # an integer scale factor makes xarray truncate floats
         return np.result_type(dtype, np.float32)
     return np.dtype(np.float32) if decoded.dtype.kind == "O" else decoded.dtype  # bools of which some are missing
+
+
+def _with_nan(dtype: DType) -> DType:
+    """Return the dtype of unpacked values of which some are missing, as xarray has it (`float32` for bools)."""
+    if dtype.kind == "f":
+        return dtype
+    return np.dtype(np.float32 if dtype.itemsize <= 2 else np.float64)
 
 
 def _other_signs(attributes: Attributes, dtype: DType) -> str:

@@ -6,12 +6,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 
 from dtrain.types import RoundResult
+
+if TYPE_CHECKING:  # it takes half a second
+    import xarray as xr
 
 Row = dict[str, Any]
 
@@ -61,6 +63,8 @@ def best_round(rows: Sequence[Mapping[str, Any]], metric: str = "val_loss", high
 
 def dataset_of(rows: Sequence[Mapping[str, Any]]) -> xr.Dataset:
     """Return the history as a Dataset over ``round``; ``replica_loss`` is over (round, replica)."""
+    import xarray as xr
+
     numbers = [row["round"] for row in rows]
     variables: dict[str, Any] = {}
     for name in rows[0] if rows else ():
