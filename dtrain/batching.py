@@ -12,7 +12,7 @@ from distributed.system import MEMORY_LIMIT
 
 from dtrain.algorithm.batch import TensorBatch
 from dtrain.config.schema import DataConfig
-from dtrain.config.values import cache_bytes, parse_bytes
+from dtrain.config.values import cache_bytes, parse_bytes, plain_value
 from dtrain.data.encoding import Scaling
 from dtrain.data.load.loader import Loader
 from dtrain.data.load.statistics import partition_moments, scalings_of
@@ -139,6 +139,7 @@ def batches(
     ...     loss = criterion(model(image), label)
     """
     _check_samples(samples)
+    batch_size, epochs, replica, replicas, seed = plain_value((batch_size, epochs, replica, replicas, seed))
     _check_positive(batch_size=batch_size, replicas=replicas, **({} if epochs is None else {"epochs": epochs}))
     _check_name("split", split, get_args(SplitName))
     if reader is not None:

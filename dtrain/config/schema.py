@@ -16,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     Strict,
     ValidationError,
     field_validator,
@@ -24,7 +25,7 @@ from pydantic import (
 
 from dtrain.config.faults import sentences
 from dtrain.config.names import FUNCTION, LOSSES, METRICS, SCHEDULES, metric_key
-from dtrain.config.values import cache_bytes, parse_bytes, value_of
+from dtrain.config.values import cache_bytes, parse_bytes, plain_value, value_of
 from dtrain.errors import InvalidConfig, NotSupportedYet, did_you_mean
 
 Int = Annotated[int, Strict()]
@@ -58,6 +59,48 @@ class Slice(Table):
     step: Positive = 1
 
 
+def _sequence(given: Any) -> Any:
+    """Return a range or a one-dimensional array of Python as a list, anything else as it is."""
+    is_array = type(given).__module__ == "numpy" and getattr(given, "ndim", None) == 1
+    return list(given) if isinstance(given, range) else given.tolist() if is_array else given
+
+
+class DimSlice(Table):
+    """``{ start, stop, step }`` of a dimension, as a slice of Python: ends may be left out, or count from the end."""
+
+    start: Int = 0
+    stop: Int | None = None
+    step: Positive = 1
+    _listed: bool = PrivateAttr(False)
+
+    @property
+    def is_list(self) -> bool:
+        """Whether each index was named: then each of them must be there, whereas a slice may reach beyond the end."""
+        return self._listed
+
+
+def _selector(given: Any) -> Any:
+    """Return a slice as a table of `DimSlice`, and a list of indices as a `DimSlice`; anything else as it is."""
+    if isinstance(given, slice):
+        named = {"start": given.start, "stop": given.stop, "step": given.step}
+        return {key: plain_value(value) for key, value in named.items() if value is not None}
+    indices = _sequence(given)
+    return _slice_of_indices(list(indices)) if isinstance(indices, list | tuple) else given
+
+
+def _slice_of_indices(indices: list[Any]) -> DimSlice:
+    """Return the slice that selects the same indices as a list."""
+    if not all(type(index) is int for index in indices):
+        raise ValueError("a list holds integers only; allowed are an index, a start and a stop, or a list of indices")
+    first, last = (indices[0], indices[-1]) if indices else (0, -1)
+    step = indices[1] - first if len(indices) > 1 else 1
+    if not indices or step < 1 or indices != list(range(first, last + 1, step)) or first < 0 <= last:
+        raise ValueError("a list selects indices at equal intervals, upwards, such as [0, 1, 2] or [0, 5, 10]")
+    selected = DimSlice(start=first, stop=None if last == -1 else last + 1, step=step)
+    selected._listed = True
+    return selected
+
+
 class Store(Table):
     """One of several stores (federated data)."""
 
@@ -67,6 +110,8 @@ class Store(Table):
 
 
 Offsets = Int | tuple[Int, ...] | Slice
+Selector = Annotated[Int | DimSlice, BeforeValidator(_selector)]
+"""One index of a dimension, or a slice of it."""
 
 
 class SplitConfig(Table):
@@ -99,10 +144,10 @@ class DataConfig(Table):
     targets: tuple[str, ...] = ()
     storage_options: dict[str, Any] = Field(default={}, repr=False)
     group: str = ""
-    isel: dict[str, Int | Slice] = {}
+    isel: dict[str, Selector] = {}
     sample_dim: str = "auto"
-    input_offsets: Offsets = 0
-    target_offsets: Offsets = 0
+    input_offsets: Annotated[Offsets, BeforeValidator(_sequence)] = 0
+    target_offsets: Annotated[Offsets, BeforeValidator(_sequence)] = 0
     stride: Positive = 1
     patch: dict[str, Positive] = {}
     split: SplitConfig = SplitConfig()
@@ -264,7 +309,7 @@ class TrainConfig(Table):
 
     def __init__(self, /, **tables: Any) -> None:
         try:
-            super().__init__(**tables)
+            super().__init__(**plain_value(tables))
         except ValidationError as error:
             raise InvalidConfig(*sentences(error, TrainConfig)) from None
         _check_values(self)
