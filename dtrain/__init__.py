@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dtrain.config.schema import TrainConfig
     from dtrain.data.samples import Samples
     from dtrain.data.source import open_samples
-    from dtrain.run import Run, load_run
+    from dtrain.run import Run, last_run, load_run
     from dtrain.trainer import train, train_rounds
     from dtrain.types import Cursor, RoundResult, TrainState
 
@@ -28,6 +28,7 @@ _PUBLIC = {
     "TrainConfig": "dtrain.config.schema",
     "TrainState": "dtrain.types",
     "batches": "dtrain.batching",
+    "last_run": "dtrain.run",
     "load_run": "dtrain.run",
     "open_samples": "dtrain.data.source",
     "train": "dtrain.trainer",
@@ -43,6 +44,7 @@ __all__ = [
     "TrainState",
     "__version__",
     "batches",
+    "last_run",
     "load_run",
     "open_samples",
     "train",

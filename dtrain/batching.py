@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from distributed.system import MEMORY_LIMIT
 
@@ -25,7 +25,7 @@ from dtrain.data.read.units import UnitReader
 from dtrain.data.samples import Samples
 from dtrain.errors import InvalidConfig, TooFewSamples, did_you_mean
 from dtrain.runtime.tensors import as_tensors, transformed
-from dtrain.runtime.usercode import load_function
+from dtrain.runtime.usercode import checked_function, load_function
 from dtrain.types import Cursor
 
 
@@ -157,7 +157,7 @@ def batches(
     start = cursor or Cursor(0, 0)
     consumed = _consumed(start, partition)
     opened = UnitReader(samples, config.reader, limits.threads, plan.absent)
-    transform = load_function("data.transform", config.transform, Path.cwd()) if config.transform else None
+    transform = _transform_of(samples)
     loader = Loader(
         opened,
         partition,
@@ -178,6 +178,14 @@ def batches(
 
 
 # Parts of `batches` ------------------------------------------------------------------------------------------
+
+
+def _transform_of(samples: Samples) -> Callable[..., Any] | None:
+    """Return the function of ``data.transform``: the one that was given, or the one that it names."""
+    key, name = "data.transform", samples.config.transform
+    if samples.transform is not None:
+        return checked_function(key, samples.transform)
+    return checked_function(key, load_function(key, name, Path.cwd())) if name else None
 
 
 def _read_by(samples: Samples, reader: str | None) -> Samples:

@@ -21,6 +21,7 @@ from dtrain.data.samples import Samples
 from dtrain.data.source import describe
 from dtrain.errors import ClusterUnsuitable, DataChanged, InvalidConfig, LengthsDiffer, RunConflict
 from dtrain.job import Job
+from dtrain.runtime.codetext import CODE_RULES
 from dtrain.runtime.place import Place
 from dtrain.runtime.spec import Source
 
@@ -42,7 +43,9 @@ class Resolved:
     contents: tuple[Mapping[str, str], ...]
     """By store and variable: a digest of the sizes of its stored objects."""
     code: Mapping[str, str]
-    """By config key: SHA-256 of the source text of a function of the user's."""
+    """By config key: the identity of a function of the user's."""
+    code_rules: int
+    """What the identities cover (`dtrain.runtime.codetext.CODE_RULES`)."""
 
 
 def described(job: Job, place: Place) -> Job:
@@ -71,7 +74,13 @@ def resolve(job: Job, place: Place) -> Resolved:
     device = _device(job, place)
     contents = tuple(place.call(source, partial(content_digest, source.described)) for source in job.all_sources)
     return Resolved(
-        plan=JointPlan(plans), held_out=held_out, scalings={}, device=device, contents=contents, code=job.code
+        plan=JointPlan(plans),
+        held_out=held_out,
+        scalings={},
+        device=device,
+        contents=contents,
+        code=job.code,
+        code_rules=CODE_RULES,
     )
 
 
@@ -190,6 +199,7 @@ def to_json(job: Job, resolved: Resolved) -> dict[str, Any]:
         "contents": [dict(content) for content in resolved.contents],
         "torch": torch.__version__,
         "code": dict(resolved.code),
+        "code_rules": resolved.code_rules,
     }
 
 
@@ -218,6 +228,7 @@ def from_json(values: Mapping[str, Any]) -> Resolved:
         device=values["device"],
         contents=tuple(values.get("contents", ())),
         code=values["code"],
+        code_rules=values.get("code_rules", 0),
     )
 
 

@@ -47,7 +47,8 @@ BELOW: dict[str, set[str]] = {
     "plantext": {"planning", "job", *WORK},
     "rounds": {"statefiles", *WORK},
     "directory": {"resolve", "job", "report", "files", *WORK},
-    "run": {"directory", "prepare", "resolve", "job", "checkpoint", "report", *WORK},
+    "project": {"resolve", "job", *WORK},
+    "run": {"project", "directory", "prepare", "resolve", "job", "checkpoint", "report", *WORK},
     "trainer": {
         *("run", "directory", "rounds", "prepare", "resolve", "job"),
         *("lock", "checkpoint", "report", *WORK),
@@ -60,7 +61,7 @@ FENCED = {
     "torch": {"algorithm", "statefiles", "runtime", "job", "resolve", "run", "trainer"},
     "zarr": {"data/read", "data/dataset", "data/source"},
     "dask": {"runtime"},
-    "distributed": {"runtime", "prepare", "run", "batching", "trainer"},
+    "distributed": {"runtime", "prepare", "batching", "trainer"},
     "xarray": {"data/cf", "data/dataset", "data/source", "report", "run"},
     "rich": {"report"},
     "typer": set(),

@@ -7,7 +7,7 @@ it is set; it is never accepted and ignored.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import date, time
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from dtrain.config.faults import sentences
+from dtrain.config.functions import Given, take_functions
 from dtrain.config.names import FUNCTION, LOSSES, METRICS, SCHEDULES, metric_key
 from dtrain.config.values import cache_bytes, parse_bytes, plain_value, value_of
 from dtrain.errors import InvalidConfig, NotSupportedYet, did_you_mean
@@ -290,6 +291,9 @@ class RunConfig(Table):
 class TrainConfig(Table):
     """The configuration of a run.
 
+    In Python the values of ``model``, ``train.loss``, ``train.metrics``, ``train.optimizer``, ``train.schedule`` and
+    ``data.transform`` may be functions; numbers may be NumPy's and paths `pathlib.Path`.
+
     Raises
     ------
     InvalidConfig
@@ -306,15 +310,29 @@ class TrainConfig(Table):
     stop: StopConfig = StopConfig()
     cluster: ClusterConfig = ClusterConfig()
     run: RunConfig = RunConfig()
+    _functions: Given = PrivateAttr(default_factory=dict)
 
     def __init__(self, /, **tables: Any) -> None:
+        named, functions = take_functions(plain_value(tables))
         try:
-            super().__init__(**plain_value(tables))
+            super().__init__(**named)
         except ValidationError as error:
             raise InvalidConfig(*sentences(error, TrainConfig)) from None
+        self._functions = functions
         _check_values(self)
         check_plain(self)
         _refuse_unbuilt(self)
+
+    @property
+    def functions(self) -> Mapping[str, Callable[..., Any]]:
+        """The functions that were given as such, by key; the keys themselves hold their names."""
+        return self._functions
+
+    def with_functions(self, functions: Mapping[str, Callable[..., Any]]) -> TrainConfig:
+        """Return the configuration with other functions beside it; without any it is as a file holds it."""
+        config = self.model_copy()
+        config._functions = dict(functions)
+        return config
 
 
 # Features that are not built yet ---------------------------------------------------------------------------
@@ -390,10 +408,15 @@ def _check_normalize(data: DataConfig) -> None:
 
 def _check_reported_names(metrics: Sequence[str]) -> None:
     """Refuse metrics whose values would be reported under one name."""
-    cure = "Give the function another name, or leave the metric out."
+    cure = 'Give the function another name (of a partial or an object: metric.__name__ = "q90"), or leave it out.'
     known: dict[str, str] = {}
     for name in metrics:
         key = metric_key(name)
+        if key == "<lambda>":
+            raise InvalidConfig(
+                "train.metrics: a lambda has no name that its values could be reported with.",
+                'Write a function with def, or give it one: metric.__name__ = "bias".',
+            )
         if key == "loss":
             raise InvalidConfig(f'train.metrics: "{name}" would be reported as val_loss, which is the loss.', cure)
         if key in known:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -231,6 +231,8 @@ class Samples:
     """The patches that every row is cut into; a single tile of everything if rows are not cut."""
     store: StoreFacts = StoreFacts()
     """They decide how the store is read, and change no bit; not part of the fingerprint."""
+    transform: Callable[..., Any] | None = None
+    """The function of ``data.transform``, if it was given as such; the configuration holds its name."""
 
     @property
     def row_bytes(self) -> int:

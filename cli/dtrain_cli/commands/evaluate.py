@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dtrain_cli.arguments import SCHEDULER, SET, absolute_scheduler
+from dtrain_cli.arguments import PROJECT, SCHEDULER, SET, TRUST_CODE, absolute_scheduler
 from dtrain_cli.output import Options, result, say, shown, table
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ app = typer.Typer()
 @app.command("eval")
 def evaluate(
     ctx: typer.Context,
-    run: Annotated[str, typer.Argument(help="A run's directory, or its name.", show_default=False)],
+    run: Annotated[
+        str, typer.Argument(help="A run's directory, or its name. [default: the newest]", show_default=False)
+    ] = "",
     data: Annotated[
         str | None,
         typer.Option("--data", help="Other data than the run's own: path or URL of a store with the same variables."),
@@ -36,6 +38,8 @@ def evaluate(
     ] = None,
     scheduler: SCHEDULER = None,
     settings: SET = None,
+    project: PROJECT = None,
+    trust_code: TRUST_CODE = False,
 ) -> None:
     """Compute the loss and the metrics of a run, on the cluster.
 
@@ -43,7 +47,7 @@ def evaluate(
     """
     from dtrain.directory import find_run
     from dtrain.errors import UsageError, did_you_mean
-    from dtrain.run import is_view, load_run
+    from dtrain.run import is_view, open_run
 
     options: Options = ctx.obj
     names: dict[str, SplitName] = {"val": "val", "test": "test", "all": "all"}
@@ -52,10 +56,13 @@ def evaluate(
         guess = did_you_mean(str(split), names)
         raise UsageError(f'--split "{split}": allowed are val, test and all{guess or "."}')
     view = tuple(setting for setting in settings or () if is_view(setting))
-    opened = load_run(find_run(run), settings=tuple(setting for setting in settings or () if setting not in view))
+    own = tuple(setting for setting in settings or () if setting not in view)
+    opened = open_run(find_run(run), project=project, trusted=trust_code, settings=own, imported=False)
     samples = opened.other_samples(data, view) if data is not None or view else None
     cluster = absolute_scheduler(scheduler) if scheduler is not None else opened.config.cluster.scheduler
-    means, number, count = opened.evaluation(samples, split=chosen, round=round or "last", cluster=cluster)
+    means, number, count = opened.evaluation(
+        samples, split=chosen, round="last" if round is None else round, cluster=cluster
+    )
     record = {"event": "eval", "run": shown(opened.directory), "round": number, "split": chosen, "samples": count}
     if samples is not None and samples.config.isel:
         record["isel"] = samples.config.model_dump(mode="json")["isel"]
