@@ -15,12 +15,15 @@ from distributed.comm.core import CommClosedError
 
 from dtrain.errors import ClusterLost, DtrainError, one_line
 from dtrain.runtime.runner import SegmentLost
+from dtrain.runtime.workers import Pauses
 
 POLL_SECONDS = 0.5
 WORKERS_SECONDS = 1.0
 """How long the list of workers is cached; tasks pinned to a worker that is gone run elsewhere."""
 NO_WORKERS_SECONDS = 120.0
 """How long a cluster may be without any worker before the run gives up."""
+PAUSES_SECONDS = 10.0
+"""How often it is looked at whether all workers are paused, while results are waited for."""
 GONE = (
     KilledWorker,
     CommClosedError,
@@ -122,14 +125,17 @@ class TaskClient:
 
     def _wait(self, futures: Sequence[Future], meanwhile: Callable[[], None]) -> None:
         deadline = time.monotonic() + NO_WORKERS_SECONDS
+        pauses = Pauses(self.dask, NO_WORKERS_SECONDS)
         while True:
             try:
-                wait(list(futures), timeout=POLL_SECONDS)
+                with self.dask.as_current():  # the default client, if there is one, may be that of another cluster
+                    wait(list(futures), timeout=POLL_SECONDS)
                 return
             except TimeoutError:
                 if self.live():
                     deadline = time.monotonic() + NO_WORKERS_SECONDS
                 self._check_alive(deadline)
+                pauses.check(PAUSES_SECONDS)
             finally:
                 meanwhile()
 

@@ -29,6 +29,8 @@ cloudpickle.register_pickle_by_value(versions)  # so that workers without dtrain
 
 CONNECT_TIMEOUT = 15.0
 """Seconds to wait for a scheduler."""
+WORKERS_TIMEOUT = 60.0
+"""Seconds to wait for its first worker."""
 
 OWNED = {
     # spilled parameters would help nobody; a worker that torch's own memory has paused never resumes
@@ -171,7 +173,7 @@ def _connection(client: Client, *, started: bool) -> Connection:
     """Wait for a worker, and compare versions, unless dtrain has just started the cluster."""
     address = client.scheduler.address
     try:
-        states = first_workers(client)
+        states = first_workers(client, WORKERS_TIMEOUT)
         if not started:
             check_versions(client.run(versions.versions))
     except (OSError, TimeoutError, RuntimeError, AttributeError, asyncio.CancelledError) as error:

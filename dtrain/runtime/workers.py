@@ -14,8 +14,6 @@ from distributed import Client, Future
 
 from dtrain.errors import ClusterUnreachable, OutOfMemory
 
-WORKERS_TIMEOUT = 60.0
-"""Seconds to wait for the first worker."""
 REQUESTED_TIMEOUT = 600.0
 """Seconds to wait for it while the cluster says that it is starting workers."""
 POLL_SECONDS = 0.2
@@ -54,8 +52,14 @@ def worker_states(client: Client) -> tuple[WorkerState, ...]:
     )
 
 
-def first_workers(client: Client) -> tuple[WorkerState, ...]:
+def first_workers(client: Client, timeout: float) -> tuple[WorkerState, ...]:
     """Wait until a worker runs; a cluster that has none is asked for one by a task, so that an adaptive one grows.
+
+    Parameters
+    ----------
+    client : Client
+    timeout : float
+        Seconds; a cluster that is starting workers has `REQUESTED_TIMEOUT`.
 
     Raises
     ------
@@ -70,7 +74,7 @@ def first_workers(client: Client) -> tuple[WorkerState, ...]:
             if not states and not asked:
                 asked.append(client.submit(_nothing, key=f"dtrain-ready-{uuid.uuid4().hex[:8]}", pure=False))
             waited = time.monotonic() - started
-            if waited > WORKERS_TIMEOUT and (waited > REQUESTED_TIMEOUT or not _has_requested(client)):
+            if waited > timeout and (waited > REQUESTED_TIMEOUT or not _has_requested(client)):
                 raise _no_worker(client, states, waited)
             time.sleep(POLL_SECONDS)
             states = worker_states(client)

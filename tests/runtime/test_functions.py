@@ -82,7 +82,7 @@ class Halving(torch.optim.SGD):
 @pytest.fixture(scope="module")
 def in_this_process() -> Iterator[Client]:
     """A cluster whose workers are threads of this process."""
-    options: dict[str, Any] = {"dashboard_address": None, "silence_logs": logging.CRITICAL}
+    options: dict[str, Any] = {"dashboard_address": "127.0.0.1:0", "silence_logs": logging.CRITICAL}
     with (
         LocalCluster(n_workers=2, threads_per_worker=2, processes=False, **options) as started,
         Client(started) as connected,
