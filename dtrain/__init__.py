@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dtrain.config.schema import TrainConfig
     from dtrain.data.samples import Samples
     from dtrain.data.source import open_samples
+    from dtrain.plans import Plan, plan
     from dtrain.run import Run, last_run, load_run
     from dtrain.trainer import train, train_rounds
     from dtrain.types import Cursor, RoundResult, TrainState
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Cursor": "dtrain.types",
+    "Plan": "dtrain.plans",
     "RoundResult": "dtrain.types",
     "Run": "dtrain.run",
     "Samples": "dtrain.data.samples",
@@ -31,12 +33,14 @@ _PUBLIC = {
     "last_run": "dtrain.run",
     "load_run": "dtrain.run",
     "open_samples": "dtrain.data.source",
+    "plan": "dtrain.plans",
     "train": "dtrain.trainer",
     "train_rounds": "dtrain.trainer",
 }
 
 __all__ = [
     "Cursor",
+    "Plan",
     "RoundResult",
     "Run",
     "Samples",
@@ -47,6 +51,7 @@ __all__ = [
     "last_run",
     "load_run",
     "open_samples",
+    "plan",
     "train",
     "train_rounds",
 ]

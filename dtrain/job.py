@@ -363,3 +363,8 @@ def _check_names(config: TrainConfig) -> None:
     check_metric(config, has_validation=config.data.split.val > 0 or bool(config.data.val_path))
     if not FUNCTION.match(config.train.optimizer):
         optimizer_named(config.train.optimizer)
+
+
+def with_scheduler(config: TrainConfig, scheduler: str) -> TrainConfig:
+    """Return the configuration with another ``cluster.scheduler``."""
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"scheduler": scheduler})})

@@ -7,6 +7,8 @@ import uuid
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from distributed import Client
+
 from dtrain.algorithm.params import without_frozen
 from dtrain.algorithm.plan import samples_a_round, steps_a_round
 from dtrain.config.values import value_of
@@ -77,7 +79,7 @@ class RunPlan:
         return max([*apart, beside])
 
 
-def plan_job(job: Job, *, full: bool = False) -> RunPlan:
+def plan_job(job: Job, *, full: bool = False, client: Client | None = None) -> RunPlan:
     """Resolve a job as `train` would, check its data, and try the model on one real batch.
 
     Parameters
@@ -85,13 +87,16 @@ def plan_job(job: Job, *, full: bool = False) -> RunPlan:
     job : Job
     full : bool
         Look for missing chunks in every shard, also of remote stores with very many.
+    client : distributed.Client, optional
+        Takes precedence over ``cluster.scheduler``.
 
     Raises
     ------
     DtrainError
         Whatever would stop the run at its start.
     """
-    with open_runner(job, uuid.uuid4().hex[:8], most_units=ESTIMATE_UNITS, full=full) as (runner, resolved):
+    opened = open_runner(job, uuid.uuid4().hex[:8], client=client, most_units=ESTIMATE_UNITS, full=full)
+    with opened as (runner, resolved):
         initial = runner.initialise()
         workers, sources = runner.num_workers, runner.spec.sources
     train, plan = job.config.train, resolved.plan

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dtrain.data.plan.footprint import format_bytes
+from dtrain.display import number
 from dtrain.job import Job
 from dtrain.planning import ESTIMATE_UNITS, RunPlan, StorePlan
 
@@ -26,7 +27,7 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
             f"{plan.initial.num_params:,} parameters{_frozen(plan)}; {', '.join(plan.initial.inputs)} -> "
             f"{plan.initial.outputs}",
         ),
-        ("first loss", f"{train.loss} of one real batch: {plan.initial.loss:.4f}{_estimated(job)}"),
+        ("first loss", f"{train.loss} of one real batch: {number(plan.initial.loss)}{_estimated(job)}"),
         (
             "round",
             f"{_range(plan.steps)} local steps a replica, batch {train.batch_size}: {plan.samples:,} samples, "

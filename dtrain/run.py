@@ -30,7 +30,7 @@ from dtrain.data.source import describe
 from dtrain.directory import ENV, newest_run, read_config_of, read_json, read_resolved, read_tables_of
 from dtrain.display import html_table
 from dtrain.errors import InvalidConfig, TooFewSamples, did_you_mean
-from dtrain.job import Job, as_trained, held_out_source, open_sources, source_of
+from dtrain.job import Job, as_trained, held_out_source, open_sources, source_of, with_scheduler
 from dtrain.prepare import open_runner
 from dtrain.project import RunCode, given_functions, load_code
 from dtrain.report.history import Row, best_round, dataset_of, read_rows
@@ -413,11 +413,6 @@ def last_run(**arguments: Any) -> Run:
         return load_run(directory, **arguments)
     functions, opened = _TRAINED[directory.absolute()], load_run(directory)
     return replace(opened, config=opened.config.with_functions(functions), functions=functions)
-
-
-def with_scheduler(config: TrainConfig, scheduler: str) -> TrainConfig:
-    """Return the configuration with another ``cluster.scheduler``."""
-    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"scheduler": scheduler})})
 
 
 def _cell(value: Any) -> str:

@@ -292,32 +292,6 @@ def train_rounds(
         yield from rounds(runner, state, job.config, lambda event: None, look_ahead=runner.look_ahead)
 
 
-def python_job(
-    model: Model | None,
-    samples: Samples | None,
-    config: TrainConfig | None,
-    model_args: Table | None,
-    cluster: Where | None,
-    **tables: Table | None,
-) -> Job:
-    """Return the job of the arguments of `train`; they and the configuration must not contradict each other."""
-    job = job_from_python(model, samples, tables, config, model_args)
-    scheduler = _agreed_scheduler(job.config, cluster)
-    is_object = not isinstance(cluster, str | os.PathLike | None)
-    return job if is_object else replace(job, config=with_scheduler(job.config, scheduler))
-
-
-def _agreed_scheduler(config: TrainConfig, cluster: Where | None) -> str:
-    """Return where to train: as the argument says, or the configuration; they must not contradict each other."""
-    configured = full_address(config.cluster.scheduler, PLACE_NAMES)
-    if cluster is None:
-        return configured
-    wanted = scheduler_text(cluster, PLACE_NAMES)
-    if is_given(config, "cluster", "scheduler") and wanted != configured:
-        raise contradiction("cluster", wanted, configured, "cluster.scheduler")
-    return wanted
-
-
 def _run_table(config: TrainConfig, run_dir: str | Path | None) -> RunConfig:
     configured = absolute(config.run.dir)
     wanted = configured if run_dir is None else absolute(str(run_dir))

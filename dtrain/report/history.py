@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from dtrain.types import RoundResult
@@ -59,11 +60,21 @@ def best_round(rows: Sequence[Mapping[str, Any]], metric: str = "val_loss", high
     return int(min(scored, key=lambda pair: (sign * pair[0], pair[1]))[1])
 
 
-def dataset_of(rows: Sequence[Mapping[str, Any]]) -> xr.Dataset:
+class History(xr.Dataset):
+    """The history of a run over ``round``; ``replica_loss`` is over (round, replica)."""
+
+    __slots__ = ()
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return the values of each round, a row a round; ``history.replica_loss.to_pandas()`` has the replicas'."""
+        return xr.Dataset(self).drop_dims("replica", errors="ignore").to_dataframe()
+
+
+def dataset_of(rows: Sequence[Mapping[str, Any]]) -> History:
     """Return the history as a Dataset over ``round``; ``replica_loss`` is over (round, replica)."""
     numbers = [row["round"] for row in rows]
     variables: dict[str, Any] = {}
-    for name in rows[0] if rows else ():
+    for name in dict.fromkeys(name for row in rows for name in row):
         if name in ("event", "round"):
             continue
         values = [row.get(name) for row in rows]
@@ -74,7 +85,7 @@ def dataset_of(rows: Sequence[Mapping[str, Any]]) -> xr.Dataset:
         else:
             dtype = np.int64 if all(isinstance(value, int) for value in values) else np.float64
             variables[name] = ("round", np.array(values, dtype=dtype))
-    return xr.Dataset(variables, coords={"round": np.array(numbers, dtype=np.int64)})
+    return History(variables, coords={"round": np.array(numbers, dtype=np.int64)})
 
 
 def _finite(value: float) -> float | None:

@@ -15,7 +15,7 @@ from distributed.comm.core import CommClosedError
 
 from dtrain.errors import ClusterLost, DtrainError, one_line
 from dtrain.runtime.runner import SegmentLost
-from dtrain.runtime.workers import Pauses
+from dtrain.runtime.workers import Pauses, check_running
 
 POLL_SECONDS = 0.5
 WORKERS_SECONDS = 1.0
@@ -91,9 +91,14 @@ class TaskClient:
         try:
             return self._scatter(value, addresses)
         except (OSError, TimeoutError) as error:
+            if self.connected:
+                check_running(self.dask)  # Dask sends nothing to workers that are paused
             if not self._direct or not set(addresses) <= set(self.live()):
                 raise self.lost(error) from error
             self._direct = False
+        except GONE as error:
+            raise self.lost(error) from error
+        try:
             return self._scatter(value, addresses)
         except GONE as error:
             raise self.lost(error) from error

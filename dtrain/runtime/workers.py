@@ -121,6 +121,19 @@ def paused_error(states: tuple[WorkerState, ...]) -> OutOfMemory:
     )
 
 
+def check_running(client: Client) -> None:
+    """Refuse a cluster all of whose workers are paused.
+
+    Raises
+    ------
+    OutOfMemory
+        They are.
+    """
+    states = worker_states(client)
+    if states and not any(worker.running for worker in states):
+        raise paused_error(states)
+
+
 class Pauses:
     """Notices when for a long time no worker has run a task, because all of them are paused."""
 
@@ -142,8 +155,9 @@ class Pauses:
         if now - self._looked < every:
             return
         self._looked = now
-        states = worker_states(self._client)
-        if not states or any(worker.running for worker in states):
+        try:
+            check_running(self._client)
             self._running = now
-        elif now - self._running > self._seconds:
-            raise paused_error(states)
+        except OutOfMemory:
+            if now - self._running > self._seconds:
+                raise

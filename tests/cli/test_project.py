@@ -176,8 +176,8 @@ def test_a_run_of_a_script_says_in_one_sentence_what_to_do(cli, tmp_path, blobs)
     outcome = cli("--json", "eval")
     assert outcome.code == 3
     assert last(outcome)["message"] == (
-        'model = "__main__:build", train.loss = "__main__:my_loss", train.metrics = "__main__:my_metric" were defined in '
-        "a notebook or script: they are not found by name."
+        'model = "__main__:build", train.loss = "__main__:my_loss", train.metrics = "__main__:my_metric" were defined '
+        "in a notebook or script: they are not found by name."
     )
     assert last(outcome)["hint"] == (
         'Give them again in Python: dtrain.load_run("runs/run-1", model=build, loss=my_loss, '

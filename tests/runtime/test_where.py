@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import dask
 import pytest
 from distributed import Client, LocalCluster
 from distributed.core import Status
@@ -25,6 +26,7 @@ from dtrain.errors import ClusterLost, ClusterUnreachable, DtrainError, InvalidC
 from dtrain.events import RoundFinished
 from dtrain.runtime import client as task_client
 from dtrain.runtime import connect
+from dtrain.runtime.connect import OWNED
 from dtrain.runtime.script import is_guarded
 from dtrain.runtime.where import Where, with_protocol
 from dtrain.runtime.workers import Pauses, worker_states
@@ -38,7 +40,8 @@ def build() -> nn.Module:
 
 
 def in_threads(workers: int) -> LocalCluster:
-    return LocalCluster(n_workers=workers, threads_per_worker=2, processes=False, **OPTIONS)
+    with dask.config.set(OWNED):  # no worker is paused or resumed by its memory
+        return LocalCluster(n_workers=workers, threads_per_worker=2, processes=False, **OPTIONS)
 
 
 @pytest.fixture
@@ -54,12 +57,13 @@ def train(samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     def train(cluster: Any, model: Any = build, **options: Any) -> dtrain.Run:
         table = {"loss": "cross_entropy", "rounds": 2, "batch_size": 40, **options.pop("train", {})}
-        return dtrain.train(model, samples, train=table, cluster=cluster, progress=False, **options)
+        tables = {} if "config" in options else {"train": table}
+        return dtrain.train(model, samples, cluster=cluster, progress=False, **tables, **options)
 
     return train
 
 
-# What works -----------------------------------------------------------------------------------------------------------
+# What works ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_cluster_is_used_and_left_open(train: Callable[..., dtrain.Run], samples: Samples) -> None:
@@ -131,14 +135,31 @@ def test_an_address_may_leave_its_protocol_out(text: str, address: str) -> None:
 
 def test_an_adaptive_cluster_without_workers_grows(train: Callable[..., dtrain.Run]) -> None:
     with in_threads(0) as started, in_threads(2) as fixed:
-        started.adapt(minimum=0, maximum=2, interval="20ms")
+        started.adapt(minimum=0, maximum=2, interval="100ms")
         run = train(started)
         assert run.plan.replicas == 2  # as many as it may grow to, whatever has come when it starts
         assert train(fixed).rows[-1]["params_sha256"] == run.rows[-1]["params_sha256"]
         assert train(started, average={"replicas": 3}).plan.replicas == 3
 
 
-# What does not ----------------------------------------------------------------------------------------------------------
+def test_tasks_that_wait_for_a_worker_are_given_to_the_next_one(
+    train: Callable[..., dtrain.Run], own: LocalCluster
+) -> None:
+    """Dask alone gives them to a worker that starts with what they ask for, not to one that gets it a moment later."""
+    expected = train("serial", average={"replicas": 2}, train={"rounds": 4})
+
+    def report(event: Any) -> None:
+        if isinstance(event, RoundFinished) and event.result.round == 1:
+            own.scale(0)
+            while own.scheduler.workers:
+                pass
+            own.scale(1)
+
+    run = train(own, average={"replicas": 2}, train={"rounds": 4}, report=report)
+    assert run.rows[-1]["params_sha256"] == expected.rows[-1]["params_sha256"]
+
+
+# What does not -----------------------------------------------------------------------------------------------------
 
 
 def refused(train: Callable[..., dtrain.Run], where: Where | Any, error: type[DtrainError]) -> str:
@@ -204,7 +225,7 @@ def test_a_cluster_that_stays_empty(train: Callable[..., dtrain.Run], monkeypatc
         assert "cluster.scale(2)" in refused(train, started, ClusterUnreachable)
 
 
-# Paused workers ---------------------------------------------------------------------------------------------------------
+# Paused workers -----------------------------------------------------------------------------------------------------
 
 
 def pause(started: LocalCluster) -> None:
@@ -224,8 +245,9 @@ def test_paused_workers_are_named_with_their_memory(
     assert "iB in use)" in text
 
 
+@pytest.mark.parametrize("commit_every", [1, 50])
 def test_workers_that_are_paused_while_they_are_waited_for(
-    train: Callable[..., dtrain.Run], own: LocalCluster, monkeypatch: pytest.MonkeyPatch
+    train: Callable[..., dtrain.Run], own: LocalCluster, monkeypatch: pytest.MonkeyPatch, commit_every: int
 ) -> None:
     monkeypatch.setattr(task_client, "NO_WORKERS_SECONDS", 1.0)
     monkeypatch.setattr(task_client, "PAUSES_SECONDS", 0.0)
@@ -234,8 +256,13 @@ def test_workers_that_are_paused_while_they_are_waited_for(
         if isinstance(event, RoundFinished):
             pause(own)
 
-    with pytest.raises(OutOfMemory, match="Every worker is paused"):
-        train(own, report=report, train={"rounds": 50})
+    table = {"loss": "cross_entropy", "rounds": 50, "batch_size": 40}
+    config = dtrain.TrainConfig(train=table, run={"commit_every": commit_every})
+    with (
+        Client(own, set_as_default=False, timeout=1) as connected,
+        pytest.raises(OutOfMemory, match="Every worker is paused"),
+    ):
+        train(connected, config=config, report=report)
 
 
 def test_pauses_count_from_the_last_time_that_a_worker_ran(own: LocalCluster) -> None:
@@ -256,7 +283,7 @@ def test_pauses_count_from_the_last_time_that_a_worker_ran(own: LocalCluster) ->
             pauses.check(1.0)
 
 
-# Clusters that go away --------------------------------------------------------------------------------------------------
+# Clusters that go away ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what", ["cluster", "client"])
@@ -264,22 +291,25 @@ def test_pauses_count_from_the_last_time_that_a_worker_ran(own: LocalCluster) ->
 def test_a_cluster_that_is_closed_while_a_run_is_trained(
     train: Callable[..., dtrain.Run], what: str, processes: bool
 ) -> None:
-    with LocalCluster(n_workers=1, threads_per_worker=2, processes=processes, host="127.0.0.1", **OPTIONS) as started:
-        with Client(started, set_as_default=False) as connected:
-            closing = threading.Thread(target=started.close if what == "cluster" else connected.close)
+    host = {"host": "127.0.0.1"} if processes else {}
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=2, processes=processes, **host, **OPTIONS) as started,
+        Client(started, set_as_default=False) as connected,
+    ):
+        closing = threading.Thread(target=started.close if what == "cluster" else connected.close)
 
-            def report(event: Any) -> None:
-                if isinstance(event, RoundFinished) and event.result.round == 2:
-                    closing.start()
+        def report(event: Any) -> None:
+            if isinstance(event, RoundFinished) and event.result.round == 2:
+                closing.start()
 
-            with pytest.raises(ClusterLost, match=r"Committed rounds are safe") as caught:
-                train(connected, models.slow, report=report, train={"rounds": 500})
-            closing.join()
+        with pytest.raises(ClusterLost, match=r"Committed rounds are safe") as caught:
+            train(connected, models.slow, report=report, train={"rounds": 500})
+        closing.join()
     assert caught.value.code == 75
     assert dtrain.last_run().rows
 
 
-# Scripts ----------------------------------------------------------------------------------------------------------------
+# Scripts ------------------------------------------------------------------------------------------------------------
 
 SCRIPT = """
     import sys
