@@ -41,6 +41,7 @@ from torch import nn
 import dtrain
 import dtrain.resolve
 from dtrain.data.load import schedule
+from dtrain.data.plan.bins import PartRows
 from dtrain.data.plan.order import RowRun, epoch_order
 from dtrain.data.plan.partition import plan_data
 from dtrain.data.plan.units import DataPlan
@@ -76,7 +77,7 @@ def blocks_of(blocks: int, sizes: Ints, *, mixed_units: int, position: int = 0, 
         return
     part, row = block_order(sizes, blocks, (keys["seed"], keys["replica"], keys["epoch"]))
     part, row = part[position:], row[position:]
-    yield RowRun(part, row, tuple(dict.fromkeys(part.tolist())), -1)
+    yield RowRun(len(part), partial(PartRows, part, row), tuple(dict.fromkeys(part.tolist())), -1)
 
 
 def planned(window: int, samples: Any, **options: Any) -> DataPlan:

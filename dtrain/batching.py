@@ -13,9 +13,11 @@ from distributed.system import MEMORY_LIMIT
 from dtrain.algorithm.batch import TensorBatch
 from dtrain.config.schema import DataConfig
 from dtrain.config.values import cache_bytes, parse_bytes, plain_value
+from dtrain.data.coordinate import find_gaps
 from dtrain.data.encoding import Scaling
 from dtrain.data.load.loader import Loader
 from dtrain.data.load.statistics import partition_moments, scalings_of
+from dtrain.data.plan.footprint import tables_bytes
 from dtrain.data.plan.memory import MemoryBudget, Reading, plan_memory
 from dtrain.data.plan.partition import Partition, cell_anchors, plan_data, train_partitions
 from dtrain.data.plan.splits import SplitName
@@ -196,7 +198,7 @@ def _read_by(samples: Samples, reader: str | None) -> Samples:
 
 def _plan(samples: Samples, replicas: int, seed: int) -> DataPlan:
     absent = absent_rows(samples) if samples.config.missing == "skip" else ()
-    return plan_data(samples, replicas=replicas, seed=seed, absent=absent)
+    return plan_data(samples, replicas=replicas, seed=seed, absent=absent, jumps=find_gaps(samples).jumps)
 
 
 def _whole(plan: DataPlan, split: SplitName) -> Partition:
@@ -223,6 +225,7 @@ def _memory_of(
         units=len(partition.units),
         batch_size=batch_size,
         shuffle=shuffle,
+        tables=tables_bytes(samples, partition.plan, partition.nbytes),
     )
     return plan_memory(reading, None, limit, name, None if kept == "auto" else cache_bytes(kept))
 

@@ -127,6 +127,12 @@ class TooFewSamples(DtrainError, ValueError):
     code = 3
 
 
+class CoordinateJumps(DtrainError, ValueError):
+    """The coordinate of the sample dimension jumps, so that windows would hold rows that are not neighbours."""
+
+    code = 3
+
+
 class FirstLossNotFinite(DtrainError, ArithmeticError):
     """The loss of the first batch is not finite."""
 

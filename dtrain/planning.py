@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from distributed import Client
 
 from dtrain.algorithm.params import without_frozen
-from dtrain.algorithm.plan import samples_a_round, steps_a_round
+from dtrain.algorithm.plan import pass_size, samples_a_round, steps_a_round
 from dtrain.config.values import value_of
 from dtrain.data.plan.footprint import format_bytes
 from dtrain.data.plan.memory import MemoryBudget
@@ -43,6 +43,8 @@ class StorePlan:
     """Of `describe_plan`."""
     readers: dict[str, tuple[str, str]]
     """By variable: the reader, and why it is taken."""
+    gaps: str
+    """What its coordinate says about jumps; empty if samples have no windows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +60,8 @@ class RunPlan:
     """Samples a round, by all replicas."""
     held_out_samples: int | None
     """Samples of ``data.val_path``."""
+    held_out_gaps: str
+    """What its coordinate says about jumps."""
     rounds: int
     workers: int
     reduced_bytes: int
@@ -100,22 +104,25 @@ def plan_job(job: Job, *, full: bool = False, client: Client | None = None) -> R
         initial = runner.initialise()
         workers, sources = runner.num_workers, runner.spec.sources
     train, plan = job.config.train, resolved.plan
-    steps = tuple(steps_a_round(size, train) for size in plan.sizes)
+    sizes = [pass_size(size, train) for size in plan.sizes]
+    steps = tuple(steps_a_round(size, train) for size in sizes)
     stores = tuple(
         StorePlan(
             source=source,
             counts=describe_plan(source.samples, source.plan),
             readers=choose_readers(source.samples, job.config.data.reader),
+            gaps=gaps,
         )
-        for source in sources
+        for source, gaps in zip(sources, resolved.gaps, strict=False)  # the last may be of data.val_path
     )
     return RunPlan(
         data=plan,
         stores=stores,
         initial=initial,
         steps=steps,
-        samples=sum(samples_a_round(n, train) for n in plan.sizes),
+        samples=sum(samples_a_round(size, train) for size in sizes),
         held_out_samples=_held_out_samples(resolved.held_out),
+        held_out_gaps=resolved.gaps[-1] if resolved.held_out is not None else "",
         rounds=train.rounds,
         workers=workers,
         reduced_bytes=without_frozen(initial.params).nbytes * plan.replicas,
@@ -200,11 +207,18 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
             if v.is_standardised
         },
         "readers": {name: reader for name, (reader, _) in first.readers.items()},
+        "gaps": first.gaps,
+        "held_out_gaps": plan.held_out_gaps,
         "resolved": {key: {"value": value, "why": why} for key, (value, why) in plan.choices.items()},
     }
     if len(plan.stores) > 1:
         record["stores"] = [
-            {"path": store.source.samples.path, "workers": list(store.source.workers), **store.counts}
+            {
+                "path": store.source.samples.path,
+                "workers": list(store.source.workers),
+                **store.counts,
+                "gaps": store.gaps,
+            }
             for store in plan.stores
         ]
     return record
@@ -224,8 +238,10 @@ def memory_record(budget: MemoryBudget) -> dict[str, Any]:
         "loaders": train.kept,
         "batches": train.buffers,
         "scratch": train.scratch,
+        "order": train.order,
         "evaluate": evaluate.total if evaluate else 0,
         "cached": budget.cached_bytes,
         "kept_whole": budget.statics,
         "shard_indices": budget.indices,
+        "partitions": budget.tables,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dtrain.algorithm.plan import pass_size
 from dtrain.data.plan.footprint import format_bytes
 from dtrain.display import number
 from dtrain.job import Job
@@ -21,7 +22,9 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
     }[job.config.data.missing]
     return [
         *(row for store in plan.stores for row in _store_rows(job, plan, store)),
+        *([("gaps of val_path", plan.held_out_gaps)] if plan.held_out_gaps else []),
         ("chunks", missing + (f"; no checksums in {', '.join(unchecked)}" if unchecked else "; all have checksums")),
+        ("continuing", _compared(plan)),
         (
             "model",
             f"{plan.initial.num_params:,} parameters{_frozen(plan)}; {', '.join(plan.initial.inputs)} -> "
@@ -31,12 +34,18 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
         (
             "round",
             f"{_range(plan.steps)} local steps a replica, batch {train.batch_size}: {plan.samples:,} samples, "
-            f"{plan.rounds} rounds",
+            f"{plan.rounds} rounds{_left_out(job, plan)}",
         ),
         ("traffic", f"{format_bytes(plan.reduced_bytes)} averaged a round, {format_bytes(plan.commit_bytes)} a commit"),
         ("time", f"{_seconds(plan.round_seconds)} of local steps a round on {plan.workers} workers (estimate)"),
         *((f"auto {key}", f"{value}: {why}") for key, (value, why) in plan.choices.items()),
     ]
+
+
+def _left_out(job: Job, plan: RunPlan) -> str:
+    train, sizes = job.config.train, plan.data.sizes
+    dropped = sum(size - pass_size(size, train) for size in sizes)
+    return f"; train.drop_last leaves out {dropped:,} samples of each pass" if dropped else ""
 
 
 def _frozen(plan: RunPlan) -> str:
@@ -55,6 +64,7 @@ def _store_rows(job: Job, plan: RunPlan, store: StorePlan) -> list[tuple[str, st
             + (f", cut into {counts['cells']:,} cells of {counts['cell_rows']:,}" if shared > 1 else ""),
         ),
         ("splits", _splits(plan, store)),
+        *([("gaps", store.gaps)] if store.gaps else []),
         ("partitions", f"{len(sizes)} of {_range(sizes)} samples, {job.config.data.partition}"),
         (
             "reading",
@@ -66,6 +76,16 @@ def _store_rows(job: Job, plan: RunPlan, store: StorePlan) -> list[tuple[str, st
     if store.source.workers:
         rows.append(("workers", f"only {', '.join(store.source.workers)} read it"))
     return rows
+
+
+def _compared(plan: RunPlan) -> str:
+    """Return what is compared of the data when the run continues, and what is not."""
+    are_local = [store.source.samples.store.is_local for store in plan.stores]
+    sizes = "the sizes of stored chunks are compared; a chunk overwritten by one of the same size is not noticed"
+    if all(are_local):
+        return sizes
+    remote = "chunks of remote stores are not compared"
+    return f"{sizes}; {remote}" if any(are_local) else remote
 
 
 def _estimated(job: Job) -> str:
@@ -86,12 +106,13 @@ def _splits(plan: RunPlan, store: StorePlan) -> str:
     counts = store.counts
     val = f"{counts['val_samples']:,}" if plan.held_out_samples is None else f"{plan.held_out_samples:,} of val_path"
     text = f"train {sum(counts['partition_samples']):,}, val {val}, test {counts['test_samples']:,} samples"
-    dropped = counts["dropped_samples"]
-    why = [
-        *(["whose window leaves its split"] if store.source.samples.has_windows else []),
-        *(["near a missing chunk"] if counts["absent_rows"] else []),
-    ]
-    return text + (f"; {dropped:,} dropped {' or '.join(why)}".rstrip() if dropped else "")
+    reasons = {
+        "split": "whose window leaves its split",
+        "gaps": f"whose window crosses a jump of {store.source.samples.sample_dim}",
+        "missing": "near a missing chunk",
+    }
+    dropped = [f"{count:,} {reasons[why]}" for why, count in counts["dropped"].items() if count]
+    return text + (f"; dropped: {', '.join(dropped)}" if dropped else "")
 
 
 def _why_amplified(store: StorePlan) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,19 +11,21 @@ from typing import Any
 
 from distributed import Client
 
-from dtrain.algorithm.plan import micro_size
+from dtrain.algorithm.plan import micro_size, pass_size
+from dtrain.config.schema import TrainTable
 from dtrain.config.values import cache_bytes, parse_bytes
 from dtrain.data.encoding import Scaling
 from dtrain.data.load.statistics import scalings_of
+from dtrain.data.plan.footprint import tables_bytes
 from dtrain.data.plan.memory import MemoryBudget, Reading, plan_memory
 from dtrain.data.plan.partition import Partition, eval_partitions
 from dtrain.data.plan.units import DataPlan
-from dtrain.data.read.presence import check_presence, content_digest
+from dtrain.data.read.presence import check_presence
 from dtrain.data.samples import Samples
-from dtrain.errors import DataChanged
+from dtrain.errors import DataChanged, TooFewSamples
 from dtrain.events import StepsTaken
 from dtrain.job import Job
-from dtrain.resolve import Resolved, check_kind, described, resolve
+from dtrain.resolve import Resolved, check_kind, contents_of, described, resolve
 from dtrain.runtime.codebytes import sent
 from dtrain.runtime.place import Place, open_place
 from dtrain.runtime.runner import Runner
@@ -71,6 +73,7 @@ def open_runner(
     with open_place(job.config.cluster, job.base, client) as place:
         job = described(job, place)
         resolved = known or resolve(job, place)
+        _check_passes(job.config.train, resolved.plan.sizes)
         _check_data(job, resolved, place, started=known is not None, full=full)
         if resolved.scalings or not job.config.data.normalize:
             job = _standardised(job, resolved.scalings)
@@ -92,14 +95,26 @@ def _standardised(job: Job, scalings: Mapping[str, Scaling]) -> Job:
     return replace(job, sources=sources, held_out=held_out)
 
 
+def _check_passes(train: TrainTable, sizes: Sequence[int]) -> None:
+    """Refuse passes that ``train.drop_last`` leaves empty."""
+    for replica, size in enumerate(sizes):
+        if not pass_size(size, train):
+            raise TooFewSamples(
+                f"train.drop_last leaves nothing of the {size:,} samples of replica {replica}: they are fewer than "
+                f"train.batch_size = {train.batch_size}.",
+                "Use a smaller train.batch_size, fewer replicas, or drop_last = false.",
+            )
+
+
 def _check_data(job: Job, resolved: Resolved, place: Place, *, started: bool, full: bool) -> None:
     """Refuse missing chunks; where a run was `started` before, also other metadata and modified chunks."""
     if started:
         for source, plan in zip(job.sources, resolved.plan.plans, strict=True):
             check_kind(source.described, plan)
-    for source in job.all_sources:
+    for number, source in enumerate(job.all_sources):
         if source.described.config.missing == "error":
-            place.call(source, partial(check_presence, source.described, full=full))
+            looked_up = number < len(resolved.contents) and source.described.store.is_local  # for the digest
+            place.call(source, partial(check_presence, source.described, full=full, objects=not looked_up))
     if started:
         for source, before in zip(job.all_sources, resolved.contents, strict=False):
             _check_contents(source, before, place)
@@ -107,7 +122,7 @@ def _check_data(job: Job, resolved: Resolved, place: Place, *, started: bool, fu
 
 def _check_contents(source: Source, before: Mapping[str, str], place: Place) -> None:
     """Refuse a store that has been modified since the run's first start."""
-    now = place.call(source, partial(content_digest, source.described))
+    now = place.call(source, partial(contents_of, source.described))
     changed = [name for name, digest in before.items() if now.get(name, digest) != digest]
     if changed:
         raise DataChanged(
@@ -153,15 +168,18 @@ def _planned_sources(job: Job, resolved: Resolved, place: Place) -> _Planned:
 def _budget(job: Job, source: Source, parts: list[Partition], held_out: DataPlan | None, place: Place) -> MemoryBudget:
     """Divide the memory that a worker has for a store."""
     workers, plan, cache = len(source.workers) or place.shares, parts[0].plan, job.config.data.cache
+    own, kept = source.described, sum(part.nbytes for part in parts)
     if held_out is None or job.held_out is None:
-        samples, pieces = source.described, eval_partitions(plan, "val") or eval_partitions(plan, "all")
+        samples, pieces = own, eval_partitions(plan, "val") or eval_partitions(plan, "all")
+        tables = sum(piece.nbytes for piece in pieces)
     else:
         samples, pieces = job.held_out.described, eval_partitions(held_out, "all")
+        tables = tables_bytes(samples, held_out, sum(piece.nbytes for piece in pieces))
     limit, name = _memory(job, place)
     beside = 1 if source.workers else sum(not other.workers for other in job.sources)
     return plan_memory(
-        _reading(job, source.described, parts, workers, shuffle=plan.shuffle),
-        _reading(job, samples, pieces, workers, shuffle=False),
+        _reading(job, own, parts, workers, shuffle=plan.shuffle, tables=tables_bytes(own, plan, kept)),
+        _reading(job, samples, pieces, workers, shuffle=False, tables=tables),
         limit // beside,
         name,
         None if cache == "auto" else cache_bytes(cache),
@@ -169,7 +187,7 @@ def _budget(job: Job, source: Source, parts: list[Partition], held_out: DataPlan
 
 
 def _reading(
-    job: Job, samples: Samples, parts: list[Partition] | tuple[Partition, ...], workers: int, *, shuffle: bool
+    job: Job, samples: Samples, parts: Sequence[Partition], workers: int, *, shuffle: bool, tables: int
 ) -> Reading:
     return Reading(
         samples=samples,
@@ -178,6 +196,7 @@ def _reading(
         units=max(len(part.units) for part in parts),
         batch_size=min(micro_size(job.config.train), max(part.num_samples for part in parts)),
         shuffle=shuffle,
+        tables=tables,
     )
 
 

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from dtrain.config.schema import DataConfig
+from dtrain.data.coordinate import Gaps, find_gaps
 from dtrain.data.encoding import Scaling
 from dtrain.data.paths import identity
 from dtrain.data.plan.evaluation import StoreOfRun
 from dtrain.data.plan.partition import JointPlan, count_units, plan_data, plan_held_out
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.presence import absent_rows, content_digest
-from dtrain.data.samples import Samples
+from dtrain.data.samples import Coordinate, Samples
 from dtrain.data.source import describe
 from dtrain.errors import ClusterUnsuitable, DataChanged, InvalidConfig, LengthsDiffer, RunConflict
 from dtrain.job import Job
@@ -46,6 +47,8 @@ class Resolved:
     """By config key: the identity of a function of the user's."""
     code_rules: int
     """What the identities cover (`dtrain.runtime.codetext.CODE_RULES`)."""
+    gaps: tuple[str, ...] = ()
+    """By store: what a person is told about jumps of its coordinate; only at the first start."""
 
 
 def described(job: Job, place: Place) -> Job:
@@ -69,10 +72,11 @@ def resolve(job: Job, place: Place) -> Resolved:
     """
     _check_alike(job)
     _check_means(job)
-    plans = tuple(_plan(source, job, place) for source in job.sources)
-    held_out = None if job.held_out is None else plan_held_out(job.held_out.described, plans[0])
+    gaps = tuple(_gaps(source, place) for source in job.all_sources)
+    plans = tuple(_plan(source, found.jumps, job, place) for source, found in zip(job.sources, gaps, strict=False))
+    held_out = _held_out(job, gaps[-1].jumps, place, plans[0])
     device = _device(job, place)
-    contents = tuple(place.call(source, partial(content_digest, source.described)) for source in job.all_sources)
+    contents = tuple(place.call(source, partial(contents_of, source.described)) for source in job.all_sources)
     return Resolved(
         plan=JointPlan(plans),
         held_out=held_out,
@@ -81,17 +85,42 @@ def resolve(job: Job, place: Place) -> Resolved:
         contents=contents,
         code=job.code,
         code_rules=CODE_RULES,
+        gaps=tuple(found.text for found in gaps),
     )
 
 
-def _plan(source: Source, job: Job, place: Place) -> DataPlan:
+def contents_of(samples: Samples) -> dict[str, str]:
+    """Return a digest of what is stored, by variable; of a local store, all objects have been looked up then."""
+    return content_digest(samples, complete=samples.config.missing == "error")
+
+
+def _gaps(source: Source, place: Place) -> Gaps:
+    """Find the jumps of a store, where it can be seen."""
+    samples = source.described
+    is_read = isinstance(samples.coordinate, Coordinate)
+    return place.call(source, partial(find_gaps, samples)) if is_read else find_gaps(samples)
+
+
+def _held_out(job: Job, jumps: str, place: Place, like: DataPlan) -> DataPlan | None:
+    if job.held_out is None:
+        return None
+    samples = job.held_out.described
+    return plan_held_out(samples, like, absent=_absent(job.held_out, place), jumps=jumps)
+
+
+def _absent(source: Source, place: Place) -> tuple[tuple[int, int], ...]:
+    samples = source.described
+    return place.call(source, partial(absent_rows, samples)) if samples.config.missing == "skip" else ()
+
+
+def _plan(source: Source, jumps: str, job: Job, place: Place) -> DataPlan:
     wanted, samples = job.config.average.replicas, source.described
     if source.replicas is not None:
         replicas = source.replicas
     else:
         replicas = min(place.num_workers, count_units(samples)) if wanted == "auto" else wanted
-    absent = place.call(source, partial(absent_rows, samples)) if samples.config.missing == "skip" else ()
-    return plan_data(samples, replicas=replicas, seed=job.config.train.seed, absent=absent)
+    seed, absent = job.config.train.seed, _absent(source, place)
+    return plan_data(samples, replicas=replicas, seed=seed, absent=absent, jumps=jumps)
 
 
 def _device(job: Job, place: Place) -> str:
@@ -187,11 +216,11 @@ def _identity(path: str, group: str, base: Path) -> tuple[str, str]:
 
 def to_json(job: Job, resolved: Resolved) -> dict[str, Any]:
     """Return the content of plan.json."""
-    plans = [asdict(plan) for plan in resolved.plan.plans]
+    plans = [_plan_table(plan) for plan in resolved.plan.plans]
     return {
         "version": VERSION,
         "data": plans[0] if len(plans) == 1 else plans,
-        "held_out": None if resolved.held_out is None else asdict(resolved.held_out),
+        "held_out": None if resolved.held_out is None else _plan_table(resolved.held_out),
         "fingerprint": resolved.plan.fingerprint,
         "threads": job.config.cluster.threads,
         "device": resolved.device,
@@ -238,6 +267,14 @@ def _scaling_from(values: Mapping[str, Any]) -> Scaling:
     return Scaling(tuple(values["mean"]), tuple(values["std"]), tuple(axes), tuple(values.get("rest", ())))
 
 
+def _plan_table(plan: DataPlan) -> dict[str, Any]:
+    """Return the fields of a plan; without jumps it is a plan that an earlier version can read."""
+    table = asdict(plan)
+    del table["jumps"]
+    return {**table, "jumps": plan.jump_rows.tolist()} if plan.jumps else table
+
+
 def _plan_from(values: Mapping[str, Any]) -> DataPlan:
     absent = tuple((start, stop) for start, stop in values.get("absent", ()))
-    return DataPlan(**{**values, "absent": absent})
+    jumps = " ".join(map(str, values.get("jumps", ())))
+    return DataPlan(**{**values, "absent": absent, "jumps": jumps})

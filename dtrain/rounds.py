@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dtrain.algorithm.average import first_outer
 from dtrain.algorithm.evaluate import values
-from dtrain.algorithm.plan import first_position, plan_round, position_after
+from dtrain.algorithm.plan import first_position, pass_size, plan_round, position_after
 from dtrain.algorithm.replica import fresh_replica
 from dtrain.algorithm.stop import end_reason, metric_of
 from dtrain.config.schema import TrainConfig
@@ -119,7 +119,7 @@ def _segment(
 
     The segment ends earlier with a round for which `ends_with` is true.
     """
-    sizes = runner.spec.plan.sizes
+    sizes = [pass_size(size, config.train) for size in runner.spec.plan.sizes]
     held, position = runner.place(state), state.position
     pending: deque[tuple[Position, Held]] = deque()
     done: list[RoundResult] = []

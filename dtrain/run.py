@@ -22,6 +22,7 @@ from dtrain.checkpoint import committed_rounds, find_round, load_params, round_d
 from dtrain.config.files import with_setting
 from dtrain.config.functions import METRICS
 from dtrain.config.schema import TrainConfig
+from dtrain.data.coordinate import find_gaps
 from dtrain.data.plan.evaluation import plan_evaluation
 from dtrain.data.plan.partition import JointPlan
 from dtrain.data.plan.splits import SplitName
@@ -214,7 +215,9 @@ class Run:
                 "Leave split out of open_samples: the run's is used. Or evaluate all of them (split all).",
             )
         samples = as_trained(samples, self.config.data, own=store is not None)
-        plan, cut = plan_evaluation(samples, split, known.plan.plans, known.held_out, store)
+        plan, cut = plan_evaluation(
+            samples, split, known.plan.plans, known.held_out, store, jumps=find_gaps(samples).jumps
+        )
         known = replace(known, plan=JointPlan((plan,)), held_out=None, contents=())
         return self._job((source_of(samples),), None, samples.transform), known, cut
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 import uuid
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Literal
 from distributed import Client
 
 from dtrain.algorithm.stop import end_reason, metric_of
+from dtrain.calls import python_job
 from dtrain.checkpoint import commit_round, newest_state, params_file, prune, sweep
 from dtrain.config.schema import RunConfig, TrainConfig
 from dtrain.data.samples import Samples
@@ -29,17 +29,17 @@ from dtrain.events import (
     RunFinished,
     RunStarted,
 )
-from dtrain.job import Job, Model, Table, absolute, contradiction, is_given, job_from_python
+from dtrain.job import Job, Model, Table, absolute, contradiction, is_given
 from dtrain.lock import locked
 from dtrain.prepare import open_runner
 from dtrain.report.history import read_rows
 from dtrain.report.journal import HISTORY, cut_history, journal
 from dtrain.resolve import Resolved
 from dtrain.rounds import initial_state, rounds
-from dtrain.run import Run, remember, with_scheduler
-from dtrain.runtime.place import PLACE_NAMES, check_place
+from dtrain.run import Run, remember
+from dtrain.runtime.place import check_place
 from dtrain.runtime.runner import Held, Runner
-from dtrain.runtime.where import Where, client_of, full_address, scheduler_text
+from dtrain.runtime.where import Where, client_of
 from dtrain.types import History, RoundResult, TrainState
 
 

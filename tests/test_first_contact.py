@@ -24,6 +24,7 @@ from dtrain.errors import (
     RunConflict,
     RunDamaged,
     ShapesDiffer,
+    TooFewSamples,
     UnsuitableModel,
     UserCodeFailed,
 )
@@ -192,6 +193,121 @@ def test_tensors_without_values_are_named(samples: dtrain.Samples, tmp_path: Pat
     with pytest.raises(UnsuitableModel, match=f"scale is .*{said}") as caught:
         train(samples, tmp_path, Parts, model_args={"kind": kind})
     assert "Build the module" in caught.value.hint
+
+
+# Small batches ----------------------------------------------------------------------------------------------------
+
+
+def rows_of(tmp_path: Path, write_store: WriteStore, count: int) -> dtrain.Samples:
+    """Samples of one replica's training split."""
+    rng = np.random.default_rng(0)
+    store = write_store(
+        tmp_path / f"rows-{count}.zarr",
+        {
+            "x": {"dims": ("n", "f"), "values": rng.normal(size=(count, 6)).astype("float32"), "chunks": (16, 6)},
+            "y": {"dims": ("n",), "values": rng.integers(0, 3, count), "chunks": (16,)},
+        },
+    )
+    return dtrain.open_samples(store, inputs=["x"], targets=["y"], split={"val": 0.0, "test": 0.0})
+
+
+def squeezed() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 1), Squeeze())
+
+
+class Squeeze(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.squeeze()
+
+
+@pytest.mark.parametrize(
+    ("count", "train_table", "cure"),
+    [
+        (33, {"batch_size": 32}, "train.drop_last = true"),
+        (33, {"batch_size": "full", "micro_batch": 32}, "train.micro_batch"),
+        (64, {"batch_size": 33, "local_steps": 2, "micro_batch": 8}, "train.micro_batch"),
+        (65, {"batch_size": 16, "micro_batch": 5}, "train.micro_batch"),
+    ],
+)
+def test_a_batch_of_one_is_tried_before_training(
+    tmp_path: Path, write_store: WriteStore, count: int, train_table: dict[str, Any], cure: str
+) -> None:
+    samples = rows_of(tmp_path, write_store, count)
+    with pytest.raises(
+        ShapesDiffer, match="not on a single sample, .* replica 0: Expected more than 1 value"
+    ) as caught:
+        train(samples, tmp_path, models.small, train=train_table, average={"replicas": 1})
+    assert cure in caught.value.hint
+
+
+def test_the_batch_size_of_the_hint_works(tmp_path: Path, write_store: WriteStore) -> None:
+    samples = rows_of(tmp_path, write_store, 33)
+    with pytest.raises(ShapesDiffer) as caught:
+        train(samples, tmp_path, models.small, train={"batch_size": 32}, average={"replicas": 1})
+    better = int(caught.value.hint.rpartition("train.batch_size = ")[2].rstrip("."))
+    assert len(train(samples, tmp_path, models.small, train={"batch_size": better}, average={"replicas": 1}).rows) == 2
+    dropped = train(
+        samples, tmp_path, models.small, train={"batch_size": 32, "drop_last": True}, average={"replicas": 1}
+    )
+    assert [row["samples"] for row in dropped.rows] == [32, 32]
+
+
+def test_a_squeeze_that_loses_the_samples_is_found_too(tmp_path: Path, write_store: WriteStore) -> None:
+    samples = rows_of(tmp_path, write_store, 33)
+    with pytest.raises(ShapesDiffer, match="not on a single sample"):
+        train(samples, tmp_path, squeezed, train={"loss": "mse", "batch_size": 32}, average={"replicas": 1})
+
+
+def test_a_model_that_takes_single_samples_is_not_refused(tmp_path: Path, write_store: WriteStore) -> None:
+    samples = rows_of(tmp_path, write_store, 33)
+    assert [row["steps"] for row in train(samples, tmp_path, train={"batch_size": 32}).rows] == [2, 2]
+
+
+@pytest.mark.parametrize("micro_batch", [0, 3])
+def test_without_the_last_batch_passes_are_cut_and_rounds_agree(
+    tmp_path: Path, write_store: WriteStore, micro_batch: int
+) -> None:
+    samples = rows_of(tmp_path, write_store, 103)
+    table = {"batch_size": 8, "drop_last": True, "micro_batch": micro_batch}
+    two = {"replicas": 2}
+    often = train(samples, tmp_path, models.small, train={**table, "rounds": 4}, average=two)
+    sizes = often.plan.sizes
+    assert sum(sizes) == 103
+    assert [row["steps"] for row in often.rows] == [sum(size // 8 for size in sizes)] * 4
+    assert [row["samples"] for row in often.rows] == [sum(size // 8 * 8 for size in sizes)] * 4
+    train(samples, tmp_path, models.small, train={**table, "rounds": 2}, average=two, run="cut")
+    resumed = train(samples, tmp_path, models.small, train={**table, "rounds": 4}, average=two, run="cut")
+    assert resumed.rows[-1]["params_sha256"] == often.rows[-1]["params_sha256"]
+    with_all = train(samples, tmp_path, train={**table, "drop_last": False, "rounds": 1}, average=two)
+    assert with_all.rows[0]["samples"] == 103
+
+
+def drawn(batch: Any, generator: torch.Generator) -> Any:
+    return replace(batch, inputs=(batch.inputs[0] + torch.randn(batch.inputs[0].shape, generator=generator),))
+
+
+def test_passes_in_one_round_or_in_several_are_the_same_without_the_last_batch(
+    tmp_path: Path, write_store: WriteStore
+) -> None:
+    samples = rows_of(tmp_path, write_store, 61)
+    samples = dtrain.open_samples(
+        samples.path,
+        inputs=["x"],
+        targets=["y"],
+        split={"val": 0.0, "test": 0.0},
+        transform="tests.test_first_contact:drawn",
+    )
+    table = {"batch_size": 8, "drop_last": True}
+    once = train(samples, tmp_path, train={**table, "rounds": 1, "local_epochs": 3}, average={"replicas": 1})
+    often = train(samples, tmp_path, train={**table, "rounds": 3}, average={"replicas": 1})
+    assert once.rows[-1]["params_sha256"] == often.rows[-1]["params_sha256"]
+
+
+def test_drop_last_that_leaves_nothing_is_refused(tmp_path: Path, write_store: WriteStore) -> None:
+    samples = rows_of(tmp_path, write_store, 33)
+    with pytest.raises(TooFewSamples, match=r"leaves nothing of the \d+ samples of replica 0") as caught:
+        train(samples, tmp_path, train={"batch_size": 40, "drop_last": True})
+    assert "drop_last = false" in caught.value.hint
 
 
 # Data that are not finite -------------------------------------------------------------------------------------------

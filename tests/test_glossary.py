@@ -51,7 +51,10 @@ RULES = {
         r"shards?", ("dtrain/algorithm", "dtrain/runtime", "dtrain/report"), reason="In data it is Zarr's shard."
     ),
     "server": Rule(
-        r"servers?", ("dtrain/algorithm", "dtrain/runtime", "dtrain/report"), reason="In data it holds a remote store."
+        r"servers?",
+        ("dtrain/algorithm", "dtrain/runtime", "dtrain/report"),
+        allowed=r"fork\s+server",
+        reason="In data it holds a remote store; Python's fork server.",
     ),
     "delta": Rule(r"deltas?", allowed=r"min_delta|Huber loss with delta", reason="A key of [stop]; Huber's parameter."),
     "iteration": Rule(r"iterations?"),

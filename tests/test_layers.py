@@ -31,7 +31,18 @@ BELOW: dict[str, set[str]] = {
     "data/cf": {"data/encoding", "errors"},
     "data/paths": {"data/read", *CORE, "errors"},
     "data/dataset": {"data/paths", "data/read", *CORE, "errors"},
-    "data/source": {"data/cf", "data/dataset", "data/paths", "data/read", "data/selection", *CORE, "config", "errors"},
+    "data/coordinate": {"data/cf", "data/plan", "data/read", *CORE, "errors"},
+    "data/source": {
+        "data/cf",
+        "data/coordinate",
+        "data/dataset",
+        "data/paths",
+        "data/read",
+        "data/selection",
+        *CORE,
+        "config",
+        "errors",
+    },
     "data/__init__": set(),
     "lock": {"errors"},
     "algorithm": {"types", "config", "errors"},
@@ -61,10 +72,10 @@ BELOW: dict[str, set[str]] = {
 
 FENCED = {
     "torch": {"algorithm", "statefiles", "runtime", "job", "resolve", "run", "trainer"},
-    "zarr": {"data/read", "data/dataset", "data/source"},
+    "zarr": {"data/read", "data/coordinate", "data/dataset", "data/source"},
     "dask": {"runtime"},
     "distributed": {"runtime", "prepare", "planning", "batching", "trainer"},
-    "xarray": {"data/cf", "data/dataset", "data/source", "report", "run"},
+    "xarray": {"data/cf", "data/coordinate", "data/dataset", "data/source", "report", "run"},
     "rich": {"report"},
     "typer": set(),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,12 @@ import pytest
 import dtrain
 from dtrain import prepare
 from dtrain.data.plan import footprint, partition
-from dtrain.data.plan.partition import JointPlan
-from dtrain.data.read import units
+from dtrain.data.plan.partition import JointPlan, plan_data
+from dtrain.data.read import presence, units
 from dtrain.data.samples import Samples
 from dtrain.errors import ChunkMissing, DataChanged, OutOfMemory
 from dtrain.job import Job, job_from_python
 from dtrain.prepare import open_runner
-from dtrain.resolve import plan_other
 from dtrain.run import with_scheduler
 from tests.runtime import models
 
@@ -117,12 +116,12 @@ def test_a_run_decides_what_is_standardised_of_other_data(blobs: Path) -> None:
     with open_runner(job_of(without), "id") as (_, plain):
         pass
     for samples, known in ((without, normalised), (with_means, normalised)):
-        known = replace(known, plan=JointPlan((plan_other(samples, 0),)), contents=())
+        known = replace(known, plan=JointPlan((plan_data(samples, replicas=1, seed=0),)), contents=())
         with open_runner(job_of(samples), "id", known=known) as (runner, _):
             (source,) = runner.spec.sources
             assert [v.mean_axes for v in source.samples.variables] == [(0,), ()]
             assert [str(v.kept_dtype) for v in source.samples.variables] == ["float64", "int32"]
-    known = replace(plain, plan=JointPlan((plan_other(with_means, 0),)), contents=())
+    known = replace(plain, plan=JointPlan((plan_data(with_means, replicas=1, seed=0),)), contents=())
     job = job_of(with_means)
     config = job.config.model_copy(update={"data": without.config})  # that of the run
     with open_runner(replace(job, config=config), "id", known=known) as (runner, _):
@@ -160,6 +159,36 @@ def test_data_that_were_modified_since_the_start_are_refused(tmp_path: Path, blo
     with (store / "y/c/2").open("ab") as file:
         file.write(b"more")
     with pytest.raises(DataChanged, match="chunks of y have been modified"), open_runner(job, "id", known=resolved):
+        pass
+
+
+def test_each_stored_object_is_looked_up_once_at_a_start(samples: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: Counter[str] = Counter()
+    original = presence.facts_of
+
+    def counting(folder: str, names: Iterable[str]) -> Iterator[Any]:
+        listed = list(names)
+        seen.update(f"{Path(folder).name}/{name}" for name in listed)
+        return original(folder, listed)
+
+    monkeypatch.setattr(presence, "facts_of", counting)
+    objects = sum(v.num_objects for v in samples.variables)
+    with open_runner(job_of(samples), "id") as (_, resolved):
+        assert (len(seen), set(seen.values())) == (objects, {1})
+    with open_runner(job_of(samples), "id", known=resolved):
+        assert (len(seen), set(seen.values())) == (objects, {2})
+
+
+def test_a_chunk_that_is_missing_when_a_run_continues_is_named(tmp_path: Path, blobs: Path) -> None:
+    import shutil
+
+    store = tmp_path / "copy.zarr"
+    shutil.copytree(blobs, store)
+    job = job_of(dtrain.open_samples(store, inputs=["x"], targets=["y"]))
+    with open_runner(job, "id") as (_, resolved):
+        pass
+    (store / "x/c/3/0").unlink()
+    with pytest.raises(ChunkMissing, match="x/c/3/0 of x"), open_runner(job, "id", known=resolved):
         pass
 
 

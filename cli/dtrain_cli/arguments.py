@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,6 +43,27 @@ def load_job(config: Path, settings: list[str] | None, scheduler: str | None) ->
 
     own = [f'cluster.scheduler="{absolute_scheduler(scheduler)}"'] if scheduler is not None else []
     return job_from_config(load_config(config, (*(settings or ()), *own)), config.absolute().parent)
+
+
+def start_workers_early(config: Path, settings: list[str] | None, scheduler: str | None) -> None:
+    """Let what local workers are forked from import torch while this process does; call it before heavy imports."""
+    if (scheduler or _scheduler_of(config, settings or [])) == "local":
+        from dtrain.runtime.forkserver import start
+
+        start()
+
+
+def _scheduler_of(config: Path, settings: list[str]) -> str:
+    """Return ``cluster.scheduler`` of a TOML file at a glance; empty if it cannot be read."""
+    for setting in reversed(settings):
+        key, _, value = setting.partition("=")
+        if key.strip() == "cluster.scheduler":
+            return value.strip().strip("\"'")
+    try:
+        cluster = tomllib.loads(config.read_text(encoding="utf-8")).get("cluster", {})
+    except (OSError, ValueError):
+        return ""
+    return str(cluster.get("scheduler", "local")) if isinstance(cluster, dict) else ""
 
 
 def absolute_scheduler(text: str) -> str:

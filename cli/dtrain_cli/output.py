@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+WAITING_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,28 @@ def say(options: Options, text: str) -> None:
     """Print narration."""
     if not options.quiet:
         print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def waiting(options: Options, what: str) -> Iterator[None]:
+    """Say what is being waited for, if it takes longer than `WAITING_SECONDS`; on a terminal the line goes again."""
+    done, live = threading.Event(), options.color and sys.stderr.isatty()
+
+    def tell() -> None:
+        if done.wait(WAITING_SECONDS) or options.quiet:
+            return
+        print(f"{what} ...", end="" if live else "\n", file=sys.stderr, flush=True)
+        if live:
+            done.wait()
+            print("\r\033[2K", end="", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def error(options: Options, code: int, message: str, hint: str = "", log: str = "") -> None:

@@ -1,8 +1,8 @@
 """The plan of a round: the steps, batches, cursors and seeds of every replica. Integers and pure functions.
 
 A round of ``local_steps = H`` is H full batches of a cyclic stream (remainders carry over into the next pass); of
-``local_epochs = E`` it is E passes, the last batch of a pass may be short. Both are known before a round has run,
-so that round r + 1 can be planned while round r is still running.
+``local_epochs = E`` it is E passes, the last batch of a pass may be short, or left out (``drop_last``). Both are known
+before a round has run, so that round r + 1 can be planned while round r is still running.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def plan_round(position: Position, sizes: Sequence[int], train: TrainTable) -> R
     ----------
     position : Position
     sizes : sequence of int
-        Samples of each replica's partition.
+        Samples of a pass of each replica (`pass_size`).
     train : TrainTable
     """
     number = position.round + 1
@@ -55,6 +55,13 @@ def position_after(plan: RoundPlan, sizes: Sequence[int]) -> Position:
         cursors=tuple(cursor_after(task, size) for task, size in zip(plan.tasks, sizes, strict=True)),
         steps=tuple(task.step + task.num_steps for task in plan.tasks),
     )
+
+
+def pass_size(size: int, train: TrainTable) -> int:
+    """Return the samples of a pass over a partition of `size` samples: fewer with ``drop_last``."""
+    if not train.drop_last or train.local_steps or train.batch_size == "full":
+        return size
+    return size - size % train.batch_size
 
 
 def steps_a_round(size: int, train: TrainTable) -> int:
@@ -109,6 +116,27 @@ def first_step(size: int, train: TrainTable) -> tuple[int, ...]:
         return micro_sizes(size, micro_size(train))
     batch = train.batch_size if train.local_steps else min(size, train.batch_size)
     return micro_sizes(batch, train.micro_batch)
+
+
+def smallest_batch(sizes: Sequence[int], train: TrainTable) -> tuple[int, int]:
+    """Return the samples of the smallest micro-batch of a run, and the replica that has it.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        Samples of a pass of each replica (`pass_size`).
+    train : TrainTable
+    """
+    return min((_smallest_of(size, train), replica) for replica, size in enumerate(sizes))
+
+
+def _smallest_of(size: int, train: TrainTable) -> int:
+    if train.batch_size == "full":
+        return micro_sizes(size, micro_size(train))[-1]
+    if train.local_steps:
+        return micro_sizes(train.batch_size, train.micro_batch)[-1]
+    batches = {min(size, train.batch_size), size % train.batch_size or train.batch_size}
+    return min(micro_sizes(batch, train.micro_batch)[-1] for batch in batches if batch <= size)
 
 
 def micro_sizes(batch: int, micro: int) -> tuple[int, ...]:

@@ -1,12 +1,11 @@
 """TrainConfig: every value a run depends on, checked once, frozen, the same from TOML, YAML, JSON or Python.
 
-The schema declares every key that users see. A key whose feature is not built yet (`NOT_BUILT`) is refused when
-it is set; it is never accepted and ignored.
+The schema declares every key that users see. A key whose feature is not built yet (`dtrain.config.unbuilt`) is refused
+when it is set; it is never accepted and ignored.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import date, time
 from typing import Annotated, Any, Literal, Self, TypeAlias
@@ -26,8 +25,9 @@ from pydantic import (
 from dtrain.config.faults import sentences
 from dtrain.config.functions import Given, take_functions
 from dtrain.config.names import FUNCTION, LOSSES, METRICS, SCHEDULES, metric_key
+from dtrain.config.unbuilt import refuse_unbuilt
 from dtrain.config.values import cache_bytes, parse_bytes, plain_value, value_of
-from dtrain.errors import InvalidConfig, NotSupportedYet, did_you_mean
+from dtrain.errors import InvalidConfig, did_you_mean
 
 Int = Annotated[int, Strict()]
 Natural = Annotated[int, Strict(), Field(ge=0)]
@@ -152,6 +152,7 @@ class DataConfig(Table):
     stride: Positive = 1
     patch: dict[str, Positive] = {}
     split: SplitConfig = SplitConfig()
+    gaps: Literal["auto", "drop", "error", "allow"] = "auto"
     split_order: Literal["auto", "random", "sequential"] = "auto"
     val_path: str = ""
     partition: Literal["stratified", "contiguous"] = "stratified"
@@ -188,6 +189,7 @@ class TrainTable(Table):
     local_epochs: Positive = 1
     local_steps: Positive | None = None
     sync_rounds: Natural = 0
+    drop_last: Bool = False
     class_axis: ClassAxis = "auto"
     freeze: tuple[str, ...] = ()
     batch_size: Positive | Literal["full"] = 100
@@ -321,7 +323,7 @@ class TrainConfig(Table):
         self._functions = functions
         _check_values(self)
         check_plain(self)
-        _refuse_unbuilt(self)
+        refuse_unbuilt(self, DEFAULTS)
 
     @property
     def functions(self) -> Mapping[str, Callable[..., Any]]:
@@ -333,48 +335,6 @@ class TrainConfig(Table):
         config = self.model_copy()
         config._functions = dict(functions)
         return config
-
-
-# Features that are not built yet ---------------------------------------------------------------------------
-
-NOT_BUILT: dict[str, str] = {
-    "train.sync_rounds": "post-local SGD",
-    "average.reduce": "robust averaging",
-    "average.inner_state": "another policy for the inner optimizer's state",
-    "average.prox": "FedProx",
-    "average.ema": "an average over rounds",
-    "average.recalibrate_batchnorm": "recalibration of batch norm",
-    "average.mix.topology": "averaging among neighbours",
-    "average.mix.groups": "hierarchical averaging",
-    "average.mix.period": "hierarchical averaging",
-    "average.codec": "compressed updates",
-    "cluster.slices": "cutting the reducer into slices",
-    "cluster.tls": "TLS clusters",
-    "run.trackers": "trackers",
-}
-NOT_BUILT_VALUES: dict[str, tuple[Any, str]] = {
-    "average.weights": ("fednova", "FedNova"),
-}
-
-
-def _refuse_unbuilt(config: TrainConfig) -> None:
-    for key, feature in NOT_BUILT.items():
-        given, default = value_of(config, key), value_of(DEFAULTS, key)
-        if given != default:
-            raise NotSupportedYet(
-                f"{key} = {_toml(given)}: this version does not have {feature} yet.", f"Leave {key} out."
-            )
-    for key, (value, feature) in NOT_BUILT_VALUES.items():
-        if value_of(config, key) == value:
-            raise NotSupportedYet(
-                f"{key} = {_toml(value)}: this version does not have {feature} yet.", f"Leave {key} out."
-            )
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json", exclude_none=True)
-    return json.dumps(value)
 
 
 # Checks that pydantic's types cannot state ---------------------------------------------------

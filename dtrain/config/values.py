@@ -61,7 +61,7 @@ def flat_values(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Plai
 
 def cache_bytes(text: str) -> int:
     """Return the bytes of ``data.cache``; 0 turns the cache off."""
-    return 0 if text.strip().rstrip("bB").strip() == "0" else parse_bytes(text, "data.cache")
+    return 0 if _bytes(text) == 0 else parse_bytes(text, "data.cache")
 
 
 def parse_bytes(text: str, key: str) -> int:
@@ -72,10 +72,15 @@ def parse_bytes(text: str, key: str) -> int:
     InvalidConfig
         The text is not a positive number of bytes.
     """
-    try:
-        value = int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError:
-        value = 0
-    if value <= 0:
+    value = _bytes(text)
+    if value is None or value <= 0:
         raise InvalidConfig(f'{key} = "{text}" is not a size; write "auto" or for example "512MB" or "2GiB".')
     return value
+
+
+def _bytes(text: str) -> int | None:
+    """Return a number of bytes, whatever its unit; None if the text is none."""
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text.strip()))
+    except ValidationError:
+        return None

@@ -9,13 +9,15 @@ from typing import Any, TypeAlias
 import numpy as np
 import xarray as xr
 
-from dtrain.data.encoding import DType, Encoding
+from dtrain.data.encoding import Array, DType, Encoding
 from dtrain.errors import UnsuitableVariable
 
 Attributes: TypeAlias = Mapping[Any, Any]
 """Undecoded, as xarray gives them."""
 
 PACKING = ("scale_factor", "add_offset")
+TIME_ATTRIBUTES = ("units", "calendar")
+TIME_UNITS = {"D": "days", "h": "hours", "m": "minutes", "s": "seconds", "ms": "milliseconds", "us": "microseconds"}
 CF_ATTRIBUTES = (*PACKING, "_FillValue", "missing_value", "_Unsigned")
 
 
@@ -73,6 +75,32 @@ def float_encoding(dtype: DType) -> Encoding | None:
     if dtype.kind == "f":
         return None
     return Encoding(dtype="float32" if dtype.itemsize <= 2 else "float64")
+
+
+def texts_of(name: str, values: Array, attributes: Attributes) -> list[str]:
+    """Return stored values of a coordinate in its own words: dates and times, or numbers with their unit."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of dates that numpy does not hold
+        try:
+            decoded = xr.conventions.decode_cf_variable(name, xr.Variable(("n",), values, dict(attributes))).values
+        except Exception:  # a calendar for which a package is missing, or units that nobody knows
+            return [f"{value} {attributes.get('units', '')}".rstrip() for value in values.tolist()]
+    if decoded.dtype.kind == "M":
+        times = np.datetime_as_string(decoded, unit="ms").tolist()
+        return [text.replace("T", " ").removesuffix(".000").removesuffix(" 00:00:00") for text in times]
+    return [str(value) for value in (decoded if decoded.dtype.kind == "m" else decoded.tolist())]
+
+
+def step_text(step: float, dtype: DType, attributes: Attributes) -> str:
+    """Return the difference of two stored values of a coordinate, with its unit."""
+    if dtype.kind in "mM":
+        exact = np.array(round(step)).view(dtype.str.replace("M", "m").replace(">", "<"))
+        for unit, word in TIME_UNITS.items():
+            if (rounded := exact.astype(f"m8[{unit}]")) == exact:
+                return f"{int(rounded.astype(np.int64)):,} {word}"
+        return str(exact)
+    scaled = step * abs(_number("scale_factor", attributes.get("scale_factor", 1.0)) or 1.0)
+    return f"{scaled:.6g} {str(attributes.get('units', '')).partition(' since ')[0]}".rstrip()
 
 
 def _decoded_dtype(name: str, attributes: Attributes, dtype: DType) -> DType:

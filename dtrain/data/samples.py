@@ -179,6 +179,15 @@ class Variable:
         return tuple((start, stop, 1) if axis == self.sample_axis else part for axis, part in enumerate(self.select))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coordinate:
+    """The 1-D coordinate of the sample dimension: it says which rows are neighbours."""
+
+    variable: Variable
+    attributes: Mapping[str, object]
+    """CF attributes that say what its values mean."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tile:
     """The place of a patch within a row."""
@@ -233,6 +242,9 @@ class Samples:
     """They decide how the store is read, and change no bit; not part of the fingerprint."""
     transform: Callable[..., Any] | None = None
     """The function of ``data.transform``, if it was given as such; the configuration holds its name."""
+    coordinate: Coordinate | str = ""
+    """Read to find jumps, if windows must not cross them; or why it cannot be; empty if it need not be. Not part of the
+    fingerprint."""
 
     @property
     def row_bytes(self) -> int:

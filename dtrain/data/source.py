@@ -16,6 +16,7 @@ import zarr
 
 from dtrain.config.schema import DataConfig
 from dtrain.data.cf import encoding_of, float_encoding
+from dtrain.data.coordinate import coordinate_of
 from dtrain.data.dataset import open_dataset
 from dtrain.data.paths import locate
 from dtrain.data.read.codecs import chunk_format, has_checksums
@@ -101,7 +102,9 @@ def describe(config: DataConfig, base: Path) -> Samples:
         tiles=tiles(config, variables, along),
         store=store.facts,
     )
-    remember(store, config.storage_options, config.group, names)
+    samples = replace(samples, coordinate=coordinate_of(samples, group))
+    also = () if isinstance(samples.coordinate, str) else (along,)
+    remember(store, config.storage_options, config.group, (*names, *also))
     return samples
 
 

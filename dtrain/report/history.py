@@ -60,7 +60,7 @@ def best_round(rows: Sequence[Mapping[str, Any]], metric: str = "val_loss", high
     return int(min(scored, key=lambda pair: (sign * pair[0], pair[1]))[1])
 
 
-class History(xr.Dataset):
+class History(xr.Dataset):  # type: ignore[no-untyped-call]
     """The history of a run over ``round``; ``replica_loss`` is over (round, replica)."""
 
     __slots__ = ()

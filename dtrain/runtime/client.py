@@ -6,10 +6,11 @@ import asyncio
 import concurrent.futures
 import time
 from collections.abc import Callable, Mapping, Sequence
+from threading import Semaphore
 from typing import Any
 from weakref import WeakSet
 
-from distributed import Client, Future, KilledWorker, wait
+from distributed import Client, Future, KilledWorker
 from distributed.client import ClosedClientError
 from distributed.comm.core import CommClosedError
 
@@ -129,20 +130,25 @@ class TaskClient:
             raise self.lost(error) from error
 
     def _wait(self, futures: Sequence[Future], meanwhile: Callable[[], None]) -> None:
-        deadline = time.monotonic() + NO_WORKERS_SECONDS
+        """Wait until all futures are done.
+
+        Not by `distributed.wait` with a timeout: its errors and their frames refer to each other, so that futures stay
+        alive, and their values on the workers, until the garbage collector comes.
+        """
+        done = Semaphore(0)
+        for future in futures:
+            future.add_done_callback(lambda _: done.release())
+        left, deadline = len(futures), time.monotonic() + NO_WORKERS_SECONDS
         pauses = Pauses(self.dask, NO_WORKERS_SECONDS)
-        while True:
-            try:
-                with self.dask.as_current():  # the default client, if there is one, may be that of another cluster
-                    wait(list(futures), timeout=POLL_SECONDS)
-                return
-            except TimeoutError:
+        while left:
+            if done.acquire(timeout=POLL_SECONDS):
+                left -= 1
+            else:
                 if self.live():
                     deadline = time.monotonic() + NO_WORKERS_SECONDS
                 self._check_alive(deadline)
                 pauses.check(PAUSES_SECONDS)
-            finally:
-                meanwhile()
+            meanwhile()
 
     def cancel(self) -> None:
         """Cancel the tasks that somebody still refers to: the run is over, and nobody waits for them."""

@@ -21,7 +21,7 @@ from distributed.system import MEMORY_LIMIT
 from dtrain.config.schema import ClusterConfig
 from dtrain.config.values import parse_bytes
 from dtrain.errors import ClusterUnreachable, ClusterUnsuitable, DtrainError, InvalidConfig, one_line
-from dtrain.runtime import versions
+from dtrain.runtime import forkserver, versions
 from dtrain.runtime.where import check_local_start, no_such_place, scheduler_text, with_protocol
 from dtrain.runtime.workers import first_workers, most_workers
 
@@ -118,7 +118,9 @@ def local_worker_memory(config: ClusterConfig) -> int:
 
 @contextmanager
 def _local_cluster(config: ClusterConfig) -> Iterator[LocalCluster]:
-    with dask.config.set(OWNED):
+    forkserver.start()
+    method = {"distributed.worker.multiprocessing-method": forkserver.METHOD} if forkserver.is_available() else {}
+    with dask.config.set({**OWNED, **method}):
         cluster = LocalCluster(
             n_workers=local_workers(config),
             threads_per_worker=2,  # one trains (resource dtrain), one reduces and answers

@@ -24,11 +24,8 @@ def unguarded_line(frame: FrameType | None) -> int | None:
     while frame is not None:
         code = frame.f_code
         if code.co_name == "<module>" and frame.f_globals.get(MAIN) == "__main__" and _is_file(code.co_filename, file):
-            return (
-                None
-                if is_guarded(Path(file).read_text(encoding="utf-8", errors="replace"), frame.f_lineno)
-                else (frame.f_lineno)
-            )
+            text = Path(file).read_text(encoding="utf-8", errors="replace")
+            return None if is_guarded(text, frame.f_lineno) else frame.f_lineno
         frame = frame.f_back
     return None
 
@@ -43,31 +40,33 @@ def is_guarded(source: str, line: int) -> bool:
         tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, SystemError):
         return True  # the interpreter has read it, so it is not ours to judge
-    above = [node for node in ast.walk(tree) if _holds(node, line)]
-    tests = [test for node in above for test in _tests(node)]
-    before = [node for node in tree.body if isinstance(node, ast.If) and (node.end_lineno or 0) < line]
-    tests += [node.test for node in before if any(map(_ends_program, ast.walk(node)))]
+    above = [statement for statement in ast.walk(tree) if _holds(statement, line)]
+    tests = [test for statement in above for test in _tests(statement)]
+    before = [
+        statement for statement in tree.body if isinstance(statement, ast.If) and (statement.end_lineno or 0) < line
+    ]
+    tests += [statement.test for statement in before if any(map(_ends_program, ast.walk(statement)))]
     return any(isinstance(name, ast.Name) and name.id == MAIN for test in tests for name in ast.walk(test))
 
 
-def _holds(node: ast.AST, line: int) -> bool:
-    start, end = getattr(node, "lineno", None), getattr(node, "end_lineno", None)
+def _holds(statement: ast.AST, line: int) -> bool:
+    start, end = getattr(statement, "lineno", None), getattr(statement, "end_lineno", None)
     return start is not None and end is not None and start <= line <= end
 
 
-def _tests(node: ast.AST) -> Iterator[ast.expr]:
-    if isinstance(node, ast.If | ast.IfExp | ast.While):
-        yield node.test
-    elif isinstance(node, ast.BoolOp):
-        yield from node.values
-    elif isinstance(node, ast.Match):
-        yield node.subject
+def _tests(statement: ast.AST) -> Iterator[ast.expr]:
+    if isinstance(statement, ast.If | ast.IfExp | ast.While):
+        yield statement.test
+    elif isinstance(statement, ast.BoolOp):
+        yield from statement.values
+    elif isinstance(statement, ast.Match):
+        yield statement.subject
 
 
-def _ends_program(node: ast.AST) -> bool:
-    if isinstance(node, ast.Raise):
+def _ends_program(statement: ast.AST) -> bool:
+    if isinstance(statement, ast.Raise):
         return True
-    called = node.func if isinstance(node, ast.Call) else None
+    called = statement.func if isinstance(statement, ast.Call) else None
     return getattr(called, "attr", getattr(called, "id", "")) in ENDS
 
 

@@ -6,7 +6,8 @@ A task never changes its arguments: on a cluster they may be shared with other t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -15,9 +16,9 @@ from dtrain.algorithm.batch import TensorBatch
 from dtrain.algorithm.evaluate import Sums, evaluate
 from dtrain.algorithm.local import LocalResult, run_local_steps
 from dtrain.algorithm.params import flatten, load_into, with_frozen, without_frozen
-from dtrain.algorithm.plan import micro_size, step_sizes
+from dtrain.algorithm.plan import micro_size, micro_sizes, pass_size, step_sizes
 from dtrain.data.load.gather import Batch, target_scalings
-from dtrain.data.load.loader import Counted
+from dtrain.data.load.loader import Counted, Loader
 from dtrain.data.load.statistics import Moments, partition_moments
 from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
@@ -77,10 +78,12 @@ def _local_steps(
         module = resident.module()
         load_into(module, params)
         module.to(spec.device)
-        sizes = list(step_sizes(task, partition.num_samples, spec.config.train))
+        used = pass_size(partition.num_samples, spec.config.train)
+        sizes = list(step_sizes(task, used, spec.config.train))
         loader = resident.train_loader(task.replica, task.cursor)
-        read = loader.batches(micro for step in sizes for micro in step)
-        batches = prepared(resident, read, "train", task.replica, task.cursor, partition.num_samples)
+        dropped = micro_sizes(partition.num_samples - used, spec.config.train.micro_batch)
+        read = _without_last(loader, sizes, dropped, len(sizes) // max(1, task.num_epochs))
+        batches = prepared(resident, read, "train", task.replica, task.cursor, used)
         result = run_local_steps(
             module,
             resident.recipe,
@@ -90,7 +93,18 @@ def _local_steps(
             total_steps=task.total_steps,
             on_step=_at_intervals(progress, task.round, task.replica, task.num_steps),
         )
+        deque(batches, maxlen=0)  # the loader goes on where the next task begins
         return result, without_frozen(flatten(module, params.layout)), loader.counted()
+
+
+def _without_last(
+    loader: Loader, steps: Sequence[tuple[int, ...]], dropped: tuple[int, ...], steps_a_pass: int
+) -> Iterator[Batch]:
+    """Yield the batches of steps; the samples that ``drop_last`` leaves out at the end of a pass are passed over."""
+    for number, step in enumerate(steps, start=1):
+        yield from loader.batches(step)
+        if dropped != (0,) and number % steps_a_pass == 0:
+            deque(loader.batches(dropped), maxlen=0)
 
 
 def evaluate_piece(resident: Resident, params: Parameters, split: SplitName, piece: int) -> Sums:

@@ -16,8 +16,9 @@ from dtrain.algorithm.batch import TensorBatch, autocast, non_finite_values
 from dtrain.algorithm.local import run_local_steps
 from dtrain.algorithm.losses import mean_of_batch
 from dtrain.algorithm.params import flatten, layout_of
-from dtrain.algorithm.plan import first_step
+from dtrain.algorithm.plan import first_step, pass_size, smallest_batch
 from dtrain.algorithm.replica import empty_inner_state
+from dtrain.config.schema import TrainTable
 from dtrain.data.load.gather import target_scalings
 from dtrain.data.load.loader import read_batches
 from dtrain.errors import DtrainError, FirstLossNotFinite, ShapesDiffer, one_line
@@ -74,6 +75,7 @@ def initialise(resident: Resident) -> Initial:
         loss, outputs = _first_loss(resident, module, batch)
         with user_code("The first local step"):
             seconds = [_timed_step(resident, module, batch) for _ in range(2)][-1]  # the first one is slower
+        _try_smallest(resident, module, batch)
         return Initial(
             params=params,
             loss=loss,
@@ -108,6 +110,41 @@ def _timed_step(resident: Resident, module: nn.Module, batch: TensorBatch) -> fl
     steps = [(batch.size, [batch])]
     run_local_steps(module, resident.recipe, empty_inner_state(), steps, first_step=0, total_steps=1)
     return time.monotonic() - started
+
+
+def _try_smallest(resident: Resident, module: nn.Module, batch: TensorBatch) -> None:
+    """Take a step of the smallest micro-batch of the run: layers such as BatchNorm do not accept one sample."""
+    train = resident.spec.config.train
+    sizes = [pass_size(size, train) for size in resident.spec.plan.sizes]
+    smallest, replica = smallest_batch(sizes, train)
+    if smallest >= batch.size:
+        return
+    targets = batch.targets
+    few = replace(
+        batch,
+        inputs=tuple(tensor[:smallest] for tensor in batch.inputs),
+        targets=tuple(t[:smallest] for t in targets) if isinstance(targets, tuple) else targets[:smallest],
+        size=smallest,
+    )
+    try:
+        _timed_step(resident, module, few)
+    except (RuntimeError, ValueError, TypeError, IndexError, DtrainError) as error:
+        samples = "a single sample" if smallest == 1 else f"{smallest} samples"
+        raise ShapesDiffer(
+            f"The model was trained on {batch.size} samples, but not on {samples}, the last batch of a pass of replica "
+            f"{replica}: {one_line(error)}",
+            _other_batches(sizes, train),
+        ) from error
+
+
+def _other_batches(sizes: Sequence[int], train: TrainTable) -> str:
+    """Return how to avoid small batches."""
+    if train.batch_size == "full" or train.local_steps or train.micro_batch:
+        return "Choose train.micro_batch so that it divides the batch, or change the model."
+    cure = "Set train.drop_last = true, or change the model."
+    candidates = range(train.batch_size + 1, 2 * train.batch_size)
+    better = next((b for b in candidates if all((size % b or b) >= b // 2 for size in sizes)), None)
+    return cure if better is None else f"Set train.drop_last = true, or for example train.batch_size = {better}."
 
 
 def _first_loss(resident: Resident, module: nn.Module, batch: TensorBatch) -> tuple[float, Outputs]:

@@ -10,9 +10,11 @@ from dtrain.algorithm.plan import (
     cursor_after,
     first_position,
     micro_sizes,
+    pass_size,
     plan_round,
     position_after,
     samples_a_round,
+    smallest_batch,
     step_sizes,
     steps_a_round,
     task_seed,
@@ -168,3 +170,32 @@ def test_a_seed_is_the_same_in_every_process():
     # printf 0/1/0/local | sha256sum  ->  6508758779e56ee3...; as little-endian 0xe36ee57987750865, halved
     assert task_seed(0, 1, 0) == 0xE36EE57987750865 // 2
     assert plan_round(start(), [10], TrainTable(seed=0)).tasks[0].seed == 8194144202087105586
+
+
+# Passes without their last batch ------------------------------------------------------------------------------------
+
+
+def test_a_pass_without_its_last_batch():
+    train = TrainTable(batch_size=10, drop_last=True)
+    assert [pass_size(size, train) for size in (9, 10, 11, 29, 30)] == [0, 10, 10, 20, 30]
+    assert pass_size(29, TrainTable(batch_size=10)) == 29
+    assert pass_size(29, TrainTable(batch_size=10, drop_last=True, local_steps=3)) == 29  # no batch is short
+    assert pass_size(29, TrainTable(batch_size="full", drop_last=True)) == 29
+
+
+@pytest.mark.parametrize(
+    ("sizes", "table", "expected"),
+    [
+        ((100, 64), {"batch_size": 32}, (4, 0)),
+        ((96, 64), {"batch_size": 32}, (32, 0)),
+        ((96, 65), {"batch_size": 32}, (1, 1)),
+        ((96, 65), {"batch_size": 32, "local_steps": 4}, (32, 0)),
+        ((96, 65), {"batch_size": 32, "local_steps": 4, "micro_batch": 31}, (1, 0)),
+        ((20, 7), {"batch_size": 32}, (7, 1)),
+        ((20, 7), {"batch_size": "full"}, (7, 1)),
+        ((2000, 1025), {"batch_size": "full"}, (1, 1)),
+        ((64, 64), {"batch_size": 32, "micro_batch": 10}, (2, 0)),
+    ],
+)
+def test_the_smallest_batch_of_a_run(sizes, table, expected):
+    assert smallest_batch(sizes, TrainTable(**table)) == expected

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from dtrain_cli import main
+from dtrain_cli import main, output
 from tests.cli.helpers import MODEL, SCRIPT, TABLES, Outcome, Project, blobs, history, merge
 
 
@@ -27,6 +27,7 @@ def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     monkeypatch.delenv("NO_COLOR")
     for name in ("FORCE_COLOR", "NAP", "PY_COLORS", "GITHUB_ACTIONS"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(output, "WAITING_SECONDS", 600.0)  # a busy machine is slow
     loaded = dict(sys.modules)
     yield
     for name in [n for n in sys.modules if n not in loaded and n.partition(".")[0] in ("model", "other")]:
@@ -54,7 +55,8 @@ def script() -> Callable[..., Outcome]:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})}, check=False
         )
-        return Outcome(done.returncode, done.stdout, done.stderr)
+        lines = [line for line in done.stderr.splitlines(keepends=True) if not line.endswith(" ...\n")]
+        return Outcome(done.returncode, done.stdout, "".join(lines))  # without what is waited for
 
     return call
 

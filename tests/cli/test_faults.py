@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from dtrain.config import schema
+from dtrain.config import unbuilt
 from tests.cli.helpers import MODEL, blobs, kept, last, objects
 
 BUILD = "import torch\nfrom torch import nn\n\n\ndef build():\n    return {}\n"
@@ -138,7 +138,7 @@ ASKED_FOR = {
     "cluster.tls": '{ ca = "ca.pem" }',
     "run.trackers": '["wandb"]',
 }
-LACKING = [*schema.NOT_BUILT, *schema.NOT_BUILT_VALUES]
+LACKING = [*unbuilt.NOT_BUILT, *unbuilt.NOT_BUILT_VALUES]
 
 
 def test_every_feature_that_this_version_lacks_is_asked_for_below():
@@ -237,6 +237,17 @@ def test_fewer_samples_than_replicas(cli, project):
 def test_a_split_of_less_than_a_sample(cli, project):
     job = project({"data": {"split": {"val": 0.001}}})
     fails(cli, ("train", job.config), 3, ["data.split.val = 0.001"])
+
+
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_windows_across_jumps_of_time(cli, project, command):
+    days = np.arange(60) + np.arange(60) // 5 * 2  # from Monday to Friday
+    time = {"dims": ("sample",), "values": days, "chunks": (60,), "attributes": {"units": "days since 2001-01-01"}}
+    job = project({"data": {"input_offsets": [-1, 0]}}, arrays={"sample": time})
+    words = ["sample jumps 11 times in 59 steps (18.6%)", "from 2001-01-05 to 2001-01-08 at row 5", '"allow"']
+    fails(cli, (command, job.config), 3, words)
+    fails(cli, (command, job.config, "--set", "data.gaps=error"), 3, ['(data.gaps = "error")'])
+    fails(cli, (command, job.config, "--set", "data.gaps=never"), 3, ["data.gaps", "auto", "drop", "allow"])
 
 
 def test_a_store_without_samples(cli, project):

@@ -1,5 +1,6 @@
 """Results on stdout, narration on stderr; colours, quiet and debug."""
 
+import io
 import json
 import os
 import pty
@@ -8,6 +9,7 @@ import threading
 
 import pytest
 
+from dtrain_cli import output
 from tests.cli.helpers import SCRIPT, objects
 
 ESCAPE = "\x1b"
@@ -178,3 +180,36 @@ def test_an_error_of_many_lines_is_folded(capsys):
     out, err = capsys.readouterr()
     assert err == "error: one two three\n  four five\n  six\n"
     assert json.loads(out) == {"event": "error", "code": 3, "message": "one\ntwo\n  three", "hint": "four\nfive"}
+
+
+class Heard(io.StringIO):
+    """Tells when something is written to it."""
+
+    def __init__(self, tty):
+        super().__init__()
+        self.tty, self.heard = tty, threading.Event()
+
+    def isatty(self):
+        return self.tty
+
+    def write(self, text):
+        super().write(text)
+        self.heard.set()
+
+
+@pytest.mark.parametrize(("tty", "said"), [(False, "reading ...\n"), (True, f"reading ...\r{ESCAPE}[2K")])
+def test_what_takes_long_is_said(monkeypatch, tty, said):
+    heard = Heard(tty)
+    monkeypatch.setattr(output.sys, "stderr", heard)
+    monkeypatch.setattr(output, "WAITING_SECONDS", 0.0)
+    with output.waiting(output.Options(), "reading"):
+        assert heard.heard.wait(60)
+    assert heard.getvalue() == said
+
+
+@pytest.mark.parametrize(("options", "seconds"), [(output.Options(quiet=True), 0.0), (output.Options(), 600.0)])
+def test_what_is_quick_or_quiet_is_not_said(monkeypatch, capsys, options, seconds):
+    monkeypatch.setattr(output, "WAITING_SECONDS", seconds)
+    with output.waiting(options, "reading"):
+        pass
+    assert capsys.readouterr().err == ""

@@ -10,7 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from dtrain.config.files import load_config, to_toml
-from dtrain.config.schema import NOT_BUILT, NOT_BUILT_VALUES, CodecConfig, OuterConfig, TrainConfig, TrainTable
+from dtrain.config.schema import CodecConfig, OuterConfig, TrainConfig, TrainTable
+from dtrain.config.unbuilt import NOT_BUILT, NOT_BUILT_VALUES
 from dtrain.config.values import flat_values
 from dtrain.errors import InvalidConfig, NotSupportedYet
 from tests.config.helpers import REQUIRED, RICH
@@ -33,6 +34,7 @@ target_offsets = 0
 stride = 1
 patch = {}
 split = { val = 0.1, test = 0.1 }
+gaps = "auto"
 split_order = "auto"
 val_path = ""
 partition = "stratified"
@@ -50,6 +52,7 @@ loss = "cross_entropy"             # required
 metrics = []
 rounds = 20
 local_epochs = 1
+drop_last = false
 class_axis = "auto"
 freeze = []
 # local_steps = 50
@@ -389,7 +392,7 @@ def test_a_list_of_stores():
     assert TrainConfig(**tomllib.loads(to_toml(config))) == config
 
 
-@pytest.mark.parametrize("cache", ["0", "0B", "512MB", "auto"])
+@pytest.mark.parametrize("cache", ["0", "0B", "0MB", "0 GiB", "512MB", "auto"])
 def test_sizes_of_the_cache(cache):
     assert TrainConfig(data={"cache": cache}).data.cache == cache
 

@@ -14,7 +14,7 @@ import dtrain
 from dtrain.algorithm import codec as codecs
 from dtrain.algorithm.codec import Codec, Encoded, compress, decompress
 from dtrain.checkpoint import load_round, round_directory
-from dtrain.config import schema
+from dtrain.config import unbuilt
 from dtrain.config.schema import CodecConfig
 from dtrain.data.samples import Samples
 from dtrain.types import Entry, Flat, Layout, Parameters, TrainState
@@ -46,7 +46,7 @@ class Quarters:
 
 @pytest.fixture
 def register(monkeypatch: pytest.MonkeyPatch) -> Callable[[Codec], None]:
-    monkeypatch.delitem(schema.NOT_BUILT, "average.codec")
+    monkeypatch.delitem(unbuilt.NOT_BUILT, "average.codec")
     return lambda codec: monkeypatch.setitem(codecs.CODECS, NAME, codec)
 
 

@@ -17,7 +17,7 @@ from dtrain.algorithm import mix
 from dtrain.algorithm.mix import Neighbourhoods
 from dtrain.algorithm.params import params_sha256
 from dtrain.checkpoint import load_params, load_round, round_directory
-from dtrain.config import schema
+from dtrain.config import unbuilt
 from dtrain.config.schema import MixConfig
 from dtrain.data.plan.partition import plan_data, train_partitions
 from dtrain.data.samples import Samples
@@ -34,7 +34,7 @@ def ring(config: MixConfig, number: int, replicas: int) -> Neighbourhoods:
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(mix.TOPOLOGIES, "ring", ring)
-    monkeypatch.delitem(schema.NOT_BUILT, "average.mix.topology")
+    monkeypatch.delitem(unbuilt.NOT_BUILT, "average.mix.topology")
 
 
 def linear() -> nn.Module:

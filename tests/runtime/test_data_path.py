@@ -430,6 +430,17 @@ def test_samples_of_missing_chunks_can_be_skipped(
     assert sorted(rows.tolist()) == [*range(60), *range(80, 400)]
 
 
+def test_samples_of_missing_chunks_of_the_store_for_validation_are_skipped_too(
+    start: Callable[..., dtrain.Run], stores: Callable[..., Path]
+) -> None:
+    path = stores("held", 200)
+    (path / "x/c/3/0").unlink()
+    run = start("skip", data={"val_path": str(path), "missing": "skip"})
+    assert run.resolved.held_out is not None
+    assert run.resolved.held_out.absent == ((60, 80),)
+    assert run.evaluation(None, split="val", round="last", cluster="serial")[2] == 180
+
+
 # A loop of one's own -------------------------------------------------------------------------------------------------
 
 

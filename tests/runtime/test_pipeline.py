@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,7 @@ import dtrain
 from dtrain import rounds
 from dtrain.data.samples import Samples
 from dtrain.events import Event, RoundCommitted, RoundFinished
+from dtrain.runtime import client as client_module
 from tests.runtime import models
 
 OUTER = {"optimizer": "sgd", "args": {"lr": 0.7, "momentum": 0.9, "nesterov": True}}
@@ -212,6 +214,26 @@ def test_scheduler_tasks_are_bounded_and_no_old_task_runs_again(
     assert len(started) <= 900 + 30  # one segment at most is repeated
     assert min(started[before[0] :]) > 290
     assert rows(run) == rows(start(samples, tmp_path / "calm", "serial", train=table))
+
+
+def test_futures_of_long_rounds_do_not_wait_for_the_garbage_collector(
+    samples: Samples, tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver waits for each round in many short steps; afterwards nothing may refer to its futures."""
+    monkeypatch.setattr(client_module, "POLL_SECONDS", 0.001)
+    counts: list[int] = []
+
+    def watch(event: Event) -> None:
+        if isinstance(event, RoundFinished):
+            counts.append(len(client.futures))
+
+    gc.collect()
+    gc.disable()
+    try:
+        start(samples, tmp_path, client, train={"rounds": 12}, report=watch)
+    finally:
+        gc.enable()
+    assert max(counts) <= 2 * 3 * 3  # of two rounds
 
 
 def kill_holder(client: Client) -> None:

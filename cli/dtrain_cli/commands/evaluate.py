@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dtrain_cli.arguments import PROJECT, SCHEDULER, SET, TRUST_CODE, absolute_scheduler
-from dtrain_cli.output import Options, result, say, shown, table
+from dtrain_cli.arguments import PROJECT, SCHEDULER, SET, TRUST_CODE, absolute_scheduler, start_workers_early
+from dtrain_cli.output import Options, result, say, shown, table, waiting
 
 if TYPE_CHECKING:
     from dtrain.data.plan.splits import SplitName
@@ -45,11 +46,13 @@ def evaluate(
 
     --set data.isel={} and other keys of [data] select other samples than the run's.
     """
-    from dtrain.directory import find_run
-    from dtrain.errors import UsageError, did_you_mean
-    from dtrain.run import is_view, open_run
-
     options: Options = ctx.obj
+    start_workers_early(Path(run) / "config.toml", settings, scheduler)
+    with waiting(options, "loading PyTorch"):
+        from dtrain.directory import find_run
+        from dtrain.errors import UsageError, did_you_mean
+        from dtrain.run import is_view, open_run
+
     names: dict[str, SplitName] = {"val": "val", "test": "test", "all": "all"}
     chosen = names.get(split if split is not None else "test" if data is None else "all")
     if chosen is None:
@@ -60,16 +63,17 @@ def evaluate(
     opened = open_run(find_run(run), project=project, trusted=trust_code, settings=own, imported=False)
     samples = opened.other_samples(data, view) if data is not None or view else None
     cluster = absolute_scheduler(scheduler) if scheduler is not None else opened.config.cluster.scheduler
-    means, number, count = opened.evaluation(
-        samples, split=chosen, round="last" if round is None else round, cluster=cluster
-    )
+    with waiting(options, f"evaluating on {chosen}"):
+        means, number, count = opened.evaluation(
+            samples, split=chosen, round="last" if round is None else round, cluster=cluster
+        )
     record = {"event": "eval", "run": shown(opened.directory), "round": number, "split": chosen, "samples": count}
     if samples is not None and samples.config.isel:
         record["isel"] = samples.config.model_dump(mode="json")["isel"]
     rows = [("run", f"{shown(opened.directory)} round {number}"), ("split", f"{chosen}, {count:,} samples")]
     rows += [(name, f"{value:.6g}") for name, value in means.items()]
     result(options, table(rows), {**record, **{k: v if math.isfinite(v) else None for k, v in means.items()}})
-    for line in _notes(opened, samples, data, chosen, None if round else number):
+    for line in _notes(opened, samples, data, chosen, number if round is None else None):
         say(options, line)
 
 

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from dtrain_cli.arguments import CONFIG, SCHEDULER, SET, load_job
-from dtrain_cli.output import Options, result, say, table
+from dtrain_cli.arguments import CONFIG, SCHEDULER, SET, load_job, start_workers_early
+from dtrain_cli.output import Options, result, say, table, waiting
 
 ORDER = 20
 app = typer.Typer()
@@ -25,11 +25,14 @@ def plan(
 
     Trains nothing, writes nothing, and refuses with the arithmetic what cannot work.
     """
-    from dtrain.planning import plan_job, plan_record
-    from dtrain.plantext import plan_rows
-
     options: Options = ctx.obj
-    job = load_job(config, settings, scheduler)
-    planned = plan_job(job, full=full)
+    start_workers_early(config, settings, scheduler)
+    with waiting(options, "loading PyTorch and opening the data"):
+        from dtrain.planning import plan_job, plan_record
+        from dtrain.plantext import plan_rows
+
+        job = load_job(config, settings, scheduler)
+    with waiting(options, "looking for workers, checking the data, trying the model on one batch"):
+        planned = plan_job(job, full=full)
     result(options, table(plan_rows(job, planned)), plan_record(planned))
     say(options, f"nothing was written; next: dtrain train {config}")

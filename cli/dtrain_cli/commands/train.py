@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dtrain_cli.arguments import CONFIG, SCHEDULER, SET, load_job
-from dtrain_cli.output import Options, result, say, shown
+from dtrain_cli.arguments import CONFIG, SCHEDULER, SET, load_job, start_workers_early
+from dtrain_cli.output import Options, result, say, shown, waiting
 
 if TYPE_CHECKING:
     from dtrain.events import Event, RunFinished
@@ -43,14 +43,16 @@ def train(
 
     The same command continues after any interruption. A complete run prints its result again.
     """
-    from dtrain.directory import run_directory
-    from dtrain.events import RoundFinished, RunFinished
-    from dtrain.report.history import row_of
-    from dtrain.trainer import train_job
-
     options: Options = ctx.obj
-    seconds = parse_duration(max_time) if max_time is not None else None
-    job = load_job(config, settings, scheduler)
+    start_workers_early(config, settings, scheduler)
+    with waiting(options, "loading PyTorch and opening the data"):
+        from dtrain.directory import run_directory
+        from dtrain.events import RoundFinished, RunFinished
+        from dtrain.report.history import row_of
+        from dtrain.trainer import train_job
+
+        seconds = parse_duration(max_time) if max_time is not None else None
+        job = load_job(config, settings, scheduler)
     directory = Path(shown(run_directory(job, run)))
 
     def report(event: Event) -> None:

@@ -30,9 +30,11 @@ from dtrain.data.load.messages import (
     Taken,
 )
 from dtrain.data.load.slots import Rows, SlotTable
+from dtrain.data.plan.bins import PartRows
 from dtrain.data.plan.memory import Limits
 from dtrain.data.plan.order import RowRun, epoch_order
 from dtrain.data.plan.partition import Partition
+from dtrain.errors import TooFewSamples
 from dtrain.types import Cursor
 
 
@@ -54,6 +56,11 @@ class Schedule:
         Slots, read-ahead, cached parts, and the number of bundles that have memory at a time.
     total : int, optional
         Sum of all sizes; no part that only later samples need is read.
+
+    Raises
+    ------
+    TooFewSamples
+        The partition is empty, as an earlier version planned some.
     """
 
     def __init__(
@@ -67,6 +74,10 @@ class Schedule:
         limits: Limits,
         total: int | None = None,
     ) -> None:
+        if not partition.num_samples:  # no run would ever come
+            raise TooFewSamples(
+                f"The plan of the run gives replica {replica} no samples.", "Start a new run with fewer replicas."
+            )
         self.slots = SlotTable(partition, limits, shuffle)
         self._partition = partition
         self._lookahead = _Lookahead(row_runs(partition, cursor, replica, shuffle, total), limits.ahead)
@@ -75,7 +86,7 @@ class Schedule:
         self._sizes: tuple[int, ...] | None = None
         """Of the next bundle, while it waits for memory."""
         self._bundle: _OpenBundle | None = None
-        self._epoch, self._run = cursor.epoch, RowRun(_NO_ROWS.slot, _NO_ROWS.row, (), -1)
+        self._epoch, self._run = cursor.epoch, RowRun(0, _no_rows, (), -1)
         self._rows: Rows | None = _NO_ROWS
         """The samples of the run; None until all its parts are read."""
         self._done = 0
@@ -188,7 +199,11 @@ class Schedule:
         self._done, self._gathering = self._done + self._gathering, 0
 
 
-_NO_ROWS = Rows(np.zeros(0, np.int64), np.zeros(0, np.int64), None)
+def _no_rows() -> PartRows:
+    return PartRows(np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
+_NO_ROWS = Rows(*_no_rows(), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,5 +323,5 @@ def row_runs(
             if total is not None and count >= total:
                 return
             yield epoch, run
-            count += len(run.part)
+            count += run.size
         epoch, position = epoch + 1, 0

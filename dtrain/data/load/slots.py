@@ -7,13 +7,17 @@ is free. A fixed set of parts, chosen by a hash, stays in its slots once read: t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
-from dtrain.data.plan.hashing import CACHE, Ints, hash64
+from dtrain.data.plan.hashing import CACHE, Ints, hash_each
 from dtrain.data.plan.memory import Limits
 from dtrain.data.plan.order import RowRun
 from dtrain.data.plan.partition import Partition
+
+Slots: TypeAlias = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,39 +51,45 @@ class SlotTable:
     """
 
     def __init__(self, partition: Partition, limits: Limits, shuffle: bool) -> None:
-        plan = partition.plan
-        ranks = np.argsort(hash64(plan.seed, CACHE, partition.units), kind="stable")
+        parts = len(partition.units)
         self.count = limits.slots(partition, shuffle)
         self._partition = partition
-        self._free = list(range(self.count))
-        self._by_part: dict[int, Ints] = {}
+        self._stack: Slots = np.arange(self.count, dtype=np.int32)
+        """The slots that are free, and memory for the others."""
+        self._num_free = self.count
+        self._by_part: dict[int, Slots] = {}
         """By epoch and part: its slot, or -1."""
-        self._cacheable = frozenset(ranks[: limits.cached].tolist())
-        self._cached: dict[int, int] = {}
-        """By part of the cache, once it is read or being read: its slot."""
-        self._is_regular = plan.cell_rows >= plan.unit_rows  # then the anchors of a part are `stride` apart
-        self._anchors: dict[int, Ints] = {}
-        """By slot, unless parts are regular: the anchors of its part, counted from the first."""
-        self._starts = np.zeros(self.count, np.int64)
+        self._is_cached = np.zeros(parts, bool)
+        """By part: whether it stays in its slot once it is read."""
+        self._is_cached[_cached_parts(partition, limits.cached)] = True
+        self._cached: Slots = np.full(parts if limits.cached else 0, -1, np.int32)
+        """By part of the cache: its slot once it is read or being read, else -1."""
+
+    @property
+    def free(self) -> Slots:
+        """The slots that hold no part."""
+        return self._stack[: self._num_free]
 
     def has_slot(self, part: int) -> bool:
         """Whether a part has a slot of the cache, or a slot is free."""
-        return bool(self._free) or part in self._cached
+        return self._num_free > 0 or self._cached_slot(part) >= 0
+
+    def _cached_slot(self, part: int) -> int:
+        return int(self._cached[part]) if len(self._cached) else -1
 
     def assign(self, epoch: int, part: int) -> int | None:
         """Give a slot to a part of a pass; return the slot if the part must be read, None if it is cached."""
         if epoch not in self._by_part:
-            self._by_part[epoch] = np.full(len(self._partition.units), -1, np.int64)
-        if part in self._cached:
-            self._by_part[epoch][part] = self._cached[part]
-            return None
-        slot = self._by_part[epoch][part] = self._free.pop()
-        if part in self._cacheable:
-            self._cached[part] = slot
-        if not self._is_regular:
-            anchors = self._partition.part_anchors(part)
-            self._anchors[slot] = anchors - anchors[0]
-        return slot
+            self._by_part[epoch] = np.full(len(self._partition.units), -1, np.int32)
+        slot = self._cached_slot(part)
+        is_there = slot >= 0
+        if not is_there:
+            self._num_free -= 1
+            slot = int(self._stack[self._num_free])
+            if self._is_cached[part]:
+                self._cached[part] = slot
+        self._by_part[epoch][part] = slot
+        return None if is_there else slot
 
     def slot(self, epoch: int, part: int) -> int:
         """Return the slot of a part."""
@@ -88,9 +98,10 @@ class SlotTable:
     def release(self, epoch: int, part: int) -> None:
         """Free the slot of a part of a pass, if it has one and is not cached."""
         slot = self.slot(epoch, part)
-        if slot >= 0 and part not in self._cacheable:
+        if slot >= 0 and not self._is_cached[part]:
             self._by_part[epoch][part] = -1
-            self._free.append(slot)
+            self._stack[self._num_free] = slot
+            self._num_free += 1
 
     def end_pass(self, epoch: int) -> None:
         """Free all slots of a pass but the cached ones."""
@@ -100,20 +111,16 @@ class SlotTable:
 
     def rows(self, epoch: int, run: RowRun) -> Rows:
         """Return where the samples of a run lie; each of its parts has a slot."""
-        plan = self._partition.plan
-        slot, row, tile = self._by_part[epoch][run.part], run.row, None
-        if plan.patches > 1:
-            row, tile = np.divmod(row, plan.patches)
-        if not self._is_regular and len(slot):
-            row = self._irregular_rows(slot, row)
-        elif plan.stride > 1:
-            row = row * plan.stride
-        return Rows(slot, row, tile)
+        part, index = run.rows()
+        tile = None
+        if self._partition.plan.patches > 1:
+            index, tile = np.divmod(index, self._partition.plan.patches)
+        return Rows(self._by_part[epoch][part].astype(np.int64), self._partition.rows(part, index), tile)
 
-    def _irregular_rows(self, slot: Ints, index: Ints) -> Ints:
-        """Return the anchors with an index within their part, counted from the part's first anchor."""
-        slots = np.unique(slot)
-        anchors = [self._anchors[number] for number in slots.tolist()]
-        self._starts[slots] = np.cumsum([0, *map(len, anchors[:-1])])
-        relative: Ints = np.concatenate(anchors)[self._starts[slot] + index]
-        return relative
+
+def _cached_parts(partition: Partition, count: int) -> Ints:
+    """Return the parts that a cache of so many parts holds: a fixed set, chosen by a hash."""
+    return np.argsort(hash_each(partition.units, partition.plan.seed, CACHE))[:count] if count else _NONE
+
+
+_NONE = np.zeros(0, np.int64)

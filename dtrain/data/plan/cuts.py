@@ -18,9 +18,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
-
-from dtrain.data.plan.splits import present_cells, shares_met
+from dtrain.data.plan.anchors import count_samples
+from dtrain.data.plan.splits import SplitName, changes, present_cells, shares_met
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import WHOLE_OBJECT_BYTES, Samples, common_rows
 
@@ -103,8 +102,10 @@ def _group(samples: Samples, plan: DataPlan) -> int:
     """Return how many units are dealt together: the units of a shard, if there are enough shards."""
     boundary = object_rows(samples)
     group = boundary // plan.unit_rows if boundary % plan.unit_rows == 0 else 1
+    if group == 1:
+        return 1
     candidate = replace(plan, group=group)
-    groups = len(np.unique(present_cells(candidate) // group))
+    groups = len(changes(present_cells(candidate) // group))
     enough = groups >= UNITS_PER_REPLICA * plan.replicas and shares_met(candidate)
     return group if enough else 1
 
@@ -131,3 +132,34 @@ def _cells_per_unit(plan: DataPlan) -> Iterator[int]:
         yield from range(2, min(plan.replicas + 2, plan.unit_rows) + 1)
     finest = max(plan.stride, math.ceil(plan.num_samples / MAX_CELLS))
     yield max(1, plan.unit_rows // finest)
+
+
+def with_enough_cells(plan: DataPlan) -> DataPlan:
+    """Return the plan with its cells cut so short that every replica gets samples, if they are not.
+
+    Cells without anchors are dealt to nobody: with strides, windows and jumps they may be many. Where no cut is fine
+    enough, the plan is returned for which most replicas would get some.
+    """
+    best, most = plan, count_samples(plan, "train").owners
+    for count in _finer_cuts(plan):
+        if most >= plan.replicas:
+            break
+        candidate = replace(plan, cell_rows=math.ceil(plan.unit_rows / count), group=1)
+        owners = count_samples(candidate, "train").owners
+        if owners > most and _has_held_out(candidate):
+            best, most = candidate, owners
+    return best
+
+
+def _finer_cuts(plan: DataPlan) -> Iterator[int]:
+    """Yield numbers of cells of a unit beyond those that the plan has, ascending, up to single rows."""
+    finest = math.ceil(plan.unit_rows / math.ceil(plan.num_samples / MAX_CELLS))
+    count = plan.cells_per_unit
+    while count < finest:
+        count = min(finest, max(count + 1, count + count // 8))
+        yield count
+
+
+def _has_held_out(plan: DataPlan) -> bool:
+    shares: tuple[tuple[SplitName, float], ...] = (("val", plan.val), ("test", plan.test))
+    return all(count_samples(plan, name).samples for name, share in shares if share > 0)

@@ -23,7 +23,12 @@ StoreOfRun: TypeAlias = int | Literal["held_out"] | None
 
 
 def plan_evaluation(
-    samples: Samples, split: SplitName, plans: tuple[DataPlan, ...], held_out: DataPlan | None, store: StoreOfRun
+    samples: Samples,
+    split: SplitName,
+    plans: tuple[DataPlan, ...],
+    held_out: DataPlan | None,
+    store: StoreOfRun,
+    jumps: str = "",
 ) -> tuple[DataPlan, SplitName]:
     """Plan the evaluation of a split of given samples.
 
@@ -38,6 +43,8 @@ def plan_evaluation(
         Of the store of ``data.val_path``.
     store : int or "held_out", optional
         Which store of the run it is.
+    jumps : str
+        The jumps of the samples' coordinate (`DataPlan.jumps`).
 
     Returns
     -------
@@ -53,18 +60,18 @@ def plan_evaluation(
         The store is too short to be cut.
     """
     if store == "held_out":
-        return _of_held_out(samples, split, plans[0], held_out), "all"
+        return _of_held_out(samples, split, plans[0], held_out, jumps), "all"
     alike = [plan for plan in plans if (plan.first_row, plan.num_samples) == (samples.first_row, samples.num_samples)]
     if store is not None:
         alike = [plans[store]] if plans[store] in alike else []
     same = [plan for plan in alike if plan.source == samples.fingerprint]
     if split == "all":
-        return (cut_as(same[0], samples) if same else plan_held_out(samples, plans[0])), split
+        return (cut_as(same[0], samples, jumps) if same else plan_held_out(samples, plans[0], jumps=jumps)), split
     if store is not None and not alike:
         raise _other_rows(samples, split, plans[store])
-    cuts = [cut_as(plan, samples) for plan in same or alike]
+    cuts = [cut_as(plan, samples, jumps) for plan in same or alike]
     if not cuts:
-        return plan_data(samples, replicas=1, seed=plans[0].seed), split
+        return plan_data(samples, replicas=1, seed=plans[0].seed, jumps=jumps), split
     if any(cut != cuts[0] for cut in cuts):
         raise InvalidConfig(
             f"{samples.path} has as many rows as several stores of the run, whose splits differ: it may be a copy of "
@@ -74,9 +81,10 @@ def plan_evaluation(
     return cuts[0], split
 
 
-def cut_as(plan: DataPlan, samples: Samples) -> DataPlan:
+def cut_as(plan: DataPlan, samples: Samples, jumps: str = "") -> DataPlan:
     """Return the plan of samples of the same rows as those of another plan, with its splits."""
     first, last = samples.reach()
+    alike = (plan.first_offset, plan.last_offset) == (first, last)
     return replace(
         plan,
         patches=len(samples.tiles),
@@ -84,16 +92,21 @@ def cut_as(plan: DataPlan, samples: Samples) -> DataPlan:
         first_offset=first,
         last_offset=last,
         source=samples.fingerprint,
+        jumps=plan.jumps if alike else jumps,
     )
 
 
-def _of_held_out(samples: Samples, split: SplitName, like: DataPlan, held_out: DataPlan | None) -> DataPlan:
+def _of_held_out(samples: Samples, split: SplitName, like: DataPlan, held_out: DataPlan | None, jumps: str) -> DataPlan:
     if split == "test":
         raise InvalidConfig(
             f"{samples.path} is the validation store of the run (data.val_path): it has no test split.",
             "Evaluate val: that is all of it.",
         )
-    return held_out if held_out and held_out == cut_as(held_out, samples) else plan_held_out(samples, like)
+    return (
+        held_out
+        if held_out and held_out == cut_as(held_out, samples, jumps)
+        else plan_held_out(samples, like, jumps=jumps)
+    )
 
 
 def _other_rows(samples: Samples, split: SplitName, plan: DataPlan) -> InvalidConfig:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+from dtrain.data.plan.bins import MOST_BINS, ORDERED_ROWS, bins_a_part, index_dtype
+from dtrain.data.plan.hashing import SLICE
+from dtrain.data.plan.order import STORED_ROWS
 from dtrain.data.plan.readers import MIN_DENSITY, choose_readers, has_fine_shards
 from dtrain.data.plan.units import Box, DataPlan, box_shape
 from dtrain.data.samples import Samples, Variable
@@ -14,6 +17,23 @@ INDEX_OVERHEAD_BYTES = 500
 """The Python objects around one index."""
 ZARR_CONCURRENCY = 10
 """zarr's setting ``async.concurrency``: the chunks that it decodes at once."""
+
+STORED_BYTES = 40
+"""For each sample of a run in stored order: its part, its index, its place in the arena."""
+SORTED_BYTES = 120
+"""For each sample of a run that is sorted: the same, its place in the mixing window, and what sorting takes."""
+DRAWN_BYTES = 80
+"""For each sample of a part whose bin is drawn."""
+OPENED_BYTES = 1000
+"""For each part that is open; where its bins begin comes on top."""
+UNIT_BYTES_IN_ORDER = 24
+"""For each unit of a partition in stored order: its slot in this pass and the next, and where it begins."""
+UNIT_BYTES_SHUFFLED = 48
+"""The same, its place in both passes, and what drawing the permutation takes."""
+CELL_BYTES = 32
+"""For each cell of a store while its partitions are computed."""
+JUMP_BYTES = 40
+"""For each jump while partitions are computed."""
 
 
 def sample_bytes(samples: Samples) -> int:
@@ -60,6 +80,44 @@ def index_bytes(samples: Samples) -> int:
     sharded = [v for v in samples.variables if v.has_inner_chunks]
     counts = [(v.num_objects, math.prod(v.objects) // math.prod(v.chunks)) for v in sharded]
     return min(INDEX_CACHE_BYTES, sum(objects * (16 * chunks + INDEX_OVERHEAD_BYTES) for objects, chunks in counts))
+
+
+def order_bytes(plan: DataPlan, units: int, ahead: int, *, shuffle: bool) -> int:
+    """Return the bytes that a loader needs to know which samples come next, and where they lie.
+
+    Parameters
+    ----------
+    plan : DataPlan
+    units : int
+        Units of the loader's partition.
+    ahead : int
+        Units that are read before they are due.
+    shuffle : bool
+    """
+    part = math.ceil(min(plan.unit_rows, plan.num_samples) / plan.stride) * plan.patches
+    whole = units * part
+    if not shuffle:
+        return STORED_BYTES * min(STORED_ROWS, part) + UNIT_BYTES_IN_ORDER * units
+    mixed = min(plan.window, units)
+    # at the end of a pass its last parts are open, and the look-ahead opens the first ones of the next
+    opened = min(mixed + mixed // 2 + ahead + 2, 2 * units)
+    kept = opened * (part * index_dtype(part).itemsize + 8 * bins_a_part(part, mixed) + OPENED_BYTES)
+    opening = 2 * part + DRAWN_BYTES * min(SLICE, MOST_BINS * part, whole)
+    return kept + opening + SORTED_BYTES * min(2 * ORDERED_ROWS, whole) + UNIT_BYTES_SHUFFLED * units
+
+
+def tables_bytes(samples: Samples, plan: DataPlan, kept: int) -> int:
+    """Return the bytes of the tables that a process has of a plan: its partitions, and a mark of each stored object.
+
+    Parameters
+    ----------
+    samples : Samples
+    plan : DataPlan
+    kept : int
+        Bytes of the partitions (`Partition.nbytes`).
+    """
+    jumps = JUMP_BYTES * plan.jumps.count(" ") + len(plan.jumps)
+    return kept + CELL_BYTES * plan.num_cells + jumps + 8 * sum(v.num_objects for v in samples.variables)
 
 
 def _decoding_bytes(v: Variable, rows: int, reader: str) -> int:

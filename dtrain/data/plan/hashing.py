@@ -6,11 +6,20 @@ versions.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
+Compact = npt.NDArray[np.int32] | Ints
+"""Integers that are kept: 4 bytes each where that is enough (`compact`)."""
+
+COMPACT_BELOW = 1 << 30
+"""Smaller numbers are kept in 4 bytes; the sum of two of them fits there too."""
+SLICE = 1 << 16
+"""Long arrays are computed in slices of this length, so that intermediate results stay small."""
 
 SPLIT, DEAL, PART, ROW, CACHE, TRANSFORM = range(6)
 """The purpose of a draw is one of its keys, so that no two draws are the same."""
@@ -18,7 +27,7 @@ SPLIT, DEAL, PART, ROW, CACHE, TRANSFORM = range(6)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def hash64(*keys: int | Ints, start: Hashes | int = 0) -> Hashes:
+def hash64(*keys: int | npt.NDArray[np.integer], start: Hashes | int = 0) -> Hashes:
     """Hash integers (broadcast against each other) to uint64: splitmix64's finaliser, once a key.
 
     ``hash64(a, b)`` is ``hash64(b, start=hash64(a))``.
@@ -37,6 +46,26 @@ def hash64(*keys: int | Ints, start: Hashes | int = 0) -> Hashes:
     return np.asarray(state)
 
 
+def hash_each(numbers: range | Compact, *keys: int) -> Hashes:
+    """Return ``hash64(*keys, numbers)``, with little memory besides the result."""
+    hashes, start = np.empty(len(numbers), np.uint64), hash64(*keys)
+    for part in slices(len(numbers)):
+        chosen = numbers[part]
+        each = np.arange(chosen.start, chosen.stop) if isinstance(chosen, range) else chosen
+        hashes[part] = hash64(each, start=start)
+    return hashes
+
+
 def permutation(length: int, *keys: int) -> Ints:
     """Return a permutation of ``range(length)`` that depends on the keys alone."""
-    return np.argsort(hash64(*keys, np.arange(length)), kind="stable")
+    return np.argsort(hash_each(range(length), *keys))  # different numbers have different hashes: nothing is tied
+
+
+def compact(values: Ints, below: int) -> Compact:
+    """Return integers from 0 to less than `below` in as few bytes as they are kept in."""
+    return values.astype(np.int32) if below <= COMPACT_BELOW else values
+
+
+def slices(length: int) -> Iterator[slice]:
+    """Yield the slices of at most `SLICE` places that make up an array of some length."""
+    return (slice(start, min(start + SLICE, length)) for start in range(0, length, SLICE))

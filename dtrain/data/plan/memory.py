@@ -2,7 +2,9 @@
 
     slots     (B open + R ahead + C cached) units     for each replica, and for each piece of an evaluation
     buffers   a few bundles of batches                likewise
+    order     which samples come next                 likewise
     scratch   memory to decode one unit               for each read thread, and the assembler
+    tables    partitions, marks of stored objects     once
 
 How much memory a worker has changes its speed only: how many units and how many loaders it keeps.
 """
@@ -14,7 +16,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from dtrain.data.plan.footprint import format_bytes, index_bytes, sample_bytes, scratch_bytes, slot_bytes, static_bytes
+from dtrain.data.plan.footprint import (
+    format_bytes,
+    index_bytes,
+    order_bytes,
+    sample_bytes,
+    scratch_bytes,
+    slot_bytes,
+    static_bytes,
+)
 from dtrain.data.plan.partition import Partition
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import Samples
@@ -87,6 +97,8 @@ class LoaderBudget:
     """Bytes of all buffers of a loader."""
     scratch: int
     """Bytes that a thread needs to decode a unit."""
+    order: int
+    """Bytes that a loader needs to know which samples come next."""
 
     @property
     def moving(self) -> int:
@@ -101,7 +113,7 @@ class LoaderBudget:
     @property
     def total(self) -> int:
         """Bytes of all terms."""
-        each = self.moving * self.unit + self.buffers + (self.limits.threads + 1) * self.scratch
+        each = self.moving * self.unit + self.buffers + (self.limits.threads + 1) * self.scratch + self.order
         return max(1, self.kept) * each + self.cached_bytes
 
     def sentence(self) -> str:
@@ -111,7 +123,8 @@ class LoaderBudget:
         units = f"{self.moving} units{of} of {format_bytes(self.unit)} + " if self.moving else ""  # else all are cached
         return (
             f"{max(1, self.kept)} x ({units}"
-            f"batches {format_bytes(self.buffers)} + decoding {limits.threads + 1} x {format_bytes(self.scratch)})"
+            f"batches {format_bytes(self.buffers)} + decoding {limits.threads + 1} x {format_bytes(self.scratch)} + "
+            f"order {format_bytes(self.order)})"
         )
 
 
@@ -125,6 +138,8 @@ class MemoryBudget:
     """Bytes of the variables without the sample dimension, and of preloaded ones."""
     indices: int
     """Bytes of the indices of shards that are kept."""
+    tables: int
+    """Bytes of partitions, and of marks of stored objects."""
     limit: int
     """Bytes that `total` must not exceed."""
     what: str
@@ -138,7 +153,8 @@ class MemoryBudget:
     @property
     def total(self) -> int:
         """Bytes that a worker needs at most."""
-        return self.train.total + (self.evaluate.total if self.evaluate else 0) + self.statics + self.indices
+        loaders = self.train.total + (self.evaluate.total if self.evaluate else 0)
+        return loaders + self.statics + self.indices + self.tables
 
     def sentence(self) -> str:
         """Return the terms with their numbers."""
@@ -151,6 +167,8 @@ class MemoryBudget:
             parts.append(f"preloaded {format_bytes(self.statics)}")
         if self.indices:
             parts.append(f"indices of shards {format_bytes(self.indices)}")
+        if self.tables:
+            parts.append(f"partitions {format_bytes(self.tables)}")
         return " + ".join(parts) + f" = {format_bytes(self.total)}"
 
     def comparison(self) -> str:
@@ -171,6 +189,8 @@ class Reading:
     batch_size: int
     """Samples of the largest batch."""
     shuffle: bool
+    tables: int = 0
+    """Bytes of the tables that the process has of the plan (`tables_bytes`)."""
 
     @cached_property
     def unit(self) -> int:
@@ -194,6 +214,7 @@ class Reading:
             limits=Limits(ahead=ahead, threads=threads, buffers=buffers),
             buffers=buffers * max(batch, min(BUNDLE_BYTES + batch, BUNDLE_BATCHES * batch)),
             scratch=self.scratch,
+            order=order_bytes(self.plan, self.units, ahead, shuffle=self.shuffle),
         )
 
 
@@ -239,6 +260,7 @@ def _candidates(train: Reading, evaluate: Reading | None, limit: int, what: str)
     samples = train.samples
     ahead, threads = (AHEAD_REMOTE, THREADS_REMOTE) if samples.store.read_ahead else (AHEAD, THREADS)
     statics, indices = static_bytes(samples), index_bytes(samples)
+    tables = train.tables + (evaluate.tables if evaluate else 0)
     loaders = [(train.loaders, evaluate.loaders if evaluate else 0), *((n, 0) for n in range(train.loaders, 0, -1))]
     for r, t in ((ahead, threads), (2, min(2, threads)), (1, 1)):
         for count, kept in loaders:
@@ -247,6 +269,7 @@ def _candidates(train: Reading, evaluate: Reading | None, limit: int, what: str)
                 evaluate=evaluate.budget(kept, r, t) if evaluate else None,
                 statics=statics,
                 indices=indices,
+                tables=tables,
                 limit=limit,
                 what=what,
             )

@@ -13,99 +13,21 @@ from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from dtrain.config.schema import SplitConfig
-from dtrain.data.plan.cuts import object_rows, unit_rows, with_cells
-from dtrain.data.plan.hashing import DEAL, Ints, hash64
-from dtrain.data.plan.splits import SplitName, split_cells
-from dtrain.data.plan.units import Box, DataPlan, cell_bounds
+from dtrain.data.plan.anchors import count_samples
+from dtrain.data.plan.cuts import object_rows, unit_rows, with_cells, with_enough_cells
+from dtrain.data.plan.hashing import DEAL, SLICE, hash64
+from dtrain.data.plan.parts import Partition as Partition
+from dtrain.data.plan.parts import cell_anchors as cell_anchors
+from dtrain.data.plan.splits import SplitName, changes
+from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import Samples
 from dtrain.errors import TooFewSamples
 
 WINDOW_BYTES = 64 << 20
 """The mixing window holds about so many decoded bytes, between 8 and 64 units."""
-
-
-@dataclass(frozen=True)
-class Partition:
-    """The samples that one replica, or one evaluation task, owns. A sample is named by its anchor row.
-
-    A *part* is a unit as one partition sees it: the anchors of the unit that the partition owns.
-    """
-
-    plan: DataPlan
-    cells: Ints
-    """Numbers of its cells, ascending; each cell holds an anchor."""
-    first: Ints
-    """The first anchor of each cell."""
-    count: Ints
-    """The number of anchors of each cell; they are `plan.stride` apart."""
-
-    @cached_property
-    def units(self) -> Ints:
-        """The units that hold its cells, ascending; ``units[part]`` is the unit of a part."""
-        return np.unique(self.cells // self.plan.cells_per_unit)
-
-    @cached_property
-    def part_sizes(self) -> Ints:
-        """The number of samples of each part."""
-        owner = np.searchsorted(self.units, self.cells // self.plan.cells_per_unit)
-        anchors = np.bincount(owner, weights=self.count, minlength=len(self.units)).astype(np.int64)
-        return anchors * self.plan.patches
-
-    @property
-    def num_samples(self) -> int:
-        """Number of samples of a pass."""
-        return int(self.count.sum()) * self.plan.patches
-
-    def spans(self) -> tuple[Ints, Ints]:
-        """Return the first anchor of each part, and the row after its last anchor."""
-        owner = self.cells // self.plan.cells_per_unit
-        begins = np.flatnonzero(np.diff(owner, prepend=-1))
-        ends = np.append(begins[1:], len(owner)) - 1
-        return self.first[begins], self.first[ends] + (self.count[ends] - 1) * self.plan.stride + 1
-
-    def part_anchors(self, part: int) -> Ints:
-        """Return the anchors of a part, ascending."""
-        cells = self._cells_of(part)
-        first, count = self.first[cells], self.count[cells]
-        within = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
-        anchors: Ints = np.repeat(first, count) + self.plan.stride * within
-        return anchors
-
-    def box(self, part: int) -> Box:
-        """Return the box from the first to the last anchor of a part."""
-        cells = self._cells_of(part)
-        first, count = self.first[cells], self.count[cells]
-        return Box(int(first[0]), int(first[-1] + (count[-1] - 1) * self.plan.stride) + 1)
-
-    def _cells_of(self, part: int) -> slice:
-        unit, per_unit = int(self.units[part]), self.plan.cells_per_unit
-        return slice(*np.searchsorted(self.cells, [unit * per_unit, (unit + 1) * per_unit]))
-
-    def chosen(self, which: Ints | slice) -> Partition:
-        """Return the partition of some of its cells."""
-        return Partition(self.plan, self.cells[which], self.first[which], self.count[which])
-
-
-def cell_anchors(plan: DataPlan, split: SplitName) -> Partition:
-    """Return all cells of a split that hold anchors, as one partition.
-
-    The rows of a sample must all lie in one run of neighbouring cells of its split. Anchors whose window leaves
-    it are dropped.
-    """
-    cells = split_cells(plan, split)
-    starts, stops = cell_bounds(plan, cells)
-    begins = np.flatnonzero(np.diff(cells, prepend=-2) != 1)  # where a run of neighbours begins
-    lengths = np.diff(np.append(begins, len(cells)))
-    run_start = np.repeat(starts[begins], lengths)
-    run_stop = np.repeat(stops[begins + lengths - 1], lengths)
-    low = np.maximum(starts, run_start - plan.first_offset)
-    high = np.minimum(stops, run_stop - plan.last_offset)
-    first = -(-low // plan.stride) * plan.stride
-    count = np.maximum(0, -(-(high - first) // plan.stride))
-    kept = count > 0
-    return Partition(plan, cells[kept], first[kept], count[kept])
 
 
 def train_partitions(plan: DataPlan) -> tuple[Partition, ...]:
@@ -117,33 +39,53 @@ def train_partitions(plan: DataPlan) -> tuple[Partition, ...]:
     """
     train = cell_anchors(plan, "train")
     if plan.contiguous:
-        return _runs(train, plan.replicas)
-    groups, member = np.unique(train.cells // plan.group, return_inverse=True)
-    strata = math.ceil(len(groups) / plan.replicas)
-    draws = hash64(plan.seed, DEAL, np.arange(strata)[:, None], np.arange(plan.replicas)[None, :])
-    owner = np.empty(len(groups), np.int64)
-    samples = np.bincount(member, weights=train.count).astype(np.int64)
+        return _cut_evenly(train, plan.replicas)
+    owner = _owners(train)
+    order = np.argsort(owner, kind="stable")
+    ends = np.cumsum(np.bincount(owner, minlength=plan.replicas))
+    return tuple(train.chosen(order[start:stop]) for start, stop in pairwise([0, *ends.tolist()]))
+
+
+def _owners(train: Partition) -> npt.NDArray[np.int32]:
+    """Return the replica that each run of anchors is dealt to; a group goes to one replica."""
+    plan = train.plan
+    begins = changes(train.cells // plan.group)
+    is_whole = len(begins) == len(train.cells)
+    samples = train.count if is_whole else np.add.reduceat(train.count, begins, dtype=np.int64)
+    owner = np.empty(len(begins), np.int32)
     dealt = np.argsort(-samples, kind="stable")  # groups with few samples after all others
-    owner[dealt] = np.argsort(draws, axis=1, kind="stable").ravel()[: len(groups)]
-    return tuple(train.chosen(np.flatnonzero(owner[member] == replica)) for replica in range(plan.replicas))
+    together = max(1, SLICE // plan.replicas)
+    for first in range(0, math.ceil(len(begins) / plan.replicas), together):
+        strata = np.arange(first, first + together)
+        draws = hash64(plan.seed, DEAL, strata[:, None], np.arange(plan.replicas)[None, :])
+        chosen = dealt[first * plan.replicas :][: draws.size]
+        owner[chosen] = np.argsort(draws, axis=1, kind="stable").ravel()[: len(chosen)]
+    return owner if is_whole else np.repeat(owner, np.diff(begins, append=len(train.cells)))
 
 
 def eval_partitions(plan: DataPlan, split: SplitName) -> tuple[Partition, ...]:
     """Return the pieces that an evaluation of a split is cut into, in order; none is empty."""
     whole = cell_anchors(plan, split)
-    return _runs(whole, min(plan.eval_pieces, len(whole.cells)))
+    return tuple(piece for piece in _cut_evenly(whole, plan.eval_pieces) if len(piece.cells))
 
 
-def _runs(whole: Partition, count: int) -> tuple[Partition, ...]:
-    """Cut a partition into runs of cells, as equal in samples as cells allow; none is empty."""
-    if not count:
-        return ()
-    middles = np.cumsum(whole.count) - whole.count / 2
-    index = np.arange(count + 1)
-    cuts = np.searchsorted(middles, index * (int(whole.count.sum()) / count))
-    cuts = np.maximum.accumulate(np.maximum(cuts, index) - index) + index
-    cuts = np.minimum(cuts, len(whole.cells) - count + index)
-    return tuple(whole.chosen(slice(a, b)) for a, b in pairwise(cuts.tolist()))
+def _cut_evenly(whole: Partition, count: int) -> tuple[Partition, ...]:
+    """Cut a partition into runs of whole cells, as equal in samples as cells allow.
+
+    Only if there are fewer cells than partitions the last ones are empty.
+    """
+    begins = changes(whole.cells)
+    filled = min(count, len(begins))
+    cuts = np.zeros(count + 1, np.int64) + len(begins)
+    if filled:
+        samples = np.add.reduceat(whole.count, begins, dtype=np.int64)
+        middles = np.cumsum(samples) - samples / 2
+        index = np.arange(filled + 1)
+        even = np.searchsorted(middles, index * (int(samples.sum()) / filled))
+        even = np.maximum.accumulate(np.maximum(even, index) - index) + index
+        cuts[: filled + 1] = np.minimum(even, len(begins) - filled + index)
+    runs = np.append(begins, len(whole.cells))[cuts].tolist()
+    return tuple(whole.chosen(slice(start, stop)) for start, stop in pairwise(runs))
 
 
 @dataclass(frozen=True)
@@ -204,6 +146,7 @@ def plan_data(
     seed: int,
     eval_pieces: int | None = None,
     absent: tuple[tuple[int, int], ...] = (),
+    jumps: str = "",
 ) -> DataPlan:
     """Resolve units, cells and mixing window from metadata, the number of replicas and the seed; never from memory.
 
@@ -216,11 +159,14 @@ def plan_data(
         Number of tasks of an evaluation; as many as replicas if not given.
     absent : tuple of (int, int)
         Runs of rows that are not stored and not used (`absent_rows`).
+    jumps : str
+        Rows that no window may hold together with the row before them, as `DataPlan.jumps`.
 
     Raises
     ------
     TooFewSamples
-        There are fewer training samples than replicas, or a requested split is empty.
+        There are fewer training samples than replicas, or too few that can be dealt apart, or a requested split is
+        empty.
     """
     if samples.num_samples == 0:
         raise TooFewSamples(f"{samples.path} holds no samples along {samples.sample_dim}.")
@@ -247,26 +193,32 @@ def plan_data(
         shuffle=config.shuffle,
         seed=seed,
         source=samples.fingerprint,
+        jumps=jumps,
     )
-    plan = with_cells(samples, plan)
+    plan = with_enough_cells(with_cells(samples, plan))
     _check_train(samples, plan)
     _check_held_out(samples, plan)
+    _check_owners(samples, plan)
     return plan
 
 
-def plan_held_out(samples: Samples, like: DataPlan) -> DataPlan:
-    """Return the plan of a store that is only evaluated: all of it is one split."""
+def plan_held_out(
+    samples: Samples, like: DataPlan, *, absent: tuple[tuple[int, int], ...] = (), jumps: str = ""
+) -> DataPlan:
+    """Return the plan of a store that is only evaluated: all of it is one split. `absent`, `jumps`: of `plan_data`."""
     config = samples.config
     whole = replace(samples, config=config.model_copy(update={"split": SplitConfig(val=0.0, test=0.0)}))
-    return plan_data(whole, replicas=1, seed=like.seed, eval_pieces=like.eval_pieces)
+    return plan_data(whole, replicas=1, seed=like.seed, eval_pieces=like.eval_pieces, absent=absent, jumps=jumps)
 
 
 def _check_train(samples: Samples, plan: DataPlan) -> None:
-    train = cell_anchors(plan, "train").num_samples
+    train = count_samples(plan, "train").samples
     if train == 0 and samples.has_windows:
+        between = " without a jump" if plan.jumps else ""
         raise TooFewSamples(
             f"{samples.path}: samples span {plan.last_offset - plan.first_offset + 1:,} rows of {samples.sample_dim}; "
-            f"no run of the training split is as long ({samples.num_samples - samples.first_row:,} rows in all).",
+            f"no run of the training split{between} is as long ({samples.num_samples - samples.first_row:,} rows in "
+            "all).",
             'Use a shorter window, hold out less in data.split, or set data.split_order = "sequential".',
         )
     if train < plan.replicas:
@@ -282,8 +234,22 @@ def _check_held_out(samples: Samples, plan: DataPlan) -> None:
     shorter = ", or use a shorter window" if samples.has_windows else ""
     shares: tuple[tuple[SplitName, float], ...] = (("val", plan.val), ("test", plan.test))
     for name, share in shares:
-        if share > 0 and not cell_anchors(plan, name).num_samples:
+        if share > 0 and not count_samples(plan, name).samples:
             raise TooFewSamples(
                 f"{samples.path}: data.split.{name} = {share:g} of {samples.num_samples:,} rows holds no sample{span}.",
                 f"Set data.split.{name} = 0, hold out more{shorter}.",
             )
+
+
+def _check_owners(samples: Samples, plan: DataPlan) -> None:
+    train, owners = count_samples(plan, "train")
+    if owners >= plan.replicas:
+        return
+    cells = f"{owners:,} cell{'s' if owners > 1 else ''}"
+    whole = "a cell, with all patches of its rows," if plan.patches > 1 else "a cell"
+    order = ', or set data.split_order = "sequential"' if samples.has_windows and not plan.sequential else ""
+    raise TooFewSamples(
+        f"{samples.path}: average.replicas = {plan.replicas}, but the {train:,} training samples lie in {cells}, and "
+        f"{whole} goes to one replica.",
+        f"Ask for at most {owners} replica{'s' if owners > 1 else ''}, hold out less in data.split{order}.",
+    )

@@ -14,8 +14,11 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from dtrain.data.plan.hashing import Ints
+from dtrain.data.plan.hashing import Compact, Ints
 from dtrain.data.samples import Samples, Select, Variable
+
+LATER: Mapping[str, str] = {"jumps": ""}
+"""The fields of `DataPlan` that were added after runs had been stored, and their defaults."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +59,9 @@ class DataPlan:
     seed: int
     source: str
     """`Samples.fingerprint` of the store."""
+    jumps: str = ""
+    """Rows that no window may hold together with the row before them (`dtrain.data.plan.gaps`): ascending, in decimal,
+    with spaces between. They may be millions; as text they take little memory."""
 
     @property
     def fingerprint(self) -> str:
@@ -64,7 +70,13 @@ class DataPlan:
         It must never change for a stored plan. A field that is added later has a default, for which the data path
         does what it did before, and is left out of the fingerprint while it has that default.
         """
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        values = {name: value for name, value in asdict(self).items() if name not in LATER or value != LATER[name]}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def jump_rows(self) -> Ints:
+        """The rows of `jumps`."""
+        return np.fromstring(self.jumps, np.int64, sep=" ") if self.jumps else np.zeros(0, np.int64)
 
     @property
     def num_units(self) -> int:
@@ -88,9 +100,16 @@ class DataPlan:
         return Box(start, min(start + self.unit_rows, self.num_samples))
 
 
-def cell_bounds(plan: DataPlan, cells: Ints) -> tuple[Ints, Ints]:
+def cells_of_rows(plan: DataPlan, rows: Ints) -> Ints:
+    """Return the cell that holds each row."""
+    unit, within = np.divmod(rows, plan.unit_rows)
+    cells: Ints = unit * plan.cells_per_unit + within // plan.cell_rows
+    return cells
+
+
+def cell_bounds(plan: DataPlan, cells: Compact) -> tuple[Ints, Ints]:
     """Return the first row of each cell and the row after its last."""
-    unit, within = np.divmod(cells, plan.cells_per_unit)
+    unit, within = np.divmod(cells.astype(np.int64), plan.cells_per_unit)
     starts = unit * plan.unit_rows + within * plan.cell_rows
     ends = np.minimum((unit + 1) * plan.unit_rows, plan.num_samples)
     stops = np.minimum(starts + plan.cell_rows, ends)

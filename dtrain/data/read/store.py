@@ -273,3 +273,33 @@ def objects_of(array: ArrayLike, variable: Variable, select: Select) -> Iterator
     """Yield place and key of each stored object that a selection touches, in C order."""
     for place in itertools.product(*touched(variable.objects, select)):
         yield place, key_of(array, place)
+
+
+def names_of(array: ArrayLike, variable: Variable, select: Select) -> Iterator[str]:
+    """Yield the key of each stored object that a selection touches below the array's own path, in C order.
+
+    There may be millions: where keys are numbers with a separator between, as usual, they are put together here.
+    """
+    along = touched(variable.objects, select)
+    usual = _prefix_and_separator(array)
+    if usual is None or not along:
+        yield from (str(array.metadata.encode_chunk_key(place)) for place in itertools.product(*along))
+        return
+    prefix, separator = usual
+    first, *others = along
+    inner = [separator + separator.join(map(str, place)) for place in itertools.product(*others)] if others else [""]
+    for number in first:
+        head = f"{prefix}{number}"
+        for rest in inner:
+            yield head + rest
+
+
+def _prefix_and_separator(array: ArrayLike) -> tuple[str, str] | None:
+    """Return how an array writes the numbers of a key; None if it is in no usual way."""
+    for prefix, separator in (("c/", "/"), ("", "."), ("", "/"), ("c.", ".")):
+        if all(
+            array.metadata.encode_chunk_key(place) == prefix + separator.join(map(str, place))
+            for place in ((0,) * array.ndim, tuple(range(9, 9 + array.ndim)))
+        ):
+            return prefix, separator
+    return None

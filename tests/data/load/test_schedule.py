@@ -35,6 +35,7 @@ from dtrain.data.plan.hashing import CACHE, hash64
 from dtrain.data.plan.memory import Limits
 from dtrain.data.plan.order import epoch_order
 from dtrain.data.plan.partition import train_partitions
+from dtrain.errors import TooFewSamples
 from dtrain.types import Cursor
 from tests.data.load.simulation import (
     START,
@@ -303,16 +304,15 @@ def test_nothing_is_kept_of_passes_that_are_over(shuffle, cached, cell_rows):
     for step in range(1, 200):  # 20 passes
         loader.run(rng, bundles=step)
         assert len(slots._by_part) <= 2
-        assert len(slots._anchors) <= (slots.count if cell_rows < 4 else 0)
-        assert len(slots._cached) <= cached
-        assert len(slots._free) <= slots.count
+        assert (slots._cached >= 0).sum() <= cached
+        assert len(slots.free) <= slots.count
         assert len(loader.schedule._loading) <= slots.count
         assert len(loader.schedule._lookahead.wanted) <= 2 + 2
         assert len(loader.schedule._memory._lent) <= 2
     loader.settle()
     held = {slot for by_part in slots._by_part.values() for slot in by_part.tolist() if slot >= 0}
-    assert held | set(slots._cached.values()) | set(slots._free) == set(range(slots.count))
-    assert not held & set(slots._free)
+    assert held | set(slots._cached[slots._cached >= 0].tolist()) | set(slots.free.tolist()) == set(range(slots.count))
+    assert not held & set(slots.free.tolist())
 
 
 def test_a_part_is_waited_for_only_while_a_bundle_needs_it():
@@ -528,6 +528,12 @@ def test_the_schedule_knows_neither_threads_nor_files_nor_a_clock():
         third = {module.partition(".")[0] for module in used if not module.startswith("dtrain")}
         assert third <= {"__future__", "collections", "dataclasses", "typing", "numpy"}
         assert not {module for module in used if module.startswith(("dtrain.data.read", "dtrain.data.load.gather"))}
+
+
+def test_a_partition_without_samples_is_refused_at_once():
+    empty = whole_partition(8, 4).chosen(slice(0, 0))
+    with pytest.raises(TooFewSamples, match="gives replica 3 no samples"):
+        Schedule(empty, START, itertools.repeat((8,)), replica=3, shuffle=True, limits=Limits())
 
 
 def test_failures_carry_the_error_itself():

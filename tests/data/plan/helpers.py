@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dtrain.data.plan.partition import plan_data
 from dtrain.data.plan.splits import split_cells
 from dtrain.data.plan.units import DataPlan
+from dtrain.data.samples import Tile
 from dtrain.errors import TooFewSamples
 from tests.data.helpers import make_samples
 
@@ -80,3 +81,48 @@ def ragged_plans(draw):
 def plan_from(table):
     """A plan from what JSON gives back of it."""
     return DataPlan(**{**table, "absent": tuple(map(tuple, table["absent"]))})
+
+
+@st.composite
+def small_problems(draw):
+    """Draw (samples, replicas, seed, options of plan_data): few rows, cut in every way that a plan knows."""
+    count = draw(st.integers(1, 60))
+    table = {
+        "split_order": draw(st.sampled_from(["auto", "random", "sequential"])),
+        "partition": draw(st.sampled_from(["stratified", "contiguous"])),
+        "stride": draw(st.sampled_from([1, 1, 2, 3, 5, 12])),
+        "input_offsets": draw(st.sampled_from([0, 0, 3, [-1, 0], [-7, -3], {"start": 0, "stop": 6}])),
+        "target_offsets": draw(st.sampled_from([0, 0, 1, -2, [1, 4]])),
+    }
+    val, test = draw(st.sampled_from([(0.0, 0.0), (0.1, 0.1), (0.3, 0.0), (0.0, 0.5)]))
+    samples = make_samples(
+        count, *draw(st.lists(st.integers(1, 30), min_size=1, max_size=2)), val=val, test=test, **table
+    )
+    shards = draw(st.sampled_from([1, 1, 3]))
+    tiles = (Tile(()),) * draw(st.sampled_from([1, 1, 2, 100]))
+    wider = tuple(replace(v, objects=(shards * v.objects[0],)) for v in samples.variables)
+    samples = replace(samples, variables=wider, tiles=tiles, first_row=draw(st.integers(0, count - 1)))
+    rows = st.lists(st.integers(0, count), max_size=6, unique=True)
+    edges = sorted(draw(rows))
+    absent = tuple(zip(edges[::2], edges[1::2], strict=False)) if draw(st.booleans()) else ()
+    jumps = sorted(set(draw(rows)) - {0}) if samples.has_windows else []
+    options = {"absent": absent, "jumps": " ".join(map(str, jumps))}
+    return samples, draw(st.integers(1, 16)), draw(st.integers(0, 99)), options
+
+
+def anchors_by_hand(plan):
+    """By split: the anchors whose rows all lie in one run of neighbouring cells of it, without a jump between them."""
+    cells, run_of = walk_cells(plan), {}
+    for split in ("train", "val", "test"):
+        own = split_cells(plan, split).tolist()
+        for before, cell in zip([-9, *own], own, strict=False):
+            run = run_of[max(plan.first_row, cells[before][1])] if cell == before + 1 else (split, cell)
+            run_of.update((row, run) for row in range(max(plan.first_row, cells[cell][1]), cells[cell][2]))
+    jumps = set(plan.jump_rows.tolist())
+    anchors = {split: [] for split in ("train", "val", "test")}
+    for anchor in range(0, plan.num_samples, plan.stride):
+        rows = range(anchor + plan.first_offset, anchor + plan.last_offset + 1)
+        runs = {run_of.get(row) for row in [anchor, *rows]}
+        if len(runs) == 1 and None not in runs and not jumps.intersection(rows[1:]):
+            anchors[runs.pop()[0]].append(anchor)
+    return anchors

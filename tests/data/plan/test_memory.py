@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from dtrain.data.load.loader import Loader
 from dtrain.data.plan import memory
-from dtrain.data.plan.footprint import index_bytes, sample_bytes, scratch_bytes, slot_bytes, slot_shape
+from dtrain.data.plan.footprint import (
+    index_bytes,
+    sample_bytes,
+    scratch_bytes,
+    slot_bytes,
+    slot_shape,
+    tables_bytes,
+)
 from dtrain.data.plan.memory import Limits, Reading, bundles_of, plan_memory
 from dtrain.data.plan.partition import eval_partitions, plan_data, train_partitions
 from dtrain.data.samples import StoreFacts
@@ -42,6 +51,14 @@ def _four_cores(monkeypatch):
 
 # One variable v0 of 1000 rows of 25 float32 (100 bytes) in chunks of 10, input and target: a sample has 200 bytes.
 HUNDRED = make_samples(1000, 10, row=(25,))
+# By units ahead: 8 parts are mixed, and 4 of the next pass. Each keeps a byte a row, 10 bins and some objects. Then
+# 10 bins are drawn of 640 rows and 1000 rows sorted, and there are tables of 100 units.
+ORDER = {
+    ahead: (8 + 4 + ahead + 2) * (10 * 1 + 9 * 8 + 1_000) + 2 * 10 + 80 * 640 + 120 * 1_000 + 48 * 100
+    for ahead in (1, 2, 3)
+}
+STORED = 40 * 10 + 24 * 100
+LEAST = 6_471_000 + 3 * ORDER[3] + 2 * STORED
 
 
 def test_the_terms_of_the_budget_by_hand():
@@ -57,14 +74,16 @@ def test_the_terms_of_the_budget_by_hand():
     assert budget.moving == 8 + 3
     assert budget.buffers == 4 * 32 * 50 * 200  # 32 batches of 10 kB are less than 4 MiB
     assert budget.scratch == 2 * 1_000  # chunks one after the other, stored and decoded
-    assert budget.total == 3 * (11 * 1_000 + 1_280_000 + 3 * 2_000)  # two threads, and the assembler
+    assert budget.order == ORDER[3]
+    assert budget.total == 3 * (11 * 1_000 + 1_280_000 + 3 * 2_000 + ORDER[3])  # two threads, and the assembler
     assert budget.cached_bytes == 0
     whole = plan_memory(reading(HUNDRED), reading(HUNDRED, loaders=2, shuffle=False), 10_000_000, "the limit", cache=0)
     assert whole.train == budget
     assert (whole.evaluate.open, whole.evaluate.moving) == (1, 4)  # in order, one unit is open
-    assert whole.total == budget.total + 2 * (4 * 1_000 + 1_280_000 + 6_000) == 6_471_000
-    assert "train 3 x (11 units (8 open, 3 ahead) of 1.0 kB + batches 1.3 MB + decoding 3 x 2.0 kB)" in whole.sentence()
-    assert whole.sentence().endswith("= 6.5 MB")
+    assert whole.total == budget.total + 2 * (4 * 1_000 + 1_280_000 + 6_000 + STORED) == LEAST
+    terms = "11 units (8 open, 3 ahead) of 1.0 kB + batches 1.3 MB + decoding 3 x 2.0 kB + order 194.4 kB"
+    assert f"train 3 x ({terms})" in whole.sentence()
+    assert whole.sentence().endswith("= 7.1 MB")
 
 
 def test_groups_of_batches_by_hand():
@@ -161,7 +180,7 @@ def plan_for(limit, cache=None, loaders=3, pieces=2, **options):
 
 def test_what_is_left_is_shared_by_the_caches():
     least = plan_for(10**9, cache=0).total
-    assert least == 6_471_000
+    assert least == LEAST
     wanted = (3 + 2) * 100 * 1_000
     for share in (0.0, 0.01, 0.25, 0.5, 0.999, 1.0, 7.0):
         room = int(share * wanted)
@@ -190,22 +209,22 @@ def test_without_an_evaluation_training_has_all():
     [
         (0, 3, 2, 3, 2),
         (1, 3, 0, 3, 2),  # one loader of an evaluation at a time
-        (1_290_001, 2, 0, 3, 2),  # a train loader less
-        (1_290_001 + 1_297_000, 1, 0, 3, 2),
-        (1_290_001 + 2 * 1_297_000, 1, 0, 2, 2),  # two units of less
-        (1_290_001 + 2 * 1_297_000 + 2_000, 1, 0, 1, 1),
+        (1_290_001 + STORED, 2, 0, 3, 2),  # a train loader less
+        (1_290_001 + STORED + 1_297_000 + ORDER[3], 1, 0, 3, 2),
+        (1_290_001 + STORED + 2 * (1_297_000 + ORDER[3]), 1, 0, 2, 2),  # two units of less
+        (1_290_001 + STORED + 2 * (1_297_000 + ORDER[3]) + 2_000 + ORDER[3] - ORDER[2], 1, 0, 1, 1),
     ],
 )
 def test_short_memory_means_fewer_loaders_then_less_ahead(short_by, kept, evaluate, ahead, threads):
-    budget = plan_for(6_471_000 - short_by)
+    budget = plan_for(LEAST - short_by)
     assert (budget.train.kept, budget.evaluate.kept) == (kept, evaluate)
     assert (budget.train.limits.ahead, budget.train.limits.threads) == (ahead, threads)
     assert (budget.evaluate.limits.ahead, budget.evaluate.limits.threads) == (ahead, threads)
-    assert budget.total <= 6_471_000 - short_by
+    assert budget.total <= LEAST - short_by
 
 
 def test_too_little_memory_is_refused_with_the_arithmetic():
-    least = (9 * 1_000 + 1_280_000 + 4_000) + (2 * 1_000 + 1_280_000 + 4_000)
+    least = (9 * 1_000 + 1_280_000 + 4_000 + ORDER[1]) + (2 * 1_000 + 1_280_000 + 4_000 + STORED)
     budget = plan_for(least)
     assert budget.total == least
     assert (budget.train.limits.cached, budget.evaluate.limits.cached) == (0, 0)
@@ -215,8 +234,8 @@ def test_too_little_memory_is_refused_with_the_arithmetic():
     assert error.code == 8
     assert (
         "p.zarr: the data path needs train 1 x (9 units (8 open, 1 ahead) of 1.0 kB + batches 1.3 MB + "
-        "decoding 2 x 2.0 kB) + evaluate 1 x (2 units (1 open, 1 ahead) of 1.0 kB + batches 1.3 MB + "
-        "decoding 2 x 2.0 kB) = 2.6 MB (2,579,000 bytes); the limit is 2.6 MB (2,578,999 bytes)."
+        "decoding 2 x 2.0 kB + order 192.2 kB) + evaluate 1 x (2 units (1 open, 1 ahead) of 1.0 kB + batches 1.3 MB + "
+        f"decoding 2 x 2.0 kB + order 2.8 kB) = 2.8 MB ({least:,} bytes); the limit is 2.8 MB ({least - 1:,} bytes)."
     ) in error.message
     assert "cluster.memory" in error.hint
 
@@ -316,3 +335,75 @@ def test_a_loader_allocates_no_more_than_the_budget_says(write_store, tmp_path, 
         assert arenas <= (budget.moving + limits.cached) * budget.unit
         padding = 4 * limits.buffers * 33 * 64  # for each batch of each field, to an aligned address
         assert sum(made) <= budget.buffers + padding
+
+
+# Rows of a few bytes: what grows with rows and units counts ---------------------------------------------------------
+
+
+class NothingToRead:
+    """Stands for a reader: a unit is there as soon as it is asked for."""
+
+    statics: ClassVar[dict[str, object]] = {}
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def read_into(self, box, out):
+        return 0
+
+
+NARROW = {
+    "whole units": ({"num_samples": 800_000, "unit": 40_000}, {}),
+    "cells of units": ({"num_samples": 800_000, "unit": 40_000, "cell": 7_000}, {}),
+    "long units": ({"num_samples": 900_000, "unit": 150_000, "window": 4}, {}),
+    "one unit": ({"num_samples": 300_000, "unit": 300_000}, {}),
+    "windows": (
+        {"num_samples": 400_000, "unit": 40_000, "cell": 9_000, "jumps": " ".join(map(str, range(9, 400_000, 97)))},
+        {"input_offsets": [-2, 0], "target_offsets": 1},
+    ),
+    "strides": ({"num_samples": 2_000_000, "unit": 200_000, "cell": 30_000}, {"stride": 5}),
+    "many units": ({"num_samples": 200_000, "unit": 2, "batch": 256, "batches": 3}, {}),
+}
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("kind", NARROW)
+def test_what_a_loader_of_narrow_rows_takes_is_in_the_budget(kind, shuffle):
+    layout, options = NARROW[kind]
+    samples = make_samples(layout["num_samples"], layout["unit"], layout["unit"], split=WHOLE, **options)
+    cuts = {"unit_rows": layout["unit"], "cell_rows": layout.get("cell", layout["unit"]), "group": 1}
+    plan = replace(plan_data(samples, replicas=1, seed=0), **cuts, jumps=layout.get("jumps", ""))
+    plan, batch = replace(plan, window=layout.get("window", 16)), layout.get("batch", 4096)
+    tracemalloc.start()
+    try:
+        (part,) = train_partitions(plan) if shuffle else eval_partitions(plan, "train")
+        tables = tables_bytes(samples, plan, part.nbytes)
+        of = Reading(
+            samples=samples,
+            plan=plan,
+            loaders=1,
+            units=len(part.units),
+            batch_size=4096,
+            shuffle=shuffle,
+            tables=tables,
+        )
+        budget = plan_memory(of, None, 10**9, "the limit", cache=0)
+        limits = budget.train.limits
+        loader = Loader(
+            NothingToRead(samples), part, START, itertools.repeat(batch), replica=0, shuffle=shuffle, limits=limits
+        )
+        for _ in range(layout.get("batches", int(1.2 * part.num_samples / batch))):  # over the end of a pass
+            loader.take()
+        loader.close()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    scratch = (limits.threads + 1) * budget.train.scratch  # nothing is decoded
+    assert peak <= 1.1 * (budget.total - scratch)
+    assert budget.train.order + budget.tables <= 3 * peak  # and is not said to take much more
+
+
+def test_the_order_of_narrow_rows_takes_less_than_the_rows():
+    samples = make_samples(30_000_000, 1_000_000, 1_000_000, split=WHOLE)  # 8 bytes a row
+    budget = reading(samples, unit_rows=1_000_000, cell_rows=1_000_000).budget(kept=1, ahead=3, threads=2)
+    assert budget.order <= budget.moving * budget.unit

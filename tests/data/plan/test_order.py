@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtrain.data.plan import order
+from dtrain.data.plan import bins
 from dtrain.data.plan.hashing import hash64, permutation
 from dtrain.data.plan.order import epoch_order
 
@@ -115,7 +115,7 @@ def test_the_golden_file_was_not_written_by_what_it_tests():
 
 @given(sizes, mixed, keys, together)
 def test_a_shuffled_pass_is_the_rows_sorted_by_their_places(sizes, mixed_units, keys, together):
-    with mock.patch.object(order, "ORDERED_ROWS", together):
+    with mock.patch.object(bins, "ORDERED_ROWS", together):
         assert rows_of(walk(sizes, mixed_units=mixed_units, shuffle=True, **keys)) == pass_by_hand(
             sizes, mixed_units, **keys
         )
@@ -137,7 +137,7 @@ def test_each_row_comes_exactly_once_a_pass(sizes, mixed_units, shuffle, keys):
 def test_the_order_from_any_position_is_the_rest_of_the_pass(sizes, mixed_units, shuffle, keys, together):
     whole = rows_of(walk(sizes, mixed_units=mixed_units, shuffle=shuffle, **keys))
     for position in range(len(whole) + 3):
-        with mock.patch.object(order, "ORDERED_ROWS", together):
+        with mock.patch.object(bins, "ORDERED_ROWS", together):
             rest = walk(sizes, mixed_units=mixed_units, shuffle=shuffle, position=position, **keys)
         assert rows_of(rest) == whole[position:]
         seen = set()
@@ -190,27 +190,47 @@ def test_rows_spread_evenly_over_the_mixing_window():
 )
 def test_rows_are_sorted_by_place_and_stay_in_order_where_places_are_the_same(places, low):
     places = np.array(places, np.int64) + low
-    indices = order._stable_order(places)
+    indices = bins.stable_order(places)
     assert indices.dtype == np.int64
     assert indices.tolist() == sorted(range(len(places)), key=lambda i: places[i])
 
 
+@pytest.mark.parametrize("bits", [0, 1, 4])
 @pytest.mark.parametrize("mixed_units", [3, (1 << 14) - 1, 1 << 14, 1 << 15, 70_000])
-def test_each_step_of_a_wide_mixing_window_emits_the_rows_of_its_own_places(mixed_units):
+def test_each_bin_of_a_wide_mixing_window_emits_the_rows_of_its_own_places(mixed_units, bits):
     count, rank, rows = 80_000, 40_000, 300
-    (part,) = order._open(np.arange(count), np.full(count, rows), range(rank, rank + 1), mixed_units, hash64(1))
+    whole = bins.Pass(np.full(count, rows), np.arange(count), mixed_units, hash64(1), bits)
+    (part,) = whole.open(rank, rank + 1)
     assert sorted(part.rows.tolist()) == list(range(rows))
     low, high = max(0, 2 * rank + 1 - mixed_units), min(2 * count, 2 * rank + 1 + mixed_units)
-    draws = hash64(np.arange(rows), start=hash64(part.part, start=hash64(1))) >> np.uint64(24)
-    by_hand = [(low << 40) + int(draw) * (high - low) for draw in draws]
-    assert part.places.tolist() == [by_hand[row] for row in part.rows]
-    steps = range(rank, min(count, rank + mixed_units))
-    cuts = [*steps[:: max(1, len(steps) // 20)], count]
-    for begin, end in itertools.pairwise(cuts):
-        first = 0 if begin == rank else (2 * begin + 1 - mixed_units) << 40
-        after = part.places.max() + 1 if end == count else (2 * end + 1 - mixed_units) << 40
+    by_hand = [(low << 40) + (hash_by_hand(1, rank, row) >> 24) * (high - low) for row in range(rows)]
+    own = range(part.first_bin, part.end_bin)
+    assert (own.start, own.stop) == (rank << bits if low else 0, min(whole.num_bins, (rank + mixed_units) << bits))
+    for begin, end in itertools.pairwise([*own[:: max(1, len(own) // 20)], own.stop]):
+        first, after = (((2 << 40) * number >> bits) + ((1 - mixed_units) << 40) for number in (begin, end))
         expected = [row for row, place in enumerate(by_hand) if first <= place < after]
-        assert sorted(part.rows[part.emitted(begin, end)].tolist()) == expected
+        assert sorted(part.rows[part.before(begin) : part.before(end)].tolist()) == expected
+    assert (part.before(own.start), part.before(own.stop)) == (0, rows)
+
+
+@pytest.mark.parametrize("rows", [bins.SLICE - 1, bins.SLICE, bins.SLICE + 1, 3 * bins.SLICE - 7])
+def test_rows_of_a_large_part_are_sorted_as_those_of_a_small_one(rows):
+    drawn = (hash64(np.arange(rows)) % np.uint64(50)).astype(np.uint16)
+    sorted_rows, lengths = bins.sorted_by(drawn, 60, np.dtype(np.uint32))
+    assert sorted_rows.tolist() == np.argsort(drawn, kind="stable").tolist()
+    assert lengths.tolist() == np.bincount(drawn, minlength=60).tolist()
+
+
+def test_the_order_of_a_partition_of_more_parts_than_places_have_bits_for():
+    # 2 ** 23 half parts and 40 bits behind the point do not fit into 63 bits
+    count = (1 << 22) + 20
+    runs = epoch_order(
+        np.ones(count, np.int32), mixed_units=5, shuffle=True, seed=1, replica=0, epoch=0, position=count - 40
+    )
+    parts = [part for part, _ in rows_of(runs)]
+    assert len(set(parts)) == 40
+    last = permutation(count, 1, 0, 0, PART)[-50:].tolist()
+    assert set(parts[10:]) <= set(last)
 
 
 def test_passes_differ_between_epochs_replicas_and_seeds():
@@ -226,8 +246,8 @@ def test_passes_differ_between_epochs_replicas_and_seeds():
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_seeking_does_not_walk_the_pass(monkeypatch, shuffle):
     placed = []
-    opened = order._Opened
-    monkeypatch.setattr(order, "_Opened", lambda *args: placed.append(args[0]) or opened(*args))
+    opened = bins.OpenPart
+    monkeypatch.setattr(bins, "OpenPart", lambda *args: placed.append(args[0]) or opened(*args))
     sizes, mixed_units = np.full(20_000, 5), 8
     runs = epoch_order(sizes, mixed_units=mixed_units, shuffle=shuffle, seed=0, replica=0, epoch=0, position=50_000)
     first = next(run for run in runs if len(run.part))

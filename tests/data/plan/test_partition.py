@@ -232,7 +232,7 @@ def test_a_huge_store_is_planned_in_seconds_and_little_memory(object_rows):
     assert max(counts) - min(counts) <= plan.cell_rows
     assert abs(sum(counts) - 900_000_000) <= 10_000_000
     assert seconds < 20  # of this process, whatever else runs; it takes 2
-    assert peak < 100e6
+    assert peak < 50e6  # 40 bytes a unit, and what is computed in slices
     assert len(json.dumps(dataclasses.asdict(plan))) < 1000
 
 

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import stat
 import tempfile
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dtrain.data.read import local
+from dtrain.data.read.local import facts_of
 from dtrain.data.read.open import open_arrays
 from dtrain.data.read.presence import check_presence, content_digest
-from dtrain.data.read.store import objects_of
+from dtrain.data.read.store import names_of, objects_of
 from dtrain.data.source import open_samples
 from dtrain.errors import ChunkMissing
+from tests.data.helpers import variable
 
 FORMATS = pytest.mark.parametrize("zarr_format", [2, 3])
 
@@ -153,3 +160,48 @@ def test_the_digest_of_a_store_follows_what_is_stored_not_where_or_when(small, t
     assert len(digests) == 4
     without = open_xy(path, isel={"n": {"start": 0, "stop": 8}})  # the last object is not selected
     assert content_digest(without)["x"] == content_digest(open_xy(tmp_path / "copy", isel=without.config.isel))["x"]
+
+
+# Many objects -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slow", [-1.0, 1e9])
+def test_facts_of_files_come_in_order_however_long_a_look_up_takes(tmp_path, monkeypatch, slow):
+    monkeypatch.setattr(local, "SLOW_LOOKUP", slow)
+    monkeypatch.setattr(local, "TOGETHER", 50)
+    for number in range(0, 300, 3):
+        (tmp_path / str(number)).write_bytes(b"x" * number)
+    (tmp_path / "folder").mkdir()
+    names = [*map(str, range(300)), "folder", "folder/none", "0/1"]
+    seen = list(facts_of(str(tmp_path), iter(names)))
+    assert [facts and facts.st_size for facts in seen[:300]] == [n if n % 3 == 0 else None for n in range(300)]
+    assert stat.S_ISDIR(seen[300].st_mode)
+    assert seen[301:] == [None, None]
+    assert list(facts_of(str(tmp_path / "nowhere"), ["1"])) == [None]
+    assert list(facts_of(str(tmp_path), [])) == []
+
+
+@given(layouts(), st.sampled_from(["default/", "default.", "v2.", "v2/"]), st.data())
+def test_names_of_objects_are_those_that_zarr_writes(layout, encoding, data):
+    shape, chunks, shards, _, zarr_format = layout
+    name, separator = encoding[:-1], encoding[-1]
+    keys = {"chunk_key_encoding": {"name": name, "separator": separator}} if zarr_format == 3 else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        array = zarr.create_array({}, name="a", shape=shape, chunks=chunks, shards=shards, dtype="f4", **keys)
+    described = variable("a", shape[0], 1, row=shape[1:])
+    start = data.draw(st.integers(0, shape[0] - 1))
+    described = replace(described, chunks=chunks, objects=shards or chunks)
+    select = described.selection(start, shape[0])
+    names = [f"a/{name}" for name in names_of(array, described, select)]
+    assert names == [key for _, key in objects_of(array, described, select)]
+
+
+def test_a_directory_in_the_place_of_a_chunk_is_no_chunk(small):
+    path = small()
+    (path / "y/c/1").unlink()
+    (path / "y/c/1").mkdir()
+    with pytest.raises(ChunkMissing, match=r"chunk y/c/1 of y is missing \(1 of 4\)"):
+        check_presence(open_xy(path))
+    with pytest.raises(ChunkMissing, match=r"chunk y/c/1 of y is missing \(1 of 4\)"):
+        content_digest(open_xy(path), complete=True)

@@ -1,0 +1,57 @@
+"""Keys of the schema whose feature is not built yet: they are refused when they are set, never ignored."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import BaseModel
+
+from dtrain.config.values import value_of
+from dtrain.errors import NotSupportedYet
+
+NOT_BUILT: dict[str, str] = {
+    "train.sync_rounds": "post-local SGD",
+    "average.reduce": "robust averaging",
+    "average.inner_state": "another policy for the inner optimizer's state",
+    "average.prox": "FedProx",
+    "average.ema": "an average over rounds",
+    "average.recalibrate_batchnorm": "recalibration of batch norm",
+    "average.mix.topology": "averaging among neighbours",
+    "average.mix.groups": "hierarchical averaging",
+    "average.mix.period": "hierarchical averaging",
+    "average.codec": "compressed updates",
+    "cluster.slices": "cutting the reducer into slices",
+    "cluster.tls": "TLS clusters",
+    "run.trackers": "trackers",
+}
+NOT_BUILT_VALUES: dict[str, tuple[Any, str]] = {
+    "average.weights": ("fednova", "FedNova"),
+}
+
+
+def refuse_unbuilt(config: BaseModel, defaults: BaseModel) -> None:
+    """Refuse a key that is set and asks for a feature that is not built yet.
+
+    Raises
+    ------
+    NotSupportedYet
+        Names the key and the feature.
+    """
+    for key, feature in NOT_BUILT.items():
+        given, default = value_of(config, key), value_of(defaults, key)
+        if given != default:
+            raise NotSupportedYet(
+                f"{key} = {_toml(given)}: this version does not have {feature} yet.", f"Leave {key} out."
+            )
+    for key, (value, feature) in NOT_BUILT_VALUES.items():
+        if value_of(config, key) == value:
+            raise NotSupportedYet(
+                f"{key} = {_toml(value)}: this version does not have {feature} yet.", f"Leave {key} out."
+            )
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json", exclude_none=True)
+    return json.dumps(value)

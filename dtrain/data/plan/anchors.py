@@ -1,0 +1,104 @@
+"""Which anchors a split holds, cell by cell, as runs of anchors that are `DataPlan.stride` apart.
+
+The rows of a sample, from the first to the last of its window, must lie in one run of neighbouring cells of the split::
+
+    split     train train train | val | train train
+    anchors   ......  of windows [-2, 1]: all but the first two and the last one of each run
+
+and no jump of the sample dimension's coordinate (`DataPlan.jumps`) may lie between them. Other anchors are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+from dtrain.data.plan.hashing import Compact, Ints, slices
+from dtrain.data.plan.splits import SplitName, changes, split_cells
+from dtrain.data.plan.units import DataPlan, cell_bounds
+
+AnchorRuns: TypeAlias = tuple[Compact, Ints, Ints]
+"""Cell, first anchor and number of anchors of each run. A cell in which windows meet a jump has several runs."""
+
+
+def anchor_runs(plan: DataPlan, split: SplitName) -> Iterator[AnchorRuns]:
+    """Yield the anchors of a split, in order, in slices of cells; each run holds an anchor."""
+    cells = split_cells(plan, split)
+    neighbours = _neighbours(plan, cells) if (plan.first_offset, plan.last_offset) != (0, 0) else None
+    segments = _segments(plan) if plan.jumps else None
+    for part in slices(len(cells)):
+        owner = cells[part]
+        low, high = cell_bounds(plan, owner)
+        if neighbours is not None:
+            start, stop = neighbours.bounds(part)
+            low, high = np.maximum(low, start - plan.first_offset), np.minimum(high, stop - plan.last_offset)
+        if segments is not None:
+            owner, low, high = _cut(owner, low, high, *segments)
+        first = -(-low // plan.stride) * plan.stride
+        count = np.maximum(0, -(-(high - first) // plan.stride))
+        kept = count > 0
+        yield owner[kept], first[kept], count[kept]
+
+
+class Counts(NamedTuple):
+    """How much of a split there is."""
+
+    samples: int
+    owners: int
+    """Groups of cells that hold samples, or cells where partitions are contiguous: so many partitions can have some."""
+
+
+def count_samples(plan: DataPlan, split: SplitName) -> Counts:
+    """Count the samples of a split, and the partitions that it suffices for, without keeping its anchors."""
+    samples = owners = 0
+    last = -1
+    for cells, _, count in anchor_runs(plan, split):
+        if len(cells):
+            dealt = cells if plan.contiguous else cells // plan.group
+            owners += len(changes(dealt)) - (int(dealt[0]) == last)
+            last = int(dealt[-1])
+            samples += int(count.sum()) * plan.patches
+    return Counts(samples, owners)
+
+
+@dataclass(frozen=True, slots=True)
+class _Neighbours:
+    """The runs of neighbouring cells of a split."""
+
+    begins: Ints
+    """Where each run begins among the cells of the split."""
+    starts: Ints
+    """The first row of each run."""
+    stops: Ints
+    """The row after its last."""
+
+    def bounds(self, part: slice) -> tuple[Ints, Ints]:
+        """Return the first row of the run that each cell of a slice lies in, and the row after the run's last."""
+        run = np.searchsorted(self.begins, np.arange(part.start, part.stop), side="right") - 1
+        return self.starts[run], self.stops[run]
+
+
+def _neighbours(plan: DataPlan, cells: Compact) -> _Neighbours:
+    begins = np.flatnonzero(np.diff(cells, prepend=-2) != 1)
+    lasts = np.append(begins, len(cells))[1:] - 1
+    return _Neighbours(begins, cell_bounds(plan, cells[begins])[0], cell_bounds(plan, cells[lasts])[1])
+
+
+def _segments(plan: DataPlan) -> tuple[Ints, Ints]:
+    """Return, for each run of rows without a jump that is long enough for a window: its first anchor, and the end."""
+    jumps, far = plan.jump_rows, np.array([1 << 61])
+    first = np.concatenate([-far, jumps]) - plan.first_offset
+    after = np.concatenate([jumps, far]) - plan.last_offset
+    return first[first < after], after[first < after]
+
+
+def _cut(cells: Compact, low: Ints, high: Ints, first: Ints, after: Ints) -> tuple[Compact, Ints, Ints]:
+    """Cut the rows ``low:high`` of cells where segments end: cell, first row and end of each run that is left."""
+    begin = np.searchsorted(after, low, side="right")
+    number = np.maximum(0, np.searchsorted(first, high, side="left") - begin)
+    which = np.repeat(np.arange(len(cells)), number)
+    segment = np.arange(len(which)) - np.repeat(np.cumsum(number) - number, number) + begin[which]
+    return cells[which], np.maximum(low[which], first[segment]), np.minimum(high[which], after[segment])
