@@ -67,7 +67,7 @@ class History(xr.Dataset):  # type: ignore[no-untyped-call]
 
     def to_pandas(self) -> pd.DataFrame:
         """Return the values of each round, a row a round; ``history.replica_loss.to_pandas()`` has the replicas'."""
-        return xr.Dataset(self).drop_dims("replica", errors="ignore").to_dataframe()
+        return self.drop_dims("replica", errors="ignore").to_dataframe()
 
 
 def dataset_of(rows: Sequence[Mapping[str, Any]]) -> History:
