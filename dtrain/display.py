@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -12,6 +11,7 @@ from typing import TextIO
 
 WIDTH = 80
 """Columns of lines that do not go to a terminal."""
+NARROWEST = 20
 WIDEST = 100
 """Columns of lines on a wider terminal: longer ones are hard to read."""
 
@@ -26,11 +26,20 @@ def number(value: float) -> str:
     return f"{value:.3e}" if is_hidden else f"{value:.4f}"
 
 
+def columns_of(stream: TextIO) -> int | None:
+    """Return the columns of the terminal that a stream goes to, or what COLUMNS says; None without a terminal."""
+    wanted = os.environ.get("COLUMNS", "")
+    if wanted.isdigit() and int(wanted):
+        return int(wanted)
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or WIDTH
+    except (OSError, ValueError, AttributeError):  # a file, a pipe, or no stream of the system's at all
+        return None
+
+
 def width_of(stream: TextIO) -> int:
     """Return the columns that lines on a stream may take."""
-    if not stream.isatty():
-        return WIDTH
-    return max(20, min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDEST))
+    return max(NARROWEST, min(columns_of(stream) or WIDTH, WIDEST))
 
 
 def wrapped(text: str, width: int = WIDTH, indent: str = "  ") -> str:
@@ -58,14 +67,18 @@ def text_table(rows: Sequence[tuple[str, str]], width: int = WIDTH) -> str:
     """Return rows of label and text as lines; a text that is too long goes on below its beginning."""
     column = max((len(label) for label, _ in rows), default=0) + 2
     return "\n".join(
-        f"{label:<{column}}" + textwrap.indent(wrapped(text, max(20, width - column), ""), " " * column).lstrip()
+        f"{label:<{column}}" + textwrap.indent(wrapped(text, max(NARROWEST, width - column), ""), " " * column).lstrip()
         for label, text in rows
     )
 
 
 def shown(path: Path | str) -> str:
-    """Return a path as a person would type it here."""
+    """Return a path as a person would type it here; a URL as it is."""
+    if "://" in str(path):
+        return str(path)
     absolute, here = Path(path).absolute(), Path.cwd()
+    if ".." in absolute.parts:
+        absolute = absolute.resolve()
     return os.path.relpath(absolute, here) if absolute.is_relative_to(here) else str(absolute)
 
 

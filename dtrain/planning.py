@@ -141,7 +141,7 @@ def _choices(job: Job, stores: tuple[StorePlan, ...], device: str, workers: int)
     """Return the value of each key that is "auto"."""
     config, first, source = job.config, stores[0], stores[0].source
     cached, units = source.memory.train.limits.cached, first.counts["partition_units"]
-    gpu = "every worker has a GPU" if device == "cuda" else "not every worker has a GPU"
+    gpu = "every worker has a GPU" if device == "cuda" else "no GPU on the workers"
     replicas = f"the smaller of {workers} workers and the units of the store"
     order = ("sequential", "samples have windows") if source.plan.sequential else ("random", "samples have no windows")
     chosen = {

@@ -38,7 +38,7 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
         ),
         ("traffic", f"{format_bytes(plan.reduced_bytes)} averaged a round, {format_bytes(plan.commit_bytes)} a commit"),
         ("time", f"{_seconds(plan.round_seconds)} of local steps a round on {plan.workers} workers (estimate)"),
-        *((f"auto {key}", f"{value}: {why}") for key, (value, why) in plan.choices.items()),
+        *((f"auto {key}", f"{value} ({why})") for key, (value, why) in plan.choices.items()),
     ]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from dtrain.config.schema import DataConfig, Offsets, Slice
 from dtrain.data.encoding import DType, Encoding, Scaling
-from dtrain.display import html_table
+from dtrain.display import html_table, shown
 
 Select: TypeAlias = tuple[tuple[int, int, int], ...]
 """Start, stop and step along each dimension of a stored array; never empty."""
@@ -359,7 +359,7 @@ class Samples:
         if len(self.tiles) > 1:
             size = " x ".join(f"{dim} {stop - start}" for dim, start, stop in self.tiles[0].ranges)
             lines.append(("patches", f"{len(self.tiles):,} a row, of {size}"))
-        return [*lines, ("store", self.path)]
+        return [*lines, ("store", shown(self.path))]
 
     def __repr__(self) -> str:
         return "<dtrain.Samples>\n" + "\n".join(f"  {label:<16} {text}" for label, text in self.rows())

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dtrain.display import joined, number, shown, width_of, wrapped
 from dtrain.events import (
     ClusterOpening,
     Event,
@@ -77,7 +78,8 @@ class _Terminal:
         match event:
             case ClusterOpening(run=run, scheduler=scheduler) if scheduler != "serial":
                 self._print(
-                    f"{run}: " + ("starting local workers" if scheduler == "local" else f"connecting to {scheduler}")
+                    f"{shown(run)}: "
+                    + ("starting local workers" if scheduler == "local" else f"connecting to {scheduler}")
                 )
             case RunStarted():
                 self._start(event)
@@ -98,13 +100,11 @@ class _Terminal:
 
     def _start(self, event: RunStarted) -> None:
         self._rounds = event.rounds
-        continuing = f", continuing after round {event.round} of {event.rounds}" if event.round else ""
-        self._print(
-            f"{event.run}: {event.samples:,} training samples, {event.replicas} replicas on {event.workers} workers"
-            + continuing
-        )
+        self._print(started_line(event))
         if event.dashboard:
-            self._print(f"dashboard {event.dashboard} · stop with Ctrl-C (committed rounds are kept)")
+            self._print(f"dashboard {event.dashboard}")
+        if not self._progress.disable:
+            self._print("Ctrl-C stops; committed rounds are kept")
         self._finish()
         self._task = self._progress.add_task("round", total=event.rounds, completed=event.round, note="")
 
@@ -112,14 +112,12 @@ class _Terminal:
         """Show the progress of the replicas in a long round: on the live line, else in a line now and then."""
         self._steps = {k: e for k, e in self._steps.items() if e.round == event.round}
         self._steps[event.replica] = event
-        shown = [self._steps[k] for k in sorted(self._steps)]
-        speed = sum(e.samples / e.seconds for e in shown)
-        label = f"round {event.round}" if event.round else "mean and standard deviation, units"
-        text = f"{label}: {_replicas(shown)}, {speed:,.0f} samples/s"
+        latest = [self._steps[k] for k in sorted(self._steps)]
+        text = steps_line(latest)
         if not event.round and not self._progress.disable:  # rounds have not begun
             if self._task is None:
                 self._task = self._progress.add_task("data", total=100, note="")
-            self._progress.update(self._task, completed=100 * sum(e.step / e.steps for e in shown) / len(shown))
+            self._progress.update(self._task, completed=100 * sum(e.step / e.steps for e in latest) / len(latest))
         if self._task is not None:
             self._progress.update(self._task, note=text)
         now = time.monotonic()
@@ -138,9 +136,7 @@ class _Terminal:
             self._progress.update(self._task, completed=result.round, note=_note(result))
         every = -(-self._rounds // MAX_LINES)
         if result.round % max(1, every) == 0 or result.round in (1, self._rounds):
-            losses = f"round {result.round:>{len(str(self._rounds))}}  train_loss {result.train_loss:.4f}"
-            metrics = "".join(f"  {name} {value:.4f}" for name, value in result.metrics.items())
-            self._print(f"{losses}{metrics}  {self._speed():,.0f} samples/s")
+            self._print(round_line(result, self._rounds, self._speed(), width_of(sys.stderr)))
 
     def _finish(self) -> None:
         if self._task is not None:
@@ -149,7 +145,31 @@ class _Terminal:
 
     def _print(self, text: str) -> None:
         self._printed = time.monotonic()
-        self._console.print(text, markup=False, soft_wrap=True)
+        lines = [text] if "\n" in text else wrapped(text, width_of(sys.stderr)).splitlines()
+        self._console.print("\n".join(lines), markup=False, soft_wrap=True)
+
+
+def started_line(event: RunStarted) -> str:
+    """Return what is trained, and where."""
+    continuing = f", continuing after round {event.round} of {event.rounds}" if event.round else ""
+    size = f"{event.samples:,} training samples, {event.replicas} replicas on {event.workers} workers"
+    return f"{shown(event.run)}: {size}{continuing}"
+
+
+def round_line(result: RoundResult, rounds: int, speed: float, width: int) -> str:
+    """Return the losses and metrics of a round; in several lines if they are wider than `width`."""
+    head = f"round {result.round:>{len(str(rounds))}}"
+    values = {"train_loss": result.train_loss, **result.metrics}
+    parts = [f"{name} {number(value)}" for name, value in values.items()]
+    return joined([head, *parts, f"{speed:,.0f} samples/s"], width, indent=" " * (len(head) + 2))
+
+
+def steps_line(events: list[StepsTaken]) -> str:
+    """Return how far the replicas are in a round, or in the pass for ``data.normalize``."""
+    number_of_round = events[0].round
+    label = f"round {number_of_round}" if number_of_round else "mean and standard deviation, units"
+    speed = sum(e.samples / e.seconds for e in events)
+    return f"{label}: {_replicas(events)}, {speed:,.0f} samples/s"
 
 
 def _replicas(events: list[StepsTaken]) -> str:
@@ -162,7 +182,7 @@ def _replicas(events: list[StepsTaken]) -> str:
 
 def _note(result: RoundResult) -> str:
     val = result.metrics.get("val_loss")
-    return f"train {result.train_loss:.4f}" + (f" val {val:.4f}" if val is not None else "")
+    return f"train {number(result.train_loss)}" + (f" val {number(val)}" if val is not None else "")
 
 
 def _short(text: str) -> str:
