@@ -22,6 +22,7 @@ from dtrain.config.schema import ClusterConfig
 from dtrain.config.values import parse_bytes
 from dtrain.errors import ClusterUnreachable, ClusterUnsuitable, DtrainError, InvalidConfig, one_line
 from dtrain.runtime import forkserver, versions
+from dtrain.runtime.dashboard import dashboard_link
 from dtrain.runtime.where import check_local_start, no_such_place, scheduler_text, with_protocol
 from dtrain.runtime.workers import first_workers, most_workers
 
@@ -188,17 +189,9 @@ def _connection(client: Client, *, started: bool) -> Connection:
         client=client,
         num_workers=len(states),
         worker_memory=min(state.limit or int(MEMORY_LIMIT) for state in states),
-        dashboard=_dashboard(client),
+        dashboard=dashboard_link(client),
         most_workers=most_workers(client),
     )
-
-
-def _dashboard(client: Client) -> str:
-    """Return the link to the scheduler's dashboard; empty if it has none."""
-    try:
-        return client.dashboard_link or ""
-    except (KeyError, OSError, TimeoutError):
-        return ""
 
 
 def check_versions(by_worker: dict[str, dict[str, str]]) -> None:
