@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -13,11 +14,12 @@ from distributed import Client
 
 from dtrain.algorithm.stop import end_reason, metric_of
 from dtrain.calls import python_job
-from dtrain.checkpoint import commit_round, newest_state, params_file, prune, sweep
+from dtrain.checkpoint import commit_round, committed_rounds, newest_state, params_file, prune, sweep
 from dtrain.config.schema import RunConfig, TrainConfig
 from dtrain.data.samples import Samples
 from dtrain.directory import made_directory, next_run_directory, read_plan, run_directory, write_run
-from dtrain.errors import DataChanged, RunDamaged, Stopped
+from dtrain.display import shown
+from dtrain.errors import DataChanged, Interrupted, RunDamaged, Stopped
 from dtrain.events import (
     ClusterOpening,
     Event,
@@ -34,6 +36,7 @@ from dtrain.lock import locked
 from dtrain.prepare import open_runner
 from dtrain.report.history import read_rows
 from dtrain.report.journal import HISTORY, cut_history, journal
+from dtrain.report.notebook import is_notebook, notebook_progress
 from dtrain.resolve import Resolved
 from dtrain.rounds import initial_state, rounds
 from dtrain.run import Run, remember
@@ -240,7 +243,7 @@ def train(
     run_dir : path
         Where runs are kept, relative to the working directory; by default ``runs``.
     progress : bool
-        Whether to show progress on stderr.
+        Whether to show progress: lines on stderr; in a notebook, one output that is updated.
     report : callable, optional
         Called with every event (`dtrain.events`), besides the progress.
 
@@ -252,18 +255,42 @@ def train(
     ------
     DtrainError
         As the classes of `dtrain.errors` say.
+    Interrupted
+        A KeyboardInterrupt that says how to go on.
     """
     job = python_job(model, samples, config, model_args, cluster, train=train, average=average, stop=stop)
     placed = replace(job, config=job.config.model_copy(update={"run": _run_table(job.config, run_dir)}))
     directory = next_run_directory(placed, Path.cwd()) if run is None else Path(run_directory(placed, run))
     remember(directory, job.functions)
-    with client_of(cluster) as client:
-        if not progress:
-            return train_job(placed, directory, client=client, report=report)
-        from dtrain.report.progress import terminal_progress
-
-        with terminal_progress() as show:
+    try:
+        with client_of(cluster) as client, _shown(progress) as show:
             return train_job(placed, directory, client=client, report=_both(show, report))
+    except KeyboardInterrupt:
+        raise _interrupted(placed, directory) from None
+
+
+def _shown(progress: bool) -> AbstractContextManager[Reporter]:
+    """Return what shows the progress: in a notebook one output, elsewhere lines on stderr."""
+    if not progress:
+        return nullcontext(lambda event: None)
+    if is_notebook():
+        return notebook_progress()
+    from dtrain.report.progress import terminal_progress
+
+    return terminal_progress()
+
+
+def _interrupted(job: Job, run: Path) -> Interrupted:
+    """Return what is said after Ctrl-C: what is kept, and how to go on."""
+    committed = committed_rounds(run) if run.is_dir() else []
+    where = "" if job.config.run.dir == absolute(RunConfig().dir) else f", run_dir={shown(job.config.run.dir)!r}"
+    again = f"dtrain.train(..., run={run.name!r}{where})"
+    if not committed:
+        return Interrupted("Interrupted before a round was committed.", f"Start again: {again}")
+    return Interrupted(
+        f"Interrupted: {shown(run)} keeps round {committed[-1]} of {job.config.train.rounds}.",
+        f"Go on: {again}. Look at it: dtrain.last_run()",
+    )
 
 
 def train_rounds(

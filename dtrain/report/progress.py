@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dtrain.display import joined, number, shown, width_of, wrapped
+from dtrain.display import number, width_of, wrapped
 from dtrain.events import (
     ClusterOpening,
     Event,
@@ -24,6 +24,7 @@ from dtrain.events import (
     SegmentReplayed,
     StepsTaken,
 )
+from dtrain.report.lines import fault_line, opening_line, round_line, speed_of, started_line, steps_line
 from dtrain.types import RoundResult
 
 MAX_LINES = 50
@@ -76,23 +77,17 @@ class _Terminal:
 
     def __call__(self, event: Event) -> None:
         match event:
-            case ClusterOpening(run=run, scheduler=scheduler) if scheduler != "serial":
-                self._print(
-                    f"{shown(run)}: "
-                    + ("starting local workers" if scheduler == "local" else f"connecting to {scheduler}")
-                )
+            case ClusterOpening(scheduler=scheduler):
+                if scheduler != "serial":
+                    self._print(opening_line(event))
             case RunStarted():
                 self._start(event)
             case StepsTaken():
                 self._step(event)
             case RoundFinished(result):
                 self._advance(result)
-            case SegmentReplayed(round=number, reason=reason):
-                self._print(f"lost work with a worker; going on from round {number} ({_short(reason)})")
-            case ReplicaRejected(round=number, replica=replica):
-                self._print(f"round {number}: replica {replica} is not finite and was left out of the average")
-            case RoundDamaged(round=number, reason=reason):
-                self._print(f"round {number} is damaged and was skipped: {reason}")
+            case SegmentReplayed() | ReplicaRejected() | RoundDamaged():
+                self._print(fault_line(event))
             case RunFinished():
                 self._finish()
             case _ if self._verbose:
@@ -124,11 +119,6 @@ class _Terminal:
         if self._progress.disable and now - self._printed >= PLAIN_SECONDS:
             self._print(text)
 
-    def _speed(self) -> float:
-        """Return samples a second over the last rounds; single rounds end in bursts, as they are submitted ahead."""
-        seconds = sum(result.seconds for result in self._recent)
-        return sum(result.samples for result in self._recent) / max(seconds, 1e-9)
-
     def _advance(self, result: RoundResult) -> None:
         self._steps = {}
         self._recent.append(result)
@@ -136,7 +126,7 @@ class _Terminal:
             self._progress.update(self._task, completed=result.round, note=_note(result))
         every = -(-self._rounds // MAX_LINES)
         if result.round % max(1, every) == 0 or result.round in (1, self._rounds):
-            self._print(round_line(result, self._rounds, self._speed(), width_of(sys.stderr)))
+            self._print(round_line(result, self._rounds, speed_of(self._recent), width_of(sys.stderr)))
 
     def _finish(self) -> None:
         if self._task is not None:
@@ -149,43 +139,6 @@ class _Terminal:
         self._console.print("\n".join(lines), markup=False, soft_wrap=True)
 
 
-def started_line(event: RunStarted) -> str:
-    """Return what is trained, and where."""
-    continuing = f", continuing after round {event.round} of {event.rounds}" if event.round else ""
-    size = f"{event.samples:,} training samples, {event.replicas} replicas on {event.workers} workers"
-    return f"{shown(event.run)}: {size}{continuing}"
-
-
-def round_line(result: RoundResult, rounds: int, speed: float, width: int) -> str:
-    """Return the losses and metrics of a round; in several lines if they are wider than `width`."""
-    head = f"round {result.round:>{len(str(rounds))}}"
-    values = {"train_loss": result.train_loss, **result.metrics}
-    parts = [f"{name} {number(value)}" for name, value in values.items()]
-    indent = " " * (len(head) + 2)
-    texts = [joined([head, *parts, f"{speed:,.0f}{unit}"], width, indent=indent) for unit in (" samples/s", "/s")]
-    return next((text for text in texts if "\n" not in text), texts[0])
-
-
-def steps_line(events: list[StepsTaken]) -> str:
-    """Return how far the replicas are in a round, or in the pass for ``data.normalize``."""
-    number_of_round = events[0].round
-    label = f"round {number_of_round}" if number_of_round else "mean and standard deviation, units"
-    speed = sum(e.samples / e.seconds for e in events)
-    return f"{label}: {_replicas(events)}, {speed:,.0f} samples/s"
-
-
-def _replicas(events: list[StepsTaken]) -> str:
-    """Return ``replica 0 7/10, replica 1 6/10`` for few replicas, the slowest and the fastest of many."""
-    if len(events) <= 4:
-        return ", ".join(f"replica {e.replica} {e.step}/{e.steps}" for e in events)
-    done = sorted(e.step / e.steps for e in events)
-    return f"{len(events)} replicas at {done[0]:.0%} to {done[-1]:.0%}"
-
-
 def _note(result: RoundResult) -> str:
     val = result.metrics.get("val_loss")
     return f"train {number(result.train_loss)}" + (f" val {number(val)}" if val is not None else "")
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -19,7 +19,13 @@ def dashboard_link(client: Client) -> str:
     try:
         link = str(client.dashboard_link or "")
         return link if link and _has_pages(_reachable(client, link)) else ""
-    except (KeyError, OSError, TimeoutError, ValueError, HTTPException):  # none, none that answers, or one that is not Dask
+    except (
+        KeyError,
+        OSError,
+        TimeoutError,
+        ValueError,
+        HTTPException,
+    ):  # none, none that answers, or not of Dask
         return ""
 
 
