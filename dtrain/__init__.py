@@ -38,6 +38,8 @@ _PUBLIC = {
     "train_rounds": "dtrain.trainer",
 }
 
+_MODULES = ("errors", "events")
+
 __all__ = [
     "Cursor",
     "Plan",
@@ -60,8 +62,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"dtrain.{name}")
     raise AttributeError(f"module 'dtrain' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "errors", "events"]
+    return [*__all__, *_MODULES]

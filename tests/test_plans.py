@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +139,8 @@ def test_the_model_of_a_run_needs_no_data(blobs: Path) -> None:
     assert run.history.to_pandas().shape[0] == 2
     assert "2 of 2 rounds" in repr(run)
     assert dtrain.load_run(str(trained.directory), model=models.small).model_of("1") is not None
+
+
+def test_events_and_errors_are_there_at_once() -> None:
+    code = "import dtrain; dtrain.events.RoundFinished; dtrain.errors.DtrainError"
+    subprocess.run([sys.executable, "-c", code], check=True)

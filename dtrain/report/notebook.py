@@ -115,7 +115,7 @@ class RunPage:
 
     def ended(self) -> RunPage:
         """Return what stays in the notebook."""
-        return replace(self, steps=(), end=self.end or "stopped")
+        return replace(self, steps=(), end=self.end or ("stopped" if self.title else ""))
 
     @property
     def _doing(self) -> str:

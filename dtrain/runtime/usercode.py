@@ -207,8 +207,9 @@ def checked_function(key: str, function: Callable[..., Any]) -> Callable[..., An
         signature = inspect.signature(getattr(function, "forward", function))
     except (TypeError, ValueError):  # of a function written in C
         return function
+    bind = signature.bind_partial if key == "train.optimizer" else signature.bind  # it also gets train.optimizer_args
     try:
-        signature.bind(*call.arguments)
+        bind(*call.arguments)
     except TypeError as error:
         raise InvalidConfig(
             f"{key} is {described(function)}{signature}, which cannot be called with {len(call.arguments)} "

@@ -570,6 +570,17 @@ def test_a_loss_of_frozen_parameters_is_a_loss(train: Callable[..., dtrain.Run])
     assert len(train(loss=frozen()).rows) == 2
 
 
+class Needy(torch.optim.SGD):
+    def __init__(self, parameters: Any, lr: float, *, dampening: float) -> None:
+        super().__init__(parameters, lr=lr, dampening=dampening)
+
+
+def test_an_optimizer_gets_its_arguments_from_the_configuration(train: Callable[..., dtrain.Run]) -> None:
+    given = {"lr": 0.1, "dampening": 0.0}
+    one, other = (train(optimizer=optimizer, optimizer_args=given) for optimizer in (Needy, torch.optim.SGD))
+    assert one.rows[-1]["params_sha256"] == other.rows[-1]["params_sha256"]
+
+
 def test_an_outer_optimizer_of_torch_may_be_its_class(samples: Samples) -> None:
     config = TrainConfig(average={"outer": {"optimizer": torch.optim.Adam}})
     assert config.average.outer is not None
