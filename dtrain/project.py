@@ -15,7 +15,7 @@ from typing import Any
 from dtrain.algorithm.recipe import Functions
 from dtrain.config.files import read_tables
 from dtrain.config.functions import METRICS, name_of
-from dtrain.config.names import metric_key
+from dtrain.config.names import FUNCTION, metric_key
 from dtrain.config.schema import TrainConfig
 from dtrain.errors import InvalidConfig, RunConflict
 from dtrain.job import checked, references_in
@@ -154,21 +154,24 @@ def _load_named(code: RunCode, wanted: Mapping[str, str]) -> Functions:
         place = code.project or _shown(code.run.absolute().parent.parent)
         raise InvalidConfig(
             f"{place} has no dtrain.toml, which names the functions of {_shown(code.run)}.",
-            f"Name its directory: --project DIR. A run of a Python program is opened there: {_call(code, wanted)}",
+            "Name its directory, or the config file: --project DIR. A run of a Python program is opened there: "
+            + _call(code, wanted),
         )
     names = {} if file is None else references_in_file(file)
     differing = {key: name for key, name in wanted.items() if names.get(key, "") != name}
     if code.imported:
         own = {key: _imported(code, key, name) for key, name in differing.items()}
-    elif differing and not code.trusted:
-        raise _other_names(code, file, differing, names)
     else:
         own = {}
+        refused = {key: name for key, name in differing.items() if not (code.trusted and _is_function(names, key))}
+        if refused:
+            raise _other_names(code, file, refused, names)
     base = Path.cwd() if file is None else file.absolute().parent
-    return {
-        key: own[key] if key in own else load_function(key, names.get(key) or name, base)
-        for key, name in wanted.items()
-    }
+    return {key: own[key] if key in own else load_function(key, names[key], base) for key in wanted}
+
+
+def _is_function(names: Mapping[str, str], key: str) -> bool:
+    return bool(FUNCTION.match(names.get(key, "")))
 
 
 def references_in_file(file: Path) -> dict[str, str]:
@@ -206,7 +209,7 @@ def _other_names(
     )
     return RunConflict(
         f"{_shown(code.run)} was started with other functions than {_shown(file or Path())} names: {has}.",
-        "Name them there, or name another project: --project DIR. --trust-code takes what is there.",
+        "Name them there, or name another project: --project DIR. --trust-code takes functions that are named there.",
     )
 
 

@@ -97,6 +97,9 @@ def test_a_metric_that_the_project_does_not_name(cli, own):
     outcome = cli("--json", "eval", own.run)
     assert outcome.code == 4
     assert 'train.metrics had "model:rmse", which is not there' in last(outcome)["message"]
+    assert cli("--json", "eval", own.run, "--trust-code").code == 4  # a name of the run's files is never used
+    (own.dir / "dtrain.toml").write_text(text.replace('loss = "model:loss"', 'loss = "mse"'))
+    assert cli("--json", "eval", own.run, "--trust-code").code == 4
     (own.dir / "dtrain.toml").write_text(text.replace("model:rmse", 'model:rmse", "model:loss'))
     assert cli("--json", "eval", own.run).code == 0
 
