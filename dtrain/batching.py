@@ -24,7 +24,7 @@ from dtrain.data.plan.splits import SplitName
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.presence import absent_rows, check_presence
 from dtrain.data.read.units import UnitReader
-from dtrain.data.samples import Samples
+from dtrain.data.samples import Samples, not_samples
 from dtrain.errors import InvalidConfig, TooFewSamples, did_you_mean
 from dtrain.runtime.tensors import as_tensors, transformed
 from dtrain.runtime.usercode import checked_function, load_function
@@ -266,7 +266,7 @@ def _sizes(size: int, batch: int, start: Cursor, epochs: int | None) -> Iterator
 
 def _check_samples(samples: Samples) -> None:
     if not isinstance(samples, Samples):
-        raise InvalidConfig(f"samples is a {type(samples).__name__}, not what open_samples returns.")
+        raise not_samples(samples)
 
 
 def _check_positive(**numbers: int) -> None:

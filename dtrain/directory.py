@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 from dtrain.config.compare import differences, may_change, without_secrets
 from dtrain.config.files import to_toml
+from dtrain.config.functions import described
 from dtrain.config.schema import TrainConfig
 from dtrain.errors import DiskFull, RunConflict, RunDamaged, RunNotFound, UsageError, did_you_mean, one_line
 from dtrain.files import write_text
@@ -31,7 +33,7 @@ CONFIG, PLAN, ENV = "config.toml", "plan.json", "env.json"
 # Names ----------------------------------------------------------------------------------------------------
 
 
-def run_directory(job: Job, name: str | None) -> Path:
+def run_directory(job: Job, name: str | os.PathLike[str] | None) -> Path:
     """Return the directory of a named run below ``run.dir``.
 
     Raises
@@ -41,6 +43,9 @@ def run_directory(job: Job, name: str | None) -> Path:
     """
     if name is None:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", job.base.resolve().name).strip(".-") or "run"
+    if not isinstance(name, str | os.PathLike):
+        raise UsageError(f"run is {described(name)}; a name is needed.", 'Give text, such as run="first".')
+    name = os.fspath(name)
     if not NAME.match(name):
         raise UsageError(f'run "{name}": a run\'s name has letters, digits, ".", "_" and "-", at most 64.')
     return Path(job.base, job.config.run.dir).expanduser() / name

@@ -19,7 +19,7 @@ from dtrain.config.names import FUNCTION
 from dtrain.config.schema import DataConfig, SplitConfig, TrainConfig
 from dtrain.config.values import TO_PLAIN
 from dtrain.data.paths import identity
-from dtrain.data.samples import Samples
+from dtrain.data.samples import Samples, not_samples
 from dtrain.data.source import describe
 from dtrain.errors import InvalidConfig
 from dtrain.runtime.codetext import CODE_RULES, source_sha256
@@ -177,7 +177,7 @@ def _agreed_samples(samples: Samples | None, config: DataConfig) -> tuple[Sample
             )
         return None, _absolute(config.model_dump(exclude_unset=True))
     if not isinstance(samples, Samples):
-        raise InvalidConfig(f"samples is a {type(samples).__name__}, not what open_samples returns.")
+        raise not_samples(samples)
     own, theirs = _flat(samples.config), _flat(config)
     differing = [key for key in own.keys() & theirs.keys() if not _is_same(key, own[key], theirs[key], samples)]
     if differing:

@@ -158,12 +158,16 @@ def _choices(job: Job, stores: tuple[StorePlan, ...], device: str, workers: int)
             sum(store.source.plan.replicas for store in stores),
             replicas if isinstance(config.data.path, str) else "the sum of the stores'",
         ),
-        "cluster.workers": Choice(workers, f"a core for each of the {config.cluster.threads} threads of a task"),
+        "cluster.workers": Choice(workers, _cores(config.cluster.threads)),
         "run.commit_every": Choice("as measured", "so that commits take at most 2 % of the time"),
     }
     if config.cluster.scheduler != "local":
         del chosen["cluster.workers"]
     return {key: choice for key, choice in chosen.items() if value_of(config, key) == "auto"}
+
+
+def _cores(threads: int) -> str:
+    return "a core each" if threads == 1 else f"a core for each of the {threads} threads of a task"
 
 
 def _reader_choice(store: StorePlan) -> Choice:

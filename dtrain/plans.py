@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def plan(
     model_args: Table | None = None,
     cluster: Where | None = None,
     full: bool = False,
-    run: str | None = None,
+    run: str | os.PathLike[str] | None = None,
     run_dir: str | Path | None = None,
     progress: bool = True,
     report: Reporter | None = None,

@@ -26,7 +26,7 @@ from dtrain.data.coordinate import find_gaps
 from dtrain.data.plan.evaluation import plan_evaluation
 from dtrain.data.plan.partition import JointPlan
 from dtrain.data.plan.splits import SplitName
-from dtrain.data.samples import Samples
+from dtrain.data.samples import Samples, not_samples
 from dtrain.data.source import describe
 from dtrain.directory import ENV, newest_run, read_config_of, read_json, read_resolved, read_tables_of
 from dtrain.display import html_table
@@ -206,7 +206,7 @@ class Run:
     def _given(self, samples: Samples, split: SplitName) -> tuple[Job, Resolved, SplitName]:
         """Return what evaluates a split of given samples."""
         if not isinstance(samples, Samples):
-            raise InvalidConfig(f"samples is a {type(samples).__name__}, not what open_samples returns.")
+            raise not_samples(samples)
         known, store = self.resolved, own_stores(self.config.data, self.base).find(samples)
         given = samples.config
         if store != "held_out" and "split" in given.model_fields_set and not getattr(given.split, split, 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import Iterator
@@ -211,7 +212,7 @@ def train(
     config: TrainConfig | None = None,
     model_args: Table | None = None,
     cluster: Where | None = None,
-    run: str | None = None,
+    run: str | os.PathLike[str] | None = None,
     run_dir: str | Path | None = None,
     progress: bool = True,
     report: Reporter | None = None,

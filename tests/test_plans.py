@@ -16,7 +16,7 @@ from torch import nn
 
 import dtrain
 from dtrain.config.files import load_config
-from dtrain.errors import InvalidConfig, RunNotFound, ShapesDiffer
+from dtrain.errors import InvalidConfig, RunNotFound, ShapesDiffer, UsageError
 from dtrain.job import job_from_config
 from dtrain.planning import plan_job, plan_record
 from tests.runtime import models
@@ -98,6 +98,15 @@ def test_numbers_of_numpy_and_paths_give_the_same_run(blobs: Path) -> None:
     other = dtrain.train(models.small, samples, **plain, cluster="serial", progress=False)
     assert given.rows[-1]["params_sha256"] == other.rows[-1]["params_sha256"]
     assert given.config.train == other.config.train
+
+
+@pytest.mark.parametrize("run", [3, 3.5, b"a", ("a",)])
+def test_the_name_of_a_run_is_text(samples: dtrain.Samples, here: Path, run: Any) -> None:
+    with pytest.raises(UsageError, match="run is an object of .*; a name is needed"):
+        dtrain.train(models.small, samples, **TABLES, run=run, cluster="serial", progress=False)
+    assert list(here.iterdir()) == []
+    named = dtrain.train(models.small, samples, **TABLES, run=Path("a"), cluster="serial", progress=False)
+    assert named.directory == here / "runs/a"
 
 
 # Runs that are opened ---------------------------------------------------------------------------------------------

@@ -160,5 +160,5 @@ def test_the_command_line(
         key: {**config.get(key, {}), **value} if isinstance(value, dict) else value for key, value in tables.items()
     }
     (tmp_path / "dtrain.json").write_text(json.dumps({**config, **merged}))
-    assert main.run(["-q", "train", "dtrain.json"]) == code
+    assert main.run(["train", "dtrain.json"]) == code
     assert {path.name for path in tmp_path.iterdir()} <= {"model.py", "dtrain.json", "__pycache__"}

@@ -15,6 +15,7 @@ import numpy as np
 from dtrain.config.schema import DataConfig, Offsets, Slice
 from dtrain.data.encoding import DType, Encoding, Scaling
 from dtrain.display import html_table, shown
+from dtrain.errors import InvalidConfig
 
 Select: TypeAlias = tuple[tuple[int, int, int], ...]
 """Start, stop and step along each dimension of a stored array; never empty."""
@@ -366,6 +367,14 @@ class Samples:
 
     def _repr_html_(self) -> str:
         return html_table("dtrain.Samples", self.rows())
+
+
+def not_samples(value: object) -> InvalidConfig:
+    """Return the error for something in the place of samples."""
+    return InvalidConfig(
+        f"samples is a {type(value).__name__}, not what open_samples returns.",
+        "Give dtrain.open_samples(path, inputs=[...], targets=[...]).",
+    )
 
 
 def _standardised(v: Variable, scaling: Scaling | None) -> Variable:
