@@ -35,10 +35,15 @@ def result(options: Options, text: str, record: dict[str, Any]) -> None:
 
 def say(options: Options, text: str) -> None:
     """Print narration."""
-    from dtrain.display import width_of, wrapped
-
     if not options.quiet:
-        print(wrapped(text, width_of(sys.stderr)), file=sys.stderr, flush=True)
+        print(_fitted(text), file=sys.stderr, flush=True)
+
+
+def _fitted(text: str) -> str:
+    """Return a sentence in lines that fit the terminal; without one it is a line, which programs can look for."""
+    from dtrain.display import columns_of, width_of, wrapped
+
+    return text if columns_of(sys.stderr) is None else wrapped(text, width_of(sys.stderr))
 
 
 @contextmanager
@@ -64,12 +69,9 @@ def waiting(options: Options, what: str) -> Iterator[None]:
 
 
 def error(options: Options, code: int, message: str, hint: str = "", log: str = "") -> None:
-    """Print an error: on a terminal its lines end between words, elsewhere each sentence is a line of its own."""
-    from dtrain.display import columns_of, width_of, wrapped
-
+    """Print an error."""
     lines = [f"error: {' '.join(message.split())}", *(f"  {' '.join(text.split())}" for text in (hint, log) if text)]
-    if columns_of(sys.stderr) is not None:
-        lines = [wrapped(line, width_of(sys.stderr)) for line in lines]
+    lines = [_fitted(line) for line in lines]
     if options.color and sys.stderr.isatty():
         lines[0] = lines[0].replace("error:", "\033[31merror:\033[0m", 1)
     print("\n".join(lines), file=sys.stderr, flush=True)

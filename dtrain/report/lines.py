@@ -24,9 +24,13 @@ def opening_line(event: ClusterOpening) -> str:
 
 def started_line(event: RunStarted) -> str:
     """Return what is trained, and where."""
-    continuing = f", continuing after round {event.round} of {event.rounds}" if event.round else ""
     size = f"{event.samples:,} training samples, {event.replicas} replicas on {event.workers} workers"
-    return f"{shown(event.run)}: {size}{continuing}"
+    return f"{shown(event.run)}: {size}"
+
+
+def continuing_line(event: RunStarted) -> str:
+    """Return where a run that was started before goes on."""
+    return f"continuing after round {event.round} of {event.rounds}"
 
 
 def round_line(result: RoundResult, rounds: int, speed: float, width: int) -> str:

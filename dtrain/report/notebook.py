@@ -22,7 +22,7 @@ from dtrain.events import (
     SegmentReplayed,
     StepsTaken,
 )
-from dtrain.report.lines import fault_line, opening_line, speed_of, started_line, steps_line
+from dtrain.report.lines import continuing_line, fault_line, opening_line, speed_of, started_line, steps_line
 from dtrain.types import RoundResult
 
 UPDATE_SECONDS = 0.25
@@ -96,9 +96,8 @@ class RunPage:
             case ClusterOpening():
                 return replace(self, title=opening_line(event))
             case RunStarted():
-                return replace(
-                    self, title=started_line(event), dashboard=event.dashboard, rounds=event.rounds, steps=()
-                )
+                title = started_line(event) + (f", {continuing_line(event)}" if event.round else "")
+                return replace(self, title=title, dashboard=event.dashboard, rounds=event.rounds, steps=())
             case StepsTaken():
                 others = {e.replica: e for e in self.steps if e.round == event.round}
                 latest = {**others, event.replica: event}

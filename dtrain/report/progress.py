@@ -24,7 +24,15 @@ from dtrain.events import (
     SegmentReplayed,
     StepsTaken,
 )
-from dtrain.report.lines import fault_line, opening_line, round_line, speed_of, started_line, steps_line
+from dtrain.report.lines import (
+    continuing_line,
+    fault_line,
+    opening_line,
+    round_line,
+    speed_of,
+    started_line,
+    steps_line,
+)
 from dtrain.types import RoundResult
 
 MAX_LINES = 50
@@ -96,6 +104,8 @@ class _Terminal:
     def _start(self, event: RunStarted) -> None:
         self._rounds = event.rounds
         self._print(started_line(event))
+        if event.round:
+            self._print(continuing_line(event))
         if event.dashboard:
             self._print(f"dashboard {event.dashboard}")
         if not self._progress.disable:
