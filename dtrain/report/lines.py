@@ -38,9 +38,9 @@ def round_line(result: RoundResult, rounds: int, speed: float, width: int) -> st
     head = f"round {result.round:>{len(str(rounds))}}"
     values = {"train_loss": result.train_loss, **result.metrics}
     parts = [f"{name} {number(value)}" for name, value in values.items()]
-    indent = " " * (len(head) + 2)
-    texts = [joined([head, *parts, f"{speed:,.0f}{unit}"], width, indent=indent) for unit in (" samples/s", "/s")]
-    return next((text for text in texts if "\n" not in text), texts[0])
+    is_short = len("  ".join([head, *parts, "1,234,567 samples/s"])) <= width  # the same for all rounds
+    unit = " samples/s" if is_short else "/s"
+    return joined([head, *parts, f"{speed:,.0f}{unit}"], width, indent=" " * (len(head) + 2))
 
 
 def steps_line(events: Sequence[StepsTaken]) -> str:

@@ -114,6 +114,6 @@ def test_the_usual_line_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     values = {"val_loss": 0.25, "val_accuracy": 0.5}
     events = [RoundFinished(result_of(10, metrics=values, samples=n)) for n in (10, 10**6)]
     assert printed(capsys, *events) == [
-        "round 10  train_loss 0.5000  val_loss 0.2500  val_accuracy 0.5000  8 samples/s",
+        "round 10  train_loss 0.5000  val_loss 0.2500  val_accuracy 0.5000  8/s",
         "round 10  train_loss 0.5000  val_loss 0.2500  val_accuracy 0.5000  405,004/s",
     ]
