@@ -6,13 +6,15 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import xarray as xr
 
 from dtrain.types import RoundResult
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Row = dict[str, Any]
 
