@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from dtrain.config.schema import TrainConfig
     from dtrain.data.samples import Samples
     from dtrain.data.source import open_samples
-    from dtrain.run import Run, load_run
+    from dtrain.plans import Plan, plan
+    from dtrain.run import Run, last_run, load_run
     from dtrain.trainer import train, train_rounds
     from dtrain.types import Cursor, RoundResult, TrainState
 
@@ -22,20 +23,26 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Cursor": "dtrain.types",
+    "Plan": "dtrain.plans",
     "RoundResult": "dtrain.types",
     "Run": "dtrain.run",
     "Samples": "dtrain.data.samples",
     "TrainConfig": "dtrain.config.schema",
     "TrainState": "dtrain.types",
     "batches": "dtrain.batching",
+    "last_run": "dtrain.run",
     "load_run": "dtrain.run",
     "open_samples": "dtrain.data.source",
+    "plan": "dtrain.plans",
     "train": "dtrain.trainer",
     "train_rounds": "dtrain.trainer",
 }
 
+_MODULES = ("errors", "events")
+
 __all__ = [
     "Cursor",
+    "Plan",
     "RoundResult",
     "Run",
     "Samples",
@@ -43,8 +50,10 @@ __all__ = [
     "TrainState",
     "__version__",
     "batches",
+    "last_run",
     "load_run",
     "open_samples",
+    "plan",
     "train",
     "train_rounds",
 ]
@@ -53,8 +62,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"dtrain.{name}")
     raise AttributeError(f"module 'dtrain' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "errors", "events"]
+    return [*__all__, *_MODULES]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from distributed.system import MEMORY_LIMIT
 
 from dtrain.algorithm.batch import TensorBatch
 from dtrain.config.schema import DataConfig
-from dtrain.config.values import cache_bytes, parse_bytes
+from dtrain.config.values import cache_bytes, parse_bytes, plain_value
 from dtrain.data.coordinate import find_gaps
 from dtrain.data.encoding import Scaling
 from dtrain.data.load.loader import Loader
@@ -24,10 +24,10 @@ from dtrain.data.plan.splits import SplitName
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.presence import absent_rows, check_presence
 from dtrain.data.read.units import UnitReader
-from dtrain.data.samples import Samples
+from dtrain.data.samples import Samples, not_samples
 from dtrain.errors import InvalidConfig, TooFewSamples, did_you_mean
 from dtrain.runtime.tensors import as_tensors, transformed
-from dtrain.runtime.usercode import load_function
+from dtrain.runtime.usercode import checked_function, load_function
 from dtrain.types import Cursor
 
 
@@ -142,6 +142,7 @@ def batches(
     ...     loss = criterion(model(image), label)
     """
     _check_samples(samples)
+    batch_size, epochs, replica, replicas, seed = plain_value((batch_size, epochs, replica, replicas, seed))
     _check_positive(batch_size=batch_size, replicas=replicas, **({} if epochs is None else {"epochs": epochs}))
     _check_name("split", split, get_args(SplitName))
     if reader is not None:
@@ -159,7 +160,7 @@ def batches(
     start = cursor or Cursor(0, 0)
     consumed = _consumed(start, partition)
     opened = UnitReader(samples, config.reader, limits.threads, plan.absent)
-    transform = load_function("data.transform", config.transform, Path.cwd()) if config.transform else None
+    transform = _transform_of(samples)
     loader = Loader(
         opened,
         partition,
@@ -180,6 +181,14 @@ def batches(
 
 
 # Parts of `batches` ------------------------------------------------------------------------------------------
+
+
+def _transform_of(samples: Samples) -> Callable[..., Any] | None:
+    """Return the function of ``data.transform``: the one that was given, or the one that it names."""
+    key, name = "data.transform", samples.config.transform
+    if samples.transform is not None:
+        return checked_function(key, samples.transform)
+    return checked_function(key, load_function(key, name, Path.cwd())) if name else None
 
 
 def _read_by(samples: Samples, reader: str | None) -> Samples:
@@ -258,7 +267,7 @@ def _sizes(size: int, batch: int, start: Cursor, epochs: int | None) -> Iterator
 
 def _check_samples(samples: Samples) -> None:
     if not isinstance(samples, Samples):
-        raise InvalidConfig(f"samples is a {type(samples).__name__}, not what open_samples returns.")
+        raise not_samples(samples)
 
 
 def _check_positive(**numbers: int) -> None:

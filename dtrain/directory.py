@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import time
 import tomllib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from dtrain.config.compare import differences, may_change, without_secrets
 from dtrain.config.files import to_toml
+from dtrain.config.functions import described
 from dtrain.config.schema import TrainConfig
 from dtrain.errors import DiskFull, RunConflict, RunDamaged, RunNotFound, UsageError, did_you_mean, one_line
 from dtrain.files import write_text
@@ -29,7 +33,7 @@ CONFIG, PLAN, ENV = "config.toml", "plan.json", "env.json"
 # Names ----------------------------------------------------------------------------------------------------
 
 
-def run_directory(job: Job, name: str | None) -> Path:
+def run_directory(job: Job, name: str | os.PathLike[str] | None) -> Path:
     """Return the directory of a named run below ``run.dir``.
 
     Raises
@@ -39,8 +43,11 @@ def run_directory(job: Job, name: str | None) -> Path:
     """
     if name is None:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", job.base.resolve().name).strip(".-") or "run"
+    if not isinstance(name, str | os.PathLike):
+        raise UsageError(f"run is {described(name)}; a name is needed.", 'Give text, such as run="first".')
+    name = os.fspath(name)
     if not NAME.match(name):
-        raise UsageError(f'--run "{name}": a run\'s name has letters, digits, ".", "_" and "-", at most 64.')
+        raise UsageError(f'run "{name}": a run\'s name has letters, digits, ".", "_" and "-", at most 64.')
     return Path(job.base, job.config.run.dir).expanduser() / name
 
 
@@ -61,12 +68,9 @@ def find_run(text: str) -> Path:
     RunNotFound
         There is none.
     """
-    here = Path.cwd()
-    known = [p.parent for pattern in (f"runs/*/{CONFIG}", f"*/runs/*/{CONFIG}") for p in sorted(here.glob(pattern))]
+    here, known = Path.cwd(), _known_runs()
     if not text:
-        if not known:
-            raise RunNotFound("There is no run in runs/ or */runs/.", "Name its directory.")
-        return max(known, key=_touched).relative_to(here)
+        return newest_run().relative_to(here)
     if (Path(text) / CONFIG).is_file():
         return Path(text)
     named = [p for p in known if p.name == text]
@@ -79,6 +83,25 @@ def find_run(text: str) -> Path:
         f"{text}: no such run{did_you_mean(text, names)}",
         f"Known here: {', '.join(names) or 'none'}. Name a run, or its directory.",
     )
+
+
+def newest_run(more: Iterable[Path] = ()) -> Path:
+    """Return the run that was written last: of ``runs/*`` and ``*/runs/*`` here, and of `more` directories.
+
+    Raises
+    ------
+    RunNotFound
+        There is none.
+    """
+    known = [*_known_runs(), *(run for run in more if (run / CONFIG).is_file())]
+    if not known:
+        raise RunNotFound("There is no run in runs/ or */runs/.", "Name its directory.")
+    return max(known, key=_touched)
+
+
+def _known_runs() -> list[Path]:
+    patterns = (f"runs/*/{CONFIG}", f"*/runs/*/{CONFIG}")
+    return [path.parent for pattern in patterns for path in sorted(Path.cwd().glob(pattern))]
 
 
 def _touched(run: Path) -> float:
@@ -152,20 +175,30 @@ def read_resolved(run: Path) -> Resolved:
 # Starting and continuing ----------------------------------------------------------------------------------
 
 
-def make_directory(run: Path) -> None:
-    """Make a run's directory, if it is not there.
+@contextmanager
+def made_directory(run: Path) -> Iterator[None]:
+    """Make a run's directory, if it is not there; it goes again where the block raises before the run is described.
 
     Raises
     ------
     DiskFull
         It cannot be made.
     """
+    made = [place for place in (run, *run.parents) if not place.exists()]
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DiskFull(
             f"{run} cannot be made: {error.strerror}.", "Set run.dir to a place that you may write to."
         ) from error
+    try:
+        yield
+    except BaseException:
+        if not (run / CONFIG).exists():
+            with suppress(OSError):  # somebody else has put something there
+                for place in made:
+                    place.rmdir()
+        raise
 
 
 def read_plan(run: Path, job: Job) -> Resolved | None:
@@ -183,7 +216,7 @@ def read_plan(run: Path, job: Job) -> Resolved | None:
     _check_config(run, _with_old_default(run, job.config), job)
     read_json(run / ENV)  # it is not compared, but a run with a damaged file is not continued
     resolved = read_resolved(run)
-    changed = [key for key, digest in job.code.items() if resolved.code.get(key) != digest]
+    changed = [key for key, digest in job.code_by(resolved.code_rules).items() if resolved.code.get(key) != digest]
     if changed:
         raise RunConflict(
             f"{run} was started with other code of {', '.join(changed)}.",

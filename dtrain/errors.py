@@ -271,6 +271,30 @@ class Stopped(DtrainError, RuntimeError):
     code = 75
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or Interrupt Kernel in a notebook, has ended a training; says how to go on.
+
+    Parameters
+    ----------
+    message : str
+        Says what is kept.
+    hint : str
+        Says how to go on.
+    """
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message, hint)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}"
+
+    def _render_traceback_(self) -> list[str]:
+        """Return the lines that a notebook prints in place of the traceback."""
+        return [self.message, self.hint]
+
+
 def one_line(error: BaseException) -> str:
     """Return the message of an exception in one line, or its type if it has no message.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -14,18 +14,19 @@ from dtrain.algorithm.optimizers import optimizer_named
 from dtrain.algorithm.outer import outer_optimizer
 from dtrain.algorithm.recipe import Functions
 from dtrain.algorithm.stop import check_metric
+from dtrain.config.functions import METRICS, described, name_of
 from dtrain.config.names import FUNCTION
 from dtrain.config.schema import DataConfig, SplitConfig, TrainConfig
 from dtrain.config.values import TO_PLAIN
 from dtrain.data.paths import identity
-from dtrain.data.samples import Samples
+from dtrain.data.samples import Samples, not_samples
 from dtrain.data.source import describe
 from dtrain.errors import InvalidConfig
-from dtrain.runtime.codetext import source_sha256
-from dtrain.runtime.module import check_builder
+from dtrain.runtime.codetext import CODE_RULES, source_sha256
+from dtrain.runtime.module import check_builder, check_loss
 from dtrain.runtime.modules import directory_of
 from dtrain.runtime.spec import Source
-from dtrain.runtime.usercode import load_function
+from dtrain.runtime.usercode import checked_function, load_function
 
 Model: TypeAlias = Callable[..., nn.Module] | str
 """A function that builds a module, or its name as ``module:function``."""
@@ -60,8 +61,12 @@ class Job:
 
     @property
     def code(self) -> dict[str, str]:
-        """SHA-256 of the source text of each of the user's functions."""
-        return {key: source_sha256(function, self.base) for key, function in self.functions.items()}
+        """The identity of each of the user's functions."""
+        return self.code_by(CODE_RULES)
+
+    def code_by(self, rules: int) -> dict[str, str]:
+        """Return the identity of each of the user's functions by the rules of a run (`source_sha256`)."""
+        return {key: source_sha256(function, self.base, rules) for key, function in self.functions.items()}
 
 
 def job_from_config(config: TrainConfig, base: Path) -> Job:
@@ -91,7 +96,7 @@ def job_from_python(
     given = {name: table for name, table in tables.items() if table}
     _check_config(config, given)
     whole = config or TrainConfig()
-    reference = _agreed("model", None if model is None else name_of(model), whole.model)
+    reference = _agreed("model", _model_name(model), whole.model)
     if not reference:
         raise InvalidConfig("model is missing.", "Give a function that returns a torch.nn.Module, or its name.")
     args = _agreed("model_args", None if model_args is None else dict(model_args), whole.model_args)
@@ -103,8 +108,11 @@ def job_from_python(
     if resolved.train.init:
         train = resolved.train.model_copy(update={"init": absolute(resolved.train.init)})
         resolved = resolved.model_copy(update={"train": train})
-    base = Path.cwd() if model is None or isinstance(model, str) else directory_of(model)
-    functions = load_functions(resolved, base, {"model": model} if callable(model) else {})
+    own: dict[str, Callable[..., Any]] = {**whole.functions, **resolved.functions}
+    own |= {"data.transform": samples.transform} if samples is not None and samples.transform is not None else {}
+    own |= {"model": model} if callable(model) else {}
+    base = directory_of(own["model"]) if "model" in own else Path.cwd()
+    functions, resolved = load_functions(resolved, base, own), resolved.with_functions({})
     _check_names(resolved)
     return Job(
         config=resolved,
@@ -120,16 +128,19 @@ def _check_config(config: TrainConfig | None, given: Mapping[str, Table]) -> Non
         raise InvalidConfig(f"config is a {type(config).__name__}; a dtrain.TrainConfig is needed.")
     if config is not None and given:
         raise InvalidConfig(f"config= and {', '.join(given)}= are both given; give one of them.")
-    if callable(given.get("train", {}).get("loss")):
-        raise InvalidConfig('train.loss is a function; write its name as "module:function".')
+    for name, table in given.items():
+        if not isinstance(table, Mapping):
+            raise InvalidConfig(f"{name} is {described(table)}; a table is needed, such as {name}=dict(...).")
 
 
-def name_of(model: Model) -> str:
-    """Return the name under which a configuration keeps a function."""
-    if isinstance(model, str):
+def _model_name(model: Model | None) -> str | None:
+    if model is None or isinstance(model, str):
         return model
-    name = getattr(model, "__qualname__", type(model).__qualname__)
-    return f"{model.__module__}:{name}".replace("<locals>.", "")
+    if not callable(model):
+        raise InvalidConfig(
+            f"model is {described(model)}; a function that returns a torch.nn.Module is needed, or its name."
+        )
+    return name_of(model)
 
 
 # A configuration and arguments beside it --------------------------------------------------------------------
@@ -166,7 +177,7 @@ def _agreed_samples(samples: Samples | None, config: DataConfig) -> tuple[Sample
             )
         return None, _absolute(config.model_dump(exclude_unset=True))
     if not isinstance(samples, Samples):
-        raise InvalidConfig(f"samples is a {type(samples).__name__}, not what open_samples returns.")
+        raise not_samples(samples)
     own, theirs = _flat(samples.config), _flat(config)
     differing = [key for key in own.keys() & theirs.keys() if not _is_same(key, own[key], theirs[key], samples)]
     if differing:
@@ -242,8 +253,9 @@ def open_sources(config: DataConfig, base: Path) -> tuple[Source, ...]:
 
 
 def source_of(samples: Samples) -> Source:
-    """Return the store of some samples."""
-    return Source(config=samples.config, samples=samples)
+    """Return the store of some samples; their function travels with the others."""
+    plain_samples = samples if samples.transform is None else replace(samples, transform=None)
+    return Source(config=samples.config, samples=plain_samples)
 
 
 def held_out_source(config: DataConfig, base: Path) -> Source | None:
@@ -292,7 +304,8 @@ def described_with(samples: Samples, keys: Mapping[str, Any]) -> Samples:
     if not changed:
         return samples
     config = TrainConfig(data=samples.config.model_copy(update={**changed, "path": samples.path})).data
-    return describe(config, Path.cwd())
+    kept = samples.transform if config.transform == samples.config.transform else None
+    return replace(describe(config, Path.cwd()), transform=kept)
 
 
 def plain(value: object) -> str:
@@ -305,14 +318,31 @@ def plain(value: object) -> str:
 
 def load_functions(config: TrainConfig, base: Path, given: Functions | None = None) -> Functions:
     """Return the user's functions by config key: those that are given, and those that the configuration names."""
-    own = dict(given or {})
-    references = {key: reference for key, reference in _references(config).items() if key not in own}
-    functions = {**own, **{key: load_function(key, reference, base) for key, reference in references.items()}}
-    check_builder(functions["model"])
+    references = references_in(config)
+    own = {key: function for key, function in (given or {}).items() if key in references}
+    named = {key: load_function(key, name, base) for key, name in references.items() if key not in own}
+    return checked({key: own[key] if key in own else named[key] for key in references})
+
+
+def checked(functions: Functions) -> Functions:
+    """Return the user's functions if each can be called as dtrain calls it.
+
+    Raises
+    ------
+    NotAModule, InvalidConfig
+        One of them cannot.
+    """
+    for key, function in functions.items():
+        if key == "model":
+            check_builder(function)
+            continue
+        checked_function(key, function)
+        if key == "train.loss":
+            check_loss(function)
     return functions
 
 
-def _references(config: TrainConfig) -> dict[str, str]:
+def references_in(config: TrainConfig) -> dict[str, str]:
     """Return, by config key, the values that name a function of the user's."""
     train = config.train
     named = {
@@ -321,7 +351,7 @@ def _references(config: TrainConfig) -> dict[str, str]:
         "train.optimizer": train.optimizer,
         "train.schedule": train.schedule,
         "data.transform": config.data.transform,
-        **{f"train.metrics.{name}": name for name in train.metrics},
+        **{f"{METRICS}.{name}": name for name in train.metrics},
     }
     return {key: text for key, text in named.items() if key == "model" or FUNCTION.match(text)}
 
@@ -333,3 +363,8 @@ def _check_names(config: TrainConfig) -> None:
     check_metric(config, has_validation=config.data.split.val > 0 or bool(config.data.val_path))
     if not FUNCTION.match(config.train.optimizer):
         optimizer_named(config.train.optimizer)
+
+
+def with_scheduler(config: TrainConfig, scheduler: str) -> TrainConfig:
+    """Return the configuration with another ``cluster.scheduler``."""
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"scheduler": scheduler})})

@@ -7,6 +7,8 @@ import uuid
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from distributed import Client
+
 from dtrain.algorithm.params import without_frozen
 from dtrain.algorithm.plan import pass_size, samples_a_round, steps_a_round
 from dtrain.config.values import value_of
@@ -85,7 +87,7 @@ class RunPlan:
         return max([*apart, beside])
 
 
-def plan_job(job: Job, *, full: bool = False) -> RunPlan:
+def plan_job(job: Job, *, full: bool = False, client: Client | None = None) -> RunPlan:
     """Resolve a job as `train` would, check its data, and try the model on one real batch.
 
     Parameters
@@ -93,13 +95,17 @@ def plan_job(job: Job, *, full: bool = False) -> RunPlan:
     job : Job
     full : bool
         Look for missing chunks in every shard, also of remote stores with very many.
+    client : distributed.Client, optional
+        Takes precedence over ``cluster.scheduler``.
 
     Raises
     ------
     DtrainError
         Whatever would stop the run at its start.
     """
-    with open_runner(job, uuid.uuid4().hex[:8], most_units=ESTIMATE_UNITS, full=full, count=True) as (runner, resolved):
+    run_id = uuid.uuid4().hex[:8]
+    opened = open_runner(job, run_id, client=client, most_units=ESTIMATE_UNITS, full=full, count=True)
+    with opened as (runner, resolved):
         initial = runner.initialise()
         workers, sources, held_out = runner.num_workers, runner.spec.sources, runner.spec.held_out
     train, plan = job.config.train, resolved.plan
@@ -141,7 +147,7 @@ def _choices(job: Job, stores: tuple[StorePlan, ...], device: str, workers: int)
     """Return the value of each key that is "auto"."""
     config, first, source = job.config, stores[0], stores[0].source
     cached, units = source.memory.train.limits.cached, first.counts["partition_units"]
-    gpu = "every worker has a GPU" if device == "cuda" else "not every worker has a GPU"
+    gpu = "every worker has a GPU" if device == "cuda" else "no GPU on the workers"
     replicas = f"the smaller of {workers} workers and the units of the store"
     order = ("sequential", "samples have windows") if source.plan.sequential else ("random", "samples have no windows")
     chosen = {
@@ -159,7 +165,7 @@ def _choices(job: Job, stores: tuple[StorePlan, ...], device: str, workers: int)
             sum(store.source.plan.replicas for store in stores),
             replicas if isinstance(config.data.path, str) else "the sum of the stores'",
         ),
-        "cluster.workers": Choice(workers, f"a core for each of the {config.cluster.threads} threads of a task"),
+        "cluster.workers": Choice(workers, _cores(config.cluster.threads)),
         "run.commit_every": Choice("as measured", "so that commits take at most 2 % of the time"),
     }
     if config.cluster.scheduler != "local":
@@ -175,6 +181,10 @@ def _missing_choice(samples: Samples) -> Choice:
     return Choice(
         values, "by what a missing chunk decodes to: " + ", ".join(f"{v.name} {stands_for(v)}" for v, _ in absences)
     )
+
+
+def _cores(threads: int) -> str:
+    return "a core each" if threads == 1 else f"a core for each of the {threads} threads of a task"
 
 
 def _reader_choice(store: StorePlan) -> Choice:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dtrain.algorithm.plan import pass_size
 from dtrain.data.plan.footprint import format_bytes
 from dtrain.data.plan.missing import absence_of, stands_for
+from dtrain.display import number
 from dtrain.job import Job
 from dtrain.planning import ESTIMATE_UNITS, RunPlan, StorePlan
 from dtrain.runtime.spec import PlannedSource
@@ -29,7 +30,7 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
             f"{plan.initial.num_params:,} parameters{_frozen(plan)}; {', '.join(plan.initial.inputs)} -> "
             f"{plan.initial.outputs}",
         ),
-        ("first loss", f"{train.loss} of one real batch: {plan.initial.loss:.4f}{_estimated(job)}"),
+        ("first loss", f"{train.loss} of one real batch: {number(plan.initial.loss)}{_estimated(job)}"),
         (
             "round",
             f"{_range(plan.steps)} local steps a replica, batch {train.batch_size}: {plan.samples:,} samples, "
@@ -37,7 +38,7 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
         ),
         ("traffic", f"{format_bytes(plan.reduced_bytes)} averaged a round, {format_bytes(plan.commit_bytes)} a commit"),
         ("time", f"{_seconds(plan.round_seconds)} of local steps a round on {plan.workers} workers (estimate)"),
-        *((f"auto {key}", f"{value}: {why}") for key, (value, why) in plan.choices.items()),
+        *((f"auto {key}", f"{value} ({why})") for key, (value, why) in plan.choices.items()),
     ]
 
 

@@ -25,6 +25,7 @@ from dtrain.data.samples import Coordinate, MissingLabels, Samples
 from dtrain.data.source import describe
 from dtrain.errors import ClusterUnsuitable, DataChanged, InvalidConfig, LengthsDiffer, RunConflict
 from dtrain.job import Job
+from dtrain.runtime.codetext import CODE_RULES
 from dtrain.runtime.place import Place
 from dtrain.runtime.spec import Source
 
@@ -54,7 +55,9 @@ class Resolved:
     contents: tuple[Mapping[str, str], ...]
     """By store and variable: a digest of the sizes of its stored objects."""
     code: Mapping[str, str]
-    """By config key: SHA-256 of the source text of a function of the user's."""
+    """By config key: the identity of a function of the user's."""
+    code_rules: int
+    """What the identities cover (`dtrain.runtime.codetext.CODE_RULES`)."""
     gaps: tuple[str, ...] = ()
     """By store: what a person is told about jumps of its coordinate; only at the first start."""
     labels: MissingLabels = "nan"
@@ -97,6 +100,7 @@ def resolve(job: Job, place: Place) -> Resolved:
         device=device,
         contents=(),
         code=job.code,
+        code_rules=CODE_RULES,
         gaps=tuple(found.text for found in gaps),
         labels=missing_labels(job.config.train),
     )
@@ -278,6 +282,7 @@ def to_json(job: Job, resolved: Resolved) -> dict[str, Any]:
         "filled": [{name: asdict(one) for name, one in store.items()} for store in resolved.filled or ()],
         "torch": torch.__version__,
         "code": dict(resolved.code),
+        "code_rules": resolved.code_rules,
     }
 
 
@@ -308,6 +313,7 @@ def from_json(values: Mapping[str, Any]) -> Resolved:
         labels=values.get("labels", "nan"),
         filled=tuple({name: Filled(**one) for name, one in store.items()} for store in values.get("filled", ())),
         code=values["code"],
+        code_rules=values.get("code_rules", 0),
     )
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from distributed import Client
 from torch import nn
 
 from dtrain.algorithm.evaluate import values
@@ -20,24 +19,27 @@ from dtrain.algorithm.recipe import Functions
 from dtrain.algorithm.stop import higher_is_better
 from dtrain.checkpoint import committed_rounds, find_round, load_params, round_directory
 from dtrain.config.files import with_setting
+from dtrain.config.functions import METRICS
 from dtrain.config.schema import TrainConfig
 from dtrain.data.coordinate import find_gaps
 from dtrain.data.plan.evaluation import plan_evaluation
 from dtrain.data.plan.partition import JointPlan
 from dtrain.data.plan.splits import SplitName
-from dtrain.data.samples import Samples
+from dtrain.data.samples import Samples, not_samples
 from dtrain.data.source import describe
-from dtrain.directory import ENV, read_config_of, read_json, read_resolved, read_tables_of
+from dtrain.directory import ENV, newest_run, read_config_of, read_json, read_resolved, read_tables_of
 from dtrain.display import html_table
 from dtrain.errors import InvalidConfig, TooFewSamples, did_you_mean
-from dtrain.job import Job, as_trained, held_out_source, load_functions, open_sources, source_of
+from dtrain.job import Job, as_trained, held_out_source, open_sources, source_of, with_scheduler
 from dtrain.prepare import open_runner
-from dtrain.report.history import Row, best_round, dataset_of, read_rows
+from dtrain.project import RunCode, given_functions, load_code
+from dtrain.report.history import Row, best_round, read_rows
 from dtrain.report.journal import HISTORY
 from dtrain.resolve import Resolved, own_stores
 from dtrain.runtime.module import build_module
+from dtrain.runtime.place import PLACE_NAMES
 from dtrain.runtime.spec import Source
-from dtrain.runtime.usercode import load_function
+from dtrain.runtime.where import Where, client_of, scheduler_text
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -61,6 +63,9 @@ class Run:
     config: TrainConfig
     base: Path
     functions: Functions | None = None
+    """All functions of the run, where this process has trained it."""
+    code: RunCode | None = None
+    """Where they come from, where the run was opened."""
 
     @property
     def rows(self) -> list[Row]:
@@ -70,6 +75,8 @@ class Run:
     @property
     def history(self) -> xr.Dataset:
         """The history over ``round``: train_loss, val_loss, val_<metric>, samples, seconds and more."""
+        from dtrain.report.dataset import dataset_of
+
         return dataset_of(self.rows)
 
     @property
@@ -120,11 +127,19 @@ class Run:
             The run does not keep that round.
         """
         number = find_round(self.directory, wanted, self.best_round)
-        own = (self.functions or {}).get("model")
-        build = load_function("model", self.config.model, self.base) if own is None else own
+        build = self._load_functions(("model",))["model"]
         module = build_module(build, self.config.model_args, self.config.train.seed)
         load_into(module, load_params(round_directory(self.directory, number)))
         return module.eval()
+
+    def _load_functions(self, keys: Sequence[str], given: Functions | None = None) -> Functions:
+        """Return the functions of some keys; those that are `given` must be those that the run was trained with."""
+        own = self.functions or {}
+        given = {key: function for key, function in (given or {}).items() if own.get(key) is not function}
+        if self.functions is not None and not given:
+            return {key: function for key, function in own.items() if key.startswith(tuple(keys))}
+        code = self.code or RunCode(run=self.directory, given=own, base=self.base)
+        return load_code(replace(code, given={**code.given, **given}), self.config, self.resolved, keys)
 
     def evaluate(
         self,
@@ -132,7 +147,7 @@ class Run:
         *,
         split: SplitName = "test",
         round: str | int = "last",
-        cluster: str | Client = "serial",
+        cluster: Where = "serial",
     ) -> dict[str, float]:
         """Evaluate a committed round.
 
@@ -144,8 +159,9 @@ class Run:
             samples leave out are the run's, but for ``isel`` of another store.
         split : {"val", "test", "all"}
         round : "last", "best" or a number
-        cluster : str or distributed.Client
-            Where it is computed: ``serial``, ``local``, an address, or a client.
+        cluster : str, path, distributed.Client or cluster
+            Where it is computed: ``serial`` (in this process), ``local``, an address, a scheduler file, a client, or a
+            cluster.
 
         Returns
         -------
@@ -167,17 +183,19 @@ class Run:
         return means
 
     def evaluation(
-        self, samples: Samples | None, *, split: SplitName, round: str, cluster: str | Client
+        self, samples: Samples | None, *, split: SplitName, round: str, cluster: Where
     ) -> tuple[dict[str, float], int, int]:
         """Return the values of `evaluate`, the round's number, and the number of samples."""
         _check_split(split)
         number = find_round(self.directory, round, self.best_round)
         params = load_params(round_directory(self.directory, number))
         job, known, cut = self._own(split) if samples is None else self._given(samples, split)
-        client = None if isinstance(cluster, str) else cluster
-        if isinstance(cluster, str):
-            job = replace(job, config=with_scheduler(job.config, cluster))
-        with open_runner(job, uuid.uuid4().hex[:8], known=known, client=client, without_lost=True) as (runner, _):
+        job = replace(job, config=with_scheduler(job.config, scheduler_text(cluster, PLACE_NAMES)))
+        run_id = uuid.uuid4().hex[:8]
+        with (
+            client_of(cluster) as client,
+            open_runner(job, run_id, known=known, client=client, without_lost=True) as (runner, _),
+        ):
             sums = runner.evaluate(params, cut)
         if sums is None:
             raise TooFewSamples(f'The split "{split}" holds no samples.', "Choose another --split.")
@@ -193,7 +211,7 @@ class Run:
     def _given(self, samples: Samples, split: SplitName) -> tuple[Job, Resolved, SplitName]:
         """Return what evaluates a split of given samples."""
         if not isinstance(samples, Samples):
-            raise InvalidConfig(f"samples is a {type(samples).__name__}, not what open_samples returns.")
+            raise not_samples(samples)
         known, store = self.resolved, own_stores(self.config.data, self.base).find(samples)
         given = samples.config
         if store != "held_out" and "split" in given.model_fields_set and not getattr(given.split, split, 1):
@@ -206,11 +224,16 @@ class Run:
             samples, split, known.plan.plans, known.held_out, store, jumps=find_gaps(samples).jumps
         )
         known = replace(known, plan=JointPlan((plan,)), held_out=None, contents=(), filled=None)
-        return self._job((source_of(samples),), None), known, cut
+        return self._job((source_of(samples),), None, samples.transform), known, cut
 
-    def _job(self, sources: tuple[Source, ...], held_out: Source | None) -> Job:
-        functions = load_functions(self.config, self.base, self.functions)
-        return Job(config=self.config, sources=sources, held_out=held_out, functions=functions, base=self.base)
+    def _job(
+        self, sources: tuple[Source, ...], held_out: Source | None, transform: Callable[..., Any] | None = None
+    ) -> Job:
+        """Return what evaluates sources; of the user's functions only those that an evaluation calls are needed."""
+        functions = self._load_functions(EVALUATED, {} if transform is None else {"data.transform": transform})
+        train = self.config.train.model_copy(update=NOT_EVALUATED)
+        config = self.config.model_copy(update={"train": train}).with_functions({})
+        return Job(config=config, sources=sources, held_out=held_out, functions=functions, base=self.base)
 
     def other_samples(self, data: str | None, settings: tuple[str, ...] = ()) -> Samples:
         """Describe samples with the run's table ``[data]``.
@@ -248,6 +271,10 @@ class Run:
         return html_table(repr(self), ([_cell(row.get(name)) for name in names] for row in rows[-10:]), names)
 
 
+EVALUATED = ("model", "train.loss", METRICS, "data.transform")
+"""Keys of the functions that an evaluation calls."""
+NOT_EVALUATED = {"optimizer": "sgd", "schedule": "constant"}
+"""Keys of ``[train]`` that play no part in an evaluation: their functions need not be there."""
 EVALUATION_KEYS = ("storage_options", "memory", "cache", "reader", "missing", "non_finite")
 """Keys of ``[data]`` that do not make a run another one."""
 VIEW_KEYS = ("isel", "group", "inputs", "targets", "sample_dim", "input_offsets", "target_offsets", "stride", "patch")
@@ -289,15 +316,34 @@ def _check_split(split: str) -> None:
         )
 
 
-def load_run(path: str | Path, *, model: Callable[..., Any] | None = None, settings: tuple[str, ...] = ()) -> Run:
-    """Open a run.
+def load_run(
+    path: str | Path,
+    *,
+    model: Callable[..., Any] | None = None,
+    loss: Callable[..., Any] | None = None,
+    metrics: Callable[..., Any] | Sequence[Callable[..., Any] | str] | None = None,
+    optimizer: Callable[..., Any] | None = None,
+    schedule: Callable[..., Any] | None = None,
+    transform: Callable[..., Any] | None = None,
+    project: str | Path | None = None,
+    trust_code: bool = False,
+    settings: tuple[str, ...] = (),
+) -> Run:
+    """Open a run. Nothing is imported before its model is built or evaluated.
 
     Parameters
     ----------
     path : path
         The run's directory.
-    model : callable, optional
-        The function that builds the module, if it was defined in a notebook or script.
+    model, loss, metrics, optimizer, schedule, transform : callable, optional
+        Functions of the run that are not found by name, since they were defined in a notebook or script: those that
+        it was trained with. `metrics` may be several. The run's model needs `model`; an evaluation also `loss`,
+        `metrics` and `transform`. ``dtrain.train(config=run.config, ...)`` continues with all of them.
+    project : path, optional
+        Directory of the dtrain.toml whose names of functions are used; by default the one that holds ``runs/``.
+        Without a dtrain.toml, functions of modules that this program can import are used.
+    trust_code : bool
+        Use functions that differ from those that the run was trained with. A warning says so.
     settings : tuple of str
         ``"data.memory=1GB"``: keys of ``[data]`` and ``[cluster]`` that change where and how fast it is evaluated,
         or how faults of the data are met; and ``data.storage_options``, whose secrets a run does not keep.
@@ -307,19 +353,74 @@ def load_run(path: str | Path, *, model: Callable[..., Any] | None = None, setti
     RunNotFound
         There is no run at the path.
     InvalidConfig
-        A setting would make it another run.
+        A setting would make it another run, or the run has no function in the place of one that is given.
+    RunConflict
+        When a function is used: it is not the one that the run was trained with.
+
+    Examples
+    --------
+    >>> run = dtrain.load_run("runs/run-1", model=build, loss=my_loss)  # doctest: +SKIP
+    >>> run.evaluate(split="test")  # doctest: +SKIP
     """
-    directory = Path(path)
+    given = {"model": model, "loss": loss, "optimizer": optimizer, "schedule": schedule, "transform": transform}
+    return open_run(Path(path), {**given, "metrics": metrics}, project=project, trusted=trust_code, settings=settings)
+
+
+def open_run(
+    directory: Path,
+    given: Mapping[str, Any] | None = None,
+    *,
+    project: str | Path | None = None,
+    trusted: bool = False,
+    settings: tuple[str, ...] = (),
+    imported: bool = True,
+) -> Run:
+    """Open a run as `load_run` does; without `imported`, only a dtrain.toml names functions."""
     config = read_config_of(directory)
     if settings:
         config = _with_settings(read_tables_of(directory), settings)
     base = Path(read_json(directory / ENV).get("base", directory))
-    return Run(directory, config, base, {"model": model} if model is not None else None)
+    functions = given_functions(config, **(given or {}))
+    code = RunCode(
+        run=directory,
+        given=functions,
+        project=None if project is None else Path(project),
+        trusted=trusted,
+        imported=imported,
+        base=base,
+    )
+    return Run(directory, config.with_functions(functions), base, code=code)
 
 
-def with_scheduler(config: TrainConfig, scheduler: str) -> TrainConfig:
-    """Return the configuration with another ``cluster.scheduler``."""
-    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"scheduler": scheduler})})
+_TRAINED: dict[Path, Functions] = {}
+"""By directory: the functions of the runs that this process has begun in Python."""
+
+
+def remember(directory: Path, functions: Functions) -> None:
+    """Remember the functions of a run for `last_run`."""
+    _TRAINED[directory.absolute()] = functions
+
+
+def last_run(**arguments: Any) -> Run:
+    """Open the run that was written last: of ``runs/*`` and ``*/runs/*`` here, and of those of this process.
+
+    A run that this process has trained, or was interrupted in, still has its functions.
+
+    Parameters
+    ----------
+    **arguments
+        As of `load_run`.
+
+    Raises
+    ------
+    RunNotFound
+        There is none.
+    """
+    directory = newest_run(_TRAINED)
+    if arguments or directory.absolute() not in _TRAINED:
+        return load_run(directory, **arguments)
+    functions, opened = _TRAINED[directory.absolute()], load_run(directory)
+    return replace(opened, config=opened.config.with_functions(functions), functions=functions)
 
 
 def _cell(value: Any) -> str:

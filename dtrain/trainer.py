@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -12,11 +14,13 @@ from typing import Literal
 from distributed import Client
 
 from dtrain.algorithm.stop import end_reason, metric_of
-from dtrain.checkpoint import commit_round, newest_state, params_file, prune, sweep
+from dtrain.calls import python_job
+from dtrain.checkpoint import commit_round, committed_rounds, newest_state, params_file, prune, sweep
 from dtrain.config.schema import RunConfig, TrainConfig
 from dtrain.data.samples import Samples
-from dtrain.directory import make_directory, next_run_directory, read_plan, run_directory, write_run
-from dtrain.errors import DataChanged, RunDamaged, Stopped
+from dtrain.directory import made_directory, next_run_directory, read_plan, run_directory, write_run
+from dtrain.display import shown
+from dtrain.errors import DataChanged, Interrupted, RunDamaged, Stopped
 from dtrain.events import (
     ChunksFilled,
     ClusterOpening,
@@ -29,16 +33,18 @@ from dtrain.events import (
     RunFinished,
     RunStarted,
 )
-from dtrain.job import Job, Model, Table, absolute, contradiction, is_given, job_from_python
+from dtrain.job import Job, Model, Table, absolute, contradiction, is_given
 from dtrain.lock import locked
 from dtrain.prepare import open_runner
 from dtrain.report.history import read_rows
 from dtrain.report.journal import HISTORY, cut_history, journal
+from dtrain.report.notebook import is_notebook, notebook_progress
 from dtrain.resolve import Resolved, filled
 from dtrain.rounds import initial_state, rounds
-from dtrain.run import Run, with_scheduler
-from dtrain.runtime.place import PLACES
+from dtrain.run import Run, remember
+from dtrain.runtime.place import check_place
 from dtrain.runtime.runner import Held, Runner
+from dtrain.runtime.where import Where, client_of
 from dtrain.types import History, RoundResult, TrainState
 
 
@@ -73,12 +79,12 @@ def train_job(
     DtrainError
         As the errors of this package name them.
     """
-    make_directory(run)
+    check_place(job.config.cluster, job.base, client)
     tell = report or (lambda event: None)
     note = _both(lambda event: journal(run, event), tell)
     deadline = None if max_seconds is None else time.monotonic() + max_seconds
-    opened = Run(run, job.config, job.base, job.functions)
-    with locked(run):
+    opened = Run(run, job.config.with_functions(job.functions), job.base, job.functions)
+    with made_directory(run), locked(run):
         known, state = _resume(run, job, note)
         history = tuple(metric_of(row, job.config) for row in opened.rows)
         if known is not None and state is not None and end_reason(history, job.config) is not None:
@@ -217,8 +223,8 @@ def train(
     stop: Table | None = None,
     config: TrainConfig | None = None,
     model_args: Table | None = None,
-    cluster: Client | str | None = None,
-    run: str | None = None,
+    cluster: Where | None = None,
+    run: str | os.PathLike[str] | None = None,
     run_dir: str | Path | None = None,
     progress: bool = True,
     report: Reporter | None = None,
@@ -228,25 +234,29 @@ def train(
     Parameters
     ----------
     model : callable or str
-        Function that returns a ``torch.nn.Module``, or its name as ``module:function``. It may be defined in a
-        notebook.
+        Function that returns a ``torch.nn.Module``, or a class of modules, or its name as ``module:function``. It may
+        be defined in a notebook.
     samples : Samples
         From `open_samples`.
     train, average, stop : mapping, optional
-        Tables of the configuration, for example ``train=dict(loss="cross_entropy", rounds=20)``.
+        Tables of the configuration, for example ``train=dict(loss="cross_entropy", rounds=20)``. Functions may be
+        given as such, also those of a notebook: ``train=dict(loss=my_loss, metrics=["accuracy", my_metric],
+        optimizer=MyOptimizer, schedule=my_schedule)``. A loss or metric is called with (outputs, targets), a schedule
+        with (step, total), an optimizer with the parameters and ``optimizer_args``.
     config : TrainConfig, optional
         Instead of the tables. Then arguments that are left out are as it says, and arguments that contradict it are
         refused. Keys of ``config.data`` that the samples leave out are theirs too.
     model_args : mapping, optional
         Keyword arguments of the function.
-    cluster : distributed.Client or str
-        A client, an address, ``local`` (default) or ``serial``.
+    cluster : str, path, distributed.Client or cluster, optional
+        ``local`` (default) starts workers on this machine, ``serial`` none; or an address, a scheduler file, a client,
+        or a cluster as Dask has them (``LocalCluster``, ``SLURMCluster``, ``KubeCluster`` ...), which stays open.
     run : str, optional
         Name of the run; the same name continues it. By default the next free number.
     run_dir : path
         Where runs are kept, relative to the working directory; by default ``runs``.
     progress : bool
-        Whether to show progress on stderr.
+        Whether to show progress: lines on stderr; in a notebook, one output that is updated.
     report : callable, optional
         Called with every event (`dtrain.events`), besides the progress.
 
@@ -258,16 +268,42 @@ def train(
     ------
     DtrainError
         As the classes of `dtrain.errors` say.
+    Interrupted
+        A KeyboardInterrupt that says how to go on.
     """
-    job, client = _python_job(model, samples, config, model_args, cluster, train=train, average=average, stop=stop)
+    job = python_job(model, samples, config, model_args, cluster, train=train, average=average, stop=stop)
     placed = replace(job, config=job.config.model_copy(update={"run": _run_table(job.config, run_dir)}))
     directory = next_run_directory(placed, Path.cwd()) if run is None else Path(run_directory(placed, run))
+    remember(directory, job.functions)
+    try:
+        with client_of(cluster) as client, _shown(progress) as show:
+            return train_job(placed, directory, client=client, report=_both(show, report))
+    except KeyboardInterrupt:
+        raise _interrupted(placed, directory) from None
+
+
+def _shown(progress: bool) -> AbstractContextManager[Reporter]:
+    """Return what shows the progress: in a notebook one output, elsewhere lines on stderr."""
     if not progress:
-        return train_job(placed, directory, client=client, report=report)
+        return nullcontext(lambda event: None)
+    if is_notebook():
+        return notebook_progress()
     from dtrain.report.progress import terminal_progress
 
-    with terminal_progress() as show:
-        return train_job(placed, directory, client=client, report=_both(show, report))
+    return terminal_progress()
+
+
+def _interrupted(job: Job, run: Path) -> Interrupted:
+    """Return what is said after Ctrl-C: what is kept, and how to go on."""
+    committed = committed_rounds(run) if run.is_dir() else []
+    where = "" if job.config.run.dir == absolute(RunConfig().dir) else f", run_dir={shown(job.config.run.dir)!r}"
+    again = f"dtrain.train(..., run={run.name!r}{where})"
+    if not committed:
+        return Interrupted("Interrupted before a round was committed.", f"Start again: {again}")
+    return Interrupted(
+        f"Interrupted: {shown(run)} keeps round {committed[-1]} of {job.config.train.rounds}.",
+        f"Go on: {again}. Look at it: dtrain.last_run()",
+    )
 
 
 def train_rounds(
@@ -278,7 +314,7 @@ def train_rounds(
     average: Table | None = None,
     config: TrainConfig | None = None,
     model_args: Table | None = None,
-    cluster: Client | str | None = None,
+    cluster: Where | None = None,
 ) -> Iterator[RoundResult]:
     """Yield the rounds of a training that is kept nowhere: the loop is yours to stop.
 
@@ -290,41 +326,10 @@ def train_rounds(
     ...     if result.metrics["val_loss"] < 0.1:
     ...         break
     """
-    job, client = _python_job(model, samples, config, model_args, cluster, train=train, average=average)
-    with open_runner(job, uuid.uuid4().hex[:8], client=client) as (runner, _):
+    job = python_job(model, samples, config, model_args, cluster, train=train, average=average)
+    with client_of(cluster) as client, open_runner(job, uuid.uuid4().hex[:8], client=client) as (runner, _):
         state = initial_state(runner, job.config, _init_file(job))
         yield from rounds(runner, state, job.config, lambda event: None, look_ahead=runner.look_ahead)
-
-
-def _python_job(
-    model: Model | None,
-    samples: Samples | None,
-    config: TrainConfig | None,
-    model_args: Table | None,
-    cluster: Client | str | None,
-    **tables: Table | None,
-) -> tuple[Job, Client | None]:
-    job = job_from_python(model, samples, tables, config, model_args)
-    scheduler = _agreed_scheduler(job.config, cluster)
-    client = None if isinstance(cluster, str) else cluster
-    return replace(job, config=job.config if client is not None else with_scheduler(job.config, scheduler)), client
-
-
-def _agreed_scheduler(config: TrainConfig, cluster: Client | str | None) -> str:
-    """Return where to train: as the argument says, or the configuration; they must not contradict each other."""
-    configured = _scheduler_of(config.cluster.scheduler)
-    if cluster is None:
-        return configured
-    wanted = _scheduler_of(cluster) if isinstance(cluster, str) else str(cluster.scheduler.address)
-    if is_given(config, "cluster", "scheduler") and wanted != configured:
-        raise contradiction("cluster", wanted, configured, "cluster.scheduler")
-    return wanted
-
-
-def _scheduler_of(text: str) -> str:
-    """Return the path of a scheduler file as an absolute path, anything else as it is."""
-    is_file = text not in PLACES and text != "local" and Path(text).expanduser().is_file()
-    return absolute(text) if is_file else text
 
 
 def _run_table(config: TrainConfig, run_dir: str | Path | None) -> RunConfig:

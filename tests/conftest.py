@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,8 @@ if TYPE_CHECKING:  # the tests of the data layer run without Dask
 
 settings.register_profile("dtrain", deadline=None, max_examples=60, derandomize=True, database=None)
 settings.load_profile("dtrain")
+
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it: what is printed would be wrapped
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects

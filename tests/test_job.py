@@ -94,8 +94,6 @@ def test_tables_and_a_config_contradict_each_other(samples: Samples) -> None:
         job_from_python(models.small, samples, {"train": {"rounds": 2}}, given)
     with pytest.raises(InvalidConfig, match=r"train\.loss is missing"):
         job_from_python(models.small, samples, {}, None)
-    with pytest.raises(InvalidConfig, match=r"train\.loss is a function"):
-        job_from_python(models.small, samples, {"train": {"loss": dtrain.train}}, None)
 
 
 # A configuration and arguments beside it ----------------------------------------------------------------------

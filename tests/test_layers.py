@@ -56,14 +56,17 @@ BELOW: dict[str, set[str]] = {
     "prepare": {"resolve", "job", *WORK},
     "planning": {"prepare", "job", *WORK},
     "plantext": {"planning", "job", *WORK},
+    "plans": {"calls", "plantext", "planning", "job", *WORK},
+    "calls": {"job", *WORK},
     "rounds": {"statefiles", *WORK},
     "directory": {"resolve", "job", "report", "files", *WORK},
-    "run": {"directory", "prepare", "resolve", "job", "checkpoint", "report", *WORK},
+    "project": {"resolve", "job", *WORK},
+    "run": {"project", "directory", "prepare", "resolve", "job", "checkpoint", "report", *WORK},
     "trainer": {
-        *("run", "directory", "rounds", "prepare", "resolve", "job"),
+        *("calls", "run", "directory", "rounds", "prepare", "resolve", "job"),
         *("lock", "checkpoint", "report", *WORK),
     },
-    "__init__": {"trainer", "run", "batching", "data", *BASE},
+    "__init__": {"trainer", "plans", "run", "batching", "data", *BASE},
 }
 """By layer: the layers it may import. The folders and files of data/ are layers; ``data`` is all of them."""
 
@@ -71,7 +74,7 @@ FENCED = {
     "torch": {"algorithm", "statefiles", "runtime", "job", "resolve", "run", "trainer"},
     "zarr": {"data/read", "data/dataset"},
     "dask": {"runtime"},
-    "distributed": {"runtime", "prepare", "run", "batching", "trainer"},
+    "distributed": {"runtime", "prepare", "planning", "batching", "trainer"},
     "xarray": {"data/cf", "report", "run"},
     "rich": {"report"},
     "typer": set(),

@@ -34,8 +34,8 @@ def test_the_commands_and_the_python_block(digits: Path, capsys: pytest.CaptureF
             words += ["--scheduler", "serial"]
         assert run(words) == 0, capsys.readouterr().err
     assert "accuracy" in capsys.readouterr().out
-    train, loop = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    for block, said in ((train, "'loss'"), ("import dtrain\n" + loop, "")):
+    train, functions, loop = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    for block, said in ((train, "'loss'"), (functions, "val_accuracy"), ("import dtrain\n" + loop, "")):
         (digits / "block.py").write_text(block)
         done = subprocess.run([sys.executable, "-W", "error", "block.py"], capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr

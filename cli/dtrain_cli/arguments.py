@@ -22,6 +22,20 @@ SCHEDULER = Annotated[
 ]
 
 
+PROJECT = Annotated[
+    Path | None,
+    typer.Option(
+        "--project",
+        metavar="DIR",
+        help="Directory of the dtrain.toml that names the run's functions; default: the one that holds runs/.",
+        show_default=False,
+    ),
+]
+TRUST_CODE = Annotated[
+    bool, typer.Option("--trust-code", help="Use code that has changed since the run was trained, with a warning.")
+]
+
+
 def load_job(config: Path, settings: list[str] | None, scheduler: str | None) -> Job:
     """Read a config file with the command line's settings, and open what it names."""
     from dtrain.config.files import load_config
@@ -53,5 +67,8 @@ def _scheduler_of(config: Path, settings: list[str]) -> str:
 
 
 def absolute_scheduler(text: str) -> str:
-    """Return an address as it is, and the path of a scheduler file as an absolute path."""
-    return text if text in ("local", "serial") or "://" in text else str(Path(text).absolute())
+    """Return an address with its protocol, and the path of a scheduler file as an absolute path."""
+    from dtrain.runtime.where import with_protocol
+
+    address = with_protocol(text)
+    return address if address in ("local", "serial") or "://" in address else str(Path(text).absolute())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -37,7 +36,14 @@ def result(options: Options, text: str, record: dict[str, Any]) -> None:
 def say(options: Options, text: str) -> None:
     """Print narration."""
     if not options.quiet:
-        print(text, file=sys.stderr, flush=True)
+        print(_fitted(text), file=sys.stderr, flush=True)
+
+
+def _fitted(text: str) -> str:
+    """Return a sentence in lines that fit the terminal; without one it is a line, which programs can look for."""
+    from dtrain.display import columns_of, width_of, wrapped
+
+    return text if columns_of(sys.stderr) is None else wrapped(text, width_of(sys.stderr))
 
 
 @contextmanager
@@ -64,22 +70,24 @@ def waiting(options: Options, what: str) -> Iterator[None]:
 
 def error(options: Options, code: int, message: str, hint: str = "", log: str = "") -> None:
     """Print an error."""
-    red, plain = ("\033[31m", "\033[0m") if options.color and sys.stderr.isatty() else ("", "")
-    lines = [f"{red}error:{plain} {' '.join(message.split())}"]
-    lines += [f"  {' '.join(text.split())}" for text in (hint, log) if text]
+    lines = [f"error: {' '.join(message.split())}", *(f"  {' '.join(text.split())}" for text in (hint, log) if text)]
+    lines = [_fitted(line) for line in lines]
+    if options.color and sys.stderr.isatty():
+        lines[0] = lines[0].replace("error:", "\033[31merror:\033[0m", 1)
     print("\n".join(lines), file=sys.stderr, flush=True)
     if options.json:
         print(json.dumps({"event": "error", "code": code, "message": message, "hint": hint}), flush=True)
 
 
 def table(rows: list[tuple[str, str]]) -> str:
-    """Return rows of label and text as lines."""
-    width = max((len(label) for label, _ in rows), default=0)
-    return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
+    """Return rows of label and text as lines that fit the terminal."""
+    from dtrain.display import text_table, width_of
+
+    return text_table(rows, width_of(sys.stdout))
 
 
 def shown(path: Path | str) -> str:
     """Return a path as a person would type it here."""
-    absolute = Path(path).absolute()
-    here = Path.cwd()
-    return os.path.relpath(absolute, here) if absolute.is_relative_to(here) else str(absolute)
+    from dtrain import display
+
+    return display.shown(path)

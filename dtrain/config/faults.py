@@ -6,12 +6,14 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date, time
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from dtrain.config.functions import described
 from dtrain.config.values import REDACTED, flat_values
 from dtrain.errors import did_you_mean
 
@@ -123,5 +125,10 @@ def _unknown_key(place: Place, schema: type[BaseModel]) -> str:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
+    text = json.dumps(value, default=_shown)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _shown(value: Any) -> str:
+    """Return a value that JSON cannot hold as text, without an address."""
+    return str(value) if isinstance(value, date | time) else described(value)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-FUNCTION = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
-"""A reference to a user's function, ``module:function``."""
+_PART = r"(?:[^\W\d]\w*|<lambda>)"
+FUNCTION = re.compile(rf"^[^\W\d][\w.-]*:{_PART}(?:\.{_PART})*(?:\(\))?$")
+"""A reference to a user's function, ``module:function``; Python gives others too (`dtrain.config.functions`)."""
 
 IGNORED_CLASS = -100
 """A target of this class counts neither in the loss nor in metrics, as in torch."""
@@ -41,5 +42,9 @@ METRICS = {
 
 
 def metric_key(name: str) -> str:
-    """Return the reported name of a metric; for ``module:function`` this is the name of the function."""
-    return name.rpartition(":")[2]
+    """Return the reported name of a metric; for ``module:function`` this is the name of the function.
+
+    >>> metric_key("accuracy"), metric_key("model:Skills.rmse"), metric_key("__main__:quantile()")
+    ('accuracy', 'rmse', 'quantile')
+    """
+    return name.rpartition(":")[2].removesuffix("()").rpartition(".")[2]

@@ -6,7 +6,7 @@ when it is set; it is never accepted and ignored.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import date, time
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
@@ -15,6 +15,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     Strict,
     ValidationError,
     field_validator,
@@ -22,9 +23,10 @@ from pydantic import (
 )
 
 from dtrain.config.faults import sentences
+from dtrain.config.functions import Given, take_functions
 from dtrain.config.names import FUNCTION, LOSSES, METRICS, SCHEDULES, metric_key
 from dtrain.config.unbuilt import refuse_unbuilt
-from dtrain.config.values import cache_bytes, parse_bytes, value_of
+from dtrain.config.values import cache_bytes, parse_bytes, plain_value, value_of
 from dtrain.errors import InvalidConfig, did_you_mean
 
 Int = Annotated[int, Strict()]
@@ -58,6 +60,48 @@ class Slice(Table):
     step: Positive = 1
 
 
+def _sequence(given: Any) -> Any:
+    """Return a range or a one-dimensional array of Python as a list, anything else as it is."""
+    is_array = type(given).__module__ == "numpy" and getattr(given, "ndim", None) == 1
+    return list(given) if isinstance(given, range) else given.tolist() if is_array else given
+
+
+class DimSlice(Table):
+    """``{ start, stop, step }`` of a dimension, as a slice of Python: ends may be left out, or count from the end."""
+
+    start: Int = 0
+    stop: Int | None = None
+    step: Positive = 1
+    _listed: bool = PrivateAttr(False)
+
+    @property
+    def is_list(self) -> bool:
+        """Whether each index was named: then each of them must be there, whereas a slice may reach beyond the end."""
+        return self._listed
+
+
+def _selector(given: Any) -> Any:
+    """Return a slice as a table of `DimSlice`, and a list of indices as a `DimSlice`; anything else as it is."""
+    if isinstance(given, slice):
+        named = {"start": given.start, "stop": given.stop, "step": given.step}
+        return {key: plain_value(value) for key, value in named.items() if value is not None}
+    indices = _sequence(given)
+    return _slice_of_indices(list(indices)) if isinstance(indices, list | tuple) else given
+
+
+def _slice_of_indices(indices: list[Any]) -> DimSlice:
+    """Return the slice that selects the same indices as a list."""
+    if not all(type(index) is int for index in indices):
+        raise ValueError("a list holds integers only; allowed are an index, a start and a stop, or a list of indices")
+    first, last = (indices[0], indices[-1]) if indices else (0, -1)
+    step = indices[1] - first if len(indices) > 1 else 1
+    if not indices or step < 1 or indices != list(range(first, last + 1, step)) or first < 0 <= last:
+        raise ValueError("a list selects indices at equal intervals, upwards, such as [0, 1, 2] or [0, 5, 10]")
+    selected = DimSlice(start=first, stop=None if last == -1 else last + 1, step=step)
+    selected._listed = True
+    return selected
+
+
 class Store(Table):
     """One of several stores (federated data)."""
 
@@ -67,6 +111,8 @@ class Store(Table):
 
 
 Offsets = Int | tuple[Int, ...] | Slice
+Selector = Annotated[Int | DimSlice, BeforeValidator(_selector)]
+"""One index of a dimension, or a slice of it."""
 
 
 class SplitConfig(Table):
@@ -99,10 +145,10 @@ class DataConfig(Table):
     targets: tuple[str, ...] = ()
     storage_options: dict[str, Any] = Field(default={}, repr=False)
     group: str = ""
-    isel: dict[str, Int | Slice] = {}
+    isel: dict[str, Selector] = {}
     sample_dim: str = "auto"
-    input_offsets: Offsets = 0
-    target_offsets: Offsets = 0
+    input_offsets: Annotated[Offsets, BeforeValidator(_sequence)] = 0
+    target_offsets: Annotated[Offsets, BeforeValidator(_sequence)] = 0
     stride: Positive = 1
     patch: dict[str, Positive] = {}
     split: SplitConfig = SplitConfig()
@@ -247,6 +293,9 @@ class RunConfig(Table):
 class TrainConfig(Table):
     """The configuration of a run.
 
+    In Python the values of ``model``, ``train.loss``, ``train.metrics``, ``train.optimizer``, ``train.schedule`` and
+    ``data.transform`` may be functions; numbers may be NumPy's and paths `pathlib.Path`.
+
     Raises
     ------
     InvalidConfig
@@ -263,15 +312,29 @@ class TrainConfig(Table):
     stop: StopConfig = StopConfig()
     cluster: ClusterConfig = ClusterConfig()
     run: RunConfig = RunConfig()
+    _functions: Given = PrivateAttr(default_factory=dict)
 
     def __init__(self, /, **tables: Any) -> None:
+        named, functions = take_functions(plain_value(tables))
         try:
-            super().__init__(**tables)
+            super().__init__(**named)
         except ValidationError as error:
             raise InvalidConfig(*sentences(error, TrainConfig)) from None
+        self._functions = functions
         _check_values(self)
         check_plain(self)
         refuse_unbuilt(self, DEFAULTS)
+
+    @property
+    def functions(self) -> Mapping[str, Callable[..., Any]]:
+        """The functions that were given as such, by key; the keys themselves hold their names."""
+        return self._functions
+
+    def with_functions(self, functions: Mapping[str, Callable[..., Any]]) -> TrainConfig:
+        """Return the configuration with other functions beside it; without any it is as a file holds it."""
+        config = self.model_copy()
+        config._functions = dict(functions)
+        return config
 
 
 # Checks that pydantic's types cannot state ---------------------------------------------------
@@ -305,10 +368,15 @@ def _check_normalize(data: DataConfig) -> None:
 
 def _check_reported_names(metrics: Sequence[str]) -> None:
     """Refuse metrics whose values would be reported under one name."""
-    cure = "Give the function another name, or leave the metric out."
+    cure = 'Give the function another name (of a partial or an object: metric.__name__ = "q90"), or leave it out.'
     known: dict[str, str] = {}
     for name in metrics:
         key = metric_key(name)
+        if key == "<lambda>":
+            raise InvalidConfig(
+                "train.metrics: a lambda has no name that its values could be reported with.",
+                'Write a function with def, or give it one: metric.__name__ = "bias".',
+            )
         if key == "loss":
             raise InvalidConfig(f'train.metrics: "{name}" would be reported as val_loss, which is the loss.', cure)
         if key in known:

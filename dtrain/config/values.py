@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from datetime import date, time
 from typing import Any, TypeAlias
 
@@ -19,6 +20,25 @@ REDACTED = "***"
 """Shown in place of a secret."""
 
 TO_PLAIN: TypeAdapter[Any] = TypeAdapter(Any, config=ConfigDict(ser_json_inf_nan="constants"))
+
+
+def plain_value(value: Any) -> Any:
+    """Return a value that comes from Python in plain types: NumPy scalars as numbers, paths as text.
+
+    Values of other types stay as they are: the schema refuses them by name.
+
+    >>> from pathlib import PurePosixPath
+    >>> plain_value({"init": PurePosixPath("runs/a"), "rounds": range(3)})
+    {'init': 'runs/a', 'rounds': range(0, 3)}
+    """
+    if isinstance(value, Mapping):
+        return {plain_value(key): plain_value(inner) for key, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(plain_value(inner) for inner in value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    is_scalar = type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
+    return value.item() if is_scalar else value
 
 
 def value_of(config: BaseModel, key: str) -> Any:

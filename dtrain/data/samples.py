@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -15,7 +15,8 @@ import numpy as np
 from dtrain.config.names import IGNORED_CLASS
 from dtrain.config.schema import DataConfig, Offsets, Slice
 from dtrain.data.encoding import DType, Encoding, Scaling, unpack
-from dtrain.display import html_table
+from dtrain.display import html_table, shown
+from dtrain.errors import InvalidConfig
 
 MissingLabels: TypeAlias = Literal["ignored", "refused", "nan"]
 """A missing label is the ignored class; the same, but a fault unless ``data.non_finite`` is "allow"; or NaN."""
@@ -259,6 +260,8 @@ class Samples:
     """The patches that every row is cut into; a single tile of everything if rows are not cut."""
     store: StoreFacts = StoreFacts()
     """They decide how the store is read, and change no bit; not part of the fingerprint."""
+    transform: Callable[..., Any] | None = None
+    """The function of ``data.transform``, if it was given as such; the configuration holds its name."""
     coordinate: Coordinate | str = ""
     """Read to find jumps, if windows must not cross them; or why it cannot be; empty if it need not be. Not part of the
     fingerprint."""
@@ -385,13 +388,21 @@ class Samples:
         if len(self.tiles) > 1:
             size = " x ".join(f"{dim} {stop - start}" for dim, start, stop in self.tiles[0].ranges)
             lines.append(("patches", f"{len(self.tiles):,} a row, of {size}"))
-        return [*lines, ("store", self.path)]
+        return [*lines, ("store", shown(self.path))]
 
     def __repr__(self) -> str:
         return "<dtrain.Samples>\n" + "\n".join(f"  {label:<16} {text}" for label, text in self.rows())
 
     def _repr_html_(self) -> str:
         return html_table("dtrain.Samples", self.rows())
+
+
+def not_samples(value: object) -> InvalidConfig:
+    """Return the error for something in the place of samples."""
+    return InvalidConfig(
+        f"samples is a {type(value).__name__}, not what open_samples returns.",
+        "Give dtrain.open_samples(path, inputs=[...], targets=[...]).",
+    )
 
 
 def _labelled(config: DataConfig, v: Variable, missing: MissingLabels) -> Variable:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from dtrain.config.schema import DataConfig, Slice
+from dtrain.config.schema import DataConfig, DimSlice
 from dtrain.data.samples import Tile, Variable
 from dtrain.errors import InvalidConfig, LengthsDiffer, did_you_mean
 
@@ -66,7 +66,7 @@ def select_dims(config: DataConfig, sizes: Mapping[str, int], sample_dim: str) -
     """
     selected: Selected = {}
     for dim, wanted in config.isel.items():
-        text = f"data.isel.{dim} = {wanted if isinstance(wanted, int) else wanted.model_dump()}"
+        text = f"data.isel.{dim} = {wanted if isinstance(wanted, int) else wanted.model_dump(exclude_none=True)}"
         if dim not in sizes:
             raise InvalidConfig(
                 f"{text}: no such dimension{did_you_mean(dim, sizes)}", f"Dimensions are {', '.join(sizes)}."
@@ -93,9 +93,12 @@ def _one_place(text: str, dim: str, wanted: int, size: int, *, is_samples: bool)
     return place, place + 1, 1
 
 
-def _range(text: str, dim: str, wanted: Slice, size: int, *, is_samples: bool) -> tuple[int, int, int]:
+def _range(text: str, dim: str, wanted: DimSlice, size: int, *, is_samples: bool) -> tuple[int, int, int]:
     if is_samples and wanted.step != 1:
         raise InvalidConfig(f"{text}: a step along {dim} is not for isel.", "Use data.stride for every n-th row.")
+    last = size if wanted.stop is None else wanted.stop if wanted.stop >= 0 else wanted.stop + size
+    if wanted.is_list and not (-size <= wanted.start and last <= size):
+        raise InvalidConfig(f"{text}: {dim} has {size:,} places, counted from 0.")
     start, stop, step = slice(wanted.start, wanted.stop, wanted.step).indices(size)
     if start >= stop:
         raise InvalidConfig(

@@ -40,7 +40,9 @@ def open_samples(
     inputs, targets : list of str
         Variables that the model is called with, in order, and that the loss compares with.
     **data
-        The other keys of the table ``[data]``, for example ``split=dict(val=0.2, test=0.0)``.
+        The other keys of the table ``[data]``, for example ``split=dict(val=0.2, test=0.0)``,
+        ``isel=dict(time=slice(0, 500), level=3)`` or ``transform=augment``, a function of a batch and a
+        `torch.Generator`.
 
     Returns
     -------
@@ -64,7 +66,8 @@ def open_samples(
     if isinstance(inputs, str) or isinstance(targets, str):
         raise InvalidConfig("inputs and targets are lists of names.", 'Write inputs=["image"].')
     tables = {**data, "path": str(path), "inputs": tuple(inputs), "targets": tuple(targets)}
-    return describe(TrainConfig(data=tables).data, Path.cwd())
+    config = TrainConfig(data=tables)
+    return replace(describe(config.data, Path.cwd()), transform=config.functions.get("data.transform"))
 
 
 def describe(config: DataConfig, base: Path) -> Samples:

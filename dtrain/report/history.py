@@ -6,14 +6,9 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from dtrain.types import RoundResult
-
-if TYPE_CHECKING:  # it takes half a second
-    import xarray as xr
 
 Row = dict[str, Any]
 
@@ -59,26 +54,6 @@ def best_round(rows: Sequence[Mapping[str, Any]], metric: str = "val_loss", high
         return None
     sign = -1 if higher and key == metric else 1
     return int(min(scored, key=lambda pair: (sign * pair[0], pair[1]))[1])
-
-
-def dataset_of(rows: Sequence[Mapping[str, Any]]) -> xr.Dataset:
-    """Return the history as a Dataset over ``round``; ``replica_loss`` is over (round, replica)."""
-    import xarray as xr
-
-    numbers = [row["round"] for row in rows]
-    variables: dict[str, Any] = {}
-    for name in rows[0] if rows else ():
-        if name in ("event", "round"):
-            continue
-        values = [row.get(name) for row in rows]
-        if name == "params_sha256":
-            variables[name] = ("round", np.array(values, dtype=str))
-        elif name == "replica_loss":
-            variables[name] = (("round", "replica"), np.array(values, dtype=np.float64))
-        else:
-            dtype = np.int64 if all(isinstance(value, int) for value in values) else np.float64
-            variables[name] = ("round", np.array(values, dtype=dtype))
-    return xr.Dataset(variables, coords={"round": np.array(numbers, dtype=np.int64)})
 
 
 def _finite(value: float) -> float | None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from dtrain.display import number, width_of, wrapped
 from dtrain.events import (
     ChunksFilled,
     ClusterOpening,
@@ -23,6 +24,15 @@ from dtrain.events import (
     RunStarted,
     SegmentReplayed,
     StepsTaken,
+)
+from dtrain.report.lines import (
+    continuing_line,
+    fault_line,
+    opening_line,
+    round_line,
+    speed_of,
+    started_line,
+    steps_line,
 )
 from dtrain.types import RoundResult
 
@@ -76,24 +86,17 @@ class _Terminal:
 
     def __call__(self, event: Event) -> None:
         match event:
-            case ClusterOpening(run=run, scheduler=scheduler) if scheduler != "serial":
-                self._print(
-                    f"{run}: " + ("starting local workers" if scheduler == "local" else f"connecting to {scheduler}")
-                )
+            case ClusterOpening(scheduler=scheduler):
+                if scheduler != "serial":
+                    self._print(opening_line(event))
             case RunStarted():
                 self._start(event)
             case StepsTaken():
                 self._step(event)
             case RoundFinished(result):
                 self._advance(result)
-            case SegmentReplayed(round=number, reason=reason):
-                self._print(f"lost work with a worker; going on from round {number} ({_short(reason)})")
-            case ChunksFilled(variable=variable, chunks=chunks, of=of, value=value):
-                self._print(f"{chunks:,} of {of:,} chunks of {variable} are not stored and read as {value}")
-            case ReplicaRejected(round=number, replica=replica):
-                self._print(f"round {number}: replica {replica} is not finite and was left out of the average")
-            case RoundDamaged(round=number, reason=reason):
-                self._print(f"round {number} is damaged and was skipped: {reason}")
+            case ChunksFilled() | SegmentReplayed() | ReplicaRejected() | RoundDamaged():
+                self._print(fault_line(event))
             case RunFinished():
                 self._finish()
             case _ if self._verbose:
@@ -101,13 +104,13 @@ class _Terminal:
 
     def _start(self, event: RunStarted) -> None:
         self._rounds = event.rounds
-        continuing = f", continuing after round {event.round} of {event.rounds}" if event.round else ""
-        self._print(
-            f"{event.run}: {event.samples:,} training samples, {event.replicas} replicas on {event.workers} workers"
-            + continuing
-        )
+        self._print(started_line(event))
+        if event.round:
+            self._print(continuing_line(event))
         if event.dashboard:
-            self._print(f"dashboard {event.dashboard} · stop with Ctrl-C (committed rounds are kept)")
+            self._print(f"dashboard {event.dashboard}")
+        if not self._progress.disable:
+            self._print("Ctrl-C stops; committed rounds are kept")
         self._finish()
         self._task = self._progress.add_task("round", total=event.rounds, completed=event.round, note="")
 
@@ -115,24 +118,17 @@ class _Terminal:
         """Show the progress of the replicas in a long round: on the live line, else in a line now and then."""
         self._steps = {k: e for k, e in self._steps.items() if e.round == event.round}
         self._steps[event.replica] = event
-        shown = [self._steps[k] for k in sorted(self._steps)]
-        speed = sum(e.samples / e.seconds for e in shown)
-        label = f"round {event.round}" if event.round else "mean and standard deviation, units"
-        text = f"{label}: {_replicas(shown)}, {speed:,.0f} samples/s"
+        latest = [self._steps[k] for k in sorted(self._steps)]
+        text = steps_line(latest)
         if not event.round and not self._progress.disable:  # rounds have not begun
             if self._task is None:
                 self._task = self._progress.add_task("data", total=100, note="")
-            self._progress.update(self._task, completed=100 * sum(e.step / e.steps for e in shown) / len(shown))
+            self._progress.update(self._task, completed=100 * sum(e.step / e.steps for e in latest) / len(latest))
         if self._task is not None:
             self._progress.update(self._task, note=text)
         now = time.monotonic()
         if self._progress.disable and now - self._printed >= PLAIN_SECONDS:
             self._print(text)
-
-    def _speed(self) -> float:
-        """Return samples a second over the last rounds; single rounds end in bursts, as they are submitted ahead."""
-        seconds = sum(result.seconds for result in self._recent)
-        return sum(result.samples for result in self._recent) / max(seconds, 1e-9)
 
     def _advance(self, result: RoundResult) -> None:
         self._steps = {}
@@ -141,9 +137,7 @@ class _Terminal:
             self._progress.update(self._task, completed=result.round, note=_note(result))
         every = -(-self._rounds // MAX_LINES)
         if result.round % max(1, every) == 0 or result.round in (1, self._rounds):
-            losses = f"round {result.round:>{len(str(self._rounds))}}  train_loss {result.train_loss:.4f}"
-            metrics = "".join(f"  {name} {value:.4f}" for name, value in result.metrics.items())
-            self._print(f"{losses}{metrics}  {self._speed():,.0f} samples/s")
+            self._print(round_line(result, self._rounds, speed_of(self._recent), width_of(sys.stderr)))
 
     def _finish(self) -> None:
         if self._task is not None:
@@ -152,21 +146,10 @@ class _Terminal:
 
     def _print(self, text: str) -> None:
         self._printed = time.monotonic()
-        self._console.print(text, markup=False, soft_wrap=True)
-
-
-def _replicas(events: list[StepsTaken]) -> str:
-    """Return ``replica 0 7/10, replica 1 6/10`` for few replicas, the slowest and the fastest of many."""
-    if len(events) <= 4:
-        return ", ".join(f"replica {e.replica} {e.step}/{e.steps}" for e in events)
-    done = sorted(e.step / e.steps for e in events)
-    return f"{len(events)} replicas at {done[0]:.0%} to {done[-1]:.0%}"
+        lines = [text] if "\n" in text else wrapped(text, width_of(sys.stderr)).splitlines()
+        self._console.print("\n".join(lines), markup=False, soft_wrap=True)
 
 
 def _note(result: RoundResult) -> str:
     val = result.metrics.get("val_loss")
-    return f"train {result.train_loss:.4f}" + (f" val {val:.4f}" if val is not None else "")
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 100 else f"{text[:97]}..."
+    return f"train {number(result.train_loss)}" + (f" val {number(val)}" if val is not None else "")

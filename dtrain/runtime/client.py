@@ -16,12 +16,15 @@ from distributed.comm.core import CommClosedError
 
 from dtrain.errors import ClusterLost, DtrainError, one_line
 from dtrain.runtime.runner import SegmentLost
+from dtrain.runtime.workers import Pauses, check_running
 
 POLL_SECONDS = 0.5
 WORKERS_SECONDS = 1.0
 """How long the list of workers is cached; tasks pinned to a worker that is gone run elsewhere."""
 NO_WORKERS_SECONDS = 120.0
 """How long a cluster may be without any worker before the run gives up."""
+PAUSES_SECONDS = 10.0
+"""How often it is looked at whether all workers are paused, while results are waited for."""
 GONE = (
     KilledWorker,
     CommClosedError,
@@ -89,9 +92,14 @@ class TaskClient:
         try:
             return self._scatter(value, addresses)
         except (OSError, TimeoutError) as error:
+            if self.connected:
+                check_running(self.dask)  # Dask sends nothing to workers that are paused
             if not self._direct or not set(addresses) <= set(self.live()):
                 raise self.lost(error) from error
             self._direct = False
+        except GONE as error:
+            raise self.lost(error) from error
+        try:
             return self._scatter(value, addresses)
         except GONE as error:
             raise self.lost(error) from error
@@ -131,6 +139,7 @@ class TaskClient:
         for future in futures:
             future.add_done_callback(lambda _: done.release())
         left, deadline = len(futures), time.monotonic() + NO_WORKERS_SECONDS
+        pauses = Pauses(self.dask, NO_WORKERS_SECONDS)
         while left:
             if done.acquire(timeout=POLL_SECONDS):
                 left -= 1
@@ -138,6 +147,7 @@ class TaskClient:
                 if self.live():
                     deadline = time.monotonic() + NO_WORKERS_SECONDS
                 self._check_alive(deadline)
+                pauses.check(PAUSES_SECONDS)
             meanwhile()
 
     def cancel(self) -> None:

@@ -7,6 +7,7 @@ they are, and what the user changes in a notebook is seen by the next run.
 
 from __future__ import annotations
 
+import copy
 import io
 import sys
 import threading
@@ -35,17 +36,31 @@ def pickle_functions(functions: Functions, base: Path) -> bytes:
                 continue
             cloudpickle.register_pickle_by_value(module)
             registered.append(module)
-        written = io.BytesIO()
-        _Pickler(written).dump(dict(functions))
-        return written.getvalue()
+        return _pickled(dict(functions))
     except Exception as error:
+        failing = [key for key, function in functions.items() if not _can_be_sent(function)]
         raise UserCodeFailed(
-            f"The functions {', '.join(functions)} cannot be sent to the workers: {short_line(error)}",
-            "Define what they use inside them or in a module; open files, locks and clients cannot travel.",
+            f"The function given as {', '.join(failing or functions)} cannot be sent to the workers: "
+            f"{short_line(error)}",
+            "Define what it uses inside it or in a module; open files, locks and clients cannot travel.",
         ) from error
     finally:
         for module in registered:
             cloudpickle.unregister_pickle_by_value(module)
+
+
+def _pickled(value: object) -> bytes:
+    written = io.BytesIO()
+    _Pickler(written).dump(value)
+    return written.getvalue()
+
+
+def _can_be_sent(function: Callable[..., Any]) -> bool:
+    try:
+        _pickled(function)
+    except Exception:  # whatever its parts raise
+        return False
+    return True
 
 
 def _reduce_code(code: CodeType) -> tuple[Any, ...]:
@@ -89,7 +104,8 @@ _LOCK = threading.Lock()
 @contextmanager
 def sent(functions: Functions, base: Path) -> Iterator[bytes]:
     """Give the functions as bytes; in this process `unpickle_functions` returns the functions themselves meanwhile."""
-    code, live = pickle_functions(functions, base), dict(functions)
+    code = pickle_functions(functions, base)
+    live = {key: function if key == "model" else _own_copy(function) for key, function in functions.items()}
     with _LOCK:
         _LIVE.setdefault(code, []).append(live)
     try:
@@ -99,6 +115,17 @@ def sent(functions: Functions, base: Path) -> Iterator[bytes]:
             _LIVE[code] = [other for other in _LIVE[code] if other is not live]
             if not _LIVE[code]:
                 del _LIVE[code]
+
+
+def _own_copy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a copy of an object that a run calls: what it counts or collects stays out of the user's own one.
+
+    Functions and classes are returned themselves, and so is an object that cannot be copied.
+    """
+    try:
+        return copy.deepcopy(function)
+    except Exception:  # whatever its parts raise
+        return function
 
 
 def live_functions(code: bytes) -> dict[str, Callable[..., Any]] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 from collections.abc import Iterator
@@ -19,8 +20,11 @@ from distributed.system import MEMORY_LIMIT
 
 from dtrain.config.schema import ClusterConfig
 from dtrain.config.values import parse_bytes
-from dtrain.errors import ClusterUnreachable, ClusterUnsuitable, InvalidConfig
+from dtrain.errors import ClusterUnreachable, ClusterUnsuitable, DtrainError, InvalidConfig, one_line
 from dtrain.runtime import forkserver, versions
+from dtrain.runtime.dashboard import dashboard_link
+from dtrain.runtime.where import check_local_start, no_such_place, scheduler_text, with_protocol
+from dtrain.runtime.workers import first_workers, most_workers
 
 cloudpickle.register_pickle_by_value(versions)  # so that workers without dtrain answer too
 
@@ -48,9 +52,12 @@ class Connection:
 
     client: Client
     num_workers: int
+    """Workers that are there."""
     worker_memory: int
     """Bytes: the smallest memory limit of a worker."""
     dashboard: str
+    most_workers: int = 0
+    """Workers that an adaptive cluster may grow to; 0 if that is not known."""
 
 
 @contextmanager
@@ -74,6 +81,8 @@ def open_cluster(config: ClusterConfig, base: Path, client: Client | None = None
     InvalidConfig
         The address is not allowed.
     """
+    check_cluster(config, base, client)
+    config = config.model_copy(update={"scheduler": with_protocol(config.scheduler)})
     if client is not None:
         yield _connection(client, started=False)
     elif config.scheduler == "local":
@@ -82,6 +91,18 @@ def open_cluster(config: ClusterConfig, base: Path, client: Client | None = None
     else:
         with _connected(config, base) as remote:
             yield _connection(remote, started=False)
+
+
+def check_cluster(config: ClusterConfig, base: Path, client: Client | None = None) -> None:
+    """Refuse what can be seen to be no usable cluster before anything is started; arguments as of `open_cluster`."""
+    if client is not None:
+        scheduler_text(client)
+    elif config.scheduler == "local":
+        check_local_start()
+    elif "://" in (address := with_protocol(config.scheduler)):
+        _check_address(config, address)
+    elif not Path(base, config.scheduler).expanduser().is_file():
+        raise no_such_place(config.scheduler)
 
 
 def local_workers(config: ClusterConfig) -> int:
@@ -120,15 +141,7 @@ def _connected(config: ClusterConfig, base: Path) -> Iterator[Client]:
     address = config.scheduler
     options: dict[str, Any] = {"address": address}
     if "://" not in address:
-        file = Path(base, address).expanduser()
-        if not file.is_file():
-            raise ClusterUnreachable(
-                f'cluster.scheduler = "{address}": no such scheduler file.',
-                'Allowed are "local", "serial", an address such as tcp://127.0.0.1:8786, or a scheduler file.',
-            )
-        options = {"scheduler_file": str(file)}
-    else:
-        _check_address(config, address)
+        options = {"scheduler_file": str(Path(base, address).expanduser())}
     try:
         client = Client(**options, timeout=CONNECT_TIMEOUT)
     except (OSError, TimeoutError, ValueError, TypeError, KeyError, AssertionError) as error:  # of a half-written file
@@ -161,27 +174,24 @@ def _is_loopback(host: str) -> bool:
 
 def _connection(client: Client, *, started: bool) -> Connection:
     """Wait for a worker, and compare versions, unless dtrain has just started the cluster."""
+    address = client.scheduler.address
     try:
-        client.wait_for_workers(1, timeout=WORKERS_TIMEOUT)
-    except TimeoutError:
+        states = first_workers(client, WORKERS_TIMEOUT)
+        if not started:
+            check_versions(client.run(versions.versions))
+    except (OSError, TimeoutError, RuntimeError, AttributeError, asyncio.CancelledError) as error:
+        if isinstance(error, DtrainError):
+            raise
         raise ClusterUnreachable(
-            f"The scheduler at {client.scheduler.address} has no worker after {WORKERS_TIMEOUT:.0f} s.",
-            "Start one with `dask worker ADDRESS`.",
-        ) from None
-    if not started:
-        check_versions(client.run(versions.versions))
-    workers = client.run(_memory_limit)
+            f"The Dask scheduler at {address} does not answer: {one_line(error)}", "Start a new cluster."
+        ) from error
     return Connection(
         client=client,
-        num_workers=len(workers),
-        worker_memory=min(limit or int(MEMORY_LIMIT) for limit in workers.values()),
-        dashboard=client.dashboard_link or "",
+        num_workers=len(states),
+        worker_memory=min(state.limit or int(MEMORY_LIMIT) for state in states),
+        dashboard=dashboard_link(client),
+        most_workers=most_workers(client),
     )
-
-
-def _memory_limit(dask_worker: Any) -> int | None:
-    limit: int | None = dask_worker.memory_manager.memory_limit
-    return limit
 
 
 def check_versions(by_worker: dict[str, dict[str, str]]) -> None:

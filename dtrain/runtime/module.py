@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from dtrain.errors import NotAModule
+from dtrain.config.functions import described
+from dtrain.errors import InvalidConfig, NotAModule
 from dtrain.runtime.usercode import user_code
 
 
@@ -46,6 +49,31 @@ def check_builder(build: Callable[..., object]) -> None:
             f"The model is a module, an instance of {kind}; dtrain needs a function that builds it.",
             f"Give the class and model_args, or a function: def build(): return {kind}(...).",
         )
+
+
+def check_loss(loss: Callable[..., object]) -> None:
+    """Refuse a loss whose parameters would stay as they are.
+
+    Raises
+    ------
+    InvalidConfig
+        It is a module with parameters that require a gradient.
+    """
+    named = loss.named_parameters() if isinstance(loss, nn.Module) else ()
+    if trainable := [name for name, parameter in named if parameter.requires_grad]:
+        raise InvalidConfig(
+            f"train.loss is {described(loss)} with parameters of its own ({', '.join(trainable[:3])}): only the "
+            "model's are trained.",
+            "Make them part of the model, or call loss.requires_grad_(False).",
+        )
+
+
+def modules_on_device(functions: dict[str, Callable[..., Any]], device: str) -> dict[str, Callable[..., Any]]:
+    """Return functions; those that are modules, such as losses with class weights, are copied to the device."""
+    return {
+        key: copy.deepcopy(function).to(device) if isinstance(function, nn.Module) and device != "cpu" else function
+        for key, function in functions.items()
+    }
 
 
 @contextmanager

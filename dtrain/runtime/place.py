@@ -15,7 +15,7 @@ from distributed.system import MEMORY_LIMIT
 from dtrain.config.schema import ClusterConfig
 from dtrain.errors import ClusterUnsuitable
 from dtrain.runtime.cluster import ClusterRunner
-from dtrain.runtime.connect import Connection, open_cluster
+from dtrain.runtime.connect import Connection, check_cluster, open_cluster
 from dtrain.runtime.runner import Runner
 from dtrain.runtime.serial import SerialRunner
 from dtrain.runtime.spec import RunSpec, Source
@@ -98,8 +98,8 @@ class ClusterPlace:
 
     @property
     def num_workers(self) -> int:
-        """Workers, at the start."""
-        return self.connection.num_workers
+        """Workers, at the start; of an adaptive cluster those that it may grow to."""
+        return max(self.connection.num_workers, self.connection.most_workers)
 
     @property
     def shares(self) -> int:
@@ -162,6 +162,20 @@ def _open_cluster(config: ClusterConfig, base: Path, client: Client | None = Non
 
 PLACES: dict[str, OpenPlace] = {"serial": _open_serial}
 """By ``cluster.scheduler``; any other value names a Dask cluster."""
+PLACE_NAMES = ("local", *PLACES)
+"""Values of ``cluster.scheduler`` that are neither an address nor a file."""
+
+
+def check_place(config: ClusterConfig, base: Path, client: Client | None = None) -> None:
+    """Refuse what can be seen to be no usable place, before anything is started or written.
+
+    Raises
+    ------
+    ClusterUnreachable, InvalidConfig
+        There is no such cluster, or it may not be used.
+    """
+    if client is not None or config.scheduler not in PLACES:
+        check_cluster(config, base, client)
 
 
 def open_place(config: ClusterConfig, base: Path, client: Client | None = None) -> AbstractContextManager[Place]:

@@ -13,6 +13,7 @@ from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from distributed import WorkerPlugin, get_worker
+from distributed.core import Status
 
 from dtrain.algorithm.average import Combined, Update, combine, model_of, summarise
 from dtrain.algorithm.evaluate import Sums
@@ -47,7 +48,12 @@ class RunPlugin(WorkerPlugin):  # type: ignore[misc]
     async def setup(self, worker: Any) -> None:
         """Prepare a worker."""
         install(self.spec)
+        is_new = not RESOURCE.keys() <= worker.state.total_resources.keys()
         await worker.set_resources(**RESOURCE)
+        if is_new and worker.status == Status.running:
+            # the scheduler gives tasks that found no worker to one that begins to run, not to one that gets resources
+            worker.status = Status.paused
+            worker.status = Status.running
 
     async def teardown(self, worker: Any) -> None:
         """Forget the run, and wait a while for its loaders to be closed."""

@@ -31,7 +31,7 @@ from dtrain.data.plan.partition import Partition, eval_partitions
 from dtrain.data.plan.splits import SplitName
 from dtrain.data.read.units import UnitReader
 from dtrain.runtime.codebytes import live_functions, unpickle_functions
-from dtrain.runtime.module import build_module
+from dtrain.runtime.module import build_module, modules_on_device
 from dtrain.runtime.spec import PlannedSource, RunSpec
 from dtrain.runtime.usercode import user_code
 from dtrain.types import Cursor
@@ -84,9 +84,9 @@ class Resident:
     def functions(self) -> dict[str, Callable[..., Any]]:
         """The user's functions by config key."""
         if self._live is not None:
-            return self._live
+            return modules_on_device(self._live, self.spec.device)
         with user_code("Loading the code of the run"):
-            return unpickle_functions(self.spec.code)
+            return modules_on_device(unpickle_functions(self.spec.code), self.spec.device)
 
     @cached_property
     def recipe(self) -> Recipe:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dtrain.config.functions import METRICS, described
+from dtrain.config.names import metric_key
 from dtrain.errors import DtrainError, InvalidConfig, OutOfMemory, UserCodeFailed, did_you_mean, one_line
 from dtrain.runtime.modules import file_in, is_installed, is_local, is_shadowed
 
@@ -32,11 +36,8 @@ def load_function(key: str, reference: str, base: Path) -> Callable[..., Any]:
     module_name, colon, name = reference.partition(":")
     if not colon or not name:
         raise InvalidConfig(f'{key} = "{reference}": write it as "module:function".')
-    if module_name == "__main__":
-        raise InvalidConfig(
-            f'{key} = "{reference}" was defined in a notebook or script, and is not there any more.',
-            "Give the function again: dtrain.load_run(path, model=build).",
-        )
+    if is_unfindable(reference):
+        raise unfindable({key: reference})
     stem = base.joinpath(*module_name.split("."))
     local = file_in(base, module_name) is not None
     _forget_others(base.resolve(), module_name)
@@ -52,6 +53,27 @@ def load_function(key: str, reference: str, base: Path) -> Callable[..., Any]:
             )
     with user_code(f'Importing {module_name} for {key} = "{reference}"'):
         module = _import_from(base.resolve(), module_name) if local else importlib.import_module(module_name)
+    return _function_in(module, key, reference)
+
+
+def imported_function(key: str, reference: str) -> Callable[..., Any] | None:
+    """Return the function that ``module:function`` names, if the program has imported a module of the user's by it.
+
+    Nothing is imported: the name may come from elsewhere. Nor are installed packages looked at, since it could mean any
+    of their functions.
+    """
+    module = sys.modules.get(reference.partition(":")[0])
+    file = getattr(module, "__file__", None)
+    if module is None or not file or is_installed(Path(file)):
+        return None
+    try:
+        return _function_in(module, key, reference)
+    except InvalidConfig:  # it was defined inside another function
+        return None
+
+
+def _function_in(module: ModuleType, key: str, reference: str) -> Callable[..., Any]:
+    module_name, _, name = reference.partition(":")
     value: Any = module
     for part in name.split("."):
         value = getattr(value, part, None)
@@ -63,6 +85,41 @@ def load_function(key: str, reference: str, base: Path) -> Callable[..., Any]:
         )
     function: Callable[..., Any] = value
     return function
+
+
+def is_unfindable(reference: str) -> bool:
+    """Whether a function was given in Python and is found under no name: of a notebook, a lambda, an object."""
+    return reference.startswith("__main__:") or reference.endswith(("()", "<lambda>"))
+
+
+def unfindable(references: Mapping[str, str], run: str = "path", then: str = "") -> InvalidConfig:
+    """Return the error for functions that only the Python program has that they were given in.
+
+    Parameters
+    ----------
+    references : mapping of str to str
+        Their names by config key.
+    run : str
+        How Python writes the run's path.
+    then : str
+        What is called on the run.
+    """
+    named = ", ".join(f'{METRICS if key.startswith(METRICS) else key} = "{name}"' for key, name in references.items())
+    typed = all(name.startswith("__main__:") for name in references.values())
+    one = len(references) == 1
+    return InvalidConfig(
+        f"{named} {'was' if one else 'were'} {'defined in a notebook or script' if typed else 'given in Python'}: "
+        f"{'it is' if one else 'they are'} not found by name.",
+        f"Give {'it' if one else 'them'} again in Python: dtrain.load_run({run}, {_arguments(references)}){then}.",
+    )
+
+
+def _arguments(references: Mapping[str, str]) -> str:
+    """Return the arguments of `load_run` that give functions, as a program most likely writes them."""
+    single = {key.rpartition(".")[2]: name for key, name in references.items() if not key.startswith(METRICS)}
+    arguments = [f"{key}={key if '<' in metric_key(name) else metric_key(name)}" for key, name in single.items()]
+    metrics = [metric_key(name) for key, name in references.items() if key.startswith(METRICS)]
+    return ", ".join([*arguments, *([f"metrics=[{', '.join(metrics)}]"] if metrics else [])])
 
 
 def _import_from(base: Path, name: str) -> ModuleType:
@@ -94,6 +151,73 @@ def _forget_others(base: Path, name: str) -> None:
     for other in doomed:
         sys.modules.pop(other, None)
         _IMPORTED.pop(other, None)
+
+
+# What a function must be ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """How dtrain calls a function of a key."""
+
+    arguments: tuple[str, ...]
+    returns: str
+
+    def __str__(self) -> str:
+        return f"({', '.join(self.arguments)}) -> {self.returns}"
+
+
+CALLS = {
+    "train.loss": _Call(("outputs", "targets"), "the mean over the batch"),
+    METRICS: _Call(("outputs", "targets"), "the mean over the batch"),
+    "train.schedule": _Call(("step", "total"), "factor on the learning rate"),
+    "train.optimizer": _Call(("parameters",), "torch.optim.Optimizer"),
+    "data.transform": _Call(("batch", "generator"), "batch"),
+}
+"""By config key."""
+
+
+def checked_function(key: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function if it can be called as dtrain calls that of a key.
+
+    Raises
+    ------
+    InvalidConfig
+        It is a class in place of an object, a schedule of torch, or takes other arguments.
+    """
+    key = METRICS if key.startswith(METRICS) else key
+    call = CALLS.get(key)
+    if call is None:
+        return function
+    if _is_of(function, "torch.optim.lr_scheduler"):
+        raise InvalidConfig(
+            f"{key} is {described(function)} of torch, which counts its own steps.",
+            f"Write a function {call}, for example lambda step, total: 0.99**step.",
+        )
+    if isinstance(function, type) and key != "train.optimizer":
+        raise InvalidConfig(
+            f"{key} is {described(function)}; a function {call} is needed, or an object that is called so.",
+            f"Make the object: {function.__name__}(...).",
+        )
+    try:
+        signature = inspect.signature(getattr(function, "forward", function))
+    except (TypeError, ValueError):  # of a function written in C
+        return function
+    bind = signature.bind_partial if key == "train.optimizer" else signature.bind  # it also gets train.optimizer_args
+    try:
+        bind(*call.arguments)
+    except TypeError as error:
+        raise InvalidConfig(
+            f"{key} is {described(function)}{signature}, which cannot be called with {len(call.arguments)} "
+            f"{'argument' if len(call.arguments) == 1 else 'arguments'}: {error}.",
+            f"It is called as {call}.",
+        ) from None
+    return function
+
+
+def _is_of(value: Any, module: str) -> bool:
+    kind = value if isinstance(value, type) else type(value)
+    return any(base.__module__.startswith(module) for base in kind.__mro__)
 
 
 def _is_stale(imported_from: Path, file: Path, text: bytes, base: Path) -> bool:

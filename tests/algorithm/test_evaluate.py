@@ -165,7 +165,7 @@ def test_a_metric_over_several_targets_counts_the_first():
 
 
 def test_metrics_are_reported_by_the_name_of_the_function():
-    assert metric_key("mine:skill.score") == "skill.score"
+    assert metric_key("mine:skill.score") == "score"
     assert metric_key("accuracy") == "accuracy"
 
 

@@ -29,9 +29,10 @@ def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     for name in ("FORCE_COLOR", "NAP", "PY_COLORS", "GITHUB_ACTIONS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(output, "WAITING_SECONDS", 600.0)  # a busy machine is slow
-    loaded, level = dict(sys.modules), logging.getLogger("dtrain").level
+    loaded, logger = dict(sys.modules), logging.getLogger("dtrain")
+    level = logger.level
     yield
-    logging.getLogger("dtrain").setLevel(level)  # --quiet raises it
+    logger.setLevel(level)  # -q sets it
     for name in [n for n in sys.modules if n not in loaded and n.partition(".")[0] in ("model", "other")]:
         del sys.modules[name]
 

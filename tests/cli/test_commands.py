@@ -17,7 +17,7 @@ COMMANDS = {
     "plan": {"CONFIG", "--set", "--scheduler", "--full"},
     "train": {"CONFIG", "--run", "--set", "--scheduler", "--max-time"},
     "status": {"RUN", "--watch"},
-    "eval": {"RUN", "--data", "--split", "--round", "--scheduler", "--set"},
+    "eval": {"RUN", "--data", "--split", "--round", "--scheduler", "--set", "--project", "--trust-code"},
     "config show": {"CONFIG|RUN", "--set"},
     "config schema": set(),
 }

@@ -4,13 +4,15 @@ import io
 import json
 import os
 import pty
+import re
 import subprocess
 import threading
 
+import numpy as np
 import pytest
 
 from dtrain_cli import output
-from tests.cli.helpers import SCRIPT, objects
+from tests.cli.helpers import MODEL, SCRIPT, objects
 
 ESCAPE = "\x1b"
 
@@ -213,3 +215,46 @@ def test_what_is_quick_or_quiet_is_not_said(monkeypatch, capsys, options, second
     with output.waiting(options, "reading"):
         pass
     assert capsys.readouterr().err == ""
+
+
+# Columns ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["plan", "status", "eval"])
+def test_results_fit_eighty_columns(cli, project, name):
+    arrays = {"x": {"dims": ("sample", "a_dimension_with_a_very_long_name"), "values": np.zeros((60, 3), "f4")}}
+    arrays["x"]["chunks"] = (20, 3)
+    job = project(arrays=arrays)
+    assert cli("-q", "train", job.config).code == 0
+    outcome = cli(*commands(job)[name])
+    assert outcome.code == 0, outcome.err
+    assert max(map(len, outcome.out.splitlines())) <= 80
+
+
+def test_an_error_is_wrapped_on_a_terminal_only(cli, job, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    plain = cli("train", job.config, "--set", "train.lr=3").err
+    assert len(plain.splitlines()) == 1
+    monkeypatch.setenv("COLUMNS", "60")
+    fitted = cli("train", job.config, "--set", "train.lr=3").err
+    assert max(map(len, fitted.splitlines())) <= 60
+    assert fitted.split() == plain.split()
+    code, _, said = at_a_terminal("train", job.config, "--set", "train.lr=3", COLUMNS="72")
+    assert code == 3
+    assert max(len(line.replace(ESCAPE + "[31m", "").replace(ESCAPE + "[0m", "")) for line in said.splitlines()) <= 72
+
+
+def test_small_losses_are_not_printed_as_nothing(cli, project, tmp_path):
+    model = MODEL + "\n\ndef tiny(outputs, targets):\n    return 1e-9 * outputs.square().mean()\n"
+    job = project({"train": {"loss": "model:tiny", "metrics": []}}, model=model)
+    outputs = [cli("train", job.config), cli("plan", job.config), cli("status", job.run), cli("eval", job.run)]
+    for outcome in outputs:
+        text = outcome.out + outcome.err
+        assert outcome.code == 0, text
+        assert re.search(r"loss\S*:? .*e-\d\d", text), text
+        assert not re.search(r"loss 0\.0+\b", text), text
+
+
+def test_a_path_with_a_detour_is_shown_without(cli, job):
+    outcome = cli("plan", job.config, "--set", "data.path=job/../job/train.zarr")
+    assert re.search(r"^store +job/train.zarr$", outcome.out, re.MULTILINE)

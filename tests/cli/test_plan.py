@@ -101,7 +101,7 @@ def test_the_numbers_in_words(cli, project):
         "cross_entropy of one real batch: 1.",
         "3 local steps a replica, batch 8: 48 samples, 2 rounds",
         "352 B averaged a round, 176 B a commit",
-        "auto average.replicas  2: the smaller of 2 workers and the units of the store",
+        "auto average.replicas  2 (the smaller of 2 workers and the units of the store)",
     ]:
         assert words in outcome.out
     assert outcome.err == f"nothing was written; next: dtrain train {job.config}\n"

@@ -167,7 +167,7 @@ def test_names_that_no_run_may_have(cli, project, name, tmp_path):
     before = tree(tmp_path)
     outcome = cli("--json", "train", job.config, "--run", name)
     assert outcome.code == last(outcome)["code"] == 2
-    assert f'--run "{name}"' in last(outcome)["message"]
+    assert f'run "{name}"' in last(outcome)["message"]
     assert tree(tmp_path) == before
 
 

@@ -293,7 +293,6 @@ def test_epochs_and_steps_together_are_refused():
     ("value", "said"),
     [
         (None, "null"),
-        (np.int64(3), "a int64"),
         (np.ones(2), "a ndarray"),
         (print, "a builtin_function_or_method"),
         (b"x", "a bytes"),
@@ -435,3 +434,80 @@ def test_normalize_of_another_kind_is_refused(given, said):
 def test_normalize_names_inputs_or_targets():
     with pytest.raises(InvalidConfig, match='data.normalize names "imag", .* did you mean "image"'):
         TrainConfig(data={"inputs": ["image"], "targets": ["y"], "normalize": ["imag"]})
+
+
+# Values of Python ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        (slice(0, 500), {"start": 0, "stop": 500, "step": 1}),
+        (slice(10), {"start": 0, "stop": 10, "step": 1}),
+        (slice(-10, None), {"start": -10, "stop": None, "step": 1}),
+        (slice(np.int64(2), np.int32(9), np.uint8(3)), {"start": 2, "stop": 9, "step": 3}),
+        (range(2, 10, 4), {"start": 2, "stop": 7, "step": 4}),
+        ([0, 1, 2], {"start": 0, "stop": 3, "step": 1}),
+        ((3,), {"start": 3, "stop": 4, "step": 1}),
+        ([-3, -2, -1], {"start": -3, "stop": None, "step": 1}),
+        ([-4, -2], {"start": -4, "stop": -1, "step": 2}),
+        (np.arange(4), {"start": 0, "stop": 4, "step": 1}),
+        ({"stop": np.int64(5)}, {"start": 0, "stop": 5, "step": 1}),
+        ({"start": 5}, {"start": 5, "stop": None, "step": 1}),
+        (np.int16(-2), -2),
+    ],
+)
+def test_isel_takes_what_xarray_takes(given, part):
+    config = TrainConfig(data={"isel": {"t": given}})
+    assert config.model_dump()["data"]["isel"] == {"t": part}
+    stored = TrainConfig(**tomllib.loads(to_toml(config)))
+    assert list(flat_values(stored)) == list(flat_values(config))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([0, 1, 3], "data.isel.t: a list selects indices at equal intervals, upwards"),
+        ([2, 1], "data.isel.t: a list selects indices at equal intervals, upwards"),
+        ([-2, -1, 0], "data.isel.t: a list selects indices at equal intervals, upwards"),
+        (range(5, 1, -1), "data.isel.t: a list selects indices at equal intervals, upwards"),
+        ([], "data.isel.t: a list selects indices at equal intervals, upwards"),
+        (np.array([True, False]), "data.isel.t: a list holds integers only"),
+        ([0.0, 1.0], "data.isel.t: a list holds integers only"),
+        (slice(5, 1, -1), "data.isel.t.step = -1: input should be greater than or equal to 1"),
+        (slice("2000", "2001"), 'data.isel.t.start = "2000": input should be a valid integer'),
+        (1.5, "data.isel.t = 1.5: input should be a valid integer or a table"),
+        (True, "data.isel.t = true: input should be a valid integer or a table"),
+    ],
+)
+def test_isel_of_another_kind_is_refused(given, said):
+    assert refused(data={"isel": {"t": given}}).startswith(said)
+
+
+def test_numbers_of_numpy_paths_and_ranges_are_taken_as_python_has_them(tmp_path):
+    config = TrainConfig(
+        model_args={"width": np.int64(3), "deep": [np.float64(0.5), {"on": np.bool_(True)}], "name": np.str_("a")},
+        data={
+            "path": tmp_path / "a.zarr",
+            "val_path": tmp_path / "b.zarr",
+            "input_offsets": range(-2, 1),
+            "target_offsets": np.array([1, 2]),
+            "patch": {"lat": np.int32(8)},
+            "split": {"val": np.float32(0.25), "test": np.int64(0)},
+        },
+        train={
+            "rounds": np.int64(7),
+            "seed": np.uint32(3),
+            "init": tmp_path,
+            "optimizer_args": {"lr": np.float64(0.1)},
+        },
+        average={"replicas": np.int16(2)},
+        run={"dir": tmp_path},
+    )
+    assert config.model_args == {"width": 3, "deep": [0.5, {"on": True}], "name": "a"}
+    assert (config.data.path, config.data.val_path) == (str(tmp_path / "a.zarr"), str(tmp_path / "b.zarr"))
+    assert (config.data.input_offsets, config.data.target_offsets) == ((-2, -1, 0), (1, 2))
+    assert (config.data.patch, config.data.split.val) == ({"lat": 8}, 0.25)
+    assert (config.train.rounds, config.train.seed, config.train.init) == (7, 3, str(tmp_path))
+    assert (config.average.replicas, config.run.dir) == (2, str(tmp_path))
+    assert TrainConfig(**tomllib.loads(to_toml(config))) == config

@@ -5,10 +5,12 @@ import math
 
 import numpy as np
 import pytest
+import xarray as xr
 
 from dtrain.events import ReplicaRejected, RoundCommitted, RoundFinished, RunFinished, RunStarted
 from dtrain.files import append_line
-from dtrain.report.history import best_round, dataset_of, read_rows, row_of
+from dtrain.report.dataset import dataset_of
+from dtrain.report.history import best_round, read_rows, row_of
 from dtrain.report.journal import cut_history, journal
 from tests.report.helpers import result_of
 
@@ -197,3 +199,24 @@ def test_rounds_go_to_the_history_and_faults_and_commits_to_the_events(tmp_path)
     assert (rejected.pop("time")[:2], rejected) == ("20", {"event": "ReplicaRejected", "round": 1, "replica": 3})
     assert committed["event"] == "RoundCommitted"
     assert (committed["round"], committed["bytes"], committed["seconds"]) == (1, 10, 0.5)
+
+
+# pandas -----------------------------------------------------------------------------------------------------------
+
+
+def test_pandas_has_a_row_a_round_and_scalars_only():
+    history = dataset_of([row_of(result_of(1)), row_of(result_of(2, metrics={}))])
+    frame = history.to_pandas()
+    assert list(frame.index) == [1, 2]
+    assert frame.index.name == "round"
+    assert list(frame.columns) == [
+        name for name in row_of(result_of()) if name not in ("event", "round", "replica_loss")
+    ]
+    assert frame.val_loss.isna().tolist() == [False, True]  # a round without an evaluation
+    assert history.replica_loss.to_pandas().shape == (2, 2)
+    assert isinstance(history, xr.Dataset)
+    assert history.isel(round=[0]).to_pandas().shape == (1, len(frame.columns))
+
+
+def test_pandas_of_no_round():
+    assert dataset_of([]).to_pandas().empty

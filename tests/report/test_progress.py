@@ -36,8 +36,7 @@ def test_a_run_prints_its_size_and_a_line_a_round(capsys: pytest.CaptureFixture[
 
 
 def test_a_continued_run_says_where(capsys: pytest.CaptureFixture[str], started: RunStarted) -> None:
-    (line,) = printed(capsys, replace(started, round=2))
-    assert line.endswith(", continuing after round 2 of 3")
+    assert printed(capsys, replace(started, round=2))[1:] == ["continuing after round 2 of 3"]
 
 
 def test_a_long_run_prints_some_of_its_rounds(capsys: pytest.CaptureFixture[str], started: RunStarted) -> None:
@@ -82,3 +81,39 @@ def test_without_a_terminal_a_long_round_says_so_now_and_then(
             show(StepsTaken(round=7, replica=replica, step=step, steps=10, samples=step * 50, seconds=0.5))
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["round 7: replica 0 3/10, 300 samples/s", "round 7: replica 0 3/10, replica 1 2/10, 500 samples/s"]
+
+
+# Columns ----------------------------------------------------------------------------------------------------------
+
+
+def test_lines_fit_eighty_columns(capsys: pytest.CaptureFixture[str], started: RunStarted) -> None:
+    values = {"val_loss": 0.25, "val_accuracy": 0.5, "val_mean_absolute_error": 1e-7, "val_top_5": 2.5e6}
+    long = replace(started, run="runs/" + "a" * 40, dashboard="http://127.0.0.1:12345/status", round=1)
+    many = RoundFinished(result_of(2, metrics=values, samples=10**9, train_loss=3e-5))
+    lost = SegmentReplayed(round=2, reason="worker tcp://127.0.0.1:40000 is gone " * 3)
+    lines = printed(capsys, long, many, lost, RoundCommitted(round=3, bytes=9**9, seconds=0.123456789), verbose=True)
+    assert max(map(len, lines)) <= 80
+    text = " ".join(" ".join(lines).split())
+    assert "train_loss 3.000e-05 val_loss 0.2500 val_accuracy 0.5000 val_mean_absolute_error 1.000e-07" in text
+    assert "val_top_5 2.500e+06" in text
+    assert "  val_mean_absolute_error 1.000e-07" in "\n".join(lines)  # names and values stay together
+
+
+def test_a_wider_terminal_is_used(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, started: RunStarted
+) -> None:
+    values = {"val_loss": 0.25, "val_accuracy": 0.5, "val_auc": 0.75}
+    for columns, count in ((40, 4), (100, 1)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = printed(capsys, RoundFinished(result_of(2, metrics=values)))
+        assert len(lines) == count
+        assert max(map(len, lines)) <= columns
+
+
+def test_the_usual_line_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"val_loss": 0.25, "val_accuracy": 0.5}
+    events = [RoundFinished(result_of(10, metrics=values, samples=n)) for n in (10, 10**6)]
+    assert printed(capsys, *events) == [
+        "round 10  train_loss 0.5000  val_loss 0.2500  val_accuracy 0.5000  8/s",
+        "round 10  train_loss 0.5000  val_loss 0.2500  val_accuracy 0.5000  405,004/s",
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from tests.runtime import models
 
 
 def loader_threads() -> list[str]:
+    gc.collect()  # an earlier test may have left a loader in a cycle
     return [thread.name for thread in threading.enumerate() if thread.name.startswith(("dtrain-assemble", "dtrain-r"))]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dtrain_cli.arguments import SCHEDULER, SET, absolute_scheduler, start_workers_early
+from dtrain_cli.arguments import PROJECT, SCHEDULER, SET, TRUST_CODE, absolute_scheduler, start_workers_early
 from dtrain_cli.output import Options, result, say, shown, table, waiting
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ app = typer.Typer()
 @app.command("eval")
 def evaluate(
     ctx: typer.Context,
-    run: Annotated[str, typer.Argument(help="A run's directory, or its name.", show_default=False)],
+    run: Annotated[
+        str, typer.Argument(help="A run's directory, or its name. [default: the newest]", show_default=False)
+    ] = "",
     data: Annotated[
         str | None,
         typer.Option("--data", help="Other data than the run's own: path or URL of a store with the same variables."),
@@ -37,6 +39,8 @@ def evaluate(
     ] = None,
     scheduler: SCHEDULER = None,
     settings: SET = None,
+    project: PROJECT = None,
+    trust_code: TRUST_CODE = False,
 ) -> None:
     """Compute the loss and the metrics of a run, on the cluster.
 
@@ -47,7 +51,7 @@ def evaluate(
     with waiting(options, "loading PyTorch"):
         from dtrain.directory import find_run
         from dtrain.errors import UsageError, did_you_mean
-        from dtrain.run import is_view, load_run
+        from dtrain.run import is_view, open_run
 
     names: dict[str, SplitName] = {"val": "val", "test": "test", "all": "all"}
     chosen = names.get(split if split is not None else "test" if data is None else "all")
@@ -55,7 +59,8 @@ def evaluate(
         guess = did_you_mean(str(split), names)
         raise UsageError(f'--split "{split}": allowed are val, test and all{guess or "."}')
     view = tuple(setting for setting in settings or () if is_view(setting))
-    opened = load_run(find_run(run), settings=tuple(setting for setting in settings or () if setting not in view))
+    own = tuple(setting for setting in settings or () if setting not in view)
+    opened = open_run(find_run(run), project=project, trusted=trust_code, settings=own, imported=False)
     samples = opened.other_samples(data, view) if data is not None or view else None
     cluster = absolute_scheduler(scheduler) if scheduler is not None else opened.config.cluster.scheduler
     with waiting(options, f"evaluating on {chosen}"):

@@ -82,6 +82,8 @@ def _listed(committed: list[int]) -> str:
 
 
 def _losses(row: Row) -> str:
+    from dtrain.display import number
+
     losses = [(k, v) for k, v in row.items() if k.endswith("_loss") and isinstance(v, float)]
     metrics = [(k, v) for k, v in row.items() if k.startswith("val_") and k != "val_loss" and v is not None]
-    return f"round {row['round']}: {', '.join(f'{key} {value:.4f}' for key, value in losses + metrics)}"
+    return f"round {row['round']}: {', '.join(f'{key} {number(value)}' for key, value in losses + metrics)}"

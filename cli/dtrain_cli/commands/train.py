@@ -86,7 +86,9 @@ def _progress(options: Options) -> AbstractContextManager[Callable[[Event], None
 
 
 def _done(event: RunFinished) -> str:
-    loss = f", val_loss {event.val_loss:.4f}" if event.val_loss is not None else ""
+    from dtrain.display import number
+
+    loss = f", val_loss {number(event.val_loss)}" if event.val_loss is not None else ""
     return f"done ({event.reason}): {event.rounds} rounds{loss}\nrun {event.run}\nparams_sha256 {event.params_sha256}"
 
 

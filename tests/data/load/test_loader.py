@@ -304,7 +304,7 @@ def test_the_memory_of_a_worker_changes_what_is_kept_but_not_a_bit(cut_store):
     units = max(len(part.units) for part in parts)
     reading = Reading(samples=samples, plan=plan, loaders=1, units=units, batch_size=7, shuffle=True)
     found, kept = [], set()
-    for limit in (138_000, 141_000, 250_000, 10_000_000):
+    for limit in (139_000, 142_000, 250_000, 10_000_000):
         budget = plan_memory(reading, replace(reading, shuffle=False), limit, "the limit")
         kept.add(budget.train.limits)
         found.append(batches(UnitReader(samples), parts[0], [7] * 60, limits=budget.train.limits))

@@ -1,0 +1,40 @@
+"""The history of a run as an xarray.Dataset; apart from the rows, since importing xarray takes half a second."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class History(xr.Dataset):  # type: ignore[no-untyped-call]
+    """The history of a run over ``round``; ``replica_loss`` is over (round, replica)."""
+
+    __slots__ = ()
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return the values of each round, a row a round; ``history.replica_loss.to_pandas()`` has the replicas'."""
+        return self.drop_dims("replica", errors="ignore").to_dataframe()
+
+
+def dataset_of(rows: Sequence[Mapping[str, Any]]) -> History:
+    """Return the history as a Dataset over ``round``; ``replica_loss`` is over (round, replica)."""
+    numbers = [row["round"] for row in rows]
+    variables: dict[str, Any] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        if name in ("event", "round"):
+            continue
+        values = [row.get(name) for row in rows]
+        if name == "params_sha256":
+            variables[name] = ("round", np.array(values, dtype=str))
+        elif name == "replica_loss":
+            variables[name] = (("round", "replica"), np.array(values, dtype=np.float64))
+        else:
+            dtype = np.int64 if all(isinstance(value, int) for value in values) else np.float64
+            variables[name] = ("round", np.array(values, dtype=dtype))
+    return History(variables, coords={"round": np.array(numbers, dtype=np.int64)})

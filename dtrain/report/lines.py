@@ -1,0 +1,83 @@
+"""Events as lines of text, for a terminal and a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from dtrain.display import joined, number, shown
+from dtrain.events import (
+    ChunksFilled,
+    ClusterOpening,
+    ReplicaRejected,
+    RoundDamaged,
+    RunStarted,
+    SegmentReplayed,
+    StepsTaken,
+)
+from dtrain.types import RoundResult
+
+
+def opening_line(event: ClusterOpening) -> str:
+    """Return what is waited for before a run starts."""
+    doing = {"local": "starting local workers", "serial": "starting"}
+    return f"{shown(event.run)}: {doing.get(event.scheduler, f'connecting to {event.scheduler}')}"
+
+
+def started_line(event: RunStarted) -> str:
+    """Return what is trained, and where."""
+    size = f"{event.samples:,} training samples, {event.replicas} replicas on {event.workers} workers"
+    return f"{shown(event.run)}: {size}"
+
+
+def continuing_line(event: RunStarted) -> str:
+    """Return where a run that was started before goes on."""
+    return f"continuing after round {event.round} of {event.rounds}"
+
+
+def round_line(result: RoundResult, rounds: int, speed: float, width: int) -> str:
+    """Return the losses and metrics of a round; in several lines if they are wider than `width`."""
+    head = f"round {result.round:>{len(str(rounds))}}"
+    values = {"train_loss": result.train_loss, **result.metrics}
+    parts = [f"{name} {number(value)}" for name, value in values.items()]
+    is_short = len("  ".join([head, *parts, "1,234,567 samples/s"])) <= width  # the same for all rounds
+    unit = " samples/s" if is_short else "/s"
+    return joined([head, *parts, f"{speed:,.0f}{unit}"], width, indent=" " * (len(head) + 2))
+
+
+def steps_line(events: Sequence[StepsTaken]) -> str:
+    """Return how far the replicas are in a round, or in the pass for ``data.normalize``."""
+    number_of_round = events[0].round
+    label = f"round {number_of_round}" if number_of_round else "mean and standard deviation, units"
+    speed = sum(e.samples / e.seconds for e in events)
+    return f"{label}: {_replicas(events)}, {speed:,.0f} samples/s"
+
+
+def _replicas(events: Sequence[StepsTaken]) -> str:
+    """Return ``replica 0 7/10, replica 1 6/10`` for few replicas, the slowest and the fastest of many."""
+    if len(events) <= 4:
+        return ", ".join(f"replica {e.replica} {e.step}/{e.steps}" for e in events)
+    done = sorted(e.step / e.steps for e in events)
+    return f"{len(events)} replicas at {done[0]:.0%} to {done[-1]:.0%}"
+
+
+def speed_of(recent: Collection[RoundResult]) -> float:
+    """Return samples a second over the last rounds; single rounds end in bursts, as they are submitted ahead."""
+    return sum(result.samples for result in recent) / max(sum(result.seconds for result in recent), 1e-9)
+
+
+def fault_line(event: ChunksFilled | SegmentReplayed | ReplicaRejected | RoundDamaged) -> str:
+    """Return what went wrong or is missing, and what was done."""
+    match event:
+        case ChunksFilled():
+            missing = f"{event.chunks:,} of {event.of:,} chunks of {event.variable}"
+            return f"{missing} are not stored and read as {event.value:g}"
+        case SegmentReplayed():
+            return f"lost work with a worker; going on from round {event.round} ({_short(event.reason)})"
+        case ReplicaRejected():
+            return f"round {event.round}: replica {event.replica} is not finite and was left out of the average"
+        case RoundDamaged():
+            return f"round {event.round} is damaged and was skipped: {event.reason}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:97]}..."

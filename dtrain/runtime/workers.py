@@ -1,0 +1,163 @@
+"""The workers of a cluster: waited for, and told apart from those that are paused."""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dask.utils import format_bytes
+from distributed import Client, Future
+
+from dtrain.errors import ClusterUnreachable, OutOfMemory
+
+REQUESTED_TIMEOUT = 600.0
+"""Seconds to wait for it while the cluster says that it is starting workers."""
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerState:
+    """What the scheduler knows of a worker."""
+
+    address: str
+    running: bool
+    memory: int
+    """Bytes of the process."""
+    limit: int
+    """0: none."""
+
+    def __str__(self) -> str:
+        of = f" of {format_bytes(self.limit)}" if self.limit else ""
+        return f"{self.address} ({format_bytes(self.memory)}{of} in use)"
+
+
+def worker_states(client: Client) -> tuple[WorkerState, ...]:
+    """Return the workers that the scheduler knows now."""
+    try:
+        info: Mapping[str, Any] = client.scheduler_info(n_workers=-1)
+    except TypeError:  # an older Dask always gives all of them
+        info = client.scheduler_info()
+    return tuple(
+        WorkerState(
+            address=address,
+            running=worker.get("status", "running") == "running",
+            memory=int(worker.get("metrics", {}).get("memory", 0)),
+            limit=int(worker.get("memory_limit") or 0),
+        )
+        for address, worker in sorted(info["workers"].items())
+    )
+
+
+def first_workers(client: Client, timeout: float) -> tuple[WorkerState, ...]:
+    """Wait until a worker runs; a cluster that has none is asked for one by a task, so that an adaptive one grows.
+
+    Parameters
+    ----------
+    client : Client
+    timeout : float
+        Seconds; a cluster that is starting workers has `REQUESTED_TIMEOUT`.
+
+    Raises
+    ------
+    ClusterUnreachable
+        None has come.
+    OutOfMemory
+        There are workers, and all of them are paused.
+    """
+    started, asked, states = time.monotonic(), list[Future](), worker_states(client)
+    try:
+        while not any(worker.running for worker in states):
+            if not states and not asked:
+                asked.append(client.submit(_nothing, key=f"dtrain-ready-{uuid.uuid4().hex[:8]}", pure=False))
+            waited = time.monotonic() - started
+            if waited > timeout and (waited > REQUESTED_TIMEOUT or not _has_requested(client)):
+                raise _no_worker(client, states, waited)
+            time.sleep(POLL_SECONDS)
+            states = worker_states(client)
+    finally:
+        client.cancel(asked)
+    return states
+
+
+def _nothing() -> None:
+    """Do nothing: a task that a cluster without workers starts one for."""
+
+
+def most_workers(client: Client) -> int:
+    """Return the number of workers that an adaptive cluster may grow to; 0 if it is not adaptive, or has no limit."""
+    adaptive = getattr(client.cluster, "_adaptive", None)
+    most = getattr(adaptive, "maximum", 0)
+    return int(most) if isinstance(most, int | float) and math.isfinite(most) else 0
+
+
+def _has_requested(client: Client) -> bool:
+    """Whether the cluster object has asked for workers that have not come yet."""
+    try:
+        return len(client.cluster.plan) > len(client.cluster.observed)
+    except (AttributeError, TypeError):
+        return False
+
+
+def _no_worker(client: Client, states: tuple[WorkerState, ...], waited: float) -> Exception:
+    address = client.scheduler.address
+    if states:
+        return paused_error(states)
+    return ClusterUnreachable(
+        f"The scheduler at {address} has no worker after {waited:.0f} s.",
+        "Start one with `dask worker ADDRESS`, or grow the cluster: cluster.scale(2).",
+    )
+
+
+def paused_error(states: tuple[WorkerState, ...]) -> OutOfMemory:
+    """Return the error for workers that are all paused."""
+    named = ", ".join(map(str, states[:3])) + (f" and {len(states) - 3} more" if len(states) > 3 else "")
+    return OutOfMemory(
+        f"Every worker is paused, because its memory is nearly full: {named}.",
+        "Free the memory (client.restart()), or start workers with more of it.",
+    )
+
+
+def check_running(client: Client) -> None:
+    """Refuse a cluster all of whose workers are paused.
+
+    Raises
+    ------
+    OutOfMemory
+        They are.
+    """
+    states = worker_states(client)
+    if states and not any(worker.running for worker in states):
+        raise paused_error(states)
+
+
+class Pauses:
+    """Notices when for a long time no worker has run a task, because all of them are paused."""
+
+    def __init__(self, client: Client, seconds: float, now: Callable[[], float] = time.monotonic) -> None:
+        self._client = client
+        self._seconds = seconds
+        self._now = now
+        self._looked = self._running = now()
+
+    def check(self, every: float) -> None:
+        """Look at the workers, at most every so many seconds.
+
+        Raises
+        ------
+        OutOfMemory
+            All of them have been paused for too long.
+        """
+        now = self._now()
+        if now - self._looked < every:
+            return
+        self._looked = now
+        try:
+            check_running(self._client)
+            self._running = now
+        except OutOfMemory:
+            if now - self._running > self._seconds:
+                raise
