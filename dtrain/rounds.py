@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dtrain.algorithm.average import first_outer
-from dtrain.algorithm.evaluate import values
+from dtrain.algorithm.evaluate import in_order, values
 from dtrain.algorithm.plan import first_position, pass_size, plan_round, position_after
 from dtrain.algorithm.replica import fresh_replica
 from dtrain.algorithm.stop import end_reason, metric_of
@@ -146,7 +146,7 @@ def _result(number: int, outcome: Outcome, config: TrainConfig, history: History
     summary, each = outcome.summary, outcome.summary.contributions
     _check_finite(number, summary, config.average.max_rejected)
     averaged = [c for c in each if c.finite]
-    train_loss = _ratio(sum(c.loss_sum for c in averaged), sum(c.loss_count for c in averaged))
+    train_loss = _ratio(in_order(c.loss_sum for c in averaged), in_order(c.loss_count for c in averaged))
     evaluated = values(outcome.sums, config.train.metrics) if outcome.sums is not None else {}
     metrics = {f"val_{name}": value for name, value in evaluated.items()}
     stop_metric = metric_of({"train_loss": train_loss, **metrics}, config)

@@ -45,12 +45,14 @@ def load_job(config: Path, settings: list[str] | None, scheduler: str | None) ->
     return job_from_config(load_config(config, (*(settings or ()), *own)), config.absolute().parent)
 
 
-def start_workers_early(config: Path, settings: list[str] | None, scheduler: str | None) -> None:
+def start_workers_early(
+    config: Path, settings: list[str] | None, scheduler: str | None, *, trains: bool = True
+) -> None:
     """Let what local workers are forked from import torch while this process does; call it before heavy imports."""
     if (scheduler or _scheduler_of(config, settings or [])) == "local":
         from dtrain.runtime.forkserver import start
 
-        start()
+        start(trains=trains)
 
 
 def _scheduler_of(config: Path, settings: list[str]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import logging
 import os
 import pkgutil
 import re
 import sys
+import threading
 from typing import Annotated, Any
 
 import typer
@@ -128,4 +130,10 @@ def _usage(fault: Any) -> str:
 
 def main() -> None:
     """Entry point of the console script."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        sys.exit(code)  # Python waits for it
+    sys.stdout.flush()
+    sys.stderr.flush()
+    atexit._run_exitfuncs()
+    os._exit(code)  # nothing is left to do, and Python would take half a second to take PyTorch apart

@@ -79,7 +79,15 @@ def merge(pieces: Sequence[Sums]) -> Sums:
 
 
 def _added(terms: Sequence[Term]) -> Term:
-    return sum(term[0] for term in terms), sum(term[1] for term in terms)
+    return in_order(term[0] for term in terms), in_order(term[1] for term in terms)
+
+
+def in_order(values: Iterable[float]) -> float:
+    """Return the sum of numbers, added one by one: from Python 3.12 on, `sum` compensates what floats round off."""
+    total: float = 0  # integers stay integers
+    for value in values:
+        total += value
+    return total
 
 
 def values(sums: Sums, wanted: Sequence[str]) -> dict[str, float]:

@@ -13,8 +13,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 METHOD = "forkserver"
-PRELOAD = ["dtrain.runtime.remote"]
+PRELOAD = ["dtrain.runtime.forked", "dtrain.runtime.remote"]
 """Imported by the fork server: what a worker needs."""
+OPTIMIZING = ["torch._dynamo"]
+"""What torch imports at the first step of an optimizer: another second."""
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 """As Dask sets it before it spawns a worker: libraries read it when they are imported."""
 
@@ -24,13 +26,13 @@ def is_available() -> bool:
     return METHOD in multiprocessing.get_all_start_methods()
 
 
-def start() -> None:
-    """Start the fork server, if it does not run yet; it imports in the background."""
+def start(*, trains: bool = False) -> None:
+    """Start the fork server, if it does not run yet; it imports in the background, also what training needs."""
     if not is_available():
         return
     from multiprocessing import forkserver
 
-    forkserver.set_forkserver_preload(PRELOAD)
+    forkserver.set_forkserver_preload([*PRELOAD, *(OPTIMIZING if trains else ())])
     with _environment(ENVIRONMENT):
         forkserver.ensure_running()
 

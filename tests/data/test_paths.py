@@ -61,6 +61,28 @@ def test_a_zip_archive_is_read_as_the_message_says(store, tmp_path, zarr_format,
     np.testing.assert_array_equal(UnitReader(samples).read(Box(0, 10))["x"][1], VALUES)
 
 
+def test_a_zip_archive_whose_missing_files_are_key_errors(store, tmp_path, monkeypatch):
+    from fsspec.implementations.zip import ZipFileSystem
+
+    opened = ZipFileSystem._open
+
+    def older(self, path, *args, **options):
+        try:
+            return opened(self, path, *args, **options)
+        except FileNotFoundError:
+            raise KeyError(path) from None
+
+    monkeypatch.setattr(ZipFileSystem, "_open", older)
+    path = store()
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w") as archive:
+        for file in sorted(path.rglob("*")):
+            if file.is_file():
+                archive.write(file, file.relative_to(path).as_posix())
+    samples = open_xy(f"zip://::{tmp_path}/packed.zip")
+    check_presence(samples)
+    np.testing.assert_array_equal(UnitReader(samples).read(Box(0, 10))["x"][1], VALUES)
+
+
 def test_a_zip_archive_without_a_group(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("readme.txt", "nothing")

@@ -47,7 +47,7 @@ def evaluate(
     --set data.isel={} and other keys of [data] select other samples than the run's.
     """
     options: Options = ctx.obj
-    start_workers_early(Path(run) / "config.toml", settings, scheduler)
+    start_workers_early(Path(run) / "config.toml", settings, scheduler, trains=False)
     with waiting(options, "loading PyTorch"):
         from dtrain.directory import find_run
         from dtrain.errors import UsageError, did_you_mean

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from zarr.abc.store import ByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.storage import FsspecStore, WrapperStore
+from zarr.storage._fsspec import ALLOWED_EXCEPTIONS
 
 from dtrain.config.values import REDACTED
 from dtrain.data.read.kind import METADATA_FILES, StorageOptions, StoreKind
@@ -127,7 +128,9 @@ def _open(store_class: type[RemoteStore], path: str, storage_options: StorageOpt
     if protocol in ("s3", "s3a"):  # one request an object, not one more for its size; `Retries` alone retries it
         options |= {"max_concurrency": 1, "config_kwargs": {"retries": {"max_attempts": 0}}}
     try:
-        store = FsspecStore.from_url(path, storage_options={**options, **storage_options}, read_only=True)
+        is_missing = (*ALLOWED_EXCEPTIONS, KeyError) if protocol == "zip" else ALLOWED_EXCEPTIONS  # as of older fsspec
+        options = {**options, **storage_options}
+        store = FsspecStore.from_url(path, options, read_only=True, allowed_exceptions=is_missing)
         if hasattr(store.fs, "retries"):
             store.fs.retries = 1
     except ImportError as error:

@@ -1,0 +1,17 @@
+"""Imported by the fork server alone: it ends at once, as Python would take a second to take PyTorch apart.
+
+Meanwhile it would hold the pipe to which the command prints, and ``dtrain plan | less`` would wait for it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+
+
+def _end(server: int) -> None:
+    if os.getpid() == server:  # not a worker
+        os._exit(0)
+
+
+atexit.register(_end, os.getpid())
