@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from distributed.system import MEMORY_LIMIT
 
 from dtrain.algorithm.batch import TensorBatch
+from dtrain.config.functions import Function
 from dtrain.config.schema import DataConfig
 from dtrain.config.values import cache_bytes, parse_bytes, plain_value
 from dtrain.data.coordinate import find_gaps
@@ -183,7 +184,7 @@ def batches(
 # Parts of `batches` ------------------------------------------------------------------------------------------
 
 
-def _transform_of(samples: Samples) -> Callable[..., Any] | None:
+def _transform_of(samples: Samples) -> Function | None:
     """Return the function of ``data.transform``: the one that was given, or the one that it names."""
     key, name = "data.transform", samples.config.transform
     if samples.transform is not None:

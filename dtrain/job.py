@@ -14,7 +14,7 @@ from dtrain.algorithm.optimizers import optimizer_named
 from dtrain.algorithm.outer import outer_optimizer
 from dtrain.algorithm.recipe import Functions
 from dtrain.algorithm.stop import check_metric
-from dtrain.config.functions import METRICS, described, name_of
+from dtrain.config.functions import METRICS, Function, described, name_of
 from dtrain.config.names import FUNCTION
 from dtrain.config.schema import DataConfig, SplitConfig, TrainConfig
 from dtrain.config.values import TO_PLAIN
@@ -108,7 +108,7 @@ def job_from_python(
     if resolved.train.init:
         train = resolved.train.model_copy(update={"init": absolute(resolved.train.init)})
         resolved = resolved.model_copy(update={"train": train})
-    own: dict[str, Callable[..., Any]] = {**whole.functions, **resolved.functions}
+    own: dict[str, Function] = {**whole.functions, **resolved.functions}
     own |= {"data.transform": samples.transform} if samples is not None and samples.transform is not None else {}
     own |= {"model": model} if callable(model) else {}
     base = directory_of(own["model"]) if "model" in own else Path.cwd()

@@ -7,14 +7,14 @@ differs from that of the run's start is refused.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dtrain.algorithm.recipe import Functions
 from dtrain.config.files import read_tables
-from dtrain.config.functions import METRICS, name_of
+from dtrain.config.functions import METRICS, Function, name_of
 from dtrain.config.names import FUNCTION, metric_key
 from dtrain.config.schema import TrainConfig
 from dtrain.errors import InvalidConfig, RunConflict
@@ -71,7 +71,7 @@ def given_functions(config: TrainConfig, **arguments: Any) -> Functions:
     InvalidConfig
         The run has no function in that place.
     """
-    references, given = references_in(config), dict[str, Callable[..., Any]]()
+    references, given = references_in(config), dict[str, Function]()
     metrics = arguments.pop("metrics", None)
     for argument, function in arguments.items():
         key = {"model": "model", "transform": "data.transform"}.get(argument, f"train.{argument}")
@@ -93,7 +93,7 @@ def _check_given(argument: str, function: Any, reference: str | None) -> None:
         )
 
 
-def _metric_of(metric: Callable[..., Any], references: Mapping[str, str]) -> str:
+def _metric_of(metric: Function, references: Mapping[str, str]) -> str:
     """Return the key of the run's metric that a function is: of the same name, else reported with the same name."""
     name = name_of(metric)
     own = {key: reference for key, reference in references.items() if key.startswith(METRICS)}
@@ -191,7 +191,7 @@ def _text(tables: Mapping[str, Any], key: str) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _imported(code: RunCode, key: str, reference: str) -> Callable[..., Any]:
+def _imported(code: RunCode, key: str, reference: str) -> Function:
     function = imported_function(key, reference)
     if function is None:
         raise _not_here(code, {key: reference})
@@ -224,7 +224,7 @@ def _call(code: RunCode, wanted: Mapping[str, str]) -> str:
 # Changed code -----------------------------------------------------------------------------------------------------
 
 
-def _is_same(code: RunCode, key: str, function: Callable[..., Any], resolved: Resolved) -> bool:
+def _is_same(code: RunCode, key: str, function: Function, resolved: Resolved) -> bool:
     """Whether a function is that of the run's start; imports are looked up where the function may lie now."""
     file, before = code.project_file, resolved.code.get(key)
     bases = {code.base, Path.cwd() if file is None else file.absolute().parent, directory_of(function)}

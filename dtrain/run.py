@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from dtrain.algorithm.recipe import Functions
 from dtrain.algorithm.stop import higher_is_better
 from dtrain.checkpoint import committed_rounds, find_round, load_params, round_directory
 from dtrain.config.files import with_setting
-from dtrain.config.functions import METRICS
+from dtrain.config.functions import METRICS, Function
 from dtrain.config.schema import TrainConfig
 from dtrain.data.coordinate import find_gaps
 from dtrain.data.plan.evaluation import plan_evaluation
@@ -226,9 +226,7 @@ class Run:
         known = replace(known, plan=JointPlan((plan,)), held_out=None, contents=(), filled=None)
         return self._job((source_of(samples),), None, samples.transform), known, cut
 
-    def _job(
-        self, sources: tuple[Source, ...], held_out: Source | None, transform: Callable[..., Any] | None = None
-    ) -> Job:
+    def _job(self, sources: tuple[Source, ...], held_out: Source | None, transform: Function | None = None) -> Job:
         """Return what evaluates sources; of the user's functions only those that an evaluation calls are needed."""
         functions = self._load_functions(EVALUATED, {} if transform is None else {"data.transform": transform})
         train = self.config.train.model_copy(update=NOT_EVALUATED)
@@ -319,12 +317,12 @@ def _check_split(split: str) -> None:
 def load_run(
     path: str | Path,
     *,
-    model: Callable[..., Any] | None = None,
-    loss: Callable[..., Any] | None = None,
-    metrics: Callable[..., Any] | Sequence[Callable[..., Any] | str] | None = None,
-    optimizer: Callable[..., Any] | None = None,
-    schedule: Callable[..., Any] | None = None,
-    transform: Callable[..., Any] | None = None,
+    model: Function | None = None,
+    loss: Function | None = None,
+    metrics: Function | Sequence[Function | str] | None = None,
+    optimizer: Function | None = None,
+    schedule: Function | None = None,
+    transform: Function | None = None,
     project: str | Path | None = None,
     trust_code: bool = False,
     settings: tuple[str, ...] = (),

@@ -13,6 +13,7 @@ from torch import nn
 
 from dtrain.algorithm.batch import TensorBatch, autocast
 from dtrain.algorithm.losses import Loss, classes_first, is_count, mae, mean_of_batch, mse
+from dtrain.config.functions import Function
 from dtrain.config.names import IGNORED_CLASS, metric_key
 from dtrain.config.schema import ClassAxis
 from dtrain.errors import InvalidConfig, ShapesDiffer
@@ -155,7 +156,7 @@ def _is_number(value: object) -> bool:
     return not isinstance(value, str)
 
 
-def _not_a_metric(function: Callable[..., Any], value: object) -> ShapesDiffer:
+def _not_a_metric(function: Function, value: object) -> ShapesDiffer:
     return ShapesDiffer(
         f"The metric {getattr(function, '__name__', 'function')} returned {value!r:.100}; it must return a number, the "
         "mean over the batch, or (sum, count)."

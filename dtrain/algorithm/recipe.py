@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -10,10 +10,11 @@ from dtrain.algorithm.evaluate import FROM_LOSS, Metric, mean_metric, metric_nam
 from dtrain.algorithm.losses import Loss, loss_named
 from dtrain.algorithm.optimizers import MakeOptimizer, optimizer_named
 from dtrain.algorithm.schedules import Schedule, schedule_named, with_warmup
+from dtrain.config.functions import Function
 from dtrain.config.names import metric_key
 from dtrain.config.schema import TrainTable
 
-Functions: TypeAlias = Mapping[str, Callable[..., Any]]
+Functions: TypeAlias = Mapping[str, Function]
 """By config key (``model``, ``train.loss``, ``train.metrics.NAME`` ...): a function of the user's."""
 
 

@@ -9,7 +9,9 @@ from typing import Any, TypeAlias
 
 from dtrain.errors import InvalidConfig
 
-Given: TypeAlias = dict[str, Callable[..., Any]]
+Function: TypeAlias = Callable[..., Any]
+"""A function, a class, or an object that can be called, of the user's."""
+Given: TypeAlias = dict[str, Function]
 """By config key, with the name for metrics (``train.metrics.module:function``): a function or callable object."""
 
 KEYS = ("model", "train.loss", "train.optimizer", "train.schedule", "data.transform")
@@ -44,7 +46,7 @@ def take_functions(tables: Mapping[str, Any]) -> tuple[dict[str, Any], Given]:
     return named, given
 
 
-def name_of(function: Callable[..., Any] | str) -> str:
+def name_of(function: Function | str) -> str:
     """Return the name under which a configuration keeps a function.
 
     ``module:function`` for a function or class, ``module:<lambda>`` for a lambda, and ``module:name()`` for what is

@@ -6,14 +6,13 @@ when it is set; it is never accepted and ignored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import date, time
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PrivateAttr,
     Strict,
@@ -23,16 +22,13 @@ from pydantic import (
 )
 
 from dtrain.config.faults import sentences
-from dtrain.config.functions import Given, take_functions
+from dtrain.config.functions import Function, Given, take_functions
 from dtrain.config.names import FUNCTION, LOSSES, METRICS, SCHEDULES, metric_key
+from dtrain.config.slices import FROZEN, Float, Natural, Offsets, Positive, Selector, Slice
 from dtrain.config.unbuilt import refuse_unbuilt
 from dtrain.config.values import cache_bytes, parse_bytes, plain_value, value_of
 from dtrain.errors import InvalidConfig, did_you_mean
 
-Int = Annotated[int, Strict()]
-Natural = Annotated[int, Strict(), Field(ge=0)]
-Positive = Annotated[int, Strict(), Field(ge=1)]
-Float = Annotated[float, Strict()]
 NonNegative = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Strict(), Field(ge=0, lt=1)]
 Bool = Annotated[bool, Strict()]
@@ -49,57 +45,7 @@ FULL_BATCH_MICRO = 1024
 class Table(BaseModel):
     """A table of the configuration: it is frozen and refuses unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants", protected_namespaces=())
-
-
-class Slice(Table):
-    """``{ start, stop, step }`` along one dimension."""
-
-    start: Int = 0
-    stop: Int
-    step: Positive = 1
-
-
-def _sequence(given: Any) -> Any:
-    """Return a range or a one-dimensional array of Python as a list, anything else as it is."""
-    is_array = type(given).__module__ == "numpy" and getattr(given, "ndim", None) == 1
-    return list(given) if isinstance(given, range) else given.tolist() if is_array else given
-
-
-class DimSlice(Table):
-    """``{ start, stop, step }`` of a dimension, as a slice of Python: ends may be left out, or count from the end."""
-
-    start: Int = 0
-    stop: Int | None = None
-    step: Positive = 1
-    _listed: bool = PrivateAttr(False)
-
-    @property
-    def is_list(self) -> bool:
-        """Whether each index was named: then each of them must be there, whereas a slice may reach beyond the end."""
-        return self._listed
-
-
-def _selector(given: Any) -> Any:
-    """Return a slice as a table of `DimSlice`, and a list of indices as a `DimSlice`; anything else as it is."""
-    if isinstance(given, slice):
-        named = {"start": given.start, "stop": given.stop, "step": given.step}
-        return {key: plain_value(value) for key, value in named.items() if value is not None}
-    indices = _sequence(given)
-    return _slice_of_indices(list(indices)) if isinstance(indices, list | tuple) else given
-
-
-def _slice_of_indices(indices: list[Any]) -> DimSlice:
-    """Return the slice that selects the same indices as a list."""
-    if not all(type(index) is int for index in indices):
-        raise ValueError("a list holds integers only; allowed are an index, a start and a stop, or a list of indices")
-    first, last = (indices[0], indices[-1]) if indices else (0, -1)
-    step = indices[1] - first if len(indices) > 1 else 1
-    if not indices or step < 1 or indices != list(range(first, last + 1, step)) or first < 0 <= last:
-        raise ValueError("a list selects indices at equal intervals, upwards, such as [0, 1, 2] or [0, 5, 10]")
-    selected = DimSlice(start=first, stop=None if last == -1 else last + 1, step=step)
-    selected._listed = True
-    return selected
+    model_config = FROZEN
 
 
 class Store(Table):
@@ -108,11 +54,6 @@ class Store(Table):
     path: str
     workers: tuple[str, ...] = ()
     replicas: Positive = 1
-
-
-Offsets = Int | tuple[Int, ...] | Slice
-Selector = Annotated[Int | DimSlice, BeforeValidator(_selector)]
-"""One index of a dimension, or a slice of it."""
 
 
 class SplitConfig(Table):
@@ -147,8 +88,8 @@ class DataConfig(Table):
     group: str = ""
     isel: dict[str, Selector] = {}
     sample_dim: str = "auto"
-    input_offsets: Annotated[Offsets, BeforeValidator(_sequence)] = 0
-    target_offsets: Annotated[Offsets, BeforeValidator(_sequence)] = 0
+    input_offsets: Offsets = 0
+    target_offsets: Offsets = 0
     stride: Positive = 1
     patch: dict[str, Positive] = {}
     split: SplitConfig = SplitConfig()
@@ -326,11 +267,11 @@ class TrainConfig(Table):
         refuse_unbuilt(self, DEFAULTS)
 
     @property
-    def functions(self) -> Mapping[str, Callable[..., Any]]:
+    def functions(self) -> Mapping[str, Function]:
         """The functions that were given as such, by key; the keys themselves hold their names."""
         return self._functions
 
-    def with_functions(self, functions: Mapping[str, Callable[..., Any]]) -> TrainConfig:
+    def with_functions(self, functions: Mapping[str, Function]) -> TrainConfig:
         """Return the configuration with other functions beside it; without any it is as a file holds it."""
         config = self.model_copy()
         config._functions = dict(functions)

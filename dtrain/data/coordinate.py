@@ -30,7 +30,8 @@ from dtrain.data.read.presence import absent_chunks
 from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import ReadStore
 from dtrain.data.read.zarr import ZarrReader, best_settings
-from dtrain.data.samples import Coordinate, Samples, Variable
+from dtrain.data.samples import Coordinate, Samples
+from dtrain.data.variable import Variable
 from dtrain.errors import CoordinateJumps, DtrainError, StoreUnavailable, UnsuitableVariable, one_line
 
 BLOCK_ROWS = 1 << 18

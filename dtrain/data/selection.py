@@ -6,8 +6,10 @@ import itertools
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from dtrain.config.schema import DataConfig, DimSlice
-from dtrain.data.samples import Tile, Variable
+from dtrain.config.schema import DataConfig
+from dtrain.config.slices import DimSlice
+from dtrain.data.samples import Tile
+from dtrain.data.variable import Variable
 from dtrain.errors import InvalidConfig, LengthsDiffer, did_you_mean
 
 Dims: TypeAlias = Mapping[str, tuple[str, ...]]

@@ -20,8 +20,9 @@ from dtrain.data.paths import locate
 from dtrain.data.read.codecs import chunk_format, has_checksums
 from dtrain.data.read.open import remember
 from dtrain.data.read.shards import ArrayLike
-from dtrain.data.samples import Samples, Variable
+from dtrain.data.samples import Samples
 from dtrain.data.selection import Selected, mean_axes, sample_dim, select_dims, tiles
+from dtrain.data.variable import Variable
 from dtrain.errors import InvalidConfig, UnsuitableVariable
 
 MOST_CHUNKS = 10**8

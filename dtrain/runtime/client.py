@@ -14,6 +14,7 @@ from distributed import Client, Future, KilledWorker
 from distributed.client import ClosedClientError
 from distributed.comm.core import CommClosedError
 
+from dtrain.config.functions import Function
 from dtrain.errors import ClusterLost, DtrainError, one_line
 from dtrain.runtime.runner import SegmentLost
 from dtrain.runtime.workers import Pauses, check_running
@@ -63,7 +64,7 @@ class TaskClient:
 
     def submit(
         self,
-        function: Callable[..., Any],
+        function: Function,
         name: str,
         *arguments: Any,
         at: str | tuple[str, ...] | None = None,

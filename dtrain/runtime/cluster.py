@@ -12,7 +12,7 @@ Parameters go from worker to worker. The driver sees futures and scalars, and a 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any
@@ -180,16 +180,7 @@ class ClusterRunner:
         outer_handles = held.outer if self.spec.config.average.outer is not None else ()
         handles = {handle.key: handle for handle in (held.model, *held.broadcast, *held.replicas, *outer_handles)}
         values = dict(zip(handles, self._gather(list(handles.values())), strict=True))
-        model = with_frozen(remote.model_in(values[held.model.key]), held.frozen)
-        broadcast = {handle.key: remote.broadcast_of(values[handle.key]) for handle in held.broadcast}
-        outer = {handle.key: remote.outer_of(values[handle.key]) for handle in outer_handles}
-        return TrainState(
-            position=position,
-            model=model,
-            broadcast=together([broadcast[handle.key] for handle in held.broadcast], model),
-            replicas=tuple(remote.state_of(values[handle.key]) for handle in held.replicas),
-            outer=tuple(outer[handle.key] for handle in outer_handles) or held.outer,
-        )
+        return _state(held, position, values, outer_handles)
 
     def close(self) -> None:
         """Cancel what is not done, and take the run's residents away from the workers."""
@@ -289,6 +280,22 @@ class ClusterRunner:
             if allowed := self._allowed(replica):
                 self._places[replica] = next((worker for worker in allowed if worker in live), allowed[0])
         return self._places
+
+
+def _state(
+    held: ClusterRound, position: Position, values: Mapping[str, Any], outer_handles: Sequence[Future]
+) -> TrainState:
+    """Return the state after a round, of results by key."""
+    model = with_frozen(remote.model_in(values[held.model.key]), held.frozen)
+    broadcast = {handle.key: remote.broadcast_of(values[handle.key]) for handle in held.broadcast}
+    outer = {handle.key: remote.outer_of(values[handle.key]) for handle in outer_handles}
+    return TrainState(
+        position=position,
+        model=model,
+        broadcast=together([broadcast[handle.key] for handle in held.broadcast], model),
+        replicas=tuple(remote.state_of(values[handle.key]) for handle in held.replicas),
+        outer=tuple(outer[handle.key] for handle in outer_handles) or held.outer,
+    )
 
 
 def _is_shared(state: TrainState) -> bool:

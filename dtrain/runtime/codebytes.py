@@ -11,7 +11,7 @@ import copy
 import io
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType
@@ -20,6 +20,7 @@ from typing import Any
 import cloudpickle
 
 from dtrain.algorithm.recipe import Functions
+from dtrain.config.functions import Function
 from dtrain.errors import UserCodeFailed
 from dtrain.runtime.modules import is_local, is_shadowed
 from dtrain.runtime.usercode import short_line
@@ -55,7 +56,7 @@ def _pickled(value: object) -> bytes:
     return written.getvalue()
 
 
-def _can_be_sent(function: Callable[..., Any]) -> bool:
+def _can_be_sent(function: Function) -> bool:
     try:
         _pickled(function)
     except Exception:  # whatever its parts raise
@@ -85,18 +86,18 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         return reduced
 
 
-def unpickle_functions(code: bytes) -> dict[str, Callable[..., Any]]:
+def unpickle_functions(code: bytes) -> dict[str, Function]:
     """Return the functions; their modules need not be importable here."""
     live = live_functions(code)
     if live is not None:
         return live
-    functions: dict[str, Callable[..., Any]] = cloudpickle.loads(code)
+    functions: dict[str, Function] = cloudpickle.loads(code)
     return functions
 
 
 # In the process that sends them -----------------------------------------------------------------------------
 
-_LIVE: dict[bytes, list[dict[str, Callable[..., Any]]]] = {}
+_LIVE: dict[bytes, list[dict[str, Function]]] = {}
 """By their bytes: the functions of this process that are in use; one entry for each use."""
 _LOCK = threading.Lock()
 
@@ -117,7 +118,7 @@ def sent(functions: Functions, base: Path) -> Iterator[bytes]:
                 del _LIVE[code]
 
 
-def _own_copy(function: Callable[..., Any]) -> Callable[..., Any]:
+def _own_copy(function: Function) -> Function:
     """Return a copy of an object that a run calls: what it counts or collects stays out of the user's own one.
 
     Functions and classes are returned themselves, and so is an object that cannot be copied.
@@ -128,7 +129,7 @@ def _own_copy(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
 
 
-def live_functions(code: bytes) -> dict[str, Callable[..., Any]] | None:
+def live_functions(code: bytes) -> dict[str, Function] | None:
     """Return the functions if this process has sent them and still uses them."""
     with _LOCK:
         return _LIVE[code][-1] if code in _LIVE else None

@@ -11,7 +11,7 @@ import inspect
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import nn
 
+from dtrain.config.functions import Function
 from dtrain.runtime.codestate import is_data, value_text
 from dtrain.runtime.modules import file_in, file_of, is_below, is_installed, is_local
 
@@ -26,7 +27,7 @@ CODE_RULES = 1
 """What an identity covers. 0: texts alone; 1: also held values. plan.json says by which rules a run was started."""
 
 
-def source_sha256(function: Callable[..., Any], base: Path, rules: int = CODE_RULES) -> str:
+def source_sha256(function: Function, base: Path, rules: int = CODE_RULES) -> str:
     """Return the SHA-256 of a function's source text and of the values that it holds.
 
     Of a function in a module: the module's text, and that of the files below `base` that it imports. Of one in a

@@ -9,8 +9,8 @@ import atexit
 import os
 
 
-def _end(server: int) -> None:
-    if os.getpid() == server:  # not a worker
+def _end(own: int) -> None:
+    if os.getpid() == own:  # else it is a worker, forked from it
         os._exit(0)
 
 

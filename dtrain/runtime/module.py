@@ -6,13 +6,12 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from dtrain.config.functions import described
+from dtrain.config.functions import Function, described
 from dtrain.errors import InvalidConfig, NotAModule
 from dtrain.runtime.usercode import user_code
 
@@ -68,7 +67,7 @@ def check_loss(loss: Callable[..., object]) -> None:
         )
 
 
-def modules_on_device(functions: dict[str, Callable[..., Any]], device: str) -> dict[str, Callable[..., Any]]:
+def modules_on_device(functions: dict[str, Function], device: str) -> dict[str, Function]:
     """Return functions; those that are modules, such as losses with class weights, are copied to the device."""
     return {
         key: copy.deepcopy(function).to(device) if isinstance(function, nn.Module) and device != "cpu" else function

@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 import os
 import sysconfig
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+
+from dtrain.config.functions import Function
 
 _PLACES = (Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 _INSTALLED = tuple(f"{place}{os.sep}" for place in _PLACES)
@@ -21,13 +21,13 @@ def file_in(base: Path, name: str) -> Path | None:
     return next((file for file in (stem / "__init__.py", stem.with_suffix(".py")) if file.is_file()), None)
 
 
-def directory_of(function: Callable[..., Any]) -> Path:
+def directory_of(function: Function) -> Path:
     """Return the directory of the file that defines a function; the working directory for a notebook's."""
     file = file_of(function)
     return Path.cwd() if file is None else file.parent
 
 
-def file_of(function: Callable[..., Any]) -> Path | None:
+def file_of(function: Function) -> Path | None:
     """Return the file that defines a function; None for one typed at a prompt."""
     try:
         file = Path(inspect.getfile(inspect.unwrap(function)))

@@ -11,7 +11,7 @@ import itertools
 import math
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -25,6 +25,7 @@ from dtrain.algorithm.evaluate import Metric
 from dtrain.algorithm.freeze import freeze
 from dtrain.algorithm.plan import endless_sizes
 from dtrain.algorithm.recipe import Recipe, metrics_of, recipe_of
+from dtrain.config.functions import Function
 from dtrain.data.load.loader import Loader
 from dtrain.data.plan.memory import LoaderBudget
 from dtrain.data.plan.partition import Partition, eval_partitions
@@ -81,7 +82,7 @@ class Resident:
         self._closed = False
 
     @cached_property
-    def functions(self) -> dict[str, Callable[..., Any]]:
+    def functions(self) -> dict[str, Function]:
         """The user's functions by config key."""
         if self._live is not None:
             return modules_on_device(self._live, self.spec.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from dtrain.algorithm.batch import TensorBatch
 from dtrain.algorithm.evaluate import Decode
+from dtrain.config.functions import Function
 from dtrain.data.encoding import Floats
 from dtrain.data.load.gather import Batch
 from dtrain.data.plan.hashing import TRANSFORM, hash64
@@ -30,7 +31,7 @@ def as_tensors(batches: Iterator[Batch], split: str) -> Iterator[TensorBatch]:
 
 
 def transformed(
-    batches: Iterator[TensorBatch], transform: Callable[..., Any], seed: int, stream: int, position: int
+    batches: Iterator[TensorBatch], transform: Function, seed: int, stream: int, position: int
 ) -> Iterator[TensorBatch]:
     """Yield transformed batches; the random generator of each depends only on its position in the stream."""
     for batch in batches:
@@ -39,7 +40,7 @@ def transformed(
         yield apply_transform(transform, batch, drawn >> 1)
 
 
-def apply_transform(transform: Callable[..., Any], batch: TensorBatch, seed: int) -> TensorBatch:
+def apply_transform(transform: Function, batch: TensorBatch, seed: int) -> TensorBatch:
     """Call ``data.transform`` with a batch and a random generator of its own.
 
     In the batch that it gets and returns, ``inputs`` and ``targets`` are both tuples of tensors, however many there

@@ -7,14 +7,14 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dtrain.config.functions import METRICS, described
+from dtrain.config.functions import METRICS, Function, described
 from dtrain.config.names import metric_key
 from dtrain.errors import DtrainError, InvalidConfig, OutOfMemory, UserCodeFailed, did_you_mean, one_line
 from dtrain.runtime.modules import file_in, is_installed, is_local, is_shadowed
@@ -23,7 +23,7 @@ _IMPORTED: dict[str, tuple[Path, Path, bytes]] = {}
 """Modules that were imported from next to a config: its directory, the file, and the file's text at that time."""
 
 
-def load_function(key: str, reference: str, base: Path) -> Callable[..., Any]:
+def load_function(key: str, reference: str, base: Path) -> Function:
     """Return the function that ``module:function`` names: a file next to the config, or an installed module.
 
     Raises
@@ -56,7 +56,7 @@ def load_function(key: str, reference: str, base: Path) -> Callable[..., Any]:
     return _function_in(module, key, reference)
 
 
-def imported_function(key: str, reference: str) -> Callable[..., Any] | None:
+def imported_function(key: str, reference: str) -> Function | None:
     """Return the function that ``module:function`` names, if the program has imported a module of the user's by it.
 
     Nothing is imported: the name may come from elsewhere. Nor are installed packages looked at, since it could mean any
@@ -72,7 +72,7 @@ def imported_function(key: str, reference: str) -> Callable[..., Any] | None:
         return None
 
 
-def _function_in(module: ModuleType, key: str, reference: str) -> Callable[..., Any]:
+def _function_in(module: ModuleType, key: str, reference: str) -> Function:
     module_name, _, name = reference.partition(":")
     value: Any = module
     for part in name.split("."):
@@ -83,7 +83,7 @@ def _function_in(module: ModuleType, key: str, reference: str) -> Callable[..., 
             f'{key} = "{reference}": {module_name} has no function {name}{did_you_mean(name, known)}',
             f"It has {', '.join(known) or 'no functions'}.",
         )
-    function: Callable[..., Any] = value
+    function: Function = value
     return function
 
 
@@ -177,7 +177,7 @@ CALLS = {
 """By config key."""
 
 
-def checked_function(key: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def checked_function(key: str, function: Function) -> Function:
     """Return a function if it can be called as dtrain calls that of a key.
 
     Raises

@@ -17,8 +17,9 @@ from dtrain.data.paths import locate
 from dtrain.data.plan.partition import plan_data, train_partitions
 from dtrain.data.plan.units import box_shape
 from dtrain.data.read.units import UnitReader
-from dtrain.data.samples import Samples, Variable
+from dtrain.data.samples import Samples
 from dtrain.data.source import open_samples
+from dtrain.data.variable import Variable
 from dtrain.errors import InvalidConfig
 from dtrain.types import Cursor
 

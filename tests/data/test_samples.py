@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from dtrain.data.plan.partition import plan_data
 from dtrain.data.plan.summary import describe_plan
-from dtrain.data.samples import ChunkFormat, Samples, StoreFacts, Variable, common_rows
+from dtrain.data.samples import Samples, StoreFacts, common_rows
 from dtrain.data.source import open_samples
+from dtrain.data.variable import ChunkFormat, Variable
 from tests.data.helpers import make_samples, variable
 
 

@@ -14,7 +14,8 @@ from dtrain.data.encoding import Array, Floats, Scaling, unpack
 from dtrain.data.load.buffers import FieldSpec, aligned_copy
 from dtrain.data.load.slots import Rows
 from dtrain.data.plan.hashing import Ints
-from dtrain.data.samples import Field, Samples, Variable
+from dtrain.data.samples import Field, Samples
+from dtrain.data.variable import Variable
 
 Scalings: TypeAlias = Mapping[str, Scaling]
 """By variable: how it is standardised."""

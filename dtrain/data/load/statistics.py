@@ -15,7 +15,7 @@ from dtrain.data.encoding import Array, Encoding, Floats, Scaling, difference, h
 from dtrain.data.plan.partition import Partition
 from dtrain.data.plan.units import cell_bounds
 from dtrain.data.read.units import UnitReader
-from dtrain.data.samples import Variable
+from dtrain.data.variable import Variable
 from dtrain.errors import NonFiniteData
 
 CONSTANT = 1e-12

@@ -9,7 +9,8 @@ from dtrain.data.plan.hashing import SLICE
 from dtrain.data.plan.order import STORED_ROWS
 from dtrain.data.plan.readers import MIN_DENSITY, choose_readers, has_fine_shards
 from dtrain.data.plan.units import Box, DataPlan, box_shape
-from dtrain.data.samples import Samples, Variable
+from dtrain.data.samples import Samples
+from dtrain.data.variable import Variable
 
 INDEX_CACHE_BYTES = 64 << 20
 """The indices of shards that a reader keeps take at most so many bytes."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
 
-from dtrain.data.samples import Select, Variable
+from dtrain.data.variable import Select, Variable
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from dtrain.data.samples import Samples, Variable
+from dtrain.data.samples import Samples
+from dtrain.data.variable import Variable
 
 Absence: TypeAlias = Literal["error", "fill", "skip", "nan"]
 """A fault; the fill value; rows that are not used; or NaN, about which ``data.non_finite`` decides."""

@@ -14,7 +14,8 @@ from importlib.util import find_spec
 
 import numpy as np
 
-from dtrain.data.samples import WHOLE_OBJECT_BYTES, Samples, Variable
+from dtrain.data.samples import WHOLE_OBJECT_BYTES, Samples
+from dtrain.data.variable import Variable
 from dtrain.errors import InvalidConfig
 
 NUMCODECS_CODECS = frozenset({"bytes", "blosc", "zstd", "gzip", "zlib", "crc32c"})

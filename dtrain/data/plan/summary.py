@@ -12,7 +12,8 @@ from dtrain.data.plan.hashing import slices
 from dtrain.data.plan.partition import Partition, train_partitions
 from dtrain.data.plan.splits import SplitName
 from dtrain.data.plan.units import DataPlan
-from dtrain.data.samples import Samples, Variable
+from dtrain.data.samples import Samples
+from dtrain.data.variable import Variable
 
 
 def describe_plan(samples: Samples, plan: DataPlan) -> dict[str, Any]:

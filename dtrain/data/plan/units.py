@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from dtrain.data.plan.hashing import Compact, Ints
-from dtrain.data.samples import Samples, Select, Variable
+from dtrain.data.samples import Samples
+from dtrain.data.variable import Select, Variable
 
 LATER: Mapping[str, str] = {"jumps": ""}
 """The fields of `DataPlan` that were added after runs had been stored, and their defaults."""

@@ -13,7 +13,7 @@ from numcodecs.blosc import Blosc
 from numcodecs.zstd import Zstd
 
 from dtrain.data.read.shards import ArrayLike, crc32c, shard_layout
-from dtrain.data.samples import ChunkFormat
+from dtrain.data.variable import ChunkFormat
 
 Stage: TypeAlias = Callable[[memoryview], memoryview]
 """Undoes one codec."""

@@ -17,7 +17,8 @@ from dtrain.data.read.codecs import TRUNCATED
 from dtrain.data.read.local import Version
 from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import key_of
-from dtrain.data.samples import Samples, Select, Variable
+from dtrain.data.samples import Samples
+from dtrain.data.variable import Select, Variable
 from dtrain.errors import (
     ChunkMissing,
     ChunkUndecodable,

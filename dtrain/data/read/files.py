@@ -16,7 +16,7 @@ from dtrain.data.read.local import Scratch, Version
 from dtrain.data.read.rows import as_stored
 from dtrain.data.read.shards import NO_CHUNK, ArrayLike, Index, ShardLayout, entry_of, runs_of, shard_layout
 from dtrain.data.read.store import ReadStore, key_of
-from dtrain.data.samples import Select, Variable
+from dtrain.data.variable import Select, Variable
 from dtrain.errors import ChunkUndecodable
 
 

@@ -25,7 +25,8 @@ from dtrain.data.read.open import array_gone, open_arrays
 from dtrain.data.read.shards import ArrayLike, missing_chunks, shard_layout
 from dtrain.data.read.store import ReadStore, key_of, names_of
 from dtrain.data.read.tree import kind_at
-from dtrain.data.samples import Samples, Select, Variable
+from dtrain.data.samples import Samples
+from dtrain.data.variable import Select, Variable
 from dtrain.errors import StoreForbidden
 
 CONCURRENT_REQUESTS = 32

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from dtrain.data.encoding import Array
-from dtrain.data.samples import Select, Variable
+from dtrain.data.variable import Select, Variable
 
 
 class ChunkReader(Protocol):

@@ -24,7 +24,8 @@ from dtrain.data.read.codecs import ends_in_blosc, is_truncated_blosc
 from dtrain.data.read.documents import Documents
 from dtrain.data.read.local import Scratch, Version, read_part, version_of
 from dtrain.data.read.shards import ArrayLike, Index, IndexCache, ShardLayout, shard_layout, view_of
-from dtrain.data.samples import Select, StoreFacts, Variable
+from dtrain.data.samples import StoreFacts
+from dtrain.data.variable import Select, Variable
 
 
 class ReadStore(WrapperStore[Store]):

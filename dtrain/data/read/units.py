@@ -16,7 +16,8 @@ from dtrain.data.read.files import FilesReader
 from dtrain.data.read.open import open_arrays
 from dtrain.data.read.rows import ChunkReader
 from dtrain.data.read.zarr import ZarrReader, ZarrsReader, best_settings, open_with_zarrs
-from dtrain.data.samples import Samples, Select, Variable
+from dtrain.data.samples import Samples
+from dtrain.data.variable import Select, Variable
 from dtrain.errors import InvalidConfig, OutOfMemory
 
 

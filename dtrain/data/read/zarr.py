@@ -25,7 +25,8 @@ from dtrain.data.read.local import read_part
 from dtrain.data.read.rows import as_stored
 from dtrain.data.read.shards import ArrayLike, ShardLayout, dense_run, missing_chunks, shard_layout
 from dtrain.data.read.store import ReadStore, key_of, objects_of
-from dtrain.data.samples import Samples, Select, Variable
+from dtrain.data.samples import Samples
+from dtrain.data.variable import Select, Variable
 from dtrain.errors import ChunkUndecodable, DtrainError, one_line
 
 _OPENING = threading.Lock()  # zarr's configuration belongs to the whole process

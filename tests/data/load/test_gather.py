@@ -14,7 +14,8 @@ from dtrain.data.encoding import Encoding, Scaling
 from dtrain.data.load import gather
 from dtrain.data.load.gather import BatchGatherer
 from dtrain.data.load.slots import Rows
-from dtrain.data.samples import Samples, Tile, Variable
+from dtrain.data.samples import Samples, Tile
+from dtrain.data.variable import Variable
 
 SLOTS, SLOT_ROWS, CHANNELS, WIDTH = 3, 12, 3, 4
 PACKED = Encoding(dtype="float32", scale=0.5, offset=1.0, missing=(-9.0,))

@@ -15,8 +15,9 @@ from zarr.codecs import TransposeCodec
 from dtrain.data.plan.readers import choose_readers
 from dtrain.data.plan.units import Box
 from dtrain.data.read.units import UnitReader
-from dtrain.data.samples import ChunkFormat, StoreFacts
+from dtrain.data.samples import StoreFacts
 from dtrain.data.source import open_samples
+from dtrain.data.variable import ChunkFormat
 from dtrain.errors import InvalidConfig
 from tests.data.helpers import WHOLE, make_samples, open_all, vector
 

@@ -9,7 +9,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 from zarr.codecs import numcodecs as old
 
 from dtrain.data.read.codecs import chunk_format
-from dtrain.data.samples import ChunkFormat
+from dtrain.data.variable import ChunkFormat
 from tests.data.read.helpers import numbers, numcodecs_obstacle_of, sharded
 
 # Facts ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,78 @@
+"""What selects places of a dimension in the configuration: indices, slices, lists of indices."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, Strict
+
+from dtrain.config.values import plain_value
+
+Int = Annotated[int, Strict()]
+Natural = Annotated[int, Strict(), Field(ge=0)]
+Positive = Annotated[int, Strict(), Field(ge=1)]
+Float = Annotated[float, Strict()]
+
+
+FROZEN = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants", protected_namespaces=())
+"""Of every table of the configuration: it is frozen and refuses unknown keys."""
+
+
+class Slice(BaseModel):
+    """``{ start, stop, step }`` along one dimension."""
+
+    model_config = FROZEN
+
+    start: Int = 0
+    stop: Int
+    step: Positive = 1
+
+
+def _sequence(given: Any) -> Any:
+    """Return a range or a one-dimensional array of Python as a list, anything else as it is."""
+    is_array = type(given).__module__ == "numpy" and getattr(given, "ndim", None) == 1
+    return list(given) if isinstance(given, range) else given.tolist() if is_array else given
+
+
+class DimSlice(BaseModel):
+    """``{ start, stop, step }`` of a dimension, as a slice of Python: ends may be left out, or count from the end."""
+
+    model_config = FROZEN
+
+    start: Int = 0
+    stop: Int | None = None
+    step: Positive = 1
+    _listed: bool = PrivateAttr(False)
+
+    @property
+    def is_list(self) -> bool:
+        """Whether each index was named: then each of them must be there, whereas a slice may reach beyond the end."""
+        return self._listed
+
+
+def _selector(given: Any) -> Any:
+    """Return a slice as a table of `DimSlice`, and a list of indices as a `DimSlice`; anything else as it is."""
+    if isinstance(given, slice):
+        named = {"start": given.start, "stop": given.stop, "step": given.step}
+        return {key: plain_value(value) for key, value in named.items() if value is not None}
+    indices = _sequence(given)
+    return _slice_of_indices(list(indices)) if isinstance(indices, list | tuple) else given
+
+
+def _slice_of_indices(indices: list[Any]) -> DimSlice:
+    """Return the slice that selects the same indices as a list."""
+    if not all(type(index) is int for index in indices):
+        raise ValueError("a list holds integers only; allowed are an index, a start and a stop, or a list of indices")
+    first, last = (indices[0], indices[-1]) if indices else (0, -1)
+    step = indices[1] - first if len(indices) > 1 else 1
+    if not indices or step < 1 or indices != list(range(first, last + 1, step)) or first < 0 <= last:
+        raise ValueError("a list selects indices at equal intervals, upwards, such as [0, 1, 2] or [0, 5, 10]")
+    selected = DimSlice(start=first, stop=None if last == -1 else last + 1, step=step)
+    selected._listed = True
+    return selected
+
+
+Offsets = Annotated[Int | tuple[Int, ...] | Slice, BeforeValidator(_sequence)]
+"""Whole numbers along one dimension: one, several, or a slice."""
+Selector = Annotated[Int | DimSlice, BeforeValidator(_selector)]
+"""One index of a dimension, or a slice of it."""

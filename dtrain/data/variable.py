@@ -1,0 +1,170 @@
+"""A Zarr array that samples are read from, as its metadata describe it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from dtrain.data.encoding import DType, Encoding, unpack
+
+Select: TypeAlias = tuple[tuple[int, int, int], ...]
+"""Start, stop and step along each dimension of a stored array; never empty."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkFormat:
+    """How the chunks of an array are encoded: facts from its metadata. `dtrain.data.plan.readers` draws conclusions."""
+
+    codecs: tuple[str, ...] = ()
+    """Names of the codecs in the order in which they encode a chunk; of a sharded array, an inner chunk.
+
+    A codec of the package numcodecs has the prefix ``numcodecs.``, as have all codecs of Zarr v2.
+    """
+    endian: str = ""
+    """Byte order that the codec ``bytes`` writes: ``little``, ``big``, or empty for single bytes and Zarr v2."""
+    order: str = "C"
+    """Order of the values in a chunk: ``C`` or ``F``."""
+    has_fill_value: bool = True
+    """False for a Zarr v2 array whose fill value is null."""
+    has_plain_index: bool = True
+    """False for a sharded array whose index is encoded by other codecs than ``bytes`` and ``crc32c``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variable:
+    """A Zarr array, as its metadata describe it."""
+
+    name: str
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    """Stored dtype, for example ``float64``."""
+    chunks: tuple[int, ...]
+    """Shape of a chunk: it is decoded at once. A sharded array has inner chunks."""
+    objects: tuple[int, ...]
+    """Shape of a stored object: a shard if the array is sharded, else a chunk. Ownership follows objects."""
+    sample_axis: int
+    """-1 if the variable has no sample dimension: then it is the same for all samples."""
+    checksums: bool
+    """True if a codec of the array detects flipped bits."""
+    select: Select
+    """The selected part of each dimension (``data.isel``), in stored rows and columns."""
+    dropped: tuple[int, ...] = ()
+    """Dimensions with a single selected place; rows do not have them."""
+    encoding: Encoding | None = None
+    """How values are packed; None if they are stored as they are."""
+    chunk_format: ChunkFormat = ChunkFormat()
+    """Decides who can read the variable, and nothing else; not part of the fingerprint."""
+    fill_value: float | None = 0
+    """The stored value that Zarr gives for a chunk which is not stored; None: NaN. Not part of the fingerprint."""
+    means_bool: bool = False
+    """True for integers that xarray reads as bools (their attribute ``dtype``). Not part of the fingerprint."""
+    mean_axes: tuple[int, ...] | None = None
+    """The axes of a row of which each index has a mean of its own (``data.normalize``); none: one mean of all values.
+
+    None: the variable is not standardised. Not part of the fingerprint: plan.json keeps the means.
+    """
+
+    @property
+    def is_static(self) -> bool:
+        """True if the variable has no sample dimension; it is then read once."""
+        return self.sample_axis < 0
+
+    @property
+    def row_axes(self) -> tuple[int, ...]:
+        """The stored axes that a row has, in stored order."""
+        return tuple(axis for axis in range(len(self.shape)) if axis != self.sample_axis and axis not in self.dropped)
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row: the selected length of `row_axes`."""
+        return tuple(len(range(*self.select[axis])) for axis in self.row_axes)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in memory; 0 if the variable has no sample dimension."""
+        return 0 if self.is_static else math.prod(self.row_shape) * self.kept_dtype.itemsize
+
+    @property
+    def kept_dtype(self) -> DType:
+        """Dtype in memory: the stored one in native byte order; float64 becomes float32, which the model sees.
+
+        A variable that is standardised stays float64: its mean is subtracted first.
+        """
+        stored = np.dtype(self.dtype).newbyteorder("=")
+        is_cast = stored.kind == "f" and stored.itemsize > 4 and not self.encoding and not self.is_standardised
+        return np.dtype(np.float32) if is_cast else stored
+
+    @property
+    def is_standardised(self) -> bool:
+        """True if ``data.normalize`` names the variable."""
+        return self.mean_axes is not None
+
+    @property
+    def mean_dims(self) -> tuple[str, ...]:
+        """The dimensions of `mean_axes`."""
+        return tuple(self.dims[self.row_axes[axis]] for axis in self.mean_axes or ())
+
+    @property
+    def num_means(self) -> int:
+        """Number of means, if the variable is standardised."""
+        return math.prod(self.row_shape[axis] for axis in self.mean_axes or ())
+
+    @property
+    def decoded_dtype(self) -> DType:
+        """Dtype of unpacked values."""
+        if self.encoding is None:
+            return np.dtype(self.dtype)
+        if self.encoding.ignored is not None:
+            return np.dtype(self.encoding.unsigned or self.dtype)
+        return np.dtype(self.encoding.dtype)
+
+    @property
+    def absent_value(self) -> float:
+        """What a chunk that is not stored decodes to."""
+        stored = np.full(1, math.nan if self.fill_value is None else self.fill_value, np.dtype(self.dtype))
+        with np.errstate(all="ignore"):
+            value: float = unpack(stored.astype(stored.dtype.newbyteorder("=")), self.encoding)[0].item()
+        return value
+
+    @property
+    def model_dtype(self) -> DType:
+        """Dtype that the model sees: float32 for floats and what is standardised, int64 for integers and bools."""
+        return np.dtype(np.float32 if self.is_standardised or self.decoded_dtype.kind == "f" else np.int64)
+
+    @property
+    def object_rows(self) -> int:
+        """Rows of one stored object."""
+        return self.objects[self.sample_axis]
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows that are decoded at once."""
+        return self.chunks[self.sample_axis]
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Decoded bytes of one chunk."""
+        return math.prod(self.chunks) * np.dtype(self.dtype).itemsize
+
+    @property
+    def has_inner_chunks(self) -> bool:
+        """True if a stored object holds several chunks."""
+        return self.objects != self.chunks
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Number of stored objects along each dimension of the array."""
+        return tuple(math.ceil(n / size) for n, size in zip(self.shape, self.objects, strict=True))
+
+    @property
+    def num_objects(self) -> int:
+        """Number of stored objects of the array."""
+        return math.prod(self.grid)
+
+    def selection(self, start: int, stop: int) -> Select:
+        """Return the selection of rows ``start:stop``."""
+        return tuple((start, stop, 1) if axis == self.sample_axis else part for axis, part in enumerate(self.select))
