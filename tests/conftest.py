@@ -24,7 +24,7 @@ settings.register_profile("dtrain", deadline=None, max_examples=60, derandomize=
 settings.load_profile("dtrain")
 
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it: what is printed would be wrapped
-# As in clusters that dtrain starts. Dask's profiler looks at the frames of all threads every 10 ms, and where Python 3.11
+# As in clusters that dtrain starts. Dask's profiler looks at the frames of all threads every 10 ms; where Python 3.11
 # collects garbage meanwhile it holds the lock of the interpreter for ever (python/cpython#106883).
 os.environ["DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED"] = "False"
 

@@ -35,6 +35,8 @@ GONE = (
     OSError,
 )
 """Dask's ways to say that a value cannot be had any more."""
+CLOSING = "ConnectionPool is closed"
+"""And what its RuntimeError says in a client that is being closed."""
 AGAIN = "Run the same command again to continue."
 
 
@@ -98,11 +100,11 @@ class TaskClient:
             if not self._direct or not set(addresses) <= set(self.live()):
                 raise self.lost(error) from error
             self._direct = False
-        except GONE as error:
+        except (*GONE, RuntimeError) as error:
             raise self.lost(error) from error
         try:
             return self._scatter(value, addresses)
-        except GONE as error:
+        except (*GONE, RuntimeError) as error:
             raise self.lost(error) from error
 
     def _scatter(self, value: object, addresses: list[str]) -> Future:
@@ -128,6 +130,10 @@ class TaskClient:
         except DtrainError:
             raise
         except GONE as error:
+            raise self.lost(error) from error
+        except RuntimeError as error:
+            if CLOSING not in str(error):  # of a task
+                raise
             raise self.lost(error) from error
 
     def _wait(self, futures: Sequence[Future], meanwhile: Callable[[], None]) -> None:
@@ -174,7 +180,7 @@ class TaskClient:
         """Return the addresses of the workers that the scheduler knows now."""
         try:
             return sorted(self.dask.nthreads())
-        except (*GONE, AttributeError):  # a client without a scheduler has no attribute of it
+        except (*GONE, AttributeError, RuntimeError):  # a client without a scheduler has no attribute of it
             return []
 
     @property
