@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from dtrain.data.samples import Samples
     from dtrain.data.source import open_samples
     from dtrain.plans import Plan, plan
-    from dtrain.run import Run, last_run, load_run
+    from dtrain.run import Run
+    from dtrain.runs import last_run, load_run
     from dtrain.trainer import train, train_rounds
     from dtrain.types import Cursor, RoundResult, TrainState
 
@@ -30,8 +31,8 @@ _PUBLIC = {
     "TrainConfig": "dtrain.config.schema",
     "TrainState": "dtrain.types",
     "batches": "dtrain.batching",
-    "last_run": "dtrain.run",
-    "load_run": "dtrain.run",
+    "last_run": "dtrain.runs",
+    "load_run": "dtrain.runs",
     "open_samples": "dtrain.data.source",
     "plan": "dtrain.plans",
     "train": "dtrain.trainer",

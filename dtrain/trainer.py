@@ -14,7 +14,7 @@ from typing import Literal
 from distributed import Client
 
 from dtrain.algorithm.stop import end_reason, metric_of
-from dtrain.calls import python_job
+from dtrain.calls import contradiction, is_given, python_job
 from dtrain.checkpoint import commit_round, committed_rounds, newest_state, params_file, prune, sweep
 from dtrain.config.schema import RunConfig, TrainConfig
 from dtrain.data.samples import Samples
@@ -33,7 +33,7 @@ from dtrain.events import (
     RunFinished,
     RunStarted,
 )
-from dtrain.job import Job, Model, Table, absolute, contradiction, is_given
+from dtrain.job import Job, Model, Table, absolute
 from dtrain.lock import locked
 from dtrain.prepare import open_runner
 from dtrain.report.history import read_rows
@@ -41,7 +41,8 @@ from dtrain.report.journal import HISTORY, cut_history, journal
 from dtrain.report.notebook import is_notebook, notebook_progress
 from dtrain.resolve import Resolved, filled
 from dtrain.rounds import initial_state, rounds
-from dtrain.run import Run, remember
+from dtrain.run import Run
+from dtrain.runs import remember
 from dtrain.runtime.place import check_place
 from dtrain.runtime.runner import Held, Runner
 from dtrain.runtime.where import Where, client_of

@@ -10,10 +10,11 @@ import pytest
 from torch import nn
 
 import dtrain
+from dtrain.calls import job_from_python
 from dtrain.config.schema import TrainConfig
 from dtrain.data.samples import Samples
 from dtrain.errors import DataNotFound, InvalidConfig, UnknownVariable
-from dtrain.job import job_from_config, job_from_python, open_sources
+from dtrain.job import job_from_config, open_sources
 from tests.runtime import models
 
 MODEL = "from torch import nn\n\ndef build(width=3):\n    return nn.Linear(6, width)\n"

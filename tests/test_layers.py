@@ -63,11 +63,12 @@ BELOW: dict[str, set[str]] = {
     "directory": {"resolve", "job", "report", "files", *WORK},
     "project": {"resolve", "job", *WORK},
     "run": {"project", "directory", "prepare", "resolve", "job", "checkpoint", "report", *WORK},
+    "runs": {"run", "project", "directory", *WORK},
     "trainer": {
-        *("calls", "run", "directory", "rounds", "prepare", "resolve", "job"),
+        *("calls", "runs", "run", "directory", "rounds", "prepare", "resolve", "job"),
         *("lock", "checkpoint", "report", *WORK),
     },
-    "__init__": {"trainer", "plans", "run", "batching", "data", *BASE},
+    "__init__": {"trainer", "plans", "runs", "run", "batching", "data", *BASE},
 }
 """By layer: the layers it may import. The folders and files of data/ are layers; ``data`` is all of them."""
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 import dtrain
+from dtrain.calls import job_from_python
 from dtrain.data.samples import Samples
-from dtrain.job import Job, job_from_python
+from dtrain.job import Job, with_scheduler
 from dtrain.planning import RunPlan, plan_job, plan_record
 from dtrain.plantext import plan_rows
-from dtrain.run import with_scheduler
 from dtrain.trainer import train_job
 from tests.runtime import models
 

@@ -30,7 +30,7 @@ TABLES: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("dtrain.run._TRAINED", {})
+    monkeypatch.setattr("dtrain.runs._TRAINED", {})
     return tmp_path
 
 

@@ -12,14 +12,14 @@ import pytest
 
 import dtrain
 from dtrain import prepare
+from dtrain.calls import job_from_python
 from dtrain.data.plan import footprint, partition
 from dtrain.data.plan.partition import JointPlan, plan_data
 from dtrain.data.read import presence, units
 from dtrain.data.samples import Samples
 from dtrain.errors import ChunkMissing, DataChanged, OutOfMemory
-from dtrain.job import Job, job_from_python
+from dtrain.job import Job, with_scheduler
 from dtrain.prepare import open_runner
-from dtrain.run import with_scheduler
 from tests.runtime import models
 
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 import dtrain
+from dtrain.calls import job_from_python
 from dtrain.data.plan.partition import eval_partitions
 from dtrain.directory import read_plan
 from dtrain.errors import LengthsDiffer, RunConflict
-from dtrain.job import job_from_python
+from dtrain.job import with_scheduler
 from dtrain.prepare import open_runner
 from dtrain.resolve import VERSION, from_json, to_json
-from dtrain.run import with_scheduler
 from tests.runtime import models
 
 

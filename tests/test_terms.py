@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 import dtrain
+from dtrain.calls import job_from_python
 from dtrain.errors import InvalidConfig, ShapesDiffer
-from dtrain.job import job_from_python
+from dtrain.job import with_scheduler
 from dtrain.planning import plan_job
 from dtrain.plantext import plan_rows
-from dtrain.run import with_scheduler
 
 WriteStore = Callable[..., Path]
 

@@ -15,13 +15,13 @@ import pytest
 from distributed import Client
 
 import dtrain
+from dtrain.calls import job_from_python
 from dtrain.checkpoint import committed_rounds
 from dtrain.data.samples import Samples
 from dtrain.errors import DataChanged, DiskFull, InvalidConfig, RunConflict, RunDamaged, Stopped
 from dtrain.events import ClusterOpening, RoundCommitted, RoundDamaged, RoundFinished, RunFinished, RunStarted
-from dtrain.job import Job, job_from_python
+from dtrain.job import Job, with_scheduler
 from dtrain.report.history import read_rows
-from dtrain.run import with_scheduler
 from dtrain.trainer import train_job
 from tests.runtime import models
 

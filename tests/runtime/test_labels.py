@@ -16,12 +16,13 @@ from distributed import Client
 from torch import nn
 
 import dtrain
+from dtrain.calls import job_from_python
 from dtrain.directory import read_resolved
 from dtrain.errors import NonFiniteData
-from dtrain.job import job_from_python
+from dtrain.job import with_scheduler
 from dtrain.planning import plan_job
 from dtrain.plantext import plan_rows
-from dtrain.run import load_run, with_scheduler
+from dtrain.runs import load_run
 from tests.runtime import models
 
 ROWS = 300

@@ -16,15 +16,16 @@ import torch
 from distributed import Client
 
 import dtrain
+from dtrain.calls import job_from_python
 from dtrain.data.plan.partition import cell_anchors
 from dtrain.data.read.presence import check_presence
 from dtrain.errors import ChunkMissing, DataChanged, NonFiniteData, RunConflict, TooFewSamples
 from dtrain.events import ChunksFilled
-from dtrain.job import job_from_config, job_from_python
+from dtrain.job import job_from_config, with_scheduler
 from dtrain.planning import plan_job, plan_record
 from dtrain.plantext import plan_rows
 from dtrain.prepare import open_runner
-from dtrain.run import load_run, with_scheduler
+from dtrain.runs import load_run
 from dtrain.trainer import train_job
 from tests.runtime import models
 

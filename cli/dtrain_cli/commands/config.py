@@ -50,7 +50,7 @@ def _read(source: str, settings: tuple[str, ...]) -> tuple[TrainConfig, set[str]
     """Return the configuration of a config file or a run, and the keys that the file gives."""
     from dtrain.config.files import load_config, read_tables
     from dtrain.directory import find_run
-    from dtrain.run import load_run
+    from dtrain.runs import load_run
 
     path = Path(source)
     if path.is_file() or path.suffix in (".toml", ".yaml", ".yml", ".json"):

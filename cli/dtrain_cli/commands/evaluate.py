@@ -51,7 +51,7 @@ def evaluate(
     with waiting(options, "loading PyTorch"):
         from dtrain.directory import find_run
         from dtrain.errors import UsageError, did_you_mean
-        from dtrain.run import is_view, open_run
+        from dtrain.runs import is_view, open_run
 
     names: dict[str, SplitName] = {"val": "val", "test": "test", "all": "all"}
     chosen = names.get(split if split is not None else "test" if data is None else "all")

@@ -27,7 +27,7 @@ def status(
 ) -> None:
     """Show the state of a run, while it trains or after a crash."""
     from dtrain.directory import find_run
-    from dtrain.run import load_run
+    from dtrain.runs import load_run
 
     options: Options = ctx.obj
     opened = load_run(find_run(run))
