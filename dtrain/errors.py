@@ -7,7 +7,7 @@ A message names what was given and what is allowed; the hint says what to do.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class DtrainError(Exception):
@@ -308,3 +308,23 @@ def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """Return ``; did you mean "..."?`` for the closest allowed name, or an empty string."""
     close = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.6)
     return f'; did you mean "{close[0]}"?' if close else ""
+
+
+def listed(names: Sequence[object], most: int = 6) -> str:
+    """Return names for a sentence, the first ones of many.
+
+    >>> listed(["a", "b", "c"]), listed(range(9), most=2)
+    ('a, b, c', '0, 1 and 7 more')
+    """
+    if len(names) <= most + 1:
+        return ", ".join(map(str, names))
+    return f"{', '.join(map(str, names[:most]))} and {len(names) - most:,} more"
+
+
+def shortened(text: str, most: int) -> str:
+    """Return a text with its end left out, if it has more than so many characters.
+
+    >>> shortened("short", 9), shortened("rather long", 9)
+    ('short', 'rather...')
+    """
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -14,9 +14,10 @@ from typing import Any
 
 from dtrain.algorithm.recipe import Functions
 from dtrain.config.files import read_tables
-from dtrain.config.functions import METRICS, Function, name_of
+from dtrain.config.functions import METRICS, Function, name_of, value_at
 from dtrain.config.names import FUNCTION, metric_key
 from dtrain.config.schema import TrainConfig
+from dtrain.display import shown
 from dtrain.errors import InvalidConfig, RunConflict
 from dtrain.job import checked, references_in
 from dtrain.resolve import Resolved
@@ -151,9 +152,9 @@ def _load_named(code: RunCode, wanted: Mapping[str, str]) -> Functions:
         raise _not_here(code, typed)
     file = code.project_file
     if file is None and not code.imported:
-        place = code.project or _shown(code.run.absolute().parent.parent)
+        place = code.project or shown(code.run.absolute().parent.parent)
         raise InvalidConfig(
-            f"{place} has no dtrain.toml, which names the functions of {_shown(code.run)}.",
+            f"{place} has no dtrain.toml, which names the functions of {shown(code.run)}.",
             "Name its directory, or the config file: --project DIR. A run of a Python program is opened there: "
             + _call(code, wanted),
         )
@@ -178,16 +179,13 @@ def references_in_file(file: Path) -> dict[str, str]:
     """Return the names of functions in a config file by key; nothing else of it is looked at."""
     tables = read_tables(file)
     names = {key: _text(tables, key) for key in ("model", "train.loss", "data.transform")}
-    train = tables.get("train")
-    metrics = train.get("metrics") if isinstance(train, dict) else None
+    metrics = value_at(tables, METRICS)
     listed = [name for name in metrics if isinstance(name, str)] if isinstance(metrics, list) else []
     return {**names, **{f"{METRICS}.{name}": name for name in listed}}
 
 
 def _text(tables: Mapping[str, Any], key: str) -> str:
-    value: Any = tables
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
+    value = value_at(tables, key)
     return value if isinstance(value, str) else ""
 
 
@@ -208,13 +206,13 @@ def _other_names(
         for key, name in list(differing.items())[:3]
     )
     return RunConflict(
-        f"{_shown(code.run)} was started with other functions than {_shown(file or Path())} names: {has}.",
+        f"{shown(code.run)} was started with other functions than {shown(file or Path())} names: {has}.",
         "Name them there, or name another project: --project DIR. --trust-code takes functions that are named there.",
     )
 
 
 def _not_here(code: RunCode, references: Mapping[str, str]) -> InvalidConfig:
-    return unfindable(references, f'"{_shown(code.run)}"', "" if code.imported else ".evaluate()")
+    return unfindable(references, f'"{shown(code.run)}"', "" if code.imported else ".evaluate()")
 
 
 def _call(code: RunCode, wanted: Mapping[str, str]) -> str:
@@ -232,7 +230,7 @@ def _is_same(code: RunCode, key: str, function: Function, resolved: Resolved) ->
 
 
 def _refuse_changed(code: RunCode, changed: Sequence[str]) -> None:
-    text = f"{_shown(code.run)} was started with other code of {', '.join(map(_plain_key, changed))}."
+    text = f"{shown(code.run)} was started with other code of {', '.join(map(_plain_key, changed))}."
     if not code.trusted:
         raise RunConflict(
             text,
@@ -243,9 +241,3 @@ def _refuse_changed(code: RunCode, changed: Sequence[str]) -> None:
 
 def _plain_key(key: str) -> str:
     return METRICS if key.startswith(METRICS) else key
-
-
-def _shown(path: Path) -> str:
-    """Return a path as it is written in the working directory."""
-    absolute, here = path.absolute(), Path.cwd()
-    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(absolute)

@@ -29,6 +29,7 @@ from dtrain.errors import (
     UserCodeFailed,
 )
 from tests.runtime import models
+from tests.training import trained
 
 WriteStore = Callable[..., Path]
 
@@ -39,16 +40,7 @@ def linear() -> nn.Module:
 
 def train(samples: dtrain.Samples, tmp_path: Path, model: Any = linear, **tables: Any) -> dtrain.Run:
     table = {"loss": "cross_entropy", "rounds": 2, "batch_size": 40}
-    return dtrain.train(
-        model,
-        samples,
-        train={**table, **tables.pop("train", {})},
-        average={"replicas": 2, **tables.pop("average", {})},
-        cluster="serial",
-        run_dir=tmp_path / "runs",
-        progress=False,
-        **tables,
-    )
+    return trained(model, samples, tmp_path / "runs", table, **tables)
 
 
 # Optimizers -------------------------------------------------------------------------------------------------------

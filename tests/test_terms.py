@@ -17,6 +17,7 @@ from dtrain.errors import InvalidConfig, ShapesDiffer
 from dtrain.job import with_scheduler
 from dtrain.planning import plan_job
 from dtrain.plantext import plan_rows
+from tests.training import trained
 
 WriteStore = Callable[..., Path]
 
@@ -42,16 +43,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory, write_store: WriteStore) 
 
 def train(samples: dtrain.Samples, tmp_path: Path, model: Any = linear, **tables: Any) -> dtrain.Run:
     table = {"loss": "cross_entropy", "metrics": ["accuracy"], "rounds": 3, "batch_size": 40}
-    return dtrain.train(
-        model,
-        samples,
-        train={**table, **tables.pop("train", {})},
-        average={"replicas": 2, **tables.pop("average", {})},
-        cluster="serial",
-        run_dir=tmp_path / "runs",
-        progress=False,
-        **tables,
-    )
+    return trained(model, samples, tmp_path / "runs", table, **tables)
 
 
 def rows(samples: dtrain.Samples, split: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from dtrain.data.read.open import open_group
-from dtrain.errors import UsageError
+from dtrain.errors import UsageError, listed
 from dtrain_cli.survey.contents import read_contents
-from dtrain_cli.survey.draft import Draft, listed
+from dtrain_cli.survey.draft import Draft
 from dtrain_cli.survey.forecast import forecast, maps, series
 from dtrain_cli.survey.roles import Contents
 from dtrain_cli.survey.settings import Settings, settle

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from dtrain.config.functions import described
 from dtrain.config.values import REDACTED, flat_values
-from dtrain.errors import did_you_mean
+from dtrain.errors import did_you_mean, shortened
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +125,7 @@ def _unknown_key(place: Place, schema: type[BaseModel]) -> str:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, default=_shown)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shortened(json.dumps(value, default=_shown), 60)
 
 
 def _shown(value: Any) -> str:

@@ -31,13 +31,13 @@ def take_functions(tables: Mapping[str, Any]) -> tuple[dict[str, Any], Given]:
     """
     named, given = dict(tables), Given()
     for key in OPTIMIZERS:
-        value = _value(named, key)
+        value = value_at(named, key)
         if isinstance(value, type) and value.__module__.startswith("torch.optim"):
             named = _with(named, key, value.__name__.lower())
     for key in KEYS:
-        if callable(value := _value(named, key)):
+        if callable(value := value_at(named, key)):
             named, given[key] = _with(named, key, name_of(value)), value
-    metrics = _value(named, METRICS)
+    metrics = value_at(named, METRICS)
     if callable(metrics):
         raise InvalidConfig(f"{METRICS} is {described(metrics)}; it is a list.", "Write metrics=[...].")
     if isinstance(metrics, list | tuple):
@@ -93,7 +93,8 @@ def described(value: Any) -> str:
     return f"the function {name}" if name else f"an object of {type(value).__name__}"
 
 
-def _value(tables: Mapping[str, Any], key: str) -> Any:
+def value_at(tables: Mapping[str, Any], key: str) -> Any:
+    """Return the value at a dotted key of nested tables; None if there is none."""
     value: Any = tables
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None

@@ -32,6 +32,7 @@ from dtrain.errors import (
     UnknownVariable,
     UnsuitableVariable,
     did_you_mean,
+    listed,
     one_line,
 )
 
@@ -150,7 +151,7 @@ def _open_group(store: ReadStore, name: str) -> zarr.Group:
         known = sorted(found for found, kind in nodes_in(store, "").items() if kind == "group")
     raise InvalidConfig(
         f'data.group = "{name}": no such group in {store.path}{did_you_mean(name, known)}',
-        f"It has {_listed(known) or 'no groups'}.",
+        f"It has {listed(known, MOST_NAMES) or 'no groups'}.",
     )
 
 
@@ -258,14 +259,15 @@ def _unknown(store: ReadStore, group: str, name: str, opened: list[str], *, is_g
             f"{name}/{found}" for found, kind in nodes_in(store, f"{group}/{name}").items() if kind == "array"
         )
         return UnknownVariable(
-            f'{store.path}: "{name}" is a group, not a variable.', f"It holds {_listed(inside) or 'no variables'}."
+            f'{store.path}: "{name}" is a group, not a variable.',
+            f"It holds {listed(inside, MOST_NAMES) or 'no variables'}.",
         )
     known = sorted({*opened, *(found for found, kind in nodes_in(store, group).items() if kind == "array")})
     message = f'{store.path}: variable "{name}" not found{did_you_mean(name, known)}'
     if elsewhere := [path for path in arrays_named(store, name.rpartition("/")[2]) if path.strip("/")]:
         return UnknownVariable(message, _way_to(group.strip("/"), elsewhere, opened))
     if known or store.facts.can_list:
-        return UnknownVariable(message, f"It has {_listed(known) or 'no variables'}.")
+        return UnknownVariable(message, f"It has {listed(known, MOST_NAMES) or 'no variables'}.")
     return UnknownVariable(
         message, "The server lists no variables: consolidate the metadata (zarr.consolidate_metadata) to see them."
     )
@@ -274,7 +276,7 @@ def _unknown(store: ReadStore, group: str, name: str, opened: list[str], *, is_g
 def _way_to(group: str, elsewhere: list[str], opened: list[str]) -> str:
     """Say how an array of another group is named: by its path below ``data.group``."""
     path = elsewhere[0]
-    found = f"{_listed(elsewhere)} {'has' if len(elsewhere) == 1 else 'have'} that name"
+    found = f"{listed(elsewhere, MOST_NAMES)} {'has' if len(elsewhere) == 1 else 'have'} that name"
     if not group:
         whole = posixpath.dirname(path)
         also = f', or set data.group = "{whole}" if all variables are there' if whole and not opened else ""
@@ -285,9 +287,3 @@ def _way_to(group: str, elsewhere: list[str], opened: list[str]) -> str:
     names = [posixpath.relpath(one, common or ".") for one in (path, *(f"{group}/{name}" for name in opened))]
     others = "".join(f', and "{name}" in place of {old}' for name, old in zip(names[1:], opened, strict=True))
     return f'{found}: set data.group = "{common}" and write "{names[0]}"{others}.'
-
-
-def _listed(names: list[str]) -> str:
-    """Return names for a message, the first ones if they are many."""
-    more = len(names) - MOST_NAMES
-    return ", ".join(names[:MOST_NAMES]) + (f" and {more:,} more" if more > 0 else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from dtrain.display import joined, number, shown
+from dtrain.errors import shortened
 from dtrain.events import (
     ChunksFilled,
     ClusterOpening,
@@ -72,12 +73,8 @@ def fault_line(event: ChunksFilled | SegmentReplayed | ReplicaRejected | RoundDa
             missing = f"{event.chunks:,} of {event.of:,} chunks of {event.variable}"
             return f"{missing} are not stored and read as {event.value:g}"
         case SegmentReplayed():
-            return f"lost work with a worker; going on from round {event.round} ({_short(event.reason)})"
+            return f"lost work with a worker; going on from round {event.round} ({shortened(event.reason, 100)})"
         case ReplicaRejected():
             return f"round {event.round}: replica {event.replica} is not finite and was left out of the average"
         case RoundDamaged():
             return f"round {event.round} is damaged and was skipped: {event.reason}"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 100 else f"{text[:97]}..."

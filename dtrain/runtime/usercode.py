@@ -16,7 +16,7 @@ from typing import Any
 
 from dtrain.config.functions import METRICS, Function, described
 from dtrain.config.names import metric_key
-from dtrain.errors import DtrainError, InvalidConfig, OutOfMemory, UserCodeFailed, did_you_mean, one_line
+from dtrain.errors import DtrainError, InvalidConfig, OutOfMemory, UserCodeFailed, did_you_mean, one_line, shortened
 from dtrain.runtime.modules import file_in, is_installed, is_local, is_shadowed
 
 _IMPORTED: dict[str, tuple[Path, Path, bytes]] = {}
@@ -262,5 +262,4 @@ def user_code(doing: str, hint: str = "") -> Iterator[None]:
 
 def short_line(error: BaseException) -> str:
     """Return an exception's text in one line of at most 300 characters."""
-    text = one_line(error)
-    return text if len(text) <= 300 else text[:297] + "..."
+    return shortened(one_line(error), 300)

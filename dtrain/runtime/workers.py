@@ -12,7 +12,7 @@ from typing import Any
 from dask.utils import format_bytes
 from distributed import Client, Future
 
-from dtrain.errors import ClusterUnreachable, OutOfMemory
+from dtrain.errors import ClusterUnreachable, OutOfMemory, listed
 
 REQUESTED_TIMEOUT = 600.0
 """Seconds to wait for it while the cluster says that it is starting workers."""
@@ -114,7 +114,7 @@ def _no_worker(client: Client, states: tuple[WorkerState, ...], waited: float) -
 
 def paused_error(states: tuple[WorkerState, ...]) -> OutOfMemory:
     """Return the error for workers that are all paused."""
-    named = ", ".join(map(str, states[:3])) + (f" and {len(states) - 3} more" if len(states) > 3 else "")
+    named = listed(states, most=3)
     return OutOfMemory(
         f"Every worker is paused, because its memory is nearly full: {named}.",
         "Free the memory (client.restart()), or start workers with more of it.",

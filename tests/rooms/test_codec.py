@@ -19,6 +19,7 @@ from dtrain.config.schema import CodecConfig
 from dtrain.data.samples import Samples
 from dtrain.types import Entry, Flat, Layout, Parameters, TrainState
 from tests.runtime import models
+from tests.training import shas
 
 NAME = "int8"  # the configuration knows it; no codec has that name yet
 
@@ -79,10 +80,6 @@ def start(samples: Samples, tmp_path: Path, cluster: Any, rounds: int = 4, codec
 
 def last_state(run: dtrain.Run) -> TrainState:
     return load_round(round_directory(run.directory, run.rows[-1]["round"]))[0]
-
-
-def shas(run: dtrain.Run) -> list[str]:
-    return [row["params_sha256"] for row in run.rows]
 
 
 def params(flat: list[float], buffers: list[float] | None = None) -> Parameters:

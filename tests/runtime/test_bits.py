@@ -18,10 +18,7 @@ from dtrain.data.samples import Samples
 from dtrain.errors import Stopped
 from dtrain.types import RoundResult
 from tests.runtime import models
-
-
-def shas(run: dtrain.Run) -> list[str]:
-    return [row["params_sha256"] for row in run.rows]
+from tests.training import shas
 
 
 def without_timings(run: dtrain.Run) -> list[dict[str, Any]]:

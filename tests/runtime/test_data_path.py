@@ -37,10 +37,7 @@ from dtrain.runtime.tensors import apply_transform
 from dtrain.trainer import train_job
 from dtrain.types import Cursor
 from tests.runtime import models
-
-
-def shas(run: dtrain.Run) -> list[str]:
-    return [row["params_sha256"] for row in run.rows]
+from tests.training import shas
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from dtrain.planning import plan_job
 from dtrain.plantext import plan_rows
 from dtrain.runs import load_run
 from tests.runtime import models
+from tests.training import shas, trained
 
 ROWS = 300
 X = np.random.default_rng(1).normal(size=(ROWS, 6)).astype("float32")
@@ -77,22 +78,11 @@ def store(tmp_path: Path, write_store: Callable[..., Path]) -> Callable[..., Pat
 def start(tmp_path: Path) -> Callable[..., dtrain.Run]:
     def run(path: Path, name: str, model: Any = models.small, cluster: Any = "serial", **more: Any) -> dtrain.Run:
         data = more.pop("data", {})
-        return dtrain.train(
-            model,
-            dtrain.open_samples(path, inputs=["x"], targets=["y"], **data),
-            train={"rounds": 2, "batch_size": 16, "loss": "cross_entropy", **more},
-            average={"replicas": 2},
-            cluster=cluster,
-            run=name,
-            run_dir=tmp_path / "runs",
-            progress=False,
-        )
+        samples = dtrain.open_samples(path, inputs=["x"], targets=["y"], **data)
+        table = {"rounds": 2, "batch_size": 16, "loss": "cross_entropy", **more}
+        return trained(model, samples, tmp_path / "runs", table, cluster, run=name)
 
     return run
-
-
-def shas(run: dtrain.Run) -> list[str]:
-    return [row["params_sha256"] for row in run.rows]
 
 
 @pytest.mark.parametrize(("dtype", "mark"), [("uint8", 255), ("int16", -1), ("int64", -9999)])

@@ -28,6 +28,7 @@ from dtrain.prepare import open_runner
 from dtrain.runs import load_run
 from dtrain.trainer import train_job
 from tests.runtime import models
+from tests.training import shas, trained
 
 ROWS, CHUNK = 400, 20
 LABELS = (np.arange(ROWS) // 7) % 3
@@ -63,23 +64,10 @@ def start(tmp_path: Path) -> Callable[..., dtrain.Run]:
     def run(
         samples: dtrain.Samples, name: str = "r", cluster: Any = "serial", rounds: int = 2, **more: Any
     ) -> dtrain.Run:
-        return dtrain.train(
-            models.small,
-            samples,
-            train={"loss": "cross_entropy", "rounds": rounds, "batch_size": 16},
-            average={"replicas": 2},
-            cluster=cluster,
-            run=name,
-            run_dir=tmp_path / "runs",
-            progress=False,
-            **more,
-        )
+        table = {"loss": "cross_entropy", "rounds": rounds, "batch_size": 16}
+        return trained(models.small, samples, tmp_path / "runs", table, cluster, run=name, **more)
 
     return run
-
-
-def shas(run: dtrain.Run) -> list[str]:
-    return [row["params_sha256"] for row in run.rows]
 
 
 def job_of(samples: dtrain.Samples, **tables: Any) -> Any:

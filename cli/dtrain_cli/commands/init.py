@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -155,9 +154,10 @@ def _say_next(options: Options, directory: Path) -> None:
 
 
 def _wrapped(text: str) -> str:
+    from dtrain.display import wrapped
     from dtrain_cli.survey.document import plain
 
-    return textwrap.fill(plain(text), 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return wrapped(plain(text))
 
 
 def _template(name: str) -> Template:

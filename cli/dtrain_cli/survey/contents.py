@@ -15,8 +15,7 @@ from dtrain.data.dataset import NamedArray, list_named
 from dtrain.data.paths import locate, single_array
 from dtrain.data.read.open import any_group, group_in
 from dtrain.data.read.store import ReadStore
-from dtrain.errors import DtrainError, NotZarr, TooFewSamples, UsageError
-from dtrain_cli.survey.draft import listed
+from dtrain.errors import DtrainError, NotZarr, TooFewSamples, UsageError, listed
 from dtrain_cli.survey.roles import BOUNDS, ArrayFacts, Attributes, Contents, has_word, natural, words
 
 KINDS = {"O": "objects", "S": "strings", "U": "strings", "T": "strings", "M": "dates", "m": "times", "c": "complex"}

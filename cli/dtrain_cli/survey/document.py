@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dtrain_cli.survey.draft import listed
+from dtrain.errors import listed
 from dtrain_cli.survey.settings import Settings
 
 WIDTH = 80

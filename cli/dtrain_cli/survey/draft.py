@@ -53,17 +53,6 @@ class Draft:
     """By key of the config file: why it has this value."""
 
 
-def listed(names: tuple[str, ...] | list[str], most: int = 6) -> str:
-    """Return names in a sentence, the first ones of many.
-
-    >>> listed(["a", "b", "c"]), listed([str(i) for i in range(9)], most=2)
-    ('a, b, c', '0, 1 and 7 more')
-    """
-    if len(names) <= most + 1:
-        return ", ".join(names)
-    return f"{', '.join(names[:most])} and {len(names) - most:,} more"
-
-
 def unused(contents: Contents, *used: str) -> tuple[str, ...]:
     """Return the arrays that are not used."""
     return tuple(name for name in contents.arrays if name not in used)

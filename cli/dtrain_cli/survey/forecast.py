@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dtrain_cli.survey.draft import Draft, OffsetsTable, listed, patches, row_bytes, unused
+from dtrain.errors import listed
+from dtrain_cli.survey.draft import Draft, OffsetsTable, patches, row_bytes, unused
 from dtrain_cli.survey.roles import ArrayFacts, Contents, has_word, is_earth, is_level, is_time, space_of, words
 from dtrain_cli.survey.values import Look
 

@@ -13,8 +13,8 @@ from dtrain.data.plan.partition import plan_data
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import Samples
 from dtrain.data.source import open_samples
-from dtrain.errors import TooFewSamples
-from dtrain_cli.survey.draft import Draft, listed
+from dtrain.errors import TooFewSamples, listed
+from dtrain_cli.survey.draft import Draft
 from dtrain_cli.survey.gaps import Gaps, gaps_of
 from dtrain_cli.survey.roles import Contents
 from dtrain_cli.survey.tables import NONE, Keys, data_keys, model_args, model_file, train_keys

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from dtrain_cli.survey.draft import Draft, listed, patches, unused
+from dtrain.errors import listed
+from dtrain_cli.survey.draft import Draft, patches, unused
 from dtrain_cli.survey.roles import ArrayFacts, Contents, space_of
 from dtrain_cli.survey.target import Target, find_target, is_one_image, is_row_number, sample_dim
 from dtrain_cli.survey.values import Look

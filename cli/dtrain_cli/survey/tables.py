@@ -11,7 +11,8 @@ from dtrain.data.plan.footprint import sample_bytes
 from dtrain.data.plan.partition import cell_anchors
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import Field, Samples
-from dtrain_cli.survey.draft import Draft, listed, row_bytes
+from dtrain.errors import listed
+from dtrain_cli.survey.draft import Draft, row_bytes
 from dtrain_cli.survey.roles import ArrayFacts, Contents, is_channel, is_level, space_of
 from dtrain_cli.survey.values import Values
 
