@@ -94,7 +94,7 @@ def open_sources(config: DataConfig, base: Path) -> tuple[Source, ...]:
 
 
 def source_of(samples: Samples) -> Source:
-    """Return the store of some samples; their function travels with the others."""
+    """Return the store of some samples; their transform is kept with the other functions."""
     plain_samples = samples if samples.transform is None else replace(samples, transform=None)
     return Source(config=samples.config, samples=plain_samples)
 

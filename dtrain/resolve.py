@@ -59,7 +59,7 @@ class Resolved:
     code_rules: int
     """What the identities cover (`dtrain.runtime.codetext.CODE_RULES`)."""
     gaps: tuple[str, ...] = ()
-    """By store: what a person is told about jumps of its coordinate; only at the first start."""
+    """By store: what `plan` says about jumps of its coordinate; only at the first start."""
     labels: MissingLabels = "nan"
     """What a value stands for that marks a missing label."""
     filled: tuple[Mapping[str, Filled], ...] | None = ()

@@ -42,7 +42,7 @@ SHOWN = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gaps:
-    """Where windows must not cross, and what a person is told about it."""
+    """Where windows must not cross, and what `plan` says about it."""
 
     jumps: str = ""
     """`DataPlan.jumps`."""

@@ -43,7 +43,7 @@ def pickle_functions(functions: Functions, base: Path) -> bytes:
         raise UserCodeFailed(
             f"The function given as {', '.join(failing or functions)} cannot be sent to the workers: "
             f"{short_line(error)}",
-            "Define what it uses inside it or in a module; open files, locks and clients cannot travel.",
+            "Define what it uses inside it or in a module; open files, locks and clients cannot be sent.",
         ) from error
     finally:
         for module in registered:

@@ -568,6 +568,15 @@ def test_masks_whose_empty_chunks_are_left_out(cli: Any, tmp_path: Path) -> None
     accepted(cli)
 
 
+def test_images_whose_empty_chunks_are_left_out_are_filled_with_zeros(cli: Any, tmp_path: Path) -> None:
+    nuclei(tmp_path / "s.zarr")
+    chunks = sorted((tmp_path / "s.zarr" / "image" / "c").rglob("*"))
+    next(chunk for chunk in chunks if chunk.is_file()).unlink()
+    assert written_for(cli, "s.zarr")["data"]["missing"] == "fill"
+    assert "1 of" in Path("job/dtrain.toml").read_text()
+    accepted(cli)
+
+
 @pytest.mark.parametrize(("kind", "chunk"), [("climate", "t2m/c/2/0/0"), ("cells", "X/c/1/0")])
 def test_a_lost_chunk_is_named_and_refused_by_training(cli: Any, tmp_path: Path, kind: str, chunk: str) -> None:
     (STORES[kind](tmp_path / "s.zarr") / chunk).unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Literal
 
 from dtrain.data.plan.missing import absence_of
 from dtrain.data.read.open import open_arrays
@@ -18,6 +19,8 @@ MOST_LISTED, MOST_REQUESTED = 200_000, 4096
 class Gaps:
     """What is said about the chunks that are not stored."""
 
+    missing: Literal["", "auto", "fill"] = ""
+    """What reads them, if none is lost: ``fill`` where ``auto`` would refuse zeros of images, tokens or counts."""
     filled: str = ""
     """Which of them stand for their fill value, if none is lost."""
     lost: str = ""
@@ -36,6 +39,7 @@ def gaps_of(samples: Samples, with_nan: Collection[str]) -> Gaps:
     store, arrays = open_arrays(samples)
     counts: dict[str, int] = {}
     lost: list[str] = []
+    missing: Literal["auto", "fill"] = "auto"
     most = MOST_LISTED if store.facts.can_list else MOST_REQUESTED
     for variable in samples.variables:
         if variable.num_objects > most:
@@ -45,7 +49,9 @@ def gaps_of(samples: Samples, with_nan: Collection[str]) -> Gaps:
             continue
         counts[variable.name] = len(absent)
         absence = absence_of(samples, variable)
-        if absence == "error" or (absence == "nan" and variable.name not in with_nan):
+        if absence == "error" and variable.absent_value == 0:
+            missing = "fill"  # writers leave out zeros; a packed number that means 280 is lost
+        elif absence == "error" or (absence == "nan" and variable.name not in with_nan):
             more = f" and {len(absent) - 1:,} more are" if len(absent) > 1 else " is"
             lost.append(f"chunk {absent[0].key} of {variable.name}{more} missing")
     if lost:
@@ -53,4 +59,4 @@ def gaps_of(samples: Samples, with_nan: Collection[str]) -> Gaps:
         return Gaps(lost=f"{lost[0]}{others}")
     texts = [f"{count:,} of {samples.variable(name).num_objects:,} of {name}" for name, count in counts.items()]
     filled = f"chunks that the store leaves out are read as the fill value: {', '.join(texts)}"
-    return Gaps(filled=filled) if counts else Gaps()
+    return Gaps(missing=missing, filled=filled) if counts else Gaps()

@@ -95,7 +95,7 @@ def _with_nan(values: Mapping[str, Values]) -> list[str]:
 
 def _missing(draft: Draft, has_nan: list[str], gaps: Gaps) -> Keys:
     """Return the keys for chunks that are left out and for values that are missing."""
-    keys = NONE.also("data.missing", "auto", gaps.filled) if gaps.filled else NONE
+    keys = NONE.also("data.missing", gaps.missing, gaps.filled) if gaps.missing else NONE
     if not has_nan:
         return keys
     inputs = [name for name in has_nan if name in draft.inputs]

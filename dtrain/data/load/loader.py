@@ -4,7 +4,7 @@
     one assembler     slots --> bundles of batches         a few buffers, used again when nobody refers to them
     the consumer      takes batches, in the order of the plan
 
-All three go on while parameters travel, until they run out of slots or buffers. The order of samples is a pure
+All three go on while parameters are sent, until they run out of slots or buffers. The order of samples is a pure
 function of plan and cursor, so a loader can be thrown away and made again at any time: it decides when bytes are
 read, never which.
 """

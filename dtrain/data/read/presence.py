@@ -263,7 +263,7 @@ def content_digest(samples: Samples) -> dict[str, str]:
     """Return, by variable, a digest of the sizes of its stored objects; nothing for a store that is not local.
 
     It tells a store that has been modified from one that has been copied or moved. A chunk that was overwritten by
-    another one of exactly the same size is not told: the times of files say nothing, since a copy has its own.
+    another one of exactly the same size is not noticed: the times of files say nothing, since a copy has its own.
     """
     return _digests(samples)[0]
 
