@@ -56,7 +56,18 @@ def model_calm() -> Any:
     return models.slow(0.0)
 
 
-@pytest.mark.parametrize("task", ["local-r00001", "local-r00002", "reduce-r00002", "evaluate"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        "local-r00002",
+        pytest.param("local-r00001", marks=SLOW),
+        pytest.param("reduce-r00002", marks=SLOW),
+        pytest.param("evaluate", marks=SLOW),
+    ],
+)
 def test_a_worker_killed_in_a_task(
     samples: Samples,
     tmp_path: Path,

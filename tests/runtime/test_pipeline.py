@@ -183,6 +183,7 @@ def test_the_next_round_is_submitted_before_the_last_one_is_evaluated(
         assert order["submit", number + 1] < order["collect", number]
 
 
+@pytest.mark.slow
 def test_scheduler_tasks_are_bounded_and_no_old_task_runs_again(
     samples: Samples, tmp_path: Path, own_client: Client
 ) -> None:

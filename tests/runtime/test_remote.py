@@ -103,6 +103,7 @@ def done(process: subprocess.Popen[str]) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_the_same_bits_from_a_scheduler_started_by_hand_and_late_joiners_are_used(
     elsewhere: tuple[Any, str], project: Path
 ) -> None:
@@ -133,6 +134,7 @@ def executed(dask_worker: Any) -> int:
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not have this file either
 
 
+@pytest.mark.slow
 def test_no_scheduler_answers(project: Path) -> None:
     process = train(project, "r", "tcp://127.0.0.1:1")
     _, err = process.communicate(timeout=100)

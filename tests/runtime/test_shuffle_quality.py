@@ -70,6 +70,7 @@ def regressor() -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 16), nn.ReLU(), nn.Linear(16, 1), nn.Flatten(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "model", "loss"), [(by_class, classifier, "cross_entropy"), (by_time, regressor, "mse")]
 )
