@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import importlib
 import importlib.util
 import math
@@ -27,13 +26,6 @@ from dtrain_cli.survey.text import CONTEXTS, context_of
 from dtrain_cli.survey.values import SAMPLE_BYTES, Values, describe, sample_places
 
 TEMPLATES = Path(importlib.import_module("dtrain_cli").__path__[0]) / "templates"
-
-
-@pytest.mark.parametrize("name", ["document", "draft", "roles", "tables", "text", "values"])
-def test_the_docstrings_are_true(name: str) -> None:
-    outcome = doctest.testmod(importlib.import_module(f"dtrain_cli.survey.{name}"))
-    assert outcome.attempted
-    assert not outcome.failed
 
 
 # The sample -------------------------------------------------------------------------------------------------
