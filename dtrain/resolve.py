@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from dtrain.algorithm.mix import neighbourhoods
+from dtrain.algorithm.reduce import check_reduce
 from dtrain.config.names import LABEL_LOSSES, LOSSES, METRICS
 from dtrain.config.schema import DataConfig, TrainTable
 from dtrain.data.coordinate import Gaps, find_gaps
@@ -92,9 +94,11 @@ def resolve(job: Job, place: Place) -> Resolved:
     gaps = tuple(_gaps(source, place) for source in job.all_sources)
     plans = tuple(_plan(source, found.jumps, job, place) for source, found in zip(job.sources, gaps, strict=False))
     held_out = _held_out(job, gaps[-1].jumps, place, plans[0])
-    device = _device(job, place)
+    device, plan = _device(job, place), JointPlan(plans)
+    check_reduce(job.config.average, plan.replicas)
+    neighbourhoods(job.config.average.mix, 1, plan.replicas)  # refuses groups that do not fit
     return Resolved(
-        plan=JointPlan(plans),
+        plan=plan,
         held_out=held_out,
         scalings={},
         device=device,

@@ -16,9 +16,10 @@ import numpy as np
 
 from dtrain.algorithm.codec import Compressed, compress, decompress
 from dtrain.algorithm.local import LocalResult
-from dtrain.algorithm.mix import Average, averages, mean_of, neighbourhoods
+from dtrain.algorithm.mix import Average, averages, neighbourhoods
 from dtrain.algorithm.outer import outer_step
 from dtrain.algorithm.params import is_finite, params_sha256, with_frozen, without_frozen
+from dtrain.algorithm.reduce import mean_of, reduced
 from dtrain.algorithm.replica import empty_inner_state
 from dtrain.config.schema import AverageConfig
 from dtrain.types import (
@@ -124,7 +125,7 @@ def combine(start: Broadcast, updates: Sequence[Update], outer: OuterState, conf
     """
     kept = [update for update in updates if update.contribution.finite] or list(updates[:1])
     weights = [update.contribution.samples if config.weights == "samples" else 1 for update in kept]
-    mean = mean_of([_received(start, update, config) for update in kept], weights)
+    mean = reduced([_received(start, update, config) for update in kept], weights, config)
     if config.outer is not None:
         end = mean.layout.num_params  # buffers never reach the outer optimizer
         stepped, state = outer_step(start.params.flat[:end], mean.flat[:end], outer[0], config.outer)

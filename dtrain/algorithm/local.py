@@ -67,10 +67,13 @@ def run_local_steps(
     fresh = carried(optimizer)
     unpack_inner_state(inner, optimizer, params)
     base_rates = [group.get("lr") for group in optimizer.param_groups]
+    start = [parameter.detach().clone() for parameter in params] if recipe.prox else []
     losses, samples, step = _Losses(), 0, first_step
     for batch_size, micro_batches in steps:
         optimizer.zero_grad(set_to_none=True)
         losses += _accumulate(module, recipe, params, batch_size, micro_batches)
+        if recipe.prox:
+            _pull_back(params, start, recipe.prox)
         if recipe.clip_norm > 0:
             nn.utils.clip_grad_norm_(params, recipe.clip_norm)
         _set_rates(optimizer, base_rates, recipe.schedule(step, total_steps))
@@ -124,6 +127,14 @@ def _accumulate(
             if parameter.grad is not None:
                 parameter.grad *= expected / seen.count
     return seen
+
+
+def _pull_back(params: Sequence[nn.Parameter], start: Sequence[torch.Tensor], prox: float) -> None:
+    """Add the gradient of ``prox / 2 * |theta - start|^2`` (FedProx: Li et al. 2020, arXiv:1812.06127)."""
+    with torch.no_grad():
+        for parameter, origin in zip(params, start, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter - origin, alpha=prox)
 
 
 def _set_rates(

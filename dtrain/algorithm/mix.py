@@ -1,24 +1,29 @@
-"""Mixing: which replicas are averaged with which, and the mean itself.
+"""Mixing: which replicas are averaged with which.
 
-    mean = sum_k n_k theta_k / sum_k n_k        in float64, with integer weights, in replica order, one division
+    topology        replica k goes on from the mean of                       parameters
+    full            all replicas                                             one for all
+    hierarchical    those of its group; in every `period`-th round all       one for each group between
+    ring            k - 1, k, k + 1                                          its own
+    exponential     k, k + 2^(t mod ceil(log2 M)) in round t                 its own
 
-In this form the result does not depend on the order or the tree of the sum (the usual float32 weighted sum changes
-70 % of the elements), and the mean of equal replicas is that replica, bit for bit.
+Indices are modulo M, the number of replicas. Where weights are equal and M is a power of two, the one-peer exponential
+graph averages exactly in log2 M rounds.
+
+References
+----------
+Ring and other sparse graphs: Lian et al. 2017, arXiv:1705.09056. One-peer exponential graphs: Ying et al. 2021,
+arXiv:2110.13363. Hierarchical averaging: Lin et al. 2020, arXiv:1808.07217.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
-import numpy as np
-import torch
-
-from dtrain.algorithm.params import tensors_of
 from dtrain.config.schema import MixConfig
-from dtrain.errors import UnsuitableModel
-from dtrain.types import Entry, Flat, Parameters
+from dtrain.errors import InvalidConfig
 
 # Who is averaged with whom --------------------------------------------------------------------------------
 
@@ -33,7 +38,47 @@ def full(config: MixConfig, number: int, replicas: int) -> Neighbourhoods:
     return (tuple(range(replicas)),) * replicas
 
 
-TOPOLOGIES: dict[str, Topology] = {"full": full}
+def hierarchical(config: MixConfig, number: int, replicas: int) -> Neighbourhoods:
+    """Average the replicas of each group, runs of neighbours as equal as can be; every `period`-th round all of them.
+
+    Raises
+    ------
+    InvalidConfig
+        There are no groups, or more than replicas.
+    """
+    if not 1 <= config.groups <= replicas:
+        raise InvalidConfig(
+            f'average.mix.groups = {config.groups}: with average.mix.topology = "hierarchical", {replicas} replicas '
+            "are divided into groups.",
+            f"Give 1 to {replicas} groups.",
+        )
+    if number % config.period == 0:
+        return full(config, number, replicas)
+    cuts = [group * replicas // config.groups for group in range(config.groups + 1)]
+    return tuple(tuple(range(first, after)) for first, after in pairwise(cuts) for _ in range(first, after))
+
+
+def ring(config: MixConfig, number: int, replicas: int) -> Neighbourhoods:
+    """Average each replica with its two neighbours."""
+    return tuple(_distinct((k - 1, k, k + 1), replicas) for k in range(replicas))
+
+
+def exponential(config: MixConfig, number: int, replicas: int) -> Neighbourhoods:
+    """Average each replica with one other, at a distance that doubles from round to round and begins again."""
+    distance = 1 << ((number - 1) % max(1, (replicas - 1).bit_length()))
+    return tuple(_distinct((k, k + distance), replicas) for k in range(replicas))
+
+
+def _distinct(members: Iterable[int], replicas: int) -> tuple[int, ...]:
+    return tuple(sorted({member % replicas for member in members}))
+
+
+TOPOLOGIES: dict[str, Topology] = {
+    "full": full,
+    "hierarchical": hierarchical,
+    "ring": ring,
+    "exponential": exponential,
+}
 """By ``average.mix.topology``."""
 
 
@@ -69,62 +114,3 @@ def averages(members: Neighbourhoods, starts: Sequence[Hashable]) -> tuple[Avera
     for replica, key in enumerate(zip(members, starts, strict=True)):
         receivers.setdefault(key, []).append(replica)
     return tuple(Average(of, tuple(some)) for (of, _), some in receivers.items())
-
-
-# The mean -------------------------------------------------------------------------------------------------
-
-BLOCK = 1 << 20
-"""Elements averaged at a time: bounds the float64 copy to 8 MB."""
-
-
-def weighted_mean(arrays: Sequence[Flat], weights: Sequence[int]) -> Flat:
-    """Return ``sum(w * x) / sum(w)`` of float32 arrays, with integer weights, as a new float32 array."""
-    total = sum(weights)
-    out = np.empty_like(arrays[0])
-    for start in range(0, len(out), BLOCK):
-        part = slice(start, start + BLOCK)
-        mean = np.zeros(len(out[part]), np.float64)
-        for array, weight in zip(arrays, weights, strict=True):
-            mean += array[part].astype(np.float64) * weight
-        out[part] = mean / total
-    return out
-
-
-def mean_of(replicas: Sequence[Parameters], weights: Sequence[int]) -> Parameters:
-    """Average parameters and buffers of replicas, given in replica order.
-
-    Parameters and float buffers get the weighted mean, integer buffers (counters) the maximum; bools must agree.
-
-    Raises
-    ------
-    UnsuitableModel
-        A bool buffer differs between replicas.
-    """
-    layout = replicas[0].layout
-    flat = weighted_mean([replica.flat for replica in replicas], weights)
-    mixed = replace(replicas[0], flat=flat, extra=replicas[0].extra.copy())
-    if layout.num_extra:
-        targets = tensors_of(mixed)
-        sources = [tensors_of(replica) for replica in replicas]
-        for entry in layout.entries:
-            if entry.kind == "extra" and not entry.alias:
-                targets[entry.name].copy_(_mixed_buffer(entry, [s[entry.name] for s in sources], weights))
-    return mixed
-
-
-def _mixed_buffer(entry: Entry, tensors: Sequence[torch.Tensor], weights: Sequence[int]) -> torch.Tensor:
-    stacked = torch.stack(list(tensors))
-    if entry.dtype == "bool":
-        if not bool((stacked == stacked[0]).all()):
-            raise UnsuitableModel(f"The bool buffer {entry.name} differs between replicas; it cannot be averaged.")
-        return stacked[0]
-    if stacked.is_complex():
-        parts = [torch.view_as_real(tensor) for tensor in tensors]
-        return torch.view_as_complex(_mixed_buffer(entry, parts, weights).to(parts[0].dtype))
-    if not stacked.is_floating_point():
-        return torch.from_numpy(np.asarray(stacked.numpy().max(0)))  # torch has no maximum of uint16, 32 and 64
-    wide = stacked.double()
-    if torch.equal(wide, wide[:1].expand_as(wide)):
-        return stacked[0]  # the float64 mean of equal float64 values may be off by one bit
-    factors = torch.tensor(weights, dtype=torch.float64).reshape(-1, *[1] * (stacked.ndim - 1))
-    return (wide * factors).sum(0) / sum(weights)

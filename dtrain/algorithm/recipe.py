@@ -30,9 +30,11 @@ class Recipe:
     """0: no clipping."""
     precision: str = "float32"
     """``bfloat16``: forward and loss under autocast; parameters, gradients and the optimizer stay float32."""
+    prox: float = 0.0
+    """The factor mu of FedProx's term ``mu / 2 * |theta - theta_start|^2`` of the loss; 0: none."""
 
 
-def recipe_of(train: TrainTable, own: Functions) -> Recipe:
+def recipe_of(train: TrainTable, own: Functions, prox: float = 0.0) -> Recipe:
     """Return the recipe of ``[train]``; the user's functions take the place of names."""
     return Recipe(
         loss=own["train.loss"] if "train.loss" in own else loss_named(train.loss, train.class_axis),
@@ -43,6 +45,7 @@ def recipe_of(train: TrainTable, own: Functions) -> Recipe:
         else schedule_named(train.schedule, train.warmup_steps),
         clip_norm=train.clip_norm,
         precision=train.precision,
+        prox=prox,
     )
 
 

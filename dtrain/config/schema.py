@@ -190,6 +190,7 @@ class AverageConfig(Table):
     replicas: Positive | Literal["auto"] = "auto"
     weights: Literal["samples", "uniform", "fednova"] = "samples"
     reduce: Literal["mean", "median", "trimmed"] = "mean"
+    trim: Annotated[float, Strict(), Field(gt=0, lt=0.5)] = 0.1
     inner_state: Literal["keep", "average", "reset"] = "keep"
     prox: NonNegative = 0.0
     max_rejected: Annotated[float, Strict(), Field(ge=0, le=1)] = 0.25
@@ -294,6 +295,27 @@ def _check_values(config: TrainConfig) -> None:
         cache_bytes(config.data.cache)
     _check_name("data.transform", config.data.transform, (), empty=True)
     _check_normalize(config.data)
+    _check_average(config.average)
+
+
+def _check_average(average: AverageConfig) -> None:
+    mix, unset = average.mix, MixConfig()
+    for key in ("groups", "period"):
+        if mix.topology != "hierarchical" and getattr(mix, key) != getattr(unset, key):
+            raise InvalidConfig(
+                f'average.mix.{key} is for average.mix.topology = "hierarchical"; it is "{mix.topology}".',
+                f"Leave {key} out, or set the topology.",
+            )
+    if mix.topology in ("ring", "exponential") and average.codec is not None:
+        raise InvalidConfig(
+            f'average.codec cannot go with average.mix.topology = "{mix.topology}": neighbours start from different '
+            "parameters, and an encoded update says only how far a replica has moved.",
+            "Leave one of the two out.",
+        )
+    if average.trim != AverageConfig().trim and average.reduce != "trimmed":
+        raise InvalidConfig(
+            f'average.trim is for average.reduce = "trimmed"; it is "{average.reduce}".', "Leave one of the two out."
+        )
 
 
 def _check_normalize(data: DataConfig) -> None:

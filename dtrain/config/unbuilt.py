@@ -12,14 +12,9 @@ from dtrain.errors import NotSupportedYet
 
 NOT_BUILT: dict[str, str] = {
     "train.sync_rounds": "post-local SGD",
-    "average.reduce": "robust averaging",
     "average.inner_state": "another policy for the inner optimizer's state",
-    "average.prox": "FedProx",
     "average.ema": "an average over rounds",
     "average.recalibrate_batchnorm": "recalibration of batch norm",
-    "average.mix.topology": "averaging among neighbours",
-    "average.mix.groups": "hierarchical averaging",
-    "average.mix.period": "hierarchical averaging",
     "average.codec": "compressed updates",
     "cluster.slices": "cutting the reducer into slices",
     "cluster.tls": "TLS clusters",

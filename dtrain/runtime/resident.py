@@ -92,7 +92,7 @@ class Resident:
     @cached_property
     def recipe(self) -> Recipe:
         """Loss, optimizer and schedule of the local steps."""
-        return recipe_of(self.spec.config.train, self.functions)
+        return recipe_of(self.spec.config.train, self.functions, self.spec.config.average.prox)
 
     @cached_property
     def metrics(self) -> dict[str, Metric]:

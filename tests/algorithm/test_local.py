@@ -326,3 +326,46 @@ def test_a_loss_that_is_not_finite_is_reported_as_it_is():
     batch = TensorBatch((torch.full((2, 5), math.nan),), torch.zeros(2, dtype=torch.int64), 2)
     result = run_local_steps(module, recipe_of(), empty_inner_state(), [(2, [batch])], first_step=0, total_steps=1)
     assert math.isnan(result.loss_sum)
+
+
+# FedProx ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prox", [0.0, 0.5, 3.0])
+def test_the_proximal_term_pulls_towards_the_start_as_by_hand(prox):
+    rate, start, target = 0.1, 2.0, -1.0
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(module.weight, start)
+    batch = TensorBatch((torch.ones(1, 1),), torch.full((1, 1), target), 1)
+    recipe = replace(recipe_of((torch.optim.SGD, {"lr": rate}), loss=mse), prox=prox)
+    found = []
+    for steps in (1, 2, 5):
+        nn.init.constant_(module.weight, start)
+        run_local_steps(
+            module, recipe, empty_inner_state(), one_batch_a_step([batch] * steps), first_step=0, total_steps=9
+        )
+        found.append(module.weight.item())
+    fixed = (2 * target + prox * start) / (2 + prox)  # where 2 (w - target) + prox (w - start) = 0
+    expected = [fixed + (start - fixed) * (1 - rate * (2 + prox)) ** steps for steps in (1, 2, 5)]
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_the_proximal_term_is_clipped_with_the_gradient_and_leaves_parameters_without_gradient_alone():
+    module = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+    nn.init.constant_(module[0].weight, 2.0)
+    unused = module[1].weight.detach().clone()
+    batch = TensorBatch((torch.ones(1, 1),), torch.zeros(1, 1), 1)
+    recipe = replace(recipe_of((torch.optim.SGD, {"lr": 1.0}), loss=mse, clip_norm=0.25), prox=4.0)
+    first = module[0]
+
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.both = module
+
+        def forward(self, x):
+            return first(x)
+
+    run_local_steps(First(), recipe, empty_inner_state(), one_batch_a_step([batch] * 2), first_step=0, total_steps=2)
+    assert first.weight.item() == pytest.approx(1.5)  # two steps of norm 0.25
+    assert torch.equal(module[1].weight, unused)

@@ -73,6 +73,7 @@ seed = 0
 replicas = "auto"
 weights = "samples"
 reduce = "mean"
+trim = 0.1
 inner_state = "keep"
 prox = 0.0
 max_rejected = 0.25

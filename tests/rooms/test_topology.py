@@ -17,7 +17,6 @@ from dtrain.algorithm import mix
 from dtrain.algorithm.mix import Neighbourhoods
 from dtrain.algorithm.params import params_sha256
 from dtrain.checkpoint import load_params, load_round, round_directory
-from dtrain.config import unbuilt
 from dtrain.config.schema import MixConfig
 from dtrain.data.plan.partition import plan_data, train_partitions
 from dtrain.data.samples import Samples
@@ -34,7 +33,6 @@ def ring(config: MixConfig, number: int, replicas: int) -> Neighbourhoods:
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(mix.TOPOLOGIES, "ring", ring)
-    monkeypatch.delitem(unbuilt.NOT_BUILT, "average.mix.topology")
 
 
 def linear() -> nn.Module:
@@ -107,9 +105,3 @@ def test_a_mean_that_several_replicas_receive_is_computed_once() -> None:
     halves = ((0, 1), (0, 1), (2, 3), (2, 3))
     assert [mean.receivers for mean in mix.averages(halves, [None] * 4)] == [(0, 1), (2, 3)]
     assert len(mix.averages(halves, [1, 2, 1, 1])) == 3  # the outer step of replica 1 starts elsewhere
-
-
-def test_without_the_registration_the_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    with pytest.raises(dtrain.errors.NotSupportedYet, match=r"average.mix.topology"):
-        dtrain.TrainConfig(average={"mix": {"topology": "ring"}})
