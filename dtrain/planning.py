@@ -22,6 +22,7 @@ from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import Samples
 from dtrain.job import Job
 from dtrain.prepare import open_runner
+from dtrain.resolve import Resolved
 from dtrain.runtime.spec import PlannedSource
 from dtrain.runtime.trial import Initial
 
@@ -67,6 +68,8 @@ class RunPlan:
     held_out_gaps: str
     """What its coordinate says about jumps."""
     rounds: int
+    eval_every: int
+    """Rounds between evaluations."""
     workers: int
     reduced_bytes: int
     """Bytes of parameters averaged a round."""
@@ -135,7 +138,8 @@ def plan_job(job: Job, *, full: bool = False, client: Client | None = None) -> R
         commit_bytes=initial.params.nbytes,
         round_seconds=initial.seconds * max(steps) * math.ceil(plan.replicas / workers),
         checksums={v.name: v.checksums for v in sources[0].samples.variables},
-        choices=_choices(job, stores, resolved.device, workers),
+        choices=_choices(job, stores, resolved, workers),
+        eval_every=resolved.eval_every,
     )
 
 
@@ -143,11 +147,11 @@ def _held_out_samples(plan: DataPlan | None) -> int | None:
     return None if plan is None else sum(piece.num_samples for piece in eval_partitions(plan, "all"))
 
 
-def _choices(job: Job, stores: tuple[StorePlan, ...], device: str, workers: int) -> dict[str, Choice]:
+def _choices(job: Job, stores: tuple[StorePlan, ...], resolved: Resolved, workers: int) -> dict[str, Choice]:
     """Return the value of each key that is "auto"."""
     config, first, source = job.config, stores[0], stores[0].source
     cached, units = source.memory.train.limits.cached, first.counts["partition_units"]
-    gpu = "every worker has a GPU" if device == "cuda" else "no GPU on the workers"
+    gpu = "every worker has a GPU" if resolved.device == "cuda" else "no GPU on the workers"
     replicas = f"the smaller of {workers} workers and the units of the store"
     order = ("sequential", "samples have windows") if source.plan.sequential else ("random", "samples have no windows")
     chosen = {
@@ -160,7 +164,8 @@ def _choices(job: Job, stores: tuple[StorePlan, ...], device: str, workers: int)
             format_bytes(source.memory.cached_bytes),
             f"what is left: {cached:,} of the {units:,} units of a replica",
         ),
-        "train.device": Choice(device, gpu),
+        "train.eval_every": Choice(resolved.eval_every, "evaluations take at most about a tenth of the time of steps"),
+        "train.device": Choice(resolved.device, gpu),
         "average.replicas": Choice(
             sum(store.source.plan.replicas for store in stores),
             replicas if isinstance(config.data.path, str) else "the sum of the stores'",
@@ -215,6 +220,7 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
         "steps": list(plan.steps),
         "samples_a_round": plan.samples,
         "rounds": plan.rounds,
+        "eval_every": plan.eval_every,
         "workers": plan.workers,
         "resident_bytes": plan.resident_bytes,
         "memory": memory_record(first.source.memory),

@@ -183,6 +183,7 @@ def _spec(job: Job, resolved: Resolved, run_id: str, planned: _Planned, code: by
         config=job.config,
         code=code,
         device=resolved.device,
+        eval_every=resolved.eval_every,
     )
 
 

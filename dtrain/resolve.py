@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from dtrain.algorithm.mix import neighbourhoods
+from dtrain.algorithm.plan import eval_cadence, pass_size, samples_a_round
 from dtrain.algorithm.reduce import check_reduce
 from dtrain.config.names import LABEL_LOSSES, LOSSES, METRICS
 from dtrain.config.schema import DataConfig, TrainTable
 from dtrain.data.coordinate import Gaps, find_gaps
 from dtrain.data.encoding import Scaling
 from dtrain.data.paths import identity
+from dtrain.data.plan.anchors import count_samples
 from dtrain.data.plan.evaluation import StoreOfRun
 from dtrain.data.plan.missing import AbsentChunks, absence_of
 from dtrain.data.plan.partition import JointPlan, count_units, plan_data, plan_held_out
@@ -62,6 +64,8 @@ class Resolved:
     """What the identities cover (`dtrain.runtime.codetext.CODE_RULES`)."""
     gaps: tuple[str, ...] = ()
     """By store: what `plan` says about jumps of its coordinate; only at the first start."""
+    eval_every: int = 1
+    """Rounds between evaluations."""
     labels: MissingLabels = "nan"
     """What a value stands for that marks a missing label."""
     filled: tuple[Mapping[str, Filled], ...] | None = ()
@@ -107,7 +111,15 @@ def resolve(job: Job, place: Place) -> Resolved:
         code_rules=CODE_RULES,
         gaps=tuple(found.text for found in gaps),
         labels=missing_labels(job.config.train),
+        eval_every=_eval_every(job, plan, held_out),
     )
+
+
+def _eval_every(job: Job, plan: JointPlan, held_out: DataPlan | None) -> int:
+    train = job.config.train
+    own = sum(count_samples(one, "val").samples for one in plan.plans) if held_out is None else 0
+    validation = own if held_out is None else count_samples(held_out, "all").samples
+    return eval_cadence(validation, sum(samples_a_round(pass_size(n, train), train) for n in plan.sizes), train)
 
 
 def missing_labels(train: TrainTable) -> MissingLabels:
@@ -283,6 +295,7 @@ def to_json(job: Job, resolved: Resolved) -> dict[str, Any]:
         "normalize": {name: asdict(scaling) for name, scaling in resolved.scalings.items()},
         "contents": [dict(content) for content in resolved.contents],
         "labels": resolved.labels,
+        "eval_every": resolved.eval_every,
         "filled": [{name: asdict(one) for name, one in store.items()} for store in resolved.filled or ()],
         "torch": torch.__version__,
         "code": dict(resolved.code),
@@ -315,6 +328,7 @@ def from_json(values: Mapping[str, Any]) -> Resolved:
         device=values["device"],
         contents=tuple(values.get("contents", ())),
         labels=values.get("labels", "nan"),
+        eval_every=values.get("eval_every", 1),
         filled=tuple({name: Filled(**one) for name, one in store.items()} for store in values.get("filled", ())),
         code=values["code"],
         code_rules=values.get("code_rules", 0),

@@ -126,7 +126,7 @@ def _segment(
     finished = time.monotonic()
     while not done or done[-1].state is None:
         while position.round < end and len(pending) <= ahead and not (pending and ends_with(pending[0][0].round)):
-            plan = plan_round(position, sizes, config.train)
+            plan = plan_round(position, sizes, config.train, runner.spec.eval_every)
             held, position = runner.submit(held, plan), position_after(plan, sizes)
             pending.append((position, held))
         reached, handles = pending.popleft()

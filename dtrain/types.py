@@ -66,6 +66,8 @@ class RoundPlan:
 
     round: int
     tasks: tuple[LocalTask, ...]
+    evaluates: bool = True
+    """Whether the model is evaluated after the round."""
 
 
 # A module's state as flat arrays --------------------------------------------------------------------------
@@ -300,7 +302,7 @@ class RoundResult:
     replica_loss: tuple[float, ...]
     contributions: tuple[Contribution, ...]
     stop_metric: float | None = None
-    """The value of ``stop.metric``; None if it is not finite or not computed."""
+    """The value of ``stop.metric``; NaN if it is not finite, None if it was not computed in this round."""
     stop: StopReason | None = None
     """Why this round is the last: all rounds are done, or a rule of ``[stop]``; None if others follow."""
     state: TrainState | None = None

@@ -55,7 +55,7 @@ BELOW: dict[str, set[str]] = {
     "job": WORK,
     "resolve": {"job", *WORK},
     "prepare": {"resolve", "job", *WORK},
-    "planning": {"prepare", "job", *WORK},
+    "planning": {"prepare", "resolve", "job", *WORK},
     "plantext": {"planning", "job", *WORK},
     "plans": {"calls", "plantext", "planning", "job", *WORK},
     "calls": {"job", *WORK},

@@ -57,7 +57,7 @@ class Script:
     def __post_init__(self) -> None:
         self.log: list[str] = []
         self.left = list(self.lose)
-        self.spec = SimpleNamespace(plan=SimpleNamespace(sizes=SIZES, replicas=2))
+        self.spec = SimpleNamespace(plan=SimpleNamespace(sizes=SIZES, replicas=2), eval_every=1)
 
     def initialise(self) -> Any:
         return SimpleNamespace(params=params(7))

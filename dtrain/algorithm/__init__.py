@@ -4,7 +4,7 @@ Replicas :math:`k = 1 \dots M` are logical: M is a setting of the run, not the n
 
     local      theta_k, state_k'  =  H inner-optimizer steps from theta on partition k, from cursor_k    local.py
     contribute update_k           =  theta_k, or with a codec Enc(theta - theta_k + e_k)       average.py, codec.py
-    mix        mean               =  sum_k n_k theta_k / sum_k n_k over a neighbourhood                  mix.py, reduce.py
+    mix        mean               =  sum_k n_k theta_k / sum_k n_k over a neighbourhood       mix.py, reduce.py
     outer      theta', outer'     =  OuterOptimizer(theta, theta - mean), if there is one                outer.py
     evaluate   val_loss, metrics of theta', as sums that merge                                           evaluate.py
 

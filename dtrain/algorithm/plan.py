@@ -14,13 +14,16 @@ from collections.abc import Iterator, Sequence
 from dtrain.config.schema import FULL_BATCH_MICRO, TrainTable
 from dtrain.types import Cursor, LocalTask, Position, RoundPlan
 
+EVALUATED_SHARE = 0.3
+"""With ``train.eval_every = "auto"``, at most so many samples are evaluated for each that is trained on."""
+
 
 def first_position(replicas: int) -> Position:
     """Return the position of a run that has not started."""
     return Position(round=0, cursors=(Cursor(0, 0),) * replicas, steps=(0,) * replicas)
 
 
-def plan_round(position: Position, sizes: Sequence[int], train: TrainTable) -> RoundPlan:
+def plan_round(position: Position, sizes: Sequence[int], train: TrainTable, eval_every: int = 1) -> RoundPlan:
     """Plan the round after `position`.
 
     Parameters
@@ -29,6 +32,8 @@ def plan_round(position: Position, sizes: Sequence[int], train: TrainTable) -> R
     sizes : sequence of int
         Samples of a pass of each replica (`pass_size`).
     train : TrainTable
+    eval_every : int
+        The model is evaluated after every so many rounds, and after the last one.
     """
     number = position.round + 1
     tasks = tuple(
@@ -45,7 +50,29 @@ def plan_round(position: Position, sizes: Sequence[int], train: TrainTable) -> R
         )
         for replica, size in enumerate(sizes)
     )
-    return RoundPlan(number, tasks)
+    return RoundPlan(number, tasks, number % eval_every == 0 or number == train.rounds)
+
+
+def eval_cadence(validation: int, samples: int, train: TrainTable) -> int:
+    """Return the rounds between evaluations.
+
+    With ``train.eval_every = "auto"`` an evaluation costs at most about as much as a tenth of the steps between: it is
+    one pass forward, a step is about three.
+
+    Parameters
+    ----------
+    validation : int
+        Samples of the validation split.
+    samples : int
+        Samples of a round, of all replicas.
+    train : TrainTable
+
+    >>> eval_cadence(180, 1437, TrainTable()), eval_cadence(8000, 320, TrainTable())
+    (1, 84)
+    """
+    if train.eval_every != "auto":
+        return train.eval_every
+    return max(1, math.ceil(validation / (EVALUATED_SHARE * samples))) if samples else 1
 
 
 def position_after(plan: RoundPlan, sizes: Sequence[int]) -> Position:

@@ -29,13 +29,14 @@ def stop_reason(history: Sequence[float | None], config: TrainConfig) -> StopRea
     Parameters
     ----------
     history : sequence of float or None
-        ``stop.metric`` of every round so far; None where it was not finite, which is never an improvement.
+        ``stop.metric`` of every round so far; NaN where it was not finite, which is never an improvement; None where
+        it was not computed: such rounds do not count.
     config : TrainConfig
 
     Notes
     -----
     ``target`` is met when the last value is at least as good. ``patience`` is over when the best value, improved by
-    more than ``min_delta`` each time, is that many rounds old.
+    more than ``min_delta`` each time, is that many evaluations old.
     """
     stop, sign = config.stop, -1.0 if higher_is_better(config) else 1.0
     last = history[-1] if history else None
@@ -43,18 +44,21 @@ def stop_reason(history: Sequence[float | None], config: TrainConfig) -> StopRea
         return "target"
     if stop.patience is not None:
         best, best_index = float("inf"), -1
-        for index, value in enumerate(history):
-            if value is not None and sign * value < best - stop.min_delta:
+        computed = [value for value in history if value is not None]
+        for index, value in enumerate(computed):
+            if sign * value < best - stop.min_delta:
                 best, best_index = sign * value, index
-        if len(history) - 1 - best_index >= stop.patience:
+        if last is not None and len(computed) - 1 - best_index >= stop.patience:
             return "patience"
     return None
 
 
 def metric_of(values: Mapping[str, float | None], config: TrainConfig) -> float | None:
-    """Return ``stop.metric`` among the values of a round; None if it is missing or not finite."""
-    value = values.get(config.stop.metric)
-    return value if value is not None and math.isfinite(value) else None
+    """Return ``stop.metric`` among the values of a round; NaN if it is not finite, None if it was not computed."""
+    if config.stop.metric not in values:
+        return None
+    value = values[config.stop.metric]
+    return value if value is not None and math.isfinite(value) else math.nan
 
 
 def check_metric(config: TrainConfig, has_validation: bool) -> None:

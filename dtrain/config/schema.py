@@ -130,6 +130,7 @@ class TrainTable(Table):
     local_epochs: Positive = 1
     local_steps: Positive | None = None
     sync_rounds: Natural = 0
+    eval_every: Positive | Literal["auto"] = "auto"
     drop_last: Bool = False
     class_axis: ClassAxis = "auto"
     freeze: tuple[str, ...] = ()

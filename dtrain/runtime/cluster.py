@@ -61,7 +61,7 @@ class ClusterRound:
     summary: Future | None = None
     """None before the first round of a segment."""
     sums: Future | None = None
-    """None without a validation split too."""
+    """None without a validation split too, and after rounds that are not evaluated."""
 
 
 class ClusterRunner:
@@ -166,7 +166,9 @@ class ClusterRunner:
             summary=self._client.submit(
                 remote.summarise_round, f"summary-r{plan.round:05d}", combined, model, held.model, held.frozen_sent
             ),
-            sums=self._submit_evaluation(model, "val", list(self._places.values()), held.frozen_sent),
+            sums=self._submit_evaluation(model, "val", list(self._places.values()), held.frozen_sent)
+            if plan.evaluates
+            else None,
         )
 
     def collect(self, held: ClusterRound) -> Outcome:

@@ -86,7 +86,9 @@ class SerialRunner:
             broadcast=by_replica(means, [one.broadcast for one in combined]),
             replicas=tuple(state for _, state in trained),
             outer=by_replica(means, [one.outer for one in combined]),
-            outcome=Outcome(summarise(combined, model, held.model), self.evaluate(model, "val")),
+            outcome=Outcome(
+                summarise(combined, model, held.model), self.evaluate(model, "val") if plan.evaluates else None
+            ),
         )
 
     def collect(self, held: SerialRound) -> Outcome:

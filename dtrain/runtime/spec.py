@@ -76,6 +76,8 @@ class RunSpec:
     """The user's functions (`pickle_functions`)."""
     device: str
     """``cpu`` or ``cuda``."""
+    eval_every: int = 1
+    """Rounds between evaluations."""
 
     @property
     def threads(self) -> int:

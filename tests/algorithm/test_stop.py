@@ -8,6 +8,8 @@ from dtrain.algorithm.stop import check_metric, stop_reason
 from dtrain.config.schema import TrainConfig
 from dtrain.errors import InvalidConfig
 
+NAN = float("nan")
+
 
 def config(**stop):
     return TrainConfig(train={"metrics": ["accuracy"]}, stop=stop)
@@ -40,8 +42,11 @@ def test_target_of_an_accuracy_is_reached_from_below():
         ([1, 2, 2], "patience"),
         ([3, 2, 2.5, 1.9, 2], None),
         ([3, 2, 2, 2], "patience"),
-        ([1, None, None], "patience"),
-        ([None, None], "patience"),
+        ([1, NAN, NAN], "patience"),
+        ([NAN, NAN], "patience"),
+        ([1, None, 2, None, None, 3], "patience"),
+        ([1, None, None, 2, None, None], None),
+        ([None, None, None], None),
     ],
 )
 def test_patience_counts_rounds_since_the_best(values, reason):

@@ -52,6 +52,7 @@ loss = "cross_entropy"             # required
 metrics = []
 rounds = 20
 local_epochs = 1
+eval_every = "auto"
 drop_last = false
 class_axis = "auto"
 freeze = []
