@@ -192,11 +192,13 @@ class Broadcast:
     """What a replica is given at the start of a round: theta. A method that gives more (a control variate) adds it."""
 
     params: Parameters
+    inner: InnerState | None = None
+    """The mean of the inner optimizers' states (``average.inner_state = "average"``); None: the replica has its own."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return self.params.nbytes
+        return self.params.nbytes + (0 if self.inner is None else self.inner.nbytes)
 
     def __sizeof__(self) -> int:  # Dask's memory accounting asks this
         return object.__sizeof__(self) + self.nbytes

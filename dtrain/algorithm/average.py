@@ -17,6 +17,7 @@ import numpy as np
 from dtrain.algorithm.codec import Compressed, compress, decompress
 from dtrain.algorithm.local import LocalResult
 from dtrain.algorithm.mix import Average, averages, neighbourhoods
+from dtrain.algorithm.momenta import mean_state
 from dtrain.algorithm.outer import outer_step
 from dtrain.algorithm.params import is_finite, params_sha256, with_frozen, without_frozen
 from dtrain.algorithm.reduce import mean_of, reduced
@@ -25,6 +26,7 @@ from dtrain.config.schema import AverageConfig
 from dtrain.types import (
     Broadcast,
     Contribution,
+    InnerState,
     LocalTask,
     OuterState,
     Parameters,
@@ -43,9 +45,16 @@ class Update:
     payload: Parameters | Compressed
     """Its parameters; with a codec, its encoded update."""
     contribution: Contribution
+    inner: InnerState | None = None
+    """The state of its inner optimizer, where states are averaged."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return self.payload.nbytes + (0 if self.inner is None else self.inner.nbytes)
 
     def __sizeof__(self) -> int:  # Dask's memory accounting asks this
-        return object.__sizeof__(self) + self.payload.nbytes
+        return object.__sizeof__(self) + self.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +110,13 @@ def contribute(
     )
     if not finite:
         return Update(after, contribution), state
-    if config.codec is None:
-        return Update(after, contribution), ReplicaState(local.inner)
-    compressed, residual = compress(start.params, after, state.residual, config.codec)
-    return Update(compressed, contribution), ReplicaState(local.inner, residual)
+    payload: Parameters | Compressed = after
+    residual = None
+    if config.codec is not None:
+        payload, residual = compress(start.params, after, state.residual, config.codec)
+    sent = local.inner if config.inner_state == "average" else None
+    kept = local.inner if config.inner_state == "keep" else empty_inner_state()
+    return Update(payload, contribution, sent), ReplicaState(kept, residual)
 
 
 def combine(start: Broadcast, updates: Sequence[Update], outer: OuterState, config: AverageConfig) -> Combined:
@@ -130,8 +142,10 @@ def combine(start: Broadcast, updates: Sequence[Update], outer: OuterState, conf
         end = mean.layout.num_params  # buffers never reach the outer optimizer
         stepped, state = outer_step(start.params.flat[:end], mean.flat[:end], outer[0], config.outer)
         mean, outer = replace(mean, flat=np.concatenate([stepped, mean.flat[end:]])), (state,)
-    nbytes = sum(update.payload.nbytes for update in updates)
-    return Combined(Broadcast(mean), outer, tuple(update.contribution for update in updates), nbytes)
+    states = [update.inner for update in kept if update.inner is not None]
+    inner = mean_state(states, weights) if len(states) == len(kept) else None
+    nbytes = sum(update.nbytes for update in updates)
+    return Combined(Broadcast(mean, inner), outer, tuple(update.contribution for update in updates), nbytes)
 
 
 def _received(start: Broadcast, update: Update, config: AverageConfig) -> Parameters:
@@ -167,8 +181,20 @@ def round_averages(plan: RoundPlan, starts: Sequence[object], config: AverageCon
 
 def apart(broadcast: Sequence[Broadcast]) -> tuple[Broadcast, ...]:
     """Return, by replica, what it starts from without the frozen parameters; equal objects stay one object."""
-    distinct = {id(start): Broadcast(without_frozen(start.params)) for start in broadcast}
+    distinct = {id(start): replace(start, params=without_frozen(start.params)) for start in broadcast}
     return tuple(distinct[id(start)] if start.params.layout.num_frozen else start for start in broadcast)
+
+
+def settled(
+    broadcast: Sequence[Broadcast], replicas: Sequence[ReplicaState]
+) -> tuple[tuple[Broadcast, ...], tuple[ReplicaState, ...]]:
+    """Return what replicas start from and what they keep, with averaged states of inner optimizers among the latter."""
+    plain = {id(start): Broadcast(start.params) for start in broadcast}
+    kept = [
+        state if start.inner is None else replace(state, inner=start.inner)
+        for start, state in zip(broadcast, replicas, strict=True)
+    ]
+    return tuple(plain[id(start)] for start in broadcast), tuple(kept)
 
 
 def together(broadcast: Sequence[Broadcast], model: Parameters) -> tuple[Broadcast, ...]:

@@ -24,7 +24,7 @@ import torch
 from dtrain.algorithm.params import tensors_of
 from dtrain.config.schema import AverageConfig
 from dtrain.errors import InvalidConfig, UnsuitableModel
-from dtrain.types import Entry, Flat, Parameters
+from dtrain.types import Flat, Parameters
 
 BLOCK = 1 << 20
 """Elements averaged at a time: bounds the float64 copy to 8 MB."""
@@ -112,19 +112,26 @@ def mean_of(replicas: Sequence[Parameters], weights: Sequence[int]) -> Parameter
         sources = [tensors_of(replica) for replica in replicas]
         for entry in layout.entries:
             if entry.kind == "extra" and not entry.alias:
-                targets[entry.name].copy_(_mixed_buffer(entry, [s[entry.name] for s in sources], weights))
+                targets[entry.name].copy_(mixed_tensor(entry.name, [s[entry.name] for s in sources], weights))
     return mixed
 
 
-def _mixed_buffer(entry: Entry, tensors: Sequence[torch.Tensor], weights: Sequence[int]) -> torch.Tensor:
+def mixed_tensor(name: str, tensors: Sequence[torch.Tensor], weights: Sequence[int]) -> torch.Tensor:
+    """Average a tensor that is no parameter: floats to the weighted mean, integers to the maximum.
+
+    Raises
+    ------
+    UnsuitableModel
+        Bools differ between replicas.
+    """
     stacked = torch.stack(list(tensors))
-    if entry.dtype == "bool":
+    if stacked.dtype == torch.bool:
         if not bool((stacked == stacked[0]).all()):
-            raise UnsuitableModel(f"The bool buffer {entry.name} differs between replicas; it cannot be averaged.")
+            raise UnsuitableModel(f"The bool buffer {name} differs between replicas; it cannot be averaged.")
         return stacked[0]
     if stacked.is_complex():
         parts = [torch.view_as_real(tensor) for tensor in tensors]
-        return torch.view_as_complex(_mixed_buffer(entry, parts, weights).to(parts[0].dtype))
+        return torch.view_as_complex(mixed_tensor(name, parts, weights).to(parts[0].dtype))
     if not stacked.is_floating_point():
         return torch.from_numpy(np.asarray(stacked.numpy().max(0)))  # torch has no maximum of uint16, 32 and 64
     wide = stacked.double()

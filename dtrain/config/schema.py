@@ -313,6 +313,11 @@ def _check_average(average: AverageConfig) -> None:
             "parameters, and an encoded update says only how far a replica has moved.",
             "Leave one of the two out.",
         )
+    if average.inner_state == "average" and average.reduce != "mean":
+        raise InvalidConfig(
+            f'average.inner_state = "average" takes the mean, which average.reduce = "{average.reduce}" avoids.',
+            'Use average.inner_state = "keep" or "reset".',
+        )
     if average.trim != AverageConfig().trim and average.reduce != "trimmed":
         raise InvalidConfig(
             f'average.trim is for average.reduce = "trimmed"; it is "{average.reduce}".', "Leave one of the two out."

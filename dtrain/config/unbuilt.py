@@ -12,7 +12,6 @@ from dtrain.errors import NotSupportedYet
 
 NOT_BUILT: dict[str, str] = {
     "train.sync_rounds": "post-local SGD",
-    "average.inner_state": "another policy for the inner optimizer's state",
     "average.ema": "an average over rounds",
     "average.recalibrate_batchnorm": "recalibration of batch norm",
     "average.codec": "compressed updates",

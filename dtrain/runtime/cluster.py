@@ -19,7 +19,7 @@ from typing import Any
 
 from distributed import Future
 
-from dtrain.algorithm.average import apart, by_replica, round_averages, together
+from dtrain.algorithm.average import apart, by_replica, round_averages, settled, together
 from dtrain.algorithm.evaluate import Sums, merge
 from dtrain.algorithm.mix import Average
 from dtrain.algorithm.params import with_frozen, without_frozen
@@ -289,13 +289,17 @@ def _state(
 ) -> TrainState:
     """Return the state after a round, of results by key."""
     model = with_frozen(remote.model_in(values[held.model.key]), held.frozen)
-    broadcast = {handle.key: remote.broadcast_of(values[handle.key]) for handle in held.broadcast}
+    starts = {handle.key: remote.broadcast_of(values[handle.key]) for handle in held.broadcast}
+    broadcast, replicas = settled(
+        [starts[handle.key] for handle in held.broadcast],
+        [remote.state_of(values[handle.key]) for handle in held.replicas],
+    )
     outer = {handle.key: remote.outer_of(values[handle.key]) for handle in outer_handles}
     return TrainState(
         position=position,
         model=model,
-        broadcast=together([broadcast[handle.key] for handle in held.broadcast], model),
-        replicas=tuple(remote.state_of(values[handle.key]) for handle in held.replicas),
+        broadcast=together(broadcast, model),
+        replicas=replicas,
         outer=tuple(outer[handle.key] for handle in outer_handles) or held.outer,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dtrain.algorithm.average import apart, by_replica, combine, model_of, round_averages, summarise, together
+from dtrain.algorithm.average import apart, by_replica, combine, model_of, round_averages, settled, summarise, together
 from dtrain.algorithm.evaluate import Sums, merge
 from dtrain.algorithm.params import with_frozen
 from dtrain.data.load.statistics import Moments, merge_moments
@@ -98,11 +98,12 @@ class SerialRunner:
 
     def gather(self, held: SerialRound, position: Position) -> TrainState:
         """Return the state after a round."""
+        broadcast, replicas = settled(held.broadcast, held.replicas)
         return TrainState(
             position=position,
             model=held.model,
-            broadcast=together(held.broadcast, held.model),
-            replicas=held.replicas,
+            broadcast=together(broadcast, held.model),
+            replicas=replicas,
             outer=held.outer,
         )
 

@@ -57,7 +57,8 @@ def train_local(
         Called at most every `PROGRESS_SECONDS` with the finished steps.
     """
     started = time.monotonic()
-    local, after, counted = _local_steps(resident, task, with_frozen(start.params, frozen), state.inner, progress)
+    inner = state.inner if start.inner is None else start.inner
+    local, after, counted = _local_steps(resident, task, with_frozen(start.params, frozen), inner, progress)
     update, kept = contribute(start, after, state, local, task, resident.spec.config.average)
     measured = replace(
         update.contribution,

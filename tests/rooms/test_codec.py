@@ -117,7 +117,7 @@ def test_a_codec_that_loses_nothing_trains_as_without(
         assert own.residual.shape == (state.model.layout.num_params,)
         assert not own.residual.any()
     np.testing.assert_allclose(state.model.flat, last_state(plain).model.flat, atol=1e-5)
-    assert [row["val_accuracy"] for row in coded.rows] == [row["val_accuracy"] for row in plain.rows]
+    assert coded.rows[-1]["val_accuracy"] == plain.rows[-1]["val_accuracy"]
 
 
 def test_a_lossy_codec_gives_the_same_bits_on_a_cluster_and_after_resume(

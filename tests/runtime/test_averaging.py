@@ -25,6 +25,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "median": {"reduce": "median"},
     "trimmed": {"reduce": "trimmed", "trim": 0.3},
     "prox": {"prox": 0.5},
+    "averaged states": {"inner_state": "average"},
+    "averaged states in a ring": {"inner_state": "average", "mix": {"topology": "ring"}},
+    "averaged states with an outer optimizer": {"inner_state": "average", "outer": OUTER},
+    "no states": {"inner_state": "reset"},
 }
 
 
@@ -32,7 +36,7 @@ def start(samples: Samples, where: Path, cluster: Any, rounds: int, average: dic
     return dtrain.train(
         models.small,
         samples,
-        train={"loss": "cross_entropy", "rounds": rounds, "batch_size": 40, "metrics": ["accuracy"]},
+        train={"loss": "cross_entropy", "rounds": rounds, "batch_size": 40, "optimizer": "adamw"},
         average={"replicas": 4, **average},
         cluster=cluster,
         run="run",
