@@ -25,7 +25,15 @@ from dtrain.resolve import Resolved, check_kind, from_json, to_json
 from dtrain.runtime.versions import versions
 
 NAME = re.compile(r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")
-FROM_HERE = {"train.rounds", "train.schedule", "train.warmup_steps", "train.optimizer", "train.optimizer_args"}
+FROM_HERE = {
+    "train.rounds",
+    "train.schedule",
+    "train.warmup_steps",
+    "train.optimizer",
+    "train.optimizer_args",
+    "average.outer.args",
+    "average.outer.schedule",
+}
 """Keys that change how training goes on: a new run can start from the old one's parameters."""
 CONFIG, PLAN, ENV = "config.toml", "plan.json", "env.json"
 
@@ -252,7 +260,10 @@ def _check_config(run: Path, old: TrainConfig, job: Job) -> None:
                 f'To go on from its parameters, start a new --run NAME with train.init = "{_from_base(run, job.base)}".'
             )
         if keys == {"train.rounds"}:
-            cure = f'The learning rate of train.schedule = "{new.train.schedule}" depends on the last round. ' + cure
+            key, schedule = ("train", new.train.schedule)
+            if schedule == "constant":
+                key, schedule = ("average.outer", new.average.outer_schedule)
+            cure = f'The learning rate of {key}.schedule = "{schedule}" depends on the last round. ' + cure
         changes = "; ".join(f"{key} was {_shown(before)}, is {_shown(after)}" for key, before, after in blocked[:4])
         raise RunConflict(
             f"{run} was started with another configuration: {changes}.",

@@ -196,6 +196,7 @@ def references_in(config: TrainConfig) -> dict[str, str]:
         "train.loss": train.loss,
         "train.optimizer": train.optimizer,
         "train.schedule": train.schedule,
+        "average.outer.schedule": config.average.outer.schedule if config.average.outer is not None else "",
         "data.transform": config.data.transform,
         **{f"{METRICS}.{name}": name for name in train.metrics},
     }

@@ -12,6 +12,7 @@ from typing import Any
 from distributed import Client
 
 from dtrain.algorithm.plan import micro_size, pass_size
+from dtrain.algorithm.recipe import outer_factors
 from dtrain.config.schema import TrainTable
 from dtrain.config.values import cache_bytes, parse_bytes
 from dtrain.data.encoding import Scaling
@@ -42,6 +43,7 @@ from dtrain.runtime.codebytes import sent
 from dtrain.runtime.place import Place, open_place
 from dtrain.runtime.runner import Runner
 from dtrain.runtime.spec import PlannedSource, RunSpec, Source
+from dtrain.runtime.usercode import user_code
 
 
 @contextmanager
@@ -184,7 +186,13 @@ def _spec(job: Job, resolved: Resolved, run_id: str, planned: _Planned, code: by
         code=code,
         device=resolved.device,
         eval_every=resolved.eval_every,
+        outer_factors=_outer_factors(job),
     )
+
+
+def _outer_factors(job: Job) -> tuple[float, ...]:
+    with user_code("average.outer.schedule"):
+        return outer_factors(job.config, job.functions)
 
 
 def _planned_sources(

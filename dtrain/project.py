@@ -56,6 +56,10 @@ class RunCode:
         return next((place / name for name in FILES if (place / name).is_file()), None)
 
 
+ARGUMENTS = {"model": "model", "transform": "data.transform", "outer_schedule": "average.outer.schedule"}
+"""Arguments whose config key is not ``train.NAME``."""
+
+
 def given_functions(config: TrainConfig, **arguments: Any) -> Functions:
     """Return functions that are given for a run, by the keys of its configuration.
 
@@ -64,8 +68,8 @@ def given_functions(config: TrainConfig, **arguments: Any) -> Functions:
     config : TrainConfig
         The run's.
     **arguments
-        ``model``, ``loss``, ``optimizer``, ``schedule`` and ``transform``: a function or None. ``metrics``: a
-        function, several, or None.
+        ``model``, ``loss``, ``optimizer``, ``schedule``, ``outer_schedule`` and ``transform``: a function or None.
+        ``metrics``: a function, several, or None.
 
     Raises
     ------
@@ -75,7 +79,7 @@ def given_functions(config: TrainConfig, **arguments: Any) -> Functions:
     references, given = references_in(config), dict[str, Function]()
     metrics = arguments.pop("metrics", None)
     for argument, function in arguments.items():
-        key = {"model": "model", "transform": "data.transform"}.get(argument, f"train.{argument}")
+        key = ARGUMENTS.get(argument, f"train.{argument}")
         if function is not None:
             _check_given(argument, function, references.get(key))
             given[key] = function

@@ -148,7 +148,9 @@ def _result(number: int, outcome: Outcome, config: TrainConfig, history: History
     averaged = [c for c in each if c.finite]
     train_loss = _ratio(in_order(c.loss_sum for c in averaged), in_order(c.loss_count for c in averaged))
     evaluated = values(outcome.sums, config.train.metrics) if outcome.sums is not None else {}
+    averaged_models = values(outcome.ema_sums, config.train.metrics) if outcome.ema_sums is not None else {}
     metrics = {f"val_{name}": value for name, value in evaluated.items()}
+    metrics |= {f"val_ema_{name}": value for name, value in averaged_models.items()}
     stop_metric = metric_of({"train_loss": train_loss, **metrics}, config)
     return RoundResult(
         round=number,
@@ -163,6 +165,9 @@ def _result(number: int, outcome: Outcome, config: TrainConfig, history: History
         params_sha256=summary.params_sha256,
         replica_loss=tuple(_ratio(c.loss_sum, c.loss_count) for c in each),
         contributions=each,
+        update_cosine=summary.update_cosine,
+        reduce_seconds=summary.reduce_seconds,
+        evaluate_seconds=sum(sums.seconds for sums in (outcome.sums, outcome.ema_sums) if sums is not None),
         stop_metric=stop_metric,
         stop=end_reason((*history, stop_metric), config),
     )

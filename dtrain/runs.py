@@ -52,6 +52,7 @@ def load_run(
     metrics: Function | Sequence[Function | str] | None = None,
     optimizer: Function | None = None,
     schedule: Function | None = None,
+    outer_schedule: Function | None = None,
     transform: Function | None = None,
     project: str | Path | None = None,
     trust_code: bool = False,
@@ -63,7 +64,7 @@ def load_run(
     ----------
     path : path
         The run's directory.
-    model, loss, metrics, optimizer, schedule, transform : callable, optional
+    model, loss, metrics, optimizer, schedule, outer_schedule, transform : callable, optional
         Functions of the run that are not found by name, since they were defined in a notebook or script: those that
         it was trained with. `metrics` may be several. The run's model needs `model`; an evaluation also `loss`,
         `metrics` and `transform`. ``dtrain.train(config=run.config, ...)`` continues with all of them.
@@ -90,7 +91,8 @@ def load_run(
     >>> run = dtrain.load_run("runs/run-1", model=build, loss=my_loss)  # doctest: +SKIP
     >>> run.evaluate(split="test")  # doctest: +SKIP
     """
-    given = {"model": model, "loss": loss, "optimizer": optimizer, "schedule": schedule, "transform": transform}
+    schedules = {"schedule": schedule, "outer_schedule": outer_schedule}
+    given = {"model": model, "loss": loss, "optimizer": optimizer, **schedules, "transform": transform}
     return open_run(Path(path), {**given, "metrics": metrics}, project=project, trusted=trust_code, settings=settings)
 
 

@@ -2,7 +2,9 @@
 
 params.safetensors          the state_dict that is evaluated and saved
 params-0001.safetensors     other parameters that replicas start the next round from, each once
-inner-0000.safetensors      what replica 0 keeps: its optimizer's state, and the residual of a codec
+ema.safetensors             the state_dict of the moving average of models (``average.ema``)
+inner-0000.safetensors      what replica 0 keeps: its optimizer's state, a codec's residual, a control variate
+control.safetensors         the mean of the control variates (``average.control``)
 outer-0000.safetensors      a state of the outer optimizer, each once
 state.json                  positions, layout, and which replica has which
 """
@@ -41,7 +43,9 @@ from dtrain.types import (
 T = TypeVar("T")
 STATE = "state.json"
 PARAMS = "params.safetensors"
-RESIDUAL = "residual"
+EMA = "ema.safetensors"
+CONTROLS = "control.safetensors"
+RESIDUAL, CONTROL = "residual", "control"
 
 
 def state_files(state: TrainState, fingerprint: str, format_number: int) -> Iterator[tuple[str, bytes]]:
@@ -49,7 +53,11 @@ def state_files(state: TrainState, fingerprint: str, format_number: int) -> Iter
     vectors, broadcast = _distinct([state.model, *(own.params for own in state.broadcast)])
     outers, outer = _distinct(state.outer)
     for number, params in enumerate(vectors):
-        yield _params_name(number), save_tensors({k: tensor.clone() for k, tensor in tensors_of(params).items()})
+        yield _params_name(number), _params_bytes(params)
+    if state.ema is not None:
+        yield EMA, _params_bytes(state.ema)
+    if (control := state.broadcast[0].control) is not None:
+        yield CONTROLS, save_tensors({CONTROL: torch.from_numpy(control.copy())})
     for replica, own in enumerate(state.replicas):
         yield _inner_name(replica), save_tensors(_replica_tensors(own))
     slices = [piece for pieces in outers for piece in pieces]
@@ -81,7 +89,8 @@ def state_from(files: Mapping[str, bytes]) -> tuple[TrainState, str]:
     )
     broadcast = described.get("broadcast", [0] * len(replicas))
     vectors = [from_tensors(load_tensors(files[_params_name(number)]), layout) for number in range(max(broadcast) + 1)]
-    starts = [Broadcast(params) for params in vectors]
+    control = load_tensors(files[CONTROLS])[CONTROL].numpy() if CONTROLS in files else None
+    starts = [Broadcast(params, control=control) for params in vectors]
     slices = [
         _inner_state(slots, load_tensors(files[_outer_name(number)])) for number, slots in enumerate(described["outer"])
     ]
@@ -98,6 +107,7 @@ def state_from(files: Mapping[str, bytes]) -> tuple[TrainState, str]:
         broadcast=tuple(starts[number] for number in broadcast),
         replicas=replicas,
         outer=tuple(outers[number] for number in outer_of),
+        ema=from_tensors(load_tensors(files[EMA]), layout) if EMA in files else None,
     )
     return state, described["fingerprint"]
 
@@ -146,13 +156,19 @@ def _outer_name(number: int) -> str:
 
 
 def _replica_tensors(own: ReplicaState) -> dict[str, torch.Tensor]:
-    tensors = _inner_tensors(own.inner)
-    return tensors if own.residual is None else {**tensors, RESIDUAL: torch.from_numpy(own.residual.copy())}
+    more = {RESIDUAL: own.residual, CONTROL: own.control}
+    kept = {name: torch.from_numpy(values.copy()) for name, values in more.items() if values is not None}
+    return {**_inner_tensors(own.inner), **kept}
 
 
 def _replica(slots: Sequence[dict[str, Any]], tensors: Mapping[str, torch.Tensor]) -> ReplicaState:
-    residual = tensors.get(RESIDUAL)
-    return ReplicaState(_inner_state(slots, tensors), None if residual is None else residual.numpy())
+    residual, control = (tensors[name].numpy() if name in tensors else None for name in (RESIDUAL, CONTROL))
+    return ReplicaState(_inner_state(slots, tensors), residual, control)
+
+
+def _params_bytes(params: Parameters) -> bytes:
+    data: bytes = save_tensors({name: tensor.clone() for name, tensor in tensors_of(params).items()})
+    return data
 
 
 def _inner_tensors(inner: InnerState) -> dict[str, torch.Tensor]:

@@ -116,6 +116,13 @@ class Parameters:
     frozen: Flat = field(default_factory=lambda: np.zeros(0, np.float32))
     """float32[layout.num_frozen]; empty where the frozen parameters are kept apart: they never change, so that they
     are sent to a worker once, and neither averaged nor returned."""
+    start: int = 0
+    """Of a slice: the place of its first element in the whole of `flat`. Only the last slice has `extra`."""
+
+    @property
+    def num_params(self) -> int:
+        """Elements of `flat` that are trained parameters."""
+        return min(max(self.layout.num_params - self.start, 0), len(self.flat))
 
     @property
     def nbytes(self) -> int:
@@ -177,11 +184,13 @@ class ReplicaState:
     """Of its inner optimizer."""
     residual: Flat | None = None
     """float32[num_params]: the part of its update that the codec lost (error feedback); None without it."""
+    control: Flat | None = None
+    """float32[num_params]: its control variate (``average.control``); None without it, and before its first round."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return self.inner.nbytes + (0 if self.residual is None else self.residual.nbytes)
+        return self.inner.nbytes + sum(0 if own is None else own.nbytes for own in (self.residual, self.control))
 
     def __sizeof__(self) -> int:  # Dask's memory accounting asks this
         return object.__sizeof__(self) + self.nbytes
@@ -189,16 +198,18 @@ class ReplicaState:
 
 @dataclass(frozen=True, slots=True)
 class Broadcast:
-    """What a replica is given at the start of a round: theta. A method that gives more (a control variate) adds it."""
+    """What a replica is given at the start of a round: theta, and what some methods give with it."""
 
     params: Parameters
     inner: InnerState | None = None
     """The mean of the inner optimizers' states (``average.inner_state = "average"``); None: the replica has its own."""
+    control: Flat | None = None
+    """float32[num_params]: the mean of the replicas' control variates; None without them, and in the first round."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return self.params.nbytes + (0 if self.inner is None else self.inner.nbytes)
+        return self.params.nbytes + sum(0 if more is None else more.nbytes for more in (self.inner, self.control))
 
     def __sizeof__(self) -> int:  # Dask's memory accounting asks this
         return object.__sizeof__(self) + self.nbytes
@@ -225,6 +236,8 @@ class TrainState:
     """By replica: what it keeps for itself."""
     outer: tuple[OuterState, ...]
     """By replica: the outer optimizer's state beside its parameters."""
+    ema: Parameters | None = None
+    """The moving average of the models of all rounds (``average.ema``); None without it, and before the first round."""
 
     @property
     def round(self) -> int:
@@ -254,6 +267,10 @@ class Contribution:
     units_decoded: int = 0
     bytes_read: int = 0
     """Decoded bytes."""
+    update_norm: float = 0.0
+    """Euclidean norm of the update that is averaged, over the trained parameters; 0 if they are not finite."""
+    step_norm: float = 0.0
+    """Sum of the weights of the round's gradients in the update (`dtrain.algorithm.fednova`)."""
     seconds: float = 0.0
     waited: float = 0.0
     """Of them, seconds that the steps waited for batches."""
@@ -270,7 +287,11 @@ class RoundSummary:
     finite: bool
     """Whether its parameters are finite."""
     bytes_reduced: int
-    """Bytes of parameters that were averaged, over all replicas."""
+    """Bytes that the replicas sent to be averaged."""
+    update_cosine: float | None = None
+    """Mean cosine between the updates of two replicas (`dtrain.algorithm.drift`); None where it is not defined."""
+    reduce_seconds: float = 0.0
+    """Of the longest task that averaged replicas."""
 
     @property
     def rejected(self) -> tuple[int, ...]:
@@ -303,6 +324,12 @@ class RoundResult:
     params_sha256: str
     replica_loss: tuple[float, ...]
     contributions: tuple[Contribution, ...]
+    update_cosine: float | None = None
+    """Mean cosine between the updates of two replicas; None where it is not defined."""
+    reduce_seconds: float = 0.0
+    """Of the longest task that averaged replicas."""
+    evaluate_seconds: float = 0.0
+    """Of all tasks that evaluated the model, together; 0 in a round without evaluation."""
     stop_metric: float | None = None
     """The value of ``stop.metric``; NaN if it is not finite, None if it was not computed in this round."""
     stop: StopReason | None = None

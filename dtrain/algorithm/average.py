@@ -1,9 +1,11 @@
-"""The mathematics of a round around its local steps, as two functions.
+"""The mathematics of a round around its local steps.
 
     contribute    theta, theta_k, state_k  ->  what replica k sends, state_k'        on the replica's worker
     combine       theta, what was sent     ->  theta', outer'                        where replicas are averaged
 
-Both runners call these two and nothing else. `mix.averages` says which replicas are combined.
+Both runners call these two; `mix.averages` says which replicas are combined. `combine` is `average`, then `stepped`. It
+may be given slices of everything (`dtrain.algorithm.slices`), and then returns a slice, to the same bits. A step that
+clips needs the norm of all slices' pseudo-gradients, so that it waits for all their means.
 """
 
 from __future__ import annotations
@@ -15,17 +17,20 @@ from typing import TypeVar
 import numpy as np
 
 from dtrain.algorithm.codec import Compressed, compress, decompress
+from dtrain.algorithm.drift import Squares, block_squares, cosine_terms, mean_cosine, norm_of
+from dtrain.algorithm.fednova import coefficients, equal_norms
 from dtrain.algorithm.local import LocalResult
 from dtrain.algorithm.mix import Average, averages, neighbourhoods
 from dtrain.algorithm.momenta import mean_state
 from dtrain.algorithm.outer import outer_step
 from dtrain.algorithm.params import is_finite, params_sha256, with_frozen, without_frozen
-from dtrain.algorithm.reduce import mean_of, reduced
+from dtrain.algorithm.reduce import mean_of, moved, reduced, weighted_mean
 from dtrain.algorithm.replica import empty_inner_state
-from dtrain.config.schema import AverageConfig
+from dtrain.config.average import AverageConfig
 from dtrain.types import (
     Broadcast,
     Contribution,
+    Flat,
     InnerState,
     LocalTask,
     OuterState,
@@ -36,6 +41,7 @@ from dtrain.types import (
 )
 
 T = TypeVar("T")
+NO_SQUARES: Squares = np.zeros(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +53,47 @@ class Update:
     contribution: Contribution
     inner: InnerState | None = None
     """The state of its inner optimizer, where states are averaged."""
+    control: Flat | None = None
+    """float32[num_params]: its control variate, where there are some."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return self.payload.nbytes + (0 if self.inner is None else self.inner.nbytes)
+        return self.payload.nbytes + sum(0 if more is None else more.nbytes for more in (self.inner, self.control))
 
     def __sizeof__(self) -> int:  # Dask's memory accounting asks this
         return object.__sizeof__(self) + self.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class AverageFacts:
+    """What is small about a mean, and goes into the summary of the round."""
+
+    contributions: tuple[Contribution, ...]
+    """Of the replicas that were averaged, in replica order."""
+    coefficients: tuple[float, ...]
+    """Of their updates in the pseudo-gradient, 0 for a replica that was left out; empty if it is no sum of them."""
+    squares: Squares
+    """Of the pseudo-gradient, by block; empty where nobody asks for its norm."""
+    nbytes: int
+    """Bytes that they sent."""
+    finite: bool = True
+    """Whether what came out is finite."""
+    seconds: float = 0.0
+    """That averaging took."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """The mean of some replicas, before the step of the outer optimizer."""
+
+    params: Parameters
+    inner: InnerState | None
+    control: Flat | None
+    facts: AverageFacts
+
+    def __sizeof__(self) -> int:  # Dask's memory accounting asks this
+        return object.__sizeof__(self) + Broadcast(self.params, self.inner, self.control).nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +102,7 @@ class Combined:
 
     broadcast: Broadcast
     outer: OuterState
-    contributions: tuple[Contribution, ...]
-    """Of the replicas that were averaged, in replica order."""
-    nbytes: int
-    """Bytes that were averaged."""
+    facts: AverageFacts
 
     def __sizeof__(self) -> int:  # Dask's memory accounting asks this
         return object.__sizeof__(self) + self.broadcast.nbytes + sum(state.nbytes for state in self.outer)
@@ -107,19 +143,31 @@ def contribute(
         loss_count=local.loss_count,
         finite=finite,
         non_finite=local.non_finite,
+        step_norm=local.step_norm,
     )
     if not finite:
         return Update(after, contribution), state
     payload: Parameters | Compressed = after
-    residual = None
-    if config.codec is not None:
-        payload, residual = compress(start.params, after, state.residual, config.codec)
+    end, residual = after.num_params, None
+    if config.codec is None:
+        norm = norm_of([block_squares(start.params.flat[:end], after.flat[:end])])
+    else:
+        payload, decoded, residual = compress(start.params, after, state.residual, config.codec)
+        norm = norm_of([block_squares(decoded, np.zeros_like(decoded))])
     sent = local.inner if config.inner_state == "average" else None
     kept = local.inner if config.inner_state == "keep" else empty_inner_state()
-    return Update(payload, contribution, sent), ReplicaState(kept, residual)
+    update = Update(payload, replace(contribution, update_norm=norm), sent, local.control)
+    return update, ReplicaState(kept, residual, local.control)
 
 
-def combine(start: Broadcast, updates: Sequence[Update], outer: OuterState, config: AverageConfig) -> Combined:
+def combine(
+    start: Broadcast,
+    starts: Sequence[Broadcast] | None,
+    updates: Sequence[Update],
+    outer: OuterState,
+    config: AverageConfig,
+    factor: float = 1.0,
+) -> Combined:
     """Average replicas in replica order, and take the step of the outer optimizer.
 
     Replicas that are not finite are left out. If none is finite the first one stands for all: the driver stops the
@@ -128,30 +176,81 @@ def combine(start: Broadcast, updates: Sequence[Update], outer: OuterState, conf
     Parameters
     ----------
     start : Broadcast
-        What the replicas were given at the start of the round.
+        What those who receive the mean were given at the start of the round.
+    starts : sequence of Broadcast or None
+        What those who are averaged were given (`starts_of`).
     updates : sequence of Update
-        In replica order.
+        What they send, in replica order.
     outer : tuple of InnerState
-        State of the outer optimizer by slice; empty without one.
+        State of the outer optimizer; empty without one.
     config : AverageConfig
+    factor : float
+        On the learning rate of the outer optimizer.
     """
-    kept = [update for update in updates if update.contribution.finite] or list(updates[:1])
-    weights = [update.contribution.samples if config.weights == "samples" else 1 for update in kept]
-    mean = reduced([_received(start, update, config) for update in kept], weights, config)
+    mean = average(start, starts, updates, config)
+    return stepped(start, mean, outer, config, factor, norm_of([mean.facts.squares]))
+
+
+def average(
+    start: Broadcast, starts: Sequence[Broadcast] | None, updates: Sequence[Update], config: AverageConfig
+) -> Mean:
+    """Average replicas in replica order; arguments as those of `combine`."""
+    kept = [k for k, update in enumerate(updates) if update.contribution.finite] or [0]
+    own = [updates[k].contribution for k in kept]
+    received = [_received(updates[k], None if starts is None else starts[k], config) for k in kept]
+    weights = [1 if config.weights == "uniform" else c.samples for c in own]
+    params, shares = reduced(received, weights, config), [weight / sum(weights) for weight in weights]
+    if starts is not None and config.weights == "fednova" and config.reduce == "mean" and not equal_norms(own):
+        shares = coefficients(own)
+        params = moved(params, [starts[k].params for k in kept], received, weights, shares)
+    states = [inner for k in kept if (inner := updates[k].inner) is not None]
+    controls = [control for k in kept if (control := updates[k].control) is not None]
+    is_sum = config.reduce == "mean" and starts is not None and all(other is start for other in starts)
+    by_update = dict(zip(kept, shares, strict=True))
+    end, has_norm = params.num_params, is_sum or (config.outer is not None and config.outer.clip_norm > 0)
+    facts = AverageFacts(
+        contributions=tuple(update.contribution for update in updates),
+        coefficients=tuple(by_update.get(k, 0.0) for k in range(len(updates))) if is_sum else (),
+        squares=block_squares(start.params.flat[:end], params.flat[:end]) if has_norm else NO_SQUARES,
+        nbytes=sum(update.nbytes for update in updates),
+    )
+    return Mean(
+        params,
+        mean_state(states, weights) if len(states) == len(kept) else None,
+        weighted_mean(controls, weights) if len(controls) == len(kept) else None,
+        facts,
+    )
+
+
+def stepped(
+    start: Broadcast, mean: Mean, outer: OuterState, config: AverageConfig, factor: float, norm: float
+) -> Combined:
+    """Take the step of the outer optimizer from `start` along the pseudo-gradient, if there is one.
+
+    Parameters
+    ----------
+    start, outer, config, factor
+        As those of `combine`.
+    mean : Mean
+    norm : float
+        Of the whole pseudo-gradient, of all slices.
+    """
+    params = mean.params
     if config.outer is not None:
-        end = mean.layout.num_params  # buffers never reach the outer optimizer
-        stepped, state = outer_step(start.params.flat[:end], mean.flat[:end], outer[0], config.outer)
-        mean, outer = replace(mean, flat=np.concatenate([stepped, mean.flat[end:]])), (state,)
-    states = [update.inner for update in kept if update.inner is not None]
-    inner = mean_state(states, weights) if len(states) == len(kept) else None
-    nbytes = sum(update.nbytes for update in updates)
-    return Combined(Broadcast(mean, inner), outer, tuple(update.contribution for update in updates), nbytes)
+        end = params.num_params  # buffers never reach the outer optimizer
+        theta, state = outer_step(
+            start.params.flat[:end], params.flat[:end], outer[0], config.outer, factor=factor, norm=norm
+        )
+        params, outer = replace(params, flat=np.concatenate([theta, params.flat[end:]])), (state,)
+    facts = replace(mean.facts, finite=is_finite(params, start.params))
+    return Combined(Broadcast(params, mean.inner, mean.control), outer, facts)
 
 
-def _received(start: Broadcast, update: Update, config: AverageConfig) -> Parameters:
+def _received(update: Update, start: Broadcast | None, config: AverageConfig) -> Parameters:
     if isinstance(update.payload, Parameters):
         return update.payload
     assert config.codec is not None
+    assert start is not None
     return decompress(start.params, update.payload, config.codec)
 
 
@@ -174,9 +273,16 @@ def round_averages(plan: RoundPlan, starts: Sequence[object], config: AverageCon
     config : AverageConfig
     """
     members = neighbourhoods(config.mix, plan.round, len(plan.tasks))
-    on_start = config.outer is not None or config.codec is not None  # a plain mean does not depend on the start
+    on_start = config.outer is not None  # a mean alone does not depend on what its receivers started from
     keys: list[Hashable] = [id(start) if on_start else None for start in starts]
     return averages(members, keys)
+
+
+def starts_of(mean: Average, starts: Sequence[T], config: AverageConfig) -> list[T] | None:
+    """Return what the members of a mean started from; None if it differs and is not needed to average them."""
+    own = [starts[k] for k in mean.members]
+    is_needed = config.codec is not None or config.weights == "fednova"
+    return own if is_needed or all(one is starts[mean.receivers[0]] for one in own) else None
 
 
 def apart(broadcast: Sequence[Broadcast]) -> tuple[Broadcast, ...]:
@@ -189,7 +295,7 @@ def settled(
     broadcast: Sequence[Broadcast], replicas: Sequence[ReplicaState]
 ) -> tuple[tuple[Broadcast, ...], tuple[ReplicaState, ...]]:
     """Return what replicas start from and what they keep, with averaged states of inner optimizers among the latter."""
-    plain = {id(start): Broadcast(start.params) for start in broadcast}
+    plain = {id(start): replace(start, inner=None) for start in broadcast}
     kept = [
         state if start.inner is None else replace(state, inner=start.inner)
         for start, state in zip(broadcast, replicas, strict=True)
@@ -199,12 +305,14 @@ def settled(
 
 def together(broadcast: Sequence[Broadcast], model: Parameters) -> tuple[Broadcast, ...]:
     """Return, by replica, what it starts from with the frozen parameters of the model; the inverse of `apart`."""
-    shared = {id(model.flat): Broadcast(model)}
-    distinct = {
-        id(start): shared.get(id(start.params.flat)) or Broadcast(with_frozen(start.params, model.frozen))
-        for start in broadcast
-    }
-    return tuple(distinct[id(start)] if model.layout.num_frozen else start for start in broadcast)
+    if not model.layout.num_frozen:
+        return tuple(broadcast)
+    distinct = {id(start): replace(start, params=_thawed(start.params, model)) for start in broadcast}
+    return tuple(distinct[id(start)] for start in broadcast)
+
+
+def _thawed(params: Parameters, model: Parameters) -> Parameters:
+    return model if params.flat is model.flat else with_frozen(params, model.frozen)
 
 
 def by_replica(means: Sequence[Average], values: Sequence[T]) -> tuple[T, ...]:
@@ -213,19 +321,42 @@ def by_replica(means: Sequence[Average], values: Sequence[T]) -> tuple[T, ...]:
     return tuple(received[replica] for replica in range(len(received)))
 
 
-def model_of(means: Sequence[Average], combined: Sequence[Combined]) -> Parameters:
-    """Return what is evaluated and saved, without frozen parameters: the mean of all replicas' parameters."""
-    if len(combined) == 1:
-        return combined[0].broadcast.params
-    return mean_of([one.broadcast.params for one in combined], [len(mean.receivers) for mean in means])
+def model_of(means: Sequence[Average], params: Sequence[Parameters]) -> Parameters:
+    """Return what is evaluated and saved, without frozen parameters: the mean of all replicas' parameters.
+
+    Parameters
+    ----------
+    means : sequence of Average
+    params : sequence of Parameters
+        By mean: what its receivers go on from.
+    """
+    if len(params) == 1:
+        return params[0]
+    return mean_of(params, [len(mean.receivers) for mean in means])
 
 
-def summarise(combined: Sequence[Combined], model: Parameters, start: Parameters) -> RoundSummary:
-    """Return the scalars of a round that started from `start`; `model` is whole."""
-    contributions = {c.replica: c for one in combined for c in one.contributions}
+def summarise(facts: Sequence[Sequence[AverageFacts]], model: Parameters) -> RoundSummary:
+    """Return the scalars of a round.
+
+    Parameters
+    ----------
+    facts : sequence of sequence of AverageFacts
+        By mean, and slice.
+    model : Parameters
+        Whole: what is evaluated and saved.
+    """
+    every = [one for slices in facts for one in slices]
+    contributions = {c.replica: c for one in every for c in one.contributions}
     return RoundSummary(
         contributions=tuple(contributions[replica] for replica in sorted(contributions)),
         params_sha256=params_sha256(model),
-        finite=is_finite(model, start),
-        bytes_reduced=sum(one.nbytes for one in combined),
+        finite=all(one.finite for one in every),
+        bytes_reduced=sum(one.nbytes for one in every),
+        update_cosine=mean_cosine([_cosine_terms(slices) for slices in facts if slices[0].coefficients]),
+        reduce_seconds=max(one.seconds for one in every),
     )
+
+
+def _cosine_terms(slices: Sequence[AverageFacts]) -> tuple[float, float]:
+    norms = [c.update_norm for c in slices[0].contributions]
+    return cosine_terms(norms, slices[0].coefficients, norm_of([one.squares for one in slices]))

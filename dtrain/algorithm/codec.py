@@ -1,23 +1,37 @@
-"""Codecs: lossy compression of updates, with error feedback.
+r"""Codecs: lossy compression of updates, with error feedback.
 
     u = (theta - theta_k) + e_k ;  c_k = Enc(u) ;  e_k' = u - Dec(c_k)
 
-Only parameters are compressed; buffers are sent as they are.
+    codec   a value becomes                                            bits a parameter
+    bf16    the nearest bfloat16                                       16
+    int8    the nearest of 255 multiples of the block's scale          8.25
+    int4    the nearest of 15 multiples of the block's scale           4.25
+
+A block is 128 values, its scale their largest magnitude over 127 or 7. Rounding is to nearest, ties to even: the same
+bits everywhere. Only parameters are compressed; buffers are sent as they are.
 
 References
 ----------
-Error feedback: Seide et al. 2014 (1-bit SGD); Karimireddy et al. 2019, arXiv:1901.09847.
+Error feedback: Seide et al. 2014 (1-bit SGD); Karimireddy et al. 2019, arXiv:1901.09847. Quantised outer updates:
+Douillard et al. 2025, arXiv:2501.18512 (4 bits).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
-from dtrain.config.schema import CodecConfig
+from dtrain.config.average import CodecConfig
 from dtrain.types import Bytes, Flat, Parameters
+
+Ints: TypeAlias = npt.NDArray[np.int8]
+
+BLOCK = 128
+"""Values that share a scale; slices begin at multiples of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +39,9 @@ class Encoded:
     """An update as a codec writes it."""
 
     data: Bytes
-    """uint8[n]"""
+    """uint8[n * bits / 8]"""
     scales: Flat
-    """float32[m]: what the codec needs beside the bytes; may be empty."""
+    """float32[n / BLOCK]; empty if the codec needs none."""
 
     @property
     def nbytes(self) -> int:
@@ -38,16 +52,77 @@ class Encoded:
 class Codec(Protocol):
     """Writes an update in fewer bytes."""
 
+    bits: int
+    """Of a value in `Encoded.data`; they divide 8 or are a multiple of it."""
+
     def encode(self, update: Flat) -> Encoded:
         """Compress float32[n]."""
         ...
 
-    def decode(self, encoded: Encoded) -> Flat:
-        """Return float32[n]."""
+    def decode(self, encoded: Encoded, size: int) -> Flat:
+        """Return float32[size]."""
         ...
 
 
-CODECS: dict[str, Codec] = {}
+class BFloat16:
+    """The upper half of a float32, rounded."""
+
+    bits = 16
+
+    def encode(self, update: Flat) -> Encoded:
+        """Compress float32[n]."""
+        rounded = torch.from_numpy(np.ascontiguousarray(update)).bfloat16()
+        return Encoded(rounded.view(torch.uint8).numpy(), np.zeros(0, np.float32))
+
+    def decode(self, encoded: Encoded, size: int) -> Flat:
+        """Return float32[size]."""
+        wide = np.zeros(size, np.uint32)
+        wide.view(np.uint16)[1::2] = encoded.data.view(np.uint16)  # little-endian, as all bytes of a run
+        return wide.view(np.float32)
+
+
+class Integers:
+    """Multiples of a scale for each block, up to `most` times in both directions."""
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+        self.most = 2 ** (bits - 1) - 1
+
+    def encode(self, update: Flat) -> Encoded:
+        """Compress float32[n]."""
+        blocks = np.zeros((-(-len(update) // BLOCK), BLOCK), np.float32)
+        blocks.reshape(-1)[: len(update)] = update
+        scales = np.abs(blocks).max(axis=1) / np.float32(self.most)
+        divisors = np.where(scales > 0, scales, np.float32(1))
+        blocks /= divisors[:, None]
+        np.clip(np.rint(blocks, out=blocks), -self.most, self.most, out=blocks)  # tiny scales are not exact
+        return Encoded(self._packed(blocks.astype(np.int8).reshape(-1)[: len(update)]), scales)
+
+    def decode(self, encoded: Encoded, size: int) -> Flat:
+        """Return float32[size]."""
+        values = np.zeros(len(encoded.scales) * BLOCK, np.float32)
+        values[:size] = self._unpacked(encoded.data)[:size]
+        blocks = values.reshape(-1, BLOCK)
+        blocks *= encoded.scales[:, None]
+        return values[:size]
+
+    def _packed(self, values: Ints) -> Bytes:
+        if self.bits == 8:
+            return values.view(np.uint8)
+        nibbles = np.zeros(len(values) + len(values) % 2, np.uint8)
+        nibbles[: len(values)] = values.view(np.uint8) & 0xF
+        return nibbles[::2] | np.left_shift(nibbles[1::2], np.uint8(4))
+
+    def _unpacked(self, data: Bytes) -> Ints:
+        if self.bits == 8:
+            return data.view(np.int8)
+        values = np.empty(2 * len(data), np.int8)
+        values[::2] = np.left_shift(data, np.uint8(4)).view(np.int8) >> 4  # the sign is that of the nibble
+        values[1::2] = data.view(np.int8) >> 4
+        return values
+
+
+CODECS: dict[str, Codec] = {"bf16": BFloat16(), "int8": Integers(8), "int4": Integers(4)}
 """By ``average.codec.name``."""
 
 
@@ -56,6 +131,8 @@ class Compressed:
     """A replica's parameters as an encoded update, and its buffers."""
 
     update: Encoded
+    size: int
+    """Values of the update."""
     buffers: Flat
     """float32[num_flat - num_params]"""
     extra: Bytes
@@ -68,20 +145,35 @@ class Compressed:
 
 def compress(
     start: Parameters, after: Parameters, residual: Flat | None, config: CodecConfig
-) -> tuple[Compressed, Flat | None]:
-    """Encode the way from `start` to `after`; return it with the residual of the next round."""
-    codec, end = CODECS[config.name], start.layout.num_params
+) -> tuple[Compressed, Flat, Flat | None]:
+    """Encode the way from `start` to `after`; return it with the update it is decoded to, and the next residual."""
+    codec, end = CODECS[config.name], start.num_params
     wide = start.flat[:end].astype(np.float64) - after.flat[:end]
     update = (wide if residual is None else wide + residual).astype(np.float32)
     encoded = codec.encode(update)
-    lost = update - codec.decode(encoded) if config.error_feedback else None
-    return Compressed(encoded, after.flat[end:], after.extra), lost
+    decoded = codec.decode(encoded, end)
+    lost = update - decoded if config.error_feedback else None
+    return Compressed(encoded, end, after.flat[end:], after.extra), decoded, lost
 
 
 def decompress(start: Parameters, compressed: Compressed, config: CodecConfig) -> Parameters:
-    """Return the parameters that a compressed update leads to from `start`."""
-    end = start.layout.num_params
+    """Return the parameters that a compressed update leads to from `start`, or slices of them from slices."""
+    end = start.num_params
     flat = np.empty_like(start.flat)
-    flat[:end] = start.flat[:end].astype(np.float64) - CODECS[config.name].decode(compressed.update)
+    decoded = CODECS[config.name].decode(compressed.update, compressed.size)
+    flat[:end] = start.flat[:end].astype(np.float64) - decoded
     flat[end:] = compressed.buffers
-    return Parameters(start.layout, flat, compressed.extra)
+    return Parameters(start.layout, flat, compressed.extra, start=start.start)
+
+
+def cut_compressed(compressed: Compressed, start: int, stop: int, is_last: bool, config: CodecConfig) -> Compressed:
+    """Return the values `start` to `stop` of a compressed update; `start` is a multiple of `BLOCK`.
+
+    The last slice has the buffers.
+    """
+    bits = CODECS[config.name].bits
+    stop = min(stop, compressed.size)
+    data = compressed.update.data[start * bits // 8 : -(-stop * bits // 8)]
+    scales = compressed.update.scales[start // BLOCK : -(-stop // BLOCK)]
+    rest = (compressed.buffers, compressed.extra) if is_last else (compressed.buffers[:0], compressed.extra[:0])
+    return Compressed(Encoded(data, scales), max(0, stop - start), *rest)

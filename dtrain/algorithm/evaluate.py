@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -34,6 +34,8 @@ class Sums:
     loss: Term
     metrics: Mapping[str, Term]
     """By reported name."""
+    seconds: float = field(default=0.0, compare=False)
+    """That the evaluation took."""
 
 
 def evaluate(
@@ -76,6 +78,7 @@ def merge(pieces: Sequence[Sums]) -> Sums:
         sum(piece.samples for piece in pieces),
         _added([piece.loss for piece in pieces]),
         {name: _added([piece.metrics[name] for piece in pieces]) for name in pieces[0].metrics},
+        in_order(piece.seconds for piece in pieces),
     )
 
 

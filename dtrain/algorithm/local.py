@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from dtrain.algorithm.batch import TensorBatch, autocast, non_finite_values
+from dtrain.algorithm.fednova import first_norm
 from dtrain.algorithm.losses import mean_of_batch
 from dtrain.algorithm.optimizers import make_optimizer
 from dtrain.algorithm.recipe import Recipe
 from dtrain.algorithm.replica import carried, pack_inner_state, unpack_inner_state
-from dtrain.types import InnerState
+from dtrain.algorithm.scaffold import ControlledSteps
+from dtrain.types import Flat, InnerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,10 @@ class LocalResult:
     """NaN and infinite values in the batches whose loss was not finite."""
     samples: int
     steps: int
+    step_norm: float = 0.0
+    """Sum of the weights of the gradients in the update (`dtrain.algorithm.fednova`)."""
+    control: Flat | None = None
+    """The replica's next control variate, where there are some."""
 
 
 def run_local_steps(
@@ -38,6 +44,7 @@ def run_local_steps(
     *,
     first_step: int,
     total_steps: int,
+    controlled: ControlledSteps | None = None,
     on_step: Callable[[int, int], None] = lambda steps, samples: None,
 ) -> LocalResult:
     """Take one inner-optimizer step for each element of `steps`; changes the module's parameters.
@@ -54,6 +61,8 @@ def run_local_steps(
         sum of the losses over the whole batch, divided by the number of its terms.
     first_step, total_steps : int
         The replica's steps before this task, and at the end of the run. The schedule is a function of both.
+    controlled : ControlledSteps, optional
+        Corrects the gradients by control variates.
     on_step : callable
         Called after each step with the finished steps and samples of this task.
 
@@ -68,16 +77,27 @@ def run_local_steps(
     unpack_inner_state(inner, optimizer, params)
     base_rates = [group.get("lr") for group in optimizer.param_groups]
     start = [parameter.detach().clone() for parameter in params] if recipe.prox else []
+    norm = first_norm(
+        recipe.optimizer,
+        recipe.optimizer_args,
+        optimizer.param_groups[0].get("lr"),
+        recipe.prox,
+        first_step if inner.slots else 0,
+    )
     losses, samples, step = _Losses(), 0, first_step
     for batch_size, micro_batches in steps:
         optimizer.zero_grad(set_to_none=True)
         losses += _accumulate(module, recipe, params, batch_size, micro_batches)
+        if controlled is not None:
+            controlled.correct()
         if recipe.prox:
             _pull_back(params, start, recipe.prox)
         if recipe.clip_norm > 0:
             nn.utils.clip_grad_norm_(params, recipe.clip_norm)
-        _set_rates(optimizer, base_rates, recipe.schedule(step, total_steps))
+        factor = recipe.schedule(step, total_steps)
+        _set_rates(optimizer, base_rates, factor)
         optimizer.step()
+        norm = norm.after(factor)
         samples += batch_size
         step += 1
         on_step(step - first_step, samples)
@@ -88,6 +108,8 @@ def run_local_steps(
         losses.non_finite,
         samples,
         step - first_step,
+        norm.total,
+        None if controlled is None else controlled.own_control(),
     )
 
 

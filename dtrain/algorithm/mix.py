@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
 
-from dtrain.config.schema import MixConfig
+from dtrain.config.average import MixConfig
 from dtrain.errors import InvalidConfig
 
 # Who is averaged with whom --------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch import nn
 
 from dtrain.algorithm.optimizers import make_optimizer, optimizer_named
 from dtrain.algorithm.replica import carried, pack_inner_state, unpack_inner_state
-from dtrain.config.schema import OuterConfig
+from dtrain.config.average import OuterConfig
 from dtrain.errors import InvalidConfig
 from dtrain.types import Flat, InnerState
 
@@ -56,7 +56,9 @@ def pseudo_gradient(theta: Flat, mean: Flat) -> Flat:
     return gradient
 
 
-def outer_step(theta: Flat, mean: Flat, state: InnerState, config: OuterConfig) -> tuple[Flat, InnerState]:
+def outer_step(
+    theta: Flat, mean: Flat, state: InnerState, config: OuterConfig, *, factor: float, norm: float
+) -> tuple[Flat, InnerState]:
     """Take one step of the outer optimizer; changes none of its arguments.
 
     Parameters
@@ -68,6 +70,10 @@ def outer_step(theta: Flat, mean: Flat, state: InnerState, config: OuterConfig) 
     state : InnerState
         Of the outer optimizer for this slice.
     config : OuterConfig
+    factor : float
+        On the learning rate.
+    norm : float
+        Of the pseudo-gradient, of all slices; used to clip it.
 
     Returns
     -------
@@ -78,6 +84,11 @@ def outer_step(theta: Flat, mean: Flat, state: InnerState, config: OuterConfig) 
     optimizer = make_optimizer(outer_optimizer(config), [parameter], config.args, ARGS)
     fresh = carried(optimizer)
     unpack_inner_state(state, optimizer, [parameter])
-    parameter.grad = torch.from_numpy(pseudo_gradient(theta, mean))
+    gradient = torch.from_numpy(pseudo_gradient(theta, mean))
+    if config.clip_norm:  # as torch.nn.utils.clip_grad_norm_ does
+        gradient *= min(1.0, config.clip_norm / (norm + 1e-6))
+    parameter.grad = gradient
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] * factor
     optimizer.step()
     return parameter.detach().numpy(), pack_inner_state(optimizer, [parameter], fresh)

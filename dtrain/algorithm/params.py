@@ -144,6 +144,12 @@ def tensors_of(params: Parameters) -> dict[str, torch.Tensor]:
     return {entry.name: _view(params, entry) for entry in _present(params)}
 
 
+def extra_tensors(params: Parameters) -> dict[str, torch.Tensor]:
+    """Return the buffers of other dtypes than float32 as views, tied ones once; of a slice too."""
+    entries = [entry for entry in params.layout.entries if entry.kind == "extra" and not entry.alias]
+    return {entry.name: _view(params, entry) for entry in entries if len(params.extra)}
+
+
 def _present(params: Parameters) -> Iterator[Entry]:
     apart = len(params.frozen) < params.layout.num_frozen
     return (entry for entry in params.layout.entries if not (apart and entry.kind == "frozen"))
@@ -202,8 +208,11 @@ def params_sha256(params: Parameters) -> str:
 
 def is_finite(params: Parameters, before: Parameters | None = None) -> bool:
     """Whether all trained parameters and float buffers are finite, or infinite as `before` (a mask of -inf)."""
-    entries = [entry for entry in params.layout.entries if not entry.alias and entry.kind != "frozen"]
-    return all(_finite(_view(params, entry), _view(before, entry) if before else None) for entry in entries)
+    fine = np.isfinite(params.flat)
+    if not fine.all() and (before is None or not (fine | (params.flat == before.flat)).all()):
+        return False
+    earlier = extra_tensors(before) if before is not None else {}
+    return all(_finite(tensor, earlier.get(name)) for name, tensor in extra_tensors(params).items())
 
 
 def _finite(tensor: torch.Tensor, before: torch.Tensor | None) -> bool:

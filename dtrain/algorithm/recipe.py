@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 from dtrain.algorithm.evaluate import FROM_LOSS, Metric, mean_metric, metric_named
 from dtrain.algorithm.losses import Loss, loss_named
 from dtrain.algorithm.optimizers import MakeOptimizer, optimizer_named
-from dtrain.algorithm.schedules import Schedule, schedule_named, with_warmup
+from dtrain.algorithm.schedules import SCHEDULES, Schedule, schedule_named, with_warmup
 from dtrain.config.functions import Function
 from dtrain.config.names import metric_key
-from dtrain.config.schema import TrainTable
+from dtrain.config.schema import TrainConfig, TrainTable
 
 Functions: TypeAlias = Mapping[str, Function]
 """By config key (``model``, ``train.loss``, ``train.metrics.NAME`` ...): a function of the user's."""
@@ -32,6 +32,15 @@ class Recipe:
     """``bfloat16``: forward and loss under autocast; parameters, gradients and the optimizer stay float32."""
     prox: float = 0.0
     """The factor mu of FedProx's term ``mu / 2 * |theta - theta_start|^2`` of the loss; 0: none."""
+
+
+def outer_factors(config: TrainConfig, own: Functions) -> tuple[float, ...]:
+    """Return, by round, the factor of ``average.outer.schedule``; empty if it is constant."""
+    name = config.average.outer_schedule
+    if name == "constant":
+        return ()
+    schedule: Schedule = own["average.outer.schedule"] if "average.outer.schedule" in own else SCHEDULES[name]
+    return tuple(float(schedule(number, config.train.rounds)) for number in range(config.train.rounds))
 
 
 def recipe_of(train: TrainTable, own: Functions, prox: float = 0.0) -> Recipe:

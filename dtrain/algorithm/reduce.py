@@ -21,8 +21,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from dtrain.algorithm.params import tensors_of
-from dtrain.config.schema import AverageConfig
+from dtrain.algorithm.params import extra_tensors
+from dtrain.config.average import AverageConfig
 from dtrain.errors import InvalidConfig, UnsuitableModel
 from dtrain.types import Flat, Parameters
 
@@ -94,6 +94,30 @@ def weighted_mean(arrays: Sequence[Flat], weights: Sequence[int]) -> Flat:
     return out
 
 
+def moved(
+    mean: Parameters,
+    starts: Sequence[Parameters],
+    replicas: Sequence[Parameters],
+    weights: Sequence[int],
+    coefficients: Sequence[float],
+) -> Parameters:
+    """Return `mean` with the parameters ``theta + sum_k c_k (theta_k - start_k)``, in float64, in replica order.
+
+    theta is what all replicas started from, or the weighted mean of what they did. Buffers are those of the mean.
+    """
+    end, first = mean.num_params, starts[0].flat
+    is_shared = all(start.flat is first for start in starts)
+    theta = first[:end] if is_shared else weighted_mean([start.flat[:end] for start in starts], weights)
+    flat = mean.flat.copy()
+    for begin in range(0, end, BLOCK):
+        part = slice(begin, min(begin + BLOCK, end))
+        reached = theta[part].astype(np.float64)
+        for start, replica, coefficient in zip(starts, replicas, coefficients, strict=True):
+            reached += (replica.flat[part].astype(np.float64) - start.flat[part]) * coefficient
+        flat[part] = reached
+    return replace(mean, flat=flat)
+
+
 def mean_of(replicas: Sequence[Parameters], weights: Sequence[int]) -> Parameters:
     """Average parameters and buffers of replicas, given in replica order.
 
@@ -104,15 +128,11 @@ def mean_of(replicas: Sequence[Parameters], weights: Sequence[int]) -> Parameter
     UnsuitableModel
         A bool buffer differs between replicas.
     """
-    layout = replicas[0].layout
     flat = weighted_mean([replica.flat for replica in replicas], weights)
     mixed = replace(replicas[0], flat=flat, extra=replicas[0].extra.copy())
-    if layout.num_extra:
-        targets = tensors_of(mixed)
-        sources = [tensors_of(replica) for replica in replicas]
-        for entry in layout.entries:
-            if entry.kind == "extra" and not entry.alias:
-                targets[entry.name].copy_(mixed_tensor(entry.name, [s[entry.name] for s in sources], weights))
+    sources = [extra_tensors(replica) for replica in replicas]
+    for name, target in extra_tensors(mixed).items():
+        target.copy_(mixed_tensor(name, [source[name] for source in sources], weights))
     return mixed
 
 

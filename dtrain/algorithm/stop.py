@@ -15,7 +15,8 @@ def higher_is_better(config: TrainConfig) -> bool:
     """Whether larger values of ``stop.metric`` are better."""
     if config.stop.mode != "auto":
         return config.stop.mode == "max"
-    return METRICS.get(config.stop.metric.removeprefix("val_"), MetricFacts()).higher_is_better
+    name = config.stop.metric.removeprefix("val_").removeprefix("ema_")
+    return METRICS.get(name, MetricFacts()).higher_is_better
 
 
 def end_reason(history: Sequence[float | None], config: TrainConfig) -> StopReason | None:
@@ -73,7 +74,9 @@ def check_metric(config: TrainConfig, has_validation: bool) -> None:
         return
     known = ["train_loss"]
     if has_validation:
-        known += ["val_loss", *(f"val_{metric_key(name)}" for name in config.train.metrics)]
+        names = ["loss", *map(metric_key, config.train.metrics)]
+        known += [f"val_{name}" for name in names]
+        known += [f"val_ema_{name}" for name in names] if config.average.ema else []
     if config.stop.metric not in known:
         raise InvalidConfig(
             f'stop.metric = "{config.stop.metric}" is not computed{did_you_mean(config.stop.metric, known)}',

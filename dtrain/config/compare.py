@@ -39,7 +39,7 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[tuple[str, Plain, Pl
 def may_change(key: str, config: TrainConfig) -> bool:
     """Return True if a continued run may change a key: it cannot change a bit of any later round."""
     if key == "train.rounds":
-        return config.train.schedule == "constant"
+        return config.train.schedule == "constant" and config.average.outer_schedule == "constant"
     if key in ("data.memory", "data.cache", "data.reader", "data.storage_options"):
         return True
     return key.startswith(("stop.", "cluster.", "run.")) and key != "cluster.threads"

@@ -14,7 +14,7 @@ Function: TypeAlias = Callable[..., Any]
 Given: TypeAlias = dict[str, Function]
 """By config key, with the name for metrics (``train.metrics.module:function``): a function or callable object."""
 
-KEYS = ("model", "train.loss", "train.optimizer", "train.schedule", "data.transform")
+KEYS = ("model", "train.loss", "train.optimizer", "train.schedule", "average.outer.schedule", "data.transform")
 """Keys whose value may be a function; ``train.metrics`` is a list of them."""
 METRICS = "train.metrics"
 OPTIMIZERS = ("train.optimizer", "average.outer.optimizer")

@@ -11,7 +11,6 @@ from datetime import date, time
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     Field,
     PrivateAttr,
@@ -21,17 +20,16 @@ from pydantic import (
     model_validator,
 )
 
+from dtrain.config.average import AverageConfig, check_average
 from dtrain.config.faults import sentences
 from dtrain.config.functions import Function, Given, take_functions
 from dtrain.config.names import FUNCTION, LOSSES, METRICS, SCHEDULES, metric_key
-from dtrain.config.slices import FROZEN, Float, Natural, Offsets, Positive, Selector, Slice
+from dtrain.config.slices import Offsets, Selector, Slice
+from dtrain.config.table import Bool, Float, Natural, NonNegative, Positive, Share, Table, without_sgd_defaults
 from dtrain.config.unbuilt import refuse_unbuilt
 from dtrain.config.values import cache_bytes, parse_bytes, plain_value, value_of
 from dtrain.errors import InvalidConfig, did_you_mean
 
-NonNegative = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Strict(), Field(ge=0, lt=1)]
-Bool = Annotated[bool, Strict()]
 Size = Annotated[str, BeforeValidator(lambda given: str(given) if type(given) is int else given)]
 """``auto``, or bytes such as ``512MB``; a number counts bytes."""
 
@@ -40,12 +38,6 @@ ClassAxis: TypeAlias = Literal["auto", 1, -1]
 
 FULL_BATCH_MICRO = 1024
 """Samples of a micro-batch where ``train.batch_size`` is ``full`` and ``train.micro_batch`` is 0."""
-
-
-class Table(BaseModel):
-    """A table of the configuration: it is frozen and refuses unknown keys."""
-
-    model_config = FROZEN
 
 
 class Store(Table):
@@ -114,13 +106,6 @@ class DataConfig(Table):
         return dict.fromkeys(self.normalize, ())
 
 
-def _without_sgd_defaults(given: Any, key: str) -> Any:
-    """Leave the arguments of another optimizer than SGD to torch: the defaults of the schema are those of SGD."""
-    if isinstance(given, Mapping) and key not in given and str(given.get("optimizer", "sgd")).lower() != "sgd":
-        return {**given, key: {}}
-    return given
-
-
 class TrainTable(Table):
     """``[train]``: the local steps of a replica in a round."""
 
@@ -149,57 +134,13 @@ class TrainTable(Table):
     @model_validator(mode="before")
     @classmethod
     def _own_defaults(cls, given: Any) -> Any:
-        return _without_sgd_defaults(given, "optimizer_args")
+        return without_sgd_defaults(given, "optimizer_args")
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if self.local_steps is not None and "local_epochs" in self.model_fields_set:
             raise ValueError("local_epochs and local_steps are both given; give one of them")
         return self
-
-
-class MixConfig(Table):
-    """``[average.mix]``: the topology of averaging."""
-
-    topology: Literal["full", "ring", "exponential", "hierarchical"] = "full"
-    groups: Natural = 0
-    period: Positive = 1
-
-
-class OuterConfig(Table):
-    """``[average.outer]``: the outer optimizer, applied to the pseudo-gradient."""
-
-    optimizer: str = "sgd"
-    args: dict[str, Any] = {"lr": 0.7, "momentum": 0.9, "nesterov": True}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _own_defaults(cls, given: Any) -> Any:
-        return _without_sgd_defaults(given, "args")
-
-
-class CodecConfig(Table):
-    """``[average.codec]``: how updates are compressed."""
-
-    name: Literal["bf16", "int8", "int4"] = "int8"
-    error_feedback: Bool = True
-
-
-class AverageConfig(Table):
-    """``[average]``: how the replicas' parameters become one set of parameters."""
-
-    replicas: Positive | Literal["auto"] = "auto"
-    weights: Literal["samples", "uniform", "fednova"] = "samples"
-    reduce: Literal["mean", "median", "trimmed"] = "mean"
-    trim: Annotated[float, Strict(), Field(gt=0, lt=0.5)] = 0.1
-    inner_state: Literal["keep", "average", "reset"] = "keep"
-    prox: NonNegative = 0.0
-    max_rejected: Annotated[float, Strict(), Field(ge=0, le=1)] = 0.25
-    ema: Share = 0.0
-    recalibrate_batchnorm: Bool = False
-    mix: MixConfig = MixConfig()
-    outer: OuterConfig | None = None
-    codec: CodecConfig | None = None
 
 
 class StopConfig(Table):
@@ -296,32 +237,8 @@ def _check_values(config: TrainConfig) -> None:
         cache_bytes(config.data.cache)
     _check_name("data.transform", config.data.transform, (), empty=True)
     _check_normalize(config.data)
-    _check_average(config.average)
-
-
-def _check_average(average: AverageConfig) -> None:
-    mix, unset = average.mix, MixConfig()
-    for key in ("groups", "period"):
-        if mix.topology != "hierarchical" and getattr(mix, key) != getattr(unset, key):
-            raise InvalidConfig(
-                f'average.mix.{key} is for average.mix.topology = "hierarchical"; it is "{mix.topology}".',
-                f"Leave {key} out, or set the topology.",
-            )
-    if mix.topology in ("ring", "exponential") and average.codec is not None:
-        raise InvalidConfig(
-            f'average.codec cannot go with average.mix.topology = "{mix.topology}": neighbours start from different '
-            "parameters, and an encoded update says only how far a replica has moved.",
-            "Leave one of the two out.",
-        )
-    if average.inner_state == "average" and average.reduce != "mean":
-        raise InvalidConfig(
-            f'average.inner_state = "average" takes the mean, which average.reduce = "{average.reduce}" avoids.',
-            'Use average.inner_state = "keep" or "reset".',
-        )
-    if average.trim != AverageConfig().trim and average.reduce != "trimmed":
-        raise InvalidConfig(
-            f'average.trim is for average.reduce = "trimmed"; it is "{average.reduce}".', "Leave one of the two out."
-        )
+    check_average(config.average)
+    _check_name("average.outer.schedule", config.average.outer_schedule, SCHEDULES)
 
 
 def _check_normalize(data: DataConfig) -> None:

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, Strict
+from pydantic import BaseModel, BeforeValidator, PrivateAttr
 
+from dtrain.config.table import FROZEN, Int, Positive
 from dtrain.config.values import plain_value
-
-Int = Annotated[int, Strict()]
-Natural = Annotated[int, Strict(), Field(ge=0)]
-Positive = Annotated[int, Strict(), Field(ge=1)]
-Float = Annotated[float, Strict()]
-
-
-FROZEN = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants", protected_namespaces=())
-"""Of every table of the configuration: it is frozen and refuses unknown keys."""
 
 
 class Slice(BaseModel):

@@ -12,15 +12,8 @@ from dtrain.errors import NotSupportedYet
 
 NOT_BUILT: dict[str, str] = {
     "train.sync_rounds": "post-local SGD",
-    "average.ema": "an average over rounds",
-    "average.recalibrate_batchnorm": "recalibration of batch norm",
-    "average.codec": "compressed updates",
-    "cluster.slices": "cutting the reducer into slices",
     "cluster.tls": "TLS clusters",
     "run.trackers": "trackers",
-}
-NOT_BUILT_VALUES: dict[str, tuple[Any, str]] = {
-    "average.weights": ("fednova", "FedNova"),
 }
 
 
@@ -37,11 +30,6 @@ def refuse_unbuilt(config: BaseModel, defaults: BaseModel) -> None:
         if given != default:
             raise NotSupportedYet(
                 f"{key} = {_toml(given)}: this version does not have {feature} yet.", f"Leave {key} out."
-            )
-    for key, (value, feature) in NOT_BUILT_VALUES.items():
-        if value_of(config, key) == value:
-            raise NotSupportedYet(
-                f"{key} = {_toml(value)}: this version does not have {feature} yet.", f"Leave {key} out."
             )
 
 

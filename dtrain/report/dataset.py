@@ -23,7 +23,7 @@ class History(xr.Dataset):  # type: ignore[no-untyped-call]
 
 
 def dataset_of(rows: Sequence[Mapping[str, Any]]) -> History:
-    """Return the history as a Dataset over ``round``; ``replica_loss`` is over (round, replica)."""
+    """Return the history as a Dataset over ``round``; what is listed by replica is over (round, replica)."""
     numbers = [row["round"] for row in rows]
     variables: dict[str, Any] = {}
     for name in dict.fromkeys(name for row in rows for name in row):
@@ -32,7 +32,7 @@ def dataset_of(rows: Sequence[Mapping[str, Any]]) -> History:
         values = [row.get(name) for row in rows]
         if name == "params_sha256":
             variables[name] = ("round", np.array(values, dtype=str))
-        elif name == "replica_loss":
+        elif name in ("replica_loss", "update_norm"):
             variables[name] = (("round", "replica"), np.array(values, dtype=np.float64))
         else:
             dtype = np.int64 if all(isinstance(value, int) for value in values) else np.float64

@@ -28,6 +28,20 @@ def row_of(result: RoundResult) -> Row:
         "retried": result.retried,
         "params_sha256": result.params_sha256,
         "replica_loss": [_finite(loss) for loss in result.replica_loss],
+        "update_norm": [_finite(c.update_norm) for c in result.contributions],
+        "update_cosine": result.update_cosine,
+        **{name: round(seconds, 4) for name, seconds in _seconds(result).items()},
+    }
+
+
+def _seconds(result: RoundResult) -> dict[str, float]:
+    """Return where the time of a round goes: of its slowest replica, of the reducer, of the evaluation."""
+    slowest = max(result.contributions, key=lambda c: c.seconds)
+    return {
+        "seconds_steps": slowest.seconds - slowest.waited,
+        "seconds_waiting": slowest.waited,
+        "seconds_reduce": result.reduce_seconds,
+        "seconds_evaluate": result.evaluate_seconds,
     }
 
 

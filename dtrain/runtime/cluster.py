@@ -1,10 +1,9 @@
 r"""ClusterRunner: a round as a handful of Dask tasks.
 
-    replica 0    local ----> update_of ---.
-                     `-----> state_of      \
-    replica 1    local ----> update_of -----> combine --> broadcast_of ---> next round, evaluation
-                     `-----> state_of                |--> outer_of -------> next round
-                                                     `--> summarise ------> driver
+    replica 0    local ----> update ----.
+                     `-----> state       \
+    replica 1    local ----> update ------> means (`reducing`) --> next round, evaluation, moving average
+                     `-----> state                          `----> summary -------> driver
 
 Parameters go from worker to worker. The driver sees futures and scalars, and a whole state only when it commits.
 """
@@ -14,15 +13,26 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from queue import SimpleQueue
 from typing import Any
 
 from distributed import Future
 
-from dtrain.algorithm.average import apart, by_replica, round_averages, settled, together
+from dtrain.algorithm.average import apart, by_replica, settled, together
 from dtrain.algorithm.evaluate import Sums, merge
-from dtrain.algorithm.mix import Average
 from dtrain.algorithm.params import with_frozen, without_frozen
+from dtrain.algorithm.slices import (
+    Slices,
+    cut_broadcast,
+    cut_outer,
+    cut_params,
+    join_broadcast,
+    join_outer,
+    join_params,
+    num_slices,
+    slices_of,
+)
 from dtrain.data.load.statistics import Moments, merge_moments
 from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
@@ -30,14 +40,15 @@ from dtrain.runtime import remote
 from dtrain.runtime.client import GONE, TaskClient
 from dtrain.runtime.connect import Connection
 from dtrain.runtime.placement import place_replicas
+from dtrain.runtime.reducing import PRIORITY_REDUCE, Before, Reduction, Sliced
 from dtrain.runtime.remote import RESOURCE
 from dtrain.runtime.resident import Resident
 from dtrain.runtime.runner import Outcome
 from dtrain.runtime.spec import RunSpec
 from dtrain.runtime.trial import Initial
-from dtrain.types import Flat, Parameters, Position, RoundPlan, TrainState
+from dtrain.types import Broadcast, Flat, Layout, OuterState, Parameters, Position, RoundPlan, TrainState
 
-PRIORITY_LOCAL, PRIORITY_EVALUATE, PRIORITY_REDUCE = 1, 2, 10
+PRIORITY_LOCAL, PRIORITY_EVALUATE = 1, 2
 """A worker evaluates a round before it trains the next one: later would not be faster, and results come evenly."""
 SMALL_BYTES = 1 << 20
 """Results whose other parts are below this size are sent whole; a task to split them would cost more."""
@@ -45,15 +56,14 @@ SMALL_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class ClusterRound:
-    """Futures of the values after a round; replicas that share a value hold the same future."""
+    """Futures of the values after a round; replicas that share a value hold the same ones."""
 
-    model: Future
-    broadcast: tuple[Future, ...]
+    before: Before
+    """What the next round starts from."""
     replicas: tuple[Future, ...]
-    outer: tuple[Future, ...]
-    """Without an outer optimizer its empty states themselves."""
-    small: bool
-    """Whether results are sent whole."""
+    model: Sliced
+    ema: Sliced | None
+    """None without a moving average, and before its first round."""
     frozen: Flat
     """The frozen parameters, on the driver."""
     frozen_sent: Future | None
@@ -62,6 +72,7 @@ class ClusterRound:
     """None before the first round of a segment."""
     sums: Future | None = None
     """None without a validation split too, and after rounds that are not evaluated."""
+    ema_sums: Future | None = None
 
 
 class ClusterRunner:
@@ -119,7 +130,7 @@ class ClusterRunner:
             return None
         workers = self._client.workers()
         sent = self._client.scatter(params, workers)
-        sums: Sums = self._gather([self._submit_evaluation(sent, split, workers, None)])[0]
+        sums: Sums = self._gather([self._submit_evaluation((sent,), split, workers, None)])[0]
         return sums
 
     # Rounds -------------------------------------------------------------------------------------------------
@@ -128,61 +139,120 @@ class ClusterRunner:
         """Scatter a state from the driver to the workers of its replicas."""
         self._client.begin()
         at = self._placed(len(state.broadcast))
-        starts, frozen = apart(state.broadcast), state.model.frozen
-        broadcast = self._client.scatter_each(starts, at)
-        outer = state.outer
+        starts, frozen, slices = apart(state.broadcast), state.model.frozen, self._slices(state.model.layout)
+        broadcast = self._scattered(starts, at, [[cut_broadcast(one, cut) for cut in slices] for one in starts])
+        outer: tuple[Sliced, ...] = ((),) * len(starts)
         if self.spec.config.average.outer is not None:
-            outer = self._client.scatter_each(state.outer, dict.fromkeys(at, at[0]))
+            params = state.model.layout.num_params
+            cuts = [[cut_outer(one, cut, params) for cut in slices] for one in state.outer]
+            outer = self._scattered(state.outer, dict.fromkeys(at, at[0]), cuts)
         return ClusterRound(
-            model=broadcast[0] if _is_shared(state) else self._client.scatter(without_frozen(state.model), [at[0]]),
-            broadcast=broadcast,
+            before=Before(broadcast, outer, slices, len(slices) == 1 and _is_small(replace(state, broadcast=starts))),
             replicas=tuple(self._client.scatter(own, [at[k]]) for k, own in enumerate(state.replicas)),
-            outer=outer,
-            small=_is_small(replace(state, broadcast=starts)),
+            model=broadcast[0] if _is_shared(state) else self._scattered_model(state.model, slices, at[0]),
+            ema=None if state.ema is None else self._scattered_model(state.ema, slices, at[0]),
             frozen=frozen,
             frozen_sent=self._client.scatter(frozen, list(at.values())) if len(frozen) else None,
         )
 
+    def _slices(self, layout: Layout) -> Slices:
+        """Return the slices of the reducer; the means of a sparse topology are spread over the workers as they are."""
+        config = self.spec.config
+        wanted = config.cluster.slices
+        if wanted == "auto" and config.average.mix.topology != "full":
+            wanted = 1
+        return slices_of(layout, num_slices(wanted, layout, len(set(self._places.values()))))
+
+    def _scattered(
+        self, values: Sequence[object], at: Mapping[int, str], cuts: Sequence[Sequence[object]]
+    ) -> tuple[Sliced, ...]:
+        """Send the slices of each value to the worker of its replica; replicas that share a value share the futures."""
+        places: dict[int, list[str]] = {}
+        for k, value in enumerate(values):
+            places.setdefault(id(value), []).append(at[k])
+        first = {id(value): slices for value, slices in zip(values, cuts, strict=True)}
+        sent = {key: tuple(self._client.scatter(one, places[key]) for one in slices) for key, slices in first.items()}
+        return tuple(sent[id(value)] for value in values)
+
+    def _scattered_model(self, model: Parameters, slices: Slices, at: str) -> Sliced:
+        return tuple(self._client.scatter(cut_params(without_frozen(model), cut), [at]) for cut in slices)
+
     def submit(self, held: ClusterRound, plan: RoundPlan) -> ClusterRound:
         """Submit the local steps, the averages and the evaluation of a round."""
-        self._placed(len(plan.tasks))
+        config, before = self.spec.config.average, held.before
+        places = list(self._placed(len(plan.tasks)).values())
         updates, replicas = self._submit_local(held, plan)
-        means = round_averages(plan, held.broadcast, self.spec.config.average)
-        names = [f"r{plan.round:05d}" + (f"-g{number}" if len(means) > 1 else "") for number in range(len(means))]
-        combined = [self._submit_mean(held, mean, name, updates) for mean, name in zip(means, names, strict=True)]
-        parts = [self._part(held, remote.broadcast_of, f"mixed-{n}", c) for n, c in zip(names, combined, strict=True)]
-        outer = [self._outer_part(held, f"outer-{n}", c) for n, c in zip(names, combined, strict=True)]
-        model = parts[0]
-        if len(means) > 1:
-            model = self._client.submit(
-                remote.mean_model, f"model-r{plan.round:05d}", means, combined, priority=PRIORITY_REDUCE
-            )
+        reduction = Reduction(self._client, config, before, places, self.spec.outer_factor(plan.round))
+        reduced = reduction.submit(plan, updates)
+        model = self._recalibrated(held, reduced.model, plan, "model")
+        ema = self._next_ema(held, reduced.model, plan) if config.ema else None
+        name = f"summary-r{plan.round:05d}"
+        at = places[0] if len(before.slices) > 1 else None
         return replace(
             held,
-            model=model,
-            broadcast=by_replica(means, parts),
-            replicas=replicas,
-            outer=by_replica(means, outer),
-            summary=self._client.submit(
-                remote.summarise_round, f"summary-r{plan.round:05d}", combined, model, held.model, held.frozen_sent
+            before=replace(
+                before,
+                broadcast=by_replica(reduced.means, reduced.broadcast),
+                outer=by_replica(reduced.means, reduced.outer),
             ),
-            sums=self._submit_evaluation(model, "val", list(self._places.values()), held.frozen_sent)
-            if plan.evaluates
+            replicas=replicas,
+            model=model,
+            ema=ema,
+            summary=self._client.submit(
+                remote.summarise_round, name, [[*own] for own in reduced.facts], [*model], held.frozen_sent, at=at
+            ),
+            sums=self._submit_evaluation(model, "val", places, held.frozen_sent) if plan.evaluates else None,
+            ema_sums=self._submit_evaluation(ema, "val", places, held.frozen_sent)
+            if plan.evaluates and ema is not None
             else None,
         )
 
+    def _next_ema(self, held: ClusterRound, model: Sliced, plan: RoundPlan) -> Sliced:
+        """Submit the moving average of models after a round."""
+        before = held.ema or (None,) * len(model)
+        decay = self.spec.config.average.ema
+        averaged = tuple(
+            self._client.submit(
+                remote.next_average, f"ema-r{plan.round:05d}-s{n}", *pair, decay, priority=PRIORITY_REDUCE
+            )
+            for n, pair in enumerate(zip(before, model, strict=True))
+        )
+        return self._recalibrated(held, averaged, plan, "ema")
+
+    def _recalibrated(self, held: ClusterRound, model: Sliced, plan: RoundPlan, label: str) -> Sliced:
+        """Submit the recalibration of batch norm, where it is asked for and the model is evaluated."""
+        if not plan.evaluates or not self.spec.config.average.recalibrate_batchnorm:
+            return model
+        name = f"{label}-r{plan.round:05d}"
+        statistics = [
+            self._client.submit(
+                remote.recalibrate,
+                f"recalibrate-{name}-k{k}",
+                self.spec.run_id,
+                [*model],
+                k,
+                held.frozen_sent,
+                at=self._allowed(k) or at,
+                resources=RESOURCE,
+                priority=PRIORITY_EVALUATE,
+            )
+            for k, at in self._places.items()
+        ]
+        last = self._client.submit(remote.recalibrated, f"recalibrated-{name}", model[-1], statistics)
+        return (*model[:-1], last)
+
     def collect(self, held: ClusterRound) -> Outcome:
         """Wait for the scalars of a round."""
-        handles = [handle for handle in (held.summary, held.sums) if handle is not None]
+        handles = [handle for handle in (held.summary, held.sums, held.ema_sums) if handle is not None]
         summary, *sums = self._gather(handles)
-        return Outcome(summary, sums[0] if sums else None)
+        return Outcome(summary, *(sums or [None]))
 
     def gather(self, held: ClusterRound, position: Position) -> TrainState:
         """Bring the state after a round to the driver."""
-        outer_handles = held.outer if self.spec.config.average.outer is not None else ()
-        handles = {handle.key: handle for handle in (held.model, *held.broadcast, *held.replicas, *outer_handles)}
+        nested = [held.model, *held.before.broadcast, held.replicas, *held.before.outer, held.ema or ()]
+        handles = {handle.key: handle for handle in chain.from_iterable(nested)}
         values = dict(zip(handles, self._gather(list(handles.values())), strict=True))
-        return _state(held, position, values, outer_handles)
+        return _state(held, position, values)
 
     def close(self) -> None:
         """Cancel what is not done, and take the run's residents away from the workers."""
@@ -196,7 +266,7 @@ class ClusterRunner:
 
     # Tasks of a round ---------------------------------------------------------------------------------------
 
-    def _submit_local(self, held: ClusterRound, plan: RoundPlan) -> tuple[list[Future], tuple[Future, ...]]:
+    def _submit_local(self, held: ClusterRound, plan: RoundPlan) -> tuple[list[Sliced], tuple[Future, ...]]:
         """Submit the local steps; return, by replica, the futures of what it sends and of what it keeps."""
         updates, replicas = [], []
         for task in plan.tasks:
@@ -206,31 +276,36 @@ class ClusterRunner:
                 f"local-{name}",
                 self.spec.run_id,
                 task,
-                held.broadcast[k],
+                [*held.before.broadcast[k]],
                 held.replicas[k],
                 held.frozen_sent,
                 at=self._allowed(k) or at,
                 resources=RESOURCE,
                 priority=PRIORITY_LOCAL,
             )
-            updates.append(self._part(held, remote.update_of, f"parameters-{name}", trained, at))
-            replicas.append(self._part(held, remote.state_of, f"replica-{name}", trained, at))
+            updates.append(self._sent(held, name, trained, at))
+            replicas.append(
+                trained if held.before.small else self._part(remote.state_of, f"replica-{name}", trained, at)
+            )
         return updates, tuple(replicas)
 
-    def _submit_mean(self, held: ClusterRound, mean: Average, name: str, updates: Sequence[Future]) -> Future:
-        first = mean.receivers[0]
-        return self._client.submit(
-            remote.combine_replicas,
-            f"reduce-{name}",
-            self.spec.config.average,
-            held.broadcast[first],
-            [updates[k] for k in mean.members],
-            held.outer[first],
-            priority=PRIORITY_REDUCE,
+    def _sent(self, held: ClusterRound, name: str, trained: Future, at: str) -> Sliced:
+        """Return, by slice, what a replica sends; a small result is sent whole."""
+        if held.before.small:
+            return (trained,)
+        if len(held.before.slices) == 1:
+            return (self._part(remote.update_of, f"parameters-{name}", trained, at),)
+        codec = self.spec.config.average.codec
+        return tuple(
+            self._part(remote.update_slice, f"parameters-{name}-s{cut.number}", trained, at, cut, codec)
+            for cut in held.before.slices
         )
 
+    def _part(self, part: Callable[..., Any], name: str, whole: Future, at: str, *given: Any) -> Future:
+        return self._client.submit(part, name, whole, *given, at=at, priority=PRIORITY_REDUCE)
+
     def _submit_evaluation(
-        self, model: Future, split: SplitName, places: Sequence[str], frozen: Future | None
+        self, model: Sliced, split: SplitName, places: Sequence[str], frozen: Future | None
     ) -> Future | None:
         """Submit the evaluation of parameters on a split; None if it is empty."""
         sums = [
@@ -238,7 +313,7 @@ class ClusterRunner:
                 remote.evaluate_piece,
                 f"evaluate-{split}-p{piece}-{uuid.uuid4().hex[:8]}",
                 self.spec.run_id,
-                model,
+                [*model],
                 split,
                 piece,
                 frozen,
@@ -249,17 +324,6 @@ class ClusterRunner:
             for piece, stream in enumerate(self._resident.pieces(split))
         ]
         return self._client.submit(merge, f"merge-{uuid.uuid4().hex[:8]}", sums) if sums else None
-
-    def _part(
-        self, held: ClusterRound, part: Callable[[Any], Any], name: str, whole: Future, at: str | None = None
-    ) -> Future:
-        """Submit a task that takes a part out of a result; a small result is its own part."""
-        return whole if held.small else self._client.submit(part, name, whole, at=at, priority=PRIORITY_REDUCE)
-
-    def _outer_part(self, held: ClusterRound, name: str, whole: Future) -> Future:
-        if self.spec.config.average.outer is None:
-            return ()
-        return self._part(held, remote.outer_of, name, whole)
 
     def _gather(self, futures: Sequence[Future]) -> list[Any]:
         return self._client.gather(futures, self._report_progress)
@@ -284,24 +348,43 @@ class ClusterRunner:
         return self._places
 
 
-def _state(
-    held: ClusterRound, position: Position, values: Mapping[str, Any], outer_handles: Sequence[Future]
-) -> TrainState:
+def _state(held: ClusterRound, position: Position, values: Mapping[str, Any]) -> TrainState:
     """Return the state after a round, of results by key."""
-    model = with_frozen(remote.model_in(values[held.model.key]), held.frozen)
-    starts = {handle.key: remote.broadcast_of(values[handle.key]) for handle in held.broadcast}
-    broadcast, replicas = settled(
-        [starts[handle.key] for handle in held.broadcast],
-        [remote.state_of(values[handle.key]) for handle in held.replicas],
-    )
-    outer = {handle.key: remote.outer_of(values[handle.key]) for handle in outer_handles}
+    wholes = {_keys(own): _start([values[key] for key in _keys(own)]) for own in held.before.broadcast}
+    starts = [wholes[_keys(own)] for own in held.before.broadcast]
+    model = wholes[keys].params if (keys := _keys(held.model)) in wholes else _model([values[key] for key in keys])
+    model = with_frozen(model, held.frozen)
+    broadcast, replicas = settled(starts, [remote.state_of(values[handle.key]) for handle in held.replicas])
     return TrainState(
         position=position,
         model=model,
         broadcast=together(broadcast, model),
         replicas=replicas,
-        outer=tuple(outer[handle.key] for handle in outer_handles) or held.outer,
+        outer=_outer(held, values),
+        ema=None if held.ema is None else with_frozen(_model([values[key] for key in _keys(held.ema)]), held.frozen),
     )
+
+
+def _keys(sliced: Sliced) -> tuple[str, ...]:
+    return tuple(handle.key for handle in sliced)
+
+
+def _start(slices: Sequence[Any]) -> Broadcast:
+    return join_broadcast([remote.broadcast_of(one) for one in slices])
+
+
+def _model(slices: Sequence[Any]) -> Parameters:
+    return join_params([remote.model_in(one) for one in slices])
+
+
+def _outer(held: ClusterRound, values: Mapping[str, Any]) -> tuple[OuterState, ...]:
+    """Return, by replica, the whole state of the outer optimizer; equal handles give one object."""
+    wholes: dict[tuple[str, ...], OuterState] = {(): ()}
+    for own, start in zip(held.before.outer, held.before.broadcast, strict=True):
+        if (keys := _keys(own)) not in wholes:
+            sizes = [remote.broadcast_of(values[handle.key]).params.num_params for handle in start]
+            wholes[keys] = join_outer([remote.outer_of(values[key]) for key in keys], sizes)
+    return tuple(wholes[_keys(own)] for own in held.before.outer)
 
 
 def _is_shared(state: TrainState) -> bool:

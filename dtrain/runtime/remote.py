@@ -15,11 +15,14 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 from distributed import WorkerPlugin, get_worker
 from distributed.core import Status
 
-from dtrain.algorithm.average import Combined, Update, combine, model_of, summarise
+from dtrain.algorithm.average import AverageFacts, Combined, Mean, Update, model_of, summarise
+from dtrain.algorithm.batchnorm import Statistics, with_statistics
+from dtrain.algorithm.ema import next_ema
 from dtrain.algorithm.evaluate import Sums
 from dtrain.algorithm.mix import Average
 from dtrain.algorithm.params import with_frozen
-from dtrain.config.schema import AverageConfig
+from dtrain.algorithm.slices import Slice, cut_update, join_broadcast, join_params
+from dtrain.config.average import AverageConfig, CodecConfig
 from dtrain.data.load.statistics import Moments
 from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
@@ -81,24 +84,39 @@ def update_of(trained: tuple[Update, ReplicaState] | Update) -> Update:
     return trained if isinstance(trained, Update) else trained[0]
 
 
+def update_slice(trained: tuple[Update, ReplicaState], at: Slice, codec: CodecConfig | None) -> Update:
+    """Return a slice of what a replica sends."""
+    return cut_update(trained[0], at, codec)
+
+
 def state_of(trained: tuple[Update, ReplicaState] | ReplicaState) -> ReplicaState:
     """Return what a replica keeps."""
     return trained if isinstance(trained, ReplicaState) else trained[1]
 
 
 def broadcast_of(combined: Combined | Broadcast) -> Broadcast:
-    """Return what the next round starts from."""
+    """Return what the next round starts from, or a slice of it."""
     return combined if isinstance(combined, Broadcast) else combined.broadcast
 
 
 def outer_of(combined: Combined | OuterState) -> OuterState:
-    """Return the state of the outer optimizer."""
+    """Return the state of the outer optimizer, or a slice of it."""
     return combined if isinstance(combined, tuple) else combined.outer
 
 
+def facts_of(result: Combined | Mean | AverageFacts) -> AverageFacts:
+    """Return what is small about a mean."""
+    return result if isinstance(result, AverageFacts) else result.facts
+
+
 def model_in(value: Combined | Broadcast | Parameters) -> Parameters:
-    """Return the parameters that are evaluated."""
+    """Return the parameters that are evaluated, or a slice of them."""
     return value if isinstance(value, Parameters) else broadcast_of(value).params
+
+
+def whole_model(slices: Sequence[Combined | Broadcast | Parameters], frozen: Flat | None) -> Parameters:
+    """Return the parameters that are evaluated, with the frozen ones."""
+    return with_frozen(join_params([model_in(one) for one in slices]), frozen)
 
 
 # Tasks ----------------------------------------------------------------------------------------------------
@@ -129,47 +147,97 @@ def initialise_run(run_id: str) -> Initial:
 def train_replica(
     run_id: str,
     task: LocalTask,
-    start: Combined | Broadcast,
+    start: Sequence[Combined | Broadcast],
     state: tuple[Update, ReplicaState] | ReplicaState,
     frozen: Flat | None,
 ) -> tuple[Update, ReplicaState]:
     """Run the local steps of a replica."""
-    return tasks.train_local(
-        resident_of(run_id), task, broadcast_of(start), state_of(state), frozen, partial(_progress, run_id)
-    )
+    given = join_broadcast([broadcast_of(one) for one in start])
+    return tasks.train_local(resident_of(run_id), task, given, state_of(state), frozen, partial(_progress, run_id))
 
 
 def combine_replicas(
     config: AverageConfig,
     start: Combined | Broadcast,
+    starts: Sequence[Combined | Broadcast] | None,
     updates: Sequence[tuple[Update, ReplicaState] | Update],
     outer: Combined | OuterState,
+    factor: float,
 ) -> Combined:
     """Average replicas."""
-    return combine(broadcast_of(start), [update_of(update) for update in updates], outer_of(outer), config)
+    sent = [update_of(one) for one in updates]
+    return tasks.reduce(broadcast_of(start), _broadcasts(starts), sent, outer_of(outer), config, factor)
 
 
-def mean_model(means: tuple[Average, ...], combined: Sequence[Combined]) -> Parameters:
+def average_slice(
+    config: AverageConfig,
+    start: Combined | Broadcast,
+    starts: Sequence[Combined | Broadcast] | None,
+    updates: Sequence[Update],
+) -> Mean:
+    """Average a slice, before the norm of the whole pseudo-gradient is known."""
+    return tasks.reduce_first(broadcast_of(start), _broadcasts(starts), updates, config)
+
+
+def step_slice(
+    config: AverageConfig,
+    start: Combined | Broadcast,
+    mean: Mean,
+    outer: OuterState,
+    factor: float,
+    facts: Sequence[AverageFacts],
+) -> Combined:
+    """Take the outer step of a slice."""
+    squares = [one.squares for one in facts]
+    return tasks.reduce_then(broadcast_of(start), mean, outer, config, factor, squares)
+
+
+def _broadcasts(starts: Sequence[Combined | Broadcast] | None) -> list[Broadcast] | None:
+    return None if starts is None else [broadcast_of(start) for start in starts]
+
+
+def mean_model(means: tuple[Average, ...], combined: Sequence[Combined | Broadcast]) -> Parameters:
     """Return the mean of replicas that go on from different parameters."""
-    return model_of(means, combined)
+    return model_of(means, [model_in(one) for one in combined])
+
+
+def next_average(before: Parameters | None, model: Combined | Broadcast | Parameters, decay: float) -> Parameters:
+    """Return the moving average of models after a round, or a slice of it."""
+    return next_ema(before, model_in(model), decay)
+
+
+@_unless_over
+def recalibrate(
+    run_id: str, model: Sequence[Combined | Broadcast | Parameters], replica: int, frozen: Flat | None
+) -> Statistics:
+    """Return the running statistics of norm layers over some training batches of a replica."""
+    return tasks.recalibrate(resident_of(run_id), whole_model(model, frozen), replica)
+
+
+def recalibrated(model: Combined | Broadcast | Parameters, replicas: Sequence[Statistics]) -> Parameters:
+    """Return the slice of the model that has the buffers, with the replicas' statistics."""
+    return with_statistics(model_in(model), replicas)
 
 
 def summarise_round(
-    combined: Sequence[Combined],
-    model: Combined | Broadcast | Parameters,
-    start: Combined | Broadcast | Parameters,
+    facts: Sequence[Sequence[Combined | AverageFacts]],
+    model: Sequence[Combined | Broadcast | Parameters],
     frozen: Flat | None,
 ) -> RoundSummary:
     """Return the scalars of a round; the next round does not wait for their hash."""
-    return summarise(combined, with_frozen(model_in(model), frozen), model_in(start))
+    return summarise([[facts_of(one) for one in slices] for slices in facts], whole_model(model, frozen))
 
 
 @_unless_over
 def evaluate_piece(
-    run_id: str, model: Combined | Broadcast | Parameters, split: SplitName, piece: int, frozen: Flat | None
+    run_id: str,
+    model: Sequence[Combined | Broadcast | Parameters],
+    split: SplitName,
+    piece: int,
+    frozen: Flat | None,
 ) -> Sums:
     """Evaluate one piece of a split."""
-    return tasks.evaluate_piece(resident_of(run_id), with_frozen(model_in(model), frozen), split, piece)
+    return tasks.evaluate_piece(resident_of(run_id), whole_model(model, frozen), split, piece)
 
 
 @_unless_over

@@ -168,7 +168,16 @@ class Resident:
 
     def eval_loader(self, split: SplitName, piece: int, sizes: Sequence[int]) -> Loader:
         """Return the loader of a piece of a split, at its beginning."""
-        return self._loader(self.pieces(split)[piece], Cursor(0, 0), itertools.cycle(sizes))
+        return self.loader_of(self.pieces(split)[piece], sizes)
+
+    def recalibration(self, replica: int) -> Stream:
+        """Return the training samples of a replica in stored order, to be read as an evaluation is."""
+        own = self.replicas[replica]
+        return Stream(("recalibration", replica), own.source, own.partition, shuffle=False)
+
+    def loader_of(self, stream: Stream, sizes: Sequence[int]) -> Loader:
+        """Return the loader of a stream that is not shuffled, at its beginning."""
+        return self._loader(stream, Cursor(0, 0), itertools.cycle(sizes))
 
     def _loader(self, stream: Stream, cursor: Cursor, sizes: Iterator[int]) -> Loader:
         with self._loading:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dtrain.algorithm.average import apart, by_replica, combine, model_of, round_averages, settled, summarise, together
+from dtrain.algorithm.average import (
+    apart,
+    by_replica,
+    model_of,
+    round_averages,
+    settled,
+    starts_of,
+    summarise,
+    together,
+)
+from dtrain.algorithm.batchnorm import with_statistics
+from dtrain.algorithm.ema import next_ema
 from dtrain.algorithm.evaluate import Sums, merge
 from dtrain.algorithm.params import with_frozen
 from dtrain.data.load.statistics import Moments, merge_moments
@@ -28,6 +39,8 @@ class SerialRound:
     broadcast: tuple[Broadcast, ...]
     replicas: tuple[ReplicaState, ...]
     outer: tuple[OuterState, ...]
+    ema: Parameters | None
+    """Whole, as `model`."""
     outcome: Outcome | None
     """None before the first round of a segment."""
 
@@ -61,7 +74,7 @@ class SerialRunner:
 
     def place(self, state: TrainState) -> SerialRound:
         """Return the state: its values are their own handles."""
-        return SerialRound(state.model, apart(state.broadcast), state.replicas, state.outer, None)
+        return SerialRound(state.model, apart(state.broadcast), state.replicas, state.outer, state.ema, None)
 
     def submit(self, held: SerialRound, plan: RoundPlan) -> SerialRound:
         """Run a round and evaluate its model."""
@@ -72,24 +85,38 @@ class SerialRunner:
         ]
         means = round_averages(plan, held.broadcast, config)
         combined = [
-            combine(
+            tasks.reduce(
                 held.broadcast[mean.receivers[0]],
+                starts_of(mean, held.broadcast, config),
                 [trained[k][0] for k in mean.members],
                 held.outer[mean.receivers[0]],
                 config,
+                self.spec.outer_factor(plan.round),
             )
             for mean in means
         ]
-        model = with_frozen(model_of(means, combined), held.model.frozen)
+        averaged = with_frozen(model_of(means, [one.broadcast.params for one in combined]), held.model.frozen)
+        model = self._recalibrated(averaged, plan)
+        ema = self._recalibrated(next_ema(held.ema, averaged, config.ema), plan) if config.ema else None
         return SerialRound(
             model=model,
             broadcast=by_replica(means, [one.broadcast for one in combined]),
             replicas=tuple(state for _, state in trained),
             outer=by_replica(means, [one.outer for one in combined]),
+            ema=ema,
             outcome=Outcome(
-                summarise(combined, model, held.model), self.evaluate(model, "val") if plan.evaluates else None
+                summarise([[one.facts] for one in combined], model),
+                self.evaluate(model, "val") if plan.evaluates else None,
+                self.evaluate(ema, "val") if plan.evaluates and ema is not None else None,
             ),
         )
+
+    def _recalibrated(self, params: Parameters, plan: RoundPlan) -> Parameters:
+        """Return parameters with running statistics of their own, where they are asked for and evaluated."""
+        if not plan.evaluates or not self.spec.config.average.recalibrate_batchnorm:
+            return params
+        replicas = range(len(plan.tasks))
+        return with_statistics(params, [tasks.recalibrate(self._resident, params, k) for k in replicas])
 
     def collect(self, held: SerialRound) -> Outcome:
         """Return the scalars of a round."""
@@ -105,6 +132,7 @@ class SerialRunner:
             broadcast=together(broadcast, held.model),
             replicas=replicas,
             outer=held.outer,
+            ema=held.ema,
         )
 
     def close(self) -> None:

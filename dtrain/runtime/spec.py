@@ -78,6 +78,12 @@ class RunSpec:
     """``cpu`` or ``cuda``."""
     eval_every: int = 1
     """Rounds between evaluations."""
+    outer_factors: tuple[float, ...] = ()
+    """By round: the factor on the learning rate of the outer optimizer; empty without a schedule of it."""
+
+    def outer_factor(self, number: int) -> float:
+        """Return the factor on the learning rate of the outer optimizer in a round."""
+        return self.outer_factors[number - 1] if self.outer_factors else 1.0
 
     @property
     def threads(self) -> int:

@@ -11,12 +11,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
-from dtrain.algorithm.average import Update, contribute
+from dtrain.algorithm.average import Combined, Mean, Update, average, combine, contribute, stepped
 from dtrain.algorithm.batch import TensorBatch
+from dtrain.algorithm.batchnorm import BATCHES, Statistics, take_statistics
+from dtrain.algorithm.drift import Squares, norm_of
 from dtrain.algorithm.evaluate import Sums, evaluate
 from dtrain.algorithm.local import LocalResult, run_local_steps
 from dtrain.algorithm.params import flatten, load_into, with_frozen, without_frozen
 from dtrain.algorithm.plan import micro_size, micro_sizes, pass_size, step_sizes
+from dtrain.algorithm.scaffold import ControlledSteps, Controls
+from dtrain.config.average import AverageConfig
 from dtrain.data.load.gather import Batch, target_scalings
 from dtrain.data.load.loader import Counted, Loader
 from dtrain.data.load.statistics import Moments, partition_moments
@@ -26,7 +30,7 @@ from dtrain.runtime.module import isolated
 from dtrain.runtime.resident import Resident
 from dtrain.runtime.tensors import as_tensors, decoder, on_device, transformed
 from dtrain.runtime.usercode import user_code
-from dtrain.types import Broadcast, Cursor, Flat, InnerState, LocalTask, Parameters, ReplicaState
+from dtrain.types import Broadcast, Cursor, Flat, LocalTask, OuterState, Parameters, ReplicaState
 
 Progress: TypeAlias = Callable[[StepsTaken], None]
 
@@ -57,8 +61,8 @@ def train_local(
         Called at most every `PROGRESS_SECONDS` with the finished steps.
     """
     started = time.monotonic()
-    inner = state.inner if start.inner is None else start.inner
-    local, after, counted = _local_steps(resident, task, with_frozen(start.params, frozen), inner, progress)
+    given = replace(start, params=with_frozen(start.params, frozen), inner=start.inner or state.inner)
+    local, after, counted = _local_steps(resident, task, given, state, progress)
     update, kept = contribute(start, after, state, local, task, resident.spec.config.average)
     measured = replace(
         update.contribution,
@@ -71,14 +75,16 @@ def train_local(
 
 
 def _local_steps(
-    resident: Resident, task: LocalTask, params: Parameters, inner: InnerState, progress: Progress
+    resident: Resident, task: LocalTask, start: Broadcast, state: ReplicaState, progress: Progress
 ) -> tuple[LocalResult, Parameters, Counted]:
-    spec, partition = resident.spec, resident.replicas[task.replica].partition
+    spec, partition, layout = resident.spec, resident.replicas[task.replica].partition, start.params.layout
+    assert start.inner is not None
     doing = f"Round {task.round}, replica {task.replica}"
     with resident.lock, isolated(task.seed, spec.threads), user_code(doing):
         module = resident.module()
-        load_into(module, params)
+        load_into(module, start.params)
         module.to(spec.device)
+        controls = Controls(start.control, state.control)
         used = pass_size(partition.num_samples, spec.config.train)
         sizes = list(step_sizes(task, used, spec.config.train))
         loader = resident.train_loader(task.replica, task.cursor)
@@ -88,14 +94,15 @@ def _local_steps(
         result = run_local_steps(
             module,
             resident.recipe,
-            inner,
+            start.inner,
             ((sum(step), _taken(batches, len(step))) for step in sizes),
             first_step=task.step,
             total_steps=task.total_steps,
+            controlled=ControlledSteps(module, layout, controls) if spec.config.average.control else None,
             on_step=_at_intervals(progress, task.round, task.replica, task.num_steps),
         )
         deque(batches, maxlen=0)  # the loader goes on where the next task begins
-        return result, without_frozen(flatten(module, params.layout)), loader.counted()
+        return result, without_frozen(flatten(module, layout)), loader.counted()
 
 
 def _without_last(
@@ -110,6 +117,7 @@ def _without_last(
 
 def evaluate_piece(resident: Resident, params: Parameters, split: SplitName, piece: int) -> Sums:
     """Evaluate one piece of a split."""
+    started = time.monotonic()
     train, stream = resident.spec.config.train, resident.pieces(split)[piece]
     size = micro_size(train)
     with resident.lock, isolated(train.seed, resident.spec.threads), user_code(f"Evaluating on {split}"):
@@ -122,11 +130,67 @@ def evaluate_piece(resident: Resident, params: Parameters, split: SplitName, pie
         batches = prepared(resident, loader.batches(sizes), split, piece, Cursor(0, 0), total)
         try:
             decode = decoder(target_scalings(stream.source.samples, resident.spec.scalings))
-            return evaluate(module, resident.recipe.loss, resident.metrics, batches, train.precision, decode)
+            sums = evaluate(module, resident.recipe.loss, resident.metrics, batches, train.precision, decode)
+            return replace(sums, seconds=time.monotonic() - started)
         finally:
             memory = stream.source.memory.evaluate
             if memory is None or not memory.kept:
                 resident.release(stream.key)
+
+
+def recalibrate(resident: Resident, params: Parameters, replica: int) -> Statistics:
+    """Return the running statistics of norm layers over some training batches of a replica."""
+    train, stream = resident.spec.config.train, resident.recalibration(replica)
+    with resident.lock, isolated(train.seed, resident.spec.threads), user_code("Recalibrating batch norm"):
+        module = resident.module()
+        load_into(module, params)
+        module.to(resident.spec.device)
+        total, size = stream.partition.num_samples, micro_size(train)
+        sizes = [min(size, total - start) for start in range(0, total, size)][:BATCHES]
+        loader = resident.loader_of(stream, sizes)
+        try:
+            batches = prepared(resident, loader.batches(sizes), "train", replica, Cursor(0, 0), total)
+            return take_statistics(module, batches, train.precision)
+        finally:
+            resident.release(stream.key)
+
+
+def reduce(
+    start: Broadcast,
+    starts: Sequence[Broadcast] | None,
+    updates: Sequence[Update],
+    outer: OuterState,
+    config: AverageConfig,
+    factor: float,
+) -> Combined:
+    """Average replicas, and measure the time; arguments as those of `combine`."""
+    began = time.monotonic()
+    combined = combine(start, starts, updates, outer, config, factor)
+    return replace(combined, facts=replace(combined.facts, seconds=time.monotonic() - began))
+
+
+def reduce_first(
+    start: Broadcast, starts: Sequence[Broadcast] | None, updates: Sequence[Update], config: AverageConfig
+) -> Mean:
+    """Average a slice of replicas, and measure the time: the first half of `reduce`."""
+    began = time.monotonic()
+    mean = average(start, starts, updates, config)
+    return replace(mean, facts=replace(mean.facts, seconds=time.monotonic() - began))
+
+
+def reduce_then(
+    start: Broadcast,
+    mean: Mean,
+    outer: OuterState,
+    config: AverageConfig,
+    factor: float,
+    squares: Sequence[Squares],
+) -> Combined:
+    """Take the outer step of a slice, given the squares of all slices' pseudo-gradients: the second half."""
+    began = time.monotonic()
+    combined = stepped(start, mean, outer, config, factor, norm_of(squares))
+    seconds = mean.facts.seconds + time.monotonic() - began
+    return replace(combined, facts=replace(combined.facts, seconds=seconds))
 
 
 def take_moments(resident: Resident, replica: int, most_units: int | None, progress: Progress) -> dict[str, Moments]:

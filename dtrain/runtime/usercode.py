@@ -171,6 +171,7 @@ CALLS = {
     "train.loss": _Call(("outputs", "targets"), "the mean over the batch"),
     METRICS: _Call(("outputs", "targets"), "the mean over the batch"),
     "train.schedule": _Call(("step", "total"), "factor on the learning rate"),
+    "average.outer.schedule": _Call(("round", "rounds"), "factor on the outer learning rate"),
     "train.optimizer": _Call(("parameters",), "torch.optim.Optimizer"),
     "data.transform": _Call(("batch", "generator"), "batch"),
 }

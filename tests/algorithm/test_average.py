@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dtrain.algorithm.average import (
+    AverageFacts,
     Combined,
     Update,
     by_replica,
@@ -23,7 +24,8 @@ from dtrain.algorithm.mix import Average, averages
 from dtrain.algorithm.params import params_sha256
 from dtrain.algorithm.plan import first_position, plan_round
 from dtrain.algorithm.replica import empty_inner_state, fresh_replica
-from dtrain.config.schema import AverageConfig, OuterConfig, TrainTable
+from dtrain.config.average import AverageConfig, OuterConfig
+from dtrain.config.schema import TrainTable
 from dtrain.types import Broadcast, Contribution, Entry, InnerState, Layout, Parameters, ReplicaState
 
 LAYOUT = Layout(
@@ -67,7 +69,9 @@ def test_a_replica_sends_its_parameters_and_keeps_its_new_state():
     assert sent.payload is after
     assert kept.inner is local.inner
     assert kept.residual is None
-    assert sent.contribution == Contribution(replica=1, samples=40, steps=5, loss_sum=12.5, loss_count=40, finite=True)
+    assert sent.contribution == Contribution(
+        replica=1, samples=40, steps=5, loss_sum=12.5, loss_count=40, finite=True, update_norm=5**0.5
+    )  # the norm of (-1, -2): buffers do not count
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -92,33 +96,33 @@ def test_what_was_infinite_at_the_start_may_be_so_after():
 @pytest.mark.parametrize(("weights", "mean"), [("samples", [4, 1, 7]), ("uniform", [3, 2, 6])])
 def test_the_mean_by_hand(weights, mean):
     updates = [update(0, 10, (1, 4, 4)), update(1, 30, (5, 0, 8))]
-    result = combine(THETA, updates, (), AverageConfig(weights=weights))
+    result = combine(THETA, [THETA] * len(updates), updates, (), AverageConfig(weights=weights))
     assert result.broadcast.params.flat.tolist() == mean
     assert result.outer == ()
-    assert result.contributions == tuple(u.contribution for u in updates)
-    assert result.nbytes == 2 * 3 * 4
+    assert result.facts.contributions == tuple(u.contribution for u in updates)
+    assert result.facts.nbytes == 2 * 3 * 4
 
 
 def test_replicas_that_are_not_finite_are_left_out():
     updates = [update(0, 10, (np.nan, 1, 1), finite=False), update(1, 10, (2, 2, 2)), update(2, 10, (4, 4, 4))]
-    result = combine(THETA, updates, (), AverageConfig())
+    result = combine(THETA, [THETA] * len(updates), updates, (), AverageConfig())
     assert result.broadcast.params.flat.tolist() == [3, 3, 3]
-    assert [c.finite for c in result.contributions] == [False, True, True]
+    assert [c.finite for c in result.facts.contributions] == [False, True, True]
 
 
 def test_if_none_is_finite_the_first_stands_for_all():
     updates = [update(k, 10, (np.nan, k, k), finite=False) for k in range(2)]
-    flat = combine(THETA, updates, (), AverageConfig()).broadcast.params.flat
+    flat = combine(THETA, [THETA] * len(updates), updates, (), AverageConfig()).broadcast.params.flat
     assert np.isnan(flat[0])
     assert flat[1:].tolist() == [0, 0]
 
 
 def test_two_outer_steps_by_hand_and_buffers_never_reach_them():
     updates = [update(0, 1, (2, -4, 10))]
-    first = combine(THETA, updates, first_outer(OUTER), OUTER)
+    first = combine(THETA, [THETA] * len(updates), updates, first_outer(OUTER), OUTER)
     # g = theta - mean = (-2, 4); v = g; theta - 0.5 v = (1, -2); the buffer is the mean itself
     assert first.broadcast.params.flat.tolist() == [1, -2, 10]
-    second = combine(first.broadcast, updates, first.outer, OUTER)
+    second = combine(first.broadcast, [first.broadcast], updates, first.outer, OUTER)
     # g = (-1, 2); v = 0.9 (-2, 4) + g = (-2.8, 5.6); theta - 0.5 v = (2.4, -4.8)
     np.testing.assert_allclose(second.broadcast.params.flat, [2.4, -4.8, 10], rtol=1e-6)
 
@@ -130,7 +134,7 @@ def test_nothing_that_is_given_is_changed():
     before = [array.copy() for array in frozen]
     for array in frozen:
         array.flags.writeable = False
-    combine(THETA, updates, outer, OUTER)
+    combine(THETA, [THETA] * len(updates), updates, outer, OUTER)
     for array, old in zip(frozen, before, strict=True):
         array.flags.writeable = True
         np.testing.assert_array_equal(array, old)
@@ -161,24 +165,25 @@ def test_an_outer_step_is_taken_from_each_start():
 
 def combined(values, replicas):
     contributions = tuple(update(k, 10, values).contribution for k in replicas)
-    return Combined(Broadcast(params(*values)), (), contributions, 12 * len(replicas))
+    facts = AverageFacts(contributions, (), np.zeros(0), nbytes=12 * len(replicas))
+    return Combined(Broadcast(params(*values)), (), facts)
 
 
 def test_the_model_is_the_mean_over_replicas():
     means = averages(((0, 1), (0, 1), (2,)), [None] * 3)
-    parts = [combined((0, 3, 6), (0, 1)), combined((3, 0, 0), (2,))]
-    assert model_of(means, parts).flat.tolist() == [1, 2, 4]
-    assert model_of(means[:1], parts[:1]) is parts[0].broadcast.params
+    own = [params(0, 3, 6), params(3, 0, 0)]
+    assert model_of(means, own).flat.tolist() == [1, 2, 4]
+    assert model_of(means[:1], own[:1]) is own[0]
 
 
 def test_the_summary_of_a_round():
-    parts = [combined((1, 1, 1), (1, 2)), combined((2, 2, 2), (0, 1))]
-    summary = summarise(parts, params(1, 2, 3), THETA.params)
+    parts = [combined((1, 1, 1), (1, 2)).facts, combined((2, 2, 2), (0, 1)).facts]
+    summary = summarise([[one] for one in parts], params(1, 2, 3))
     assert [c.replica for c in summary.contributions] == [0, 1, 2]
     assert summary.params_sha256 == params_sha256(params(1, 2, 3))
     assert (summary.finite, summary.bytes_reduced, summary.rejected) == (True, 48, ())
     lost = replace(parts[0].contributions[0], finite=False)
-    summary = summarise([replace(parts[0], contributions=(lost,))], params(np.nan, 0, 0), THETA.params)
+    summary = summarise([[replace(parts[0], contributions=(lost,), finite=False)]], params(np.nan, 0, 0))
     assert (summary.finite, summary.rejected) == (False, (1,))
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.algorithm.mix import TOPOLOGIES, averages, neighbourhoods
-from dtrain.config.schema import MixConfig
+from dtrain.config.average import MixConfig
 from dtrain.errors import InvalidConfig
 
 

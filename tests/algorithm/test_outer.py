@@ -7,7 +7,8 @@ import pytest
 
 from dtrain.algorithm.outer import outer_optimizer, outer_step, pseudo_gradient
 from dtrain.algorithm.replica import empty_inner_state
-from dtrain.config.schema import OuterConfig, TrainConfig
+from dtrain.config.average import OuterConfig
+from dtrain.config.schema import TrainConfig
 from dtrain.errors import InvalidConfig, UserCodeFailed
 
 DILOCO = OuterConfig()
@@ -17,7 +18,7 @@ def run(config, rounds, delta, theta0=1.0):
     """Rounds whose replicas always end `delta` below where they began: a constant pseudo-gradient."""
     theta, state, path = np.array([theta0], np.float32), empty_inner_state(), []
     for _ in range(rounds):
-        theta, state = outer_step(theta, theta - np.float32(delta), state, config)
+        theta, state = outer_step(theta, theta - np.float32(delta), state, config, factor=1.0, norm=0.0)
         path.append(float(theta[0]))
     return path
 
@@ -41,7 +42,7 @@ def test_sgd_with_rate_one_is_the_mean_to_rounding():
     config = OuterConfig(optimizer="sgd", args={"lr": 1.0})
     rng = np.random.default_rng(0)
     theta, mean = rng.normal(size=(2, 1000)).astype(np.float32)
-    stepped, _ = outer_step(theta, mean, empty_inner_state(), config)
+    stepped, _ = outer_step(theta, mean, empty_inner_state(), config, factor=1.0, norm=0.0)
     np.testing.assert_allclose(stepped, mean, atol=1e-6)
 
 
@@ -60,22 +61,22 @@ def test_the_difference_is_taken_in_float64():
 def test_slices_stepped_apart_are_the_whole_bit_for_bit():
     rng = np.random.default_rng(1)
     theta, mean = rng.normal(size=(2, 999)).astype(np.float32)
-    whole, state = outer_step(theta, mean, empty_inner_state(), DILOCO)
-    whole, _ = outer_step(whole, mean, state, DILOCO)
+    whole, state = outer_step(theta, mean, empty_inner_state(), DILOCO, factor=1.0, norm=0.0)
+    whole, _ = outer_step(whole, mean, state, DILOCO, factor=1.0, norm=0.0)
     parts = []
     for part in (slice(0, 400), slice(400, 999)):
-        piece, state = outer_step(theta[part], mean[part], empty_inner_state(), DILOCO)
-        parts.append(outer_step(piece, mean[part], state, DILOCO)[0])
+        piece, state = outer_step(theta[part], mean[part], empty_inner_state(), DILOCO, factor=1.0, norm=0.0)
+        parts.append(outer_step(piece, mean[part], state, DILOCO, factor=1.0, norm=0.0)[0])
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
 def test_arguments_are_not_changed():
     theta, mean = np.ones(5, np.float32), np.zeros(5, np.float32)
-    _, state = outer_step(theta, mean, empty_inner_state(), DILOCO)
+    _, state = outer_step(theta, mean, empty_inner_state(), DILOCO, factor=1.0, norm=0.0)
     before = state.data.copy()
     for array in (theta, mean, state.data):
         array.flags.writeable = False
-    outer_step(theta, mean, state, DILOCO)
+    outer_step(theta, mean, state, DILOCO, factor=1.0, norm=0.0)
     np.testing.assert_array_equal(theta, 1)
     np.testing.assert_array_equal(state.data, before)
 

@@ -19,7 +19,7 @@ from dtrain.algorithm.recipe import Recipe
 from dtrain.algorithm.reduce import check_reduce, mean_of, middle_mean, reduced, weighted_mean
 from dtrain.algorithm.replica import empty_inner_state
 from dtrain.algorithm.schedules import constant
-from dtrain.config.schema import AverageConfig
+from dtrain.config.average import AverageConfig
 from dtrain.errors import InvalidConfig, UnsuitableModel
 from dtrain.types import Parameters
 

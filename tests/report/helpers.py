@@ -16,7 +16,9 @@ def result_of(number=1, **changes):
             finite=True,
             units_decoded=1,
             bytes_read=100,
-            seconds=0.1,
+            seconds=0.1 * (k + 1),
+            waited=0.05 * k,
+            update_norm=1.5 + k,
         )
         for k in range(2)
     )
@@ -33,6 +35,9 @@ def result_of(number=1, **changes):
         "params_sha256": "ab" * 32,
         "replica_loss": (0.25, 0.75),
         "contributions": contributions,
+        "update_cosine": 0.5,
+        "reduce_seconds": 0.01,
+        "evaluate_seconds": 0.25,
         "state": None,
     }
     return RoundResult(**{**dict.fromkeys(RoundResult.__dataclass_fields__), **values, **changes})

@@ -39,11 +39,18 @@ def test_a_row_has_the_keys_of_the_contract():
         "retried": 1,
         "params_sha256": "ab" * 32,
         "replica_loss": [0.25, 0.75],
+        "update_norm": [1.5, 2.5],
+        "update_cosine": 0.5,
+        "seconds_steps": 0.15,  # of the slowest replica
+        "seconds_waiting": 0.05,
+        "seconds_reduce": 0.01,
+        "seconds_evaluate": 0.25,
     }
     # SPEC section 5, in its order
     assert list(row_of(result_of())) == [
         *("event", "round", "train_loss", "val_loss", "val_accuracy", "samples", "steps", "seconds", "bytes_reduced"),
         *("rejected", "retried", "params_sha256", "replica_loss"),
+        *("update_norm", "update_cosine", "seconds_steps", "seconds_waiting", "seconds_reduce", "seconds_evaluate"),
     ]
 
 
@@ -210,7 +217,7 @@ def test_pandas_has_a_row_a_round_and_scalars_only():
     assert list(frame.index) == [1, 2]
     assert frame.index.name == "round"
     assert list(frame.columns) == [
-        name for name in row_of(result_of()) if name not in ("event", "round", "replica_loss")
+        name for name in row_of(result_of()) if name not in ("event", "round", "replica_loss", "update_norm")
     ]
     assert frame.val_loss.isna().tolist() == [False, True]  # a round without an evaluation
     assert history.replica_loss.to_pandas().shape == (2, 2)

@@ -14,48 +14,47 @@ import dtrain
 from dtrain.algorithm import codec as codecs
 from dtrain.algorithm.codec import Codec, Encoded, compress, decompress
 from dtrain.checkpoint import load_round, round_directory
-from dtrain.config import unbuilt
-from dtrain.config.schema import CodecConfig
+from dtrain.config.average import CodecConfig
 from dtrain.data.samples import Samples
 from dtrain.types import Entry, Flat, Layout, Parameters, TrainState
 from tests.runtime import models
 from tests.training import shas
 
-NAME = "int8"  # the configuration knows it; no codec has that name yet
+NAME = "int8"  # the configuration knows it; the test's codec takes its place
 
 
 class Identity:
     """Loses nothing."""
 
+    bits = 32
+
     def encode(self, update: Flat) -> Encoded:
         return Encoded(update.view(np.uint8), np.zeros(0, np.float32))
 
-    def decode(self, encoded: Encoded) -> Flat:
+    def decode(self, encoded: Encoded, size: int) -> Flat:
         return encoded.data.view(np.float32)
 
 
 class Quarters:
     """Rounds towards zero to multiples of a scale: 127 of them reach the largest number."""
 
+    bits = 8
+
     def encode(self, update: Flat) -> Encoded:
         scale = np.float32(np.abs(update).max() / 127 or 1)
         return Encoded(np.trunc(update / scale).astype(np.int8).view(np.uint8), np.array([scale]))
 
-    def decode(self, encoded: Encoded) -> Flat:
+    def decode(self, encoded: Encoded, size: int) -> Flat:
         return encoded.data.view(np.int8) * encoded.scales[0]
 
 
 @pytest.fixture
 def register(monkeypatch: pytest.MonkeyPatch) -> Callable[[Codec], None]:
-    monkeypatch.delitem(unbuilt.NOT_BUILT, "average.codec")
     return lambda codec: monkeypatch.setitem(codecs.CODECS, NAME, codec)
 
 
 def set_codec(codec: Codec | None) -> None:
-    if codec is None:
-        codecs.CODECS.pop(NAME, None)
-    else:
-        codecs.CODECS[NAME] = codec
+    codecs.CODECS[NAME] = codec or codecs.Integers(8)
 
 
 @pytest.fixture
@@ -92,17 +91,18 @@ def test_error_feedback_by_hand(register: Callable[[Codec], None]) -> None:
     register(Quarters())
     config = CodecConfig(name=NAME)
     theta, after = params([0.0, 0.0, 0.0], [7.0]), params([-127.0, -1.5, 0.25], [8.0])
-    sent, residual = compress(theta, after, None, config)
+    sent, decoded, residual = compress(theta, after, None, config)
+    assert decoded.tolist() == [127.0, 1.0, 0.0]
     assert residual is not None
     assert sent.update.data.view(np.int8).tolist() == [127, 1, 0]
     assert residual.tolist() == [0.0, 0.5, -0.25]
     assert decompress(theta, sent, config).flat.tolist() == [-127.0, -1.0, 0.0, 8.0]
-    again, residual = compress(theta, after, residual, config)
+    again, _, residual = compress(theta, after, residual, config)
     assert residual is not None
     assert again.update.data.view(np.int8).tolist() == [127, 2, 0]  # 1.5 + 0.5
     assert residual.tolist() == [0.0, 0.0, -0.5]
     without = compress(theta, after, None, CodecConfig(name=NAME, error_feedback=False))
-    assert without[1] is None
+    assert without[2] is None
 
 
 def test_a_codec_that_loses_nothing_trains_as_without(

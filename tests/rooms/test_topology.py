@@ -17,7 +17,7 @@ from dtrain.algorithm import mix
 from dtrain.algorithm.mix import Neighbourhoods
 from dtrain.algorithm.params import params_sha256
 from dtrain.checkpoint import load_params, load_round, round_directory
-from dtrain.config.schema import MixConfig
+from dtrain.config.average import MixConfig
 from dtrain.data.plan.partition import plan_data, train_partitions
 from dtrain.data.samples import Samples
 

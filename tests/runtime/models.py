@@ -14,6 +14,13 @@ def small() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), tied, nn.Dropout(0.2), tied, nn.Linear(12, 3))
 
 
+def wide() -> nn.Module:
+    """As `small`, with parameters for several slices."""
+    tied = nn.Linear(96, 96)
+    layers = (nn.Linear(6, 96), nn.BatchNorm1d(96), nn.ReLU(), tied, nn.Dropout(0.2), tied, nn.Linear(96, 3))
+    return nn.Sequential(*layers, nn.Linear(3, 4096), nn.ReLU(), nn.Linear(4096, 3))
+
+
 class Slow(nn.Module):
     """Takes long enough to be killed in the middle."""
 

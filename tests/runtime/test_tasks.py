@@ -15,7 +15,7 @@ from distributed import Client, Future
 
 import dtrain
 from dtrain.algorithm.average import Update
-from dtrain.config.schema import AverageConfig
+from dtrain.config.average import AverageConfig
 from dtrain.data.samples import Samples
 from dtrain.runtime import serial
 from dtrain.types import Broadcast, InnerState, LocalTask, Parameters, ReplicaState
@@ -51,11 +51,11 @@ def arrays_in(value: Any) -> list[np.ndarray]:
     return []
 
 
-@pytest.mark.parametrize("name", ["train_local", "evaluate_piece", "combine"])
+@pytest.mark.parametrize("name", ["train_local", "evaluate_piece", "reduce"])
 def test_a_task_does_not_change_its_arguments(
     samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    place = serial if name == "combine" else serial.tasks
+    place = serial.tasks
     original, calls = getattr(place, name), []
 
     def watched(*arguments: Any) -> Any:
@@ -99,8 +99,9 @@ def test_parameters_never_pass_through_the_scheduler_or_a_graph(
         assert not arrays_in(arguments)
         for argument in arguments:
             flat = argument if isinstance(argument, list) else [argument]
-            known = Future | str | int | LocalTask | AverageConfig | None
-            assert all(isinstance(a, known) or a == () for a in flat), argument
+            known = Future | str | int | float | LocalTask | AverageConfig | None
+            nested = [inner for a in flat for inner in (a if isinstance(a, list) else [a])]
+            assert all(isinstance(a, known) or a == () for a in nested), argument
         return submit(self, function, *arguments, **options)
 
     def watched_scatter(self: Client, *arguments: Any, **options: Any) -> Any:
