@@ -113,15 +113,6 @@ class TaskClient:
         (future,) = self.dask.scatter([value], workers=addresses, broadcast=everywhere, direct=self._direct, hash=False)
         return future
 
-    def scatter_each(self, values: Sequence[object], at: Mapping[int, str]) -> tuple[Future, ...]:
-        """Send each value to its worker; a value that stands several times is sent once, to all its workers."""
-        places: dict[int, list[str]] = {}
-        for k, value in enumerate(values):
-            places.setdefault(id(value), []).append(at[k])
-        distinct = {id(value): value for value in values}
-        futures = {key: self.scatter(value, places[key]) for key, value in distinct.items()}
-        return tuple(futures[id(value)] for value in values)
-
     def gather(self, futures: Sequence[Future], meanwhile: Callable[[], None]) -> list[Any]:
         """Wait for futures and return their values; call `meanwhile` now and then."""
         try:
