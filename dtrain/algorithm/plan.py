@@ -50,7 +50,12 @@ def plan_round(position: Position, sizes: Sequence[int], train: TrainTable, eval
         )
         for replica, size in enumerate(sizes)
     )
-    return RoundPlan(number, tasks, number % eval_every == 0 or number == train.rounds)
+    return RoundPlan(number, tasks, is_evaluated(number, eval_every, train))
+
+
+def is_evaluated(number: int, eval_every: int, train: TrainTable) -> bool:
+    """Whether the cadence of a run evaluates the model after a round: every `eval_every` rounds, and after the last."""
+    return number % eval_every == 0 or number == train.rounds
 
 
 def eval_cadence(validation: int, samples: int, train: TrainTable) -> int:

@@ -45,20 +45,20 @@ def status(
 
 
 def _record(run: Run, rows: list[Row]) -> dict[str, Any]:
-    from dtrain.algorithm.stop import metric_of, stop_reason
+    from dtrain.algorithm.stop import end_reason
     from dtrain.checkpoint import committed_rounds
     from dtrain.lock import holder
 
     committed = committed_rounds(run.directory)
-    finished, total = rows[-1]["round"] if rows else 0, run.config.train.rounds
-    ended = finished >= total or stop_reason([metric_of(row, run.config) for row in rows], run.config)
+    finished = rows[-1]["round"] if rows else 0
+    ended = end_reason(run.stop_history(rows), run.config)
     process = holder(run.directory)
     return {
         "event": "status",
         "run": shown(run.directory),
         "state": "running" if process else "done" if ended and finished in committed else "stopped",
         "round": finished,
-        "rounds": total,
+        "rounds": run.config.train.rounds,
         "committed": committed,
         "best_round": run.best_round,
         "last": rows[-1] if rows else None,
