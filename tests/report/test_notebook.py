@@ -61,7 +61,7 @@ def outputs(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
 
 
 def train(samples: dtrain.Samples, **options: Any) -> dtrain.Run:
-    table = {"loss": "cross_entropy", "rounds": 6, "local_steps": 2, "batch_size": 16}
+    table = {"loss": "cross_entropy", "rounds": 6, "local_steps": 2, "batch_size": 16, "eval_every": 1}
     tables = {"train": table, "average": {"replicas": 2}, "config": None}
     if "config" in options:
         tables = {"config": dtrain.TrainConfig(train=table, average={"replicas": 2}, run=options.pop("config"))}
