@@ -28,8 +28,8 @@ LOOK_AHEAD = 1
 COMMIT_SHARE = 0.02
 """With ``commit_every = "auto"``: the share of the time that commits may take."""
 MAX_COMMIT_EVERY = 100
-"""Bounds the rounds that a lost segment repeats, and the tasks that the scheduler remembers; the commit falls on the next
-evaluated round."""
+"""Bounds the rounds that a lost segment repeats, and the tasks that the scheduler remembers, up to the next evaluated
+round."""
 
 
 def rounds(

@@ -289,6 +289,7 @@ def _check_values(config: TrainConfig) -> None:
         _check_name("train.metrics", name, METRICS)
     _check_reported_names(config.train.metrics)
     _check_name("train.schedule", config.train.schedule, SCHEDULES)
+    _check_sync_rounds(config.train)
     for key in ("data.memory", "cluster.memory"):
         if (text := value_of(config, key)) != "auto":
             parse_bytes(text, key)
@@ -297,6 +298,15 @@ def _check_values(config: TrainConfig) -> None:
     _check_name("data.transform", config.data.transform, (), empty=True)
     _check_normalize(config.data)
     _check_average(config.average)
+
+
+def _check_sync_rounds(train: TrainTable) -> None:
+    if train.sync_rounds and train.local_steps is None:
+        raise InvalidConfig(
+            f"train.sync_rounds = {train.sync_rounds} is for rounds of train.local_steps; without it, a round is "
+            f"train.local_epochs = {train.local_epochs}.",
+            "Set train.local_steps, or leave sync_rounds out.",
+        )
 
 
 def _check_average(average: AverageConfig) -> None:

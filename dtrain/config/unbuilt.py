@@ -11,7 +11,6 @@ from dtrain.config.values import value_of
 from dtrain.errors import NotSupportedYet
 
 NOT_BUILT: dict[str, str] = {
-    "train.sync_rounds": "post-local SGD",
     "average.ema": "an average over rounds",
     "average.recalibrate_batchnorm": "recalibration of batch norm",
     "average.codec": "compressed updates",
