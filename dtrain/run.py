@@ -270,8 +270,10 @@ class Run:
         rows = self.rows
         if not rows:
             return html_table(repr(self), [])
-        names = [name for name in rows[-1] if name == "round" or (name.endswith("_loss") and name != "replica_loss")]
-        return html_table(repr(self), ([_cell(row.get(name)) for name in names] for row in rows[-10:]), names)
+        evaluated = [row for row in rows[:-1] if "val_loss" in row] or rows[:-1]
+        names = [name for name in ("round", "train_loss", "val_loss") if any(name in row for row in rows)]
+        cells = ([_cell(row.get(name, "")) for name in names] for row in [*evaluated, rows[-1]][-10:])
+        return html_table(repr(self), cells, names)
 
 
 EVALUATED = ("model", "train.loss", METRICS, "data.transform")

@@ -177,6 +177,7 @@ def _started(run: Run, state: TrainState, runner: Runner[Held]) -> RunStarted:
         samples=sum(runner.spec.plan.sizes),
         workers=runner.num_workers,
         dashboard=runner.dashboard,
+        eval_every=runner.spec.eval_every,
     )
 
 

@@ -62,6 +62,7 @@ def _record(run: Run, rows: list[Row]) -> dict[str, Any]:
         "committed": committed,
         "best_round": run.best_round,
         "last": rows[-1] if rows else None,
+        "evaluated": next((row for row in reversed(rows) if "val_loss" in row), None),
         "holder": process,
     }
 
@@ -74,7 +75,9 @@ def _lines(record: dict[str, Any], rows: list[Row]) -> list[tuple[str, str]]:
         ("rounds", f"{record['round']} of {record['rounds']}, committed {_listed(record['committed'])}"),
     ]
     best = next((row for row in rows if row["round"] == record["best_round"]), None)
-    return lines + [(label, _losses(row)) for label, row in (("last", record["last"]), ("best", best)) if row]
+    last, evaluated = record["last"], record["evaluated"]
+    shown_rows = {"last": last, "evaluated": evaluated if evaluated is not last else None, "best": best}
+    return lines + [(label, _losses(row)) for label, row in shown_rows.items() if row]
 
 
 def _listed(committed: list[int]) -> str:
