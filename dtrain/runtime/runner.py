@@ -47,7 +47,7 @@ class Outcome:
 
     summary: RoundSummary
     sums: Sums | None
-    """Loss and metrics on the validation split; None without one."""
+    """Loss and metrics on the validation split; None without one, and in rounds without an evaluation."""
 
 
 class Runner(Protocol[Held]):
