@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,11 @@ import dtrain
 def shas(run: dtrain.Run) -> list[str]:
     """The digest of the parameters after each round."""
     return [row["params_sha256"] for row in run.rows]
+
+
+def bits(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of a history without what may differ from one time to the next."""
+    return [{k: v for k, v in row.items() if k != "retried" and not k.startswith("seconds")} for row in rows]
 
 
 def trained(

@@ -121,7 +121,7 @@ def recommended(costs: Costs) -> int:
     """
     beside = costs.overhead + costs.wire
     fewest = max(1, math.ceil(TARGET_SHARE / (1 - TARGET_SHARE) * beside / costs.step - 1e-9))
-    unit = 10 ** max(0, len(str(fewest)) - 2)
+    unit: int = 10 ** max(0, len(str(fewest)) - 2)
     return math.ceil(fewest / unit) * unit
 
 

@@ -97,11 +97,6 @@ def tree(directory: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def bits(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of a history without what may differ from one time to the next."""
-    return [{key: value for key, value in row.items() if key not in ("seconds", "retried")} for row in rows]
-
-
 def kept(run: Path) -> list[int]:
     """Return the numbers of the rounds that lie in a run's directory."""
     return sorted(int(path.name.removeprefix("round-")) for path in (run / "rounds").glob("round-*"))

@@ -7,7 +7,8 @@ import subprocess
 
 import pytest
 
-from tests.cli.helpers import MODEL, SCRIPT, bits, history, kept, last, objects
+from tests.cli.helpers import MODEL, SCRIPT, history, kept, last, objects
+from tests.training import bits
 
 pytestmark = pytest.mark.alone
 ROUNDS = 12

@@ -18,11 +18,11 @@ from dtrain.data.samples import Samples
 from dtrain.errors import Stopped
 from dtrain.types import RoundResult
 from tests.runtime import models
-from tests.training import shas
+from tests.training import bits, shas
 
 
 def without_timings(run: dtrain.Run) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in ("seconds", "retried")} for row in run.rows]
+    return bits(run.rows)
 
 
 @pytest.fixture

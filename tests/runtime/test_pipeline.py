@@ -17,14 +17,16 @@ from dtrain.data.samples import Samples
 from dtrain.events import Event, RoundCommitted, RoundFinished
 from dtrain.runtime import client as client_module
 from tests.runtime import models
+from tests.training import bits
 
 OUTER = {"optimizer": "sgd", "args": {"lr": 0.7, "momentum": 0.9, "nesterov": True}}
+TRAIN = {"loss": "cross_entropy", "rounds": 12, "local_steps": 2, "batch_size": 16, "eval_every": 1}
 
 
 def start(samples: Samples, tmp_path: Path, cluster: Any, **more: Any) -> dtrain.Run:
     report = more.pop("report", None)
     tables = {
-        "train": {"loss": "cross_entropy", "rounds": 12, "local_steps": 2, "batch_size": 16, **more.pop("train", {})},
+        "train": {**TRAIN, **more.pop("train", {})},
         "average": {"replicas": 3, "outer": OUTER},
         **more,
     }
@@ -35,7 +37,7 @@ def start(samples: Samples, tmp_path: Path, cluster: Any, **more: Any) -> dtrain
 
 
 def rows(run: dtrain.Run) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in ("seconds", "retried")} for row in run.rows]
+    return bits(run.rows)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,7 @@ def test_a_stop_rule_gives_the_same_last_round(
 def test_large_results_are_taken_apart_to_the_same_bits(
     samples: Samples, tmp_path: Path, client: Client, calm: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dtrain.runtime import cluster
+    from dtrain.runtime import handles
 
     keys: set[str] = set()
     submit = Client.submit
@@ -103,7 +105,7 @@ def test_large_results_are_taken_apart_to_the_same_bits(
     monkeypatch.setattr(Client, "submit", watched)
     assert rows(start(samples, tmp_path, client, run={"commit_every": 5})) == calm
     assert keys == {"initialise", "local", "reduce", "summary", "evaluate", "merge"}
-    monkeypatch.setattr(cluster, "SMALL_BYTES", -1)
+    monkeypatch.setattr(handles, "SMALL_BYTES", -1)
     assert rows(start(samples, tmp_path, client, run={"commit_every": 5})) == calm
     assert keys >= {"parameters", "replica", "mixed", "outer"}
 
@@ -112,10 +114,7 @@ def test_a_run_that_has_stopped_stays_stopped(
     samples: Samples, tmp_path: Path, calm: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop = {"target": calm[4]["val_loss"]}
-    config = {
-        "train": {"loss": "cross_entropy", "rounds": 12, "local_steps": 2, "batch_size": 16},
-        "average": {"replicas": 3, "outer": OUTER},
-    }
+    config = {"train": TRAIN, "average": {"replicas": 3, "outer": OUTER}}
     events: list[Event] = []
 
     def again(**stopping: Any) -> dtrain.Run:
@@ -147,7 +146,7 @@ def test_resume_with_an_outer_optimizer(samples: Samples, tmp_path: Path, calm: 
         return dtrain.train(
             models.small,
             samples,
-            train={"loss": "cross_entropy", "rounds": rounds, "local_steps": 2, "batch_size": 16},
+            train={**TRAIN, "rounds": rounds},
             average={"replicas": 3, "outer": OUTER},
             cluster="serial",
             run="r",
