@@ -43,7 +43,7 @@ from torch import nn
 
 SOURCE, LENGTH, BATCH, H = Source(), 64, 16, 30
 MODEL = {"symbols": SOURCE.symbols, "length": LENGTH, "width": 64, "layers": 2}
-RATES = (0.004, 0.008, 0.016)
+RATES = (0.008, 0.016, 0.032)
 OUTER_RATES = {1: 0.4, 2: 0.6, 4: 0.6, 8: 0.8}
 PUBLISHED = {1: -0.1, 2: 0.7, 4: 2.0, 8: 3.9}
 CODECS = [(name, feedback) for name in ("bf16", "int8", "int4") for feedback in (False, True)]
