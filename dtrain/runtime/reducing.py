@@ -70,11 +70,11 @@ class Reduction:
         means = round_averages(plan, self.before.broadcast, self.config)
         names = [f"r{plan.round:05d}" + (f"-g{number}" if len(means) > 1 else "") for number in range(len(means))]
         whole = [self._combine(mean, name, updates) for mean, name in zip(means, names, strict=True)]
-        broadcast = self._parts(remote.broadcast_of, "mixed", names, whole)
-        outer: tuple[Sliced, ...] = ((),) * len(means)
-        if self.config.outer is not None:
+        broadcast, outer, facts = tuple(whole), ((),) * len(means), tuple(whole)
+        if self.config.outer is not None:  # without its state, a result is not much more than what is broadcast
+            broadcast = self._parts(remote.broadcast_of, "mixed", names, whole)
             outer = self._parts(remote.outer_of, "outer", names, whole)
-        facts = self._parts(remote.facts_of, "facts", names, whole)
+            facts = self._parts(remote.facts_of, "facts", names, whole)
         model = broadcast[0] if len(means) == 1 else self._mean_model(plan, means, broadcast)
         return Reduced(means, broadcast, outer, facts, model)
 
