@@ -28,8 +28,8 @@ from dtrain.runtime.usercode import short_line
 
 def pickle_functions(functions: Functions, base: Path) -> bytes:
     """Return the functions as cloudpickle bytes, with all modules below `base` by value."""
-    known = list(sys.modules.values())
-    local = [module for module in known if is_local(module, base) or is_shadowed(module, base)]
+    known = {id(module): module for module in list(sys.modules.values())}  # one may stand there under two names
+    local = [module for module in known.values() if is_local(module, base) or is_shadowed(module, base)]
     before, registered = cloudpickle.list_registry_pickle_by_value(), []
     try:
         for module in local:

@@ -568,6 +568,15 @@ def test_errors_of_dtrain_and_interrupts_pass():
         raise KeyboardInterrupt
 
 
+def test_a_module_under_two_names_is_sent(write, monkeypatch):
+    """As the script of a spawned process is, ``__main__`` and ``__mp_main__``."""
+    base = write(mine="def build(): return 1")
+    function = load(base, "mine:build")
+    monkeypatch.setitem(sys.modules, "mine_too", sys.modules["mine"])
+    assert unpickle_functions(pickle_functions({"model": function}, base))["model"]() == 1
+    assert "mine" not in cloudpickle.list_registry_pickle_by_value()
+
+
 def test_a_module_that_the_user_registered_stays_registered(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("def build():\n    return 1\n")
     function = load_function("model", "mine:build", tmp_path)
