@@ -35,6 +35,8 @@ class RunStarted:
     workers: int
     dashboard: str
     """Address of Dask's dashboard; empty without one."""
+    eval_every: int = 1
+    """Rounds between evaluations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +72,7 @@ class StepsTaken:
 
 @dataclass(frozen=True, slots=True)
 class RoundFinished:
-    """A round is averaged and evaluated."""
+    """A round is averaged, and evaluated if `RunStarted.eval_every` says so."""
 
     result: RoundResult
 

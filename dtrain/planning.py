@@ -58,9 +58,9 @@ class RunPlan:
     stores: tuple[StorePlan, ...]
     initial: Initial
     steps: tuple[int, ...]
-    """Local steps a round, by replica."""
+    """Local steps a round, by replica; the first ``train.sync_rounds`` rounds have one."""
     samples: int
-    """Samples a round, by all replicas."""
+    """Samples of such a round, by all replicas."""
     held_out: PlannedSource | None
     """The store of ``data.val_path``."""
     held_out_samples: int | None
@@ -171,7 +171,7 @@ def _choices(job: Job, stores: tuple[StorePlan, ...], resolved: Resolved, worker
             replicas if isinstance(config.data.path, str) else "the sum of the stores'",
         ),
         "cluster.workers": Choice(workers, _cores(config.cluster.threads)),
-        "run.commit_every": Choice("as measured", "so that commits take at most 2 % of the time"),
+        "run.commit_every": Choice("as measured", "on evaluated rounds; commits take about 2 % of the time"),
     }
     if config.cluster.scheduler != "local":
         del chosen["cluster.workers"]

@@ -34,12 +34,17 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
         (
             "round",
             f"{_range(plan.steps)} local steps a replica, batch {train.batch_size}: {plan.samples:,} samples, "
-            f"{plan.rounds} rounds{_left_out(job, plan)}",
+            f"{plan.rounds:,} rounds{_short_rounds(job, plan)}{_left_out(job, plan)}",
         ),
         ("traffic", f"{format_bytes(plan.reduced_bytes)} averaged a round, {format_bytes(plan.commit_bytes)} a commit"),
         ("time", f"{_seconds(plan.round_seconds)} of local steps a round on {plan.workers} workers (estimate)"),
         *((f"auto {key}", f"{value} ({why})") for key, (value, why) in plan.choices.items()),
     ]
+
+
+def _short_rounds(job: Job, plan: RunPlan) -> str:
+    short = min(job.config.train.sync_rounds, plan.rounds)
+    return f"; the first {short:,} have one step (train.sync_rounds)" if short else ""
 
 
 def _left_out(job: Job, plan: RunPlan) -> str:

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from dtrain.algorithm.average import first_outer
-from dtrain.algorithm.evaluate import in_order, values
-from dtrain.algorithm.plan import first_position, pass_size, plan_round, position_after
+from dtrain.algorithm.evaluate import Sums, in_order, values
+from dtrain.algorithm.plan import first_position, is_evaluated, pass_size, plan_round, position_after
 from dtrain.algorithm.replica import fresh_replica
 from dtrain.algorithm.stop import end_reason, metric_of
 from dtrain.config.schema import TrainConfig
@@ -28,7 +28,8 @@ LOOK_AHEAD = 1
 COMMIT_SHARE = 0.02
 """With ``commit_every = "auto"``: the share of the time that commits may take."""
 MAX_COMMIT_EVERY = 100
-"""Bounds the rounds that a lost segment repeats, and the tasks that the scheduler remembers."""
+"""Bounds the rounds that a lost segment repeats, and the tasks that the scheduler remembers, up to the next evaluated
+round."""
 
 
 def rounds(
@@ -55,12 +56,13 @@ def rounds(
     report : callable
         Called with an event for each segment that is replayed.
     history : tuple of float or None
-        ``stop.metric`` of the rounds up to `state`.
+        ``stop.metric`` of the rounds up to `state`, as `stop_history` counts them.
     look_ahead : int, optional
         Rounds submitted ahead; it changes nothing but the speed.
     is_over : callable
         Whether the time of the run is over. Then no further round is begun, and the one that is being trained ends
-        its segment: its result holds the state. A round that is replayed has been yielded before, and ends nothing.
+        its segment: its result holds the state and an evaluation. A round that is replayed has been yielded before,
+        and ends nothing.
     """
     ahead = LOOK_AHEAD if look_ahead is None else look_ahead
     yielded = state.round
@@ -86,7 +88,8 @@ def _replayed(
     """Yield the rounds of one segment after the other; those of a segment that is lost are yielded again."""
     every, replays = first_cadence(config.run.commit_every), 0
     while state.round < config.train.rounds:
-        began, end = time.monotonic(), next_commit(state.round, every, config.run.commit_every)
+        began = time.monotonic()
+        end = next_commit(state.round, every, config.run.commit_every, runner.spec.eval_every)
         try:
             last = min(end, config.train.rounds)
             done = yield from _segment(runner, state, last, config, history, ahead, replays, ends_with)
@@ -102,7 +105,7 @@ def _replayed(
         state = done[-1].state or state
         seconds = sum(result.seconds for result in done)
         if config.run.commit_every == "auto":
-            every = commit_cadence(time.monotonic() - began - seconds, seconds / len(done), every)
+            every = commit_cadence(time.monotonic() - began - seconds, seconds / len(done), len(done))
 
 
 def _segment(
@@ -134,11 +137,29 @@ def _segment(
         seconds, finished = time.monotonic() - finished, time.monotonic()
         result = replace(_result(reached.round, outcome, config, history), seconds=seconds, retried=replays)
         if result.stop is not None or reached.round == end or ends_with(reached.round):
-            result = replace(result, state=runner.gather(handles, reached))
+            result = _ended(result, runner.gather(handles, reached), runner, config)
         history = (*history, result.stop_metric)
         done.append(result)
         yield result
     return done
+
+
+def _ended(result: RoundResult, state: TrainState, runner: Runner[Held], config: TrainConfig) -> RoundResult:
+    """Return the last round of a segment with its state, evaluated outside of the cadence if it has to be.
+
+    Such an evaluation is shown and kept, and no rule of ``[stop]`` counts it.
+    """
+    if not is_evaluated(result.round, runner.spec.eval_every, config.train):
+        ema_sums = None if state.ema is None else runner.evaluate(state.ema, "val")
+        result = replace(result, metrics=_metrics(runner.evaluate(state.model, "val"), ema_sums, config))
+    return replace(result, state=state)
+
+
+def _metrics(sums: Sums | None, ema_sums: Sums | None, config: TrainConfig) -> dict[str, float]:
+    """Return loss and metrics of the model, and of the moving average of models."""
+    own = values(sums, config.train.metrics) if sums is not None else {}
+    ema = values(ema_sums, config.train.metrics) if ema_sums is not None else {}
+    return {f"val_{name}": value for name, value in own.items()} | {f"val_ema_{name}": v for name, v in ema.items()}
 
 
 def _result(number: int, outcome: Outcome, config: TrainConfig, history: History) -> RoundResult:
@@ -147,10 +168,7 @@ def _result(number: int, outcome: Outcome, config: TrainConfig, history: History
     _check_finite(number, summary, config.average.max_rejected)
     averaged = [c for c in each if c.finite]
     train_loss = _ratio(in_order(c.loss_sum for c in averaged), in_order(c.loss_count for c in averaged))
-    evaluated = values(outcome.sums, config.train.metrics) if outcome.sums is not None else {}
-    averaged_models = values(outcome.ema_sums, config.train.metrics) if outcome.ema_sums is not None else {}
-    metrics = {f"val_{name}": value for name, value in evaluated.items()}
-    metrics |= {f"val_ema_{name}": value for name, value in averaged_models.items()}
+    metrics = _metrics(outcome.sums, outcome.ema_sums, config)
     stop_metric = metric_of({"train_loss": train_loss, **metrics}, config)
     return RoundResult(
         round=number,
@@ -199,9 +217,19 @@ def first_cadence(commit_every: int | str) -> int:
     return 1 if isinstance(commit_every, str) else commit_every
 
 
-def next_commit(finished: int, every: int, commit_every: int | str) -> int:
-    """Return the round of the next commit: a multiple of a fixed ``commit_every``, else `every` rounds on."""
-    return finished + every if isinstance(commit_every, str) else (finished // every + 1) * every
+def next_commit(finished: int, every: int, commit_every: int | str, eval_every: int) -> int:
+    """Return the round of the next commit, which is an evaluated one.
+
+    With "auto" it is the first such round after `every` rounds or more. A fixed ``commit_every`` is rounded up to a
+    multiple of `eval_every`, and commits fall on its multiples, wherever a run was interrupted.
+
+    >>> next_commit(7, 4, "auto", 3), next_commit(7, 4, 4, 1), next_commit(7, 4, 4, 3)
+    (12, 8, 12)
+    """
+    if isinstance(commit_every, str):
+        return math.ceil((finished + every) / eval_every) * eval_every
+    period = math.ceil(commit_every / eval_every) * eval_every
+    return (finished // period + 1) * period
 
 
 def commit_cadence(overhead_seconds: float, round_seconds: float, every: int) -> int:

@@ -16,7 +16,7 @@ from torch import nn
 from dtrain.algorithm.evaluate import values
 from dtrain.algorithm.params import load_into
 from dtrain.algorithm.recipe import Functions
-from dtrain.algorithm.stop import higher_is_better
+from dtrain.algorithm.stop import higher_is_better, stop_history
 from dtrain.checkpoint import committed_rounds, find_round, load_params, round_directory
 from dtrain.config.files import with_setting
 from dtrain.config.functions import METRICS, Function
@@ -40,6 +40,7 @@ from dtrain.runtime.module import build_module
 from dtrain.runtime.place import PLACE_NAMES
 from dtrain.runtime.spec import Source
 from dtrain.runtime.where import Where, client_of, scheduler_text
+from dtrain.types import History
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -78,6 +79,10 @@ class Run:
         from dtrain.report.dataset import dataset_of
 
         return dataset_of(self.rows)
+
+    def stop_history(self, rows: Sequence[Row]) -> History:
+        """Return ``stop.metric`` of finished rounds, as the rules of ``[stop]`` count them."""
+        return stop_history(rows, self.config, self.resolved.eval_every) if rows else ()
 
     @property
     def best_round(self) -> int | None:
@@ -265,8 +270,10 @@ class Run:
         rows = self.rows
         if not rows:
             return html_table(repr(self), [])
-        names = [name for name in rows[-1] if name == "round" or (name.endswith("_loss") and name != "replica_loss")]
-        return html_table(repr(self), ([_cell(row.get(name)) for name in names] for row in rows[-10:]), names)
+        evaluated = [row for row in rows[:-1] if "val_loss" in row] or rows[:-1]
+        names = [name for name in ("round", "train_loss", "val_loss") if any(name in row for row in rows)]
+        cells = ([_cell(row.get(name, "")) for name in names] for row in [*evaluated, rows[-1]][-10:])
+        return html_table(repr(self), cells, names)
 
 
 EVALUATED = ("model", "train.loss", METRICS, "data.transform")

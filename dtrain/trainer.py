@@ -13,7 +13,7 @@ from typing import Literal
 
 from distributed import Client
 
-from dtrain.algorithm.stop import end_reason, metric_of
+from dtrain.algorithm.stop import end_reason
 from dtrain.calls import contradiction, is_given, python_job
 from dtrain.checkpoint import commit_round, committed_rounds, newest_state, params_file, prune, sweep
 from dtrain.config.schema import RunConfig, TrainConfig
@@ -69,7 +69,7 @@ def train_job(
     report : callable, optional
         Called with every event.
     max_seconds : float, optional
-        Stop after the round that is being trained when this time is over.
+        Stop after the round that is being trained when this time is over; it is evaluated and committed.
 
     Raises
     ------
@@ -87,7 +87,7 @@ def train_job(
     opened = Run(run, job.config.with_functions(job.functions), job.base, job.functions)
     with made_directory(run), locked(run):
         known, state = _resume(run, job, note)
-        history = tuple(metric_of(row, job.config) for row in opened.rows)
+        history = opened.stop_history(opened.rows)
         if known is not None and state is not None and end_reason(history, job.config) is not None:
             write_run(run, job, known)
         else:
@@ -177,6 +177,7 @@ def _started(run: Run, state: TrainState, runner: Runner[Held]) -> RunStarted:
         samples=sum(runner.spec.plan.sizes),
         workers=runner.num_workers,
         dashboard=runner.dashboard,
+        eval_every=runner.spec.eval_every,
     )
 
 
@@ -192,7 +193,7 @@ def _filled(runner: Runner[Held]) -> Iterator[ChunksFilled]:
 def _finished(run: Run, reason: Literal["max_time"] | None) -> RunFinished:
     """Return the end of a run; without a reason it is the one that its history gives."""
     rows = run.rows
-    ended = reason or end_reason([metric_of(row, run.config) for row in rows], run.config)
+    ended = reason or end_reason(run.stop_history(rows), run.config)
     assert ended is not None
     return RunFinished(
         reason=ended,
@@ -324,7 +325,7 @@ def train_rounds(
     Examples
     --------
     >>> for result in train_rounds(build, samples, train=dict(loss="mse")):  # doctest: +SKIP
-    ...     if result.metrics["val_loss"] < 0.1:
+    ...     if result.metrics.get("val_loss", 1.0) < 0.1:  # not every round is evaluated
     ...         break
     """
     job = python_job(model, samples, config, model_args, cluster, train=train, average=average)

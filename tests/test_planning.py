@@ -40,6 +40,24 @@ def test_the_plan_is_what_the_run_does(job: Job, planned: RunPlan, tmp_path: Pat
     assert planned.stores[0].counts["val_samples"] == val
 
 
+def test_short_rounds_are_named_beside_the_others(samples: Samples) -> None:
+    train = {"loss": "cross_entropy", "rounds": 8, "local_steps": 5, "batch_size": 16}
+    texts, records = [], []
+    for sync_rounds in (0, 3, 99):
+        config = dtrain.TrainConfig(train={**train, "sync_rounds": sync_rounds}, average={"replicas": 2})
+        job = job_from_python(models.small, samples, {}, with_scheduler(config, "serial"))
+        plan = plan_job(job)
+        texts.append(dict(plan_rows(job, plan))["round"])
+        records.append(plan_record(plan))
+    assert texts == [
+        "5 local steps a replica, batch 16: 160 samples, 8 rounds",
+        "5 local steps a replica, batch 16: 160 samples, 8 rounds; the first 3 have one step (train.sync_rounds)",
+        "5 local steps a replica, batch 16: 160 samples, 8 rounds; the first 8 have one step (train.sync_rounds)",
+    ]
+    for record in records:  # of the rounds after the short ones
+        assert (record["steps"], record["samples_a_round"], record["eval_every"]) == ([5, 5], 160, 2)
+
+
 def test_every_auto_has_a_value_and_a_reason(planned: RunPlan) -> None:
     assert planned.choices["data.sample_dim"] == ("n", "the first dimension that all variables share")
     assert planned.choices["data.split_order"].value == "random"

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dtrain import rounds as module
 from dtrain.algorithm.average import first_outer
@@ -53,11 +55,15 @@ class Script:
     rejected: tuple[int, ...] = ()
     finite: bool = True
     validated: bool = True
+    eval_every: int = 1
+    lose_evaluations: int = 0
+    """Evaluations outside of the cadence that are lost."""
 
     def __post_init__(self) -> None:
         self.log: list[str] = []
         self.left = list(self.lose)
-        self.spec = SimpleNamespace(plan=SimpleNamespace(sizes=SIZES, replicas=2), eval_every=1)
+        self.evaluates: dict[int, bool] = {}
+        self.spec = SimpleNamespace(plan=SimpleNamespace(sizes=SIZES, replicas=2), eval_every=self.eval_every)
 
     def initialise(self) -> Any:
         return SimpleNamespace(params=params(7))
@@ -68,6 +74,7 @@ class Script:
 
     def submit(self, held: int, plan: RoundPlan) -> int:
         assert plan.round == held + 1
+        self.evaluates[plan.round] = plan.evaluates
         self.log.append(f"submit {plan.round}")
         return plan.round
 
@@ -88,7 +95,18 @@ class Script:
             for k, size in enumerate(SIZES)
         )
         summary = RoundSummary(contributions=each, params_sha256=f"sha{held}", finite=self.finite, bytes_reduced=8)
-        return Outcome(summary, Sums(10, (10 / held, 10), {"accuracy": (held, 10)}) if self.validated else None)
+        return Outcome(summary, self._sums(held) if self.evaluates[held] else None)
+
+    def _sums(self, held: int) -> Sums | None:
+        return Sums(10, (10 / held, 10), {"accuracy": (held, 10)}) if self.validated else None
+
+    def evaluate(self, params: Parameters, split: str) -> Sums | None:
+        assert split == "val"
+        self.log.append(f"evaluate {params.flat[0]:.0f}")
+        if self.lose_evaluations:
+            self.lose_evaluations -= 1
+            raise SegmentLost("worker gone")
+        return self._sums(int(params.flat[0]))
 
     def gather(self, held: int, position: Position) -> TrainState:
         assert position.round == held
@@ -253,9 +271,83 @@ def test_the_state_of_round_0() -> None:
 
 def test_with_auto_the_first_commit_comes_soon() -> None:
     assert (first_cadence("auto"), first_cadence(7)) == (1, 7)
-    assert [next_commit(7, 3, 3), next_commit(6, 3, 3), next_commit(7, 3, "auto")] == [9, 9, 10]
+    assert [next_commit(7, 3, 3, 1), next_commit(6, 3, 3, 1), next_commit(7, 3, "auto", 1)] == [9, 9, 10]
     results, _ = go(Script(), config())
     assert results[0].state is not None
+
+
+# Evaluations ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("commit_every", "eval_every", "commits"),
+    [
+        (4, 1, [4, 8, 12, 14]),
+        (1, 4, [4, 8, 12, 14]),
+        (4, 4, [4, 8, 12, 14]),
+        (5, 3, [6, 12, 14]),  # 5 rounds or more, to an evaluated round
+        (3, 50, [14]),  # the last round is evaluated
+    ],
+)
+def test_commits_fall_on_evaluated_rounds(commit_every: int, eval_every: int, commits: list[int]) -> None:
+    runner = Script(eval_every=eval_every)
+    given = config(train={"rounds": 14}, run={"commit_every": commit_every})
+    results, _ = go(runner, given)
+    assert [result.round for result in results if result.state is not None] == commits
+    assert all(result.metrics for result in results if result.state is not None)
+    later = state_after(replace(first_position(2), round=5))  # where an earlier start was interrupted
+    continued, _ = go(Script(eval_every=eval_every), given, later)
+    assert [result.round for result in continued if result.state is not None] == [n for n in commits if n > 5]
+
+
+@given(st.integers(0, 60), st.integers(1, 20), st.integers(1, 20), st.booleans())
+def test_the_next_commit_is_evaluated_and_not_too_soon(finished: int, every: int, eval_every: int, auto: bool) -> None:
+    number = next_commit(finished, every, "auto" if auto else every, eval_every)
+    assert number > finished
+    assert number % eval_every == 0
+    assert number - finished < every + eval_every
+    if auto:
+        assert number - finished >= every
+
+
+def test_with_auto_the_first_commit_is_the_first_evaluation() -> None:
+    results, _ = go(Script(eval_every=4), config())
+    assert [result.round for result in results if result.state is not None] == [4, 6]
+
+
+def test_a_rule_on_train_loss_evaluates_the_round_that_it_ends_on() -> None:
+    runner = Script(eval_every=4)
+    results, _ = go(runner, config(stop={"metric": "train_loss", "target": 0.34}))
+    assert [(result.round, result.stop) for result in results] == [(1, None), (2, None), (3, "target")]
+    assert [result.metrics for result in results] == [{}, {}, pytest.approx({"val_loss": 1 / 3, "val_accuracy": 0.3})]
+    assert runner.log[-2:] == ["gather 3", "evaluate 3"]
+    scheduled = Script(eval_every=3)
+    results, _ = go(scheduled, config(stop={"metric": "train_loss", "target": 0.34}))
+    assert results[-1].metrics == pytest.approx({"val_loss": 1 / 3, "val_accuracy": 0.3})
+    assert "evaluate 3" not in scheduled.log  # it has been evaluated beside the next round
+
+
+def test_the_round_that_the_time_ends_on_is_evaluated_and_no_rule_counts_it() -> None:
+    runner = Script(eval_every=4)
+    given = config(stop={"target": 9.0})  # any evaluation of the cadence meets it
+    found = rounds(runner, START, given, print, is_over=lambda: True)  # type: ignore[arg-type]
+    first = next(found)
+    assert (first.round, first.metrics["val_loss"], first.stop, first.stop_metric) == (1, 1.0, None, None)
+    assert first.state is not None
+    assert [(result.round, result.stop) for result in found] == [(2, None), (3, None), (4, "target")]
+
+
+def test_an_evaluation_that_is_lost_is_replayed_with_its_segment() -> None:
+    runner = Script(eval_every=4, lose_evaluations=2)
+    results, events = go(runner, config(stop={"metric": "train_loss", "target": 0.34}))
+    assert [result.round for result in results] == [1, 2, 3]
+    assert results[-1].metrics["val_loss"] == pytest.approx(1 / 3)
+    assert len(events) == 2
+
+
+def test_without_validation_nothing_is_evaluated_at_the_end() -> None:
+    results, _ = go(Script(validated=False, eval_every=4), config(stop={"metric": "train_loss", "target": 0.34}))
+    assert [result.metrics for result in results] == [{}, {}, {}]
 
 
 def test_commits_take_two_percent() -> None:

@@ -26,10 +26,11 @@ from dtrain.trainer import train_job
 from tests.runtime import models
 
 
-def job_of(samples: Samples, rounds: int = 4, run: Any = None, **train: Any) -> Job:
+def job_of(samples: Samples, rounds: int = 4, run: Any = None, stop: Any = None, **train: Any) -> Job:
     config = dtrain.TrainConfig(
         train={"loss": "cross_entropy", "rounds": rounds, "batch_size": 16, **train},
         average={"replicas": 2},
+        stop=stop or {},
         run=run or {"commit_every": 2},
     )
     return job_from_python(models.small, samples, {}, with_scheduler(config, "serial"))
@@ -177,6 +178,103 @@ def test_time_that_ends_between_two_commits(
     train_job(job, tmp_path / "r")
     train_job(job, tmp_path / "whole")
     assert lines(tmp_path / "r") == lines(tmp_path / "whole")
+
+
+# Rounds without an evaluation -----------------------------------------------------------------------------------
+
+
+def evaluations(run: Path) -> dict[int, float]:
+    return {row["round"]: row["val_loss"] for row in read_rows(run / "history.jsonl") if "val_loss" in row}
+
+
+def shas(run: Path) -> list[str]:
+    return [row["params_sha256"] for row in read_rows(run / "history.jsonl")]
+
+
+def train_in_pieces(job: Job, run: Path, report: Any = None) -> int:
+    """Train with a time that is over at once, until the run is complete; return how often that took."""
+    for starts in range(1, 50):
+        try:
+            train_job(job, run, max_seconds=0.0, report=report)
+        except Stopped:
+            continue
+        return starts
+    raise AssertionError("the run does not end")
+
+
+STOPS: list[tuple[dict[str, Any], dict[str, Any], int]] = [
+    ({"patience": 2}, {"optimizer_args": {"lr": 0.0}}, 9),  # evaluated after 3, 6 and 9: no improvement after the first
+    ({"target": 1e9}, {}, 3),  # met by any evaluation of the cadence
+    ({"metric": "train_loss", "target": 1e9}, {}, 1),
+    ({}, {}, 10),
+]
+
+
+@pytest.mark.parametrize(("stop", "train", "last"), STOPS)
+def test_a_run_in_pieces_ends_on_the_same_round_with_the_same_bits(
+    samples: Samples, tmp_path: Path, stop: Any, train: Any, last: int
+) -> None:
+    job = job_of(samples, rounds=10, stop=stop, eval_every=3, **train)
+    assert train_in_pieces(job, tmp_path / "pieces") == last
+    train_job(job, tmp_path / "whole")
+    assert shas(tmp_path / "pieces") == shas(tmp_path / "whole")
+    assert len(shas(tmp_path / "whole")) == last
+    found, expected = evaluations(tmp_path / "pieces"), evaluations(tmp_path / "whole")
+    assert list(found) == list(range(1, last + 1))  # the time ended on each of them
+    assert list(expected) == ([*range(3, last, 3), last] if last > 1 else [1])
+    assert all(found[number] == value for number, value in expected.items())
+
+
+@pytest.mark.parametrize("where", ["serial", "cluster"])
+def test_an_evaluation_outside_of_the_cadence_gives_the_values_of_the_round(
+    samples: Samples, tmp_path: Path, where: str, request: pytest.FixtureRequest
+) -> None:
+    client = request.getfixturevalue("client") if where == "cluster" else None
+    train_job(job_of(samples, eval_every=1, metrics=["accuracy"]), tmp_path / "each")
+    each = {row["round"]: row for row in read_rows(tmp_path / "each/history.jsonl")}
+    rule = {"metric": "train_loss", "target": each[2]["train_loss"]}
+    events: list[Any] = []
+    seldom = job_of(samples, eval_every=50, stop=rule, metrics=["accuracy"])
+    train_job(seldom, tmp_path / "seldom", client=client, report=events.append)
+    first, second = read_rows(tmp_path / "seldom/history.jsonl")
+    assert not [key for key in first if key.startswith("val")]
+    assert list(second) == list(each[2])
+    assert (second["val_loss"], second["val_accuracy"]) == (each[2]["val_loss"], each[2]["val_accuracy"])
+    assert (events[-1].reason, events[-1].val_loss) == ("target", each[2]["val_loss"])
+    assert committed_rounds(tmp_path / "seldom") == [2]
+
+
+def test_the_round_that_the_time_ends_on_is_evaluated(samples: Samples, tmp_path: Path) -> None:
+    job, events = job_of(samples, eval_every=3, run={"commit_every": 50}), list[Any]()
+    with pytest.raises(Stopped):
+        train_job(job, tmp_path / "r", max_seconds=0.0, report=events.append)
+    assert events[-1].val_loss == evaluations(tmp_path / "r")[1]
+    run = dtrain.load_run(tmp_path / "r", model=models.small)
+    assert (run.best_round, run.evaluate(split="val", round="best")["loss"]) == (1, events[-1].val_loss)
+
+
+def test_rounds_that_are_raised_later_change_no_decision(samples: Samples, tmp_path: Path) -> None:
+    constant, patience = {"eval_every": 3, "optimizer_args": {"lr": 0.0}}, {"patience": 2}
+    train_job(job_of(samples, rounds=5, stop=patience, **constant), tmp_path / "raised")
+    assert list(evaluations(tmp_path / "raised")) == [3, 5]
+    longer = job_of(samples, rounds=20, stop=patience, **constant)
+    for run in ("raised", "whole"):
+        train_job(longer, tmp_path / run)
+    assert list(evaluations(tmp_path / "whole")) == [3, 6, 9]
+    assert list(evaluations(tmp_path / "raised")) == [3, 5, 6, 9]  # the last of 5 rounds counts no more
+    assert shas(tmp_path / "raised") == shas(tmp_path / "whole")
+    events: list[Any] = []
+    train_job(longer, tmp_path / "raised", report=events.append)
+    assert (names(events), events[-1].reason) == ("RunFinished", "patience")
+
+
+def test_commits_of_a_run_fall_on_evaluated_rounds(samples: Samples, tmp_path: Path) -> None:
+    for name, run, commits in (("fixed", {"commit_every": 1, "keep": 9}, [3, 6, 8]), ("auto", {"keep": 9}, [3])):
+        events: list[Any] = []
+        train_job(job_of(samples, rounds=8, eval_every=3, run=run), tmp_path / name, report=events.append)
+        found = [event.round for event in events if isinstance(event, RoundCommitted)]
+        assert found[: len(commits)] == commits
+        assert set(found) <= set(evaluations(tmp_path / name))
 
 
 def test_a_directory_that_cannot_be_made(samples: Samples, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """The plan of a round: the steps, batches, cursors and seeds of every replica. Integers and pure functions.
 
 A round of ``local_steps = H`` is H full batches of a cyclic stream (remainders carry over into the next pass); of
-``local_epochs = E`` it is E passes, the last batch of a pass may be short, or left out (``drop_last``). Both are known
+``local_epochs = E`` it is E passes, the last batch of a pass may be short, or left out (``drop_last``). The first
+``sync_rounds`` rounds are one step each: post-local SGD (Lin et al. 2020, arXiv:1808.07217). All of this is known
 before a round has run, so that round r + 1 can be planned while round r is still running.
 """
 
@@ -42,15 +43,20 @@ def plan_round(position: Position, sizes: Sequence[int], train: TrainTable, eval
             replica=replica,
             cursor=position.cursors[replica],
             step=position.steps[replica],
-            total_steps=train.rounds * steps_a_round(size, train),
-            num_steps=steps_a_round(size, train),
-            num_samples=samples_a_round(size, train),
+            total_steps=steps_of_run(size, train),
+            num_steps=steps_a_round(size, train, number),
+            num_samples=samples_a_round(size, train, number),
             num_epochs=0 if train.local_steps else train.local_epochs,
             seed=task_seed(train.seed, number, replica),
         )
         for replica, size in enumerate(sizes)
     )
-    return RoundPlan(number, tasks, number % eval_every == 0 or number == train.rounds)
+    return RoundPlan(number, tasks, is_evaluated(number, eval_every, train))
+
+
+def is_evaluated(number: int, eval_every: int, train: TrainTable) -> bool:
+    """Whether the cadence of a run evaluates the model after a round: every `eval_every` rounds, and after the last."""
+    return number % eval_every == 0 or number == train.rounds
 
 
 def eval_cadence(validation: int, samples: int, train: TrainTable) -> int:
@@ -64,7 +70,7 @@ def eval_cadence(validation: int, samples: int, train: TrainTable) -> int:
     validation : int
         Samples of the validation split.
     samples : int
-        Samples of a round, of all replicas.
+        Samples of a round after ``train.sync_rounds``, of all replicas.
     train : TrainTable
 
     >>> eval_cadence(180, 1437, TrainTable()), eval_cadence(8000, 320, TrainTable())
@@ -91,18 +97,24 @@ def pass_size(size: int, train: TrainTable) -> int:
     return size - size % train.batch_size
 
 
-def steps_a_round(size: int, train: TrainTable) -> int:
-    """Return the local steps that a replica with `size` samples takes in a round."""
+def steps_a_round(size: int, train: TrainTable, number: int | None = None) -> int:
+    """Return the local steps that a replica with `size` samples takes in round `number`; None: after the short ones."""
     if train.local_steps:
-        return train.local_steps
+        return 1 if number is not None and number <= train.sync_rounds else train.local_steps
     return train.local_epochs * (1 if train.batch_size == "full" else math.ceil(size / train.batch_size))
 
 
-def samples_a_round(size: int, train: TrainTable) -> int:
-    """Return the samples that a replica with `size` samples consumes in a round."""
+def steps_of_run(size: int, train: TrainTable) -> int:
+    """Return the local steps that a replica with `size` samples takes in all rounds."""
+    short = min(train.sync_rounds, train.rounds)
+    return short + (train.rounds - short) * steps_a_round(size, train)
+
+
+def samples_a_round(size: int, train: TrainTable, number: int | None = None) -> int:
+    """Return the samples that a replica with `size` samples consumes in round `number`; None: after the short ones."""
     if not train.local_steps:
         return train.local_epochs * size
-    return train.local_steps * (size if train.batch_size == "full" else train.batch_size)
+    return steps_a_round(size, train, number) * (size if train.batch_size == "full" else train.batch_size)
 
 
 def step_sizes(task: LocalTask, size: int, train: TrainTable) -> Iterator[tuple[int, ...]]:

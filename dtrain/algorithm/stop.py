@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from dtrain.algorithm.plan import is_evaluated
 from dtrain.config.names import METRICS, MetricFacts, metric_key
 from dtrain.config.schema import TrainConfig
 from dtrain.errors import InvalidConfig, did_you_mean
-from dtrain.types import StopReason
+from dtrain.types import History, StopReason
 
 
 def higher_is_better(config: TrainConfig) -> bool:
@@ -37,7 +39,7 @@ def stop_reason(history: Sequence[float | None], config: TrainConfig) -> StopRea
     Notes
     -----
     ``target`` is met when the last value is at least as good. ``patience`` is over when the best value, improved by
-    more than ``min_delta`` each time, is that many evaluations old.
+    more than ``min_delta`` each time, is that many values old: evaluations, or rounds of ``train_loss``.
     """
     stop, sign = config.stop, -1.0 if higher_is_better(config) else 1.0
     last = history[-1] if history else None
@@ -52,6 +54,30 @@ def stop_reason(history: Sequence[float | None], config: TrainConfig) -> StopRea
         if last is not None and len(computed) - 1 - best_index >= stop.patience:
             return "patience"
     return None
+
+
+def stop_history(rows: Sequence[Mapping[str, Any]], config: TrainConfig, eval_every: int) -> History:
+    """Return ``stop.metric`` of finished rounds, as the rules of ``[stop]`` count them.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        The lines of history.jsonl.
+    config : TrainConfig
+    eval_every : int
+        Rounds between evaluations.
+
+    Notes
+    -----
+    A round may have been evaluated outside of the cadence: ``--max-time`` ended on it, or it was the last one before
+    ``train.rounds`` was raised. It does not count, so that a run that was continued ends on the same round as one that
+    never stopped.
+    """
+    of_training = config.stop.metric == "train_loss"
+    return tuple(
+        metric_of(row, config) if of_training or is_evaluated(row["round"], eval_every, config.train) else None
+        for row in rows
+    )
 
 
 def metric_of(values: Mapping[str, float | None], config: TrainConfig) -> float | None:

@@ -230,6 +230,7 @@ def _check_values(config: TrainConfig) -> None:
         _check_name("train.metrics", name, METRICS)
     _check_reported_names(config.train.metrics)
     _check_name("train.schedule", config.train.schedule, SCHEDULES)
+    _check_sync_rounds(config.train)
     for key in ("data.memory", "cluster.memory"):
         if (text := value_of(config, key)) != "auto":
             parse_bytes(text, key)
@@ -239,6 +240,15 @@ def _check_values(config: TrainConfig) -> None:
     _check_normalize(config.data)
     check_average(config.average)
     _check_name("average.outer.schedule", config.average.outer_schedule, SCHEDULES)
+
+
+def _check_sync_rounds(train: TrainTable) -> None:
+    if train.sync_rounds and train.local_steps is None:
+        raise InvalidConfig(
+            f"train.sync_rounds = {train.sync_rounds} is for rounds of train.local_steps; without it, a round is "
+            f"train.local_epochs = {train.local_epochs}.",
+            "Set train.local_steps, or leave sync_rounds out.",
+        )
 
 
 def _check_normalize(data: DataConfig) -> None:

@@ -11,7 +11,6 @@ from dtrain.config.values import value_of
 from dtrain.errors import NotSupportedYet
 
 NOT_BUILT: dict[str, str] = {
-    "train.sync_rounds": "post-local SGD",
     "cluster.tls": "TLS clusters",
     "run.trackers": "trackers",
 }

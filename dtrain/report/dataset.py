@@ -23,10 +23,13 @@ class History(xr.Dataset):  # type: ignore[no-untyped-call]
 
 
 def dataset_of(rows: Sequence[Mapping[str, Any]]) -> History:
-    """Return the history as a Dataset over ``round``; what is listed by replica is over (round, replica)."""
+    """Return the history as a Dataset over ``round``; what is listed by replica is over (round, replica).
+
+    Variables are train_loss, the ``val_`` ones, then the others; NaN where a round has no value.
+    """
     numbers = [row["round"] for row in rows]
     variables: dict[str, Any] = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
+    for name in sorted(dict.fromkeys(name for row in rows for name in row), key=_place):
         if name in ("event", "round"):
             continue
         values = [row.get(name) for row in rows]
@@ -38,3 +41,7 @@ def dataset_of(rows: Sequence[Mapping[str, Any]]) -> History:
             dtype = np.int64 if all(isinstance(value, int) for value in values) else np.float64
             variables[name] = ("round", np.array(values, dtype=dtype))
     return History(variables, coords={"round": np.array(numbers, dtype=np.int64)})
+
+
+def _place(name: str) -> int:
+    return 0 if name == "train_loss" else 1 if name.startswith("val_") else 2

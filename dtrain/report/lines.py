@@ -40,7 +40,7 @@ def round_line(result: RoundResult, rounds: int, speed: float, width: int) -> st
     head = f"round {result.round:>{len(str(rounds))}}"
     values = {"train_loss": result.train_loss, **result.metrics}
     parts = [f"{name} {number(value)}" for name, value in values.items()]
-    is_short = len("  ".join([head, *parts, "1,234,567 samples/s"])) <= width  # the same for all rounds
+    is_short = len("  ".join([head, *parts, "1,234,567 samples/s"])) <= width  # the same for all evaluated rounds
     unit = " samples/s" if is_short else "/s"
     return joined([head, *parts, f"{speed:,.0f}{unit}"], width, indent=" " * (len(head) + 2))
 

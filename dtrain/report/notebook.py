@@ -84,7 +84,10 @@ class RunPage:
     title: str = ""
     dashboard: str = ""
     rounds: int = 0
+    eval_every: int = 1
     results: tuple[RoundResult, ...] = ()
+    """Of the last evaluated rounds, and of the last round."""
+    recent: tuple[RoundResult, ...] = ()
     """Of the last rounds."""
     steps: tuple[StepsTaken, ...] = ()
     """The last one of each replica in the round that is being trained."""
@@ -98,13 +101,16 @@ class RunPage:
                 return replace(self, title=opening_line(event))
             case RunStarted():
                 title = started_line(event) + (f", {continuing_line(event)}" if event.round else "")
-                return replace(self, title=title, dashboard=event.dashboard, rounds=event.rounds, steps=())
+                run = replace(self, rounds=event.rounds, eval_every=event.eval_every)
+                return replace(run, title=title, dashboard=event.dashboard, steps=())
             case StepsTaken():
                 others = {e.replica: e for e in self.steps if e.round == event.round}
                 latest = {**others, event.replica: event}
                 return replace(self, steps=tuple(latest[k] for k in sorted(latest)))
             case RoundFinished(result):
-                return replace(self, results=(*self.results, result)[-SHOWN_ROUNDS:], steps=())
+                kept = (one for one in self.results if one.round % self.eval_every == 0)
+                results, recent = (*kept, result)[-SHOWN_ROUNDS:], (*self.recent, result)[-SPEED_ROUNDS:]
+                return replace(self, results=results, recent=recent, steps=())
             case ChunksFilled() | SegmentReplayed() | ReplicaRejected() | RoundDamaged():
                 return replace(self, faults=(*self.faults, fault_line(event))[-SHOWN_FAULTS:])
             case RunFinished():
@@ -123,10 +129,10 @@ class RunPage:
             return self.end
         if self.steps:
             return steps_line(self.steps)
-        return f"{speed_of(self.results[-SPEED_ROUNDS:]):,.0f} samples/s" if self.results else ""
+        return f"{speed_of(self.recent):,.0f} samples/s" if self.recent else ""
 
     def _rows(self) -> tuple[list[str], list[list[str]]]:
-        """Return the names of the columns, and the cells of the last rounds."""
+        """Return the names of the columns, and the cells of the rounds that are shown."""
         names = list(dict.fromkeys(name for result in self.results for name in result.metrics))
         rows = [
             [

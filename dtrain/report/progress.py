@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import deque
@@ -37,9 +38,9 @@ from dtrain.report.lines import (
 from dtrain.types import RoundResult
 
 MAX_LINES = 50
-"""A run of more rounds prints only every n-th one, so that there are at most about this many lines."""
+"""A run of more rounds prints only every n-th one, which is evaluated, so that about this many lines are the most."""
 PLAIN_SECONDS = 20.0
-"""Without a live line, a long round prints its progress this often."""
+"""Without a live line, a line is printed this often at least: the progress of a long round, or a round between."""
 
 
 @contextmanager
@@ -72,7 +73,7 @@ def terminal_progress(*, color: bool = True, verbose: bool = False) -> Iterator[
 
 
 class _Terminal:
-    """The reporter; it keeps the run's length and the live line."""
+    """The reporter; it keeps the run's length, the live line and what it shows."""
 
     def __init__(self, console: Console, progress: Progress, verbose: bool) -> None:
         self._console = console
@@ -80,6 +81,10 @@ class _Terminal:
         self._verbose = verbose
         self._task: TaskID | None = None
         self._rounds = 0
+        self._every = 1
+        """Rounds between lines."""
+        self._val: float | None = None
+        """``val_loss`` of the last evaluation."""
         self._steps: dict[int, StepsTaken] = {}
         self._recent: deque[RoundResult] = deque(maxlen=6)
         self._printed = time.monotonic()
@@ -104,6 +109,7 @@ class _Terminal:
 
     def _start(self, event: RunStarted) -> None:
         self._rounds = event.rounds
+        self._every = math.ceil(max(1.0, event.rounds / MAX_LINES) / event.eval_every) * event.eval_every
         self._print(started_line(event))
         if event.round:
             self._print(continuing_line(event))
@@ -133,10 +139,11 @@ class _Terminal:
     def _advance(self, result: RoundResult) -> None:
         self._steps = {}
         self._recent.append(result)
+        self._val = result.metrics.get("val_loss", self._val)
         if self._task is not None:
-            self._progress.update(self._task, completed=result.round, note=_note(result))
-        every = -(-self._rounds // MAX_LINES)
-        if result.round % max(1, every) == 0 or result.round in (1, self._rounds):
+            self._progress.update(self._task, completed=result.round, note=_note(result.train_loss, self._val))
+        waited = self._progress.disable and time.monotonic() - self._printed >= PLAIN_SECONDS
+        if result.round % self._every == 0 or result.round in (1, self._rounds) or waited:
             self._print(round_line(result, self._rounds, speed_of(self._recent), width_of(sys.stderr)))
 
     def _finish(self) -> None:
@@ -150,6 +157,5 @@ class _Terminal:
         self._console.print("\n".join(lines), markup=False, soft_wrap=True)
 
 
-def _note(result: RoundResult) -> str:
-    val = result.metrics.get("val_loss")
-    return f"train {number(result.train_loss)}" + (f" val {number(val)}" if val is not None else "")
+def _note(train_loss: float, val_loss: float | None) -> str:
+    return f"train {number(train_loss)}" + (f" val {number(val_loss)}" if val_loss is not None else "")

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from dtrain.algorithm.plan import (
     cursor_after,
+    eval_cadence,
     first_position,
     micro_sizes,
     pass_size,
@@ -17,6 +18,7 @@ from dtrain.algorithm.plan import (
     smallest_batch,
     step_sizes,
     steps_a_round,
+    steps_of_run,
     task_seed,
 )
 from dtrain.config.schema import TrainTable
@@ -25,7 +27,7 @@ from dtrain.types import Cursor
 sizes = st.integers(1, 400)
 lengths = st.one_of(
     st.fixed_dictionaries({"local_epochs": st.integers(1, 4)}),
-    st.fixed_dictionaries({"local_steps": st.integers(1, 9)}),
+    st.fixed_dictionaries({"local_steps": st.integers(1, 9)}, optional={"sync_rounds": st.integers(0, 4)}),
 )
 tables = st.builds(
     lambda length, batch, micro: TrainTable(**length, batch_size=batch, micro_batch=micro),
@@ -69,8 +71,8 @@ def test_steps_and_samples_of_a_round(table, size, steps, samples):
 @given(tables, sizes)
 def test_the_batches_are_as_many_as_announced(train, size):
     batches = list(step_sizes(task_of(size, train), size, train))
-    assert len(batches) == steps_a_round(size, train)
-    assert sum(map(sum, batches)) == samples_a_round(size, train)
+    assert len(batches) == steps_a_round(size, train, 1)
+    assert sum(map(sum, batches)) == samples_a_round(size, train, 1)
     most = train.micro_batch or (1024 if train.batch_size == "full" else train.batch_size)
     assert all(0 < micro <= most for batch in batches for micro in batch)
 
@@ -95,7 +97,7 @@ def test_local_steps_are_full_batches(steps, batch_size, size):
 @given(lengths, sizes, st.integers(0, 60))
 def test_full_is_one_step_a_pass(length, size, micro):
     train = TrainTable(**length, batch_size="full", micro_batch=micro)
-    passes = length.get("local_epochs") or length["local_steps"]
+    passes = length.get("local_epochs") or (1 if length.get("sync_rounds") else length["local_steps"])
     assert [sum(b) for b in step_sizes(task_of(size, train), size, train)] == [size] * passes
 
 
@@ -126,19 +128,24 @@ def test_a_cursor_goes_on_in_the_cyclic_stream():
 
 
 @given(tables, st.lists(sizes, min_size=1, max_size=4), st.integers(1, 5))
-def test_rounds_follow_each_other_without_gap(train, partitions, rounds):
-    position = start(len(partitions))
-    for number in range(1, rounds + 1):
+def test_rounds_follow_each_other_without_gap(table, partitions, rounds):
+    train = table.model_copy(update={"rounds": rounds})
+    position, numbers = start(len(partitions)), range(1, rounds + 1)
+    for number in numbers:
         plan = plan_round(position, partitions, train)
         assert plan.round == number
         assert [(t.round, t.replica) for t in plan.tasks] == [(number, k) for k in range(len(partitions))]
-        assert [t.step for t in plan.tasks] == [(number - 1) * steps_a_round(size, train) for size in partitions]
+        assert [t.step for t in plan.tasks] == [
+            sum(steps_a_round(size, train, before) for before in range(1, number)) for size in partitions
+        ]
+        assert [t.total_steps for t in plan.tasks] == [steps_of_run(size, train) for size in partitions]
         position = position_after(plan, partitions)
         assert position.round == number
+    assert position.steps == tuple(steps_of_run(size, train) for size in partitions)
     consumed = [
         cursor.epoch * size + cursor.position for cursor, size in zip(position.cursors, partitions, strict=True)
     ]
-    assert consumed == [rounds * samples_a_round(size, train) for size in partitions]
+    assert consumed == [sum(samples_a_round(size, train, number) for number in numbers) for size in partitions]
     if not train.local_steps:
         assert position.cursors == (Cursor(rounds * train.local_epochs, 0),) * len(partitions)
 
@@ -150,6 +157,37 @@ def test_a_task_knows_the_length_of_the_run_and_its_passes():
     assert (second.num_steps, second.total_steps, second.num_samples, second.num_epochs) == (2, 14, 180, 2)
     counted = plan_round(start(), [250], TrainTable(local_steps=5, rounds=7)).tasks[0]
     assert (counted.num_epochs, counted.num_steps, counted.total_steps) == (0, 5, 35)
+
+
+def test_the_first_rounds_are_one_step_each():
+    train = TrainTable(local_steps=4, sync_rounds=2, batch_size=10, rounds=5)
+    position, seen = start(), []
+    for _ in range(5):
+        plan = plan_round(position, [25], train)
+        (task,) = plan.tasks
+        seen.append((task.num_steps, task.num_samples, task.step, task.cursor.epoch * 25 + task.cursor.position))
+        assert (task.total_steps, task.num_epochs) == (14, 0)  # 1 + 1 + 4 + 4 + 4
+        position = position_after(plan, [25])
+    assert seen == [(1, 10, 0, 0), (1, 10, 1, 10), (4, 40, 2, 20), (4, 40, 6, 60), (4, 40, 10, 100)]
+    assert (position.steps, position.cursors) == ((14,), (Cursor(5, 15),))
+
+
+def test_one_step_of_the_whole_partition():
+    train = TrainTable(local_steps=4, sync_rounds=1, batch_size="full", rounds=3)
+    assert [samples_a_round(25, train, number) for number in (1, 2, None)] == [25, 100, 100]
+    assert steps_of_run(25, train) == 9
+
+
+def test_more_short_rounds_than_rounds():
+    train = TrainTable(local_steps=4, sync_rounds=9, rounds=3)
+    assert steps_of_run(25, train) == 3
+    assert [plan_round(start(round=n), [25], train).tasks[0].total_steps for n in range(3)] == [3, 3, 3]
+
+
+def test_the_cadence_of_evaluations_is_that_of_the_rounds_after_the_short_ones():
+    train = TrainTable(local_steps=4, sync_rounds=9, batch_size=10)
+    assert eval_cadence(120, samples_a_round(25, train), train) == 10
+    assert eval_cadence(120, samples_a_round(25, train), train.model_copy(update={"sync_rounds": 0})) == 10
 
 
 # Seeds ----------------------------------------------------------------------------------------------------------

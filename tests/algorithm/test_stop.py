@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dtrain.algorithm.stop import check_metric, stop_reason
+from dtrain.algorithm.stop import check_metric, end_reason, stop_history, stop_reason
 from dtrain.config.schema import TrainConfig
 from dtrain.errors import InvalidConfig
 
@@ -63,6 +63,51 @@ def test_an_improvement_of_less_than_min_delta_is_none():
 def test_patience_of_an_accuracy():
     assert stop_reason([0.5, 0.6, 0.6, 0.55], config(metric="val_accuracy", patience=2)) == "patience"
     assert stop_reason([0.5, 0.6, 0.7], config(metric="val_accuracy", patience=1)) is None
+
+
+# The history of a run -------------------------------------------------------------------------------------------
+
+
+def rows(*values, metric="val_loss"):
+    """Rows of rounds 1, 2, ...: one without a value has no key of the metric."""
+    return [
+        {"round": number, "train_loss": float(number)} | ({} if value is None else {metric: value})
+        for number, value in enumerate(values, 1)
+    ]
+
+
+def with_rounds(rounds, **stop):
+    return TrainConfig(train={"rounds": rounds, "metrics": ["accuracy"]}, stop=stop)
+
+
+def test_a_history_has_a_value_for_each_evaluation():
+    assert stop_history(rows(None, 2.0, None, 4.0, 5.0), with_rounds(5), 2) == (None, 2.0, None, 4.0, 5.0)
+    assert stop_history(rows(1.0, 2.0), with_rounds(5), 1) == (1.0, 2.0)
+    assert stop_history([], with_rounds(5), 2) == ()
+
+
+def test_what_is_null_in_a_row_is_a_value_that_is_not_finite():
+    given = [{"round": 1}, {"round": 2, "val_loss": None}]
+    absent, bad = stop_history(given, with_rounds(5), 2)
+    assert absent is None
+    assert bad is not None
+    assert bad != bad
+
+
+def test_evaluations_outside_of_the_cadence_do_not_count():
+    ended_by_time = rows(9.0, 2.0, 9.0)
+    assert stop_history(ended_by_time, with_rounds(5), 2) == (None, 2.0, None)
+    extended = rows(None, 2.0, 9.0, 4.0)  # round 3 was the last one before train.rounds was raised
+    assert stop_history(extended[:3], with_rounds(3), 2) == (None, 2.0, 9.0)
+    assert stop_history(extended, with_rounds(5), 2) == (None, 2.0, None, 4.0)
+    assert end_reason(stop_history(extended[:3], with_rounds(3, target=9.0), 4), with_rounds(3, target=9.0)) == "target"
+    assert end_reason(stop_history(extended[:3], with_rounds(5, target=9.0), 4), with_rounds(5, target=9.0)) is None
+
+
+def test_every_round_counts_for_train_loss():
+    given = with_rounds(9, metric="train_loss", patience=2)
+    assert stop_history(rows(None, 2.0, None), given, 2) == (1.0, 2.0, 3.0)
+    assert end_reason((1.0, 2.0, 3.0), given) == "patience"
 
 
 def test_a_metric_that_no_round_has_is_refused():

@@ -115,7 +115,6 @@ ASKED_FOR = {
     "data.cache": "1GB",
     "data.missing": "skip",
     "data.reader": "zarrs",
-    "train.sync_rounds": "1",
     "train.precision": "bfloat16",
     "train.device": "cuda",
     "average.weights": "fednova",
@@ -471,9 +470,6 @@ def test_a_split_without_samples(cli, project, split):
 @pytest.mark.parametrize("command", ["status", "eval", "train"])
 def test_a_run_whose_files_are_damaged(cli, job, command, name):
     (job.run / name).write_text('{"half')
-    if command == "status" and name == "plan.json":
-        assert cli("status", job.run).code == 0
-        return
     fails(cli, (command, job.config if command == "train" else job.run), 5, [name])
 
 

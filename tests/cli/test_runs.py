@@ -12,7 +12,7 @@ import pytest
 
 from tests.cli.helpers import blobs, history, kept, last, objects, tree
 
-LIVE = {"event", "run", "state", "round", "rounds", "committed", "best_round", "last", "holder"}
+LIVE = {"event", "run", "state", "round", "rounds", "committed", "best_round", "last", "evaluated", "holder"}
 
 
 @pytest.fixture
@@ -41,6 +41,7 @@ def test_the_status_of_a_run_that_is_done(cli, run):
         "committed": [1, 2, 3, 4],
         "best_round": best(run),
         "last": history(run)[-1],
+        "evaluated": history(run)[-1],
         "holder": None,
     }
 
@@ -57,6 +58,20 @@ def test_the_status_in_words(cli, run):
     )
     assert lines[3].startswith(f"best    round {best(run)}: ")
     assert outcome.err == ""
+
+
+def test_the_status_names_the_last_evaluated_round_beside_the_last(cli, project):
+    job = project({"train": {"eval_every": 3, "rounds": 6}})
+    assert cli("-q", "train", job.config).code == 0
+    rows = history(job.run)[:5]
+    (job.run / "history.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))  # as while it trains
+    shutil.rmtree(job.run / "rounds/round-000006")
+    found = last(cli("--json", "status", job.run))
+    assert (found["last"], found["evaluated"], found["best_round"]) == (rows[4], rows[2], 3)
+    lines = cli("status", job.run).out.splitlines()
+    assert lines[2] == f"last       round 5: train_loss {rows[4]['train_loss']:.4f}"
+    assert lines[3].startswith(f"evaluated  round 3: train_loss {rows[2]['train_loss']:.4f}, val_loss ")
+    assert lines[4].startswith("best       round 3: ")
 
 
 def test_a_metric_of_zero_is_shown(cli, run):

@@ -123,6 +123,20 @@ def test_without_validation_there_is_no_val_loss(cli, project):
 
 
 @pytest.mark.slow  # a run on a local cluster that is stopped by Ctrl-C says the same
+def test_rounds_without_an_evaluation_have_no_val_keys(cli, project):
+    job = project({"train": {"eval_every": 2, "rounds": 3}})
+    outcome = cli("--json", "train", job.config)
+    *rows, done = objects(outcome.out)
+    assert rows == history(job.run)
+    assert [list(row) for row in rows] == [[key for key in ROW if not key.startswith("val")], ROW, ROW]
+    assert done["val_loss"] == rows[-1]["val_loss"]
+    stopped = project({"train": {"eval_every": 9, "rounds": 3}}, name="stopped")
+    outcome = cli("--json", "train", stopped.config, "--max-time", "0s")
+    row, done = objects(outcome.out)[:2]
+    assert (outcome.code, done["reason"], list(row)) == (75, "max_time", ROW)
+    assert done["val_loss"] == row["val_loss"]
+
+
 def test_the_same_run_on_a_local_cluster_gives_the_same_bits(cli, project, trained):
     job = project()
     outcome = cli("--json", "train", job.config, "--scheduler", "local", "--set", "cluster.workers=2")

@@ -311,6 +311,13 @@ def test_arguments_that_a_config_file_cannot_hold_are_refused(value, said, place
     assert refused(train={"optimizer_args": {"lr": value}}).startswith("train.optimizer_args.lr is ")
 
 
+def test_sync_rounds_shorten_rounds_of_local_steps():
+    assert TrainConfig(train={"local_steps": 5, "sync_rounds": 3}).train.sync_rounds == 3
+    assert TrainConfig(train={"local_epochs": 5, "sync_rounds": 0}).train.sync_rounds == 0
+    said = "train.sync_rounds = 3 is for rounds of train.local_steps; without it, a round is train.local_epochs = 1."
+    assert refused(train={"sync_rounds": 3}) == said
+
+
 def test_a_config_is_frozen():
     config = TrainConfig()
     with pytest.raises(ValidationError):
@@ -340,7 +347,6 @@ OTHER = {
     "data.normalize": ["a"],
     "data.transform": "m:f",
     "data.cache": "1GB",
-    "train.sync_rounds": 1,
     "train.precision": "bfloat16",
     "average.reduce": "median",
     "average.inner_state": "reset",

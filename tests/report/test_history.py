@@ -93,6 +93,23 @@ def test_the_history_as_a_dataset():
     assert history.train_loss.sel(round=4).item() == 0.5
 
 
+def test_columns_that_the_first_round_lacks_stand_in_their_place():
+    rows = [row_of(result_of(1, metrics={})), row_of(result_of(2)), row_of(result_of(3, metrics={}))]
+    assert not [key for row in (rows[0], rows[2]) for key in row if key.startswith("val")]
+    history = dataset_of(rows)
+    assert list(history.data_vars) == [key for key in rows[1] if key not in ("event", "round")]
+    assert list(history.data_vars)[:4] == ["train_loss", "val_loss", "val_accuracy", "samples"]
+    np.testing.assert_array_equal(history.val_accuracy, [math.nan, 0.875, math.nan])
+
+
+def test_counts_that_some_rounds_lack_are_nan_there():
+    rows = [row_of(result_of(1)), {**row_of(result_of(2)), "late": 7}]  # a later version has a column more
+    history = dataset_of(rows)
+    np.testing.assert_array_equal(history.late, [math.nan, 7.0])
+    assert (history.late.dtype, history.samples.dtype) == (np.float64, np.int64)
+    assert list(history.data_vars)[-1] == "late"
+
+
 def test_the_history_of_no_rounds_is_empty():
     assert dict(dataset_of([]).sizes) == {"round": 0}
 

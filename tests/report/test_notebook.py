@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -61,7 +62,7 @@ def outputs(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
 
 
 def train(samples: dtrain.Samples, **options: Any) -> dtrain.Run:
-    table = {"loss": "cross_entropy", "rounds": 6, "local_steps": 2, "batch_size": 16}
+    table = {"loss": "cross_entropy", "rounds": 6, "local_steps": 2, "batch_size": 16, "eval_every": 1}
     tables = {"train": table, "average": {"replicas": 2}, "config": None}
     if "config" in options:
         tables = {"config": dtrain.TrainConfig(train=table, average={"replicas": 2}, run=options.pop("config"))}
@@ -157,6 +158,21 @@ def test_the_page_of_a_run() -> None:
     assert "replica 1 is not finite" in html
     done = RunFinished(reason="target", rounds=30, params_sha256="", val_loss=None, run="runs/a")
     assert repr(page_of(done)) == "runs/a: complete\ndone (target): 30 rounds"
+
+
+def test_the_table_shows_evaluated_rounds_and_the_last_one() -> None:
+    started = replace(STARTED, rounds=40, eval_every=3)
+    results = [
+        result_of(n, metrics={"val_loss": n / 8} if n % 3 == 0 else {}, samples=n, seconds=1.0) for n in range(1, 39)
+    ]
+    page = page_of(started, *map(RoundFinished, results))
+    header, rows = page._rows()
+    assert header == ["round", "train_loss", "val_loss"]
+    assert [row[0] for row in rows] == [f"{n} of 40" for n in (*range(12, 37, 3), 38)]
+    assert [row[2] for row in rows] == [f"{n / 8:.4f}" for n in range(12, 37, 3)] + [""]
+    assert "36 samples/s" in repr(page)  # of the last rounds: (33 + ... + 38) / 6 = 35.5
+    first = page_of(started, RoundFinished(results[0]), RoundFinished(results[1]))
+    assert first._rows() == (["round", "train_loss"], [["2 of 40", "0.5000"]])
 
 
 def test_text_is_never_taken_for_html() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from dtrain.events import Event, ReplicaRejected, RoundCommitted, RoundFinished, RunStarted, SegmentReplayed, StepsTaken
-from dtrain.report.progress import MAX_LINES, terminal_progress
+from dtrain.report.progress import MAX_LINES, _Terminal, terminal_progress
 from tests.report.helpers import result_of
 
 
@@ -45,6 +46,53 @@ def test_a_long_run_prints_some_of_its_rounds(capsys: pytest.CaptureFixture[str]
     assert MAX_LINES / 2 <= len(lines) <= MAX_LINES + 2
     assert lines[0].startswith("round    1 ")
     assert lines[-1].startswith(f"round {rounds} ")
+
+
+def test_of_a_long_run_evaluated_rounds_are_printed(capsys: pytest.CaptureFixture[str], started: RunStarted) -> None:
+    rounds = 10 * MAX_LINES
+    for eval_every, expected in (
+        (1, [1, *range(10, 501, 10)]),
+        (4, [1, *range(12, 501, 12), 500]),  # every tenth round or more, and evaluated
+        (150, [1, 150, 300, 450, 500]),
+    ):
+        events = [
+            finished(n) if n % eval_every == 0 or n == rounds else RoundFinished(result_of(n, metrics={}))
+            for n in range(1, rounds + 1)
+        ]
+        lines = printed(capsys, replace(started, rounds=rounds, eval_every=eval_every), *events)[1:]
+        assert [int(line.split()[1]) for line in lines] == expected
+        assert ["val_loss" in line for line in lines] == [eval_every == 1, *[True] * (len(expected) - 1)]
+    assert lines[0] == "round   1  train_loss 0.5000  16 samples/s"
+
+
+def test_between_evaluations_a_line_comes_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, started: RunStarted
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("dtrain.report.progress.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    with terminal_progress(color=False) as show:
+        show(replace(started, rounds=100, eval_every=50))
+        for n in range(1, 50):
+            clock[0] += 9.0  # seconds a round
+            show(RoundFinished(result_of(n, metrics={})))
+    lines = capsys.readouterr().err.splitlines()[1:]
+    assert [int(line.split()[1]) for line in lines] == [1, *range(4, 50, 3)]  # PLAIN_SECONDS = 20
+
+
+def test_the_live_line_keeps_the_value_of_the_last_evaluation() -> None:
+    notes: list[str] = []
+    live = SimpleNamespace(
+        disable=False,
+        add_task=lambda *arguments, **options: 0,
+        update=lambda task, **options: notes.append(options["note"]),
+        remove_task=lambda task: None,
+    )
+    console = SimpleNamespace(print=lambda *arguments, **options: None)
+    report = _Terminal(console, live, verbose=False)  # type: ignore[arg-type]
+    report(RunStarted(run="r", round=0, rounds=4, replicas=2, samples=9, workers=2, dashboard="", eval_every=2))
+    for number in (1, 2, 3):
+        report(finished(2) if number == 2 else RoundFinished(result_of(number, metrics={}, train_loss=number)))
+    assert notes == ["train 1.0000", "train 0.5000 val 0.2500", "train 3.0000 val 0.2500"]
 
 
 def test_faults_are_always_printed_and_commits_on_request(capsys: pytest.CaptureFixture[str]) -> None:

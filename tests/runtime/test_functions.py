@@ -380,7 +380,7 @@ SCRIPT = """
         samples = dtrain.open_samples(store, inputs=["x"], targets=["y"], transform=scaled(3))
         table = dict(loss=my_loss, metrics=[partial(my_metric, top=2)], optimizer=Mine, rounds=4)
         config = dtrain.TrainConfig(
-            train={**table, "schedule": lambda step, total: 0.5, "local_steps": 3, "batch_size": 16},
+            train={**table, "schedule": lambda step, total: 0.5, "local_steps": 3, "batch_size": 16, "eval_every": 1},
             average={"replicas": 2},
             cluster={"workers": 1, "memory": "1GB"},
             run={"commit_every": 1},

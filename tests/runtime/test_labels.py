@@ -108,7 +108,8 @@ def test_missing_labels_of_a_validation_store(store: Callable[..., Path], start:
     train = store("train", CLASSES.astype("int64"))
     data = {"val_path": str(store("val", labels, missing_value=255)), "split": {"val": 0.0, "test": 0.0}}
     plain = {**data, "val_path": str(store("ignored", np.where(MISSING, -100, CLASSES)))}
-    run, expected = start(train, "marked", data=data), start(train, "ignored", data=plain)
+    each = {"eval_every": 1}
+    run, expected = start(train, "marked", data=data, **each), start(train, "ignored", data=plain, **each)
     assert [row["val_loss"] for row in run.rows] == [row["val_loss"] for row in expected.rows]
 
 

@@ -19,12 +19,13 @@ from dtrain.runtime import client as client_module
 from tests.runtime import models
 
 OUTER = {"optimizer": "sgd", "args": {"lr": 0.7, "momentum": 0.9, "nesterov": True}}
+TRAIN = {"loss": "cross_entropy", "rounds": 12, "local_steps": 2, "batch_size": 16, "eval_every": 1}
 
 
 def start(samples: Samples, tmp_path: Path, cluster: Any, **more: Any) -> dtrain.Run:
     report = more.pop("report", None)
     tables = {
-        "train": {"loss": "cross_entropy", "rounds": 12, "local_steps": 2, "batch_size": 16, **more.pop("train", {})},
+        "train": {**TRAIN, **more.pop("train", {})},
         "average": {"replicas": 3, "outer": OUTER},
         **more,
     }
@@ -112,10 +113,7 @@ def test_a_run_that_has_stopped_stays_stopped(
     samples: Samples, tmp_path: Path, calm: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop = {"target": calm[4]["val_loss"]}
-    config = {
-        "train": {"loss": "cross_entropy", "rounds": 12, "local_steps": 2, "batch_size": 16},
-        "average": {"replicas": 3, "outer": OUTER},
-    }
+    config = {"train": TRAIN, "average": {"replicas": 3, "outer": OUTER}}
     events: list[Event] = []
 
     def again(**stopping: Any) -> dtrain.Run:
@@ -147,7 +145,7 @@ def test_resume_with_an_outer_optimizer(samples: Samples, tmp_path: Path, calm: 
         return dtrain.train(
             models.small,
             samples,
-            train={"loss": "cross_entropy", "rounds": rounds, "local_steps": 2, "batch_size": 16},
+            train={**TRAIN, "rounds": rounds},
             average={"replicas": 3, "outer": OUTER},
             cluster="serial",
             run="r",

@@ -45,23 +45,24 @@ def status(
 
 
 def _record(run: Run, rows: list[Row]) -> dict[str, Any]:
-    from dtrain.algorithm.stop import metric_of, stop_reason
+    from dtrain.algorithm.stop import end_reason
     from dtrain.checkpoint import committed_rounds
     from dtrain.lock import holder
 
     committed = committed_rounds(run.directory)
-    finished, total = rows[-1]["round"] if rows else 0, run.config.train.rounds
-    ended = finished >= total or stop_reason([metric_of(row, run.config) for row in rows], run.config)
+    finished = rows[-1]["round"] if rows else 0
+    ended = end_reason(run.stop_history(rows), run.config)
     process = holder(run.directory)
     return {
         "event": "status",
         "run": shown(run.directory),
         "state": "running" if process else "done" if ended and finished in committed else "stopped",
         "round": finished,
-        "rounds": total,
+        "rounds": run.config.train.rounds,
         "committed": committed,
         "best_round": run.best_round,
         "last": rows[-1] if rows else None,
+        "evaluated": next((row for row in reversed(rows) if "val_loss" in row), None),
         "holder": process,
     }
 
@@ -74,7 +75,9 @@ def _lines(record: dict[str, Any], rows: list[Row]) -> list[tuple[str, str]]:
         ("rounds", f"{record['round']} of {record['rounds']}, committed {_listed(record['committed'])}"),
     ]
     best = next((row for row in rows if row["round"] == record["best_round"]), None)
-    return lines + [(label, _losses(row)) for label, row in (("last", record["last"]), ("best", best)) if row]
+    last, evaluated = record["last"], record["evaluated"]
+    shown_rows = {"last": last, "evaluated": evaluated if evaluated is not last else None, "best": best}
+    return lines + [(label, _losses(row)) for label, row in shown_rows.items() if row]
 
 
 def _listed(committed: list[int]) -> str:
