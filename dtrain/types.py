@@ -310,7 +310,7 @@ class RoundResult:
     train_loss: float
     """Mean of the losses seen while training in this round, over the replicas that were averaged."""
     metrics: dict[str, float]
-    """``val_loss`` and ``val_<metric>`` of the averaged parameters; empty without a validation split."""
+    """``val_loss`` and ``val_<metric>`` of the averaged parameters; empty in rounds without an evaluation."""
     samples: int
     """Samples consumed in this round, by all replicas."""
     steps: int
@@ -331,7 +331,7 @@ class RoundResult:
     evaluate_seconds: float = 0.0
     """Of all tasks that evaluated the model, together; 0 in a round without evaluation."""
     stop_metric: float | None = None
-    """The value of ``stop.metric``; NaN if it is not finite, None if it was not computed in this round."""
+    """The value of ``stop.metric``; NaN if it is not finite, None if no rule counts this round."""
     stop: StopReason | None = None
     """Why this round is the last: all rounds are done, or a rule of ``[stop]``; None if others follow."""
     state: TrainState | None = None

@@ -22,7 +22,7 @@ from dtrain.planning import plan_job, plan_record
 from tests.runtime import models
 
 TABLES: dict[str, Any] = {
-    "train": {"loss": "cross_entropy", "rounds": 2, "local_steps": 3, "batch_size": 16},
+    "train": {"loss": "cross_entropy", "rounds": 2, "local_steps": 3, "batch_size": 16, "eval_every": 1},
     "average": {"replicas": 2},
 }
 

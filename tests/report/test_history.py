@@ -144,6 +144,12 @@ def test_without_validation_the_training_loss_decides_and_lower_is_better():
     assert best_round(rows_with("val_loss", None, None)) == 2
 
 
+def test_a_round_without_an_evaluation_is_not_the_best():
+    rows = [{"round": 1, "train_loss": 0.1}, {"round": 2, "train_loss": 0.3, "val_loss": 4.0}]
+    assert best_round([*rows, {"round": 3, "train_loss": 0.2, "val_loss": 3.0}, {"round": 4, "train_loss": 0.0}]) == 3
+    assert best_round(rows, "val_loss", higher=True) == 2
+
+
 def test_without_any_number_no_round_is_best():
     assert best_round([]) is None
     assert best_round([{"round": 1, "train_loss": None}]) is None
