@@ -150,19 +150,16 @@ def _ended(result: RoundResult, state: TrainState, runner: Runner[Held], config:
     Such an evaluation is shown and kept, and no rule of ``[stop]`` counts it.
     """
     if not is_evaluated(result.round, runner.spec.eval_every, config.train):
-        averaged = None if state.ema is None else runner.evaluate(state.ema, "val")
-        result = replace(result, metrics=_metrics(runner.evaluate(state.model, "val"), averaged, config))
+        ema_sums = None if state.ema is None else runner.evaluate(state.ema, "val")
+        result = replace(result, metrics=_metrics(runner.evaluate(state.model, "val"), ema_sums, config))
     return replace(result, state=state)
 
 
-def _metrics(model: Sums | None, ema: Sums | None, config: TrainConfig) -> dict[str, float]:
-    evaluated = {"val_": model, "val_ema_": ema}
-    return {
-        f"{prefix}{name}": value
-        for prefix, sums in evaluated.items()
-        if sums is not None
-        for name, value in values(sums, config.train.metrics).items()
-    }
+def _metrics(sums: Sums | None, ema_sums: Sums | None, config: TrainConfig) -> dict[str, float]:
+    """Return loss and metrics of the model, and of the moving average of models."""
+    own = values(sums, config.train.metrics) if sums is not None else {}
+    ema = values(ema_sums, config.train.metrics) if ema_sums is not None else {}
+    return {f"val_{name}": value for name, value in own.items()} | {f"val_ema_{name}": v for name, v in ema.items()}
 
 
 def _result(number: int, outcome: Outcome, config: TrainConfig, history: History) -> RoundResult:

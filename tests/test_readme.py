@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.config.presets import PRESETS
 from dtrain_cli.main import run
 
 pytestmark = pytest.mark.alone
@@ -48,6 +49,11 @@ def test_the_tree_names_every_folder_and_nothing_else() -> None:
     assert named == {path.parent.name for path in (ROOT / "dtrain").rglob("__init__.py")} - {"dtrain"}
     for path in (ROOT / "dtrain").rglob("*.py"):  # what a file is for stands in its first line
         assert path.read_text(encoding="utf-8").startswith(('"""', 'r"""')), path
+
+
+def test_the_table_of_presets_names_each_once() -> None:
+    table = TEXT.split("| where | presets |")[1].split("\n\n")[0]
+    assert sorted(re.findall(r"`(\w+)`", table)) == sorted(PRESETS)
 
 
 def test_make_targets_exist() -> None:

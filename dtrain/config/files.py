@@ -14,6 +14,9 @@ from dtrain.errors import ConfigFileNotFound, InvalidConfig, UsageError
 
 REQUIRED = ("model", "data.path", "data.inputs", "data.targets", "train.loss")
 PATH_KEYS = ("data.path", "data.val_path", "train.init", "run.dir", "cluster.scheduler")
+TWICE_GIVEN = re.compile(r"Cannot (declare .* twice|overwrite)")
+"""In messages of tomllib."""
+TWICE = "A table or key is given twice: keep one, and put the keys of both tables into it."
 YAML_FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
@@ -62,7 +65,8 @@ def read_tables(path: str | Path) -> Tables:
     try:
         tables = _parse(path.suffix.lower(), text)
     except (ValueError, RecursionError) as error:
-        raise InvalidConfig(f"{path}: {' '.join(str(error).split())}") from None
+        said = " ".join(str(error).split())
+        raise InvalidConfig(f"{path}: {said}", TWICE if TWICE_GIVEN.search(said) else "") from None
     if not isinstance(tables, dict):
         raise InvalidConfig(f"{path}: holds {type(tables).__name__}, not tables of keys.")
     if odd := [key for key in tables if not isinstance(key, str)]:

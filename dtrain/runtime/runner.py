@@ -47,7 +47,7 @@ class Outcome:
 
     summary: RoundSummary
     sums: Sums | None
-    """Loss and metrics on the validation split; None without one, and after a round without evaluation."""
+    """Loss and metrics on the validation split; None without one, and in rounds without an evaluation."""
     ema_sums: Sums | None = None
     """The same of the moving average of models; None without ``average.ema`` too."""
 

@@ -1,6 +1,7 @@
 """dtrain config."""
 
 import json
+import tomllib
 
 import pytest
 
@@ -125,3 +126,66 @@ def test_secrets_are_not_shown(cli, project):
         assert "AKIA" not in outcome.out
         assert "1234" not in outcome.out
         assert "***" in outcome.out
+
+
+# Presets ------------------------------------------------------------------------------------------------------------
+
+
+def test_presets_are_listed_with_their_sources(cli):
+    from dtrain.config.presets import PRESETS
+
+    outcome = cli("config", "presets")
+    assert outcome.code == 0, outcome.err
+    assert "dtrain config presets NAME" in outcome.err
+    names = [line.split()[0] for line in outcome.out.splitlines() if not line.startswith(" ")]
+    assert names == list(PRESETS)
+    assert "arXiv:2311.08105" in outcome.out
+    assert max(map(len, outcome.out.splitlines())) <= 80
+    found = last(cli("--json", "config", "presets"))
+    assert found["event"] == "presets"
+    assert [preset["name"] for preset in found["presets"]] == list(PRESETS)
+    assert set(found["presets"][0]) == {"name", "summary", "source"}
+
+
+def test_a_preset_is_toml_with_comments(cli):
+    outcome = cli("config", "presets", "diloco")
+    assert (outcome.code, outcome.err) == (0, "")
+    comments = [line for line in outcome.out.splitlines() if line.startswith("#")]
+    assert comments[0].startswith("# diloco: AdamW for many local steps")
+    assert "# Source: Douillard et al. 2023, arXiv:2311.08105" in comments
+    assert any(line.startswith("# Adapt: ") for line in comments)
+    tables = tomllib.loads(outcome.out)
+    assert tables["train"]["local_steps"] == 500
+    assert tables["average"]["outer"]["args"] == {"lr": 0.7, "momentum": 0.9, "nesterov": True}
+    found = last(cli("--json", "config", "presets", "diloco"))
+    assert found["event"] == "presets"
+    assert (found["name"], found["tables"], found["toml"]) == ("diloco", tables, outcome.out.rstrip("\n"))
+    assert "\n" not in found["about"] + found["adapt"]
+
+
+def test_a_preset_of_another_name_is_exit_code_2(cli):
+    outcome = cli("--json", "config", "presets", "fedavgn")
+    assert outcome.code == last(outcome)["code"] == 2
+    assert 'fedavgn: no such preset; did you mean "fedavg' in outcome.err
+
+
+def test_presets_pasted_into_a_config_file(cli, tmp_path):
+    from dtrain.config.presets import PRESETS
+
+    head = 'model = "m:f"\ndata = { path = "x.zarr", inputs = ["a"], targets = ["b"] }\n'
+    for name, preset in PRESETS.items():
+        pasted = cli("config", "presets", name).out.replace("[train]\n", '[train]\nloss = "mse"\n')
+        (tmp_path / "dtrain.toml").write_text(head + pasted)
+        outcome = cli("--json", "config", "show", tmp_path / "dtrain.toml")
+        assert outcome.code == 0, outcome.err
+        values = last(outcome)["values"]
+        for key, value in preset.tables["train"].items():
+            assert values[f"train.{key}"] == {"value": value, "origin": "file"}
+
+
+def test_a_preset_pasted_below_a_table_that_is_there_says_what_to_do(cli, tmp_path):
+    (tmp_path / "dtrain.toml").write_text('[train]\nloss = "mse"\n' + cli("config", "presets", "fedavg").out)
+    outcome = cli("config", "show", tmp_path / "dtrain.toml")
+    assert outcome.code == 3
+    assert "twice" in outcome.err
+    assert "put the keys of both tables into it" in " ".join(outcome.err.split())

@@ -102,6 +102,13 @@ def test_a_file_that_is_no_table_of_keys_is_exit_code_3(write, name, text, said)
     assert caught.value.code == 3
 
 
+@pytest.mark.parametrize("text", ["[train]\nrounds = 1\n[train]\nseed = 1\n", "a = 1\na = 2\n"])
+def test_what_is_given_twice_has_a_cure(write, text):
+    with pytest.raises(InvalidConfig) as caught:
+        read_tables(write("a.toml", text))
+    assert "given twice: keep one" in caught.value.hint
+
+
 def test_a_file_that_is_not_utf8_is_exit_code_3(tmp_path):
     (tmp_path / "a.toml").write_bytes(b"model = '\xff'")
     with pytest.raises(InvalidConfig, match="cannot be read"):

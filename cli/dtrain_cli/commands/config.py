@@ -1,21 +1,23 @@
-"""dtrain config: show a configuration with its defaults, and the schema."""
+"""dtrain config: show a configuration with its defaults, the schema, and presets of averaging."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dtrain_cli.arguments import SET
-from dtrain_cli.output import result
+from dtrain_cli.output import result, say, table
 
 if TYPE_CHECKING:
     from dtrain.config.schema import TrainConfig
     from dtrain.config.values import Plain, Tables
 
 ORDER = 60
+WIDTH = 80
 app = typer.Typer(name="config", help="Show configurations.", no_args_is_help=True)
 
 
@@ -44,6 +46,41 @@ def schema(ctx: typer.Context) -> None:
 
     schema = TrainConfig.model_json_schema()
     result(ctx.obj, json.dumps(schema, indent=1), schema)
+
+
+@app.command("presets")
+def presets(
+    ctx: typer.Context,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A preset.", show_default=False)] = None,
+) -> None:
+    """List ways of averaging, or print one as TOML to paste, with its source."""
+    from dtrain.config.presets import PRESETS, preset_named
+    from dtrain_cli.survey.document import plain
+
+    if name is None:
+        rows = [(preset.name, f"{preset.summary}. {preset.source}") for preset in PRESETS.values()]
+        records = [{"name": each.name, "summary": each.summary, "source": each.source} for each in PRESETS.values()]
+        result(ctx.obj, table(rows), {"event": "presets", "presets": records})
+        say(ctx.obj, "`dtrain config presets NAME` prints one as TOML to paste.")
+        return
+    preset = preset_named(name)
+    record = {key: plain(getattr(preset, key)) for key in ("name", "summary", "source", "about", "adapt")}
+    text = _document(record, preset.toml)
+    result(ctx.obj, text, {"event": "presets", **record, "tables": preset.tables, "toml": text})
+
+
+def _document(texts: Mapping[str, str], toml: str) -> str:
+    """Return a preset as TOML, with its source and what to adapt as comments."""
+    from dtrain.display import wrapped
+
+    paragraphs = (
+        f"{texts['name']}: {texts['summary']}",
+        f"Source: {texts['source']}",
+        texts["about"],
+        f"Adapt: {texts['adapt']}",
+        "Paste the keys into the tables of the same names in your config file.",
+    )
+    return "\n".join([*(f"# {wrapped(text, WIDTH - 2, '#   ')}" for text in paragraphs), toml.rstrip()])
 
 
 def _read(source: str, settings: tuple[str, ...]) -> tuple[TrainConfig, set[str]]:
