@@ -17,7 +17,7 @@ from dtrain.algorithm.evaluate import values
 from dtrain.algorithm.params import load_into
 from dtrain.algorithm.recipe import Functions
 from dtrain.algorithm.stop import higher_is_better, stop_history
-from dtrain.checkpoint import committed_rounds, find_round, load_params, round_directory
+from dtrain.checkpoint import committed_rounds, find_round, load_params, load_round, round_directory
 from dtrain.config.files import with_setting
 from dtrain.config.functions import METRICS, Function
 from dtrain.config.schema import TrainConfig
@@ -40,7 +40,7 @@ from dtrain.runtime.module import build_module
 from dtrain.runtime.place import PLACE_NAMES
 from dtrain.runtime.spec import Source
 from dtrain.runtime.where import Where, client_of, scheduler_text
-from dtrain.types import History
+from dtrain.types import History, Parameters
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -132,9 +132,30 @@ class Run:
             The run does not keep that round.
         """
         number = find_round(self.directory, wanted, self.best_round)
+        return self._module(load_params(round_directory(self.directory, number)))
+
+    @cached_property
+    def ema_model(self) -> nn.Module:
+        """The module with the moving average of models (``average.ema``) of the last committed round, in eval mode.
+
+        Raises
+        ------
+        InvalidConfig
+            The run has none.
+        """
+        number = find_round(self.directory, "last", None)
+        averaged = load_round(round_directory(self.directory, number))[0].ema
+        if averaged is None:
+            raise InvalidConfig(
+                f"{self.directory.name} has no moving average of models: its average.ema is 0.",
+                "Use run.model, or train with average.ema, for example 0.9.",
+            )
+        return self._module(averaged)
+
+    def _module(self, params: Parameters) -> nn.Module:
         build = self._load_functions(("model",))["model"]
         module = build_module(build, self.config.model_args, self.config.train.seed)
-        load_into(module, load_params(round_directory(self.directory, number)))
+        load_into(module, params)
         return module.eval()
 
     def _load_functions(self, keys: Sequence[str], given: Functions | None = None) -> Functions:
@@ -234,8 +255,11 @@ class Run:
     def _job(self, sources: tuple[Source, ...], held_out: Source | None, transform: Function | None = None) -> Job:
         """Return what evaluates sources; of the user's functions only those that an evaluation calls are needed."""
         functions = self._load_functions(EVALUATED, {} if transform is None else {"data.transform": transform})
-        train = self.config.train.model_copy(update=NOT_EVALUATED)
-        config = self.config.model_copy(update={"train": train}).with_functions({})
+        tables = {
+            "train": self.config.train.model_copy(update=NOT_EVALUATED),
+            "average": self.config.average.model_copy(update={"outer": None}),
+        }
+        config = self.config.model_copy(update=tables).with_functions({})
         return Job(config=config, sources=sources, held_out=held_out, functions=functions, base=self.base)
 
     def other_samples(self, data: str | None, settings: tuple[str, ...] = ()) -> Samples:

@@ -52,6 +52,16 @@ def test_the_contraction_of_a_ring(replicas: int, factor: float) -> None:
     assert contraction(matrix(MixConfig(topology="ring"), 1, replicas)) == pytest.approx(factor, abs=1e-3)
 
 
+@pytest.mark.parametrize(("replicas", "factor"), [(8, 0.50), (16, 0.60), (32, 0.667)])
+def test_the_graphs_of_a_period_together_are_the_static_exponential_graph(replicas: int, factor: float) -> None:
+    config, mixing = MixConfig(topology="exponential"), np.zeros((replicas, replicas))
+    for number in range(1, replicas.bit_length()):
+        mixing += matrix(config, number, replicas) > 0
+    mixing = (mixing > 0) / replicas.bit_length()  # itself, and one peer a round
+    np.testing.assert_allclose(mixing.sum(axis=1), 1)
+    assert contraction(mixing) == pytest.approx(factor, abs=1e-3)
+
+
 @pytest.mark.parametrize("replicas", [2, 4, 8, 16])
 @pytest.mark.parametrize("first", [1, 2, 5])
 def test_the_exponential_graph_averages_exactly_in_as_many_rounds_as_the_binary_logarithm(
