@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from distributed import Future
 
@@ -48,6 +48,7 @@ from dtrain.runtime.spec import RunSpec
 from dtrain.runtime.trial import Initial
 from dtrain.types import Broadcast, Flat, Layout, OuterState, Parameters, Position, RoundPlan, TrainState
 
+T = TypeVar("T")
 PRIORITY_LOCAL, PRIORITY_EVALUATE = 1, 2
 """A worker evaluates a round before it trains the next one: later would not be faster, and results come evenly."""
 SMALL_BYTES = 1 << 20
@@ -140,12 +141,13 @@ class ClusterRunner:
         self._client.begin()
         at = self._placed(len(state.broadcast))
         starts, frozen, slices = apart(state.broadcast), state.model.frozen, self._slices(state.model.layout)
-        broadcast = self._scattered(starts, at, [[cut_broadcast(one, cut) for cut in slices] for one in starts])
+        broadcast = self._scattered(starts, at, lambda one: [cut_broadcast(one, cut) for cut in slices])
         outer: tuple[Sliced, ...] = ((),) * len(starts)
         if self.spec.config.average.outer is not None:
             params = state.model.layout.num_params
-            cuts = [[cut_outer(one, cut, params) for cut in slices] for one in state.outer]
-            outer = self._scattered(state.outer, dict.fromkeys(at, at[0]), cuts)
+            outer = self._scattered(
+                state.outer, dict.fromkeys(at, at[0]), lambda one: [cut_outer(one, cut, params) for cut in slices]
+            )
         return ClusterRound(
             before=Before(broadcast, outer, slices, len(slices) == 1 and _is_small(replace(state, broadcast=starts))),
             replicas=tuple(self._client.scatter(own, [at[k]]) for k, own in enumerate(state.replicas)),
@@ -164,14 +166,17 @@ class ClusterRunner:
         return slices_of(layout, num_slices(wanted, layout, len(set(self._places.values()))))
 
     def _scattered(
-        self, values: Sequence[object], at: Mapping[int, str], cuts: Sequence[Sequence[object]]
+        self, values: Sequence[T], at: Mapping[int, str], slices_of_one: Callable[[T], Sequence[object]]
     ) -> tuple[Sliced, ...]:
         """Send the slices of each value to the worker of its replica; replicas that share a value share the futures."""
         places: dict[int, list[str]] = {}
         for k, value in enumerate(values):
             places.setdefault(id(value), []).append(at[k])
-        first = {id(value): slices for value, slices in zip(values, cuts, strict=True)}
-        sent = {key: tuple(self._client.scatter(one, places[key]) for one in slices) for key, slices in first.items()}
+        distinct = {id(value): value for value in values}
+        sent = {
+            key: tuple(self._client.scatter(one, places[key]) for one in slices_of_one(value))
+            for key, value in distinct.items()
+        }
         return tuple(sent[id(value)] for value in values)
 
     def _scattered_model(self, model: Parameters, slices: Slices, at: str) -> Sliced:
