@@ -34,6 +34,10 @@ def test_a_norm_by_hand() -> None:
     assert block_squares(np.full(BLOCK + 2, 2, np.float32), np.zeros(BLOCK + 2, np.float32)).tolist() == [4 * BLOCK, 8]
 
 
+def test_sums_of_blocks_are_added_exactly() -> None:
+    assert norm_of([np.array([2.0**53]), np.ones(100)]) == math.sqrt(2**53 + 100)  # 2 ** 53 + 1 is no float64
+
+
 def test_the_difference_is_taken_in_float64() -> None:
     assert norm([1e8], [-1.0]) == 1e8 + 1  # no float32
     assert norm([3.4028235e38], [-3.4028235e38]) == 2 * float(np.finfo(np.float32).max)
