@@ -261,14 +261,14 @@ class Contribution:
     loss_count: float
     """Number of these terms: of samples, or of the targets that are not ignored."""
     finite: bool
-    """Whether its parameters are finite; if not, it is left out of the average."""
+    """Whether all that it sends is finite; if not, it is left out of the average."""
     non_finite: int = 0
     """NaN and infinite values in the batches whose loss was not finite."""
     units_decoded: int = 0
     bytes_read: int = 0
     """Decoded bytes."""
     update_norm: float = 0.0
-    """Euclidean norm of the update that is averaged, over the trained parameters; 0 if they are not finite."""
+    """Euclidean norm of the update that is averaged, over the trained parameters; 0 if it is left out."""
     step_norm: float = 0.0
     """Sum of the weights of the round's gradients in the update (`dtrain.algorithm.fednova`)."""
     seconds: float = 0.0

@@ -88,12 +88,13 @@ def state_of(number, replicas=2):
 def bits(state):
     """All of a state in values that can be compared."""
     vectors = [state.model, *(own.params for own in state.broadcast)]
-    residuals = [own.residual for own in state.replicas]
+    beside = [(own.residual, own.control) for own in state.replicas]
+    beside += [(own.control, None if state.ema is None else state.ema.flat) for own in state.broadcast]
     return (
         state.position,
-        [(p.layout, p.flat.tobytes(), p.extra.tobytes()) for p in vectors],
+        [(p.layout, p.flat.tobytes(), p.extra.tobytes(), p.frozen.tobytes()) for p in vectors],
         [inner_bits(own.inner) for own in state.replicas],
-        [None if residual is None else residual.tobytes() for residual in residuals],
+        [[None if array is None else (array.dtype, array.tobytes()) for array in pair] for pair in beside],
         [[inner_bits(piece) for piece in outer] for outer in state.outer],
     )
 
@@ -171,6 +172,71 @@ def test_replicas_with_parameters_of_their_own_come_back_and_share_what_they_sha
     assert [name for name in names if name.startswith("outer")] == [f"outer-{k:04d}.safetensors" for k in range(4)]
 
 
+def with_all(state):
+    """A state with all that ways of averaging add: residuals, control variates, a moving average, an outer state."""
+    count, params = state.model.layout.num_params, state.model
+    ema = replace(params, flat=params.flat * np.float32(0.5))
+    values = [np.float32(k + np.arange(count)) for k in range(5)]
+    values[1][:3] = -0.0, np.finfo(np.float32).max, 1e-45
+    start = Broadcast(params, control=values[0])
+    replicas = tuple(
+        replace(own, residual=values[1 + k], control=values[3 + k]) for k, own in enumerate(state.replicas)
+    )
+    outer = ((adam_state(network(3), 1),),) * 2
+    return replace(state, broadcast=(start, start), replicas=replicas, outer=outer, ema=ema)
+
+
+def test_control_variates_residuals_and_the_moving_average_come_back(tmp_path):
+    state = with_all(STATES[2])
+    commit_round(tmp_path, state, "plan")
+    back, _ = load_round(round_directory(tmp_path, 2))
+    assert bits(back) == bits(state)
+    assert back.broadcast[0] is back.broadcast[1]
+    assert back.ema.extra.tobytes() == state.ema.extra.tobytes()
+    assert all(own.params is back.model for own in back.broadcast)
+    names = {path.name for path in round_directory(tmp_path, 2).glob("*.safetensors")}
+    assert {"ema.safetensors", "control.safetensors"} <= names
+    saved = safetensors.torch.load_file(round_directory(tmp_path, 2) / "ema.safetensors")
+    assert saved.keys() == network(0).state_dict().keys()
+
+
+@pytest.mark.parametrize("without", ["control", "residual", "ema"])
+def test_each_of_them_may_be_missing(tmp_path, without):
+    state = with_all(STATES[2])
+    if without == "ema":
+        state = replace(state, ema=None)
+    else:
+        state = replace(state, replicas=tuple(replace(own, **{without: None}) for own in state.replicas))
+    if without == "control":
+        state = replace(state, broadcast=(Broadcast(state.model),) * 2)
+    commit_round(tmp_path, state, "plan")
+    assert bits(load_round(round_directory(tmp_path, 2))[0]) == bits(state)
+
+
+def test_a_model_with_statistics_of_its_own_is_kept_beside_what_training_goes_on_from(tmp_path):
+    """Recalibrated batch norm: the model is saved, and never comes back into training."""
+    state = with_all(STATES[2])
+    model = replace(state.model, flat=state.model.flat + np.float32(1))
+    state = replace(state, model=model)
+    commit_round(tmp_path, state, "plan")
+    back, _ = load_round(round_directory(tmp_path, 2))
+    assert bits(back) == bits(state)
+    assert back.broadcast[0] is back.broadcast[1]
+    assert back.broadcast[0].params is not back.model
+
+
+def test_the_moving_average_has_the_frozen_parameters(tmp_path):
+    module = network(1)
+    module[0].weight.requires_grad_(False)
+    params = flatten(module, layout_of(module))
+    ema = replace(params, flat=params.flat * np.float32(2))
+    state = replace(STATES[1], model=params, broadcast=(Broadcast(params),) * 2, ema=ema)
+    commit_round(tmp_path, state, "plan")
+    back, _ = load_round(round_directory(tmp_path, 1))
+    assert bits(back) == bits(state)
+    assert back.ema.frozen.tobytes() == params.frozen.tobytes() != b""
+
+
 def test_training_goes_on_from_a_loaded_round_as_if_nothing_had_been(run):
     ends = []
     for state in (STATES[2], load_round(round_directory(run, 2))[0]):
@@ -185,10 +251,14 @@ def test_training_goes_on_from_a_loaded_round_as_if_nothing_had_been(run):
 
 
 def test_arrays_may_be_read_only_as_dask_gives_them(tmp_path):
-    state = STATES[1]
+    state = with_all(STATES[1])
     params = replace_arrays(state.model)
-    frozen = tuple(ReplicaState(InnerState(r.inner.slots, read_only(r.inner.data))) for r in state.replicas)
-    given = replace(state, model=params, broadcast=(Broadcast(params),) * 2, replicas=frozen)
+    frozen = tuple(
+        ReplicaState(InnerState(r.inner.slots, read_only(r.inner.data)), read_only(r.residual), read_only(r.control))
+        for r in state.replicas
+    )
+    start = Broadcast(params, control=read_only(state.broadcast[0].control))
+    given = replace(state, model=params, broadcast=(start,) * 2, replicas=frozen, ema=replace_arrays(state.ema))
     commit_round(tmp_path, given, "plan")
     assert bits(load_round(round_directory(tmp_path, 1))[0]) == bits(state)
 

@@ -21,7 +21,7 @@ from dtrain.algorithm.drift import Squares, block_squares, cosine_terms, mean_co
 from dtrain.algorithm.fednova import coefficients, equal_norms
 from dtrain.algorithm.local import LocalResult
 from dtrain.algorithm.mix import Average, averages, neighbourhoods
-from dtrain.algorithm.momenta import mean_state
+from dtrain.algorithm.momenta import is_finite_state, mean_state
 from dtrain.algorithm.outer import outer_step
 from dtrain.algorithm.params import is_finite, params_sha256, with_frozen, without_frozen
 from dtrain.algorithm.reduce import mean_of, moved, reduced, weighted_mean
@@ -118,7 +118,7 @@ def contribute(
 ) -> tuple[Update, ReplicaState]:
     """Return what a replica sends after its local steps, and what it keeps.
 
-    A replica whose parameters are not finite keeps the state it came with.
+    A replica of which something that is averaged is not finite keeps the state it came with.
 
     Parameters
     ----------
@@ -134,7 +134,13 @@ def contribute(
         The steps that were asked for.
     config : AverageConfig
     """
-    finite = is_finite(after, start.params)
+    sent = local.inner if config.inner_state == "average" else None
+    finite = is_finite(after, start.params) and _finite_beside(sent, local.control)
+    payload: Parameters | Compressed = after
+    reached, residual = after, None
+    if finite and config.codec is not None:
+        payload, reached, residual = compress(start.params, after, state.residual, config.codec)
+        finite = is_finite(reached, start.params)
     contribution = Contribution(
         replica=task.replica,
         samples=local.samples,
@@ -147,17 +153,16 @@ def contribute(
     )
     if not finite:
         return Update(after, contribution), state
-    payload: Parameters | Compressed = after
-    end, residual = after.num_params, None
-    if config.codec is None:
-        norm = norm_of([block_squares(start.params.flat[:end], after.flat[:end])])
-    else:
-        payload, decoded, residual = compress(start.params, after, state.residual, config.codec)
-        norm = norm_of([block_squares(decoded, np.zeros_like(decoded))])
-    sent = local.inner if config.inner_state == "average" else None
+    end = after.num_params
+    norm = norm_of([block_squares(start.params.flat[:end], reached.flat[:end])])
     kept = local.inner if config.inner_state == "keep" else empty_inner_state()
     update = Update(payload, replace(contribution, update_norm=norm), sent, local.control)
     return update, ReplicaState(kept, residual, local.control)
+
+
+def _finite_beside(inner: InnerState | None, control: Flat | None) -> bool:
+    """Whether what is averaged beside the parameters is finite."""
+    return (inner is None or is_finite_state(inner)) and (control is None or bool(np.isfinite(control).all()))
 
 
 def combine(
@@ -170,8 +175,8 @@ def combine(
 ) -> Combined:
     """Average replicas in replica order, and take the step of the outer optimizer.
 
-    Replicas that are not finite are left out. If none is finite the first one stands for all: the driver stops the
-    run by the summary.
+    Replicas that are not finite are left out. If none is finite the mean is `start`: those who receive it stay where
+    they were. The driver stops the run if too many are left out.
 
     Parameters
     ----------
@@ -195,7 +200,9 @@ def average(
     start: Broadcast, starts: Sequence[Broadcast] | None, updates: Sequence[Update], config: AverageConfig
 ) -> Mean:
     """Average replicas in replica order; arguments as those of `combine`."""
-    kept = [k for k, update in enumerate(updates) if update.contribution.finite] or [0]
+    kept = [k for k, update in enumerate(updates) if update.contribution.finite]
+    if not kept:
+        return _unmoved(start, updates)
     own = [updates[k].contribution for k in kept]
     received = [_received(updates[k], None if starts is None else starts[k], config) for k in kept]
     weights = [1 if config.weights == "uniform" else c.samples for c in own]
@@ -220,6 +227,17 @@ def average(
         weighted_mean(controls, weights) if len(controls) == len(kept) else None,
         facts,
     )
+
+
+def _unmoved(start: Broadcast, updates: Sequence[Update]) -> Mean:
+    """Return the mean of replicas of which none is finite."""
+    facts = AverageFacts(
+        contributions=tuple(update.contribution for update in updates),
+        coefficients=(),
+        squares=NO_SQUARES,
+        nbytes=sum(update.nbytes for update in updates),
+    )
+    return Mean(start.params, start.inner, start.control, facts)
 
 
 def stepped(

@@ -32,6 +32,8 @@ Ints: TypeAlias = npt.NDArray[np.int8]
 
 BLOCK = 128
 """Values that share a scale; slices begin at multiples of it."""
+AT_ONCE = 1 << 20
+"""Elements subtracted at a time: bounds the float64 copy to 8 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +89,16 @@ class Integers:
     def __init__(self, bits: int) -> None:
         self.bits = bits
         self.most = 2 ** (bits - 1) - 1
+        largest = np.finfo(np.float32).max / np.float32(self.most)
+        self.largest_scale = np.nextafter(largest, np.float32(0))  # so that `most` times it is a float32
 
     def encode(self, update: Flat) -> Encoded:
         """Compress float32[n]."""
         blocks = np.zeros((-(-len(update) // BLOCK), BLOCK), np.float32)
         blocks.reshape(-1)[: len(update)] = update
-        scales = np.abs(blocks).max(axis=1) / np.float32(self.most)
+        largest = np.abs(np.maximum(blocks.max(axis=1), -blocks.min(axis=1)))  # of magnitude: without a copy
+        scales = largest / np.float32(self.most)
+        scales[np.isfinite(scales) & (scales > self.largest_scale)] = self.largest_scale
         divisors = np.where(scales > 0, scales, np.float32(1))
         blocks /= divisors[:, None]
         np.clip(np.rint(blocks, out=blocks), -self.most, self.most, out=blocks)  # tiny scales are not exact
@@ -145,23 +151,41 @@ class Compressed:
 
 def compress(
     start: Parameters, after: Parameters, residual: Flat | None, config: CodecConfig
-) -> tuple[Compressed, Flat, Flat | None]:
-    """Encode the way from `start` to `after`; return it with the update it is decoded to, and the next residual."""
+) -> tuple[Compressed, Parameters, Flat | None]:
+    """Encode the way from `start` to `after`; return it with the parameters that it leads to, and the next residual.
+
+    An update that is too large for float32, or for the codec, leads to parameters that are not finite.
+    """
     codec, end = CODECS[config.name], start.num_params
-    wide = start.flat[:end].astype(np.float64) - after.flat[:end]
-    update = (wide if residual is None else wide + residual).astype(np.float32)
-    encoded = codec.encode(update)
-    decoded = codec.decode(encoded, end)
-    lost = update - decoded if config.error_feedback else None
-    return Compressed(encoded, end, after.flat[end:], after.extra), decoded, lost
+    with np.errstate(over="ignore", invalid="ignore"):
+        update = _update(start.flat[:end], after.flat[:end], residual)
+        encoded = codec.encode(update)
+        decoded = codec.decode(encoded, end)
+        lost = update - decoded if config.error_feedback else None
+    compressed = Compressed(encoded, end, after.flat[end:], after.extra)
+    return compressed, _reached(start, compressed, decoded), lost
+
+
+def _update(start: Flat, after: Flat, residual: Flat | None) -> Flat:
+    """Return ``start - after + residual``: in float64, rounded once to float32; 0 for a mask that stays infinite."""
+    update = np.empty_like(start)
+    for begin in range(0, len(update), AT_ONCE):
+        part = slice(begin, begin + AT_ONCE)
+        wide = np.subtract(start[part], after[part], dtype=np.float64)
+        wide[start[part] == after[part]] = 0.0  # infinity less itself
+        update[part] = wide if residual is None else wide + residual[part]
+    return update
 
 
 def decompress(start: Parameters, compressed: Compressed, config: CodecConfig) -> Parameters:
     """Return the parameters that a compressed update leads to from `start`, or slices of them from slices."""
-    end = start.num_params
-    flat = np.empty_like(start.flat)
-    decoded = CODECS[config.name].decode(compressed.update, compressed.size)
-    flat[:end] = start.flat[:end].astype(np.float64) - decoded
+    return _reached(start, compressed, CODECS[config.name].decode(compressed.update, compressed.size))
+
+
+def _reached(start: Parameters, compressed: Compressed, decoded: Flat) -> Parameters:
+    flat, end = np.empty_like(start.flat), start.num_params
+    with np.errstate(over="ignore"):
+        np.subtract(start.flat[:end], decoded, out=flat[:end], dtype=np.float64)
     flat[end:] = compressed.buffers
     return Parameters(start.layout, flat, compressed.extra, start=start.start)
 

@@ -77,8 +77,8 @@ def cosine_terms(norms: Sequence[float], coefficients: Sequence[float], norm: fl
     (3.0, 3.0)
     """
     scaled = [coefficient * own for coefficient, own in zip(coefficients, norms, strict=True)]
-    own = math.fsum(value * value for value in scaled)
-    return (norm * norm - own) / 2, (math.fsum(scaled) ** 2 - own) / 2
+    own, total = math.fsum(value * value for value in scaled), math.fsum(scaled)
+    return (norm * norm - own) / 2, (total * total - own) / 2  # of one update exactly 0; x ** 2 may be off by one bit
 
 
 def mean_cosine(terms: Sequence[tuple[float, float]]) -> float | None:

@@ -4,7 +4,7 @@ r"""FedNova: updates are divided by the steps behind them, so that replicas with
     theta' = theta - tau * sum_k p_k d_k   p_k = n_k / sum_j n_j,   tau = sum_k p_k |a_k|
 
 With plain SGD a_ki is the factor of the learning-rate schedule, and |a_k| the number of steps if it is constant. SGD
-with momentum repeats a gradient in the steps after it; a pull towards theta (``average.prox``) forgets it. Other
+with momentum repeats a gradient in the steps after it; a pull towards theta (``average.prox``) takes it back. Other
 optimizers move by about the learning rate in each step, whatever the gradients are: |a_k| is as for plain SGD.
 Replicas of equal |a_k| are averaged as with ``weights = "samples"``, to the same bits.
 
@@ -37,19 +37,18 @@ class StepNorm:
     nesterov: bool
     pull: float
     """Learning rate times ``average.prox``."""
-    velocity: float
-    """Weight of all gradients in the momentum; 0 before the first step."""
+    velocity: float | None
+    """Weight of all gradients in the momentum; None before the first step."""
     total: float = 0.0
 
     def after(self, factor: float) -> StepNorm:
-        """Return the sum after a step with a factor on the learning rate."""
-        if not self.momentum:
-            step, velocity = 1.0, 0.0
-        else:
-            velocity = self.momentum * self.velocity + self.damped if self.velocity else 1.0
-            step = 1.0 + self.momentum * velocity if self.nesterov else velocity
-        total = self.total * (1.0 - self.pull * factor) + factor * step
-        return replace(self, velocity=velocity, total=total)
+        """Return the sum after a step with a factor on the learning rate: the way of SGD along a gradient of 1."""
+        gradient = step = velocity = 1.0 - self.pull * self.total
+        if self.momentum and self.velocity is not None:
+            step = velocity = self.momentum * self.velocity + self.damped * gradient
+        if self.nesterov:
+            step = gradient + self.momentum * velocity
+        return replace(self, velocity=velocity, total=self.total + factor * step)
 
 
 def first_norm(
@@ -71,16 +70,20 @@ def first_norm(
         The steps behind the momentum that the optimizer starts with.
     """
     given = arguments if optimizer is torch.optim.SGD else {}
-    norm = StepNorm(
-        momentum=float(given.get("momentum", 0.0)),
-        damped=1.0 - float(given.get("dampening", 0.0)),
+    momentum, damped = float(given.get("momentum", 0.0)), 1.0 - float(given.get("dampening", 0.0))
+    return StepNorm(
+        momentum=momentum,
+        damped=damped,
         nesterov=bool(given.get("nesterov", False)),
         pull=float(rate or 0.0) * prox,
-        velocity=0.0,
+        velocity=_velocity(momentum, damped, steps) if steps else None,
     )
-    for _ in range(min(steps, 1000) if norm.momentum else 0):  # momentum forgets
-        norm = norm.after(0.0)
-    return norm
+
+
+def _velocity(momentum: float, damped: float, steps: int) -> float:
+    """Return the weight of all gradients in the momentum after some steps; the first one is not damped."""
+    left = momentum ** (steps - 1)
+    return left + damped * (steps - 1 if momentum == 1 else (1 - left) / (1 - momentum))
 
 
 def coefficients(kept: Sequence[Contribution]) -> list[float]:

@@ -97,7 +97,7 @@ def run_local_steps(
         factor = recipe.schedule(step, total_steps)
         _set_rates(optimizer, base_rates, factor)
         optimizer.step()
-        norm = norm.after(factor)
+        norm = norm.after(float(factor))
         samples += batch_size
         step += 1
         on_step(step - first_step, samples)

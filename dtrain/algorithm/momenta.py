@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from dtrain.algorithm.evaluate import in_order
+from dtrain.algorithm.params import finite_tensor
 from dtrain.algorithm.reduce import mixed_tensor, weighted_mean
 from dtrain.errors import UnsuitableModel
 from dtrain.types import Bytes, InnerState, Plain, Slot
@@ -45,6 +46,16 @@ def mean_state(states: Sequence[InnerState], weights: Sequence[int]) -> InnerSta
         else:
             slots.append(replace(slot, value=_mean_of_plain([state.slots[index].value for state in states], weights)))
     return InnerState(tuple(slots), data)
+
+
+def is_finite_state(state: InnerState) -> bool:
+    """Whether all floats among the tensors of an inner optimizer's state are finite."""
+    tensors = (
+        torch.from_numpy(state.data[slot.offset : slot.offset + slot.size].copy()).view(getattr(torch, slot.dtype))
+        for slot in state.slots
+        if slot.dtype
+    )
+    return all(map(finite_tensor, tensors))
 
 
 def _places(state: InnerState) -> list[Slot]:

@@ -51,8 +51,11 @@ def outer_optimizer(config: OuterConfig) -> type[torch.optim.Optimizer]:
 
 
 def pseudo_gradient(theta: Flat, mean: Flat) -> Flat:
-    """Return ``theta - mean``: subtracted in float64, rounded once to float32."""
-    gradient: Flat = (theta.astype(np.float64) - mean).astype(np.float32)
+    """Return ``theta - mean``: subtracted in float64, rounded once to float32; 0 for a mask that stays infinite."""
+    gradient = np.empty_like(theta)
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.subtract(theta, mean, out=gradient, dtype=np.float64)
+    gradient[theta == mean] = 0.0  # infinity less itself
     return gradient
 
 

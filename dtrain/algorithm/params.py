@@ -212,10 +212,11 @@ def is_finite(params: Parameters, before: Parameters | None = None) -> bool:
     if not fine.all() and (before is None or not (fine | (params.flat == before.flat)).all()):
         return False
     earlier = extra_tensors(before) if before is not None else {}
-    return all(_finite(tensor, earlier.get(name)) for name, tensor in extra_tensors(params).items())
+    return all(finite_tensor(tensor, earlier.get(name)) for name, tensor in extra_tensors(params).items())
 
 
-def _finite(tensor: torch.Tensor, before: torch.Tensor | None) -> bool:
+def finite_tensor(tensor: torch.Tensor, before: torch.Tensor | None = None) -> bool:
+    """Whether a tensor is finite, or infinite as `before`."""
     if not tensor.is_floating_point() and not tensor.is_complex():
         return True
     wide = tensor if tensor.itemsize > 1 else tensor.float()  # torch.isfinite knows no float8

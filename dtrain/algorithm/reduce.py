@@ -112,9 +112,12 @@ def moved(
     for begin in range(0, end, BLOCK):
         part = slice(begin, min(begin + BLOCK, end))
         reached = theta[part].astype(np.float64)
-        for start, replica, coefficient in zip(starts, replicas, coefficients, strict=True):
-            reached += (replica.flat[part].astype(np.float64) - start.flat[part]) * coefficient
-        flat[part] = reached
+        with np.errstate(over="ignore", invalid="ignore"):
+            for start, replica, coefficient in zip(starts, replicas, coefficients, strict=True):
+                update = np.subtract(replica.flat[part], start.flat[part], dtype=np.float64)
+                update[replica.flat[part] == start.flat[part]] = 0.0  # infinity less itself: a mask stays
+                reached += update * coefficient
+            flat[part] = reached
     return replace(mean, flat=flat)
 
 

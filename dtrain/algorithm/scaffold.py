@@ -51,11 +51,14 @@ class ControlledSteps:
         self._steps = 0
 
     def correct(self) -> None:
-        """Add ``c - c_k`` to the gradients that the parameters hold; one without a gradient has the gradient 0."""
+        """Add ``c - c_k`` to the gradients that the parameters hold.
+
+        A parameter without a gradient has the gradient 0; without a correction too, it is left out of the step.
+        """
         for parameter, place in self._params:
             correction = self._correction[place].view_as(parameter)
             if parameter.grad is None:
-                parameter.grad = correction.clone()
+                parameter.grad = correction.clone() if correction.any() else None
             else:
                 self._sum[place] += parameter.grad.reshape(-1)
                 parameter.grad += correction

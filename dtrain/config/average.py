@@ -85,6 +85,11 @@ def check_average(average: AverageConfig) -> None:
             f'average.inner_state = "average" takes the mean, which average.reduce = "{average.reduce}" avoids.',
             'Use average.inner_state = "keep" or "reset".',
         )
+    if average.weights == "fednova" and average.reduce != "mean":
+        raise InvalidConfig(
+            f'average.weights = "fednova" weighs a mean, which average.reduce = "{average.reduce}" avoids.',
+            "Leave one of the two out: median and trimmed mean ignore weights.",
+        )
     _check_neighbours(average)
     _check_control(average)
 

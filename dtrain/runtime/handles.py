@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 from distributed import Future
 
@@ -25,6 +25,7 @@ from dtrain.runtime.client import TaskClient
 from dtrain.runtime.reducing import Before, Sliced
 from dtrain.types import Broadcast, Flat, OuterState, Parameters, Position, TrainState
 
+T = TypeVar("T")
 SMALL_BYTES = 1 << 20
 """Results whose other parts are below this size are sent whole; a task to split them would cost more."""
 
@@ -56,12 +57,12 @@ class ClusterRound:
 def scattered(client: TaskClient, state: TrainState, at: Mapping[int, str], slices: Slices) -> ClusterRound:
     """Send a state from the driver to the workers of its replicas."""
     starts, frozen = apart(state.broadcast), state.model.frozen
-    broadcast = _scatter_each(client, starts, at, [[cut_broadcast(one, cut) for cut in slices] for one in starts])
+    broadcast = _scatter_each(client, starts, at, lambda one: [cut_broadcast(one, cut) for cut in slices])
     outer: tuple[Sliced, ...] = ((),) * len(starts)
     if any(state.outer):
         params = state.model.layout.num_params
-        cuts = [[cut_outer(one, cut, params) for cut in slices] for one in state.outer]
-        outer = _scatter_each(client, state.outer, dict.fromkeys(at, at[0]), cuts)
+        first = dict.fromkeys(at, at[0])
+        outer = _scatter_each(client, state.outer, first, lambda one: [cut_outer(one, cut, params) for cut in slices])
     return ClusterRound(
         before=Before(broadcast, outer, slices, len(slices) == 1 and _is_small(replace(state, broadcast=starts))),
         replicas=tuple(client.scatter(own, [at[k]]) for k, own in enumerate(state.replicas)),
@@ -73,14 +74,14 @@ def scattered(client: TaskClient, state: TrainState, at: Mapping[int, str], slic
 
 
 def _scatter_each(
-    client: TaskClient, values: Sequence[object], at: Mapping[int, str], cuts: Sequence[Sequence[object]]
+    client: TaskClient, values: Sequence[T], at: Mapping[int, str], cut: Callable[[T], Sequence[object]]
 ) -> tuple[Sliced, ...]:
     """Send the slices of each value to the worker of its replica; replicas that share a value share the futures."""
     places: dict[int, list[str]] = {}
     for k, value in enumerate(values):
         places.setdefault(id(value), []).append(at[k])
-    first = {id(value): slices for value, slices in zip(values, cuts, strict=True)}
-    sent = {key: tuple(client.scatter(one, places[key]) for one in slices) for key, slices in first.items()}
+    distinct = {id(value): value for value in values}
+    sent = {key: tuple(client.scatter(one, places[key]) for one in cut(value)) for key, value in distinct.items()}
     return tuple(sent[id(value)] for value in values)
 
 

@@ -146,7 +146,7 @@ def recalibrate(resident: Resident, params: Parameters, replica: int) -> Statist
         load_into(module, params)
         module.to(resident.spec.device)
         total, size = stream.partition.num_samples, micro_size(train)
-        sizes = [min(size, total - start) for start in range(0, total, size)][:BATCHES]
+        sizes = [size] * min(total // size, BATCHES) or [total]  # norm layers refuse a last batch of one sample
         loader = resident.loader_of(stream, sizes)
         try:
             batches = prepared(resident, loader.batches(sizes), "train", replica, Cursor(0, 0), total)

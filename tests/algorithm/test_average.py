@@ -24,7 +24,7 @@ from dtrain.algorithm.mix import Average, averages
 from dtrain.algorithm.params import params_sha256
 from dtrain.algorithm.plan import first_position, plan_round
 from dtrain.algorithm.replica import empty_inner_state, fresh_replica
-from dtrain.config.average import AverageConfig, OuterConfig
+from dtrain.config.average import AverageConfig, CodecConfig, OuterConfig
 from dtrain.config.schema import TrainTable
 from dtrain.types import Broadcast, Contribution, Entry, InnerState, Layout, Parameters, ReplicaState
 
@@ -90,6 +90,27 @@ def test_what_was_infinite_at_the_start_may_be_so_after():
     assert sent.contribution.finite
 
 
+def test_with_a_codec_the_norm_is_that_of_what_is_decoded_and_the_residual_is_kept():
+    config = AverageConfig(codec=CodecConfig(name="int4"))
+    local = LocalResult(inner(7), loss_sum=1.0, loss_count=40, non_finite=0, samples=40, steps=5)
+    before = ReplicaState(inner(1), np.float32([0.0, 0.5]))
+    sent, kept = contribute(THETA, params(-14, -2, 3), before, local, task(), config)
+    # the scale is 2: u = 14, 2.5 is sent as 14, 2
+    assert sent.contribution.update_norm == 200**0.5
+    assert kept.residual.tolist() == [0.0, 0.5]
+    assert sent.nbytes == 1 + 4 + 4  # a byte for two values, a scale, a buffer
+    whole = combine(THETA, [THETA], [sent], (), config)
+    assert whole.broadcast.params.flat.tolist() == [-14, -2, 3]
+
+
+@pytest.mark.parametrize("state", ["keep", "average", "reset"])
+def test_the_state_of_the_inner_optimizer_is_kept_sent_or_forgotten(state):
+    local = LocalResult(inner(7), loss_sum=1.0, loss_count=40, non_finite=0, samples=40, steps=5)
+    sent, kept = contribute(THETA, params(1, 2, 3), fresh_replica(), local, task(), AverageConfig(inner_state=state))
+    assert (sent.inner is local.inner, kept.inner is local.inner) == (state == "average", state == "keep")
+    assert kept.inner.nbytes == (1 if state == "keep" else 0)
+
+
 # combine --------------------------------------------------------------------------------------------------------
 
 
@@ -110,11 +131,15 @@ def test_replicas_that_are_not_finite_are_left_out():
     assert [c.finite for c in result.facts.contributions] == [False, True, True]
 
 
-def test_if_none_is_finite_the_first_stands_for_all():
+@pytest.mark.parametrize("config", [AverageConfig(), OUTER, AverageConfig(reduce="median")])
+def test_if_none_is_finite_those_who_receive_the_mean_stay_where_they_were(config):
+    start = Broadcast(params(1, 2, 3), inner(4), np.float32([5, 6]))
     updates = [update(k, 10, (np.nan, k, k), finite=False) for k in range(2)]
-    flat = combine(THETA, [THETA] * len(updates), updates, (), AverageConfig()).broadcast.params.flat
-    assert np.isnan(flat[0])
-    assert flat[1:].tolist() == [0, 0]
+    result = combine(start, None, updates, first_outer(config), config)
+    assert result.broadcast.params.flat.tolist() == [1, 2, 3]
+    assert (result.broadcast.inner, result.broadcast.control) == (start.inner, start.control)
+    assert result.facts.contributions == tuple(u.contribution for u in updates)
+    assert (result.facts.nbytes, result.facts.coefficients) == (2 * 3 * 4, ())
 
 
 def test_two_outer_steps_by_hand_and_buffers_never_reach_them():

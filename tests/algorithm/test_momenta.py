@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain.algorithm.momenta import mean_state
+from dtrain.algorithm.momenta import is_finite_state, mean_state
 from dtrain.algorithm.replica import carried, empty_inner_state, pack_inner_state, unpack_inner_state
 from dtrain.errors import UnsuitableModel
 from dtrain.types import InnerState
@@ -94,6 +94,19 @@ def test_counters_become_the_largest_and_numbers_the_mean() -> None:
     for other in ([True, False], ["a", "b"], [[1.0], [2.0]], [None, 1]):
         with pytest.raises(UnsuitableModel, match="inner_state"):
             mean(other, [1, 1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_state_is_finite_if_all_its_floats_are(kind: str, dtype: torch.dtype) -> None:
+    assert is_finite_state(state_of(kind, [0.3, -0.7], dtype))
+    assert not is_finite_state(state_of(kind, [0.3, float("nan")], dtype))
+    assert not is_finite_state(state_of(kind, [0.3, float("inf")], dtype))
+    assert is_finite_state(empty_inner_state())
+
+
+def test_a_second_moment_can_be_infinite_where_the_parameters_are_finite() -> None:
+    assert not is_finite_state(state_of("adam", [1e30]))
 
 
 def test_states_of_different_parts_are_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from dtrain.algorithm.outer import outer_optimizer, outer_step, pseudo_gradient
 from dtrain.algorithm.replica import empty_inner_state
@@ -56,6 +57,62 @@ def test_the_difference_is_taken_in_float64():
     theta, mean = np.array([1e8], np.float32), np.array([-1.0], np.float32)
     assert pseudo_gradient(theta, mean).tolist() == [np.float32(1e8 + 1.0)]
     assert pseudo_gradient(theta, theta).tolist() == [0.0]
+
+
+def test_a_mask_of_minus_infinity_stays():
+    theta, mean = np.float32([-np.inf, 1.0]), np.float32([-np.inf, 0.5])
+    assert pseudo_gradient(theta, mean).tolist() == [0.0, 0.5]
+    state = empty_inner_state()
+    for _ in range(2):
+        theta, state = outer_step(theta, mean, state, DILOCO, factor=1.0, norm=0.0)
+        assert theta[0] == -np.inf
+        assert np.isfinite(theta[1])
+
+
+def test_a_difference_that_is_no_float32_is_infinite():
+    largest = np.float32([np.finfo(np.float32).max])
+    assert pseudo_gradient(largest, -largest).tolist() == [np.inf]
+
+
+@pytest.mark.parametrize("clip", [0.05, 0.9, 1.0, 1.1, 100.0])
+def test_a_clip_is_that_of_torch(clip):
+    generator = np.random.default_rng(2)
+    theta, mean = generator.normal(size=(2, 500)).astype(np.float32)
+    norm = float(np.linalg.norm(theta.astype(np.float64) - mean))
+    parameter = torch.nn.Parameter(torch.from_numpy(theta.copy()))
+    parameter.grad = torch.from_numpy(theta - mean)
+    torch.nn.utils.clip_grad_norm_([parameter], clip * norm)
+    torch.optim.SGD([parameter], lr=0.7).step()
+    config = OuterConfig(args={"lr": 0.7}, clip_norm=clip * norm)
+    found, _ = outer_step(theta, mean, empty_inner_state(), config, factor=1.0, norm=norm)
+    np.testing.assert_allclose(found, parameter.detach(), rtol=1e-6, atol=1e-6)
+    if clip > 1.01:  # by 1: the gradient less a part of 1e-6 / norm
+        plain, _ = outer_step(theta, mean, empty_inner_state(), OuterConfig(args={"lr": 0.7}), factor=1.0, norm=norm)
+        assert found.tobytes() == plain.tobytes()
+
+
+def test_a_clip_by_hand():
+    config = OuterConfig(args={"lr": 1.0}, clip_norm=1.0)
+    found, _ = outer_step(
+        np.float32([3.0, 4.0]), np.zeros(2, np.float32), empty_inner_state(), config, factor=1.0, norm=5.0
+    )
+    assert found.tolist() == pytest.approx([3 - 0.6, 4 - 0.8])
+    # the norm is that of all slices
+    found, _ = outer_step(np.float32([3.0]), np.zeros(1, np.float32), empty_inner_state(), config, factor=1.0, norm=5.0)
+    assert found.tolist() == pytest.approx([3 - 0.6])
+
+
+def test_the_factor_is_on_the_learning_rate_alone():
+    # v = 1, 1.9; steps 0.1 * 0.5 * 1 and 0.1 * 0.25 * 1.9
+    config, theta, state = OuterConfig(args={"lr": 0.1, "momentum": 0.9}), np.zeros(1, np.float32), empty_inner_state()
+    for factor, expected in ((0.5, -0.05), (0.25, -0.0975), (0.0, -0.0975)):
+        theta, state = outer_step(theta, theta - np.float32(1.0), state, config, factor=factor, norm=0.0)
+        assert theta[0] == pytest.approx(expected, rel=1e-5)
+    adam = OuterConfig(optimizer="adam", args={"lr": 0.1})
+    found, _ = outer_step(
+        np.ones(1, np.float32), np.zeros(1, np.float32), empty_inner_state(), adam, factor=0.5, norm=0.0
+    )
+    assert found[0] == pytest.approx(0.95)
 
 
 def test_slices_stepped_apart_are_the_whole_bit_for_bit():

@@ -91,8 +91,8 @@ def test_error_feedback_by_hand(register: Callable[[Codec], None]) -> None:
     register(Quarters())
     config = CodecConfig(name=NAME)
     theta, after = params([0.0, 0.0, 0.0], [7.0]), params([-127.0, -1.5, 0.25], [8.0])
-    sent, decoded, residual = compress(theta, after, None, config)
-    assert decoded.tolist() == [127.0, 1.0, 0.0]
+    sent, reached, residual = compress(theta, after, None, config)
+    assert reached.flat.tolist() == [-127.0, -1.0, 0.0, 8.0]
     assert residual is not None
     assert sent.update.data.view(np.int8).tolist() == [127, 1, 0]
     assert residual.tolist() == [0.0, 0.5, -0.25]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from distributed import Client
 
 import dtrain
-from dtrain.checkpoint import committed_rounds, round_directory
+from dtrain.checkpoint import committed_rounds, load_round, round_directory
 from dtrain.data.samples import Samples
 from dtrain.errors import InvalidConfig
 from tests.runtime import models
@@ -118,6 +121,50 @@ def test_slices_change_no_bit(samples: Samples, tmp_path: Path, client: Client, 
     lose_rounds(cluster, 2)
     again = start(samples, tmp_path / "cluster", client, 4, SLICED[way], models.wide, cluster={"slices": 2})
     assert (shas(again), drift(again)) == (shas(serial), drift(serial))
+
+
+def test_recalibration_and_the_moving_average_never_come_back_into_training(samples: Samples, tmp_path: Path) -> None:
+    plain = start(samples, tmp_path / "plain", "serial", 3, {})
+    both = start(samples, tmp_path / "both", "serial", 3, {"ema": 0.75, "recalibrate_batchnorm": True})
+    states, other = ([load_round(round_directory(run.directory, n))[0] for n in (1, 2, 3)] for run in (plain, both))
+    for one, two in zip(states, other, strict=True):
+        end = one.model.num_params
+        assert two.broadcast[0].params.flat.tobytes() == one.model.flat.tobytes()
+        assert two.model.flat[:end].tobytes() == one.model.flat[:end].tobytes()
+        assert two.model.flat[end:].tobytes() != one.model.flat[end:].tobytes()
+    expected = states[0].model.flat[:end].astype(np.float64)
+    for one, two in zip(states, other, strict=True):
+        expected = (0.75 * expected + 0.25 * one.model.flat[:end]).astype(np.float32).astype(np.float64)
+        assert two.ema is not None
+        assert two.ema.flat[:end].tolist() == expected.tolist()
+    assert [row["val_ema_loss"] for row in both.rows] != [row["val_loss"] for row in both.rows]
+    assert both.rows[0]["val_ema_loss"] == both.rows[0]["val_loss"]  # it is the model
+
+
+def test_recalibration_leaves_out_a_last_batch_of_one_sample(tmp_path: Path, write_store: Callable[..., Path]) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(33, 6)).astype("float32"), rng.integers(0, 3, 33)
+    store = write_store(
+        tmp_path / "rows.zarr",
+        {
+            "x": {"dims": ("n", "f"), "values": x, "chunks": (16, 6)},
+            "y": {"dims": ("n",), "values": y, "chunks": (16,)},
+        },
+    )
+    rows = dtrain.open_samples(store, inputs=["x"], targets=["y"], split={"val": 0.0, "test": 0.0})
+    run = dtrain.train(
+        models.small,
+        rows,
+        train={"loss": "cross_entropy", "rounds": 2, "batch_size": 32, "drop_last": True},
+        average={"replicas": 1, "recalibrate_batchnorm": True},
+        cluster="serial",
+        run_dir=tmp_path / "runs",
+        progress=False,
+    )
+    with torch.no_grad():
+        hidden = run.model[0](torch.from_numpy(x[:32]))  # type: ignore[index]
+    torch.testing.assert_close(run.model[1].running_mean, hidden.mean(0), rtol=1e-5, atol=1e-6)  # type: ignore[index]
+    torch.testing.assert_close(run.model[1].running_var, hidden.var(0), rtol=1e-5, atol=1e-6)  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
