@@ -4,8 +4,9 @@ r"""The bytes of a round: what replicas send to be averaged, what comes back, an
     back    the means go to the workers of the replicas that receive them  most that one worker sends or receives
 
 Replica k lies on worker k mod W. The slices of a mean are spread over the workers, beginning with that of its first
-receiver. A value goes once to each worker that needs it, and nothing is sent where it lies already. Links carry both
-directions at once, but the way back begins when the means are there.
+receiver. Several means also go to worker 0, for the model that is evaluated. A value goes once to each worker that
+needs it, and nothing is sent where it lies already. Links carry both directions at once, but the way back begins when
+the means are there.
 """
 
 from __future__ import annotations
@@ -41,7 +42,14 @@ class Traffic:
 
 
 def traffic(
-    layout: Layout, inner_bytes: int, config: AverageConfig, *, replicas: int, workers: int, slices: int = 1
+    layout: Layout,
+    inner_bytes: int,
+    config: AverageConfig,
+    *,
+    replicas: int,
+    workers: int,
+    slices: int = 1,
+    small: int = 0,
 ) -> Traffic:
     """Return the bytes of a round.
 
@@ -56,12 +64,16 @@ def traffic(
         Those without a replica take no part.
     slices : int
         Of the reducer.
+    small : int
+        What a replica keeps for itself travels with its update up to this size: it would cost more to take it apart.
     """
     used = min(workers, replicas)
     sent, received = update_bytes(layout, inner_bytes, config), broadcast_bytes(layout, inner_bytes, config)
     cycle = means_of_cycle(config, replicas)
     members = sum(len(mean.members) for means in cycle for mean in means)
-    links = [_busiest_link(means, used, slices, sent, received) for means in cycle]
+    kept = _kept_bytes(layout, inner_bytes, config)
+    whole = sent + kept if slices == 1 and kept <= small else sent
+    links = [_busiest_link(means, used, slices, whole, received) for means in cycle]
     return Traffic(
         sent=round(Fraction(sent * members, len(cycle))),
         received=received,
@@ -88,6 +100,13 @@ def _beside_params(layout: Layout, inner_bytes: int, config: AverageConfig) -> i
     return buffers + inner + (4 * layout.num_params if config.control else 0)
 
 
+def _kept_bytes(layout: Layout, inner_bytes: int, config: AverageConfig) -> int:
+    """Return the bytes of a `ReplicaState`: the inner optimizer's state, the codec's residual, the control variate."""
+    inner = inner_bytes if config.inner_state == "keep" else 0
+    residual = 4 * layout.num_params if config.codec is not None and config.codec.error_feedback else 0
+    return inner + residual + (4 * layout.num_params if config.control else 0)
+
+
 def means_of_cycle(config: AverageConfig, replicas: int) -> tuple[tuple[Average, ...], ...]:
     """Return the means of each of the first ``average.mix.period`` rounds."""
     rounds, starts = [], (0,) * replicas
@@ -107,6 +126,7 @@ def _busiest_link(means: Sequence[Average], workers: int, slices: int, sent: int
             at = (mean.receivers[0] + one) % workers
             there |= {(replica, one, replica % workers, at) for replica in mean.members}
             back |= {(number, one, at, replica % workers) for replica in mean.receivers}
+            back |= {(number, one, at, 0)} if len(means) > 1 else set()
     return (_most_moves(there) * sent + _most_moves(back) * received) / slices
 
 

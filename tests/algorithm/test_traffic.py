@@ -50,22 +50,44 @@ def test_a_worker_that_averages_little_is_busy_with_its_own_updates() -> None:
     assert small.busiest == (128 + 4) + 512
 
 
+@pytest.mark.parametrize(
+    ("table", "slices", "whole"),
+    [
+        ({}, 1, 100 + 200),  # the state of Adam goes along
+        ({}, 2, 100 / 2),
+        ({"inner_state": "reset"}, 1, 100),
+        ({"inner_state": "average"}, 1, 300),
+        ({"inner_state": "reset", "control": True}, 1, 200 + 100),
+        ({"inner_state": "reset", "codec": {"name": "int8"}}, 1, 29 + 100),  # with the residual
+        ({"inner_state": "reset", "codec": {"name": "int8", "error_feedback": False}}, 1, 29),
+    ],
+)
+def test_small_updates_travel_with_what_the_replica_keeps(table: dict[str, Any], slices: int, whole: float) -> None:
+    config = AverageConfig(**table)
+    back = broadcast_bytes(PLAIN, 200, config) / slices
+    for small, expected in ((200, whole), (0, update_bytes(PLAIN, 200, config) / slices)):
+        moved = traffic(PLAIN, 200, config, replicas=2, workers=2, slices=slices, small=small)
+        assert moved.busiest == round(expected + back)
+        assert moved.sent == 2 * update_bytes(PLAIN, 200, config)  # what is averaged
+
+
 def test_a_ring_of_workers_receives_two_neighbours_and_sends_to_two() -> None:
     one_each = of(8, 8, mix={"topology": "ring"})
-    assert (one_each.busiest, one_each.sent) == (200, 8 * 3 * 100)  # the mean stays where it is
+    assert one_each.sent == 8 * 3 * 100
+    assert one_each.busiest == 200 + 700  # means stay where they are, and go to worker 0 for the model
     two_each = of(4, 2, mix={"topology": "ring"})
-    assert two_each.busiest == 200  # both neighbours' updates serve both replicas of a worker
+    assert two_each.busiest == 200 + 200  # both neighbours' updates serve both replicas of a worker
 
 
 def test_pairs_of_workers_exchange_one_update() -> None:
     pairs = of(8, 8, mix={"topology": "exponential"})
-    assert (pairs.busiest, pairs.sent) == (100, 8 * 2 * 100)
+    assert (pairs.busiest, pairs.sent) == (100 + 700, 8 * 2 * 100)
 
 
 def test_groups_meet_in_every_third_round() -> None:
     mix = {"topology": "hierarchical", "groups": 2, "period": 3}
-    # a group's worker receives one update and sends one mean; in the third round it is three of each
-    assert of(4, 4, mix=mix).busiest == round((200 + 200 + 600) / 3)
+    # each group: one update there, one mean back, and that of the second group to worker 0; then three of each
+    assert of(4, 4, mix=mix).busiest == (300 + 300 + 600) / 3
     assert of(4, 4, mix=mix).sent == 400
     config = AverageConfig(mix=mix, outer={})  # groups take steps from different parameters, also in the third round
     assert [len(means) for means in means_of_cycle(config, 4)] == [2, 2, 2]
