@@ -26,6 +26,17 @@ def number(value: float) -> str:
     return f"{value:.3e}" if is_hidden else f"{value:.4f}"
 
 
+def duration(seconds: float) -> str:
+    """Return seconds to about two digits.
+
+    >>> duration(0.00012), duration(0.0123), duration(1.26), duration(31.6)
+    ('0.12 ms', '12 ms', '1.3 s', '32 s')
+    """
+    if seconds < 1:
+        return f"{seconds * 1e3:.0f} ms" if seconds >= 0.01 else f"{seconds * 1e3:.2g} ms"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
 def columns_of(stream: TextIO) -> int | None:
     """Return the columns of the terminal that a stream goes to, or what COLUMNS says; None without a terminal."""
     wanted = os.environ.get("COLUMNS", "")

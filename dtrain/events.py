@@ -70,6 +70,16 @@ class StepsTaken:
     """Since the task began."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundsMeasured:
+    """Some rounds have been measured; nothing of them is kept (`dtrain.plan` with ``probe=True``)."""
+
+    rounds: int
+    local_steps: int
+    seconds: float
+    """Median of a round."""
+
+
 @dataclass(frozen=True, slots=True)
 class RoundFinished:
     """A round is averaged, and evaluated if `RunStarted.eval_every` says so."""
@@ -127,6 +137,7 @@ Event: TypeAlias = (
     | RunStarted
     | ChunksFilled
     | StepsTaken
+    | RoundsMeasured
     | RoundFinished
     | ReplicaRejected
     | RoundCommitted

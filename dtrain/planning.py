@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from distributed import Client
 
-from dtrain.algorithm.params import without_frozen
+from dtrain.algorithm.cadence import Costs
 from dtrain.algorithm.plan import pass_size, samples_a_round, steps_a_round
+from dtrain.algorithm.traffic import Traffic, traffic
 from dtrain.config.values import value_of
 from dtrain.data.plan.footprint import format_bytes
-from dtrain.data.plan.memory import MemoryBudget
 from dtrain.data.plan.missing import absence_of, stands_for
 from dtrain.data.plan.partition import JointPlan, eval_partitions
 from dtrain.data.plan.readers import choose_readers
@@ -21,13 +21,13 @@ from dtrain.data.plan.summary import describe_plan
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import Samples
 from dtrain.job import Job
-from dtrain.prepare import open_runner
+from dtrain.prepare import ESTIMATE_UNITS, open_runner
+from dtrain.probe import Probe
 from dtrain.resolve import Resolved
+from dtrain.runtime.handles import SMALL_BYTES
+from dtrain.runtime.reducing import reducer_slices
 from dtrain.runtime.spec import PlannedSource
 from dtrain.runtime.trial import Initial
-
-ESTIMATE_UNITS = 16
-"""Units of each partition from which a plan estimates mean and standard deviation."""
 
 
 class Choice(NamedTuple):
@@ -71,15 +71,45 @@ class RunPlan:
     eval_every: int
     """Rounds between evaluations."""
     workers: int
-    reduced_bytes: int
-    """Bytes of parameters averaged a round."""
+    traffic: Traffic
+    """Bytes of a round."""
     commit_bytes: int
     """Bytes of the parameters of a committed round; the inner optimizers' states come on top."""
-    round_seconds: float
-    """Estimate of the local steps of a round, without reading."""
     checksums: dict[str, bool]
     choices: dict[str, Choice]
     """By key that was "auto"."""
+    probe: Probe | None = None
+    """What was measured of a step and a round."""
+    bandwidth: float | None = None
+    """Bytes a second of each worker's link, of a network to predict rounds for."""
+
+    @property
+    def in_turn(self) -> int:
+        """Replicas that the busiest worker trains in turn."""
+        return math.ceil(self.data.replicas / self.workers)
+
+    @property
+    def round_seconds(self) -> float:
+        """Estimate of the local steps of a round, without reading."""
+        return self.initial.seconds * max(self.steps) * self.in_turn
+
+    @property
+    def costs(self) -> Costs | None:
+        """What a step and a round cost, as measured or estimated; None if neither was asked for."""
+        if self.probe is None and self.bandwidth is None:
+            return None
+        step = self.initial.seconds if self.probe is None else self.probe.step
+        return Costs(
+            step=step * self.in_turn,
+            overhead=0.0 if self.probe is None else self.probe.overhead,
+            traffic=self.traffic,
+            bandwidth=self.bandwidth,
+        )
+
+    @property
+    def reduced_bytes(self) -> int:
+        """Bytes that all replicas send in a round, to be averaged."""
+        return self.traffic.sent
 
     @property
     def resident_bytes(self) -> int:
@@ -134,12 +164,24 @@ def plan_job(job: Job, *, full: bool = False, client: Client | None = None) -> R
         held_out_gaps=resolved.gaps[-1] if resolved.held_out is not None else "",
         rounds=train.rounds,
         workers=workers,
-        reduced_bytes=without_frozen(initial.params).nbytes * plan.replicas,
+        traffic=_traffic(job, initial, plan.replicas, workers),
         commit_bytes=initial.params.nbytes,
-        round_seconds=initial.seconds * max(steps) * math.ceil(plan.replicas / workers),
         checksums={v.name: v.checksums for v in sources[0].samples.variables},
         choices=_choices(job, stores, resolved, workers),
         eval_every=resolved.eval_every,
+    )
+
+
+def _traffic(job: Job, initial: Initial, replicas: int, workers: int) -> Traffic:
+    layout = initial.params.layout
+    return traffic(
+        layout,
+        initial.inner_bytes,
+        job.config.average,
+        replicas=replicas,
+        workers=workers,
+        slices=len(reducer_slices(job.config, layout, min(replicas, workers))),
+        small=SMALL_BYTES,
     )
 
 
@@ -203,88 +245,3 @@ def _reader_choice(store: StorePlan) -> Choice:
     return Choice(
         names, "; ".join(f"{reader} for {', '.join(of)}, since {why}" for (reader, why), of in reasons.items())
     )
-
-
-def plan_record(plan: RunPlan) -> dict[str, Any]:
-    """Return the plan as a JSON object; of several stores, the counts of the first, and all under ``stores``."""
-    first = plan.stores[0]
-    record = {
-        "event": "plan",
-        **first.counts,
-        "held_out_samples": plan.held_out_samples,
-        "replicas": plan.data.replicas,
-        "fingerprint": plan.data.fingerprint,
-        "num_params": plan.initial.num_params,
-        "num_frozen": plan.initial.num_frozen,
-        "first_loss": plan.initial.loss,
-        "steps": list(plan.steps),
-        "samples_a_round": plan.samples,
-        "rounds": plan.rounds,
-        "eval_every": plan.eval_every,
-        "workers": plan.workers,
-        "resident_bytes": plan.resident_bytes,
-        "memory": memory_record(first.source.memory),
-        "reduced_bytes": plan.reduced_bytes,
-        "commit_bytes": plan.commit_bytes,
-        "round_seconds": round(plan.round_seconds, 3),
-        "checksums": plan.checksums,
-        "absent_chunks": absent_record(first.source),
-        "normalize": {
-            v.name: {"dims": v.mean_dims, "means": v.num_means}
-            for v in first.source.samples.variables
-            if v.is_standardised
-        },
-        "readers": {name: reader for name, (reader, _) in first.readers.items()},
-        "gaps": first.gaps,
-        "held_out_gaps": plan.held_out_gaps,
-        "resolved": {key: {"value": value, "why": why} for key, (value, why) in plan.choices.items()},
-    }
-    if len(plan.stores) > 1:
-        record["stores"] = [
-            {
-                "path": store.source.samples.path,
-                "workers": list(store.source.workers),
-                **store.counts,
-                "gaps": store.gaps,
-                "absent_chunks": absent_record(store.source),
-            }
-            for store in plan.stores
-        ]
-    if plan.held_out is not None:
-        record["held_out_absent_chunks"] = absent_record(plan.held_out)
-    return record
-
-
-def absent_record(source: PlannedSource) -> dict[str, dict[str, Any]]:
-    """Return, by variable, how many chunks are not stored, and what becomes of them."""
-    return {
-        name: {
-            "chunks": count.chunks,
-            "of": count.of,
-            "missing": absence_of(source.samples, source.samples.variable(name)),
-        }
-        for name, count in source.absent.items()
-    }
-
-
-def memory_record(budget: MemoryBudget) -> dict[str, Any]:
-    """Return the terms of the memory budget."""
-    train, evaluate = budget.train, budget.evaluate
-    return {
-        "limit": budget.limit,
-        "total": budget.total,
-        "unit": train.unit,
-        "open_units": train.open,
-        "ahead_units": train.limits.ahead,
-        "cached_units": train.limits.cached,
-        "read_threads": train.limits.threads,
-        "loaders": train.kept,
-        "batches": train.buffers,
-        "scratch": train.scratch,
-        "order": train.order,
-        "evaluate": evaluate.total if evaluate else 0,
-        "cached": budget.cached_bytes,
-        "kept_whole": budget.statics,
-        "shard_indices": budget.indices,
-        "partitions": budget.tables,
-    }

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from dtrain.calls import python_job
 from dtrain.config.schema import TrainConfig
+from dtrain.config.values import parse_bandwidth
 from dtrain.data.samples import Samples
 from dtrain.display import html_table, text_table
 from dtrain.events import Reporter
 from dtrain.job import Model, Table
-from dtrain.planning import RunPlan, plan_job, plan_record
+from dtrain.planning import RunPlan, plan_job
+from dtrain.planrecord import plan_record
 from dtrain.plantext import plan_rows
+from dtrain.probe import probe_job
+from dtrain.probetext import HEADER, cadence_cells, cadence_text
 from dtrain.runtime.where import Where, client_of
 
 
@@ -31,13 +35,15 @@ class Plan(RunPlan):
         return plan_record(self)
 
     def __str__(self) -> str:
-        return text_table(self.rows)
+        return "\n\n".join(filter(None, [text_table(self.rows), cadence_text(self)]))
 
     def __repr__(self) -> str:
         return f"<dtrain.Plan>\n{self}"
 
     def _repr_html_(self) -> str:
-        return html_table("dtrain.Plan", self.rows)
+        cells = cadence_cells(self)
+        table = html_table("local_steps", cells, HEADER[: len(cells[0]) - 1]) if cells else ""
+        return html_table("dtrain.Plan", self.rows) + table
 
 
 def plan(
@@ -51,6 +57,8 @@ def plan(
     model_args: Table | None = None,
     cluster: Where | None = None,
     full: bool = False,
+    probe: bool = False,
+    bandwidth: str | None = None,
     run: str | os.PathLike[str] | None = None,
     run_dir: str | Path | None = None,
     progress: bool = True,
@@ -64,7 +72,13 @@ def plan(
         As of `train`.
     full : bool
         Look for missing chunks in every shard, also of remote stores with very many.
-    run, run_dir, progress, report
+    probe : bool
+        Train some rounds, throw them away, and say what a step and a round take and how many local steps pay.
+    bandwidth : str, optional
+        Of each worker's link, such as ``200Mbit``, ``5Gbit/s`` or ``25MB/s``: predict rounds on such a network.
+    report : callable, optional
+        Called with the events of a probe.
+    run, run_dir, progress
         As of `train`; they change nothing here, since nothing is written.
 
     Returns
@@ -82,7 +96,11 @@ def plan(
     >>> plan.record["first_loss"], plan.resident_bytes  # doctest: +SKIP
     """
     job = python_job(model, samples, config, model_args, cluster, train=train, average=average, stop=stop)
+    speed = None if bandwidth is None else parse_bandwidth(bandwidth)
     with client_of(cluster) as client:
         planned = plan_job(job, full=full, client=client)
+        tell = report or (lambda event: None)
+        measured = probe_job(job, planned.initial.params, client=client, report=tell) if probe else None
+    planned = replace(planned, probe=measured, bandwidth=speed)
     values = {field.name: getattr(planned, field.name) for field in fields(planned)}
     return Plan(**values, rows=tuple(plan_rows(job, planned)))

@@ -9,8 +9,13 @@ from dtrain.data.plan.footprint import format_bytes
 from dtrain.data.plan.missing import absence_of, stands_for
 from dtrain.display import number
 from dtrain.job import Job
-from dtrain.planning import ESTIMATE_UNITS, RunPlan, StorePlan
+from dtrain.planning import RunPlan, StorePlan
+from dtrain.prepare import ESTIMATE_UNITS
+from dtrain.probetext import probe_rows
 from dtrain.runtime.spec import PlannedSource
+
+STEPS_DIFFER = 1.1
+"""Numbers of steps that differ by a larger factor shift the optimum of an average by samples (`fednova`)."""
 
 
 def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
@@ -36,10 +41,36 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
             f"{_range(plan.steps)} local steps a replica, batch {train.batch_size}: {plan.samples:,} samples, "
             f"{plan.rounds:,} rounds{_short_rounds(job, plan)}{_left_out(job, plan)}",
         ),
-        ("traffic", f"{format_bytes(plan.reduced_bytes)} averaged a round, {format_bytes(plan.commit_bytes)} a commit"),
+        ("traffic", _traffic(plan)),
         ("time", f"{_seconds(plan.round_seconds)} of local steps a round on {plan.workers} workers (estimate)"),
+        *_averaging_rows(job, plan),
+        *probe_rows(job, plan),
         *((f"auto {key}", f"{value} ({why})") for key, (value, why) in plan.choices.items()),
     ]
+
+
+def _traffic(plan: RunPlan) -> str:
+    replicas = plan.data.replicas
+    by = "1 replica" if replicas == 1 else f"{replicas:,} replicas"
+    return (
+        f"{format_bytes(plan.traffic.sent)} sent a round by {by}, {format_bytes(plan.traffic.received)} back to each "
+        f"worker, {format_bytes(plan.commit_bytes)} a commit"
+    )
+
+
+def _averaging_rows(job: Job, plan: RunPlan) -> Iterator[tuple[str, str]]:
+    """Yield what the layers of the model and the steps of the replicas suggest for ``[average]``."""
+    average = job.config.average
+    if plan.initial.has_batchnorm and plan.data.replicas > 1 and not average.recalibrate_batchnorm:
+        yield (
+            "batch norm",
+            "its running statistics are averaged; average.recalibrate_batchnorm = true takes them anew for the "
+            "averaged model",
+        )
+    can_normalise = average.reduce == "mean" and average.mix.topology in ("full", "hierarchical")
+    if average.weights == "samples" and can_normalise and max(plan.steps) > STEPS_DIFFER * min(plan.steps):
+        steps = _range(plan.steps)
+        yield ("weights", f'replicas take {steps} steps; average.weights = "fednova" divides their updates by them')
 
 
 def _short_rounds(job: Job, plan: RunPlan) -> str:

@@ -45,6 +45,9 @@ from dtrain.runtime.runner import Runner
 from dtrain.runtime.spec import PlannedSource, RunSpec, Source
 from dtrain.runtime.usercode import user_code
 
+ESTIMATE_UNITS = 16
+"""Units of each partition from which a plan estimates mean and standard deviation."""
+
 
 @contextmanager
 def open_runner(

@@ -19,7 +19,7 @@ from dtrain.errors import ClusterLost, Diverged, OutOfMemory
 from dtrain.events import Reporter, SegmentReplayed
 from dtrain.runtime.runner import Held, Outcome, Runner, SegmentLost
 from dtrain.statefiles import load_tensor_file
-from dtrain.types import Broadcast, History, Position, RoundResult, RoundSummary, TrainState
+from dtrain.types import Broadcast, History, Parameters, Position, RoundResult, RoundSummary, TrainState
 
 MAX_REPLAYS = 3
 """Times that one segment is begun again before the run gives up."""
@@ -41,7 +41,7 @@ def rounds(
     history: History = (),
     look_ahead: int | None = None,
     is_over: Callable[[], bool] = lambda: False,
-) -> Iterator[RoundResult]:
+) -> Generator[RoundResult, None, None]:
     """Yield the rounds after `state`, segment by segment, up to the last one or a rule of ``[stop]``.
 
     A segment starts from a state that the driver holds, and ends with the next one. Whatever is lost on the way is
@@ -197,9 +197,14 @@ def _ratio(total: float, count: float) -> float:
 
 def initial_state(runner: Runner[Held], config: TrainConfig, init: Path | None = None) -> TrainState:
     """Return the state of round 0: the model of the user's function, or the tensors of a safetensors file."""
-    params, replicas = runner.initialise().params, runner.spec.plan.replicas
+    params = runner.initialise().params
     if init is not None:
         params = load_tensor_file(init, params.layout)
+    return first_state(params, runner.spec.plan.replicas, config)
+
+
+def first_state(params: Parameters, replicas: int, config: TrainConfig) -> TrainState:
+    """Return the state of round 0 with some parameters."""
     return TrainState(
         position=first_position(replicas),
         model=params,

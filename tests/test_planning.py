@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 import dtrain
+from dtrain.algorithm.params import without_frozen
 from dtrain.calls import job_from_python
 from dtrain.data.samples import Samples
+from dtrain.errors import InvalidConfig
 from dtrain.job import Job, with_scheduler
-from dtrain.planning import RunPlan, plan_job, plan_record
+from dtrain.planning import RunPlan, plan_job
+from dtrain.planrecord import plan_record
 from dtrain.plantext import plan_rows
 from dtrain.trainer import train_job
 from tests.runtime import models
@@ -34,10 +39,94 @@ def test_the_plan_is_what_the_run_does(job: Job, planned: RunPlan, tmp_path: Pat
     first = next(result for result in rounds if result is not None)
     assert run.plan == planned.data
     assert (sum(planned.steps), planned.samples) == (first.steps, first.samples)
-    assert planned.reduced_bytes == first.bytes_reduced
+    assert planned.traffic.sent == planned.reduced_bytes == first.bytes_reduced
     assert planned.commit_bytes == first.bytes_reduced // 3
     val = run.evaluation(None, split="val", round="last", cluster="serial")[2]
     assert planned.stores[0].counts["val_samples"] == val
+
+
+ADAMW = {"train": {"optimizer": "adamw"}}
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {},
+        {"average": {"replicas": 1}},
+        {"average": {"codec": {"name": "bf16"}}},
+        {"average": {"codec": {"name": "int8", "error_feedback": False}}},
+        {"average": {"codec": {"name": "int4"}, "outer": {}}},
+        {**ADAMW, "average": {"inner_state": "average"}},
+        {**ADAMW, "average": {"inner_state": "average", "codec": {"name": "int8"}}},
+        {**ADAMW, "average": {"inner_state": "reset", "weights": "uniform"}},
+        {"train": {"optimizer": "rprop", "local_steps": 2}, "average": {"inner_state": "average"}},
+        {"average": {"control": True}},
+        {**ADAMW, "average": {"control": True, "inner_state": "average"}},
+        {"train": {"freeze": ["0.*"]}},
+        {**ADAMW | {"train": {"optimizer": "adamw", "freeze": ["3.*", "5.*"]}}, "average": {"inner_state": "average"}},
+        {"average": {"mix": {"topology": "ring"}}},
+        {"average": {"mix": {"topology": "exponential"}, "outer": {}}},
+        {"average": {"mix": {"topology": "hierarchical", "groups": 2, "period": 2}}},
+    ],
+)
+def test_the_traffic_of_a_plan_is_that_of_the_rounds(samples: Samples, tables: dict[str, Any]) -> None:
+    train = {"loss": "cross_entropy", "rounds": 2, "batch_size": 64, **tables.get("train", {})}
+    average = {"replicas": 4, **tables.get("average", {})}
+    plan = dtrain.plan(models.wide, samples, train=train, average=average, cluster="serial")
+    results = list(dtrain.train_rounds(models.wide, samples, train=train, average=average, cluster="serial"))
+    assert [result.bytes_reduced for result in results] == [plan.traffic.sent] * 2
+    state = results[-1].state
+    assert state is not None
+    start, inner = state.broadcast[0], state.replicas[0].inner  # an averaged state lies with the replicas
+    given = replace(start, params=without_frozen(start.params), inner=inner if "inner_state" in average else None)
+    assert plan.traffic.received == given.nbytes
+
+
+def test_batch_norm_is_named(samples: Samples) -> None:
+    def rows(model: Any, average: dict[str, Any]) -> dict[str, str]:
+        plan = dtrain.plan(model, samples, train={"loss": "cross_entropy"}, average=average, cluster="serial")
+        return dict(plan.rows)
+
+    said = rows(models.small, {"replicas": 2})["batch norm"]
+    assert said.startswith("its running statistics are averaged; average.recalibrate_batchnorm = true takes them anew")
+    assert "batch norm" not in rows(models.small, {"replicas": 2, "recalibrate_batchnorm": True})
+    assert "batch norm" not in rows(lambda: nn.Linear(6, 3), {"replicas": 2})
+    assert "batch norm" not in rows(lambda: nn.BatchNorm1d(6, track_running_stats=False), {"replicas": 2})
+    assert "batch norm" not in rows(models.small, {"replicas": 1})  # there is nothing to average
+
+
+@pytest.mark.parametrize("call", [dtrain.plan, dtrain.train])
+def test_a_model_without_batch_norm_is_not_recalibrated(
+    samples: Samples, call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    average = {"replicas": 2, "recalibrate_batchnorm": True}
+    with pytest.raises(InvalidConfig, match="recalibrate_batchnorm = true is for layers .* Linear has none"):
+        call(lambda: nn.Linear(6, 3), samples, train={"loss": "cross_entropy"}, average=average, cluster="serial")
+
+
+@pytest.mark.parametrize(
+    ("paths", "average", "said"),
+    [
+        ((2, 1), {}, 'replicas take 8 to 16 steps; average.weights = "fednova" divides their updates by them'),
+        ((1, 1), {}, None),
+        ((2, 1), {"weights": "fednova"}, None),
+        ((2, 1), {"weights": "uniform"}, None),
+        ((2, 1), {"reduce": "median"}, None),  # ignores weights
+        ((2, 1), {"mix": {"topology": "ring"}}, None),  # cannot go with fednova
+    ],
+)
+def test_uneven_steps_name_fednova(
+    blobs: Path, paths: tuple[int, int], average: dict[str, Any], said: str | None
+) -> None:
+    data = {
+        "path": [{"path": str(blobs), "replicas": count} for count in paths],
+        "inputs": ["x"],
+        "targets": ["y"],
+    }
+    config = dtrain.TrainConfig(train={"loss": "cross_entropy", "batch_size": 32}, average=average, data=data)
+    plan = dtrain.plan(models.small, config=config, cluster="serial")
+    assert dict(plan.rows).get("weights") == said
 
 
 def test_short_rounds_are_named_beside_the_others(samples: Samples) -> None:

@@ -18,7 +18,8 @@ import dtrain
 from dtrain.config.files import load_config
 from dtrain.errors import InvalidConfig, RunNotFound, ShapesDiffer, UsageError
 from dtrain.job import job_from_config
-from dtrain.planning import plan_job, plan_record
+from dtrain.planning import plan_job
+from dtrain.planrecord import plan_record
 from tests.runtime import models
 
 TABLES: dict[str, Any] = {

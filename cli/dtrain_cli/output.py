@@ -6,10 +6,13 @@ import json
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dtrain.events import Reporter
 
 WAITING_SECONDS = 1.0
 
@@ -66,6 +69,15 @@ def waiting(options: Options, what: str) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+def progress(options: Options) -> AbstractContextManager[Reporter]:
+    """Return what shows the events of a run."""
+    if options.quiet:
+        return nullcontext(lambda event: None)
+    from dtrain.report.progress import terminal_progress
+
+    return terminal_progress(color=options.color, verbose=options.verbose)
 
 
 def error(options: Options, code: int, message: str, hint: str = "", log: str = "") -> None:

@@ -177,6 +177,13 @@ def _update(start: Flat, after: Flat, residual: Flat | None) -> Flat:
     return update
 
 
+def encoded_bytes(size: int, config: CodecConfig) -> int:
+    """Return the bytes of an encoded update of `size` values, 1 at least."""
+    whole, rest = divmod(size - 1, BLOCK)
+    block, last = (CODECS[config.name].encode(np.zeros(count, np.float32)).nbytes for count in (BLOCK, rest + 1))
+    return whole * block + last
+
+
 def decompress(start: Parameters, compressed: Compressed, config: CodecConfig) -> Parameters:
     """Return the parameters that a compressed update leads to from `start`, or slices of them from slices."""
     return _reached(start, compressed, CODECS[config.name].decode(compressed.update, compressed.size))

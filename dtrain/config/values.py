@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from datetime import date, time
 from typing import Any, TypeAlias
 
 from pydantic import BaseModel, ByteSize, ConfigDict, TypeAdapter, ValidationError
 
-from dtrain.errors import InvalidConfig
+from dtrain.errors import InvalidConfig, UsageError
 
 Plain: TypeAlias = "str | int | float | bool | date | time | list[Plain] | dict[str, Plain] | None"
 """A value that a config file can hold."""
@@ -84,3 +85,28 @@ def _bytes(text: str) -> int | None:
         return int(TypeAdapter(ByteSize).validate_python(text.strip()))
     except ValidationError:
         return None
+
+
+BANDWIDTH = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(bit(?:/s)?|bps|B(?:/s)?)")
+"""Number, prefix and unit of a bandwidth."""
+PREFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_bandwidth(text: str) -> float:
+    """Return the bytes a second of a bandwidth.
+
+    Raises
+    ------
+    UsageError
+        The text is not a positive number with a unit.
+
+    >>> parse_bandwidth("200Mbit"), parse_bandwidth("5Gbit/s"), parse_bandwidth("25MB/s")
+    (25000000.0, 625000000.0, 25000000.0)
+    """
+    match = BANDWIDTH.fullmatch(text.strip()) if isinstance(text, str) else None
+    if match is None or not float(match[1]):
+        raise UsageError(
+            f"bandwidth {text!r}: allowed are a number and a unit, such as 200Mbit, 5Gbit/s or 25MB/s.",
+            "Give the speed of a worker's link; bit are bits and B bytes.",
+        )
+    return float(match[1]) * PREFIXES[match[2]] / (1 if match[3].startswith("B") else 8)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from dtrain.display import joined, number, shown
+from dtrain.display import duration, joined, number, shown
 from dtrain.errors import shortened
 from dtrain.events import (
     ChunksFilled,
     ClusterOpening,
     ReplicaRejected,
     RoundDamaged,
+    RoundsMeasured,
     RunStarted,
     SegmentReplayed,
     StepsTaken,
@@ -33,6 +34,11 @@ def started_line(event: RunStarted) -> str:
 def continuing_line(event: RunStarted) -> str:
     """Return where a run that was started before goes on."""
     return f"continuing after round {event.round} of {event.rounds}"
+
+
+def measured_line(event: RoundsMeasured) -> str:
+    """Return what rounds of a probe took."""
+    return f"measured {event.rounds} rounds of local_steps = {event.local_steps}: {duration(event.seconds)} each"
 
 
 def round_line(result: RoundResult, rounds: int, speed: float, width: int) -> str:

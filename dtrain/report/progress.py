@@ -21,6 +21,7 @@ from dtrain.events import (
     Reporter,
     RoundDamaged,
     RoundFinished,
+    RoundsMeasured,
     RunFinished,
     RunStarted,
     SegmentReplayed,
@@ -29,6 +30,7 @@ from dtrain.events import (
 from dtrain.report.lines import (
     continuing_line,
     fault_line,
+    measured_line,
     opening_line,
     round_line,
     speed_of,
@@ -98,6 +100,8 @@ class _Terminal:
                 self._start(event)
             case StepsTaken():
                 self._step(event)
+            case RoundsMeasured():
+                self._print(measured_line(event))
             case RoundFinished(result):
                 self._advance(result)
             case ChunksFilled() | SegmentReplayed() | ReplicaRejected() | RoundDamaged():

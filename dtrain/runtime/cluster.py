@@ -20,7 +20,6 @@ from distributed import Future
 
 from dtrain.algorithm.average import by_replica
 from dtrain.algorithm.evaluate import Sums, merge
-from dtrain.algorithm.slices import Slices, num_slices, slices_of
 from dtrain.data.load.statistics import Moments, merge_moments
 from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
@@ -29,13 +28,13 @@ from dtrain.runtime.client import GONE, TaskClient
 from dtrain.runtime.connect import Connection
 from dtrain.runtime.handles import ClusterRound, gathered, handles_of, scattered
 from dtrain.runtime.placement import place_replicas
-from dtrain.runtime.reducing import PRIORITY_REDUCE, Reduction, Sliced
+from dtrain.runtime.reducing import PRIORITY_REDUCE, Reduction, Sliced, reducer_slices
 from dtrain.runtime.remote import RESOURCE
 from dtrain.runtime.resident import Resident
 from dtrain.runtime.runner import Outcome
 from dtrain.runtime.spec import RunSpec
 from dtrain.runtime.trial import Initial
-from dtrain.types import Layout, Parameters, Position, RoundPlan, TrainState
+from dtrain.types import Parameters, Position, RoundPlan, TrainState
 
 PRIORITY_LOCAL, PRIORITY_EVALUATE = 1, 2
 """A worker evaluates a round before it trains the next one: later would not be faster, and results come evenly."""
@@ -105,15 +104,8 @@ class ClusterRunner:
         """Scatter a state from the driver to the workers of its replicas."""
         self._client.begin()
         at = self._placed(len(state.broadcast))
-        return scattered(self._client, state, at, self._slices(state.model.layout))
-
-    def _slices(self, layout: Layout) -> Slices:
-        """Return the slices of the reducer; the means of a sparse topology are spread over the workers as they are."""
-        config = self.spec.config
-        wanted = config.cluster.slices
-        if wanted == "auto" and config.average.mix.topology != "full":
-            wanted = 1
-        return slices_of(layout, num_slices(wanted, layout, len(set(self._places.values()))))
+        slices = reducer_slices(self.spec.config, state.model.layout, len(set(at.values())))
+        return scattered(self._client, state, at, slices)
 
     def submit(self, held: ClusterRound, plan: RoundPlan) -> ClusterRound:
         """Submit the local steps, the averages and the evaluation of a round."""

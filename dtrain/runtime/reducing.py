@@ -18,15 +18,24 @@ from distributed import Future
 
 from dtrain.algorithm.average import round_averages, starts_of
 from dtrain.algorithm.mix import Average
-from dtrain.algorithm.slices import Slices
+from dtrain.algorithm.slices import Slices, num_slices, slices_of
 from dtrain.config.average import AverageConfig
+from dtrain.config.schema import TrainConfig
 from dtrain.runtime import remote
 from dtrain.runtime.client import TaskClient
-from dtrain.types import RoundPlan
+from dtrain.types import Layout, RoundPlan
 
 PRIORITY_REDUCE = 10
 Sliced: TypeAlias = tuple[Future, ...]
 """By slice: the future of a value."""
+
+
+def reducer_slices(config: TrainConfig, layout: Layout, workers: int) -> Slices:
+    """Return the slices of the reducer; the means of a sparse topology are spread over the workers as they are."""
+    wanted = config.cluster.slices
+    if wanted == "auto" and config.average.mix.topology != "full":
+        wanted = 1
+    return slices_of(layout, num_slices(wanted, layout, workers))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,15 +13,17 @@ import torch
 from torch import nn
 
 from dtrain.algorithm.batch import TensorBatch, autocast, non_finite_values
+from dtrain.algorithm.batchnorm import norm_layers
 from dtrain.algorithm.local import run_local_steps
 from dtrain.algorithm.losses import mean_of_batch
 from dtrain.algorithm.params import flatten, layout_of
 from dtrain.algorithm.plan import first_step, pass_size, smallest_batch
 from dtrain.algorithm.replica import empty_inner_state
+from dtrain.config.average import AverageConfig
 from dtrain.config.schema import TrainTable
 from dtrain.data.load.gather import target_scalings
 from dtrain.data.load.loader import read_batches
-from dtrain.errors import DtrainError, FirstLossNotFinite, ShapesDiffer, one_line
+from dtrain.errors import DtrainError, FirstLossNotFinite, InvalidConfig, ShapesDiffer, one_line
 from dtrain.runtime.module import isolated
 from dtrain.runtime.resident import Resident
 from dtrain.runtime.tasks import prepared
@@ -51,6 +53,10 @@ class Initial:
     """Frozen ones among them."""
     seconds: float
     """Of one local step."""
+    inner_bytes: int
+    """Of the state of the inner optimizer after a step."""
+    has_batchnorm: bool
+    """Whether layers of the model keep running statistics."""
 
 
 def initialise(resident: Resident) -> Initial:
@@ -64,17 +70,20 @@ def initialise(resident: Resident) -> Initial:
         It does not accept the inputs, or its output does not fit the targets.
     FirstLossNotFinite
         The loss of that batch is NaN or infinite.
+    InvalidConfig
+        ``average.recalibrate_batchnorm`` is set, and no layer keeps running statistics.
     """
     spec = resident.spec
     with resident.lock, isolated(spec.config.train.seed, spec.threads):
         module = resident.module()
+        has_batchnorm = _has_batchnorm(module, spec.config.average)
         layout = layout_of(module)
         params = flatten(module, layout)
         batch = _first_batch(resident)
         module.to(spec.device)
         loss, outputs = _first_loss(resident, module, batch)
         with user_code("The first local step"):
-            seconds = [_timed_step(resident, module, batch) for _ in range(2)][-1]  # the first one is slower
+            seconds, inner_bytes = [_timed_step(resident, module, batch) for _ in range(2)][-1]  # the first is slower
         _try_smallest(resident, module, batch)
         return Initial(
             params=params,
@@ -84,7 +93,21 @@ def initialise(resident: Resident) -> Initial:
             num_params=layout.num_params + layout.num_frozen,
             num_frozen=layout.num_frozen,
             seconds=seconds * len(first_step(resident.replicas[0].partition.num_samples, spec.config.train)),
+            inner_bytes=inner_bytes,
+            has_batchnorm=has_batchnorm,
         )
+
+
+def _has_batchnorm(module: nn.Module, average: AverageConfig) -> bool:
+    """Whether layers keep running statistics; refuses to recalibrate a model without them."""
+    found = bool(norm_layers(module))
+    if average.recalibrate_batchnorm and not found:
+        raise InvalidConfig(
+            "average.recalibrate_batchnorm = true is for layers that keep running statistics, such as BatchNorm; "
+            f"{type(module).__name__} has none.",
+            "Leave recalibrate_batchnorm out.",
+        )
+    return found
 
 
 def _first_batch(resident: Resident) -> TensorBatch:
@@ -105,11 +128,12 @@ def _first_batch(resident: Resident) -> TensorBatch:
         return next(prepared(resident, batches, "train", 0, Cursor(0, 0), total))
 
 
-def _timed_step(resident: Resident, module: nn.Module, batch: TensorBatch) -> float:
+def _timed_step(resident: Resident, module: nn.Module, batch: TensorBatch) -> tuple[float, int]:
+    """Return the seconds of a local step, and the bytes of the inner optimizer's state after it."""
     started = time.monotonic()
     steps = [(batch.size, [batch])]
-    run_local_steps(module, resident.recipe, empty_inner_state(), steps, first_step=0, total_steps=1)
-    return time.monotonic() - started
+    local = run_local_steps(module, resident.recipe, empty_inner_state(), steps, first_step=0, total_steps=1)
+    return time.monotonic() - started, local.inner.nbytes
 
 
 def _try_smallest(resident: Resident, module: nn.Module, batch: TensorBatch) -> None:

@@ -14,7 +14,7 @@ from tests.cli.helpers import last
 GLOBAL = {"--json", "--quiet -q", "--verbose -v", "--no-color", "--debug", "--version"}
 COMMANDS = {
     "init": {"[DIR]", "--template", "--data"},
-    "plan": {"CONFIG", "--set", "--scheduler", "--full"},
+    "plan": {"CONFIG", "--set", "--scheduler", "--full", "--probe", "--bandwidth"},
     "train": {"CONFIG", "--run", "--set", "--scheduler", "--max-time"},
     "status": {"RUN", "--watch"},
     "eval": {"RUN", "--data", "--split", "--round", "--scheduler", "--set", "--project", "--trust-code"},

@@ -1,5 +1,7 @@
 """dtrain plan."""
 
+import tomllib
+
 import pytest
 
 from tests.cli.helpers import last, objects, tree
@@ -31,9 +33,12 @@ KEYS = {
     "workers",
     "resident_bytes",
     "reduced_bytes",
+    "received_bytes",
     "commit_bytes",
     "round_seconds",
     "checksums",
+    "probe",
+    "cadence",
     "resolved",
 }
 
@@ -69,8 +74,11 @@ def test_the_numbers_as_an_object(cli, project):
         "workers": 2,
         "resident_bytes": found["memory"]["total"],
         "reduced_bytes": params * 4 * 2,
+        "received_bytes": params * 4,
         "commit_bytes": params * 4,
         "checksums": {"x": False, "label": False},
+        "probe": None,
+        "cadence": None,
     }
     memory = found["memory"]
     assert (memory["unit"], memory["open_units"], memory["loaders"], memory["cached_units"]) == (
@@ -100,7 +108,7 @@ def test_the_numbers_in_words(cli, project):
         "44 parameters; x float32[8, 3] -> float32[8, 4]",
         "cross_entropy of one real batch: 1.",
         "3 local steps a replica, batch 8: 48 samples, 2 rounds",
-        "352 B averaged a round, 176 B a commit",
+        "352 B sent a round by 2 replicas, 176 B back to each",
         "auto average.replicas  2 (the smaller of 2 workers and the units of the store)",
     ]:
         assert words in outcome.out
@@ -157,6 +165,70 @@ def test_a_plan_is_what_training_then_does(cli, project):
     assert row["steps"] == sum(planned["steps"])
     assert row["bytes_reduced"] == planned["reduced_bytes"]
     assert planned["fingerprint"] in (job.run / "plan.json").read_text()
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Probes that take a moment, and say little of the machine."""
+    for name, value in {"ROUND_SECONDS": 0.02, "MOST": 3, "PROBE_SECONDS": 0.5}.items():
+        monkeypatch.setattr(f"dtrain.probe.{name}", value)
+
+
+@pytest.mark.usefixtures("short")
+def test_a_probe_measures_and_says_how_many_steps_to_take(cli, project, tmp_path):
+    job = project()
+    before = tree(tmp_path)
+    outcome = cli("plan", job.config, "--probe", "--bandwidth", "200Mbit")
+    assert outcome.code == 0, outcome.err
+    assert tree(tmp_path) == before
+    assert max(map(len, outcome.out.splitlines())) <= 80
+    rows = outcome.out.splitlines()
+    assert "local_steps  in steps  MB/s a worker  x synchronous" in rows
+    assert sum(row.endswith("<- as configured") for row in rows) == 1
+    assert rows[-2] == "[train]"
+    assert rows[-1].startswith("local_steps = ")
+    assert tomllib.loads("\n".join(rows[-2:]))["train"]["local_steps"] >= 1
+    said = outcome.err.splitlines()
+    assert said[0] == "measuring rounds; nothing of them is kept"
+    assert said[1].startswith("measured 3 rounds of local_steps = 1: ")
+    assert said[-1] == f"nothing was written; next: dtrain train {job.config}"
+
+
+@pytest.mark.usefixtures("short")
+def test_a_probe_as_an_object(cli, project):
+    job = project({"train": {"local_steps": 4}})
+    outcome = cli("--json", "-q", "plan", job.config, "--probe")
+    assert (outcome.code, outcome.err) == (0, "")
+    (record,) = objects(outcome.out)
+    probe, cadence = record["probe"], record["cadence"]
+    assert probe["step_seconds"] > 0
+    assert probe["limited_by"] in ("steps", "reading", "communication")
+    assert (cadence["measured"], cadence["bandwidth"], cadence["local_steps"]) == (True, None, 4)
+    assert (cadence["pays_from"], cadence["all_reduce_seconds"]) == (None, None)
+    by_steps = {row["local_steps"]: row for row in cadence["table"]}
+    assert {1, 4, 1000, cadence["recommended"]} <= by_steps.keys()
+    assert by_steps[cadence["recommended"]]["share"] >= 0.9 - 1e-9
+    assert by_steps[4]["share"] == pytest.approx(4 * probe["step_seconds"] / by_steps[4]["seconds"])
+
+
+def test_a_bandwidth_without_a_probe_is_an_estimate(cli, project):
+    job = project()
+    outcome = cli("--json", "plan", job.config, "--bandwidth", "8kbit")
+    (record,) = objects(outcome.out)
+    assert record["probe"] is None
+    cadence = record["cadence"]
+    # 176 bytes of parameters and 184 of momentum there, 176 bytes back, at 1,000 bytes a second
+    assert (cadence["wire_bytes"], cadence["wire_seconds"]) == (536, 0.536)
+    assert cadence["all_reduce_seconds"] == 0.176
+    assert cadence["pays_from"] == 4
+    assert "estimate " in cli("plan", job.config, "--bandwidth", "8kbit").out
+
+
+@pytest.mark.parametrize("text", ["fast", "200", "25Mb", "0Mbit"])
+def test_what_is_no_bandwidth_is_refused(cli, project, text):
+    outcome = cli("plan", project().config, "--bandwidth", text)
+    assert outcome.code == 2
+    assert f"bandwidth '{text}': allowed are a number and a unit, such as 200Mbit, 5Gbit/s or 25MB/s" in outcome.err
 
 
 @pytest.mark.parametrize(

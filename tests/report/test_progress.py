@@ -7,7 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from dtrain.events import Event, ReplicaRejected, RoundCommitted, RoundFinished, RunStarted, SegmentReplayed, StepsTaken
+from dtrain.events import (
+    Event,
+    ReplicaRejected,
+    RoundCommitted,
+    RoundFinished,
+    RoundsMeasured,
+    RunStarted,
+    SegmentReplayed,
+    StepsTaken,
+)
 from dtrain.report.progress import MAX_LINES, _Terminal, terminal_progress
 from tests.report.helpers import result_of
 
@@ -38,6 +47,14 @@ def test_a_run_prints_its_size_and_a_line_a_round(capsys: pytest.CaptureFixture[
 
 def test_a_continued_run_says_where(capsys: pytest.CaptureFixture[str], started: RunStarted) -> None:
     assert printed(capsys, replace(started, round=2))[1:] == ["continuing after round 2 of 3"]
+
+
+def test_rounds_that_are_measured_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    events = [RoundsMeasured(rounds=n, local_steps=h, seconds=t) for n, h, t in ((20, 1, 0.0123), (3, 4000, 1.04))]
+    assert printed(capsys, *events) == [
+        "measured 20 rounds of local_steps = 1: 12 ms each",
+        "measured 3 rounds of local_steps = 4000: 1.0 s each",
+    ]
 
 
 def test_a_long_run_prints_some_of_its_rounds(capsys: pytest.CaptureFixture[str], started: RunStarted) -> None:

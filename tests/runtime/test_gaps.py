@@ -19,7 +19,8 @@ from dtrain.config.schema import TrainConfig
 from dtrain.data.plan.partition import JointPlan
 from dtrain.errors import CoordinateJumps
 from dtrain.job import job_from_config
-from dtrain.planning import plan_job, plan_record
+from dtrain.planning import plan_job
+from dtrain.planrecord import plan_record
 from dtrain.plantext import plan_rows
 from dtrain.resolve import from_json
 from dtrain.trainer import train_job

@@ -22,7 +22,8 @@ from dtrain.data.read.presence import check_presence
 from dtrain.errors import ChunkMissing, DataChanged, NonFiniteData, RunConflict, TooFewSamples
 from dtrain.events import ChunksFilled
 from dtrain.job import job_from_config, with_scheduler
-from dtrain.planning import plan_job, plan_record
+from dtrain.planning import plan_job
+from dtrain.planrecord import plan_record
 from dtrain.plantext import plan_rows
 from dtrain.prepare import open_runner
 from dtrain.runs import load_run

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dtrain_cli.arguments import CONFIG, SCHEDULER, SET, load_job, start_workers_early
-from dtrain_cli.output import Options, result, say, shown, waiting
+from dtrain_cli.output import Options, progress, result, say, shown, waiting
 
 if TYPE_CHECKING:
     from dtrain.events import Event, RunFinished
@@ -62,7 +62,7 @@ def train(
         if isinstance(event, RunFinished):
             result(options, _done(event), {"event": "done", **asdict(event)})
 
-    with _terminable(), _progress(options) as show:
+    with _terminable(), progress(options) as show:
         train_job(job, directory, report=report, max_seconds=seconds)
     say(options, f"next: dtrain eval {shown(directory)}")
 
@@ -75,14 +75,6 @@ def parse_duration(text: str) -> float:
     if not match:
         raise UsageError(f'--max-time "{text}": write it like 90s, 30m, 2h or 1d.')
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
-
-
-def _progress(options: Options) -> AbstractContextManager[Callable[[Event], None]]:
-    if options.quiet:
-        return nullcontext(lambda event: None)
-    from dtrain.report.progress import terminal_progress
-
-    return terminal_progress(color=options.color, verbose=options.verbose)
 
 
 def _done(event: RunFinished) -> str:
