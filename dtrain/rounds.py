@@ -9,8 +9,8 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from dtrain.algorithm.average import first_outer
 from dtrain.algorithm.evaluate import Sums, in_order, values
+from dtrain.algorithm.pattern import first_outer
 from dtrain.algorithm.plan import first_position, is_evaluated, pass_size, plan_round, position_after
 from dtrain.algorithm.replica import fresh_replica
 from dtrain.algorithm.stop import end_reason, metric_of

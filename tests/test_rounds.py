@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain import rounds as module
-from dtrain.algorithm.average import first_outer
 from dtrain.algorithm.evaluate import Sums
+from dtrain.algorithm.pattern import first_outer
 from dtrain.algorithm.plan import first_position
 from dtrain.algorithm.replica import fresh_replica
 from dtrain.config.schema import TrainConfig

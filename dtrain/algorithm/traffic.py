@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeAlias
 
-from dtrain.algorithm.average import by_replica
 from dtrain.algorithm.codec import encoded_bytes
 from dtrain.algorithm.mix import Average, averages, neighbourhoods
+from dtrain.algorithm.pattern import by_replica
 from dtrain.config.average import AverageConfig
 from dtrain.types import Layout
 

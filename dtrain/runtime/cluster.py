@@ -18,8 +18,8 @@ from typing import Any
 
 from distributed import Future
 
-from dtrain.algorithm.average import by_replica
 from dtrain.algorithm.evaluate import Sums, merge
+from dtrain.algorithm.pattern import by_replica
 from dtrain.data.load.statistics import Moments, merge_moments
 from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from distributed import Future
 
-from dtrain.algorithm.average import apart, settled, together
 from dtrain.algorithm.params import with_frozen, without_frozen
+from dtrain.algorithm.pattern import apart, settled, together
 from dtrain.algorithm.slices import (
     Slices,
     cut_broadcast,

@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 
 from distributed import Future
 
-from dtrain.algorithm.average import round_averages, starts_of
 from dtrain.algorithm.mix import Average
+from dtrain.algorithm.pattern import round_averages, starts_of
 from dtrain.algorithm.slices import Slices, num_slices, slices_of
 from dtrain.config.average import AverageConfig
 from dtrain.config.schema import TrainConfig

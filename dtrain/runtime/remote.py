@@ -15,12 +15,13 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 from distributed import WorkerPlugin, get_worker
 from distributed.core import Status
 
-from dtrain.algorithm.average import AverageFacts, Combined, Mean, Update, model_of, summarise
+from dtrain.algorithm.average import AverageFacts, Combined, Mean, Update
 from dtrain.algorithm.batchnorm import Statistics, with_statistics
 from dtrain.algorithm.ema import next_ema
 from dtrain.algorithm.evaluate import Sums
 from dtrain.algorithm.mix import Average
 from dtrain.algorithm.params import with_frozen
+from dtrain.algorithm.pattern import model_of, summarise
 from dtrain.algorithm.slices import Slice, cut_update, join_broadcast, join_params
 from dtrain.config.average import AverageConfig, CodecConfig
 from dtrain.data.load.statistics import Moments

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dtrain.algorithm.average import (
+from dtrain.algorithm.batchnorm import with_statistics
+from dtrain.algorithm.ema import next_ema
+from dtrain.algorithm.evaluate import Sums, merge
+from dtrain.algorithm.params import with_frozen
+from dtrain.algorithm.pattern import (
     apart,
     by_replica,
     model_of,
@@ -15,10 +19,6 @@ from dtrain.algorithm.average import (
     summarise,
     together,
 )
-from dtrain.algorithm.batchnorm import with_statistics
-from dtrain.algorithm.ema import next_ema
-from dtrain.algorithm.evaluate import Sums, merge
-from dtrain.algorithm.params import with_frozen
 from dtrain.data.load.statistics import Moments, merge_moments
 from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken

@@ -7,21 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dtrain.algorithm.average import (
-    AverageFacts,
-    Combined,
-    Update,
-    by_replica,
-    combine,
-    contribute,
-    first_outer,
-    model_of,
-    round_averages,
-    summarise,
-)
+from dtrain.algorithm.average import AverageFacts, Combined, Update, combine, contribute
 from dtrain.algorithm.local import LocalResult
 from dtrain.algorithm.mix import Average, averages
 from dtrain.algorithm.params import params_sha256
+from dtrain.algorithm.pattern import by_replica, first_outer, model_of, round_averages, summarise
 from dtrain.algorithm.plan import first_position, plan_round
 from dtrain.algorithm.replica import empty_inner_state, fresh_replica
 from dtrain.config.average import AverageConfig, CodecConfig, OuterConfig

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.algorithm import drift
-from dtrain.algorithm.average import combine, contribute, summarise
+from dtrain.algorithm.average import combine, contribute
 from dtrain.algorithm.drift import BLOCK, block_squares, cosine_terms, mean_cosine, norm_of
+from dtrain.algorithm.pattern import summarise
 from dtrain.algorithm.replica import fresh_replica
 from dtrain.config.average import AverageConfig, CodecConfig
 from dtrain.types import Broadcast, RoundSummary

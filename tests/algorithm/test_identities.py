@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dtrain.algorithm.average import Update, by_replica, combine, contribute, round_averages, starts_of
+from dtrain.algorithm.average import Update, combine, contribute
 from dtrain.algorithm.local import LocalResult
+from dtrain.algorithm.pattern import by_replica, round_averages, starts_of
 from dtrain.algorithm.plan import first_position, plan_round
 from dtrain.algorithm.replica import empty_inner_state, fresh_replica
 from dtrain.config.average import AverageConfig, CodecConfig, MixConfig

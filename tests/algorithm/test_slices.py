@@ -13,10 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtrain.algorithm.average import Combined, Update, average, combine, contribute, stepped, summarise
+from dtrain.algorithm.average import Combined, Update, average, combine, contribute, stepped
 from dtrain.algorithm.codec import BLOCK
 from dtrain.algorithm.drift import norm_of
 from dtrain.algorithm.outer import outer_step
+from dtrain.algorithm.pattern import summarise
 from dtrain.algorithm.replica import empty_inner_state, fresh_replica
 from dtrain.algorithm.slices import (
     ALIGNMENT,

@@ -11,21 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain.algorithm.average import (
-    Update,
-    average,
-    by_replica,
-    combine,
-    contribute,
-    first_outer,
-    model_of,
-    round_averages,
-    starts_of,
-    stepped,
-)
+from dtrain.algorithm.average import Update, average, combine, contribute, stepped
 from dtrain.algorithm.drift import norm_of
 from dtrain.algorithm.outer import WHOLE_TENSORS
 from dtrain.algorithm.params import flatten, is_finite, layout_of, load_into, tensors_of
+from dtrain.algorithm.pattern import by_replica, first_outer, model_of, round_averages, starts_of
 from dtrain.algorithm.plan import first_position, plan_round
 from dtrain.algorithm.replica import empty_inner_state
 from dtrain.algorithm.slices import cut_broadcast, cut_outer, cut_update, join_broadcast, slices_of
