@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import numpy as np
 
@@ -37,7 +36,6 @@ from dtrain.types import (
     ReplicaState,
 )
 
-T = TypeVar("T")
 NO_SQUARES: Squares = np.zeros(0)
 
 
