@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import uuid
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from distributed import Client
@@ -20,6 +20,7 @@ from dtrain.data.plan.readers import choose_readers
 from dtrain.data.plan.summary import describe_plan
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import Samples
+from dtrain.initfile import init_path, read_init
 from dtrain.job import Job
 from dtrain.prepare import open_runner
 from dtrain.resolve import Resolved
@@ -106,10 +107,10 @@ def plan_job(job: Job, *, full: bool = False, client: Client | None = None) -> R
     DtrainError
         Whatever would stop the run at its start.
     """
-    run_id = uuid.uuid4().hex[:8]
+    init, run_id = init_path(job), uuid.uuid4().hex[:8]
     opened = open_runner(job, run_id, client=client, most_units=ESTIMATE_UNITS, full=full, count=True)
     with opened as (runner, resolved):
-        initial = runner.initialise()
+        initial = runner.initialise(None if init is None else read_init(init))
         workers, sources, held_out = runner.num_workers, runner.spec.sources, runner.spec.held_out
     train, plan = job.config.train, resolved.plan
     sizes = [pass_size(size, train) for size in plan.sizes]
@@ -216,6 +217,7 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
         "fingerprint": plan.data.fingerprint,
         "num_params": plan.initial.num_params,
         "num_frozen": plan.initial.num_frozen,
+        "init": None if plan.initial.loaded is None else asdict(plan.initial.loaded),
         "first_loss": plan.initial.loss,
         "steps": list(plan.steps),
         "samples_a_round": plan.samples,

@@ -10,6 +10,7 @@ from dtrain.data.plan.missing import absence_of, stands_for
 from dtrain.display import number
 from dtrain.job import Job
 from dtrain.planning import ESTIMATE_UNITS, RunPlan, StorePlan
+from dtrain.report.lines import loaded_line
 from dtrain.runtime.spec import PlannedSource
 
 
@@ -30,6 +31,7 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
             f"{plan.initial.num_params:,} parameters{_frozen(plan)}; {', '.join(plan.initial.inputs)} -> "
             f"{plan.initial.outputs}",
         ),
+        *([("init", loaded_line(plan.initial.loaded))] if plan.initial.loaded is not None else []),
         ("first loss", f"{train.loss} of one real batch: {number(plan.initial.loss)}{_estimated(job)}"),
         (
             "round",

@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from dtrain.algorithm.average import first_outer
 from dtrain.algorithm.evaluate import Sums, in_order, values
@@ -18,8 +17,7 @@ from dtrain.config.schema import TrainConfig
 from dtrain.errors import ClusterLost, Diverged, OutOfMemory
 from dtrain.events import Reporter, SegmentReplayed
 from dtrain.runtime.runner import Held, Outcome, Runner, SegmentLost
-from dtrain.statefiles import load_tensor_file
-from dtrain.types import Broadcast, History, Position, RoundResult, RoundSummary, TrainState
+from dtrain.types import Broadcast, History, Parameters, Position, RoundResult, RoundSummary, TrainState
 
 MAX_REPLAYS = 3
 """Times that one segment is begun again before the run gives up."""
@@ -198,11 +196,8 @@ def _ratio(total: float, count: float) -> float:
     return total / count if count else math.nan
 
 
-def initial_state(runner: Runner[Held], config: TrainConfig, init: Path | None = None) -> TrainState:
-    """Return the state of round 0: the model of the user's function, or the tensors of a safetensors file."""
-    params, replicas = runner.initialise().params, runner.spec.plan.replicas
-    if init is not None:
-        params = load_tensor_file(init, params.layout)
+def initial_state(params: Parameters, replicas: int, config: TrainConfig) -> TrainState:
+    """Return the state of round 0."""
     return TrainState(
         position=first_position(replicas),
         model=params,
