@@ -7,7 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from dtrain.events import Event, ReplicaRejected, RoundCommitted, RoundFinished, RunStarted, SegmentReplayed, StepsTaken
+from dtrain.events import (
+    Event,
+    ParametersLoaded,
+    ReplicaRejected,
+    RoundCommitted,
+    RoundFinished,
+    RunStarted,
+    SegmentReplayed,
+    StepsTaken,
+)
 from dtrain.report.progress import MAX_LINES, _Terminal, terminal_progress
 from tests.report.helpers import result_of
 
@@ -38,6 +47,21 @@ def test_a_run_prints_its_size_and_a_line_a_round(capsys: pytest.CaptureFixture[
 
 def test_a_continued_run_says_where(capsys: pytest.CaptureFixture[str], started: RunStarted) -> None:
     assert printed(capsys, replace(started, round=2))[1:] == ["continuing after round 2 of 3"]
+
+
+@pytest.mark.parametrize(
+    ("new", "cast", "text"),
+    [
+        ((), (), "starting from 1,400 tensors of a.safetensors"),
+        (("head",), ("bfloat16",), "starting from 1,400 tensors of a.safetensors (bfloat16 as float32); 1 new: head"),
+        (tuple("abcdefgh"), (), "starting from 1,400 tensors of a.safetensors; 8 new: a, b, c and 5 more"),
+    ],
+)
+def test_a_run_says_once_what_it_starts_from(
+    capsys: pytest.CaptureFixture[str], started: RunStarted, new: tuple[str, ...], cast: tuple[str, ...], text: str
+) -> None:
+    loaded = ParametersLoaded(path="a.safetensors", tensors=1400, new=new, cast=cast)
+    assert " ".join(printed(capsys, started, loaded)[1:]).replace("   ", " ") == text
 
 
 def test_a_long_run_prints_some_of_its_rounds(capsys: pytest.CaptureFixture[str], started: RunStarted) -> None:
