@@ -18,9 +18,9 @@ from pathlib import Path
 
 import safetensors
 
-from dtrain.errors import DataNotFound, DtrainError, RoundNotFound, RunDamaged, one_line
+from dtrain.errors import DtrainError, RoundNotFound, RunDamaged, one_line
 from dtrain.files import remove_directory, write_directory
-from dtrain.statefiles import PARAMS, json_bytes, state_files, state_from
+from dtrain.statefiles import json_bytes, state_files, state_from
 from dtrain.types import Parameters, TrainState
 
 FORMAT = 1
@@ -90,28 +90,6 @@ def load_round(directory: Path) -> tuple[TrainState, str]:
 def load_params(directory: Path) -> Parameters:
     """Return the parameters of the model of a committed round."""
     return load_round(directory)[0].model
-
-
-def params_file(path: Path) -> Path:
-    """Return the safetensors file that ``train.init`` names: itself, or that of a run's last committed round.
-
-    Raises
-    ------
-    DataNotFound, RoundNotFound
-        There is nothing at the path, or the run has no committed round.
-    RunDamaged
-        The round differs from its manifest.
-    """
-    if not path.exists():
-        raise DataNotFound(
-            f"train.init = {path}: there is no such file or directory.",
-            "Name a safetensors file, or a run's directory.",
-        )
-    if not path.is_dir():
-        return path
-    directory = round_directory(path, find_round(path, "last", None))
-    load_round(directory)
-    return directory / PARAMS
 
 
 def _sha256(data: bytes) -> str:

@@ -40,6 +40,20 @@ class RunStarted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ParametersLoaded:
+    """A run starts from the tensors of ``train.init``; once, before its first round."""
+
+    path: str
+    """The safetensors file."""
+    tensors: int
+    """How many it has; all are taken."""
+    new: tuple[str, ...]
+    """Tensors of the model that the file lacks: they start as the user's function builds them."""
+    cast: tuple[str, ...]
+    """Dtypes of the file that were cast to float32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChunksFilled:
     """Chunks are not stored, and ``data.missing = "auto"`` fills them: at every start of a run, for each variable."""
 
@@ -135,6 +149,7 @@ class RunFinished:
 Event: TypeAlias = (
     ClusterOpening
     | RunStarted
+    | ParametersLoaded
     | ChunksFilled
     | StepsTaken
     | RoundsMeasured

@@ -20,6 +20,7 @@ from dtrain.data.plan.readers import choose_readers
 from dtrain.data.plan.summary import describe_plan
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import Samples
+from dtrain.initfile import init_path, read_init
 from dtrain.job import Job
 from dtrain.prepare import ESTIMATE_UNITS, open_runner
 from dtrain.probe import Probe
@@ -136,10 +137,10 @@ def plan_job(job: Job, *, full: bool = False, client: Client | None = None) -> R
     DtrainError
         Whatever would stop the run at its start.
     """
-    run_id = uuid.uuid4().hex[:8]
+    init, run_id = init_path(job), uuid.uuid4().hex[:8]
     opened = open_runner(job, run_id, client=client, most_units=ESTIMATE_UNITS, full=full, count=True)
     with opened as (runner, resolved):
-        initial = runner.initialise()
+        initial = runner.initialise(None if init is None else read_init(init))
         workers, sources, held_out = runner.num_workers, runner.spec.sources, runner.spec.held_out
     train, plan = job.config.train, resolved.plan
     sizes = [pass_size(size, train) for size in plan.sizes]

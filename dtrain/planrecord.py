@@ -24,6 +24,7 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
         "fingerprint": plan.data.fingerprint,
         "num_params": plan.initial.num_params,
         "num_frozen": plan.initial.num_frozen,
+        "init": None if plan.initial.loaded is None else asdict(plan.initial.loaded),
         "first_loss": plan.initial.loss,
         "steps": list(plan.steps),
         "samples_a_round": plan.samples,

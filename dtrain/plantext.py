@@ -12,6 +12,7 @@ from dtrain.job import Job
 from dtrain.planning import RunPlan, StorePlan
 from dtrain.prepare import ESTIMATE_UNITS
 from dtrain.probetext import probe_rows
+from dtrain.report.lines import loaded_line
 from dtrain.runtime.spec import PlannedSource
 
 STEPS_DIFFER = 1.1
@@ -35,6 +36,7 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
             f"{plan.initial.num_params:,} parameters{_frozen(plan)}; {', '.join(plan.initial.inputs)} -> "
             f"{plan.initial.outputs}",
         ),
+        *([("init", loaded_line(plan.initial.loaded))] if plan.initial.loaded is not None else []),
         ("first loss", f"{train.loss} of one real batch: {number(plan.initial.loss)}{_estimated(job)}"),
         (
             "round",

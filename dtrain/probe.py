@@ -26,7 +26,7 @@ from dtrain.config.schema import StopConfig, TrainConfig
 from dtrain.events import Reporter, RoundsMeasured
 from dtrain.job import Job
 from dtrain.prepare import ESTIMATE_UNITS, open_runner
-from dtrain.rounds import first_state, rounds
+from dtrain.rounds import initial_state, rounds
 from dtrain.types import Parameters, RoundResult
 
 ROUND_SECONDS = 1.0
@@ -98,7 +98,7 @@ def probe_job(
     with opened as (runner, resolved):
         runner.on_progress = report
         replicas = resolved.plan.replicas
-        state = first_state(params, replicas, config)
+        state = initial_state(params, replicas, config)
 
         def measure(local_steps: int) -> Sequence[RoundResult]:
             train = config.train.model_copy(update={"local_steps": local_steps})

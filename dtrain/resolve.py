@@ -70,6 +70,8 @@ class Resolved:
     """What a value stands for that marks a missing label."""
     filled: tuple[Mapping[str, Filled], ...] | None = ()
     """By store and variable: the missing chunks that ``data.missing = "auto"`` fills; None: they are not compared."""
+    init: str = ""
+    """SHA-256 of the file of ``train.init``; empty without it, and in runs of before."""
 
 
 def described(job: Job, place: Place) -> Job:
@@ -297,6 +299,7 @@ def to_json(job: Job, resolved: Resolved) -> dict[str, Any]:
         "labels": resolved.labels,
         "eval_every": resolved.eval_every,
         "filled": [{name: asdict(one) for name, one in store.items()} for store in resolved.filled or ()],
+        "init": resolved.init,
         "torch": torch.__version__,
         "code": dict(resolved.code),
         "code_rules": resolved.code_rules,
@@ -330,6 +333,7 @@ def from_json(values: Mapping[str, Any]) -> Resolved:
         labels=values.get("labels", "nan"),
         eval_every=values.get("eval_every", 1),
         filled=tuple({name: Filled(**one) for name, one in store.items()} for store in values.get("filled", ())),
+        init=values.get("init", ""),
         code=values["code"],
         code_rules=values.get("code_rules", 0),
     )

@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from dtrain.algorithm.evaluate import Sums, in_order, values
 from dtrain.algorithm.pattern import first_outer
@@ -18,7 +17,6 @@ from dtrain.config.schema import TrainConfig
 from dtrain.errors import ClusterLost, Diverged, OutOfMemory
 from dtrain.events import Reporter, SegmentReplayed
 from dtrain.runtime.runner import Held, Outcome, Runner, SegmentLost
-from dtrain.statefiles import load_tensor_file
 from dtrain.types import Broadcast, History, Parameters, Position, RoundResult, RoundSummary, TrainState
 
 MAX_REPLAYS = 3
@@ -195,16 +193,8 @@ def _ratio(total: float, count: float) -> float:
     return total / count if count else math.nan
 
 
-def initial_state(runner: Runner[Held], config: TrainConfig, init: Path | None = None) -> TrainState:
-    """Return the state of round 0: the model of the user's function, or the tensors of a safetensors file."""
-    params = runner.initialise().params
-    if init is not None:
-        params = load_tensor_file(init, params.layout)
-    return first_state(params, runner.spec.plan.replicas, config)
-
-
-def first_state(params: Parameters, replicas: int, config: TrainConfig) -> TrainState:
-    """Return the state of round 0 with some parameters."""
+def initial_state(params: Parameters, replicas: int, config: TrainConfig) -> TrainState:
+    """Return the state of round 0."""
     return TrainState(
         position=first_position(replicas),
         model=params,

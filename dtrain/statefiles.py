@@ -15,17 +15,14 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import safetensors
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from dtrain.algorithm.params import from_tensors, tensors_of
-from dtrain.errors import DtrainError, RunDamaged, one_line
 from dtrain.types import (
     Broadcast,
     Cursor,
@@ -110,20 +107,6 @@ def state_from(files: Mapping[str, bytes]) -> tuple[TrainState, str]:
         ema=from_tensors(load_tensors(files[EMA]), layout) if EMA in files else None,
     )
     return state, described["fingerprint"]
-
-
-def load_tensor_file(path: Path, layout: Layout) -> Parameters:
-    """Return parameters from a safetensors file of a state_dict.
-
-    Raises
-    ------
-    RunDamaged
-        It cannot be read, or does not fit the model.
-    """
-    try:
-        return from_tensors(load_tensors(path.read_bytes()), layout)
-    except (OSError, ValueError, safetensors.SafetensorError, DtrainError) as error:
-        raise RunDamaged(f"{path} cannot be used: {one_line(error)}") from error
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:

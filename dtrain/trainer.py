@@ -15,7 +15,7 @@ from distributed import Client
 
 from dtrain.algorithm.stop import end_reason
 from dtrain.calls import contradiction, is_given, python_job
-from dtrain.checkpoint import commit_round, committed_rounds, newest_state, params_file, prune, sweep
+from dtrain.checkpoint import commit_round, committed_rounds, newest_state, prune, sweep
 from dtrain.config.schema import RunConfig, TrainConfig
 from dtrain.data.samples import Samples
 from dtrain.directory import made_directory, next_run_directory, read_plan, run_directory, write_run
@@ -25,6 +25,7 @@ from dtrain.events import (
     ChunksFilled,
     ClusterOpening,
     Event,
+    ParametersLoaded,
     ReplicaRejected,
     Reporter,
     RoundCommitted,
@@ -33,6 +34,7 @@ from dtrain.events import (
     RunFinished,
     RunStarted,
 )
+from dtrain.initfile import init_path, read_init, with_init
 from dtrain.job import Job, Model, Table, absolute
 from dtrain.lock import locked
 from dtrain.prepare import open_runner
@@ -109,13 +111,17 @@ def _train(
     deadline: float | None,
 ) -> None:
     """Train the rounds after `state`; `note` also writes events to the run's files, `tell` does not."""
+    init = None if state is not None else init_path(job)
     scheduler = job.config.cluster.scheduler if client is None else str(client.scheduler.address)
     tell(ClusterOpening(run=str(opened.directory), scheduler=scheduler))
     with open_runner(job, uuid.uuid4().hex[:8], known=known, client=client, on_progress=tell) as (runner, resolved):
-        state = state or initial_state(runner, job.config, _init_file(job))
+        loaded: tuple[ParametersLoaded, ...] = ()
+        if state is None:
+            state, resolved, loaded = _first_state(runner, resolved, init)
         write_run(opened.directory, job, resolved)
         tell(_started(opened, state, runner))
-        for event in _filled(runner):
+        events: list[Event] = [*loaded, *_filled(runner)]
+        for event in events:
             note(event)
         runner.on_progress = tell
 
@@ -131,10 +137,16 @@ def _train(
                 raise Stopped(f"--max-time is over after round {result.round}.", "Run it again to continue.")
 
 
-def _init_file(job: Job) -> Path | None:
-    """Return the safetensors file of ``train.init``."""
-    init = job.config.train.init
-    return params_file(Path(job.base, init).expanduser()) if init else None
+def _first_state(
+    runner: Runner[Held], resolved: Resolved, init: Path | None
+) -> tuple[TrainState, Resolved, tuple[ParametersLoaded, ...]]:
+    """Return the state of round 0, what is resolved with the digest of ``train.init``, and what was taken from it."""
+    file = None if init is None else read_init(init)
+    if file is not None:
+        resolved = with_init(resolved, file)
+    initial = runner.initialise(file)
+    state = initial_state(initial.params, runner.spec.plan.replicas, runner.spec.config)
+    return state, resolved, () if initial.loaded is None else (initial.loaded,)
 
 
 def _resume(run: Path, job: Job, note: Reporter) -> tuple[Resolved | None, TrainState | None]:
@@ -329,8 +341,8 @@ def train_rounds(
     ...         break
     """
     job = python_job(model, samples, config, model_args, cluster, train=train, average=average)
-    with client_of(cluster) as client, open_runner(job, uuid.uuid4().hex[:8], client=client) as (runner, _):
-        state = initial_state(runner, job.config, _init_file(job))
+    with client_of(cluster) as client, open_runner(job, uuid.uuid4().hex[:8], client=client) as (runner, resolved):
+        state, _, _ = _first_state(runner, resolved, init_path(job))
         yield from rounds(runner, state, job.config, lambda event: None, look_ahead=runner.look_ahead)
 
 

@@ -133,6 +133,19 @@ class Parameters:
         return object.__sizeof__(self) + self.nbytes
 
 
+@dataclass(frozen=True, slots=True)
+class InitFile:
+    """The safetensors file of ``train.init``."""
+
+    name: str
+    """Its path, as it is shown."""
+    data: Bytes
+    """uint8[size]"""
+
+    def __sizeof__(self) -> int:  # Dask's memory accounting asks this
+        return object.__sizeof__(self) + self.data.nbytes
+
+
 # States of optimizers and replicas ------------------------------------------------------------------------
 
 

@@ -33,7 +33,6 @@ from dtrain.checkpoint import (
     sweep,
 )
 from dtrain.errors import DiskFull, RoundNotFound, RunDamaged
-from dtrain.statefiles import load_tensor_file
 from dtrain.types import Broadcast, Cursor, InnerState, Position, ReplicaState, Slot, TrainState
 from tests.disks import CALLS, Disk, Killed
 
@@ -660,24 +659,6 @@ def test_a_round_that_is_not_kept_is_exit_code_2(many, wanted):
 def test_without_rounds_none_is_found(tmp_path):
     with pytest.raises(RoundNotFound, match="no committed round yet"):
         find_round(tmp_path, "last", None)
-
-
-# Parameters of a file -------------------------------------------------------------------------------------------------
-
-
-def test_parameters_can_be_taken_from_a_safetensors_file(tmp_path):
-    module = network(1)
-    layout = layout_of(network(2))
-    path = tmp_path / "start.safetensors"
-    safetensors.torch.save_file({name: t.clone() for name, t in module.state_dict().items()}, path)
-    assert params_sha256(load_tensor_file(path, layout)) == params_sha256(flatten(module, layout))
-    with pytest.raises(RunDamaged, match="differ in name"):
-        load_tensor_file(path, layout_of(nn.Linear(1, 1)))
-    path.write_bytes(b"garbage")
-    with pytest.raises(RunDamaged, match="cannot be used"):
-        load_tensor_file(path, layout)
-    with pytest.raises(RunDamaged, match="No such file"):
-        load_tensor_file(tmp_path / "nothing", layout)
 
 
 # No code from files -------------------------------------------------------------------------------------------------

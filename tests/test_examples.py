@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dtrain_cli.main import run
 
 pytestmark = pytest.mark.alone
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
@@ -17,11 +22,15 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 def load(name: str) -> Any:
     (path,) = [path for path in EXAMPLES if path.stem == name]
-    spec = importlib.util.spec_from_file_location(name, path)
+    return load_from(path)
+
+
+def load_from(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
 
@@ -63,3 +72,32 @@ def test_by_hand_runs_as_a_script() -> None:
     done = subprocess.run([sys.executable, "-W", "error", str(path)], capture_output=True, text=True, check=True)
     assert "test accuracy 0.9" in done.stdout
     assert "dtrain" not in {line.split()[1] for line in path.read_text().splitlines() if line.startswith("import ")}
+
+
+@pytest.fixture
+def lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A copy of the example with little data, as working directory; its README."""
+    shutil.copytree(EXAMPLES[0].parent / "lora", tmp_path / "lora", ignore=shutil.ignore_patterns("*.zarr", "runs"))
+    monkeypatch.chdir(tmp_path / "lora")
+    monkeypatch.syspath_prepend(tmp_path / "lora")
+    load_from(tmp_path / "lora" / "data.py").main(".", num_bytes=200_000)
+    return Path("README.md").read_text()
+
+
+def test_fine_tuning_with_adapters_sends_a_tenth(lora: str, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = [line.split("#")[0].split() for line in lora.splitlines() if line.startswith("$ dtrain")]
+    assert len(commands) == 4
+    small = "--scheduler serial --set train.rounds=2 --set train.local_steps=2"
+    for command in commands:
+        assert run([*command[2:], *small.split()]) == 0, capsys.readouterr().err
+    full, adapters = load_from(Path("compare.py")).main(".")
+    assert (full[2], adapters[2]) == (2_085_888, 196_608)  # as the table says
+    assert adapters[3] < full[3] / 3
+
+    base = load_file("runs/base/rounds/round-000002/params.safetensors")
+    save_file({f"model.{n}": t for n, t in base.items()} | {"model.head.bias": torch.ones(3)}, "downloaded.safetensors")
+    exec("".join(re.findall(r"```python\n(.*?)```", lora, re.DOTALL)), {})
+    for name in ("start", "whole"):
+        assert all(torch.equal(base[n], tensor) for n, tensor in load_file(f"{name}.safetensors").items())
+    start = ["plan", "lora.toml", "--scheduler", "serial", "--set", "train.init=start.safetensors"]
+    assert run(start) == 0, capsys.readouterr().err

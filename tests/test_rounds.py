@@ -65,9 +65,6 @@ class Script:
         self.evaluates: dict[int, bool] = {}
         self.spec = SimpleNamespace(plan=SimpleNamespace(sizes=SIZES, replicas=2), eval_every=self.eval_every)
 
-    def initialise(self) -> Any:
-        return SimpleNamespace(params=params(7))
-
     def place(self, state: TrainState) -> int:
         self.log.append(f"place {state.round}")
         return state.round
@@ -261,7 +258,7 @@ def test_a_complete_state_has_no_further_round() -> None:
 
 def test_the_state_of_round_0() -> None:
     given = config(average={"outer": {}})
-    state = initial_state(Script(), given)  # type: ignore[arg-type]
+    state = initial_state(params(7), 2, given)
     assert state.position == first_position(2)
     assert state.model.flat.tolist() == [7.0]
     assert all(own.params is state.model for own in state.broadcast)

@@ -13,6 +13,9 @@ from dtrain.errors import InvalidConfig, did_you_mean
 def freeze(module: nn.Module, patterns: Sequence[str]) -> None:
     """Turn off the gradient of the parameters whose names match a pattern (``*``, ``?`` and ``[...]``, as in a shell).
 
+    A tied parameter is frozen if one of its names matches. Buffers are no parameters: the running statistics of a
+    frozen batch norm follow the data in training mode, as in torch.
+
     Raises
     ------
     InvalidConfig

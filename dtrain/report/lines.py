@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from dtrain.display import duration, joined, number, shown
-from dtrain.errors import shortened
+from dtrain.errors import listed, shortened
 from dtrain.events import (
     ChunksFilled,
     ClusterOpening,
+    ParametersLoaded,
     ReplicaRejected,
     RoundDamaged,
     RoundsMeasured,
@@ -39,6 +40,13 @@ def continuing_line(event: RunStarted) -> str:
 def measured_line(event: RoundsMeasured) -> str:
     """Return what rounds of a probe took."""
     return f"measured {event.rounds} rounds of local_steps = {event.local_steps}: {duration(event.seconds)} each"
+
+
+def loaded_line(event: ParametersLoaded) -> str:
+    """Return what the first round starts from, and what of it is new."""
+    cast = f" ({' and '.join(event.cast)} as float32)" if event.cast else ""
+    new = f"; {len(event.new):,} new: {listed(event.new, 3)}" if event.new else ""
+    return f"{event.tensors:,} tensors of {event.path}{cast}{new}"
 
 
 def round_line(result: RoundResult, rounds: int, speed: float, width: int) -> str:

@@ -14,6 +14,7 @@ from dtrain.events import (
     ChunksFilled,
     ClusterOpening,
     Event,
+    ParametersLoaded,
     ReplicaRejected,
     Reporter,
     RoundDamaged,
@@ -23,7 +24,15 @@ from dtrain.events import (
     SegmentReplayed,
     StepsTaken,
 )
-from dtrain.report.lines import continuing_line, fault_line, opening_line, speed_of, started_line, steps_line
+from dtrain.report.lines import (
+    continuing_line,
+    fault_line,
+    loaded_line,
+    opening_line,
+    speed_of,
+    started_line,
+    steps_line,
+)
 from dtrain.types import RoundResult
 
 UPDATE_SECONDS = 0.25
@@ -103,6 +112,8 @@ class RunPage:
                 title = started_line(event) + (f", {continuing_line(event)}" if event.round else "")
                 run = replace(self, rounds=event.rounds, eval_every=event.eval_every)
                 return replace(run, title=title, dashboard=event.dashboard, steps=())
+            case ParametersLoaded():
+                return replace(self, title=f"{self.title}, starting from {loaded_line(event)}")
             case StepsTaken():
                 others = {e.replica: e for e in self.steps if e.round == event.round}
                 latest = {**others, event.replica: event}

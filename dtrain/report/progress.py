@@ -17,6 +17,7 @@ from dtrain.events import (
     ChunksFilled,
     ClusterOpening,
     Event,
+    ParametersLoaded,
     ReplicaRejected,
     Reporter,
     RoundDamaged,
@@ -30,6 +31,7 @@ from dtrain.events import (
 from dtrain.report.lines import (
     continuing_line,
     fault_line,
+    loaded_line,
     measured_line,
     opening_line,
     round_line,
@@ -98,6 +100,8 @@ class _Terminal:
                     self._print(opening_line(event))
             case RunStarted():
                 self._start(event)
+            case ParametersLoaded():
+                self._print(f"starting from {loaded_line(event)}")
             case StepsTaken():
                 self._step(event)
             case RoundsMeasured():

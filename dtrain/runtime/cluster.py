@@ -34,7 +34,7 @@ from dtrain.runtime.resident import Resident
 from dtrain.runtime.runner import Outcome
 from dtrain.runtime.spec import RunSpec
 from dtrain.runtime.trial import Initial
-from dtrain.types import Parameters, Position, RoundPlan, TrainState
+from dtrain.types import InitFile, Parameters, Position, RoundPlan, TrainState
 
 PRIORITY_LOCAL, PRIORITY_EVALUATE = 1, 2
 """A worker evaluates a round before it trains the next one: later would not be faster, and results come evenly."""
@@ -64,10 +64,12 @@ class ClusterRunner:
             self._plugin.name, lambda event: self._progress.put(StepsTaken(**event[1]["steps"]))
         )
 
-    def initialise(self) -> Initial:
-        """Build the model and try it on one batch."""
+    def initialise(self, init: InitFile | None = None) -> Initial:
+        """Build the model, take the tensors of a file into it, and try it on one batch."""
+        allowed = self._allowed(0)
+        sent = None if init is None else self._client.scatter(init, (allowed or self._client.workers())[:1])
         future = self._client.submit(
-            remote.initialise_run, "initialise", self.spec.run_id, at=self._allowed(0), resources=RESOURCE
+            remote.initialise_run, "initialise", self.spec.run_id, sent, at=allowed, resources=RESOURCE
         )
         initial: Initial = self._gather([future])[0]
         return initial

@@ -31,7 +31,7 @@ from dtrain.runtime import tasks
 from dtrain.runtime.resident import RunOver, install, is_over, remove, resident_of
 from dtrain.runtime.spec import RunSpec
 from dtrain.runtime.trial import Initial, initialise
-from dtrain.types import Broadcast, Flat, LocalTask, OuterState, Parameters, ReplicaState, RoundSummary
+from dtrain.types import Broadcast, Flat, InitFile, LocalTask, OuterState, Parameters, ReplicaState, RoundSummary
 
 Arguments = ParamSpec("Arguments")
 Value = TypeVar("Value")
@@ -139,9 +139,9 @@ def _unless_over(task: Callable[Concatenate[str, Arguments], Value]) -> Callable
 
 
 @_unless_over
-def initialise_run(run_id: str) -> Initial:
+def initialise_run(run_id: str, init: InitFile | None) -> Initial:
     """Build the model and try it."""
-    return initialise(resident_of(run_id))
+    return initialise(resident_of(run_id), init)
 
 
 @_unless_over

@@ -16,7 +16,7 @@ from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
 from dtrain.runtime.spec import RunSpec
 from dtrain.runtime.trial import Initial
-from dtrain.types import Parameters, Position, RoundPlan, RoundSummary, TrainState
+from dtrain.types import InitFile, Parameters, Position, RoundPlan, RoundSummary, TrainState
 
 Held = TypeVar("Held")
 """The state after a round, as a runner holds it."""
@@ -65,8 +65,8 @@ class Runner(Protocol[Held]):
     dashboard: str
     """Address of Dask's dashboard; empty without one."""
 
-    def initialise(self) -> Initial:
-        """Build the model and try it on one batch."""
+    def initialise(self, init: InitFile | None = None) -> Initial:
+        """Build the model, take the tensors of a file into it, and try it on one batch."""
         ...
 
     def moments(self, most_units: int | None) -> dict[str, Moments]:

@@ -27,7 +27,7 @@ from dtrain.runtime.resident import Resident
 from dtrain.runtime.runner import Outcome
 from dtrain.runtime.spec import RunSpec
 from dtrain.runtime.trial import Initial, initialise
-from dtrain.types import Broadcast, OuterState, Parameters, Position, ReplicaState, RoundPlan, TrainState
+from dtrain.types import Broadcast, InitFile, OuterState, Parameters, Position, ReplicaState, RoundPlan, TrainState
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +57,9 @@ class SerialRunner:
         self._resident = Resident(spec)
         self.on_progress: Callable[[StepsTaken], None] = lambda event: None
 
-    def initialise(self) -> Initial:
-        """Build the model and try it on one batch."""
-        return initialise(self._resident)
+    def initialise(self, init: InitFile | None = None) -> Initial:
+        """Build the model, take the tensors of a file into it, and try it on one batch."""
+        return initialise(self._resident, init)
 
     def moments(self, most_units: int | None) -> dict[str, Moments]:
         """Return the moments of the variables of ``data.normalize``."""

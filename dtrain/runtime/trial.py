@@ -16,20 +16,22 @@ from dtrain.algorithm.batch import TensorBatch, autocast, non_finite_values
 from dtrain.algorithm.batchnorm import norm_layers
 from dtrain.algorithm.local import run_local_steps
 from dtrain.algorithm.losses import mean_of_batch
-from dtrain.algorithm.params import flatten, layout_of
+from dtrain.algorithm.params import flatten, layout_of, load_into
 from dtrain.algorithm.plan import first_step, pass_size, smallest_batch
 from dtrain.algorithm.replica import empty_inner_state
+from dtrain.algorithm.warmstart import warm_start
 from dtrain.config.average import AverageConfig
 from dtrain.config.schema import TrainTable
 from dtrain.data.load.gather import target_scalings
 from dtrain.data.load.loader import read_batches
 from dtrain.errors import DtrainError, FirstLossNotFinite, InvalidConfig, ShapesDiffer, one_line
+from dtrain.events import ParametersLoaded
 from dtrain.runtime.module import isolated
 from dtrain.runtime.resident import Resident
 from dtrain.runtime.tasks import prepared
 from dtrain.runtime.tensors import decoder
 from dtrain.runtime.usercode import user_code
-from dtrain.types import Cursor, Parameters
+from dtrain.types import Cursor, InitFile, Parameters
 
 DTYPE_WORDS = ("dtype", "scalar type", "Input type", "Long", "not implemented for")
 """Words of torch's errors about dtypes."""
@@ -57,13 +59,23 @@ class Initial:
     """Of the state of the inner optimizer after a step."""
     has_batchnorm: bool
     """Whether layers of the model keep running statistics."""
+    loaded: ParametersLoaded | None = None
+    """What was taken from ``train.init``."""
 
 
-def initialise(resident: Resident) -> Initial:
+def initialise(resident: Resident, init: InitFile | None = None) -> Initial:
     """Build the model, and try it on one real micro-batch: no more memory is needed than to train.
+
+    Parameters
+    ----------
+    resident : Resident
+    init : InitFile, optional
+        The model starts from its tensors.
 
     Raises
     ------
+    RunDamaged, InvalidConfig
+        The file cannot be read, or does not fit the model.
     NotAModule, UnsuitableModel, UserCodeFailed
         The model cannot be built or trained.
     ShapesDiffer
@@ -78,7 +90,12 @@ def initialise(resident: Resident) -> Initial:
         module = resident.module()
         has_batchnorm = _has_batchnorm(module, spec.config.average)
         layout = layout_of(module)
-        params = flatten(module, layout)
+        params, loaded = flatten(module, layout), None
+        if init is not None:
+            start = warm_start(params, init, spec.config.train.freeze)
+            params = start.params
+            loaded = ParametersLoaded(path=init.name, tensors=start.tensors, new=start.new, cast=start.cast)
+            load_into(module, params)
         batch = _first_batch(resident)
         module.to(spec.device)
         loss, outputs = _first_loss(resident, module, batch)
@@ -95,6 +112,7 @@ def initialise(resident: Resident) -> Initial:
             seconds=seconds * len(first_step(resident.replicas[0].partition.num_samples, spec.config.train)),
             inner_bytes=inner_bytes,
             has_batchnorm=has_batchnorm,
+            loaded=loaded,
         )
 
 
@@ -209,7 +227,7 @@ def _checked(loss: torch.Tensor, batch: TensorBatch) -> float:
             )
         raise FirstLossNotFinite(
             f"The loss of the first batch is {loss.item()} before any training, and its data are finite.",
-            "Look at the scale of the inputs and at the model's initialisation.",
+            "Look at the scale of the inputs and at the model's initialisation, or at the file of train.init.",
         )
     return loss.item()
 

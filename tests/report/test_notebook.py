@@ -17,6 +17,7 @@ from dtrain.errors import Interrupted
 from dtrain.events import (
     ClusterOpening,
     Event,
+    ParametersLoaded,
     ReplicaRejected,
     RoundCommitted,
     RoundFinished,
@@ -138,6 +139,12 @@ def page_of(*events: Event) -> RunPage:
     for event in events:
         page = page.after(event)
     return page
+
+
+def test_the_title_says_what_a_run_starts_from() -> None:
+    loaded = ParametersLoaded(path="a.safetensors", tensors=9, new=("head",), cast=())
+    title = "2 replicas on 2 workers, starting from 9 tensors of a.safetensors; 1 new: head"
+    assert repr(page_of(STARTED, loaded)).splitlines()[0].endswith(title)
 
 
 def test_the_page_of_a_run() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from dtrain.events import (
     Event,
+    ParametersLoaded,
     ReplicaRejected,
     RoundCommitted,
     RoundFinished,
@@ -55,6 +56,21 @@ def test_rounds_that_are_measured_are_printed(capsys: pytest.CaptureFixture[str]
         "measured 20 rounds of local_steps = 1: 12 ms each",
         "measured 3 rounds of local_steps = 4000: 1.0 s each",
     ]
+
+
+@pytest.mark.parametrize(
+    ("new", "cast", "text"),
+    [
+        ((), (), "starting from 1,400 tensors of a.safetensors"),
+        (("head",), ("bfloat16",), "starting from 1,400 tensors of a.safetensors (bfloat16 as float32); 1 new: head"),
+        (tuple("abcdefgh"), (), "starting from 1,400 tensors of a.safetensors; 8 new: a, b, c and 5 more"),
+    ],
+)
+def test_a_run_says_once_what_it_starts_from(
+    capsys: pytest.CaptureFixture[str], started: RunStarted, new: tuple[str, ...], cast: tuple[str, ...], text: str
+) -> None:
+    loaded = ParametersLoaded(path="a.safetensors", tensors=1400, new=new, cast=cast)
+    assert " ".join(printed(capsys, started, loaded)[1:]).replace("   ", " ") == text
 
 
 def test_a_long_run_prints_some_of_its_rounds(capsys: pytest.CaptureFixture[str], started: RunStarted) -> None:

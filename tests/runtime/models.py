@@ -66,3 +66,24 @@ class _Forecast(nn.Module):
 
 def forecast() -> nn.Module:
     return _Forecast()
+
+
+class Adapter(nn.Linear):
+    """A linear layer with a product of two small matrices beside it: LoRA."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.lora_a, self.lora_b = nn.Parameter(torch.randn(2, inputs)), nn.Parameter(torch.zeros(outputs, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + x @ self.lora_a.T @ self.lora_b.T
+
+
+def plain(linear: type[nn.Linear] = nn.Linear) -> nn.Module:
+    """Two layers, and a batch norm between them."""
+    return nn.Sequential(linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), linear(12, 3))
+
+
+def adapted() -> nn.Module:
+    """As `plain`, with adapters."""
+    return plain(Adapter)
