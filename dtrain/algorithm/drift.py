@@ -33,11 +33,11 @@ Squares: TypeAlias = npt.NDArray[np.float64]
 
 def block_squares(one: Flat, other: Flat) -> Squares:
     """Return, by block, the sum of the squared differences of float32 arrays; values that are equal differ by 0."""
-    sums = np.empty(-(-len(one) // BLOCK))
-    size = BLOCK * AT_ONCE
+    sums, size = np.empty(-(-len(one) // BLOCK)), BLOCK * AT_ONCE
+    buffers = np.empty((2, min(len(one), size)))
     for start in range(0, len(one), size):
         part = slice(start, start + size)
-        squares = _squares(one[part], other[part])
+        squares = _squares(one[part], other[part], *buffers[:, : len(one[part])])
         whole = len(squares) // BLOCK
         first = start // BLOCK
         sums[first : first + whole] = squares[: whole * BLOCK].reshape(whole, BLOCK).sum(axis=1)
@@ -46,12 +46,15 @@ def block_squares(one: Flat, other: Flat) -> Squares:
     return sums
 
 
-def _squares(one: Flat, other: Flat) -> npt.NDArray[np.float64]:
+def _squares(one: Flat, other: Flat, difference: Squares, wide: Squares) -> Squares:
+    """Return the squared differences, in the first of two float64 arrays."""
+    difference[:], wide[:] = one, other
     with np.errstate(invalid="ignore"):  # infinity less infinity
-        difference = np.subtract(one, other, dtype=np.float64)
-    if not np.isfinite(difference).all():
+        difference -= wide
+    if not np.isfinite(difference.sum()):
         difference[one == other] = 0.0
-    return np.square(difference, out=difference)
+    difference *= difference
+    return difference
 
 
 def norm_of(blocks: Iterable[Squares]) -> float:

@@ -26,8 +26,8 @@ from dtrain.config.average import AverageConfig
 from dtrain.errors import InvalidConfig, UnsuitableModel
 from dtrain.types import Flat, Parameters
 
-BLOCK = 1 << 20
-"""Elements averaged at a time: bounds the float64 copy to 8 MB."""
+BLOCK = 1 << 18
+"""Elements averaged at a time: bounds a float64 copy to 2 MB."""
 
 
 def check_reduce(config: AverageConfig, replicas: int) -> None:
@@ -83,14 +83,18 @@ def middle_mean(arrays: Sequence[Flat], cut: int) -> Flat:
 
 def weighted_mean(arrays: Sequence[Flat], weights: Sequence[int]) -> Flat:
     """Return ``sum(w * x) / sum(w)`` of float32 arrays, with integer weights, as a new float32 array."""
-    total = sum(weights)
-    out = np.empty_like(arrays[0])
+    total, size = sum(weights), min(len(arrays[0]), BLOCK)
+    out, mean, term = np.empty_like(arrays[0]), np.empty(size), np.empty(size)
     for start in range(0, len(out), BLOCK):
         part = slice(start, start + BLOCK)
-        mean = np.zeros(len(out[part]), np.float64)
+        own, wide = mean[: len(out[part])], term[: len(out[part])]
+        own[:] = 0
         for array, weight in zip(arrays, weights, strict=True):
-            mean += array[part].astype(np.float64) * weight
-        out[part] = mean / total
+            wide[:] = array[part]  # arithmetic on it is twice as fast as arithmetic that converts
+            wide *= weight
+            own += wide
+        own /= total
+        out[part] = own
     return out
 
 

@@ -23,6 +23,7 @@ from torch import nn
 
 from dtrain.algorithm.evaluate import Metric
 from dtrain.algorithm.freeze import freeze
+from dtrain.algorithm.params import load_into
 from dtrain.algorithm.plan import endless_sizes
 from dtrain.algorithm.recipe import Recipe, metrics_of, recipe_of
 from dtrain.config.functions import Function
@@ -35,7 +36,7 @@ from dtrain.runtime.codebytes import live_functions, unpickle_functions
 from dtrain.runtime.module import build_module, modules_on_device
 from dtrain.runtime.spec import PlannedSource, RunSpec
 from dtrain.runtime.usercode import user_code
-from dtrain.types import Cursor
+from dtrain.types import Cursor, Parameters
 
 StreamKey: TypeAlias = tuple[str, int]
 """``("train", replica)``, or a split and the number of one of its pieces."""
@@ -122,6 +123,17 @@ class Resident:
         run's seed.
         """
         return self._build() if self._template is None else copy.deepcopy(self._template)
+
+    def module_with(self, params: Parameters) -> nn.Module:
+        """Return a module as `module` does, with other parameters; those of the template are not copied first."""
+        if self._template is None:
+            module = self._build()
+        else:
+            plain = [own for own in self._template.parameters() if type(own) is nn.Parameter]
+            blank = [nn.Parameter(torch.empty_like(own.data), own.requires_grad) for own in plain]
+            module = copy.deepcopy(self._template, {id(own): new for own, new in zip(plain, blank, strict=True)})
+        load_into(module, params)
+        return module
 
     # Samples ------------------------------------------------------------------------------------------------
 

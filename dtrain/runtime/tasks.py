@@ -17,7 +17,7 @@ from dtrain.algorithm.batchnorm import BATCHES, Statistics, take_statistics
 from dtrain.algorithm.drift import Squares, norm_of
 from dtrain.algorithm.evaluate import Sums, evaluate
 from dtrain.algorithm.local import LocalResult, run_local_steps
-from dtrain.algorithm.params import flatten, load_into, with_frozen, without_frozen
+from dtrain.algorithm.params import flatten, with_frozen, without_frozen
 from dtrain.algorithm.plan import micro_size, micro_sizes, pass_size, step_sizes
 from dtrain.algorithm.scaffold import ControlledSteps, Controls
 from dtrain.config.average import AverageConfig
@@ -81,8 +81,7 @@ def _local_steps(
     assert start.inner is not None
     doing = f"Round {task.round}, replica {task.replica}"
     with resident.lock, isolated(task.seed, spec.threads), user_code(doing):
-        module = resident.module()
-        load_into(module, start.params)
+        module = resident.module_with(start.params)
         module.to(spec.device)
         controls = Controls(start.control, state.control)
         used = pass_size(partition.num_samples, spec.config.train)
@@ -121,8 +120,7 @@ def evaluate_piece(resident: Resident, params: Parameters, split: SplitName, pie
     train, stream = resident.spec.config.train, resident.pieces(split)[piece]
     size = micro_size(train)
     with resident.lock, isolated(train.seed, resident.spec.threads), user_code(f"Evaluating on {split}"):
-        module = resident.module()
-        load_into(module, params)
+        module = resident.module_with(params)
         module.to(resident.spec.device)
         total = stream.partition.num_samples
         sizes = [min(size, total - start) for start in range(0, total, size)]
@@ -142,8 +140,7 @@ def recalibrate(resident: Resident, params: Parameters, replica: int) -> Statist
     """Return the running statistics of norm layers over some training batches of a replica."""
     train, stream = resident.spec.config.train, resident.recalibration(replica)
     with resident.lock, isolated(train.seed, resident.spec.threads), user_code("Recalibrating batch norm"):
-        module = resident.module()
-        load_into(module, params)
+        module = resident.module_with(params)
         module.to(resident.spec.device)
         total, size = stream.partition.num_samples, micro_size(train)
         sizes = [size] * min(total // size, BATCHES) or [total]  # norm layers refuse a last batch of one sample
