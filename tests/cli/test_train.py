@@ -27,6 +27,12 @@ ROW = [
     "retried",
     "params_sha256",
     "replica_loss",
+    "update_norm",
+    "update_cosine",
+    "seconds_steps",
+    "seconds_waiting",
+    "seconds_reduce",
+    "seconds_evaluate",
 ]
 DONE = {"event", "reason", "rounds", "params_sha256", "val_loss", "run"}
 
