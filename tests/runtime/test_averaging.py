@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,27 @@ def drift(run: dtrain.Run) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("way", WAYS)
+SHORT = {
+    "ring",
+    "hierarchical with an outer optimizer",
+    "median",
+    "averaged states in a ring",
+    "int4 in groups",
+    "control variates with an outer optimizer",
+    "outer schedule and clipping",
+    "outer adam, clipped",
+    "int4",
+    "averaged states",
+    "moving average",
+}
+"""Ways that together touch every part; the others run with the slow tests."""
+
+
+def ways(names: Iterable[str]) -> list[Any]:
+    return [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("way", ways(WAYS))
 def test_serial_equals_cluster_equals_resumed(samples: Samples, tmp_path: Path, client: Client, way: str) -> None:
     serial = start(samples, tmp_path / "serial", "serial", 4, WAYS[way])
     cluster = start(samples, tmp_path / "cluster", client, 4, WAYS[way])
@@ -113,7 +133,7 @@ SLICED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", SLICED)
+@pytest.mark.parametrize("way", ways(SLICED))
 def test_slices_change_no_bit(samples: Samples, tmp_path: Path, client: Client, way: str) -> None:
     serial = start(samples, tmp_path / "serial", "serial", 4, SLICED[way], models.wide)
     cluster = start(samples, tmp_path / "cluster", client, 4, SLICED[way], models.wide, cluster={"slices": 3})

@@ -36,7 +36,12 @@ def start(samples: Samples, where: Path, place: Any, name: str) -> dtrain.Run:
     )
 
 
-@pytest.mark.parametrize("name", PRESETS)
+SHORT = ("data_parallel", "post_local_sgd", "fednova", "fedadam", "diloco", "hierarchical", "scaffold")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS]
+)
 def test_serial_equals_cluster_equals_resumed(samples: Samples, tmp_path: Path, client: Client, name: str) -> None:
     serial = start(samples, tmp_path / "serial", "serial", name)
     cluster = start(samples, tmp_path / "cluster", client, name)
