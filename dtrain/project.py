@@ -229,7 +229,8 @@ def _call(code: RunCode, wanted: Mapping[str, str]) -> str:
 def _is_same(code: RunCode, key: str, function: Function, resolved: Resolved) -> bool:
     """Whether a function is that of the run's start; imports are looked up where the function may lie now."""
     file, before = code.project_file, resolved.code.get(key)
-    bases = {code.base, Path.cwd() if file is None else file.absolute().parent, directory_of(function)}
+    places = (code.base, Path.cwd() if file is None else file.absolute().parent, directory_of(function))
+    bases = {place.resolve() for place in places}
     return any(source_sha256(function, base, resolved.code_rules) == before for base in bases)
 
 

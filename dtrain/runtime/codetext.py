@@ -12,7 +12,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -65,6 +65,8 @@ class _Code:
         self.texts: dict[str, str] = {}
         self._base = base
         self._rules = rules
+        self._looked_up: set[tuple[str | Path, ...]] = set()
+        """Names of modules, with the directories in which they were looked up."""
         self._entered: set[int] = set()
         """Functions whose held values are being described; a closure may hold its own function."""
 
@@ -98,6 +100,9 @@ class _Code:
         for imported in (package, *_imports(text, package)):
             parts = imported.split(".")
             for name in (".".join(parts[:count]) for count in range(1, len(parts) + 1)):
+                if name in self.texts or (name, *roots) in self._looked_up:
+                    continue
+                self._looked_up.add((name, *roots))
                 found = [file_in(root, name) for root in roots if name]
                 files = [file for file in found if file and is_below(self._base, file)]
                 if files:
@@ -215,8 +220,13 @@ def _functions_in(value: Any) -> Iterator[FunctionType]:
             function = getattr(function, "__wrapped__", None)
 
 
-def _imports(text: str, package: str) -> Iterator[str]:
-    """Yield every full name in a text's import statements that may be a module."""
+@lru_cache(maxsize=1024)
+def _imports(text: str, package: str) -> tuple[str, ...]:
+    """Return every full name in a text's import statements that may be a module, each once."""
+    return tuple(dict.fromkeys(_imported(text, package)))
+
+
+def _imported(text: str, package: str) -> Iterator[str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
