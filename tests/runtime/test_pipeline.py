@@ -96,13 +96,18 @@ def test_large_results_are_taken_apart_to_the_same_bits(
     from dtrain.runtime import handles
 
     keys: set[str] = set()
-    submit = Client.submit
+    submit, get = Client.submit, Client.get
 
     def watched(self: Client, *arguments: Any, **options: Any) -> Any:
         keys.add(options["key"].split("-")[1])
         return submit(self, *arguments, **options)
 
+    def watched_get(self: Client, graph: Any, names: list[str], **options: Any) -> Any:
+        keys.update(name.split("-")[1] for name in names)
+        return get(self, graph, names, **options)
+
     monkeypatch.setattr(Client, "submit", watched)
+    monkeypatch.setattr(Client, "get", watched_get)
     assert rows(start(samples, tmp_path, client, run={"commit_every": 5})) == calm
     assert keys == {"initialise", "local", "reduce", "summary", "evaluate", "merge"}
     monkeypatch.setattr(handles, "SMALL_BYTES", -1)
