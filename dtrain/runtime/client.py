@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Semaphore
@@ -31,6 +32,9 @@ HOLDERS = 16
 """Workers that a value is sent to. Dask names all holders with each task that needs it: 1,000 would be 25 kB a task."""
 SCATTERED_AT_ONCE = 16
 """Values on their way to workers of their own."""
+KEPT_MESSAGES = 10
+"""Messages to the scheduler that Dask's client keeps, to be looked at: with its 1,000, those of 1,000 replicas would
+take a gigabyte of the driver's memory."""
 PAUSES_SECONDS = 10.0
 """How often it is looked at whether all workers are paused, while results are waited for."""
 GONE = (
@@ -61,6 +65,8 @@ class TaskClient:
 
     def __init__(self, client: Client, suffix: str) -> None:
         self.dask = client
+        if client.scheduler_comm is not None:
+            client.scheduler_comm.recent_message_log = deque(maxlen=KEPT_MESSAGES)
         self._suffix = suffix
         self._direct = True  # past the scheduler, until a worker turns out to be out of the client's reach
         self._attempt = 0

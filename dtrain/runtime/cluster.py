@@ -105,7 +105,8 @@ class ClusterRunner:
         wanted = config.cluster.slices
         if wanted == "auto" and config.average.mix.topology != "full":
             wanted = 1
-        return slices_of(layout, num_slices(wanted, layout, len(set(self._places.values()))))
+        workers = len(set(self._places.values()))
+        return slices_of(layout, num_slices(wanted, layout, workers, len(self._places)))
 
     def submit(self, held: ClusterRound, plan: RoundPlan) -> ClusterRound:
         """Submit the local steps, the averages and the evaluation of a round."""
