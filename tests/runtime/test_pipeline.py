@@ -115,6 +115,13 @@ def test_large_results_are_taken_apart_to_the_same_bits(
     assert keys >= {"parameters", "replica", "mixed", "outer"}
 
 
+def test_workers_that_fetch_what_others_were_sent_change_no_bit(
+    samples: Samples, tmp_path: Path, client: Client, calm: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "HOLDERS", 1)
+    assert rows(start(samples, tmp_path, client, run={"commit_every": 3})) == calm
+
+
 def test_a_run_that_has_stopped_stays_stopped(
     samples: Samples, tmp_path: Path, calm: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ import dtrain
 from dtrain.algorithm.average import Update
 from dtrain.config.average import AverageConfig
 from dtrain.data.samples import Samples
+from dtrain.runtime import client as client_module
 from dtrain.runtime import serial
 from dtrain.runtime.client import TaskClient
 from dtrain.types import Broadcast, InnerState, LocalTask, Parameters, ReplicaState
@@ -185,6 +186,41 @@ def test_tasks_in_one_message_keep_place_resources_and_priority(client: Client) 
         states = client.run_on_scheduler(seen, [future.key for future in futures])
         assert states == [(at, loose, {"dtrain": 1}, -3, "waiting") for at, loose in expected]
     tasks.cancel()
+
+
+def test_tasks_that_many_replicas_meet_in_have_a_place(
+    samples: Samples, tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, placed = Client.submit, {}
+
+    def watched(self: Client, function: Any, *arguments: Any, **options: Any) -> Any:
+        if any(isinstance(argument, list) for argument in arguments):
+            placed[options["key"].split("-")[1]] = bool(options["workers"] and options["allow_other_workers"])
+        return submit(self, function, *arguments, **options)
+
+    monkeypatch.setattr(Client, "submit", watched)
+    start(samples, tmp_path, client)
+    assert placed == dict.fromkeys(("reduce", "summary", "merge"), True)
+
+
+def test_values_are_sent_each_to_its_worker_and_shared_ones_to_few(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks, workers = TaskClient(client, "x"), sorted(client.nthreads())
+    places = [workers[n % 2] for n in range(5)]
+    sent = tasks.scatter_each(list(range(5)), places)
+    assert [client.who_has([future])[future.key] for future in sent] == [(at,) for at in places]
+    assert tasks.gather(sent, lambda: None) == list(range(5))
+    monkeypatch.setattr(client_module, "HOLDERS", 1)
+    shared = tasks.scatter("shared", workers)
+    assert client.who_has([shared])[shared.key] == (workers[0],)
+
+
+def test_the_client_keeps_few_messages(client: Client) -> None:
+    tasks = TaskClient(client, "x")
+    for n in range(20):
+        tasks.submit(int, f"n{n}").result()
+    assert 0 < len(client.scheduler_comm.recent_message_log) <= client_module.KEPT_MESSAGES
 
 
 def test_the_replicas_are_spread_and_one_trains_at_a_time(samples: Samples, tmp_path: Path, client: Client) -> None:
