@@ -1,22 +1,23 @@
-"""A Dask cluster for measurements: the scheduler in a process of its own, and workers that answer without computing.
+"""A Dask cluster for measurements: a scheduler in a process of its own, and workers that answer without computing.
 
-Scheduler, protocol and the workers' state machines are Dask's own. A task of an `InstantWorker` is done when it comes,
-and a value that it needs is taken from the other worker of the same process: neither computing nor bytes cost time.
+Scheduler and protocol are Dask's own. A task of an `InstantWorker` is done when it comes, and a value that it needs is
+taken from the other worker of the same process: neither computing nor bytes cost time.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import gc
 import importlib.metadata
 import logging
 import multiprocessing
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from multiprocessing.queues import Queue
 from typing import Any, ClassVar
 
@@ -45,7 +46,6 @@ TRAINED = fresh_replica()
 
 # The scheduler --------------------------------------------------------------------------------------------
 
-SENT, RECEIVED = "sent", "received"
 PASSED: Counter[str] = Counter()
 """Bytes that have passed through the connections of this process."""
 
@@ -56,11 +56,11 @@ def count_bytes() -> None:
 
     async def counted_write(self: Any, *arguments: Any, **options: Any) -> int:
         size: int = await write(self, *arguments, **options)
-        PASSED[SENT] += size
+        PASSED["sent"] += size
         return size
 
     async def counted_read(stream: Any, size: int) -> Any:
-        PASSED[RECEIVED] += size
+        PASSED["received"] += size
         return await read(stream, size)
 
     tcp.TCP.write, tcp.read_bytes_rw = counted_write, counted_read
@@ -102,11 +102,7 @@ def usage() -> Usage:
 
 
 def kind_of(key: object) -> str:
-    """Return what the name of a task says that it does.
-
-    >>> kind_of("dtrain-local-r00001-k3-0badcafe-a1")
-    'local'
-    """
+    """Return what a task does by its name: "local" of dtrain-local-r00001-k3-0badcafe-a1."""
     return str(key).split("-")[1]
 
 
@@ -168,8 +164,9 @@ class InstantWorker(Worker):
         self.batched_send({"op": "steal-response", "key": key, "state": "executing", "stimulus_id": stimulus_id})
 
     async def get_data(self, comm: Comm, keys: list[str], **more: Any) -> Status:
-        """Send values to the driver."""
-        await comm.write({"status": "OK", "data": {key: to_serialize(self.data[key]) for key in keys}})
+        """Send values to the driver, those that are still here."""
+        there = {key: to_serialize(self.data[key]) for key in keys if key in self.data}
+        await comm.write({"status": "OK", "data": there})
         await comm.read()  # that they have come
         return Status.dont_reply
 
@@ -214,27 +211,26 @@ def summary_of(replicas: int) -> RoundSummary:
     return RoundSummary(contributions=tuple(each), params_sha256="0" * 64, finite=True, bytes_reduced=1000 * replicas)
 
 
-def run_workers(address: str, count: int, local_seconds: float | None, started: Queue[int]) -> None:
+def run_workers(address: str, count: int, local_seconds: float | None, folder: str, started: Queue[int]) -> None:
     """Run workers in this process: many that compute nothing, or, without `local_seconds`, one that computes."""
     instant = local_seconds is not None
     InstantWorker.local_seconds = local_seconds or 0.0
     SUMMARIES.append(summary_of(count))
-    importlib.metadata.version = functools.cache(importlib.metadata.version)  # each worker is asked for its versions
-    kind = InstantWorker if instant else Worker
+    importlib.metadata.version = cache(importlib.metadata.version)  # each worker is asked for its versions
+    options = {"nthreads": 2, "host": HOST, "dashboard": False, "memory_limit": 0, "local_directory": folder}
+    start = partial(InstantWorker if instant else Worker, address, nanny=None, **options)
     comm_utils.OFFLOAD_THRESHOLD = 0 if instant else comm_utils.OFFLOAD_THRESHOLD  # large messages do not exist
 
     async def run() -> None:
         workers: list[Worker] = []
         for first in range(0, count, AT_ONCE):
             some = range(first, min(first + AT_ONCE, count))
-            workers += await asyncio.gather(
-                *(kind(address, nthreads=2, host=HOST, dashboard=False, memory_limit=0, nanny=None) for _ in some)
-            )
+            workers += await asyncio.gather(*(start() for _ in some))
         gc.disable()  # 1,000 workers in one process are many objects to look through
         started.put(len(workers))
         await asyncio.gather(*(worker.finished() for worker in workers))
 
-    logging.getLogger("distributed").setLevel(logging.ERROR)
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # each worker would tell that the scheduler is gone
     with dask.config.set(QUIET):
         asyncio.run(run())
 
@@ -255,17 +251,20 @@ def cluster(workers: int, local_seconds: float | None = 0.0) -> Iterator[Client]
     context = multiprocessing.get_context("spawn")
     addresses, started = context.Queue(), context.Queue()
     processes = [context.Process(target=run_scheduler, args=(addresses,), daemon=True)]
+    scratch = tempfile.TemporaryDirectory()
     try:
         processes[0].start()
         address = addresses.get(timeout=60)
         for count in [1] * workers if local_seconds is None else [workers]:
-            process = context.Process(target=run_workers, args=(address, count, local_seconds, started), daemon=True)
+            arguments = (address, count, local_seconds, scratch.name, started)
+            process = context.Process(target=run_workers, args=arguments, daemon=True)
             process.start()
             processes.append(process)
             started.get(timeout=120)
         with dask.config.set(QUIET), Client(address, direct_to_workers=True) as client:
             yield client
     finally:
-        for process in processes:
+        for process in reversed(processes):
             process.kill()
             process.join()
+        scratch.cleanup()

@@ -1,10 +1,11 @@
 """What a round costs at 1,000 workers, and what passes through the scheduler.
 
-Run: python benchmarks/scale.py [--workers 64 256 1000] [--rounds 12]
+Run: python benchmarks/scale.py [--workers 64 256 1000] [--local-seconds 0 2]
 
-The first table: the real driver, a real scheduler, and workers that answer without computing (`instant.py`), one
-replica each. All of them share this machine, so that the CPU time of each process stands beside the time of a round.
-Medians and means over the rounds between two commits; a commit is what a segment costs beyond its rounds.
+The first table: the real driver, a real scheduler, and workers that compute nothing (`instant.py`), one replica each.
+Local steps take no time, or so many seconds; those are taken off. All processes share this machine: the CPU time of
+each stands beside the time of a round. A commit is what a segment costs beyond its rounds: its state is gathered, and
+sent to the workers again.
 
 The second table: bytes through the scheduler's connections, with two workers that compute, one local step a round.
 """
@@ -81,14 +82,14 @@ def rounds_of(client: Client, replicas: int, rounds: int, elements: int, folder:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the rounds of one segment cost, each."""
+    """What the rounds of a segment cost, each."""
 
     start: float
     """Seconds to the first round."""
     seconds: float
     """Of a round."""
     commit: float
-    """Seconds of a segment beyond its rounds: the state gathered, and sent to the workers again."""
+    """Seconds of a segment beyond its rounds."""
     driver: float
     scheduler: float
     workers: float
@@ -101,18 +102,17 @@ class Cost:
     """By kind."""
 
 
-def executed() -> tuple[Counter[str], Usage]:
-    return InstantWorker.executed, usage()
+def of_workers() -> tuple[Usage, Counter[str]]:
+    return usage(), InstantWorker.executed
 
 
 def cost_of(client: Client, replicas: int, rounds: int, elements: int, folder: Path) -> Cost:
     """Train two segments, and measure the second one."""
 
-    def look() -> tuple[Usage, Usage, Usage, Counter[str]]:
-        counts, workers = next(iter(client.run(executed, workers=some).values()))
-        return usage(), client.run_on_scheduler(usage), workers, counts
+    def look() -> tuple[Usage, Usage, Usage]:
+        return usage(), client.run_on_scheduler(usage), client.run(of_workers, workers=[some])[some][0]
 
-    some, began, commit = list(client.nthreads())[:1], time.monotonic(), 0.0
+    some, began, commit = next(iter(client.nthreads())), time.monotonic(), 0.0
     last, seconds = began, []
     for result in rounds_of(client, replicas, rounds, elements, folder):
         now = time.monotonic()
@@ -127,8 +127,8 @@ def cost_of(client: Client, replicas: int, rounds: int, elements: int, folder: P
         if result.round == 2 * rounds - 1:
             then = look()
         last = time.monotonic()
-    count = len(seconds)
-    cpu = [(b.cpu - a.cpu) / count for a, b in zip(first[:3], then[:3], strict=True)]
+    count, tasks = len(seconds), client.run(of_workers, workers=[some])[some][1]
+    cpu = [(b.cpu - a.cpu) / count for a, b in zip(first, then, strict=True)]
     return Cost(
         start,
         statistics.median(seconds),
@@ -136,39 +136,33 @@ def cost_of(client: Client, replicas: int, rounds: int, elements: int, folder: P
         *cpu,
         growth=(then[0].memory - first[0].memory) / count,
         passed=(then[1].passed - first[1].passed) / count,
-        tasks={kind: total / count for kind, total in (then[3] - first[3]).items()},
+        tasks={kind: total / (2 * rounds) for kind, total in tasks.items() if total >= 2 * rounds},
     )
 
 
-def show_workers(counts: list[int], rounds: int, local_seconds: float, folder: Path) -> None:
-    """Print what rounds cost with workers that answer at once."""
-    print(
-        "| workers | tasks a round | ms a round | ms a worker | CPU ms a worker: driver | scheduler | workers |",
-        end=" ",
-    )
-    print("scheduler, CPU ms a task | bytes a worker | commit, s | first round, s | driver, MB | more a round, MB |")
-    print("|" + "---:|" * 13)
+COLUMNS = (
+    "workers | local steps, s | tasks a round | ms a round beyond them | ms a worker | "
+    "CPU ms a worker: driver | scheduler | workers | scheduler, CPU ms a task | bytes a worker | commit, s | "
+    "first round, s | driver, MB | more a round, MB"
+)
+
+
+def show_workers(counts: list[int], local_seconds: list[float], rounds: int, folder: Path) -> None:
+    """Print what rounds cost with workers that compute nothing."""
+    print(f"| {COLUMNS} |\n|{'---:|' * (COLUMNS.count('|') + 1)}")
     for workers in counts:
-        with cluster(workers, local_seconds) as client:
-            cost = cost_of(client, workers, rounds, 1, folder)
-        total, peak = sum(cost.tasks.values()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        each = [1e3 * cpu / workers for cpu in (cost.seconds, cost.driver, cost.scheduler, cost.workers)]
-        cells = [
-            f"{workers:,}",
-            f"{total:,.0f}",
-            f"{1e3 * cost.seconds:,.0f}",
-            *(f"{one:.2f}" for one in each),
-            f"{1e3 * cost.scheduler / total:.2f}",
-            f"{cost.passed / workers:,.0f}",
-            f"{cost.commit:.1f}",
-            f"{cost.start:.1f}",
-            f"{peak / MB:.0f}",
-            f"{cost.growth / MB:.2f}",
-        ]
-        print("| " + " | ".join(cells) + " |", flush=True)
-        print(
-            f"tasks: {', '.join(f'{kind} {count:,.0f}' for kind, count in sorted(cost.tasks.items()))}", file=sys.stderr
-        )
+        for steps in local_seconds:
+            with cluster(workers, steps) as client:
+                cost = cost_of(client, workers, rounds, 1, folder)
+            total, beyond = sum(cost.tasks.values()), cost.seconds - steps
+            each = [1e3 * seconds / workers for seconds in (beyond, cost.driver, cost.scheduler, cost.workers)]
+            cells = [f"{workers:,}", f"{steps:g}", f"{total:,.0f}", f"{1e3 * beyond:,.0f}"]
+            cells += [*(f"{one:.2f}" for one in each), f"{1e3 * cost.scheduler / total:.2f}"]
+            cells += [f"{cost.passed / workers:,.0f}", f"{cost.commit:.1f}", f"{cost.start:.1f}"]
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            cells += [f"{peak / MB:.0f}", f"{cost.growth / MB:.2f}"]
+            print("| " + " | ".join(cells) + " |", flush=True)
+            print("tasks:", *(f"{kind} {count:.0f}" for kind, count in cost.tasks.items()), file=sys.stderr)
 
 
 def show_bytes(replicas: list[int], megabytes: list[float], folder: Path) -> None:
@@ -187,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, nargs="*", default=[64, 256, 1000])
     parser.add_argument("--rounds", type=int, default=12, help="of a segment")
-    parser.add_argument("--local-seconds", type=float, default=0.0, help="that local steps take without computing")
+    parser.add_argument("--local-seconds", type=float, nargs="*", default=[0, 2], help="that local steps take")
     parser.add_argument("--apart", action="store_true", help="take results apart, as those of large models are")
     parser.add_argument("--replicas", type=int, nargs="*", default=[4, 16, 64])
     parser.add_argument("--megabytes", type=float, nargs="*", default=[0.01, 1, 10])
@@ -196,7 +190,7 @@ def main() -> None:
         handles.SMALL_BYTES = -1
     with tempfile.TemporaryDirectory() as folder:
         if arguments.workers:
-            show_workers(arguments.workers, arguments.rounds, arguments.local_seconds, Path(folder))
+            show_workers(arguments.workers, arguments.local_seconds, arguments.rounds, Path(folder))
         if arguments.replicas and arguments.megabytes:
             print()
             show_bytes(arguments.replicas, arguments.megabytes, Path(folder))
