@@ -181,7 +181,7 @@ def _traffic(job: Job, initial: Initial, replicas: int, workers: int) -> Traffic
         job.config.average,
         replicas=replicas,
         workers=workers,
-        slices=len(reducer_slices(job.config, layout, min(replicas, workers))),
+        slices=len(reducer_slices(job.config, layout, min(replicas, workers), replicas)),
         small=SMALL_BYTES,
     )
 

@@ -27,6 +27,8 @@ ALIGNMENT = math.lcm(codec.BLOCK, drift.BLOCK)
 """Elements; slices begin at multiples of it, so that blocks of codecs and of norms are the same in all slices."""
 SLICE_BYTES = 8 << 20
 """With ``cluster.slices = "auto"``: parameters are cut if each slice has at least so many bytes."""
+SLICE_TASKS = 1 << 12
+"""And into so few slices that replicas times slices are no more than that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +50,20 @@ class Slice:
 Slices: TypeAlias = tuple[Slice, ...]
 
 
-def num_slices(wanted: int | Literal["auto"], layout: Layout, workers: int) -> int:
-    """Return the number of slices: with "auto" at most one a worker, each of `SLICE_BYTES` at least."""
+def num_slices(wanted: int | Literal["auto"], layout: Layout, workers: int, replicas: int) -> int:
+    """Return the number of slices: with "auto" at most one a worker, each of `SLICE_BYTES` at least.
+
+    Each slice of each replica's update is a task of its own, of which the scheduler runs one or two in a millisecond:
+    "auto" cuts the updates of a round into `SLICE_TASKS` at most.
+
+    >>> layout = Layout((), 250_000_000, 250_000_000, 0)  # 1 GB
+    >>> num_slices("auto", layout, 64, 64), num_slices("auto", layout, 1000, 1000), num_slices(10, layout, 1000, 1000)
+    (64, 4, 10)
+    """
+    if wanted != "auto":
+        return wanted
     fitting = layout.num_flat * 4 // SLICE_BYTES
-    return max(1, min(workers, fitting)) if wanted == "auto" else wanted
+    return max(1, min(workers, fitting, SLICE_TASKS // replicas))
 
 
 def slices_of(layout: Layout, count: int) -> Slices:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from threading import Semaphore
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakSet
 
+from dask._task_spec import Task, parse_input
+from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from distributed import Client, Future, KilledWorker
 from distributed.client import ClosedClientError
 from distributed.comm.core import CommClosedError
@@ -24,6 +28,13 @@ WORKERS_SECONDS = 1.0
 """How long the list of workers is cached; tasks pinned to a worker that is gone run elsewhere."""
 NO_WORKERS_SECONDS = 120.0
 """How long a cluster may be without any worker before the run gives up."""
+HOLDERS = 16
+"""Workers that a value is sent to. Dask names all holders with each task that needs it: 1,000 would be 25 kB a task."""
+SCATTERED_AT_ONCE = 16
+"""Values on their way to workers of their own."""
+KEPT_MESSAGES = 10
+"""Messages to the scheduler that Dask's client keeps, to be looked at: with its 1,000, those of 1,000 replicas would
+take a gigabyte of the driver's memory."""
 PAUSES_SECONDS = 10.0
 """How often it is looked at whether all workers are paused, while results are waited for."""
 GONE = (
@@ -38,6 +49,8 @@ GONE = (
 CLOSING = "ConnectionPool is closed"
 """And what its RuntimeError says in a client that is being closed."""
 AGAIN = "Run the same command again to continue."
+At: TypeAlias = str | tuple[str, ...] | None
+"""Where a task runs: preferably on a worker, or only on the workers of a tuple."""
 
 
 class TaskClient:
@@ -52,6 +65,8 @@ class TaskClient:
 
     def __init__(self, client: Client, suffix: str) -> None:
         self.dask = client
+        if client.scheduler_comm is not None:
+            client.scheduler_comm.recent_message_log = deque(maxlen=KEPT_MESSAGES)
         self._suffix = suffix
         self._direct = True  # past the scheduler, until a worker turns out to be out of the client's reach
         self._attempt = 0
@@ -69,29 +84,62 @@ class TaskClient:
         function: Function,
         name: str,
         *arguments: Any,
-        at: str | tuple[str, ...] | None = None,
+        at: At = None,
         resources: Mapping[str, int] | None = None,
         priority: int = 0,
     ) -> Future:
-        """Submit a task: preferably on the worker `at`, or only on the workers of the tuple `at`."""
+        """Submit a task."""
         try:
             future = self.dask.submit(
-                function,
-                *arguments,
-                key=f"dtrain-{name}-{self._suffix}-a{self._attempt}",
-                workers=[at] if isinstance(at, str) else list(at) if at else None,
-                allow_other_workers=isinstance(at, str),
-                resources=resources,
-                priority=priority,
+                function, *arguments, key=self._key(name), resources=resources, priority=priority, **_where(at)
             )
             self._submitted.add(future)
             return future
         except ClosedClientError as error:  # the scheduler went away between two rounds
             raise self.lost(error) from error
 
+    def submit_each(
+        self,
+        function: Function,
+        tasks: Mapping[str, Sequence[Any]],
+        *,
+        at: Sequence[At],
+        resources: Mapping[str, int] | None = None,
+        priority: int = 0,
+    ) -> list[Future]:
+        """Submit a task for each name, with its arguments, and by task the place where it runs.
+
+        They go in one message: 1,000 messages take the scheduler longer than 1,000 tasks.
+        """
+        keys = [self._key(name) for name in tasks]
+        places = {key: _where(place) for key, place in zip(keys, at, strict=True)}
+        graph = {
+            key: Task(key, function, *map(parse_input, given)) for key, given in zip(keys, tasks.values(), strict=True)
+        }
+        annotations: dict[str, Any] = {"resources": resources, "priority": priority}
+        for option in ("workers", "allow_other_workers"):  # Dask calls a function by key; a layer a task is slow
+            annotations[option] = {key: where[option] for key, where in places.items()}.get
+        layers = {keys[0]: MaterializedLayer(graph, annotations)}
+        try:
+            futures: list[Future] = self.dask.get(
+                HighLevelGraph(layers, {keys[0]: set()}), keys, sync=False, fifo_timeout=0
+            )
+        except ClosedClientError as error:
+            raise self.lost(error) from error
+        self._submitted.update(futures)
+        return futures
+
+    def _key(self, name: str) -> str:
+        return f"dtrain-{name}-{self._suffix}-a{self._attempt}"
+
+    def scatter_each(self, values: Sequence[object], places: Sequence[str]) -> list[Future]:
+        """Send each value to its worker, several at a time: each takes three messages, and the waiting for answers."""
+        with ThreadPoolExecutor(SCATTERED_AT_ONCE) as pool:
+            return list(pool.map(lambda value, at: self.scatter(value, [at]), values, places))
+
     def scatter(self, value: object, places: Sequence[str]) -> Future:
-        """Send a value to some workers."""
-        addresses = sorted(set(places))
+        """Send a value to some workers, `HOLDERS` at most; others fetch it from them with the tasks that need it."""
+        addresses = sorted(set(places))[:HOLDERS]
         try:
             return self._scatter(value, addresses)
         except (OSError, TimeoutError) as error:
@@ -192,6 +240,12 @@ class TaskClient:
         if not self.connected:
             return _scheduler_lost()
         return SegmentLost(one_line(error), isinstance(error, KilledWorker))
+
+
+def _where(at: At) -> dict[str, Any]:
+    """Return Dask's options for where a task runs."""
+    workers = [at] if isinstance(at, str) else list(at or ()) or None
+    return {"workers": workers, "allow_other_workers": isinstance(at, str)}
 
 
 def _scheduler_lost() -> ClusterLost:

@@ -76,19 +76,11 @@ class ClusterRunner:
 
     def moments(self, most_units: int | None) -> dict[str, Moments]:
         """Return the moments of ``data.normalize``, from one pass over the training rows."""
-        moments = [
-            self._client.submit(
-                remote.take_moments,
-                f"moments-k{k}",
-                self.spec.run_id,
-                k,
-                most_units,
-                at=self._allowed(k) or at,
-                resources=RESOURCE,
-            )
-            for k, at in self._placed(self.spec.plan.replicas).items()
-        ]
-        merged: dict[str, Moments] = self._gather([self._client.submit(merge_moments, "moments", moments)])[0]
+        self._placed(self.spec.plan.replicas)
+        moments = self._by_replica(remote.take_moments, "moments", lambda k: (self.spec.run_id, k, most_units))
+        merged: dict[str, Moments] = self._gather(
+            [self._client.submit(merge_moments, "moments", moments, at=self._places[0])]
+        )[0]
         return merged
 
     def evaluate(self, params: Parameters, split: SplitName) -> Sums | None:
@@ -106,7 +98,7 @@ class ClusterRunner:
         """Scatter a state from the driver to the workers of its replicas."""
         self._client.begin()
         at = self._placed(len(state.broadcast))
-        slices = reducer_slices(self.spec.config, state.model.layout, len(set(at.values())))
+        slices = reducer_slices(self.spec.config, state.model.layout, len(set(at.values())), len(at))
         return scattered(self._client, state, at, slices)
 
     def submit(self, held: ClusterRound, plan: RoundPlan) -> ClusterRound:
@@ -119,7 +111,6 @@ class ClusterRunner:
         model = self._recalibrated(held, reduced.model, plan, "model")
         ema = self._next_ema(held, reduced.model, plan) if config.ema else None
         name = f"summary-r{plan.round:05d}"
-        at = places[0] if len(before.slices) > 1 else None
         return replace(
             held,
             before=replace(
@@ -131,7 +122,12 @@ class ClusterRunner:
             model=model,
             ema=ema,
             summary=self._client.submit(
-                remote.summarise_round, name, [[*own] for own in reduced.facts], [*model], held.frozen_sent, at=at
+                remote.summarise_round,
+                name,
+                [[*own] for own in reduced.facts],
+                [*model],
+                held.frozen_sent,
+                at=places[0],
             ),
             sums=self._submit_evaluation(model, "val", places, held.frozen_sent) if plan.evaluates else None,
             ema_sums=self._submit_evaluation(ema, "val", places, held.frozen_sent)
@@ -156,21 +152,14 @@ class ClusterRunner:
         if not plan.evaluates or not self.spec.config.average.recalibrate_batchnorm:
             return model
         name = f"{label}-r{plan.round:05d}"
-        statistics = [
-            self._client.submit(
-                remote.recalibrate,
-                f"recalibrate-{name}-k{k}",
-                self.spec.run_id,
-                [*model],
-                k,
-                held.frozen_sent,
-                at=self._allowed(k) or at,
-                resources=RESOURCE,
-                priority=PRIORITY_EVALUATE,
-            )
-            for k, at in self._places.items()
-        ]
-        last = self._client.submit(remote.recalibrated, f"recalibrated-{name}", model[-1], statistics)
+        statistics = self._by_replica(
+            remote.recalibrate,
+            f"recalibrate-{name}",
+            lambda k: (self.spec.run_id, [*model], k, held.frozen_sent),
+            PRIORITY_EVALUATE,
+        )
+        at = self._places[0]
+        last = self._client.submit(remote.recalibrated, f"recalibrated-{name}", model[-1], statistics, at=at)
         return (*model[:-1], last)
 
     def collect(self, held: ClusterRound) -> Outcome:
@@ -198,62 +187,61 @@ class ClusterRunner:
 
     def _submit_local(self, held: ClusterRound, plan: RoundPlan) -> tuple[list[Sliced], tuple[Future, ...]]:
         """Submit the local steps; return, by replica, the futures of what it sends and of what it keeps."""
-        updates, replicas = [], []
-        for task in plan.tasks:
-            k, at, name = task.replica, self._places[task.replica], f"r{plan.round:05d}-k{task.replica}"
-            trained = self._client.submit(
-                remote.train_replica,
-                f"local-{name}",
-                self.spec.run_id,
-                task,
-                [*held.before.broadcast[k]],
-                held.replicas[k],
-                held.frozen_sent,
-                at=self._allowed(k) or at,
-                resources=RESOURCE,
-                priority=PRIORITY_LOCAL,
-            )
-            updates.append(self._sent(held, name, trained, at))
-            replicas.append(
-                trained if held.before.small else self._part(remote.state_of, f"replica-{name}", trained, at)
-            )
-        return updates, tuple(replicas)
-
-    def _sent(self, held: ClusterRound, name: str, trained: Future, at: str) -> Sliced:
-        """Return, by slice, what a replica sends; a small result is sent whole."""
-        if held.before.small:
-            return (trained,)
-        if len(held.before.slices) == 1:
-            return (self._part(remote.update_of, f"parameters-{name}", trained, at),)
+        before, name = held.before, f"r{plan.round:05d}"
+        trained = self._by_replica(
+            remote.train_replica,
+            f"local-{name}",
+            lambda k: (self.spec.run_id, plan.tasks[k], [*before.broadcast[k]], held.replicas[k], held.frozen_sent),
+            PRIORITY_LOCAL,
+        )
+        if before.small:  # sent whole
+            return [(one,) for one in trained], tuple(trained)
+        kept = self._parts(remote.state_of, f"replica-{name}-k{{}}", trained)
+        if len(before.slices) == 1:
+            return [(one,) for one in self._parts(remote.update_of, f"parameters-{name}-k{{}}", trained)], tuple(kept)
         codec = self.spec.config.average.codec
-        return tuple(
-            self._part(remote.update_slice, f"parameters-{name}-s{cut.number}", trained, at, cut, codec)
-            for cut in held.before.slices
+        slices = [
+            self._parts(remote.update_slice, f"parameters-{name}-k{{}}-s{cut.number}", trained, cut, codec)
+            for cut in before.slices
+        ]
+        return list(zip(*slices, strict=True)), tuple(kept)
+
+    def _by_replica(
+        self, function: Callable[..., Any], name: str, arguments: Callable[[int], Sequence[Any]], priority: int = 0
+    ) -> list[Future]:
+        """Submit a task for each replica that runs the user's code where the replica is."""
+        return self._client.submit_each(
+            function,
+            {f"{name}-k{k}": arguments(k) for k in self._places},
+            at=[self._allowed(k) or at for k, at in self._places.items()],
+            resources=RESOURCE,
+            priority=priority,
         )
 
-    def _part(self, part: Callable[..., Any], name: str, whole: Future, at: str, *given: Any) -> Future:
-        return self._client.submit(part, name, whole, *given, at=at, priority=PRIORITY_REDUCE)
+    def _parts(self, part: Callable[..., Any], name: str, trained: Sequence[Future], *given: Any) -> list[Future]:
+        """Submit a task for each replica that takes a part out of its result."""
+        tasks = {name.format(k): (whole, *given) for k, whole in enumerate(trained)}
+        return self._client.submit_each(part, tasks, at=list(self._places.values()), priority=PRIORITY_REDUCE)
 
     def _submit_evaluation(
         self, model: Sliced, split: SplitName, places: Sequence[str], frozen: Future | None
     ) -> Future | None:
         """Submit the evaluation of parameters on a split; None if it is empty."""
-        sums = [
-            self._client.submit(
-                remote.evaluate_piece,
-                f"evaluate-{split}-p{piece}-{uuid.uuid4().hex[:8]}",
-                self.spec.run_id,
-                [*model],
-                split,
-                piece,
-                frozen,
-                at=stream.source.workers or places[piece % len(places)],
-                resources=RESOURCE,
-                priority=PRIORITY_EVALUATE,
-            )
-            for piece, stream in enumerate(self._resident.pieces(split))
-        ]
-        return self._client.submit(merge, f"merge-{uuid.uuid4().hex[:8]}", sums) if sums else None
+        pieces = self._resident.pieces(split)
+        if not pieces:
+            return None
+        unique = uuid.uuid4().hex[:8]
+        sums = self._client.submit_each(
+            remote.evaluate_piece,
+            {
+                f"evaluate-{split}-p{piece}-{unique}": (self.spec.run_id, [*model], split, piece, frozen)
+                for piece in range(len(pieces))
+            },
+            at=[stream.source.workers or places[piece % len(places)] for piece, stream in enumerate(pieces)],
+            resources=RESOURCE,
+            priority=PRIORITY_EVALUATE,
+        )
+        return self._client.submit(merge, f"merge-{unique}", sums, at=places[0])
 
     def _gather(self, futures: Sequence[Future]) -> list[Any]:
         return self._client.gather(futures, self._report_progress)
@@ -270,8 +258,8 @@ class ClusterRunner:
 
     def _placed(self, replicas: int) -> dict[int, str]:
         """Choose the worker of each replica, and return them."""
-        live = self._client.workers()
-        self._places = place_replicas(self._places, live, replicas)
+        live = dict.fromkeys(self._client.workers())
+        self._places = place_replicas(self._places, list(live), replicas)
         for replica in range(replicas):
             if allowed := self._allowed(replica):
                 self._places[replica] = next((worker for worker in allowed if worker in live), allowed[0])

@@ -65,7 +65,7 @@ def scattered(client: TaskClient, state: TrainState, at: Mapping[int, str], slic
         outer = _scatter_each(client, state.outer, first, lambda one: [cut_outer(one, cut, params) for cut in slices])
     return ClusterRound(
         before=Before(broadcast, outer, slices, len(slices) == 1 and _is_small(replace(state, broadcast=starts))),
-        replicas=tuple(client.scatter(own, [at[k]]) for k, own in enumerate(state.replicas)),
+        replicas=tuple(client.scatter_each(state.replicas, [at[k] for k in range(len(state.replicas))])),
         model=broadcast[0] if _is_shared(state) else _scatter_model(client, state.model, slices, at[0]),
         ema=None if state.ema is None else _scatter_model(client, state.ema, slices, at[0]),
         frozen=frozen,

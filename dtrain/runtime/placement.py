@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 
 
@@ -19,9 +20,10 @@ def place_replicas(previous: Mapping[int, str], workers: Sequence[str], replicas
         if at in load and load[at] < most:
             placed[replica] = at
             load[at] += 1
+    free = sorted((count, worker) for worker, count in load.items())  # sorted is a heap
     for replica in range(replicas):
         if replica not in placed:
-            at = min(workers, key=lambda worker: (load[worker], worker))
+            count, at = free[0]
             placed[replica] = at
-            load[at] += 1
+            heapq.heapreplace(free, (count + 1, at))
     return dict(sorted(placed.items()))

@@ -30,12 +30,12 @@ Sliced: TypeAlias = tuple[Future, ...]
 """By slice: the future of a value."""
 
 
-def reducer_slices(config: TrainConfig, layout: Layout, workers: int) -> Slices:
+def reducer_slices(config: TrainConfig, layout: Layout, workers: int, replicas: int) -> Slices:
     """Return the slices of the reducer; the means of a sparse topology are spread over the workers as they are."""
     wanted = config.cluster.slices
     if wanted == "auto" and config.average.mix.topology != "full":
         wanted = 1
-    return slices_of(layout, num_slices(wanted, layout, workers))
+    return slices_of(layout, num_slices(wanted, layout, workers, replicas))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +143,14 @@ class Reduction:
         )
 
     def _task(self, function: Callable[..., Any], name: str, number: int, replica: int | None, *given: Any) -> Future:
-        """Submit a task of a slice; slices are spread over the workers, beginning with that of a replica."""
+        """Submit a task of a slice; slices are spread over the workers, beginning with that of a replica.
+
+        Without a place, Dask would compare all workers that hold an update by all updates: a second for 1,000 of them.
+        """
         if len(self.before.slices) > 1:
             name = f"{name}-s{number}"
         at = None
-        if replica is not None and (len(self.before.slices) > 1 or self.config.mix.topology != "full"):
+        if replica is not None:
             workers = list(dict.fromkeys([*self.places[replica:], *self.places[:replica]]))
             at = workers[number % len(workers)]
         return self.client.submit(function, name, *given, at=at, priority=PRIORITY_REDUCE)

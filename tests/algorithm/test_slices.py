@@ -22,6 +22,7 @@ from dtrain.algorithm.replica import empty_inner_state, fresh_replica
 from dtrain.algorithm.slices import (
     ALIGNMENT,
     SLICE_BYTES,
+    SLICE_TASKS,
     Slice,
     Slices,
     cut_broadcast,
@@ -150,15 +151,21 @@ def test_the_number_of_slices() -> None:
     def whole(nbytes: int) -> Layout:
         return Layout((), nbytes // 4, nbytes // 4, 0)
 
-    for nbytes, workers, expected in (
-        (SLICE_BYTES - 4, 8, 1),
-        (2 * SLICE_BYTES - 4, 8, 1),
-        (2 * SLICE_BYTES, 8, 2),
-        (50 * SLICE_BYTES, 8, 8),
-        (50 * SLICE_BYTES, 0, 1),
+    for nbytes, workers, replicas, expected in (
+        (SLICE_BYTES - 4, 8, 8, 1),
+        (2 * SLICE_BYTES - 4, 8, 8, 1),
+        (2 * SLICE_BYTES, 8, 8, 2),
+        (50 * SLICE_BYTES, 8, 8, 8),
+        (50 * SLICE_BYTES, 0, 8, 1),
+        (1000 * SLICE_BYTES, 64, 64, 64),  # 4,096 tasks
+        (1000 * SLICE_BYTES, 65, 65, 63),
+        (1000 * SLICE_BYTES, 1000, 1000, 4),
+        (1000 * SLICE_BYTES, 4096, 4097, 1),
     ):
-        assert num_slices("auto", whole(nbytes), workers) == expected
-    assert num_slices(3, whole(4), 1) == 3
+        assert num_slices("auto", whole(nbytes), workers, replicas) == expected
+        assert expected == 1 or expected * replicas <= SLICE_TASKS
+    assert num_slices(3, whole(4), 1, 1) == 3
+    assert num_slices(10, whole(1000 * SLICE_BYTES), 1000, 1000) == 10
 
 
 # Every element once -----------------------------------------------------------------------------------------------

@@ -106,17 +106,25 @@ def test_a_lost_segment_is_replayed_from_its_root(
 def test_a_client_that_cannot_submit_is_a_lost_segment(
     samples: Samples, tmp_path: Path, client: Client, calm: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    submit, refused = Client.submit, []
+    submit, get, refused = Client.submit, Client.get, []
 
-    def refusing(self: Client, *arguments: Any, **options: Any) -> Any:
-        if "local-r00002" in options["key"] and not refused:
-            refused.append(options["key"])
+    def refuse(key: str, name: str) -> None:
+        if name in key and name not in refused:
+            refused.append(name)
             raise ClosedClientError("as if between two rounds")
+
+    def refusing_submit(self: Client, *arguments: Any, **options: Any) -> Any:
+        refuse(options["key"], "reduce-r00002")
         return submit(self, *arguments, **options)
 
-    monkeypatch.setattr(Client, "submit", refusing)
+    def refusing_get(self: Client, graph: Any, keys: list[str], **options: Any) -> Any:
+        refuse(keys[0], "local-r00002")
+        return get(self, graph, keys, **options)
+
+    monkeypatch.setattr(Client, "submit", refusing_submit)
+    monkeypatch.setattr(Client, "get", refusing_get)
     run = start(samples, tmp_path, client, model_calm)
-    assert refused
+    assert sorted(refused) == ["local-r00002", "reduce-r00002"]
     assert [row["params_sha256"] for row in run.rows] == calm
 
 

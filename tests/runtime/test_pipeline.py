@@ -96,18 +96,30 @@ def test_large_results_are_taken_apart_to_the_same_bits(
     from dtrain.runtime import handles
 
     keys: set[str] = set()
-    submit = Client.submit
+    submit, get = Client.submit, Client.get
 
     def watched(self: Client, *arguments: Any, **options: Any) -> Any:
         keys.add(options["key"].split("-")[1])
         return submit(self, *arguments, **options)
 
+    def watched_get(self: Client, graph: Any, names: list[str], **options: Any) -> Any:
+        keys.update(name.split("-")[1] for name in names)
+        return get(self, graph, names, **options)
+
     monkeypatch.setattr(Client, "submit", watched)
+    monkeypatch.setattr(Client, "get", watched_get)
     assert rows(start(samples, tmp_path, client, run={"commit_every": 5})) == calm
     assert keys == {"initialise", "local", "reduce", "summary", "evaluate", "merge"}
     monkeypatch.setattr(handles, "SMALL_BYTES", -1)
     assert rows(start(samples, tmp_path, client, run={"commit_every": 5})) == calm
     assert keys >= {"parameters", "replica", "mixed", "outer"}
+
+
+def test_workers_that_fetch_what_others_were_sent_change_no_bit(
+    samples: Samples, tmp_path: Path, client: Client, calm: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "HOLDERS", 1)
+    assert rows(start(samples, tmp_path, client, run={"commit_every": 3})) == calm
 
 
 def test_a_run_that_has_stopped_stays_stopped(

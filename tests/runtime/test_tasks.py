@@ -11,24 +11,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dask._task_spec import Alias, List
 from distributed import Client, Future
 
 import dtrain
 from dtrain.algorithm.average import Update
 from dtrain.config.average import AverageConfig
 from dtrain.data.samples import Samples
+from dtrain.runtime import client as client_module
 from dtrain.runtime import serial
+from dtrain.runtime.client import TaskClient
 from dtrain.types import Broadcast, InnerState, LocalTask, Parameters, ReplicaState
 from tests.runtime import models
 
 
-def start(samples: Samples, tmp_path: Path, cluster: Any, **train: Any) -> dtrain.Run:
+def start(samples: Samples, tmp_path: Path, cluster: Any, replicas: int = 3, **train: Any) -> dtrain.Run:
     table = {"loss": "cross_entropy", "rounds": 2, "batch_size": 16, **train}
     return dtrain.train(
         models.small,
         samples,
         train=table,
-        average={"replicas": 3},
+        average={"replicas": replicas},
         cluster=cluster,
         run_dir=tmp_path / "runs",
         progress=False,
@@ -91,18 +94,27 @@ def test_a_task_leaves_the_process_as_it_was(samples: Samples, tmp_path: Path) -
 def test_parameters_never_pass_through_the_scheduler_or_a_graph(
     samples: Samples, tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    submit, scatter, gather = Client.submit, Client.scatter, Client.gather
+    submit, get, scatter, gather = Client.submit, Client.get, Client.scatter, Client.gather
     submitted, moved = [], []
+    known = Future | Alias | str | int | float | LocalTask | AverageConfig | None
+
+    def check(arguments: Any) -> None:
+        for argument in arguments:
+            if isinstance(argument, list | List):
+                check(argument if isinstance(argument, list) else argument.args)
+            else:
+                assert isinstance(argument, known) or argument == (), argument
 
     def watched_submit(self: Client, function: Any, *arguments: Any, **options: Any) -> Any:
         submitted.append(options["key"])
-        assert not arrays_in(arguments)
-        for argument in arguments:
-            flat = argument if isinstance(argument, list) else [argument]
-            known = Future | str | int | float | LocalTask | AverageConfig | None
-            nested = [inner for a in flat for inner in (a if isinstance(a, list) else [a])]
-            assert all(isinstance(a, known) or a == () for a in nested), argument
+        check(arguments)
         return submit(self, function, *arguments, **options)
+
+    def watched_get(self: Client, graph: Any, keys: list[str], **options: Any) -> Any:
+        submitted.extend(keys)
+        for key in keys:
+            check(graph[key].args)
+        return get(self, graph, keys, **options)
 
     def watched_scatter(self: Client, *arguments: Any, **options: Any) -> Any:
         moved.append(options["direct"])
@@ -113,12 +125,102 @@ def test_parameters_never_pass_through_the_scheduler_or_a_graph(
         return gather(self, *arguments, **options)
 
     monkeypatch.setattr(Client, "submit", watched_submit)
+    monkeypatch.setattr(Client, "get", watched_get)
     monkeypatch.setattr(Client, "scatter", watched_scatter)
     monkeypatch.setattr(Client, "gather", watched_gather)
     start(samples, tmp_path, client)
-    assert submitted
+    assert {key.split("-")[1] for key in submitted} >= {"local", "reduce", "summary"}
     assert moved
     assert set(moved) == {True}
+
+
+def test_a_round_takes_as_many_messages_however_many_replicas_it_has(
+    samples: Samples, tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dtrain.runtime import handles
+
+    monkeypatch.setattr(handles, "SMALL_BYTES", -1)  # results are taken apart, replica by replica
+    submit, get, sent = Client.submit, Client.get, []
+
+    def watched_submit(self: Client, *arguments: Any, **options: Any) -> Any:
+        sent.append(options["key"])
+        return submit(self, *arguments, **options)
+
+    def watched_get(self: Client, graph: Any, keys: list[str], **options: Any) -> Any:
+        sent.append(keys[0])
+        return get(self, graph, keys, **options)
+
+    monkeypatch.setattr(Client, "submit", watched_submit)
+    monkeypatch.setattr(Client, "get", watched_get)
+    counts = set()
+    for replicas in (2, 5):
+        start(samples, tmp_path, client, replicas, local_steps=1)
+        counts.add(len(sent))
+        sent.clear()
+    assert len(counts) == 1
+
+
+def test_tasks_in_one_message_keep_place_resources_and_priority(client: Client) -> None:
+    tasks, first = TaskClient(client, "x"), next(iter(client.nthreads()))
+    never = tasks.submit(int, "never", resources={"nowhere": 1})  # so that the others wait, and can be looked at
+    places, options = (first, (first,), None), {"resources": {"dtrain": 1}, "priority": 3}
+    alone = [tasks.submit(str, f"alone-{n}", never, at=at, **options) for n, at in enumerate(places)]
+    together = tasks.submit_each(str, {f"together-{n}": [never] for n in range(3)}, at=places, **options)
+    tasks.submit(int, "later").result()  # the scheduler has read all messages before
+
+    def seen(keys: list[str], dask_scheduler: Any) -> list[Any]:
+        found = [dask_scheduler.tasks[key] for key in keys]
+        return [
+            (
+                one.worker_restrictions or set(),
+                one.loose_restrictions,
+                one.resource_restrictions,
+                one.priority[0],
+                one.state,
+            )
+            for one in found
+        ]
+
+    expected = [({first}, True), ({first}, False), (set(), False)]
+    for futures in (alone, together):
+        states = client.run_on_scheduler(seen, [future.key for future in futures])
+        assert states == [(at, loose, {"dtrain": 1}, -3, "waiting") for at, loose in expected]
+    tasks.cancel()
+
+
+def test_tasks_that_many_replicas_meet_in_have_a_place(
+    samples: Samples, tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, placed = Client.submit, {}
+
+    def watched(self: Client, function: Any, *arguments: Any, **options: Any) -> Any:
+        if any(isinstance(argument, list) for argument in arguments):
+            placed[options["key"].split("-")[1]] = bool(options["workers"] and options["allow_other_workers"])
+        return submit(self, function, *arguments, **options)
+
+    monkeypatch.setattr(Client, "submit", watched)
+    start(samples, tmp_path, client)
+    assert placed == dict.fromkeys(("reduce", "summary", "merge"), True)
+
+
+def test_values_are_sent_each_to_its_worker_and_shared_ones_to_few(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks, workers = TaskClient(client, "x"), sorted(client.nthreads())
+    places = [workers[n % 2] for n in range(5)]
+    sent = tasks.scatter_each(list(range(5)), places)
+    assert [client.who_has([future])[future.key] for future in sent] == [(at,) for at in places]
+    assert tasks.gather(sent, lambda: None) == list(range(5))
+    monkeypatch.setattr(client_module, "HOLDERS", 1)
+    shared = tasks.scatter("shared", workers)
+    assert client.who_has([shared])[shared.key] == (workers[0],)
+
+
+def test_the_client_keeps_few_messages(client: Client) -> None:
+    tasks = TaskClient(client, "x")
+    for n in range(20):
+        tasks.submit(int, f"n{n}").result()
+    assert 0 < len(client.scheduler_comm.recent_message_log) <= client_module.KEPT_MESSAGES
 
 
 def test_the_replicas_are_spread_and_one_trains_at_a_time(samples: Samples, tmp_path: Path, client: Client) -> None:
