@@ -88,9 +88,10 @@ def weighted_mean(arrays: Sequence[Flat], weights: Sequence[int]) -> Flat:
     for start in range(0, len(out), BLOCK):
         part = slice(start, start + BLOCK)
         own, wide = mean[: len(out[part])], term[: len(out[part])]
-        own[:] = 0
-        for array, weight in zip(arrays, weights, strict=True):
-            wide[:] = array[part]  # arithmetic on it is twice as fast as arithmetic that converts
+        own[:] = arrays[0][part]  # arithmetic on float64 is twice as fast as arithmetic that converts
+        own *= weights[0]
+        for array, weight in zip(arrays[1:], weights[1:], strict=True):
+            wide[:] = array[part]
             wide *= weight
             own += wide
         own /= total
