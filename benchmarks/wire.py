@@ -23,9 +23,9 @@ points lower at H = 128 and 5 Gbit/s. Where we differ: one interface carries bot
 would. On links of their own, full-duplex, gloo would send both halves of an exchange at the same time and take half as
 long at the same rate, dtrain would not: at equal rates of such links count its time on the wire twice.
 
-Target: seconds until the loss on 512 held-out rows is at most --target, for each H, over one wire. The data: 256
-features of 6 hidden numbers, whose sines are to be found. SGD with momentum and one learning rate, for all alike;
-evaluated every 32 steps or H, which counts as time for all alike.
+Target: seconds until the loss on 512 held-out rows is at most --target, over one wire, for several H and for the H that
+`dtrain plan --probe` recommends there. The data: 256 features of 6 hidden numbers, whose sines are to be found. SGD
+with momentum and one learning rate, for all alike; evaluated every 32 steps or H, which counts as time for all alike.
 """
 
 from __future__ import annotations
@@ -162,16 +162,29 @@ def codecs(wanted: list[str], data: Path) -> list[str]:
     return built
 
 
+def recommended(rate: float, data: Path) -> int:
+    """Return the local steps that `dtrain plan --probe` recommends on this wire."""
+    with narrowed(rate):
+        plan = dtrain.plan(build, config=configured(8, 100, data), probe=True)
+    steps: int = plan.record["cadence"]["recommended"]
+    say(f"plan --probe recommends H = {steps}: {plan.record['probe']}")
+    return steps
+
+
 def targets(options: argparse.Namespace, step: float, data: Path) -> list[Found]:
-    found = []
-    for h in (0, *options.local_steps):
-        with narrowed(our_rate(options.target_wire, step)):
+    rate, found = our_rate(options.target_wire, step), []
+    chosen = recommended(rate, data)
+    for h in (0, *sorted({*options.target_steps, chosen})):
+        with narrowed(rate):
             if h:
                 seconds, loss, steps = dtrain_target(h, data, options.target, options.limit)
             else:
                 seconds, loss, steps = on_two(ddp_target, options.target, options.limit)
         known = loss if math.isfinite(loss) else None
-        found.append({"h": h, "seconds": seconds, "loss": known, "steps": steps, "reached": loss <= options.target})
+        reached = loss <= options.target
+        found.append(
+            {"h": h, "seconds": seconds, "loss": known, "steps": steps, "reached": reached, "recommended": h == chosen}
+        )
         say(f"{label(h, 'none')}: loss {loss:.3f} after {steps} steps, {seconds:.1f} s")
     return found
 
@@ -199,7 +212,8 @@ def print_targets(found: list[Found], target: float) -> None:
     for one in found:
         seconds = f"{one['seconds']:.1f}" if one["reached"] else f"not in {one['seconds']:.0f}"
         loss = "" if one["loss"] is None else f"{one['loss']:.3f}"
-        print(f"| {label(one['h'], 'none')} | {seconds} | {one['steps']} | {loss} |")
+        note = ", as plan --probe recommends" if one["recommended"] else ""
+        print(f"| {label(one['h'], 'none')}{note} | {seconds} | {one['steps']} | {loss} |")
 
 
 def main() -> None:
@@ -210,6 +224,7 @@ def main() -> None:
     parser.add_argument("--codecs", nargs="+", choices=["none", "bf16", "int8", "int4"], default=["none"])
     parser.add_argument("--cell-seconds", type=float, default=4.0, help="of measured rounds, at least two")
     parser.add_argument("--target", type=float, default=0.25)
+    parser.add_argument("--target-steps", type=int, nargs="+", default=[1, 8, 16, 32, 64, 128, 256])
     parser.add_argument("--target-wire", type=int, default=5000, help="published, in Mbit/s")
     parser.add_argument("--limit", type=float, default=90.0, help="seconds to the target, then it is given up")
     parser.add_argument("--json", type=Path)
