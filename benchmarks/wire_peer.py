@@ -45,11 +45,11 @@ def write(data: Path) -> None:
             dataset.to_zarr(data / f"{name}.zarr", encoding=encoding, consolidated=False)
 
 
-def peer_steps(module: nn.Module, rank: int) -> Iterator[int]:
+def peer_steps(module: nn.Module, rank: int, seed: int = 0) -> Iterator[int]:
     """Take steps without end on this rank's share of the rows; yield the number of the step."""
     x, y = (values[rank::PROCESSES] for values in sine_data(1, ROWS))
     optimizer = torch.optim.SGD(module.parameters(), lr=LR, momentum=MOMENTUM)
-    torch.manual_seed(rank)
+    torch.manual_seed(PROCESSES * seed + rank)
     step = 0
     while True:
         for rows in torch.randperm(len(x)).split(BATCH):
@@ -88,14 +88,14 @@ def ddp_cell(rank: int, steps: int, rate: float) -> tuple[float, float]:
     raise AssertionError
 
 
-def ddp_target(rank: int, target: float, limit: float) -> tuple[float, float, int]:
+def ddp_target(rank: int, seed: int, target: float, limit: float) -> tuple[float, float, int]:
     """Return the seconds until the held-out loss is at most `target`, or `limit`; that loss, and the steps."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     module = DistributedDataParallel(build(), gradient_as_bucket_view=True)
     x, y = (values[rank::PROCESSES] for values in sine_data(2, HELD_OUT))
     dist.barrier()
     began = perf_counter()
-    for step in peer_steps(module, rank):
+    for step in peer_steps(module, rank, seed):
         if step % EVALUATED_EVERY:
             continue
         with torch.no_grad():
