@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from dtrain.algorithm.plan import pass_size
 from dtrain.data.plan.footprint import format_bytes
@@ -120,7 +121,7 @@ def _store_rows(job: Job, plan: RunPlan, store: StorePlan) -> list[tuple[str, st
         *store.source.samples.rows(),
         (
             "units",
-            f"{counts['units']:,} of {counts['unit_rows']:,} rows ({unit})"
+            f"{counts['units']:,} of {_unit(counts)} ({unit})"
             + (f", cut into {counts['cells']:,} cells of {counts['cell_rows']:,}" if shared > 1 else ""),
         ),
         ("splits", _splits(plan, store)),
@@ -168,7 +169,22 @@ def _splits(plan: RunPlan, store: StorePlan) -> str:
         "missing": "near a missing chunk",
     }
     dropped = [f"{count:,} {reasons[why]}" for why, count in counts["dropped"].items() if count]
-    return text + (f"; dropped: {', '.join(dropped)}" if dropped else "")
+    return text + _held_whole(store) + (f"; dropped: {', '.join(dropped)}" if dropped else "")
+
+
+def _unit(counts: Mapping[str, Any]) -> str:
+    """Return what a unit holds: rows, or the rows of a block."""
+    rows = f"{counts['unit_rows']:,} row{'s' if counts['unit_rows'] != 1 else ''}"
+    return " x ".join([rows, *(f"{dim} {length:,}" for dim, length in counts["unit_block"].items())])
+
+
+def _held_whole(store: StorePlan) -> str:
+    """Return what of a store that is cut into blocks lies in one split."""
+    plan = store.source.plan
+    if not plan.blocks or plan.val + plan.test == 0:
+        return ""
+    held = {"rows": "all patches of a row", "blocks": "a place in all rows", "cells": "a block of patches"}
+    return f"; {held[plan.whole]} {'lie' if plan.whole == 'rows' else 'lies'} in one split"
 
 
 def _why_amplified(store: StorePlan) -> str:

@@ -19,11 +19,12 @@ from dtrain.data.coordinate import Gaps, find_gaps
 from dtrain.data.encoding import Scaling
 from dtrain.data.paths import identity
 from dtrain.data.plan.anchors import count_samples
+from dtrain.data.plan.blocks import BlockAxis
 from dtrain.data.plan.evaluation import StoreOfRun
 from dtrain.data.plan.missing import AbsentChunks, absence_of
 from dtrain.data.plan.partition import JointPlan, count_units, plan_data, plan_held_out
 from dtrain.data.plan.splits import Runs
-from dtrain.data.plan.units import DataPlan
+from dtrain.data.plan.units import LATER, DataPlan
 from dtrain.data.read.presence import absent_rows
 from dtrain.data.samples import Coordinate, MissingLabels, Samples
 from dtrain.data.source import describe
@@ -346,13 +347,13 @@ def _scaling_from(values: Mapping[str, Any]) -> Scaling:
 
 
 def _plan_table(plan: DataPlan) -> dict[str, Any]:
-    """Return the fields of a plan; without jumps it is a plan that an earlier version can read."""
-    table = asdict(plan)
-    del table["jumps"]
+    """Return the fields of a plan; without later fields it is a plan that an earlier version can read."""
+    table = {name: value for name, value in asdict(plan).items() if name not in LATER or value != LATER[name]}
     return {**table, "jumps": plan.jump_rows.tolist()} if plan.jumps else table
 
 
 def _plan_from(values: Mapping[str, Any]) -> DataPlan:
     absent = tuple((start, stop) for start, stop in values.get("absent", ()))
     jumps = " ".join(map(str, values.get("jumps", ())))
-    return DataPlan(**{**values, "absent": absent, "jumps": jumps})
+    blocks = tuple(BlockAxis(**axis) for axis in values.get("blocks", ()))
+    return DataPlan(**{**values, "absent": absent, "jumps": jumps, "blocks": blocks})

@@ -53,6 +53,7 @@ class SplitConfig(Table):
 
     val: Share = 0.1
     test: Share = 0.1
+    patches: Bool = False
 
     @model_validator(mode="after")
     def _leaves_something(self) -> Self:
@@ -72,6 +73,12 @@ class DataConfig(Table):
         if offsets == ():
             raise ValueError("is an empty list; give at least one offset")
         return offsets
+
+    @model_validator(mode="after")
+    def _has_patches(self) -> Self:
+        if self.split.patches and not self.patch:
+            raise ValueError("split.patches = true cuts splits by patch, and data.patch names no dimension to cut")
+        return self
 
     path: str | tuple[Store, ...] = ""
     inputs: tuple[str, ...] = ()

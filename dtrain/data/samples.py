@@ -17,6 +17,7 @@ from dtrain.config.names import IGNORED_CLASS
 from dtrain.config.schema import DataConfig
 from dtrain.config.slices import Offsets, Slice
 from dtrain.data.encoding import Encoding, Scaling
+from dtrain.data.tiles import ONE_TILE, Tiles
 from dtrain.data.variable import Variable
 from dtrain.display import html_table, shown
 from dtrain.errors import InvalidConfig
@@ -27,6 +28,8 @@ MissingLabels: TypeAlias = Literal["ignored", "refused", "nan"]
 
 WHOLE_OBJECT_BYTES = 8 << 20
 """Shards up to this size are read whole; larger shards are split into several units."""
+LISTED_TILES = 1 << 16
+"""The fingerprint lists the tiles of a row one by one up to this number, as the first version did."""
 SMALL_SHARE = 16
 SMALL_BYTES = 64 << 20
 """A variable is small if it has at most 1 / `SMALL_SHARE` of all bytes, and at most `SMALL_BYTES`."""
@@ -51,24 +54,6 @@ class Coordinate:
     variable: Variable
     attributes: Mapping[str, object]
     """CF attributes that say what its values mean."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """The place of a patch within a row."""
-
-    ranges: tuple[tuple[str, int, int], ...]
-    """Dimension, start and stop, counted within the selected part of the dimension."""
-
-    def slices(self, variable: Variable) -> tuple[slice, ...]:
-        """Return the slice of each axis of a row."""
-        by_dim = {dim: slice(start, stop) for dim, start, stop in self.ranges}
-        return tuple(by_dim.get(variable.dims[axis], slice(None)) for axis in variable.row_axes)
-
-    def shape_of(self, variable: Variable) -> tuple[int, ...]:
-        """Return the shape of a row that is cut to the tile."""
-        pairs = zip(variable.row_shape, self.slices(variable), strict=True)
-        return tuple(len(range(length)[part]) for length, part in pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +86,8 @@ class Samples:
     """The row after the last selected one. Without windows and stride each row is a sample."""
     variables: tuple[Variable, ...]
     """Inputs, then targets; a variable that is both stands once."""
-    tiles: tuple[Tile, ...] = (Tile(()),)
-    """The patches that every row is cut into; a single tile of everything if rows are not cut."""
+    tiles: Tiles = ONE_TILE
+    """The patches that every row is cut into."""
     store: StoreFacts = StoreFacts()
     """They decide how the store is read, and change no bit; not part of the fingerprint."""
     transform: Function | None = None
@@ -195,7 +180,9 @@ class Samples:
             self.num_samples,
             [_hashed_variable(v) for v in self.variables],
             [{"name": field.name, "offsets": field.offsets, "window": field.window} for field in self.fields],
-            [{"ranges": tile.ranges} for tile in self.tiles],
+            [{"ranges": tile.ranges} for tile in self.tiles]
+            if len(self.tiles) <= LISTED_TILES
+            else [{"cut": (cut.dim, cut.length, cut.size)} for cut in self.tiles.cuts],
         ]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
@@ -231,7 +218,7 @@ class Samples:
             lines.append(("windows", f"rows {low:+d} to {high:+d} around every multiple of {self.config.stride}"))
         lines += [("normalize", f"{v.name}: {_means(v)}") for v in self.variables if v.is_standardised]
         if len(self.tiles) > 1:
-            size = " x ".join(f"{dim} {stop - start}" for dim, start, stop in self.tiles[0].ranges)
+            size = " x ".join(f"{cut.dim} {cut.size}" for cut in self.tiles.cuts)
             lines.append(("patches", f"{len(self.tiles):,} a row, of {size}"))
         return [*lines, ("store", shown(self.path))]
 

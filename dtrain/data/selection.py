@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import TypeAlias
 
 from dtrain.config.schema import DataConfig
 from dtrain.config.slices import DimSlice
-from dtrain.data.samples import Tile
+from dtrain.data.tiles import Cut, Tiles
 from dtrain.data.variable import Variable
 from dtrain.errors import InvalidConfig, LengthsDiffer, did_you_mean
 
@@ -110,8 +109,8 @@ def _range(text: str, dim: str, wanted: DimSlice, size: int, *, is_samples: bool
     return start, stop, step
 
 
-def tiles(config: DataConfig, variables: tuple[Variable, ...], sample_dim: str) -> tuple[Tile, ...]:
-    """Cut the dimensions of ``data.patch``; the last patch of each begins earlier, so that it is whole.
+def tiles(config: DataConfig, variables: tuple[Variable, ...], sample_dim: str) -> Tiles:
+    """Cut the dimensions of ``data.patch``.
 
     Raises
     ------
@@ -121,7 +120,7 @@ def tiles(config: DataConfig, variables: tuple[Variable, ...], sample_dim: str) 
     sizes: dict[str, int] = {}
     for v in variables:
         sizes.update((v.dims[axis], length) for axis, length in zip(v.row_axes, v.row_shape, strict=True))
-    ranges = []
+    cuts = []
     for dim, size in config.patch.items():
         if dim == sample_dim or dim not in sizes:
             why = "is the dimension of the samples" if dim == sample_dim else "is not a dimension of any variable"
@@ -131,9 +130,8 @@ def tiles(config: DataConfig, variables: tuple[Variable, ...], sample_dim: str) 
             )
         if size > sizes[dim]:
             raise InvalidConfig(f"data.patch.{dim} = {size}: {dim} has {sizes[dim]:,} places.", "Cut smaller patches.")
-        starts = dict.fromkeys(min(start, sizes[dim] - size) for start in range(0, sizes[dim], size))
-        ranges.append([(dim, start, start + size) for start in starts])
-    return tuple(Tile(parts) for parts in itertools.product(*ranges))
+        cuts.append(Cut(dim, sizes[dim], size))
+    return Tiles(tuple(cuts))
 
 
 def mean_axes(

@@ -13,13 +13,16 @@ import numpy as np
 from dtrain.data.encoding import Array, Floats, Scaling, unpack
 from dtrain.data.load.buffers import FieldSpec, aligned_copy
 from dtrain.data.load.slots import Rows
+from dtrain.data.plan.blocks import Blocks, tile_starts
 from dtrain.data.plan.hashing import Ints
 from dtrain.data.samples import Field, Samples
+from dtrain.data.tiles import Tile
 from dtrain.data.variable import Variable
 
 Scalings: TypeAlias = Mapping[str, Scaling]
 """By variable: how it is standardised."""
 
+WHOLE_ROWS = Blocks()
 PIECE_BYTES = 512 << 10
 """Rows that are copied twice, because they are cast or unpacked, are copied in pieces of this size: they stay in the
 processor's cache."""
@@ -46,9 +49,11 @@ class FieldGatherer:
     samples : Samples
     field : Field
     scaling : Scaling or None
+    blocks : Blocks
+        Of the units in the arena.
     """
 
-    def __init__(self, samples: Samples, field: Field, scaling: Scaling | None) -> None:
+    def __init__(self, samples: Samples, field: Field, scaling: Scaling | None, blocks: Blocks) -> None:
         self.field = field
         self.variable: Variable = samples.variable(field.name)
         row_shape = self.variable.row_shape
@@ -56,33 +61,41 @@ class FieldGatherer:
         dtype = self.variable.model_dtype if scaling is None else np.dtype(np.float32)
         self.spec = FieldSpec(samples.field_shape(field), dtype)
         self._low = 0 if self.variable.is_static else samples.reach(field.name)[0]
-        is_cut = any(part != slice(None) for part in samples.tiles[0].slices(self.variable))
-        self._slices = [tile.slices(self.variable) for tile in samples.tiles] if is_cut else None
+        self.is_cut = samples.tiles.cuts_any(self.variable)
+        """Whether the field differs from patch to patch."""
+        self._cuts, self._blocks = samples.tiles.cuts, blocks
         steps = np.diff(field.offsets)
         self._step = int(steps[0]) if len(steps) and steps[0] > 0 and (steps == steps[0]).all() else 0
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether the field differs from patch to patch."""
-        return self._slices is not None
 
     def fill(self, out: Array, arena: Array, rows: Rows) -> None:
         """Fill ``out[sample, ...]`` from ``arena[slot, row, ...]``; out is contiguous and of the model's dtype."""
         flat = arena.reshape(-1, *arena.shape[2:])
         first = rows.slot * arena.shape[1] + rows.row - self._low
-        if self._slices is None or rows.tile is None:
+        if not self.is_cut or rows.tile is None:
             self._take_all(out, flat, first)
         else:
-            for samples, slices in _by_tile(rows.tile, self._slices):
+            for samples, slices in self._by_tile(rows.tile, self._blocks):
                 self._take_some(out, flat[(slice(None), *slices)], first[samples], samples)
 
     def fill_static(self, out: Array, values: Array, rows: Rows) -> None:
         """Fill ``out[sample, ...]`` with the patches of a variable that has no sample dimension."""
-        if self._slices is None or rows.tile is None:  # there is one patch, which is all of a row
+        if not self.is_cut or rows.tile is None:  # there is one patch, which is all of a row
             out[...] = values
             return
-        for samples, slices in _by_tile(rows.tile, self._slices):
+        for samples, slices in self._by_tile(rows.tile, WHOLE_ROWS):
             out[samples] = values[slices]
+
+    def _by_tile(self, tile: Ints, blocks: Blocks) -> Iterator[tuple[Ints, tuple[slice, ...]]]:
+        """Yield, for each place of a patch that occurs, the samples that are cut there, and its slices of a row."""
+        starts = tile_starts(self._cuts, blocks, tile)
+        own = [(cut, start) for cut, start in zip(self._cuts, starts, strict=True) if cut.dim in self.variable.dims]
+        place = np.zeros(len(tile), np.int64)
+        for cut, start in own:
+            place = place * cut.length + start
+        for number in np.unique(place).tolist():
+            samples = np.flatnonzero(place == number)
+            ranges = tuple((cut.dim, int(at[samples[0]]), int(at[samples[0]]) + cut.size) for cut, at in own)
+            yield samples, Tile(ranges).slices(self.variable)
 
     def decoded(self, values: Array) -> Array:
         """Return a variable without the sample dimension as the model sees it."""
@@ -141,10 +154,14 @@ class BatchGatherer:
     statics : mapping of str to array
         The variables without the sample dimension, as stored.
     scalings : mapping of str to Scaling
+    blocks : Blocks
+        Of the units in the arena.
     """
 
-    def __init__(self, samples: Samples, statics: Mapping[str, Array], scalings: Scalings) -> None:
-        gatherers = [FieldGatherer(samples, field, scalings.get(field.name)) for field in samples.fields]
+    def __init__(
+        self, samples: Samples, statics: Mapping[str, Array], scalings: Scalings, blocks: Blocks = WHOLE_ROWS
+    ) -> None:
+        gatherers = [FieldGatherer(samples, field, scalings.get(field.name), blocks) for field in samples.fields]
         decoded = [g.decoded(statics[g.field.name]) if g.variable.is_static else None for g in gatherers]
         self._num_inputs = len(samples.config.inputs)
         self._repeated = [None if g.is_cut else values for g, values in zip(gatherers, decoded, strict=True)]
@@ -199,11 +216,6 @@ def _target_scaling(samples: Samples, field: Field, scaling: Scaling | None) -> 
 def repeated(values: Array, size: int) -> Array:
     """Return the same values for each of `size` samples, without copying them."""
     return np.lib.stride_tricks.as_strided(values, (size, *values.shape), (0, *values.strides))
-
-
-def _by_tile(tile: Ints, slices: list[tuple[slice, ...]]) -> list[tuple[Ints, tuple[slice, ...]]]:
-    """Return, for each patch that occurs, the samples that are cut to it, and its slices of a row."""
-    return [(np.flatnonzero(tile == number), slices[number]) for number in np.unique(tile).tolist()]
 
 
 def _all_windows(flat: Array, length: int, step: int) -> Array:

@@ -105,7 +105,7 @@ class Loader:
             limits=limits,
             total=total,
         )
-        self._gatherer = BatchGatherer(reader.samples, reader.statics, scalings or {})
+        self._gatherer = BatchGatherer(reader.samples, reader.statics, scalings or {}, partition.plan.grid)
         self._threads = LoaderThreads(
             schedule,
             reader,

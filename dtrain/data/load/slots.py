@@ -28,7 +28,7 @@ class Rows:
     row: Ints
     """The sample's anchor, counted from the first anchor of its part."""
     tile: Ints | None
-    """The patch; None if rows are not cut into patches."""
+    """The patch, counted within the row; None if rows are not cut into patches."""
 
     def __len__(self) -> int:
         return len(self.slot)
@@ -112,9 +112,13 @@ class SlotTable:
     def rows(self, epoch: int, run: RowRun) -> Rows:
         """Return where the samples of a run lie; each of its parts has a slot."""
         part, index = run.rows()
-        tile = None
-        if self._partition.plan.patches > 1:
-            index, tile = np.divmod(index, self._partition.plan.patches)
+        tile, plan = None, self._partition.plan
+        if plan.blocks:
+            blocks = self._partition.part_blocks[part].astype(np.int64)
+            index, within = np.divmod(index, plan.grid.tiles_in(blocks))
+            tile = plan.grid.tile(blocks, within)
+        elif plan.patches > 1:
+            index, tile = np.divmod(index, plan.patches)
         return Rows(self._by_part[epoch][part].astype(np.int64), self._partition.rows(part, index), tile)
 
 

@@ -182,12 +182,13 @@ def _owned_rows(reader: UnitReader, partition: Partition, variable: Variable) ->
     if variable.is_static:
         yield reader.statics[variable.name][None]
         return
-    starts, stops = cell_bounds(partition.plan, partition.cells)
-    unit_of_cell = partition.cells // partition.plan.cells_per_unit
+    plan = partition.plan
+    starts, stops = cell_bounds(plan, partition.cells)
+    unit_of_cell = partition.cells // plan.cells_per_unit
     for unit in partition.units.tolist():
         cells = slice(*np.searchsorted(unit_of_cell, [unit, unit + 1]))
         first, last = int(starts[cells].min()), int(stops[cells].max())
-        rows = reader.read_rows(variable, first, last)
+        rows = reader.read_rows(variable, plan.box(unit // plan.units_per_block, first, last))
         is_owned = np.zeros(len(rows), bool)
         for start, stop in zip(starts[cells].tolist(), stops[cells].tolist(), strict=True):
             is_owned[start - first : stop - first] = True

@@ -60,7 +60,7 @@ def count_samples(plan: DataPlan, split: SplitName) -> Counts:
             dealt = cells if plan.contiguous else cells // plan.group
             owners += len(changes(dealt)) - (int(dealt[0]) == last)
             last = int(dealt[-1])
-            samples += int(count.sum()) * plan.patches
+            samples += int((count * plan.tiles_of(cells)).sum())
     return Counts(samples, owners)
 
 
@@ -82,7 +82,10 @@ class _Neighbours:
 
 
 def _neighbours(plan: DataPlan, cells: Compact) -> _Neighbours:
-    begins = np.flatnonzero(np.diff(cells, prepend=-2) != 1)
+    is_first = np.diff(cells, prepend=-2) != 1
+    if plan.blocks:
+        is_first[changes(cells // plan.block_step)] = True
+    begins = np.flatnonzero(is_first)
     lasts = np.append(begins, len(cells))[1:] - 1
     return _Neighbours(begins, cell_bounds(plan, cells[begins])[0], cell_bounds(plan, cells[lasts])[1])
 

@@ -41,7 +41,7 @@ def object_rows(samples: Samples) -> int:
     return min(common_rows([v.object_rows for v in samples.streamed]), max(1, samples.num_samples))
 
 
-def unit_rows(samples: Samples, replicas: int, *, whole: bool) -> int:
+def unit_rows(samples: Samples, replicas: int, row_bytes: int, blocks: int, *, whole: bool) -> int:
     """Return the rows of a unit: the smallest run that reads efficiently.
 
     Small objects are put together up to `UNIT_BYTES`; large shards are cut between inner chunks. Then the unit
@@ -51,15 +51,19 @@ def unit_rows(samples: Samples, replicas: int, *, whole: bool) -> int:
     ----------
     samples : Samples
     replicas : int
+    row_bytes : int
+        Of a row of a unit.
+    blocks : int
+        Number of units of the same rows.
     whole : bool
         False if rows are absent: then small objects are not put together, so that few rows are lost with one.
     """
-    row_bytes, boundary = max(1, samples.row_bytes), object_rows(samples)
+    row_bytes, boundary = max(1, row_bytes), object_rows(samples)
     inner = common_rows([v.chunk_rows for v in samples.streamed])
     if boundary * row_bytes > WHOLE_OBJECT_BYTES and boundary > inner and boundary % inner == 0:
         sizes = _sizes_in_shards(boundary, inner, row_bytes)
     else:
-        sizes = _sizes_of_objects(samples, replicas, boundary, whole=whole)
+        sizes = _sizes_of_objects(samples, replicas, boundary, row_bytes, blocks, whole=whole)
     sizes = [size for size in sizes if size == sizes[0] or size * row_bytes <= GROWN_BYTES]
     enough = next((size for size in sizes if _amplification(samples, size) <= MAX_AMPLIFICATION), sizes[-1])
     return min(samples.num_samples, enough)
@@ -72,9 +76,11 @@ def _sizes_in_shards(boundary: int, inner: int, row_bytes: int) -> list[int]:
     return [size for size in sizes if size >= start]
 
 
-def _sizes_of_objects(samples: Samples, replicas: int, boundary: int, *, whole: bool) -> list[int]:
+def _sizes_of_objects(
+    samples: Samples, replicas: int, boundary: int, row_bytes: int, blocks: int, *, whole: bool
+) -> list[int]:
     """Return the possible rows of a unit, ascending, that consists of whole objects."""
-    row_bytes, rows = max(1, samples.row_bytes), samples.num_samples - samples.first_row
+    rows = (samples.num_samples - samples.first_row) * blocks
     wanted = math.ceil(UNIT_BYTES / (boundary * row_bytes)) if whole else 1
     enough_units = rows // (boundary * 3 * UNITS_PER_REPLICA * replicas)
     start = boundary * max(1, min(wanted, enough_units))
@@ -94,7 +100,7 @@ def _amplification(samples: Samples, unit_rows: int) -> float:
 
 def with_cells(samples: Samples, plan: DataPlan) -> DataPlan:
     """Return a plan of whole units as cells with its cells cut: grouped by shard, or shorter where units are few."""
-    plan = replace(plan, group=_group(samples, plan))
+    plan = replace(plan, group=1 if plan.blocks else _group(samples, plan))
     return plan if plan.group > 1 else replace(plan, cell_rows=_cell_rows(plan))
 
 
@@ -128,7 +134,7 @@ def _cells_per_unit(plan: DataPlan) -> Iterator[int]:
     samples are dealt, unless they are too many, and the parts are equal.
     """
     yield 1
-    if math.ceil((plan.num_samples - plan.first_row) / plan.unit_rows) > plan.window:
+    if math.ceil((plan.num_samples - plan.first_row) / plan.unit_rows) * len(plan.grid) > plan.window:
         yield from range(2, min(plan.replicas + 2, plan.unit_rows) + 1)
     finest = max(plan.stride, math.ceil(plan.num_samples / MAX_CELLS))
     yield max(1, plan.unit_rows // finest)
@@ -146,7 +152,7 @@ def with_enough_cells(plan: DataPlan) -> DataPlan:
             break
         candidate = replace(plan, cell_rows=math.ceil(plan.unit_rows / count), group=1)
         owners = count_samples(candidate, "train").owners
-        if owners > most and _has_held_out(candidate):
+        if owners > most and has_held_out(candidate):
             best, most = candidate, owners
     return best
 
@@ -160,6 +166,7 @@ def _finer_cuts(plan: DataPlan) -> Iterator[int]:
         yield count
 
 
-def _has_held_out(plan: DataPlan) -> bool:
+def has_held_out(plan: DataPlan) -> bool:
+    """Whether the splits that are asked for hold samples."""
     shares: tuple[tuple[SplitName, float], ...] = (("val", plan.val), ("test", plan.test))
     return all(count_samples(plan, name).samples for name, share in shares if share > 0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal, TypeAlias
 
+from dtrain.data.plan.boxes import blocks_for
 from dtrain.data.plan.partition import plan_data, plan_held_out
 from dtrain.data.plan.splits import SplitName
 from dtrain.data.plan.units import DataPlan
@@ -67,6 +68,8 @@ def plan_evaluation(
     same = [plan for plan in alike if plan.source == samples.fingerprint]
     if split == "all":
         return (cut_as(same[0], samples, jumps) if same else plan_held_out(samples, plans[0], jumps=jumps)), split
+    for plan in same or alike:
+        _check_patches(samples, split, plan)
     if store is not None and not alike:
         raise _other_rows(samples, split, plans[store])
     cuts = [cut_as(plan, samples, jumps) for plan in same or alike]
@@ -88,12 +91,29 @@ def cut_as(plan: DataPlan, samples: Samples, jumps: str = "") -> DataPlan:
     return replace(
         plan,
         patches=len(samples.tiles),
+        blocks=plan.blocks if _same_patches(plan, samples) else blocks_for(samples),
         stride=samples.config.stride,
         first_offset=first,
         last_offset=last,
         source=samples.fingerprint,
         jumps=plan.jumps if alike else jumps,
     )
+
+
+def _same_patches(plan: DataPlan, samples: Samples) -> bool:
+    cuts = [(cut.dim, cut.length, cut.size) for cut in samples.tiles.cuts]
+    return [(axis.dim, axis.length, axis.size) for axis in plan.blocks] == cuts
+
+
+def _check_patches(samples: Samples, split: SplitName, plan: DataPlan) -> None:
+    """Refuse other patches than those that the splits of a run were cut by."""
+    if plan.blocks and plan.whole != "rows" and not _same_patches(plan, samples):
+        wanted = ", ".join(f"{axis.dim} = {axis.size}" for axis in plan.blocks)
+        raise InvalidConfig(
+            f"The splits of the run hold patches of {{ {wanted} }}: other patches of {split} may overlap with "
+            "some that were trained on.",
+            "Evaluate the same patches, or all of the data.",
+        )
 
 
 def _of_held_out(samples: Samples, split: SplitName, like: DataPlan, held_out: DataPlan | None, jumps: str) -> DataPlan:

@@ -42,15 +42,19 @@ def sample_bytes(samples: Samples) -> int:
     total = 0
     for field in samples.fields:
         variable = samples.variable(field.name)
-        cut = any(part != slice(None) for part in samples.tiles[0].slices(variable))
-        if cut or not variable.is_static:  # else it is one array for all samples
+        if samples.tiles.cuts_any(variable) or not variable.is_static:  # else it is one array for all samples
             total += math.prod(samples.field_shape(field)) * variable.model_dtype.itemsize
     return total
 
 
 def slot_shape(samples: Samples, plan: DataPlan, variable: Variable) -> tuple[int, ...]:
     """Return the shape of a variable's largest unit in memory, with the halo of its windows."""
-    return box_shape(samples, variable, Box(0, min(plan.unit_rows, plan.num_samples)))
+    return box_shape(samples, variable, _largest(plan))
+
+
+def _largest(plan: DataPlan) -> Box:
+    """Return the box of the largest unit, as if it began at the first place."""
+    return Box(0, min(plan.unit_rows, plan.num_samples), plan.grid.extents)
 
 
 def slot_bytes(samples: Samples, plan: DataPlan) -> int:
@@ -61,11 +65,17 @@ def slot_bytes(samples: Samples, plan: DataPlan) -> int:
 def scratch_bytes(samples: Samples, plan: DataPlan) -> int:
     """Return the bytes that decoding a unit needs besides its slot.
 
-    They hold the stored and decoded chunks of one variable at a time.
+    They hold the stored and decoded chunks of one variable at a time, and the variable's part of a unit where the unit
+    may be smaller than its slot.
     """
     readers = choose_readers(samples, samples.config.reader)
     return max(
-        (_decoding_bytes(v, slot_shape(samples, plan, v)[0], readers[v.name][0]) for v in samples.streamed), default=0
+        (
+            _decoding_bytes(v, *_chunks_of_box(samples, plan, v), readers[v.name][0])
+            + (math.prod(slot_shape(samples, plan, v)) * v.kept_dtype.itemsize if plan.blocks else 0)
+            for v in samples.streamed
+        ),
+        default=0,
     )
 
 
@@ -95,7 +105,7 @@ def order_bytes(plan: DataPlan, units: int, ahead: int, *, shuffle: bool) -> int
         Units that are read before they are due.
     shuffle : bool
     """
-    part = math.ceil(min(plan.unit_rows, plan.num_samples) / plan.stride) * plan.patches
+    part = math.ceil(min(plan.unit_rows, plan.num_samples) / plan.stride) * plan.most_tiles
     whole = units * part
     if not shuffle:
         return STORED_BYTES * min(STORED_ROWS, part) + UNIT_BYTES_IN_ORDER * units
@@ -121,8 +131,7 @@ def tables_bytes(samples: Samples, plan: DataPlan, kept: int) -> int:
     return kept + CELL_BYTES * plan.num_cells + jumps + 8 * sum(v.num_objects for v in samples.variables)
 
 
-def _decoding_bytes(v: Variable, rows: int, reader: str) -> int:
-    chunks, cut = _chunks_of_rows(v, rows)
+def _decoding_bytes(v: Variable, chunks: int, cut: bool, reader: str) -> int:
     if reader == "numcodecs" and not has_fine_shards(v):  # else zarrs may read it, where that is installed
         if not v.has_inner_chunks:
             return 2 * v.chunk_bytes  # one chunk after the other
@@ -135,13 +144,19 @@ def _decoding_bytes(v: Variable, rows: int, reader: str) -> int:
     return 2 * chunks * v.chunk_bytes
 
 
-def _chunks_of_rows(v: Variable, rows: int) -> tuple[int, bool]:
-    """Return how many chunks a run of rows touches at most, and True if another dimension is selected in part."""
-    chunks, cut = math.ceil(rows / v.chunk_rows) + 1, False
+def _chunks_of_box(samples: Samples, plan: DataPlan, v: Variable) -> tuple[int, bool]:
+    """Return how many chunks a unit touches at most, and True if it covers another dimension in part."""
+    blocks = {dim: stop for dim, _, stop in plan.grid.extents}
+    chunks, cut = math.ceil(slot_shape(samples, plan, v)[0] / v.chunk_rows) + 1, False
     for axis, (size, (start, stop, step)) in enumerate(zip(v.chunks, v.select, strict=True)):
-        if axis != v.sample_axis:
-            chunks *= math.ceil(stop / size) - start // size
-            cut = cut or (start, stop, step) != (0, v.shape[axis], 1)
+        if axis == v.sample_axis:
+            continue
+        length, touched = blocks.get(v.dims[axis]), math.ceil(stop / size) - start // size
+        if length is not None and length < len(range(start, stop, step)):
+            touched = min(touched, math.ceil(((length - 1) * step + 1) / size) + 1)
+            cut = True
+        chunks *= touched
+        cut = cut or (start, stop, step) != (0, v.shape[axis], 1)
     return chunks, cut
 
 

@@ -202,10 +202,10 @@ class Reading:
         """Bytes that a thread needs to decode a unit."""
         return scratch_bytes(self.samples, self.plan)
 
-    def budget(self, kept: int, ahead: int, threads: int) -> LoaderBudget:
+    def budget(self, kept: int, ahead: int, threads: int, most_buffers: int = BUFFERS) -> LoaderBudget:
         """Return the budget of `kept` loaders."""
         batch = self.batch_size * sample_bytes(self.samples)
-        buffers = 2 if batch > LARGE_BATCH_BYTES else BUFFERS
+        buffers = 2 if batch > LARGE_BATCH_BYTES else most_buffers
         return LoaderBudget(
             kept=kept,
             unit=self.unit,
@@ -256,17 +256,17 @@ def plan_memory(
 
 
 def _candidates(train: Reading, evaluate: Reading | None, limit: int, what: str) -> Iterator[MemoryBudget]:
-    """Yield budgets: first the fastest, then fewer loaders, then less read ahead."""
+    """Yield budgets: first the fastest, then fewer loaders, then less read ahead, then fewer buffers."""
     samples = train.samples
     ahead, threads = (AHEAD_REMOTE, THREADS_REMOTE) if samples.store.read_ahead else (AHEAD, THREADS)
     statics, indices = static_bytes(samples), index_bytes(samples)
     tables = train.tables + (evaluate.tables if evaluate else 0)
     loaders = [(train.loaders, evaluate.loaders if evaluate else 0), *((n, 0) for n in range(train.loaders, 0, -1))]
-    for r, t in ((ahead, threads), (2, min(2, threads)), (1, 1)):
+    for r, t, buffers in ((ahead, threads, BUFFERS), (2, min(2, threads), BUFFERS), (1, 1, BUFFERS), (1, 1, 2)):
         for count, kept in loaders:
             yield MemoryBudget(
-                train=train.budget(count, r, t),
-                evaluate=evaluate.budget(kept, r, t) if evaluate else None,
+                train=train.budget(count, r, t, buffers),
+                evaluate=evaluate.budget(kept, r, t, buffers) if evaluate else None,
                 statics=statics,
                 indices=indices,
                 tables=tables,

@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from dtrain.config.schema import SplitConfig
 from dtrain.data.plan.anchors import count_samples
-from dtrain.data.plan.cuts import object_rows, unit_rows, with_cells, with_enough_cells
+from dtrain.data.plan.boxes import with_units
+from dtrain.data.plan.cuts import object_rows
 from dtrain.data.plan.hashing import DEAL, SLICE, hash64
 from dtrain.data.plan.parts import Partition as Partition
 from dtrain.data.plan.parts import cell_anchors as cell_anchors
@@ -181,36 +182,43 @@ def plan_data(
             f"{samples.path} holds no samples along {samples.sample_dim}.",
             "Write some, or name another dimension in data.sample_dim.",
         )
-    rows = unit_rows(samples, replicas, whole=not absent)
     config = samples.config
     first_offset, last_offset = samples.reach()
     plan = DataPlan(
         num_samples=samples.num_samples,
-        unit_rows=rows,
-        cell_rows=rows,
+        unit_rows=1,
+        cell_rows=1,
         first_row=samples.first_row,
         absent=absent,
         patches=len(samples.tiles),
         stride=config.stride,
         first_offset=first_offset,
         last_offset=last_offset,
-        window=min(64, max(8, WINDOW_BYTES // (rows * max(1, samples.row_bytes)))),
+        window=1,
         replicas=replicas,
         eval_pieces=eval_pieces or replicas,
         val=0.0 if config.val_path else config.split.val,
         test=config.split.test,
-        sequential=config.split_order == "sequential" or (config.split_order == "auto" and samples.has_windows),
+        sequential=_is_sequential(samples),
         contiguous=config.partition == "contiguous",
         shuffle=config.shuffle,
         seed=seed,
         source=samples.fingerprint,
         jumps=jumps,
     )
-    plan = with_enough_cells(with_cells(samples, plan))
+    plan = with_units(samples, plan, WINDOW_BYTES)
     _check_train(samples, plan)
     _check_held_out(samples, plan)
     _check_owners(samples, plan)
     return plan
+
+
+def _is_sequential(samples: Samples) -> bool:
+    """Whether splits are cut along the sample axis; whole blocks of patches need not be."""
+    config = samples.config
+    return config.split_order == "sequential" or (
+        config.split_order == "auto" and samples.has_windows and not config.split.patches
+    )
 
 
 def plan_held_out(samples: Samples, like: DataPlan, *, absent: Runs = (), jumps: str = "") -> DataPlan:
@@ -241,6 +249,7 @@ def _check_train(samples: Samples, plan: DataPlan) -> None:
 def _check_held_out(samples: Samples, plan: DataPlan) -> None:
     span = f" with its whole window of {plan.last_offset - plan.first_offset + 1:,} rows" if samples.has_windows else ""
     shorter = ", or use a shorter window" if samples.has_windows else ""
+    shorter += ", or split by patch (data.split.patches = true)" if plan.patches > 1 and plan.whole != "blocks" else ""
     shares: tuple[tuple[SplitName, float], ...] = (("val", plan.val), ("test", plan.test))
     for name, share in shares:
         if share > 0 and not count_samples(plan, name).samples:

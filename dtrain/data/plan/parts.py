@@ -15,7 +15,7 @@ from dtrain.data.plan.units import Box, DataPlan
 
 @dataclass(frozen=True)
 class Partition:
-    """The samples that one replica, or one evaluation task, owns. A sample is named by its anchor row.
+    """The samples that one replica, or one evaluation task, owns. A sample is named by its anchor row and its tile.
 
     A *part* is a unit as one partition sees it: the anchors of the unit that the partition owns.
     """
@@ -49,14 +49,22 @@ class Partition:
     @cached_property
     def part_sizes(self) -> Compact:
         """The number of samples of each part."""
-        begins, patches = self._begins, self.plan.patches
+        begins, plan = self._begins, self.plan
         anchors = self.count if begins is None else np.add.reduceat(self.count, begins, dtype=np.int64)
-        return anchors if patches == 1 else compact(anchors.astype(np.int64) * patches, self.plan.unit_rows * patches)
+        if plan.patches == 1:
+            return anchors
+        tiles = self.plan.grid.tiles_in(self.part_blocks.astype(np.int64)) if plan.blocks else plan.patches
+        return compact(anchors.astype(np.int64) * tiles, plan.unit_rows * plan.most_tiles)
+
+    @cached_property
+    def part_blocks(self) -> Compact:
+        """The block of each part."""
+        return self.units // self.plan.units_per_block
 
     @property
     def num_samples(self) -> int:
         """Number of samples of a pass."""
-        return int(self.count.sum(dtype=np.int64)) * self.plan.patches
+        return int((self.count.astype(np.int64) * self.plan.tiles_of(self.cells)).sum())
 
     @property
     def nbytes(self) -> int:
@@ -102,7 +110,8 @@ class Partition:
     def box(self, part: int) -> Box:
         """Return the box from the first to the last anchor of a part."""
         first, count = self._runs_of(part)
-        return Box(int(first[0]), int(first[-1] + (count[-1] - 1) * self.plan.stride) + 1)
+        after = int(first[-1] + (count[-1] - 1) * self.plan.stride) + 1
+        return self.plan.box(int(self.units[part]) // self.plan.units_per_block, int(first[0]), after)
 
     def _runs_of(self, part: int) -> tuple[Ints, Ints]:
         """Return the first anchor and the number of anchors of each run of a part."""

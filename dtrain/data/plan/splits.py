@@ -23,11 +23,23 @@ def split_cells(plan: DataPlan, split: SplitName) -> Compact:
     cells = present_cells(plan)
     if split == "all":
         return cells
+    owners = _owners(plan, cells)
+    if owners is not None:
+        names, of_cell = np.unique(owners.astype(np.int64), return_inverse=True)
+        kept: Compact = cells[_chosen(plan, names, split)[of_cell]]
+        return kept
     if plan.group == 1:
         return cells[_chosen(plan, cells, split)]
     begins = changes(cells // plan.group)
     chosen = _chosen(plan, cells[begins] // plan.group, split)
     return cells[np.repeat(chosen, np.diff(begins, append=len(cells)))]
+
+
+def _owners(plan: DataPlan, cells: Compact) -> Compact | None:
+    """Return what a split holds whole, by cell, if that is neither the cell nor its group."""
+    if plan.whole == "rows":
+        return cells % plan.block_step
+    return cells // plan.block_step if plan.whole == "blocks" else None
 
 
 def changes(values: Compact) -> Ints:
@@ -59,7 +71,8 @@ def present_cells(plan: DataPlan) -> Compact:
     if plan.first_row >= plan.num_samples:
         return np.zeros(0, np.int64)
     first = int(cells_of_rows(plan, np.array([plan.first_row]))[0])
-    cells = compact(np.arange(first, plan.num_cells), plan.num_cells)
+    of_block, begins = np.arange(first, plan.cells_per_block), np.arange(len(plan.grid)) * plan.block_step
+    cells = compact((begins[:, None] + of_block).ravel(), len(begins) * plan.block_step)
     return without_rows(plan, cells, plan.absent)
 
 
@@ -78,7 +91,10 @@ def without_rows(plan: DataPlan, cells: Compact, rows: Runs) -> Compact:
 
 
 def shares_met(plan: DataPlan) -> bool:
-    """Return True if val and test get the share of rows that they ask for, within a tenth of it."""
+    """Return True if val and test get the share of rows that they ask for, within a tenth of it.
+
+    A row of a block counts as many times as the block has tiles.
+    """
     total = max(1, _num_rows(plan, present_cells(plan)))
     shares: tuple[tuple[SplitName, float], ...] = (("val", plan.val), ("test", plan.test))
     for name, share in shares:
@@ -92,5 +108,6 @@ def _num_rows(plan: DataPlan, cells: Compact) -> int:
     rows = 0
     for part in slices(len(cells)):
         starts, stops = cell_bounds(plan, cells[part])
-        rows += int((stops - starts).sum())
+        tiles = plan.tiles_of(cells[part]) if plan.blocks else 1
+        rows += int(((stops - starts) * tiles).sum())
     return rows

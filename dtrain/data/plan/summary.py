@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dtrain.data.plan.anchors import count_samples
-from dtrain.data.plan.hashing import slices
+from dtrain.data.plan.grid import touched
+from dtrain.data.plan.hashing import Ints, slices
 from dtrain.data.plan.partition import Partition, train_partitions
-from dtrain.data.plan.splits import SplitName
-from dtrain.data.plan.units import DataPlan
+from dtrain.data.plan.splits import SplitName, changes
+from dtrain.data.plan.units import Box, DataPlan, rows_selection
 from dtrain.data.samples import Samples
 from dtrain.data.variable import Variable
 
@@ -26,6 +30,7 @@ def describe_plan(samples: Samples, plan: DataPlan) -> dict[str, Any]:
     return {
         "units": plan.num_units,
         "unit_rows": plan.unit_rows,
+        "unit_block": {axis.dim: axis.extent for axis in plan.blocks},
         "cells": plan.num_cells,
         "cell_rows": plan.cell_rows,
         "window_units": plan.window,
@@ -71,22 +76,49 @@ def _num_distinct_units(plan: DataPlan, parts: tuple[Partition, ...]) -> int:
 
 def decoded_bytes(samples: Samples, parts: tuple[Partition, ...]) -> tuple[int, int]:
     """Return the bytes decoded in a pass over all partitions, and the bytes of the distinct chunks among them."""
-    counts = [(_decoded_chunks(samples, v, parts), v.chunk_rows * v.row_bytes) for v in samples.streamed]
-    decoded = sum(total * chunk for (total, _), chunk in counts)
-    return decoded, sum(distinct * chunk for (_, distinct), chunk in counts)
+    counted = _decoded_in_blocks if parts[0].plan.blocks else _decoded_in_rows
+    counts = [counted(samples, v, parts) for v in samples.streamed]
+    return sum(decoded for decoded, _ in counts), sum(distinct for _, distinct in counts)
 
 
-def _decoded_chunks(samples: Samples, v: Variable, parts: tuple[Partition, ...]) -> tuple[int, int]:
-    """Return how many rows of chunks the parts of partitions decode, in all and without repetitions."""
-    low, high = samples.reach(v.name)
-    begins = np.zeros(-(-samples.num_samples // v.chunk_rows) + 1, np.int32)
-    decoded = 0
+def _decoded_in_rows(samples: Samples, v: Variable, parts: tuple[Partition, ...]) -> tuple[int, int]:
+    total, begins = 0, _row_chunks(samples, v)
     for part in parts:
-        starts, stops = part.spans()
-        for some in slices(len(starts)):
-            first, after = (starts[some] + low) // v.chunk_rows, -(-(stops[some] + high) // v.chunk_rows)
-            decoded += int((after - first).sum())
-            np.add.at(begins, first, 1)
-            np.subtract.at(begins, after, 1)
-    np.cumsum(begins, out=begins)
-    return decoded, int(np.count_nonzero(begins))
+        total += _count_row_chunks(samples, v, part.spans(), begins)
+    return total * v.chunk_rows * v.row_bytes, int(np.count_nonzero(np.cumsum(begins))) * v.chunk_rows * v.row_bytes
+
+
+def _decoded_in_blocks(samples: Samples, v: Variable, parts: tuple[Partition, ...]) -> tuple[int, int]:
+    grid = parts[0].plan.grid
+    axes = [axis for axis in v.row_axes if v.dims[axis] in {axis.dim for axis in grid.axes}]
+    of_part, spans = np.concatenate([part.part_blocks for part in parts]), [part.spans() for part in parts]
+    starts, stops = (np.concatenate(column) for column in zip(*spans, strict=True))
+    order = np.argsort(of_part, kind="stable")
+    cuts = np.append(changes(of_part[order]), len(order))
+    is_decoded = np.zeros((len(_row_chunks(samples, v)), *(-(-v.shape[axis] // v.chunks[axis]) for axis in axes)), bool)
+    total = 0
+    for first, after in pairwise(cuts.tolist()):
+        some, begins = order[first:after], _row_chunks(samples, v)
+        number = _count_row_chunks(samples, v, (starts[some], stops[some]), begins)
+        select = rows_selection(v, Box(0, 1, grid.bounds(int(of_part[some[0]]))))
+        columns = [touched(v.chunks, select)[axis] for axis in axes]
+        total += number * math.prod(map(len, columns))
+        is_decoded[np.ix_(np.flatnonzero(np.cumsum(begins)), *(np.array(along, np.int64) for along in columns))] = True
+    row = [v.chunks[axis] if axis in axes else len(range(*v.select[axis])) for axis in v.row_axes]
+    chunk = v.chunk_rows * math.prod(row) * v.kept_dtype.itemsize
+    return total * chunk, int(np.count_nonzero(is_decoded)) * chunk
+
+
+def _row_chunks(samples: Samples, v: Variable) -> npt.NDArray[np.int32]:
+    return np.zeros(-(-samples.num_samples // v.chunk_rows) + 1, np.int32)
+
+
+def _count_row_chunks(samples: Samples, v: Variable, spans: tuple[Ints, Ints], begins: npt.NDArray[np.int32]) -> int:
+    """Return how many rows of chunks some runs of anchors decode, and mark in `begins` where they begin and end."""
+    (low, high), (starts, stops), decoded = samples.reach(v.name), spans, 0
+    for some in slices(len(starts)):
+        first, after = (starts[some] + low) // v.chunk_rows, -(-(stops[some] + high) // v.chunk_rows)
+        decoded += int((after - first).sum())
+        np.add.at(begins, first, 1)
+        np.subtract.at(begins, after, 1)
+    return decoded

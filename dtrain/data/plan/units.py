@@ -1,7 +1,7 @@
 """What is read at once: units and their cells (`DataPlan`), and the box of rows and patched columns that a read covers.
 
-A unit is a run of rows of all variables. A `Box` can also name a block of other dimensions, for patches of large
-rows; all readers honour it, and plans make boxes of whole rows so far.
+A unit is a run of rows of all variables; where samples are patches of large rows, or of few, it is such a run times a
+block of patches (`dtrain.data.plan.blocks`). Units are numbered block by block: first all rows of the first block.
 """
 
 from __future__ import annotations
@@ -11,14 +11,19 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from dtrain.data.plan.blocks import BlockAxis, Blocks
 from dtrain.data.plan.hashing import Compact, Ints
 from dtrain.data.samples import Samples
 from dtrain.data.variable import Select, Variable
 
-LATER: Mapping[str, str] = {"jumps": ""}
+Whole: TypeAlias = Literal["cells", "rows", "blocks"]
+"""What a split holds whole: cells, all cells of the same rows, or all cells of a block."""
+
+LATER: Mapping[str, Any] = {"jumps": "", "blocks": (), "whole": "cells"}
 """The fields of `DataPlan` that were added after runs had been stored, and their defaults."""
 
 
@@ -63,6 +68,10 @@ class DataPlan:
     jumps: str = ""
     """Rows that no window may hold together with the row before them (`dtrain.data.plan.gaps`): ascending, in decimal,
     with spaces between. They may be millions; as text they take little memory."""
+    blocks: tuple[BlockAxis, ...] = ()
+    """How the patched dimensions are cut; none: units are whole rows."""
+    whole: Whole = "cells"
+    """What a split holds whole, where there are blocks."""
 
     @property
     def fingerprint(self) -> str:
@@ -80,9 +89,19 @@ class DataPlan:
         return np.fromstring(self.jumps, np.int64, sep=" ") if self.jumps else np.zeros(0, np.int64)
 
     @property
+    def grid(self) -> Blocks:
+        """The blocks; a single one of everything if units are whole rows."""
+        return Blocks(self.blocks)
+
+    @property
+    def units_per_block(self) -> int:
+        """Number of units of each block."""
+        return math.ceil(self.num_samples / self.unit_rows)
+
+    @property
     def num_units(self) -> int:
         """Number of units of the whole store."""
-        return math.ceil(self.num_samples / self.unit_rows)
+        return self.units_per_block * len(self.grid)
 
     @property
     def cells_per_unit(self) -> int:
@@ -90,19 +109,43 @@ class DataPlan:
         return math.ceil(self.unit_rows / self.cell_rows)
 
     @property
-    def num_cells(self) -> int:
-        """Number of cells of the whole store."""
+    def cells_per_block(self) -> int:
+        """Number of cells of each block. The last unit of its rows may have fewer cells than others."""
         full, rest = divmod(self.num_samples, self.unit_rows)
         return full * self.cells_per_unit + math.ceil(rest / self.cell_rows)
 
+    @property
+    def block_step(self) -> int:
+        """What the number of a cell grows by from block to block."""
+        return self.units_per_block * self.cells_per_unit
+
+    @property
+    def num_cells(self) -> int:
+        """Number of cells of the whole store."""
+        return self.cells_per_block * len(self.grid)
+
+    @property
+    def most_tiles(self) -> int:
+        """Samples of an anchor of the unit that has most."""
+        return self.grid.most_tiles if self.blocks else self.patches
+
+    def tiles_of(self, cells: Compact) -> Ints | int:
+        """Return the number of samples of each anchor of some cells."""
+        return self.grid.tiles_in(cells.astype(np.int64) // self.block_step) if self.blocks else self.patches
+
     def unit_box(self, unit: int) -> Box:
-        """Return the rows of a unit."""
-        start = unit * self.unit_rows
-        return Box(start, min(start + self.unit_rows, self.num_samples))
+        """Return the rows of a unit, and its block."""
+        block, number = divmod(unit, self.units_per_block)
+        start = number * self.unit_rows
+        return self.box(block, start, min(start + self.unit_rows, self.num_samples))
+
+    def box(self, block: int, start: int, stop: int) -> Box:
+        """Return the box of some rows of a block."""
+        return Box(start, stop, self.grid.bounds(block) if self.blocks else ())
 
 
 def cells_of_rows(plan: DataPlan, rows: Ints) -> Ints:
-    """Return the cell that holds each row."""
+    """Return the cell of the first block that holds each row."""
     unit, within = np.divmod(rows, plan.unit_rows)
     cells: Ints = unit * plan.cells_per_unit + within // plan.cell_rows
     return cells
@@ -111,6 +154,8 @@ def cells_of_rows(plan: DataPlan, rows: Ints) -> Ints:
 def cell_bounds(plan: DataPlan, cells: Compact) -> tuple[Ints, Ints]:
     """Return the first row of each cell and the row after its last."""
     unit, within = np.divmod(cells.astype(np.int64), plan.cells_per_unit)
+    if plan.blocks:
+        unit %= plan.units_per_block
     starts = unit * plan.unit_rows + within * plan.cell_rows
     ends = np.minimum((unit + 1) * plan.unit_rows, plan.num_samples)
     stops = np.minimum(starts + plan.cell_rows, ends)
@@ -147,7 +192,12 @@ def box_shape(samples: Samples, variable: Variable, box: Box) -> tuple[int, ...]
 def box_selection(samples: Samples, variable: Variable, box: Box) -> Select:
     """Return the selection of a variable that a box covers, with its halo, in stored rows and columns."""
     low, high = samples.reach(variable.name)
-    rows = variable.selection(box.start + low, box.stop + high)
+    return rows_selection(variable, Box(box.start + low, box.stop + high, box.block))
+
+
+def rows_selection(variable: Variable, box: Box) -> Select:
+    """Return the selection of a variable that a box covers, without a halo."""
+    rows = variable.selection(box.start, box.stop)
     if not box.block:
         return rows
     blocks = _blocks(box)

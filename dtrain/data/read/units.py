@@ -10,7 +10,7 @@ import numpy as np
 
 from dtrain.data.encoding import Array
 from dtrain.data.plan.readers import choose_readers
-from dtrain.data.plan.units import Box, box_selection, box_shape, box_slices
+from dtrain.data.plan.units import Box, box_selection, box_shape, box_slices, rows_selection
 from dtrain.data.read.faults import Faults, rows_text
 from dtrain.data.read.files import FilesReader
 from dtrain.data.read.open import open_arrays
@@ -100,13 +100,16 @@ class UnitReader:
         ----------
         box : Box
         out : dict of array[rows, *row]
-            C-contiguous, of the variable's `kept_dtype`; the first row becomes ``box.start + reach(name)[0]``.
+            C-contiguous, of the variable's `kept_dtype`; the first row becomes ``box.start + reach(name)[0]``. A box
+            whose block is smaller fills the first places of each row.
         """
         decoded = 0
         for variable in self.samples.moving:
             select = box_selection(self.samples, variable, box)
             start, stop, _ = select[variable.sample_axis]
-            rows = out[variable.name][: stop - start]
+            place = out[variable.name][: stop - start]
+            shape = box_shape(self.samples, variable, box)
+            rows = place if place.shape == shape else np.empty(shape, place.dtype)  # readers fill contiguous memory
             if variable in self.samples.preloaded:
                 first = start - self.samples.first_row
                 rows[...] = self._preload(variable)[(slice(first, first + len(rows)), *box_slices(variable, box))]
@@ -114,6 +117,8 @@ class UnitReader:
                 self._fill(variable, select, rows)
                 decoded += rows.nbytes
             self._check(variable, select, rows)
+            if rows is not place:
+                place[tuple(map(slice, shape))] = rows
         return decoded
 
     def _preload(self, variable: Variable) -> Array:
@@ -126,14 +131,16 @@ class UnitReader:
                 self._preloaded[variable.name] = rows
             return self._preloaded[variable.name]
 
-    def read_rows(self, variable: Variable, start: int, stop: int) -> Array:
-        """Return rows ``start:stop`` of one variable, as they are kept in memory."""
-        select = variable.selection(start, stop)
+    def read_rows(self, variable: Variable, box: Box) -> Array:
+        """Return the rows of one variable that a box covers, without a halo, as they are kept in memory."""
+        select = rows_selection(variable, box)
         if variable in self.samples.preloaded:
-            rows = self._preload(variable)[start - self.samples.first_row : stop - self.samples.first_row]
+            first = self.samples.first_row
+            rows = self._preload(variable)[(slice(box.start - first, box.stop - first), *box_slices(variable, box))]
             self._check(variable, select, rows)
             return rows
-        rows = np.empty((stop - start, *variable.row_shape), variable.kept_dtype)
+        row = (len(range(*select[axis])) for axis in variable.row_axes)
+        rows = np.empty((box.stop - box.start, *row), variable.kept_dtype)
         self._fill(variable, select, rows)
         self._check(variable, select, rows)
         return rows

@@ -14,7 +14,8 @@ from dtrain.data.encoding import Encoding, Scaling
 from dtrain.data.load import gather
 from dtrain.data.load.gather import BatchGatherer
 from dtrain.data.load.slots import Rows
-from dtrain.data.samples import Samples, Tile
+from dtrain.data.samples import Samples
+from dtrain.data.tiles import Cut, Tiles
 from dtrain.data.variable import Variable
 
 SLOTS, SLOT_ROWS, CHANNELS, WIDTH = 3, 12, 3, 4
@@ -22,10 +23,10 @@ PACKED = Encoding(dtype="float32", scale=0.5, offset=1.0, missing=(-9.0,))
 
 
 TILES = {
-    "whole": (Tile(()),),
-    "one patch": (Tile((("c", 0, CHANNELS), ("x", 0, WIDTH))),),
-    "columns": (Tile((("x", 0, 2),)), Tile((("x", 2, 4),)), Tile((("x", 1, 3),))),
-    "both": (Tile((("c", 0, 2), ("x", 0, 3))), Tile((("c", 1, 3), ("x", 1, 4)))),
+    "whole": Tiles(),
+    "one patch": Tiles((Cut("c", CHANNELS, CHANNELS), Cut("x", WIDTH, WIDTH))),
+    "columns": Tiles((Cut("x", WIDTH, 2),)),
+    "both": Tiles((Cut("c", CHANNELS, 2), Cut("x", WIDTH, 3))),  # each ends in a patch that begins earlier
 }
 
 
@@ -143,6 +144,6 @@ def test_patches_of_a_static_variable_have_memory_of_their_own(scaled):
     gatherer = BatchGatherer(samples_with(tiles=TILES["columns"]), {"height": height}, scalings)
     assert [spec.shape for spec in gatherer.specs] == [(3, 2)] * 3
     out = np.empty((3, 3, 2), "float32")
-    gatherer.fill(1, out, {}, Rows(np.zeros(3, int), np.zeros(3, int), np.array([2, 0, 1])))
+    gatherer.fill(1, out, {}, Rows(np.zeros(3, int), np.zeros(3, int), np.array([1, 0, 1])))
     expected = (height - 1) / 2 if scaled else height
-    np.testing.assert_array_equal(out, [expected[:, 1:3], expected[:, 0:2], expected[:, 2:4]])
+    np.testing.assert_array_equal(out, [expected[:, 2:4], expected[:, 0:2], expected[:, 2:4]])

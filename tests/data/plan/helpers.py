@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dtrain.data.plan.partition import plan_data
 from dtrain.data.plan.splits import split_cells
 from dtrain.data.plan.units import DataPlan
-from dtrain.data.samples import Tile
+from dtrain.data.tiles import Cut, Tiles
 from dtrain.errors import TooFewSamples
 from tests.data.helpers import make_samples
 
@@ -99,7 +99,7 @@ def small_problems(draw):
         count, *draw(st.lists(st.integers(1, 30), min_size=1, max_size=2)), val=val, test=test, **table
     )
     shards = draw(st.sampled_from([1, 1, 3]))
-    tiles = (Tile(()),) * draw(st.sampled_from([1, 1, 2, 100]))
+    tiles = Tiles((Cut("x", draw(st.sampled_from([1, 1, 2, 100])), 1),))
     wider = tuple(replace(v, objects=(shards * v.objects[0],)) for v in samples.variables)
     samples = replace(samples, variables=wider, tiles=tiles, first_row=draw(st.integers(0, count - 1)))
     rows = st.lists(st.integers(0, count), max_size=6, unique=True)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 
 from dtrain.data.plan.anchors import count_samples
 from dtrain.data.plan.partition import JointPlan, cell_anchors, eval_partitions, plan_data, train_partitions
-from dtrain.data.samples import Tile
+from dtrain.data.tiles import Cut, Tiles
 from dtrain.errors import TooFewSamples
 from tests.data.helpers import make_samples
 from tests.data.plan.helpers import anchors_by_hand, joined, samples_of, small_problems
@@ -94,21 +94,19 @@ def test_every_store_of_several_is_dealt_to_its_own_replicas(first, second):
 
 
 @pytest.mark.parametrize("partition", ["stratified", "contiguous"])
-def test_more_replicas_than_rows_of_many_patches_are_refused(partition):
-    images = replace(make_samples(8, 1, partition=partition), tiles=(Tile(()),) * 100)
-    with pytest.raises(TooFewSamples) as caught:
-        plan_data(images, replicas=16, seed=0)
-    assert caught.value.message == (
-        "p.zarr: average.replicas = 16, but the 800 training samples lie in 8 cells, and a cell, with all patches of "
-        "its rows, goes to one replica."
-    )
-    assert caught.value.hint == "Ask for at most 8 replicas, hold out less in data.split."
+def test_more_replicas_than_rows_of_many_patches_get_blocks_of_patches(partition):
+    images = replace(make_samples(8, 1, partition=partition), tiles=Tiles((Cut("x", 100, 1),)))
     counts = [p.num_samples for p in train_partitions(plan_data(images, replicas=8, seed=0))]
     assert counts == [100] * 8
+    plan = plan_data(images, replicas=16, seed=0)
+    counts = [p.num_samples for p in train_partitions(plan)]
+    assert len(plan.grid) > 1
+    assert sum(counts) == 800
+    assert min(counts) > 0
 
 
 def test_contiguous_partitions_never_share_a_cell():
-    samples = replace(make_samples(2, 1, partition="contiguous"), tiles=(Tile(()),) * 100)
+    samples = replace(make_samples(2, 1, partition="contiguous"), tiles=Tiles((Cut("x", 100, 1),)))
     plan = plan_data(samples, replicas=2, seed=0)
     counts = [p.num_samples for p in train_partitions(plan)]
     assert counts == [100, 100]
