@@ -304,7 +304,7 @@ def test_chunks_of_a_shard_that_are_dense_are_read_together_without_zarr(write_s
     reader = UnitReader(samples, "numcodecs")
     variable = samples.variable("v0")
     ask = Counted(reader)
-    np.testing.assert_array_equal(reader.read_rows(variable, 0, 4), values[:, ::step])
+    np.testing.assert_array_equal(reader.read_rows(variable, Box(0, 4)), values[:, ::step])
     assert ask.get()[:2] == (requests, 0 if step == 8 else 1)
 
 

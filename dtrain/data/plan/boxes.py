@@ -24,7 +24,7 @@ from dtrain.data.plan.cuts import (
     with_enough_cells,
 )
 from dtrain.data.plan.grid import touched
-from dtrain.data.plan.splits import present_cells, shares_met
+from dtrain.data.plan.splits import shares_met
 from dtrain.data.plan.units import Box, DataPlan, box_shape, rows_selection
 from dtrain.data.samples import WHOLE_OBJECT_BYTES, Samples, common_rows
 from dtrain.data.variable import Variable
@@ -53,9 +53,9 @@ def with_units(samples: Samples, plan: DataPlan, window_bytes: int) -> DataPlan:
     if len(samples.tiles) == 1:
         return rows
     by_patch = samples.config.split.patches and plan.val + plan.test > 0
-    is_small, aligned = samples.row_bytes <= WHOLE_OBJECT_BYTES, _aligned(samples, plan.replicas)
-    if is_small and not by_patch and _suffices(rows) and (_is_fine(rows) or len(Blocks(aligned)) == 1):
+    if samples.row_bytes <= WHOLE_OBJECT_BYTES and not by_patch and _suffices(rows):
         return rows
+    aligned = _aligned(samples, plan.replicas)
     best = _with_blocks(samples, plan, aligned)
     for axes in _finer(aligned):
         if _suffices(best):
@@ -67,10 +67,6 @@ def with_units(samples: Samples, plan: DataPlan, window_bytes: int) -> DataPlan:
 def _suffices(plan: DataPlan) -> bool:
     """Whether splits get their shares, and every replica samples."""
     return shares_met(plan) and has_held_out(plan) and count_samples(plan, "train").owners >= plan.replicas
-
-
-def _is_fine(plan: DataPlan) -> bool:
-    return len(present_cells(plan)) >= UNITS_PER_REPLICA * plan.replicas
 
 
 def _with_rows(samples: Samples, plan: DataPlan, row_bytes: int) -> DataPlan:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 from hypothesis import strategies as st
 
+from dtrain.data.plan.blocks import BlockAxis
 from dtrain.data.plan.partition import plan_data
 from dtrain.data.plan.splits import split_cells
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.tiles import Cut, Tiles
 from dtrain.errors import TooFewSamples
 from tests.data.helpers import make_samples
+
+NEXT_BLOCK = 1 << 40
+"""Added to the anchors of each block, counted from the first one."""
 
 
 def walk_cells(plan):
@@ -29,8 +34,12 @@ def joined(lists):
 
 
 def samples_of(partition):
-    """The samples of a partition as its reader finds them: unit by unit."""
-    rows = [partition.part_anchors(part) for part in range(len(partition.units))]
+    """The anchors of a partition as its reader finds them: unit by unit; of each block by `NEXT_BLOCK` later."""
+    plan = partition.plan
+    rows = [
+        partition.part_anchors(part) + unit // plan.units_per_block * NEXT_BLOCK
+        for part, unit in enumerate(partition.units.tolist())
+    ]
     return np.concatenate(rows).tolist() if rows else []
 
 
@@ -80,7 +89,8 @@ def ragged_plans(draw):
 
 def plan_from(table):
     """A plan from what JSON gives back of it."""
-    return DataPlan(**{**table, "absent": tuple(map(tuple, table["absent"]))})
+    blocks = tuple(BlockAxis(**axis) for axis in table["blocks"])
+    return DataPlan(**{**table, "absent": tuple(map(tuple, table["absent"])), "blocks": blocks})
 
 
 @st.composite
@@ -116,13 +126,16 @@ def anchors_by_hand(plan):
     for split in ("train", "val", "test"):
         own = split_cells(plan, split).tolist()
         for before, cell in zip([-9, *own], own, strict=False):
-            run = run_of[max(plan.first_row, cells[before][1])] if cell == before + 1 else (split, cell)
-            run_of.update((row, run) for row in range(max(plan.first_row, cells[cell][1]), cells[cell][2]))
+            (block, local), last = divmod(cell, plan.block_step), cells[before % plan.block_step % len(cells)]
+            follows = cell == before + 1 and local > 0
+            run = run_of[block, max(plan.first_row, last[1])] if follows else (split, cell)
+            rows = range(max(plan.first_row, cells[local][1]), cells[local][2])
+            run_of.update(((block, row), run) for row in rows)
     jumps = set(plan.jump_rows.tolist())
     anchors = {split: [] for split in ("train", "val", "test")}
-    for anchor in range(0, plan.num_samples, plan.stride):
+    for block, anchor in itertools.product(range(len(plan.grid)), range(0, plan.num_samples, plan.stride)):
         rows = range(anchor + plan.first_offset, anchor + plan.last_offset + 1)
-        runs = {run_of.get(row) for row in [anchor, *rows]}
+        runs = {run_of.get((block, row)) for row in [anchor, *rows]}
         if len(runs) == 1 and None not in runs and not jumps.intersection(rows[1:]):
-            anchors[runs.pop()[0]].append(anchor)
+            anchors[runs.pop()[0]].append(block * NEXT_BLOCK + anchor)
     return anchors

@@ -15,7 +15,7 @@ from dtrain.data.plan.partition import JointPlan, cell_anchors, eval_partitions,
 from dtrain.data.tiles import Cut, Tiles
 from dtrain.errors import TooFewSamples
 from tests.data.helpers import make_samples
-from tests.data.plan.helpers import anchors_by_hand, joined, samples_of, small_problems
+from tests.data.plan.helpers import NEXT_BLOCK, anchors_by_hand, joined, samples_of, small_problems
 
 MANY = settings(max_examples=200)
 SPLITS = ("train", "val", "test")
@@ -46,8 +46,12 @@ def test_a_small_plan_gives_every_replica_samples_and_each_sample_once_or_is_ref
         pieces = eval_partitions(plan, split)
         assert all(piece.num_samples for piece in pieces)
         assert joined(map(samples_of, pieces)) == samples_of(cell_anchors(plan, split)) == expected[split]
-        assert count_samples(plan, split).samples == len(expected[split]) * plan.patches
+        assert count_samples(plan, split).samples == sum(tiles_of(plan, anchor) for anchor in expected[split])
     assert all(expected[split] or not share for split, share in (("val", plan.val), ("test", plan.test)))
+
+
+def tiles_of(plan, anchor):
+    return int(plan.grid.tiles_in(np.array([anchor // NEXT_BLOCK]))[0]) if plan.blocks else plan.patches
 
 
 def refused_with_a_cure_that_works(problem, error):
@@ -69,10 +73,11 @@ def test_what_a_partition_says_of_its_parts_is_what_its_anchors_say(problem):
         assert len(starts) == len(partition.units) == len(partition.part_sizes)
         for part, unit in enumerate(partition.units.tolist()):
             anchors = partition.part_anchors(part)
-            assert set((anchors // plan.unit_rows).tolist()) == {unit}
+            block, number = divmod(unit, plan.units_per_block)
+            assert set((anchors // plan.unit_rows).tolist()) == {number}
             assert (starts[part], stops[part]) == (anchors[0], anchors[-1] + 1)
             assert (partition.box(part).start, partition.box(part).stop) == (anchors[0], anchors[-1] + 1)
-            assert partition.part_sizes[part] == len(anchors) * plan.patches
+            assert partition.part_sizes[part] == len(anchors) * tiles_of(plan, block * NEXT_BLOCK)
             index = np.random.default_rng(0).permutation(len(anchors))
             rows = partition.rows(np.full(len(index), part), index)
             assert rows.tolist() == (anchors[index] - anchors[0]).tolist()

@@ -224,7 +224,7 @@ def test_short_memory_means_fewer_loaders_then_less_ahead(short_by, kept, evalua
 
 
 def test_too_little_memory_is_refused_with_the_arithmetic():
-    least = (9 * 1_000 + 1_280_000 + 4_000 + ORDER[1]) + (2 * 1_000 + 1_280_000 + 4_000 + STORED)
+    least = (9 * 1_000 + 640_000 + 4_000 + ORDER[1]) + (2 * 1_000 + 640_000 + 4_000 + STORED)
     budget = plan_for(least)
     assert budget.total == least
     assert (budget.train.limits.cached, budget.evaluate.limits.cached) == (0, 0)
@@ -233,9 +233,9 @@ def test_too_little_memory_is_refused_with_the_arithmetic():
     error = caught.value
     assert error.code == 8
     assert (
-        "p.zarr: the data path needs train 1 x (9 units (8 open, 1 ahead) of 1.0 kB + batches 1.3 MB + "
-        "decoding 2 x 2.0 kB + order 192.2 kB) + evaluate 1 x (2 units (1 open, 1 ahead) of 1.0 kB + batches 1.3 MB + "
-        f"decoding 2 x 2.0 kB + order 3.2 kB) = 2.8 MB ({least:,} bytes); the limit is 2.8 MB ({least - 1:,} bytes)."
+        "p.zarr: the data path needs train 1 x (9 units (8 open, 1 ahead) of 1.0 kB + batches 640.0 kB + "
+        "decoding 2 x 2.0 kB + order 192.2 kB) + evaluate 1 x (2 units (1 open, 1 ahead) of 1.0 kB + "
+        f"batches 640.0 kB + decoding 2 x 2.0 kB + order 3.2 kB) = 1.5 MB ({least:,} bytes); the limit is 1.5 MB ({least - 1:,} bytes)."
     ) in error.message
     assert "cluster.memory" in error.hint
 

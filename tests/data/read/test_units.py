@@ -57,7 +57,7 @@ def test_a_unit_holds_the_rows_that_its_anchors_need(write_store, store, which, 
             np.testing.assert_array_equal(rows, expected)
             decoded += rows.nbytes * (variable not in samples.preloaded)
             np.testing.assert_array_equal(
-                reader.read_rows(variable, first, stop), by_sample(arrays, variable.name)[first:stop]
+                reader.read_rows(variable, Box(first, stop)), by_sample(arrays, variable.name)[first:stop]
             )
         out = {v.name: np.full((stop - first + 40, *v.row_shape), 7, v.kept_dtype) for v in samples.variables}
         assert reader.read_into(Box(first, stop), out) == decoded
