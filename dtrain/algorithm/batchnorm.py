@@ -1,7 +1,7 @@
 r"""Batch norm under averaging: its running statistics, taken again for the averaged model.
 
 The mean of the replicas' running statistics is not what the averaged parameters produce. With
-``average.recalibrate_batchnorm`` the model is run on some training batches of each replica, other layers in
+``average.recalibrate_batchnorm`` the model is run on the first training batches of each replica, other layers in
 evaluation mode; means and variances of batches, and of replicas, are combined as those of one sample. They are
 evaluated and saved with the model, and never come back into training, where batches have statistics of their own.
 

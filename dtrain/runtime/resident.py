@@ -39,7 +39,8 @@ from dtrain.runtime.usercode import user_code
 from dtrain.types import Cursor, Parameters
 
 StreamKey: TypeAlias = tuple[str, int]
-"""``("train", replica)``, or a split and the number of one of its pieces."""
+"""``("train", replica)``, ``("recalibration", replica)``, or a split and the number of one of its pieces."""
+TRAINING = ("train", "recalibration")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +56,17 @@ class Stream:
     def budget(self) -> LoaderBudget:
         """The memory budget of the loader."""
         memory = self.source.memory
-        return memory.train if self.key[0] == "train" else memory.evaluate or memory.train
+        return memory.train if self.trains else memory.evaluate or memory.train
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is read as training reads: its loader is one of those that the budget keeps for training."""
+        return self.key[0] in TRAINING
 
     @property
     def replica(self) -> int:
         """Names the order of the samples, if they are shuffled."""
-        return self.key[1] if self.key[0] == "train" else 0
+        return self.key[1] if self.trains else 0
 
 
 class RunOver(Exception):
@@ -183,12 +189,11 @@ class Resident:
         return self.loader_of(self.pieces(split)[piece], sizes)
 
     def recalibration(self, replica: int) -> Stream:
-        """Return the training samples of a replica in stored order, to be read as an evaluation is."""
-        own = self.replicas[replica]
-        return Stream(("recalibration", replica), own.source, own.partition, shuffle=False)
+        """Return the training samples of a replica from the beginning: stored order may be sorted by class."""
+        return replace(self.replicas[replica], key=("recalibration", replica))
 
     def loader_of(self, stream: Stream, sizes: Sequence[int]) -> Loader:
-        """Return the loader of a stream that is not shuffled, at its beginning."""
+        """Return the loader of a stream at its beginning."""
         return self._loader(stream, Cursor(0, 0), itertools.cycle(sizes))
 
     def _loader(self, stream: Stream, cursor: Cursor, sizes: Iterator[int]) -> Loader:
@@ -219,8 +224,7 @@ class Resident:
 
     def _make_way(self, stream: Stream) -> None:
         """Close the least recently used loaders, so that no more are kept than the budget allows."""
-        training = stream.key[0] == "train"
-        alike = [key for key in self._loaders if (key[0] == "train") == training]
+        alike = [key for key in self._loaders if (key[0] in TRAINING) == stream.trains]
         for key in alike[: max(0, len(alike) + 1 - max(1, stream.budget.kept))]:
             self.release(key)
 

@@ -171,7 +171,7 @@ def test_recalibration_leaves_out_a_last_batch_of_one_sample(tmp_path: Path, wri
             "y": {"dims": ("n",), "values": y, "chunks": (16,)},
         },
     )
-    rows = dtrain.open_samples(store, inputs=["x"], targets=["y"], split={"val": 0.0, "test": 0.0})
+    rows = dtrain.open_samples(store, inputs=["x"], targets=["y"], split={"val": 0.0, "test": 0.0}, shuffle=False)
     run = dtrain.train(
         models.small,
         rows,
@@ -185,6 +185,31 @@ def test_recalibration_leaves_out_a_last_batch_of_one_sample(tmp_path: Path, wri
         hidden = run.model[0](torch.from_numpy(x[:32]))  # type: ignore[index]
     torch.testing.assert_close(run.model[1].running_mean, hidden.mean(0), rtol=1e-5, atol=1e-6)  # type: ignore[index]
     torch.testing.assert_close(run.model[1].running_var, hidden.var(0), rtol=1e-5, atol=1e-6)  # type: ignore[index]
+
+
+def test_recalibration_sees_all_of_a_store_that_is_sorted(tmp_path: Path, write_store: Callable[..., Path]) -> None:
+    x = np.linspace(-3, 3, 6 * 4000, dtype="float32").reshape(6, 4000).T.copy()
+    store = write_store(
+        tmp_path / "rows.zarr",
+        {
+            "x": {"dims": ("n", "f"), "values": x, "chunks": (100, 6)},
+            "y": {"dims": ("n",), "values": np.arange(4000) % 3, "chunks": (100,)},
+        },
+    )
+    rows = dtrain.open_samples(store, inputs=["x"], targets=["y"], split={"val": 0.0, "test": 0.0})
+    run = dtrain.train(
+        models.small,
+        rows,
+        train={"loss": "cross_entropy", "rounds": 1, "local_steps": 40, "batch_size": 20, "eval_every": 1},
+        average={"replicas": 2, "recalibrate_batchnorm": True},
+        cluster="serial",
+        run_dir=tmp_path / "runs",
+        progress=False,
+    )
+    with torch.no_grad():
+        hidden = run.model[0](torch.from_numpy(x))  # type: ignore[index]
+    mean = run.model[1].running_mean  # type: ignore[index]
+    assert ((mean - hidden.mean(0)).abs() < 0.2 * hidden.std(0)).all()  # 2 x 32 x 20 rows in stored order: 0.6
 
 
 @pytest.mark.parametrize(
