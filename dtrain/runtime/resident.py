@@ -224,6 +224,9 @@ class Resident:
 
     def _make_way(self, stream: Stream) -> None:
         """Close the least recently used loaders, so that no more are kept than the budget allows."""
+        if stream.source.memory.in_turn:
+            for key in [key for key in self._loaders if (key[0] in TRAINING) != stream.trains]:
+                self.release(key)
         alike = [key for key in self._loaders if (key[0] in TRAINING) == stream.trains]
         for key in alike[: max(0, len(alike) + 1 - max(1, stream.budget.kept))]:
             self.release(key)

@@ -76,6 +76,15 @@ class Blocks:
         return math.prod(axis.most_tiles for axis in self.axes)
 
     @property
+    def is_ragged(self) -> bool:
+        """Whether blocks have different shapes."""
+        return any(
+            axis.bounds(axis.num_blocks - 1) != (axis.length - axis.extent, axis.length)
+            or axis.extent != min(axis.together * axis.size, axis.length)
+            for axis in self.axes
+        )
+
+    @property
     def extents(self) -> tuple[tuple[str, int, int], ...]:
         """The shape of the largest block, as if it began at the first place."""
         return tuple((axis.dim, 0, axis.extent) for axis in self.axes)

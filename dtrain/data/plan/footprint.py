@@ -72,7 +72,7 @@ def scratch_bytes(samples: Samples, plan: DataPlan) -> int:
     return max(
         (
             _decoding_bytes(v, *_chunks_of_box(samples, plan, v), readers[v.name][0])
-            + (math.prod(slot_shape(samples, plan, v)) * v.kept_dtype.itemsize if plan.blocks else 0)
+            + (math.prod(slot_shape(samples, plan, v)) * v.kept_dtype.itemsize if plan.grid.is_ragged else 0)
             for v in samples.streamed
         ),
         default=0,

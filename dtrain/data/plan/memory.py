@@ -144,6 +144,8 @@ class MemoryBudget:
     """Bytes that `total` must not exceed."""
     what: str
     """Names the limit, for example ``data.memory``."""
+    in_turn: bool = False
+    """Loaders that train are closed before an evaluation, and those of the evaluation after it."""
 
     @property
     def cached_bytes(self) -> int:
@@ -153,7 +155,8 @@ class MemoryBudget:
     @property
     def total(self) -> int:
         """Bytes that a worker needs at most."""
-        loaders = self.train.total + (self.evaluate.total if self.evaluate else 0)
+        both = [self.train.total, *([self.evaluate.total] if self.evaluate else [])]
+        loaders = max(both) if self.in_turn else sum(both)
         return loaders + self.statics + self.indices + self.tables
 
     def sentence(self) -> str:
@@ -169,7 +172,8 @@ class MemoryBudget:
             parts.append(f"indices of shards {format_bytes(self.indices)}")
         if self.tables:
             parts.append(f"partitions {format_bytes(self.tables)}")
-        return " + ".join(parts) + f" = {format_bytes(self.total)}"
+        total = f" = {format_bytes(self.total)}"
+        return " + ".join(parts) + total + (" (train and evaluate one after the other)" if self.in_turn else "")
 
     def comparison(self) -> str:
         """Return the terms with their numbers, and the limit."""
@@ -212,10 +216,15 @@ class Reading:
             open=min(self.plan.window if self.shuffle else 1, self.units),
             units=self.units,
             limits=Limits(ahead=ahead, threads=threads, buffers=buffers),
-            buffers=buffers * max(batch, min(BUNDLE_BYTES + batch, BUNDLE_BATCHES * batch)),
+            buffers=buffers * _bundle_bytes(batch, sample_bytes(self.samples)),
             scratch=self.scratch,
             order=order_bytes(self.plan, self.units, ahead, shuffle=self.shuffle),
         )
+
+
+def _bundle_bytes(batch: int, sample: int) -> int:
+    """Return the most bytes of a bundle (`bundles_of`) of batches of at most some bytes."""
+    return batch if sample >= BUNDLE_BYTES else max(batch, min(BUNDLE_BYTES + batch, BUNDLE_BATCHES * batch))
 
 
 def plan_memory(
@@ -256,23 +265,27 @@ def plan_memory(
 
 
 def _candidates(train: Reading, evaluate: Reading | None, limit: int, what: str) -> Iterator[MemoryBudget]:
-    """Yield budgets: first the fastest, then fewer loaders, then less read ahead, then fewer buffers."""
+    """Yield budgets: first the fastest, then fewer loaders, less read ahead, fewer buffers, and loaders in turn."""
     samples = train.samples
     ahead, threads = (AHEAD_REMOTE, THREADS_REMOTE) if samples.store.read_ahead else (AHEAD, THREADS)
     statics, indices = static_bytes(samples), index_bytes(samples)
     tables = train.tables + (evaluate.tables if evaluate else 0)
     loaders = [(train.loaders, evaluate.loaders if evaluate else 0), *((n, 0) for n in range(train.loaders, 0, -1))]
-    for r, t, buffers in ((ahead, threads, BUFFERS), (2, min(2, threads), BUFFERS), (1, 1, BUFFERS), (1, 1, 2)):
-        for count, kept in loaders:
-            yield MemoryBudget(
-                train=train.budget(count, r, t, buffers),
-                evaluate=evaluate.budget(kept, r, t, buffers) if evaluate else None,
-                statics=statics,
-                indices=indices,
-                tables=tables,
-                limit=limit,
-                what=what,
-            )
+    speeds = ((ahead, threads, BUFFERS), (2, min(2, threads), BUFFERS), (1, 1, BUFFERS), (1, 1, 2))
+    choices = [(*speed, *kept, False) for speed in speeds for kept in loaders]
+    if evaluate is not None:
+        choices.append((1, 1, 2, 1, 0, True))
+    for r, t, buffers, count, kept, in_turn in choices:
+        yield MemoryBudget(
+            train=train.budget(count, r, t, buffers),
+            evaluate=evaluate.budget(kept, r, t, buffers) if evaluate else None,
+            statics=statics,
+            indices=indices,
+            tables=tables,
+            limit=limit,
+            what=what,
+            in_turn=in_turn,
+        )
 
 
 def _more(what: str) -> str:

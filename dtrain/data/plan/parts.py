@@ -71,8 +71,8 @@ class Partition:
         """Bytes of all arrays that it keeps in the end."""
         begins = self._begins
         of_parts = 0 if begins is None else begins.nbytes + self._before.nbytes
-        arrays = (self.cells, self.first, self.count, self.units, self.part_sizes)
-        arrays += (self.part_blocks,) if self.plan.blocks else ()
+        arrays = [self.cells, self.first, self.count, self.units, self.part_sizes]
+        arrays += [self.part_blocks] if self.plan.blocks else []
         return of_parts + sum({id(array): array.nbytes for array in arrays}.values())
 
     def spans(self) -> tuple[Ints, Ints]:

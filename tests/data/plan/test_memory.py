@@ -224,9 +224,9 @@ def test_short_memory_means_fewer_loaders_then_less_ahead(short_by, kept, evalua
 
 
 def test_too_little_memory_is_refused_with_the_arithmetic():
-    least = (9 * 1_000 + 640_000 + 4_000 + ORDER[1]) + (2 * 1_000 + 640_000 + 4_000 + STORED)
+    least = 9 * 1_000 + 640_000 + 4_000 + ORDER[1]  # loaders of the evaluation, which need less, come after it
     budget = plan_for(least)
-    assert budget.total == least
+    assert (budget.total, budget.in_turn) == (least, True)
     assert (budget.train.limits.cached, budget.evaluate.limits.cached) == (0, 0)
     with pytest.raises(OutOfMemory) as caught:
         plan_for(least - 1)
@@ -235,9 +235,16 @@ def test_too_little_memory_is_refused_with_the_arithmetic():
     assert (
         "p.zarr: the data path needs train 1 x (9 units (8 open, 1 ahead) of 1.0 kB + batches 640.0 kB + "
         "decoding 2 x 2.0 kB + order 192.2 kB) + evaluate 1 x (2 units (1 open, 1 ahead) of 1.0 kB + "
-        f"batches 640.0 kB + decoding 2 x 2.0 kB + order 3.2 kB) = 1.5 MB ({least:,} bytes); the limit is 1.5 MB ({least - 1:,} bytes)."
+        "batches 640.0 kB + decoding 2 x 2.0 kB + order 3.2 kB) = 845.2 kB (train and evaluate one after the other) "
+        f"({least:,} bytes); the limit is 845.2 kB ({least - 1:,} bytes)."
     ) in error.message
     assert "cluster.memory" in error.hint
+
+
+def test_loaders_are_kept_beside_each_other_where_memory_allows():
+    both = (9 * 1_000 + 640_000 + 4_000 + ORDER[1]) + (2 * 1_000 + 640_000 + 4_000 + STORED)
+    assert (plan_for(both).in_turn, plan_for(both).total) == (False, both)
+    assert plan_for(both - 1).in_turn
 
 
 def test_a_chunk_larger_than_memory_is_refused_by_name():
