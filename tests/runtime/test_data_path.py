@@ -29,10 +29,12 @@ from dtrain.errors import (
     DtrainError,
     InvalidConfig,
     LengthsDiffer,
+    OutOfMemory,
     RunConflict,
     UserCodeFailed,
 )
 from dtrain.job import job_from_config
+from dtrain.runtime.resident import Resident
 from dtrain.runtime.tensors import apply_transform
 from dtrain.trainer import train_job
 from dtrain.types import Cursor
@@ -104,6 +106,27 @@ def halving(batch: Any, generator: torch.Generator) -> Any:
 )
 def test_memory_cache_and_reader_change_no_bit(start: Callable[..., dtrain.Run], data: dict[str, str]) -> None:
     assert shas(start("other", data=data)) == shas(start("plain"))
+
+
+def test_with_the_least_memory_loaders_take_turns_and_change_no_bit(
+    start: Callable[..., dtrain.Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OutOfMemory) as caught:
+        start("none", data={"memory": "2kB"})
+    found = re.search(r"one after the other\) \(([\d,]+) bytes\)", caught.value.message)
+    assert found is not None
+    kinds, kept = [], Resident._kept_loader
+
+    def noted(self: Resident, *arguments: Any) -> Any:
+        loader = kept(self, *arguments)
+        kinds.append({key[0] for key in self._loaders})
+        return loader
+
+    monkeypatch.setattr(Resident, "_kept_loader", noted)
+    least = start("least", data={"memory": found[1].replace(",", "") + "B"})
+    assert set(map(frozenset, kinds)) == {frozenset({"train"}), frozenset({"val"})}
+    monkeypatch.undo()
+    assert shas(least) == shas(start("plenty"))
 
 
 def test_a_continued_run_may_change_them(start: Callable[..., dtrain.Run]) -> None:
