@@ -228,7 +228,7 @@ class Samples:
                 lines.append((f"{role} {name}", f"{v.dtype}[{', '.join(v.dims)}] {v.shape}, chunks {stored}"))
                 if v.categories is not None:
                     lines.append((f"classes {name}", _classes(v.categories)))
-                if v.encoding is not None and v.encoding.ignored is not None:
+                if v.encoding is not None and v.encoding.ignored == IGNORED_CLASS:
                     lines.append((f"labels {name}", _ignored(v.encoding)))
         if self.has_windows or self.config.stride > 1:
             low, high = self.reach()
