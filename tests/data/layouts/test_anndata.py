@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import zarr
@@ -448,3 +449,15 @@ def test_documents_that_were_read_are_used_again(store):
     samples = opened(path)
     (path / "obs/cell_type/zarr.json").write_text("{")  # the group is no part of the data
     assert rows(samples)[TYPE].tolist() == CODES.tolist()
+
+
+@EVERY
+def test_through_fsspec(store, how):
+    path, files = store(how, codes=MISSING), fsspec.filesystem("memory")
+    files.put(f"{path}/", f"/anndata-{how}.zarr", recursive=True)
+    samples = opened(f"memory://anndata-{how}.zarr", inputs=("X", "obsm/X_pca"))
+    assert samples.fingerprint == opened(path, inputs=("X", "obsm/X_pca")).fingerprint
+    check_presence(samples)
+    assert first_batch(samples).targets[0].tolist() == np.where(MISSING < 0, -100, MISSING).tolist()
+    with pytest.raises(UnknownVariable, match=f'did you mean "{TYPE}"'):
+        opened(samples.path, targets=["obs/celltype"])
