@@ -109,7 +109,7 @@ def held_out_source(config: DataConfig, base: Path) -> Source | None:
 
 # Samples that are evaluated -------------------------------------------------------------------------------
 
-AS_OPENED = ("path", "group", "inputs", "targets", "storage_options", "memory", "cache", "reader")
+AS_OPENED = ("path", "group", "inputs", "targets", "dims", "storage_options", "memory", "cache", "reader")
 """Keys of ``[data]`` that say where samples are: they are as the samples were opened."""
 OF_THE_RUN = ("split", "split_order", "val_path", "partition", "shuffle")
 """Keys that say how rows are divided: they are the run's."""

@@ -6,11 +6,15 @@ from dataclasses import asdict
 from typing import Any
 
 from dtrain.algorithm.cadence import TARGET_SHARE, pays_from, recommended, table
+from dtrain.data.categories import categories_of
 from dtrain.data.plan.memory import MemoryBudget
 from dtrain.data.plan.missing import absence_of
 from dtrain.planning import RunPlan
 from dtrain.probe import limit_of
 from dtrain.runtime.spec import PlannedSource
+
+MOST_NAMES = 100
+"""Names of categories that the object holds, of each categorical."""
 
 
 def plan_record(plan: RunPlan) -> dict[str, Any]:
@@ -43,6 +47,10 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
             v.name: {"dims": v.mean_dims, "means": v.num_means}
             for v in first.source.samples.variables
             if v.is_standardised
+        },
+        "categories": {
+            name: {"count": one.count, "names": one.names[:MOST_NAMES]}
+            for name, one in categories_of(first.source.samples).items()
         },
         "readers": {name: reader for name, (reader, _) in first.readers.items()},
         "gaps": first.gaps,

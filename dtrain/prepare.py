@@ -15,6 +15,7 @@ from dtrain.algorithm.plan import micro_size, pass_size
 from dtrain.algorithm.recipe import outer_factors
 from dtrain.config.schema import TrainTable
 from dtrain.config.values import cache_bytes, parse_bytes
+from dtrain.data.categories import check_categories
 from dtrain.data.encoding import Scaling
 from dtrain.data.load.statistics import scalings_of
 from dtrain.data.plan.footprint import tables_bytes
@@ -141,6 +142,8 @@ def _compared(
     if started:
         for source, plan in zip(job.sources, resolved.plan.plans, strict=True):
             check_kind(source.described, plan)
+        for source in job.all_sources:
+            check_categories(source.described, resolved.categories)
     digests, found = not started or bool(resolved.contents), []
     for source in job.all_sources:
         presence = count or source.described.config.missing in ("auto", "error")

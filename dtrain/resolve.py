@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from dtrain.algorithm.plan import eval_cadence, pass_size, samples_a_round
 from dtrain.algorithm.reduce import check_reduce
 from dtrain.config.names import LABEL_LOSSES, LOSSES, METRICS
 from dtrain.config.schema import DataConfig, TrainTable
+from dtrain.data.categories import categories_from, categories_of, categories_table, check_categories
 from dtrain.data.coordinate import Gaps, find_gaps
 from dtrain.data.encoding import Scaling
 from dtrain.data.paths import identity
@@ -28,6 +29,7 @@ from dtrain.data.plan.units import LATER, DataPlan
 from dtrain.data.read.presence import absent_rows
 from dtrain.data.samples import Coordinate, MissingLabels, Samples
 from dtrain.data.source import describe
+from dtrain.data.variable import Categories
 from dtrain.errors import ClusterUnsuitable, DataChanged, InvalidConfig, LengthsDiffer, RunConflict
 from dtrain.job import Job
 from dtrain.runtime.codetext import CODE_RULES
@@ -73,6 +75,8 @@ class Resolved:
     """By store and variable: the missing chunks that ``data.missing = "auto"`` fills; None: they are not compared."""
     init: str = ""
     """SHA-256 of the file of ``train.init``; empty without it, and in runs of before."""
+    categories: Mapping[str, Categories] = field(default_factory=dict)
+    """By categorical: what its codes stand for."""
 
 
 def described(job: Job, place: Place) -> Job:
@@ -98,6 +102,9 @@ def resolve(job: Job, place: Place) -> Resolved:
     """
     _check_alike(job)
     _check_means(job)
+    categories = categories_of(job.samples)
+    for source in job.all_sources:
+        check_categories(source.described, categories)
     gaps = tuple(_gaps(source, place) for source in job.all_sources)
     plans = tuple(_plan(source, found.jumps, job, place) for source, found in zip(job.sources, gaps, strict=False))
     held_out = _held_out(job, gaps[-1].jumps, place, plans[0])
@@ -115,6 +122,7 @@ def resolve(job: Job, place: Place) -> Resolved:
         gaps=tuple(found.text for found in gaps),
         labels=missing_labels(job.config.train),
         eval_every=_eval_every(job, plan, held_out),
+        categories=categories,
     )
 
 
@@ -301,6 +309,7 @@ def to_json(job: Job, resolved: Resolved) -> dict[str, Any]:
         "eval_every": resolved.eval_every,
         "filled": [{name: asdict(one) for name, one in store.items()} for store in resolved.filled or ()],
         "init": resolved.init,
+        **({"categories": categories_table(resolved.categories)} if resolved.categories else {}),
         "torch": torch.__version__,
         "code": dict(resolved.code),
         "code_rules": resolved.code_rules,
@@ -335,6 +344,7 @@ def from_json(values: Mapping[str, Any]) -> Resolved:
         eval_every=values.get("eval_every", 1),
         filled=tuple({name: Filled(**one) for name, one in store.items()} for store in values.get("filled", ())),
         init=values.get("init", ""),
+        categories=categories_from(values.get("categories", {})),
         code=values["code"],
         code_rules=values.get("code_rules", 0),
     )

@@ -18,7 +18,18 @@ from dtrain.run import Run
 
 EVALUATION_KEYS = ("storage_options", "memory", "cache", "reader", "missing", "non_finite")
 """Keys of ``[data]`` that do not make a run another one."""
-VIEW_KEYS = ("isel", "group", "inputs", "targets", "sample_dim", "input_offsets", "target_offsets", "stride", "patch")
+VIEW_KEYS = (
+    "isel",
+    "dims",
+    "group",
+    "inputs",
+    "targets",
+    "sample_dim",
+    "input_offsets",
+    "target_offsets",
+    "stride",
+    "patch",
+)
 """Keys of ``[data]`` that may differ from the run's in samples that are evaluated (`Run.other_samples`)."""
 
 

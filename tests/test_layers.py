@@ -31,7 +31,11 @@ BELOW: dict[str, set[str]] = {
     "data/load": {"data/read", "data/plan", *CORE, "types", "config", "errors"},
     "data/cf": {"data/encoding", "errors"},
     "data/paths": {"data/read", *CORE, "errors"},
-    "data/dataset": {"data/paths", "data/read", *CORE, "errors"},
+    "data/layouts": {"data/read", *CORE, "errors"},
+    "data/dimensions": {"data/layouts", "data/read", "errors"},
+    "data/names": {"data/layouts", "data/read", "errors"},
+    "data/categories": {*CORE, "errors"},
+    "data/dataset": {"data/dimensions", "data/layouts", "data/names", "data/paths", "data/read", *CORE, "errors"},
     "data/coordinate": {"data/cf", "data/dataset", "data/plan", "data/read", *CORE, "errors"},
     "data/source": {
         "data/cf",
@@ -78,7 +82,7 @@ BELOW: dict[str, set[str]] = {
 
 FENCED = {
     "torch": {"algorithm", "statefiles", "runtime", "job", "resolve", "run", "trainer"},
-    "zarr": {"data/read", "data/dataset"},
+    "zarr": {"data/read", "data/layouts", "data/dimensions", "data/dataset"},
     "dask": {"runtime"},
     "distributed": {"runtime", "prepare", "probe", "planning", "batching", "trainer"},
     "xarray": {"data/cf", "report", "run"},

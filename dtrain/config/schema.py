@@ -86,6 +86,7 @@ class DataConfig(Table):
     storage_options: dict[str, Any] = Field(default={}, repr=False)
     group: str = ""
     isel: dict[str, Selector] = {}
+    dims: dict[str, tuple[str, ...]] = {}
     sample_dim: str = "auto"
     input_offsets: Offsets = 0
     target_offsets: Offsets = 0
@@ -244,6 +245,7 @@ def _check_values(config: TrainConfig) -> None:
     if config.data.cache != "auto":
         cache_bytes(config.data.cache)
     _check_name("data.transform", config.data.transform, (), empty=True)
+    _check_dims(config.data)
     _check_normalize(config.data)
     check_average(config.average)
     _check_name("average.outer.schedule", config.average.outer_schedule, SCHEDULES)
@@ -258,15 +260,28 @@ def _check_sync_rounds(train: TrainTable) -> None:
         )
 
 
+def _check_dims(data: DataConfig) -> None:
+    for name, dims in data.dims.items():
+        _check_known("dims", name, data)
+        if not all(dims):
+            raise InvalidConfig(f"data.dims.{name} = {list(dims)}: a name is empty.", "Name each dimension.")
+        if twice := [dim for dim in dims if dims.count(dim) > 1]:
+            raise InvalidConfig(f'data.dims.{name} names "{twice[0]}" twice.', "Give each dimension its own name.")
+
+
 def _check_normalize(data: DataConfig) -> None:
-    known = (*data.inputs, *data.targets)
     for name, dims in data.mean_dims.items():
-        if known and name not in known:  # Python may name them later
-            raise InvalidConfig(
-                f'data.normalize names "{name}", which is neither an input nor a target{did_you_mean(name, known)}'
-            )
+        _check_known("normalize", name, data)
         if twice := [dim for dim in dims if dims.count(dim) > 1]:
             raise InvalidConfig(f'data.normalize.{name} names the dimension "{twice[0]}" twice.', "Name it once.")
+
+
+def _check_known(key: str, name: str, data: DataConfig) -> None:
+    known = (*data.inputs, *data.targets)
+    if known and name not in known:  # Python may name them later
+        raise InvalidConfig(
+            f'data.{key} names "{name}", which is neither an input nor a target{did_you_mean(name, known)}'
+        )
 
 
 def _check_reported_names(metrics: Sequence[str]) -> None:

@@ -10,6 +10,10 @@ Nothing in this folder knows torch or Dask.
     selection.py   the sample dimension, isel and patches, checked against the dimensions
     paths.py       a configured path -> the store, once there is a group
     dataset.py     the named arrays of a group, their dimensions and attributes; no other array is opened
+    dimensions.py  the names of dimensions: of the store, of a layout, or of data.dims
+    names.py       a name that is no array: which are, and where it lies
+    categories.py  what the codes of categoricals stand for, compared between a run and its stores
+    layouts/       OME-Zarr, AnnData: what the groups of a store say about its arrays
     cf.py          what CF attributes mean, by xarray
     plan/          which samples are read by whom, in which order, in how much memory: pure arithmetic
     read/          bytes of a Zarr store -> units in memory

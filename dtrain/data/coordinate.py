@@ -57,24 +57,36 @@ def coordinate_of(samples: Samples, store: ReadStore) -> Coordinate | str:
     """Return the coordinate that has to be read, or why it cannot be; an empty text if it need not be."""
     if not samples.has_windows or samples.config.gaps == "allow":
         return ""
-    name = samples.sample_dim
-    if all(variable.name == name for variable in samples.moving):
-        return f"{name} is read as data"
-    try:
-        named = find_named(store, samples.config.group, name)
-    except StoreUnavailable:
-        raise
-    except DtrainError as error:  # a dtype or codec that zarr does not know, or a server that hides what is not there
-        return f"the coordinate {name} cannot be opened: {one_line(error)}"
-    if named is None:
-        return f"{name} has no coordinate"
+    dim = samples.sample_dim
+    if all(variable.name == dim for variable in samples.moving):
+        return f"{dim} is read as data"
+    found = _find(samples, store)
+    if isinstance(found, str):
+        return found
+    name, named = found
     rows = samples.moving[0].shape[samples.moving[0].sample_axis]
-    if named.array.shape != (rows,) or named.dims != (name,):
+    if named.array.shape != (rows,) or named.dims != (dim,):
         return f"{name} has no coordinate of one dimension"
     dtype = np.dtype(named.array.dtype)
-    if dtype.kind not in "iufmM":
+    if dtype.kind not in "iufmM" or named.categories is not None:
         return f"the coordinate {name} holds neither numbers nor dates ({dtype})"
     return _described(samples.path, name, named, dtype)
+
+
+def _find(samples: Samples, store: ReadStore) -> tuple[str, NamedArray] | str:
+    """Return name and array of the coordinate, or why there is none: in the groups of variables, the nearest first."""
+    groups = [variable.name.split("/")[:-1] for variable in samples.moving]
+    places = ([*parts[:depth], samples.sample_dim] for parts in groups for depth in range(len(parts), -1, -1))
+    for name in dict.fromkeys(map("/".join, places)):
+        try:
+            named = find_named(store, samples.config.group, name)
+        except StoreUnavailable:
+            raise
+        except DtrainError as error:  # a dtype or codec that zarr does not know, or a server that hides what is absent
+            return f"the coordinate {name} cannot be opened: {one_line(error)}"
+        if named is not None:
+            return name, named
+    return f"{samples.sample_dim} has no coordinate"
 
 
 def _described(path: str, name: str, named: NamedArray, dtype: DType) -> Coordinate | str:
@@ -89,7 +101,7 @@ def _described(path: str, name: str, named: NamedArray, dtype: DType) -> Coordin
     )
     variable = Variable(
         name=name,
-        dims=(name,),
+        dims=named.dims,
         shape=shape,
         dtype=dtype.str,
         chunks=chunks,

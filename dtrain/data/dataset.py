@@ -5,31 +5,34 @@ What xarray refuses in an array that nobody uses does not matter: dimensions, co
 
 from __future__ import annotations
 
-import json
-import posixpath
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 import zarr
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
 
+from dtrain.data.dimensions import dimensions
+from dtrain.data.layouts.find import array_of, irrelevant_axis
+from dtrain.data.layouts.hierarchy import Hierarchy
+from dtrain.data.names import MOST_NAMES, unknown_variable
 from dtrain.data.paths import single_array
 from dtrain.data.read.kind import not_a_group
 from dtrain.data.read.open import any_group, node_in, unreadable_metadata
 from dtrain.data.read.retry import settle
 from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import ReadStore
-from dtrain.data.read.tree import arrays_named, nodes_in
+from dtrain.data.read.tree import nodes_in
+from dtrain.data.variable import MISSING_CATEGORY, Categories
 from dtrain.errors import (
+    ChunkMissing,
+    ChunkUndecodable,
     DtrainError,
     InvalidConfig,
     LengthsDiffer,
     NotZarr,
-    UnknownVariable,
     UnsuitableVariable,
     did_you_mean,
     listed,
@@ -38,10 +41,10 @@ from dtrain.errors import (
 
 UNSUPPORTED = ("nknown codec", "codec not available", "No Zarr data type", "An implementation for codec")
 """How zarr says that it lacks a codec, or knows no such dtype."""
-DIMENSIONS = "_ARRAY_DIMENSIONS"
-"""The attribute in which xarray names the dimensions of a Zarr v2 array."""
-MOST_NAMES = 20
-"""Names that a message lists."""
+
+Dims: TypeAlias = Mapping[str, tuple[str, ...]]
+"""``data.dims``: by array, the names of dimensions that the store does not name."""
+NO_DIMS: Dims = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +55,26 @@ class NamedArray:
     dims: tuple[str, ...]
     attributes: Mapping[str, Any]
     """Undecoded; of a Zarr v2 array, the fill value is the attribute ``_FillValue``."""
+    path: str
+    """Of the array below the group: a categorical is named by its group, and read from its codes."""
+    categories: Categories | None = None
+    dropped: tuple[int, ...] = ()
+    """Axes of length 1 that the array has only by convention."""
 
 
-def open_named(store: ReadStore, group: str, names: tuple[str, ...]) -> dict[str, NamedArray]:
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A group, in its store."""
+
+    hierarchy: Hierarchy
+    group: zarr.Group
+
+    @property
+    def store(self) -> ReadStore:
+        return self.hierarchy.store
+
+
+def open_named(store: ReadStore, group: str, names: tuple[str, ...], dims: Dims = NO_DIMS) -> dict[str, NamedArray]:
     """Return the named arrays of a group; a name may be a path below the group.
 
     Parameters
@@ -62,13 +82,15 @@ def open_named(store: ReadStore, group: str, names: tuple[str, ...]) -> dict[str
     store : ReadStore
     group : str
     names : tuple of str
+    dims : mapping of str to tuple of str
+        ``data.dims``.
 
     Raises
     ------
     NotZarr
         There is no group, or metadata that are needed cannot be read.
     InvalidConfig
-        There is no such group in the store.
+        There is no such group in the store, or `dims` does not fit it.
     UnknownVariable
         There is no such array in the group.
     LengthsDiffer, UnsuitableVariable
@@ -76,11 +98,12 @@ def open_named(store: ReadStore, group: str, names: tuple[str, ...]) -> dict[str
     """
     with _readable(store):
         opened = _open_group(store, group)
-        nodes = {name: _node(store, opened, name) for name in names}
-    arrays = {name: node for name, node in nodes.items() if isinstance(node, NamedArray)}
+        nodes = {name: _node(opened, name, dims.get(name)) for name in names}
+        arrays = {name: node for name, node in nodes.items() if isinstance(node, NamedArray)}
+        arrays = _without_conventions(opened.hierarchy, arrays)
     for name, node in nodes.items():
         if name not in arrays:
-            raise _unknown(store, group, name, list(arrays), is_group=node is not None)
+            raise unknown_variable(store, group, name, list(arrays), is_group=node is not None)
     _check_lengths(store.path, arrays)
     return arrays
 
@@ -94,7 +117,7 @@ def find_named(store: ReadStore, group: str, name: str) -> NamedArray | None:
         It is there and cannot be read.
     """
     with _readable(store):
-        node = _node(store, _open_group(store, group), name)
+        node = _node(_open_group(store, group), name)
     return node if isinstance(node, NamedArray) else None
 
 
@@ -112,10 +135,10 @@ def list_named(store: ReadStore, group: str = "") -> tuple[dict[str, NamedArray]
         opened = _open_group(store, group)
         for name in (name for name, kind in nodes_in(store, group).items() if kind == "array"):
             try:
-                node = _node(store, opened, name)
+                node = _node(opened, name)
                 if isinstance(node, NamedArray):
                     arrays[name] = node
-            except (UnsuitableVariable, NotZarr) as error:
+            except (UnsuitableVariable, NotZarr, ChunkMissing, ChunkUndecodable) as error:
                 strange[name] = error
     return arrays, strange
 
@@ -141,12 +164,13 @@ def _readable(store: ReadStore) -> Iterator[None]:
             ) from None
 
 
-def _open_group(store: ReadStore, name: str) -> zarr.Group:
+def _open_group(store: ReadStore, name: str) -> _Opened:
     root = any_group(store, "")
+    hierarchy = Hierarchy(store, root)
     if not name.strip("/"):
-        return root
+        return _Opened(hierarchy, root)
     try:
-        return any_group(store, name)  # not from the root's consolidated metadata: they may be old
+        return _Opened(hierarchy, any_group(store, name))  # not from the root's consolidated metadata: they may be old
     except (zarr.errors.GroupNotFoundError, zarr.errors.ContainsArrayError, FileNotFoundError):
         known = sorted(found for found, kind in nodes_in(store, "").items() if kind == "group")
     raise InvalidConfig(
@@ -155,18 +179,27 @@ def _open_group(store: ReadStore, name: str) -> zarr.Group:
     )
 
 
-def _node(store: ReadStore, group: zarr.Group, name: str) -> NamedArray | zarr.Group | None:
+def _node(opened: _Opened, name: str, dims: Sequence[str] | None = None) -> NamedArray | zarr.Group | None:
     """Return what a group holds under a name; raise if it cannot be read.
 
     Raises
     ------
-    UnsuitableVariable, NotZarr
+    DtrainError
+        As `open_named`.
     """
+    store = opened.store
     try:
-        node = node_in(store, group, name)
-        if not isinstance(node, zarr.Array):
-            return node
-        attributes = dict(node.attrs)
+        node = node_in(store, opened.group, name)
+        if node is None:
+            return None
+        stored = array_of(opened.hierarchy, node)
+        array = node if stored is None else stored.array
+        if not isinstance(array, zarr.Array):
+            return array
+        attributes = dict(array.attrs)
+        if array.metadata.zarr_format == 2 and array.fill_value is not None:
+            attributes["_FillValue"] = array.fill_value  # as xarray understands it
+        named = dimensions(opened.hierarchy, name, array, attributes, dims)
     except DtrainError:
         raise
     except Exception as error:
@@ -178,9 +211,24 @@ def _node(store: ReadStore, group: zarr.Group, name: str) -> NamedArray | zarr.G
                 "variable with a dtype of numbers.",
             ) from None
         raise unreadable_metadata(store.path, name, error) from None
-    if node.metadata.zarr_format == 2 and node.fill_value is not None:
-        attributes["_FillValue"] = node.fill_value  # as xarray understands it
-    return NamedArray(node, _dimensions(store, name, node, attributes), attributes)
+    path = array.path.removeprefix(f"{opened.group.path}/") if opened.group.path else array.path
+    if stored is None:
+        return NamedArray(array, named, attributes, path)
+    return NamedArray(array, named, {"missing_value": MISSING_CATEGORY}, path, stored.categories)
+
+
+def _without_conventions(hierarchy: Hierarchy, arrays: Mapping[str, NamedArray]) -> dict[str, NamedArray]:
+    """Return arrays without the axes that they have only by convention, where others have them in another length."""
+    longer = {dim for named in arrays.values() for dim, n in zip(named.dims, named.array.shape, strict=True) if n != 1}
+    own = {}
+    for name, named in arrays.items():
+        single = [dim for dim, n in zip(named.dims, named.array.shape, strict=True) if n == 1 and dim in longer]
+        axis = irrelevant_axis(hierarchy, named.array) if single else None
+        if axis is not None and named.dims[axis] in single:
+            dims = tuple(f"{name} {dim}" if at == axis else dim for at, dim in enumerate(named.dims))
+            named = replace(named, dims=dims, dropped=(axis,))
+        own[name] = named
+    return own
 
 
 def _check_lengths(path: str, arrays: Mapping[str, NamedArray]) -> None:
@@ -200,90 +248,3 @@ def _check_lengths(path: str, arrays: Mapping[str, NamedArray]) -> None:
                 f"{path}: variables differ in length along {dim}: {texts}.",
                 "Dimensions of one name must have one length; rename one of them, or cut the longer variable.",
             )
-
-
-# Dimensions -----------------------------------------------------------------------------------------------
-
-
-def _dimensions(store: ReadStore, name: str, array: ArrayLike, attributes: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of an array's dimensions.
-
-    Raises
-    ------
-    UnsuitableVariable
-        It names none, or not as many as it has.
-    """
-    given = _given_dimensions(store, array, attributes)
-    if given is None and not array.ndim:
-        return ()
-    if isinstance(given, list | tuple) and len(given) == array.ndim:
-        return tuple(str(dim) if dim else f"{name} axis {axis}" for axis, dim in enumerate(given))
-    names = json.dumps(["sample", *(f"dim{axis}" for axis in range(1, array.ndim))])
-    raise UnsuitableVariable(
-        f"{store.path}: {name} has no dimension names, so its sample dimension is unknown."
-        if given is None
-        else f"{store.path}: {name} of shape {list(array.shape)} has the dimension names {json.dumps(given)}.",
-        f'Name each, for example zarr.open_group("{store.path}")["{array.path}"].attrs["{DIMENSIONS}"] = {names}; if '
-        "metadata are consolidated, run zarr.consolidate_metadata again.",
-    )
-
-
-def _given_dimensions(store: ReadStore, array: ArrayLike, attributes: Mapping[str, Any]) -> Any:
-    """Return the names of dimensions as they are stored; None if there are none."""
-    names = getattr(array.metadata, "dimension_names", None)
-    for given in (names, attributes.get(DIMENSIONS)):
-        if given is not None and not (isinstance(given, list | tuple) and given and not any(given)):
-            return given
-    return _netcdf_dimensions(store, array, attributes) if array.metadata.zarr_format == 2 else None
-
-
-def _netcdf_dimensions(store: ReadStore, array: ArrayLike, attributes: Mapping[str, Any]) -> Any:
-    """Return the names that the netCDF library writes into a Zarr v2 array of its own format, NCZarr."""
-    document = sync(store.get(f"{array.path}/.zarray", default_buffer_prototype()))
-    inside = {} if document is None else json.loads(document.to_bytes()).get("_NCZARR_ARRAY")
-    for described in (attributes.get("_nczarr_array"), attributes.get("_NCZARR_ARRAY"), inside):
-        if isinstance(described, Mapping):
-            references = described.get("dimension_references", described.get("dimrefs"))
-            if isinstance(references, list):
-                return [posixpath.basename(str(reference)) for reference in references]
-    return None
-
-
-# Names ----------------------------------------------------------------------------------------------------
-
-
-def _unknown(store: ReadStore, group: str, name: str, opened: list[str], *, is_group: bool) -> UnknownVariable:
-    """Return the error for a name that is no array of a group: the names that are, or where it lies."""
-    if is_group:
-        inside = sorted(
-            f"{name}/{found}" for found, kind in nodes_in(store, f"{group}/{name}").items() if kind == "array"
-        )
-        return UnknownVariable(
-            f'{store.path}: "{name}" is a group, not a variable.',
-            f"It holds {listed(inside, MOST_NAMES) or 'no variables'}.",
-        )
-    known = sorted({*opened, *(found for found, kind in nodes_in(store, group).items() if kind == "array")})
-    message = f'{store.path}: variable "{name}" not found{did_you_mean(name, known)}'
-    if elsewhere := [path for path in arrays_named(store, name.rpartition("/")[2]) if path.strip("/")]:
-        return UnknownVariable(message, _way_to(group.strip("/"), elsewhere, opened))
-    if known or store.facts.can_list:
-        return UnknownVariable(message, f"It has {listed(known, MOST_NAMES) or 'no variables'}.")
-    return UnknownVariable(
-        message, "The server lists no variables: consolidate the metadata (zarr.consolidate_metadata) to see them."
-    )
-
-
-def _way_to(group: str, elsewhere: list[str], opened: list[str]) -> str:
-    """Say how an array of another group is named: by its path below ``data.group``."""
-    path = elsewhere[0]
-    found = f"{listed(elsewhere, MOST_NAMES)} {'has' if len(elsewhere) == 1 else 'have'} that name"
-    if not group:
-        whole = posixpath.dirname(path)
-        also = f', or set data.group = "{whole}" if all variables are there' if whole and not opened else ""
-        return f'{found}: write "{path}"{also}.'
-    if path.startswith(f"{group}/"):
-        return f'{found}: write "{path.removeprefix(f"{group}/")}".'
-    common = posixpath.commonpath([group, posixpath.dirname(path)])
-    names = [posixpath.relpath(one, common or ".") for one in (path, *(f"{group}/{name}" for name in opened))]
-    others = "".join(f', and "{name}" in place of {old}' for name, old in zip(names[1:], opened, strict=True))
-    return f'{found}: set data.group = "{common}" and write "{names[0]}"{others}.'

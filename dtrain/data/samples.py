@@ -18,9 +18,9 @@ from dtrain.config.schema import DataConfig
 from dtrain.config.slices import Offsets, Slice
 from dtrain.data.encoding import Encoding, Scaling
 from dtrain.data.tiles import ONE_TILE, Tiles
-from dtrain.data.variable import Variable
+from dtrain.data.variable import MISSING_CATEGORY, Categories, Variable
 from dtrain.display import html_table, shown
-from dtrain.errors import InvalidConfig
+from dtrain.errors import InvalidConfig, shortened
 
 MissingLabels: TypeAlias = Literal["ignored", "refused", "nan"]
 """A missing label is the ignored class; the same, but a fault unless ``data.non_finite`` is "allow"; or NaN."""
@@ -30,6 +30,8 @@ WHOLE_OBJECT_BYTES = 8 << 20
 """Shards up to this size are read whole; larger shards are split into several units."""
 LISTED_TILES = 1 << 16
 """The fingerprint lists the tiles of a row one by one up to this number, as the first version did."""
+MOST_CLASSES, MOST_LETTERS = 6, 40
+"""Categories whose names are printed, and letters of each."""
 SMALL_SHARE = 16
 SMALL_BYTES = 64 << 20
 """A variable is small if it has at most 1 / `SMALL_SHARE` of all bytes, and at most `SMALL_BYTES`."""
@@ -211,7 +213,9 @@ class Samples:
                 if v.has_inner_chunks:
                     stored += " in shards of " + "x".join(map(str, v.objects))
                 lines.append((f"{role} {name}", f"{v.dtype}[{', '.join(v.dims)}] {v.shape}, chunks {stored}"))
-                if v.encoding is not None and v.encoding.ignored is not None:
+                if v.categories is not None:
+                    lines.append((f"classes {name}", _classes(v.categories)))
+                if v.encoding is not None and v.encoding.ignored == IGNORED_CLASS:
                     lines.append((f"labels {name}", _ignored(v.encoding)))
         if self.has_windows or self.config.stride > 1:
             low, high = self.reach()
@@ -243,9 +247,10 @@ def _labelled(config: DataConfig, v: Variable, missing: MissingLabels) -> Variab
     is_whole = np.dtype(v.dtype).kind in "iub" and not v.encoding.is_packed and not v.is_standardised
     is_label = is_whole and v.name in config.targets and v.name not in config.inputs
     ignored = IGNORED_CLASS if is_label and missing != "nan" else None
-    return replace(
-        v, encoding=replace(v.encoding, ignored=ignored, passes=ignored is not None and missing == "ignored")
-    )
+    passes = ignored is not None and missing == "ignored"
+    if v.categories is not None and is_whole and not is_label:
+        ignored = MISSING_CATEGORY  # codes stay integers: as an input they choose a row of an embedding
+    return replace(v, encoding=replace(v.encoding, ignored=ignored, passes=passes))
 
 
 def _standardised(v: Variable, scaling: Scaling | None) -> Variable:
@@ -260,6 +265,13 @@ def _ignored(encoding: Encoding) -> str:
     marks = ", ".join(f"{mark:g}" if isinstance(mark, float) else str(mark) for mark in encoding.missing)
     why = "losses and metrics leave it out" if encoding.passes else 'refused unless data.non_finite = "allow"'
     return f"{marks} marks a missing label: it is class {encoding.ignored}, {why}"
+
+
+def _classes(categories: Categories) -> str:
+    """Return how many categories there are, and the first of them."""
+    shown_names = [shortened(name, MOST_LETTERS) for name in categories.names[:MOST_CLASSES]]
+    more = categories.count - len(shown_names)
+    return f"{categories.count:,}: {', '.join(shown_names)}" + (f" and {more:,} more" if more else "")
 
 
 def _means(v: Variable) -> str:

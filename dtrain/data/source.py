@@ -32,14 +32,15 @@ MOST_CHUNKS = 10**8
 def open_samples(
     path: str | Path, *, inputs: list[str] | tuple[str, ...], targets: list[str] | tuple[str, ...], **data: Any
 ) -> Samples:
-    """Describe the samples of a Zarr group. Reads metadata only.
+    """Describe the samples of a Zarr group. Reads metadata only, and the names of categories.
 
     Parameters
     ----------
     path : path
-        A Zarr v2 or v3 group, chunked or sharded, with named dimensions (as xarray writes it).
+        A Zarr v2 or v3 group, chunked or sharded: as xarray writes it, OME-Zarr, AnnData, or with data.dims.
     inputs, targets : list of str
-        Variables that the model is called with, in order, and that the loss compares with.
+        Variables that the model is called with, in order, and that the loss compares with: names, or paths below the
+        group.
     **data
         The other keys of the table ``[data]``, for example ``split=dict(val=0.2, test=0.0)``,
         ``isel=dict(time=slice(0, 500), level=3)`` or ``transform=augment``, a function of a batch and a
@@ -86,11 +87,12 @@ def describe(config: DataConfig, base: Path) -> Samples:
         )
     names = tuple(dict.fromkeys([*config.inputs, *config.targets]))
     store = locate(str(config.path), base, config.storage_options)
-    arrays = open_named(store, config.group, names)
+    arrays = open_named(store, config.group, names, config.dims)
     dims = {name: named.dims for name, named in arrays.items()}
     sizes = {dim: n for named in arrays.values() for dim, n in zip(named.dims, named.array.shape, strict=True)}
     along = sample_dim(config, dims)
     selected = select_dims(config, sizes, along)
+    selected |= {named.dims[axis]: ((0, 1, 1), True) for named in arrays.values() for axis in named.dropped}
     variables = tuple(_variable(store.path, name, arrays[name], along, selected, config) for name in names)
     first, stop = selected[along][0][:2] if along in selected else (0, sizes[along])
     samples = Samples(
@@ -104,8 +106,9 @@ def describe(config: DataConfig, base: Path) -> Samples:
         store=store.facts,
     ).labelled("ignored")
     samples = replace(samples, coordinate=coordinate_of(samples, store))
-    also = () if isinstance(samples.coordinate, str) else (along,)
-    remember(store, config.storage_options, config.group, (*names, *also))
+    also = () if isinstance(samples.coordinate, str) else (samples.coordinate.variable,)
+    paths = (variable.array_path for variable in (*variables, *also))
+    remember(store, config.storage_options, config.group, paths)
     return samples
 
 
@@ -141,6 +144,8 @@ def _variable(
         fill_value=_fill_value(array),
         means_bool=dtype.kind in "iu" and named.attributes.get("dtype") == "bool",
         mean_axes=axes,
+        path="" if named.path == name else named.path,
+        categories=named.categories,
     )
 
 

@@ -33,6 +33,19 @@ class ChunkFormat:
     """False for a sharded array whose index is encoded by other codecs than ``bytes`` and ``crc32c``."""
 
 
+@dataclass(frozen=True, slots=True)
+class Categories:
+    """What the codes of a categorical stand for: code i is category i."""
+
+    count: int
+    names: tuple[str, ...]
+    """Of the first categories; of all, unless there are very many."""
+
+
+MISSING_CATEGORY = -1
+"""The code of a value without a category."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variable:
     """A Zarr array, as its metadata describe it."""
@@ -67,6 +80,15 @@ class Variable:
 
     None: the variable is not standardised. Not part of the fingerprint: plan.json keeps the means.
     """
+    path: str = ""
+    """Path of the array below the group, where that is not the name: the codes of a categorical."""
+    categories: Categories | None = None
+    """The categories of a categorical. Not part of the fingerprint: plan.json keeps them."""
+
+    @property
+    def array_path(self) -> str:
+        """Path of the array below the group."""
+        return self.path or self.name
 
     @property
     def is_static(self) -> bool:

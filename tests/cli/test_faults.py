@@ -105,6 +105,7 @@ def test_keys_and_values_that_are_not_allowed(cli, project, tables, words):
 ASKED_FOR = {
     "data.storage_options": "{ anon = true }",
     "data.isel": "{ k = 1 }",
+    "data.dims": '{ x = ["n", "k"] }',
     "data.input_offsets": "[-1, 0]",
     "data.target_offsets": "1",
     "data.stride": "2",

@@ -28,6 +28,7 @@ targets = ["label"]                # required
 storage_options = {}
 group = ""
 isel = {}
+dims = {}
 sample_dim = "auto"
 input_offsets = 0
 target_offsets = 0
@@ -340,6 +341,7 @@ def test_defaults_are_not_shared_between_configs():
 OTHER = {
     "data.storage_options": {"anon": True},
     "data.isel": {"level": 3},
+    "data.dims": {"X": ["cell", "gene"]},
     "data.input_offsets": [0, 1],
     "data.target_offsets": {"start": 1, "stop": 129},
     "data.stride": 2,
@@ -515,3 +517,24 @@ def test_numbers_of_numpy_paths_and_ranges_are_taken_as_python_has_them(tmp_path
     assert (config.train.rounds, config.train.seed, config.train.init) == (7, 3, str(tmp_path))
     assert (config.average.replicas, config.run.dir) == (2, str(tmp_path))
     assert TrainConfig(**tomllib.loads(to_toml(config))) == config
+
+
+def test_names_of_dimensions():
+    data = {"inputs": ["X", "obs/age"], "targets": ["obs/type"], "dims": {"X": ("cell", "gene"), "obs/age": ["cell"]}}
+    config = TrainConfig(data=data)
+    assert config.data.dims == {"X": ("cell", "gene"), "obs/age": ("cell",)}
+    assert TrainConfig(**tomllib.loads(to_toml(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("dims", "said"),
+    [
+        ({"X": "cell"}, 'data.dims.X = "cell": input should be'),
+        ({"X": [1]}, "data.dims.X[0] = 1: input should be a valid string"),
+        ({"X": ["cell", "cell"]}, 'data.dims.X names "cell" twice.'),
+        ({"X": ["cell", ""]}, "data.dims.X = ['cell', '']: a name is empty."),
+        ({"x": ["cell"]}, 'data.dims names "x", which is neither an input nor a target'),
+    ],
+)
+def test_names_of_dimensions_that_are_refused(dims, said):
+    assert refused(data={"inputs": ["X"], "targets": ["y"], "dims": dims}).startswith(said)

@@ -12,6 +12,8 @@ import zarr
 
 from dtrain.data.cf import encoding_of
 from dtrain.data.dataset import NamedArray, list_named
+from dtrain.data.layouts.find import layout_at
+from dtrain.data.layouts.hierarchy import Hierarchy
 from dtrain.data.paths import locate, single_array
 from dtrain.data.read.open import any_group, group_in
 from dtrain.data.read.store import ReadStore
@@ -25,6 +27,11 @@ REFERENCES = {"bounds": "bounds", "climatology": "bounds", "grid_mapping": "grid
 AT = "Name one with --data"
 MOST_DEPTH = 3
 """Of groups that are looked into."""
+LAYOUTS = {
+    "OME-Zarr": 'inputs = ["0"] and targets = ["labels/NAME/0"]',
+    "AnnData": 'inputs = ["X"] and targets = ["obs/COLUMN"]',
+}
+"""By layout: the keys of ``[data]`` to write by hand."""
 
 
 def read_contents(path: str) -> Contents:
@@ -48,6 +55,7 @@ def read_contents(path: str) -> Contents:
             raise single_array(path) from None
         except Exception:
             root = group_in(store, "")  # says what is wrong
+        _refuse_layout(path, store, root)
         variables, strange = _variables(store, root)
         if any(variable.dims for variable in variables.values()):
             return _contents(path, "", root, variables, strange)
@@ -82,19 +90,26 @@ def _variables(store: ReadStore, group: zarr.Group) -> tuple[dict[str, NamedArra
     }
 
 
+def _refuse_layout(path: str, store: ReadStore, root: zarr.Group) -> None:
+    """Refuse layouts for which no configuration is written yet."""
+    try:
+        layout = layout_at(Hierarchy(store, root), "")
+    except DtrainError:
+        raise
+    except Exception:  # a group whose metadata zarr cannot read: then it is no layout that is known
+        return
+    if layout:
+        raise UsageError(
+            f"{path} is {layout}: dtrain trains on it, but init does not write a configuration for it yet.",
+            f"Write one for a model of yours, with {LAYOUTS[layout]}.",
+        )
+
+
 def _nothing_named(path: str, store: ReadStore, root: zarr.Group, groups: list[str]) -> DtrainError:
     """Return the error for a group in which there are no named dimensions, with what to do."""
-    attributes = root.attrs.asdict()
     if groups:
         return UsageError(f"{path} holds several groups of variables: {listed(groups)}.", f"{AT} {path}/{groups[0]}.")
     images = 'xr.Dataset({"image": (("n", "y", "x"), images)}).to_zarr("new.zarr")'
-    if "multiscales" in attributes or "ome" in attributes:
-        return UsageError(
-            f"{path} is OME-Zarr, which this version does not read.", f"Write a level with xarray: {images}."
-        )
-    if attributes.get("encoding-type") == "anndata":
-        cells = 'xr.Dataset({"X": (("cell", "gene"), matrix), "label": (("cell",), codes)}).to_zarr("new.zarr")'
-        return UsageError(f"{path} is AnnData, which this version does not read.", f"Write it with xarray: {cells}.")
     if any(True for _ in root.array_keys()):
         return NotZarr(f"{path}: its arrays have no named dimensions.", f"Write the store with xarray: {images}.")
     if not store.facts.can_list:

@@ -181,9 +181,11 @@ class Faults:
             why = f", unpacked {float(unpack(value, variable.encoding)):g}{why}"
         hint = 'Repair or mask the data, or set data.non_finite = "allow".'
         if is_mark and variable.encoding is not None and variable.encoding.ignored is not None:
+            is_label = variable.name in self._samples.config.targets
+            sees = "your loss and metrics see class" if is_label else "the model sees"
             hint = (
-                'Repair the data. With data.non_finite = "allow" your loss and metrics see class '
-                f"{variable.encoding.ignored} there, and must leave it out."
+                f'Repair the data. With data.non_finite = "allow" {sees} {variable.encoding.ignored} there, and must '
+                "leave it out."
             )
         raise NonFiniteData(f"{text}{why}.", hint)
 

@@ -74,8 +74,8 @@ def open_arrays(samples: Samples) -> tuple[ReadStore, dict[str, ArrayLike]]:
     if remembered is not None and _is_unchanged(store, remembered):
         store.documents = remembered.copy()
     group = group_in(store, config.group)
-    arrays = {v.name: array_in(store, group, v.name) for v in samples.variables}
-    remember(store, config.storage_options, config.group, arrays)
+    arrays = {v.name: array_in(store, group, v.array_path) for v in samples.variables}
+    remember(store, config.storage_options, config.group, (v.array_path for v in samples.variables))
     return store, arrays
 
 
@@ -176,11 +176,11 @@ _REMEMBERED: OrderedDict[tuple[str, str], Documents] = OrderedDict()
 _LOCK = threading.Lock()
 
 
-def remember(store: ReadStore, storage_options: StorageOptions, group: str, names: Iterable[str]) -> None:
+def remember(store: ReadStore, storage_options: StorageOptions, group: str, paths: Iterable[str]) -> None:
     """Remember the metadata documents of some arrays of a group for `open_arrays`."""
     parts = group.strip("/").split("/") if group.strip("/") else []
     groups = ["/".join(parts[:depth]) for depth in range(len(parts) + 1)]
-    nodes = [*groups, *("/".join([*parts, name]) for name in names)]
+    nodes = [*groups, *("/".join([*parts, path]) for path in paths)]
     identity = _identity(store.path, storage_options)
     with _LOCK:
         _REMEMBERED[identity] = store.documents.of_nodes(nodes)

@@ -34,15 +34,16 @@ def nodes_in(store: ReadStore, group: str) -> dict[str, Kind]:
     return {path.rpartition("/")[2]: kind for path, kind in known.items() if path.rpartition("/")[0] == group}
 
 
-def arrays_named(store: ReadStore, name: str) -> list[str]:
-    """Return the paths of arrays of a name, wherever they lie in the store; the search is bounded."""
+def array_paths(store: ReadStore, group: str = "") -> list[str]:
+    """Return the paths of arrays in a group and below it, from the root of the store; the search is bounded."""
     known = _consolidated(store)
-    todo = [] if known else [""]
+    todo = [] if known else [group]
     while todo and len(known) < MOST_NODES:
         kinds = _kinds(store, _listed(store, todo.pop(0))[: MOST_NODES - len(known)])
         todo += [path for path, kind in kinds.items() if kind == "group" and path not in known]
         known |= kinds
-    return sorted(path for path, kind in known.items() if kind == "array" and path.rpartition("/")[2] == name)
+    prefix = f"{group}/" if group else ""
+    return sorted(path for path, kind in known.items() if kind == "array" and path.startswith(prefix))
 
 
 def kind_at(store: ReadStore, path: str) -> Kind | None:

@@ -8,7 +8,7 @@ import zarr
 
 from dtrain.data.read.open import open_store
 from dtrain.data.read.store import ReadStore
-from dtrain.data.read.tree import MOST_NODES, arrays_named, kind_at, nodes_in
+from dtrain.data.read.tree import MOST_NODES, array_paths, kind_at, nodes_in
 from tests.data.servers import FileServer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Consolidated metadata is")
@@ -33,8 +33,8 @@ def test_of_a_directory(folder):
     assert nodes_in(store, "") == {"x": "array", "a": "group", "c": "group", "d": "array"}
     assert nodes_in(store, "/a/") == {"x": "array", "b": "group"}
     assert nodes_in(store, "nowhere") == nodes_in(store, "c") == {}
-    assert arrays_named(store, "x") == ["a/b/x", "a/x", "x"]
-    assert arrays_named(store, "y") == []
+    assert array_paths(store) == ["a/b/x", "a/x", "d", "x"]
+    assert array_paths(store, "a") == ["a/b/x", "a/x"]
     assert [kind_at(store, path) for path in ("a", "a/b/x", "d", "files", "e")] == [
         "group",
         "array",
@@ -50,7 +50,7 @@ def test_of_a_server_consolidated_metadata_say_it(folder, pages):
     try:
         store = open_store(server.url)
         assert nodes_in(store, "") == {"x": "array", "a": "group", "c": "group", "d": "array"}
-        assert arrays_named(store, "x") == ["a/b/x", "a/x", "x"]
+        assert array_paths(store) == ["a/b/x", "a/x", "d", "x"]
         (folder / ".zmetadata").unlink(missing_ok=True)
         if (folder / ".zgroup").exists():
             assert sorted(nodes_in(open_store(server.url), "")) == (["a", "c", "d", "x"] if pages else [])
@@ -61,6 +61,6 @@ def test_of_a_server_consolidated_metadata_say_it(folder, pages):
 def test_a_search_ends_also_where_a_listing_leads_in_a_circle(folder, monkeypatch):
     store = open_store(str(folder))
     monkeypatch.setattr(ReadStore, "names", lambda self, group: ["", "a", "x"])
-    assert "x" in arrays_named(store, "x")
+    assert "x" in array_paths(store)
     monkeypatch.setattr(ReadStore, "names", lambda self, group: [f"n{i}" for i in range(2 * MOST_NODES)])
-    assert arrays_named(store, "x") == []
+    assert array_paths(store) == []

@@ -1,0 +1,78 @@
+"""An array that stands for something else than its numbers: codes, with the names of the categories."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import zarr
+
+from dtrain.data.layouts.hierarchy import Hierarchy
+from dtrain.data.read.retry import settle
+from dtrain.data.read.shards import ArrayLike
+from dtrain.data.read.store import key_of
+from dtrain.data.variable import Categories
+from dtrain.errors import ChunkMissing, ChunkUndecodable, DtrainError, NotZarr, one_line
+
+MOST_NAMES = 4096
+"""Names of categories that are kept; they travel with the samples."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The array that holds a variable, and what its values stand for."""
+
+    array: ArrayLike
+    categories: Categories
+
+
+def read_categories(hierarchy: Hierarchy, path: str) -> Categories:
+    """Return the names of a categorical's categories, from the array that lists them.
+
+    Raises
+    ------
+    NotZarr
+        There is no such array.
+    ChunkMissing, ChunkUndecodable
+        Its names cannot be read.
+    """
+    node = hierarchy.node(path)
+    if isinstance(node, zarr.Group):
+        node = hierarchy.node(f"{path}/values")  # strings beside a mask
+    if not isinstance(node, zarr.Array) or node.ndim != 1:
+        raise NotZarr(
+            f"{hierarchy.store.path}: {path}, the names of categories, is no array of one dimension.",
+            "Restore it from a copy of the store.",
+        )
+    return Categories(int(node.shape[0]), tuple(_text(value) for value in _first_values(hierarchy, node)))
+
+
+def _first_values(hierarchy: Hierarchy, array: ArrayLike) -> list[object]:
+    count, store = min(MOST_NAMES, int(array.shape[0])), hierarchy.store
+    if not count:
+        return []
+    try:
+        values: list[object] = np.asarray(array[:count]).tolist()
+    except (DtrainError, MemoryError):
+        raise
+    except Exception as error:
+        settle()
+        raise ChunkUndecodable(
+            f"{store.path}: {array.path}, the names of categories, cannot be decoded: {one_line(error)}",
+            "Restore it from a copy of the store.",
+        ) from None
+    (rows,) = array.shards or array.chunks
+    for place in range(math.ceil(count / rows)):
+        is_one = min(rows, int(array.shape[0]) - place * rows) == 1
+        # names differ, so that the fill value can stand for one of them and not for several
+        if store.is_absent(key := key_of(array, (place,))) and not is_one:
+            raise ChunkMissing(
+                f"{store.path}: chunk {key} of {array.path}, the names of categories, is missing.",
+                "Restore it from a copy of the store.",
+            )
+    return values
+
+
+def _text(value: object) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
