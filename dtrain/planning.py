@@ -224,7 +224,7 @@ def _choices(job: Job, stores: tuple[StorePlan, ...], resolved: Resolved, worker
 def _missing_choice(samples: Samples) -> Choice:
     """Return what a chunk that is not stored stands for, by variable, and what it decodes to."""
     judged = {"nan": "as data.non_finite says"}
-    absences = [(v, absence_of(samples, v)) for v in samples.variables]
+    absences = [(v, absence_of(samples, v)) for v in samples.stored]
     values = ", ".join(f"{v.name} {judged.get(absence, absence)}" for v, absence in absences)
     return Choice(
         values, "by what a missing chunk decodes to: " + ", ".join(f"{v.name} {stands_for(v)}" for v, _ in absences)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 BASE = {"types", "config", "errors", "events", "display"}
 WORK = {"runtime", "data", "algorithm", *BASE}
-CORE = {"data/samples", "data/variable", "data/encoding"}
+CORE = {"data/samples", "data/variable", "data/tiles", "data/encoding", "data/sparse"}
 BELOW: dict[str, set[str]] = {
     "errors": set(),
     "types": set(),
@@ -24,7 +24,9 @@ BELOW: dict[str, set[str]] = {
     "display": set(),
     "data/encoding": {"errors"},
     "data/variable": {"data/encoding"},
-    "data/samples": {"data/variable", "data/encoding", "config", "errors", "display"},
+    "data/tiles": {"data/variable"},
+    "data/sparse": {"data/encoding"},
+    "data/samples": {"data/variable", "data/tiles", "data/encoding", "config", "errors", "display"},
     "data/selection": {*CORE, "config", "errors"},
     "data/plan": {*CORE, "config", "errors"},
     "data/read": {"data/plan", *CORE, "config", "errors"},
@@ -35,12 +37,15 @@ BELOW: dict[str, set[str]] = {
     "data/dimensions": {"data/layouts", "data/read", "errors"},
     "data/names": {"data/layouts", "data/read", "errors"},
     "data/categories": {*CORE, "errors"},
+    "data/matrix": {"data/layouts", *CORE, "config", "errors"},
     "data/dataset": {"data/dimensions", "data/layouts", "data/names", "data/paths", "data/read", *CORE, "errors"},
     "data/coordinate": {"data/cf", "data/dataset", "data/plan", "data/read", *CORE, "errors"},
     "data/source": {
         "data/cf",
         "data/coordinate",
         "data/dataset",
+        "data/layouts",
+        "data/matrix",
         "data/paths",
         "data/read",
         "data/selection",

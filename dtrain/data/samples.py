@@ -150,13 +150,23 @@ class Samples:
         large = [v for v in self.moving if v not in small]
         if not large:
             return ()
-        objects, chunks = common_rows([v.object_rows for v in large]), common_rows([v.chunk_rows for v in large])
+        objects, chunks = whole_rows(large), whole_rows(large, chunks=True)
         return tuple(v for v in small if objects % v.object_rows or chunks % v.chunk_rows)
 
     @cached_property
     def streamed(self) -> tuple[Variable, ...]:
         """The variables that are read unit by unit."""
         return tuple(variable for variable in self.moving if variable not in self.preloaded)
+
+    @cached_property
+    def stored(self) -> tuple[Variable, ...]:
+        """The arrays of the store that are read: a sparse variable has three."""
+        return tuple(array for variable in self.variables for array in variable.arrays)
+
+    @cached_property
+    def sparse(self) -> tuple[Variable, ...]:
+        """The sparse variables."""
+        return tuple(variable for variable in self.variables if variable.sparse is not None)
 
     def field_shape(self, field: Field) -> tuple[int, ...]:
         """Return the shape of a field of one sample."""
@@ -189,8 +199,8 @@ class Samples:
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     def variable(self, name: str) -> Variable:
-        """Return the variable of that name."""
-        return next(variable for variable in self.variables if variable.name == name)
+        """Return the variable of that name, or the array of a sparse one."""
+        return next(variable for variable in (*self.variables, *self.stored) if variable.name == name)
 
     def labelled(self, missing: MissingLabels) -> Samples:
         """Return the samples with another meaning of the values that mark missing labels.
@@ -209,10 +219,7 @@ class Samples:
         for role, names in (("input", self.config.inputs), ("target", self.config.targets)):
             for name in names:
                 v = self.variable(name)
-                stored = "x".join(map(str, v.chunks))
-                if v.has_inner_chunks:
-                    stored += " in shards of " + "x".join(map(str, v.objects))
-                lines.append((f"{role} {name}", f"{v.dtype}[{', '.join(v.dims)}] {v.shape}, chunks {stored}"))
+                lines.append((f"{role} {name}", f"{v.dtype}[{', '.join(v.dims)}] {v.shape}, {_chunks(v)}"))
                 if v.categories is not None:
                     lines.append((f"classes {name}", _classes(v.categories)))
                 if v.encoding is not None and v.encoding.ignored == IGNORED_CLASS:
@@ -260,6 +267,17 @@ def _standardised(v: Variable, scaling: Scaling | None) -> Variable:
     return replace(v, mean_axes=None, encoding=None if was_cast else v.encoding)
 
 
+def _chunks(v: Variable) -> str:
+    """Return how a variable is stored."""
+    if v.sparse is not None:
+        share = v.sparse.count / max(1, math.prod(v.shape))
+        return f"sparse, {v.sparse.count:,} values ({share:.1%}), {_chunks(v.sparse.data)}"
+    stored = "x".join(map(str, v.chunks))
+    if v.has_inner_chunks:
+        stored += " in shards of " + "x".join(map(str, v.objects))
+    return f"chunks {stored}"
+
+
 def _ignored(encoding: Encoding) -> str:
     """Return what becomes of missing labels."""
     marks = ", ".join(f"{mark:g}" if isinstance(mark, float) else str(mark) for mark in encoding.missing)
@@ -283,6 +301,9 @@ def _means(v: Variable) -> str:
 
 def _hashed_variable(v: Variable) -> dict[str, Any]:
     """Return the fields of a variable that the fingerprint covers: those of the first version, in their order."""
+    if v.sparse is not None:  # how many rows are read at once is no fact of the store
+        whole = _hashed_variable(replace(v, sparse=None, chunks=(), objects=()))
+        return {**whole, "sparse": [_hashed_variable(array) for array in v.sparse.arrays]}
     packing = v.encoding
     return {
         "name": v.name,
@@ -306,6 +327,21 @@ def _hashed_variable(v: Variable) -> dict[str, Any]:
         "not_zarrs": "",
         "not_numcodecs": "",
     }
+
+
+def whole_rows(variables: Sequence[Variable], *, chunks: bool = False) -> int:
+    """Return the row interval at which variables are cut together: at their stored objects, or at chunks.
+
+    A sparse variable asks for a least number of rows, wherever they begin.
+    """
+    dense = [v.chunk_rows if chunks else v.object_rows for v in variables if v.sparse is None]
+    rows = common_rows(dense) if dense else 1
+    return math.ceil(least_rows(variables) / rows) * rows
+
+
+def least_rows(variables: Sequence[Variable]) -> int:
+    """Return the least number of rows that sparse variables are read in."""
+    return max((v.object_rows for v in variables if v.sparse is not None), default=1)
 
 
 def common_rows(object_rows: Sequence[int]) -> int:

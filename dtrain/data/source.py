@@ -16,13 +16,15 @@ from dtrain.config.schema import DataConfig
 from dtrain.data.cf import encoding_of, float_encoding
 from dtrain.data.coordinate import coordinate_of
 from dtrain.data.dataset import NamedArray, open_named
+from dtrain.data.layouts.stored import Matrix
+from dtrain.data.matrix import check_order, check_sparse, rows_together
 from dtrain.data.paths import locate
 from dtrain.data.read.codecs import chunk_format, has_checksums
 from dtrain.data.read.open import remember
 from dtrain.data.read.shards import ArrayLike
 from dtrain.data.samples import Samples
 from dtrain.data.selection import Selected, mean_axes, sample_dim, select_dims, tiles
-from dtrain.data.variable import Variable
+from dtrain.data.variable import Sparse, Variable
 from dtrain.errors import InvalidConfig, UnsuitableVariable
 
 MOST_CHUNKS = 10**8
@@ -37,7 +39,8 @@ def open_samples(
     Parameters
     ----------
     path : path
-        A Zarr v2 or v3 group, chunked or sharded: as xarray writes it, OME-Zarr, AnnData, or with data.dims.
+        A Zarr v2 or v3 group, chunked or sharded: as xarray writes it, OME-Zarr, AnnData (dense or CSR), or with
+        data.dims.
     inputs, targets : list of str
         Variables that the model is called with, in order, and that the loss compares with: names, or paths below the
         group.
@@ -89,11 +92,12 @@ def describe(config: DataConfig, base: Path) -> Samples:
     store = locate(str(config.path), base, config.storage_options)
     arrays = open_named(store, config.group, names, config.dims)
     dims = {name: named.dims for name, named in arrays.items()}
-    sizes = {dim: n for named in arrays.values() for dim, n in zip(named.dims, named.array.shape, strict=True)}
+    sizes = {dim: n for named in arrays.values() for dim, n in zip(named.dims, named.shape, strict=True)}
     along = sample_dim(config, dims)
     selected = select_dims(config, sizes, along)
     selected |= {named.dims[axis]: ((0, 1, 1), True) for named in arrays.values() for axis in named.dropped}
     variables = tuple(_variable(store.path, name, arrays[name], along, selected, config) for name in names)
+    check_sparse(store.path, config, variables)
     first, stop = selected[along][0][:2] if along in selected else (0, sizes[along])
     samples = Samples(
         path=store.path,
@@ -107,7 +111,7 @@ def describe(config: DataConfig, base: Path) -> Samples:
     ).labelled("ignored")
     samples = replace(samples, coordinate=coordinate_of(samples, store))
     also = () if isinstance(samples.coordinate, str) else (samples.coordinate.variable,)
-    paths = (variable.array_path for variable in (*variables, *also))
+    paths = (array.array_path for variable in (*variables, *also) for array in variable.arrays)
     remember(store, config.storage_options, config.group, paths)
     return samples
 
@@ -115,6 +119,8 @@ def describe(config: DataConfig, base: Path) -> Samples:
 def _variable(
     path: str, name: str, named: NamedArray, sample_dim: str, selected: Selected, config: DataConfig
 ) -> Variable:
+    if named.matrix is not None:
+        return _sparse(path, name, named, named.matrix, sample_dim, selected, config)
     array, dims, dtype = named.array, named.dims, np.dtype(named.array.dtype)
     if dtype.kind not in "fiub":
         raise UnsuitableVariable(
@@ -146,6 +152,38 @@ def _variable(
         mean_axes=axes,
         path="" if named.path == name else named.path,
         categories=named.categories,
+    )
+
+
+def _sparse(
+    path: str, name: str, named: NamedArray, matrix: Matrix, sample_dim: str, selected: Selected, config: DataConfig
+) -> Variable:
+    """Describe a sparse matrix by its three arrays."""
+    check_order(path, name, named.dims, matrix, sample_dim)
+    _check_dims(path, name, named.dims, matrix.shape, sample_dim)
+
+    def part(of: str) -> Variable:
+        along = f"{name}/{of}"
+        array = NamedArray(getattr(matrix, of), (along,), {}, f"{named.path}/{of}")
+        return replace(_variable(path, along, array, along, {}, config), part_of=name)
+
+    sparse = Sparse(indptr=part("indptr"), indices=part("indices"), data=part("data"))
+    whole = [selected.get(dim, ((0, n, 1), False)) for dim, n in zip(named.dims, matrix.shape, strict=True)]
+    together = tuple(rows_together(sparse) if axis == matrix.axis else n for axis, n in enumerate(matrix.shape))
+    return Variable(
+        name=name,
+        dims=named.dims,
+        shape=matrix.shape,
+        dtype=sparse.data.dtype,
+        chunks=together,
+        objects=together,
+        sample_axis=matrix.axis,
+        checksums=all(array.checksums for array in sparse.arrays),
+        select=tuple(part for part, _ in whole),
+        dropped=tuple(axis for axis, (_, dropped) in enumerate(whole) if dropped),
+        mean_axes=mean_axes(config, name, named.dims, sample_dim, selected),
+        path="" if named.path == name else named.path,
+        sparse=sparse,
     )
 
 

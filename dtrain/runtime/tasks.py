@@ -23,7 +23,8 @@ from dtrain.algorithm.scaffold import ControlledSteps, Controls
 from dtrain.config.average import AverageConfig
 from dtrain.data.load.gather import Batch, target_scalings
 from dtrain.data.load.loader import Counted, Loader
-from dtrain.data.load.statistics import Moments, partition_moments
+from dtrain.data.load.moments import Moments
+from dtrain.data.load.statistics import partition_moments
 from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
 from dtrain.runtime.module import isolated

@@ -1,9 +1,10 @@
-"""An array that stands for something else than its numbers: codes, with the names of the categories."""
+"""Arrays that stand for something else than their numbers: codes with the names of categories, parts of a matrix."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import zarr
@@ -25,6 +26,35 @@ class Stored:
 
     array: ArrayLike
     categories: Categories
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A sparse matrix: a group of three arrays."""
+
+    path: str
+    """Of the group."""
+    shape: tuple[int, int]
+    axis: int
+    """Its values are stored row by row (0), or column by column (1)."""
+    indptr: ArrayLike
+    indices: ArrayLike
+    data: ArrayLike
+    ndim: int = 2
+
+
+class HasAxes(Protocol):
+    """An array, or a matrix, whose axes have names."""
+
+    @property
+    def path(self) -> str:
+        """Path from the root of the store."""
+        ...
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        ...
 
 
 def read_categories(hierarchy: Hierarchy, path: str) -> Categories:

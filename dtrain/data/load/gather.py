@@ -13,8 +13,10 @@ import numpy as np
 from dtrain.data.encoding import Array, Floats, Scaling, unpack
 from dtrain.data.load.buffers import FieldSpec, aligned_copy
 from dtrain.data.load.slots import Rows
+from dtrain.data.load.sparse import SparseGatherer
 from dtrain.data.plan.blocks import Blocks, tile_starts
 from dtrain.data.plan.hashing import Ints
+from dtrain.data.read.sparse import sparse_rows
 from dtrain.data.samples import Field, Samples
 from dtrain.data.tiles import Tile
 from dtrain.data.variable import Variable
@@ -161,8 +163,8 @@ class BatchGatherer:
     def __init__(
         self, samples: Samples, statics: Mapping[str, Array], scalings: Scalings, blocks: Blocks = WHOLE_ROWS
     ) -> None:
-        gatherers = [FieldGatherer(samples, field, scalings.get(field.name), blocks) for field in samples.fields]
-        decoded = [g.decoded(statics[g.field.name]) if g.variable.is_static else None for g in gatherers]
+        gatherers = [_gatherer(samples, field, scalings.get(field.name), blocks) for field in samples.fields]
+        decoded = [_decoded(gatherer, statics) for gatherer in gatherers]
         self._num_inputs = len(samples.config.inputs)
         self._repeated = [None if g.is_cut else values for g, values in zip(gatherers, decoded, strict=True)]
         """By field: the values of all samples; None if the field has memory."""
@@ -175,7 +177,9 @@ class BatchGatherer:
     def fill(self, field: int, out: Array, arena: Mapping[str, Array], rows: Rows) -> None:
         """Fill samples of one of the fields that have memory from the arena's slots."""
         gatherer, static = self._filled[field]
-        if static is None:
+        if isinstance(gatherer, SparseGatherer):
+            gatherer.fill(out, sparse_rows(gatherer.sparse, arena), rows)
+        elif static is None:
             gatherer.fill(out, arena[gatherer.field.name], rows)
         else:
             gatherer.fill_static(out, static, rows)
@@ -188,6 +192,22 @@ class BatchGatherer:
             next(filled) if values is None else repeated(aligned_copy(values), size) for values in self._repeated
         )
         return Batch(arrays[: self._num_inputs], arrays[self._num_inputs :])
+
+
+def _gatherer(
+    samples: Samples, field: Field, scaling: Scaling | None, blocks: Blocks
+) -> FieldGatherer | SparseGatherer:
+    sparse = samples.variable(field.name).sparse
+    if sparse is not None:
+        return SparseGatherer(samples, field, scaling, sparse)
+    return FieldGatherer(samples, field, scaling, blocks)
+
+
+def _decoded(gatherer: FieldGatherer | SparseGatherer, statics: Mapping[str, Array]) -> Array | None:
+    """Return a variable without the sample dimension as the model sees it; None for other variables."""
+    if isinstance(gatherer, SparseGatherer) or not gatherer.variable.is_static:
+        return None
+    return gatherer.decoded(statics[gatherer.field.name])
 
 
 def target_scalings(samples: Samples, scalings: Scalings) -> tuple[tuple[Floats, Floats] | None, ...]:

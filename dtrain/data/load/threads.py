@@ -31,7 +31,7 @@ from dtrain.data.load.messages import (
 )
 from dtrain.data.load.pool import Lane
 from dtrain.data.load.schedule import Schedule
-from dtrain.data.plan.footprint import slot_shape
+from dtrain.data.plan.footprint import slot_arrays
 from dtrain.data.plan.partition import Partition
 from dtrain.data.read.units import UnitReader
 
@@ -74,8 +74,9 @@ class LoaderThreads:
         self.decoded = (0, 0)
         """Units and their bytes, read so far."""
         self.arena: dict[str, Array] = {
-            v.name: np.empty((schedule.slots.count, *slot_shape(reader.samples, partition.plan, v)), v.kept_dtype)
+            name: np.empty((schedule.slots.count, *shape), dtype)
             for v in reader.samples.moving
+            for name, (shape, dtype) in slot_arrays(reader.samples, partition.plan, v).items()
         }
         self._schedule = schedule
         self._reader = reader

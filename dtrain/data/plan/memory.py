@@ -296,7 +296,7 @@ def _more(what: str) -> str:
 
 
 def _check_chunks(samples: Samples, limit: int, what: str) -> None:
-    for variable in samples.variables:
+    for variable in samples.stored:
         if variable.chunk_bytes > limit:
             raise ChunkTooLarge(
                 f"{samples.path}: one chunk of {variable.name} {variable.chunks} decodes to "

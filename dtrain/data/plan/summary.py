@@ -17,7 +17,7 @@ from dtrain.data.plan.partition import Partition, train_partitions
 from dtrain.data.plan.splits import SplitName, changes
 from dtrain.data.plan.units import Box, DataPlan, rows_selection
 from dtrain.data.samples import Samples
-from dtrain.data.variable import Variable
+from dtrain.data.variable import Sparse, Variable
 
 
 def describe_plan(samples: Samples, plan: DataPlan) -> dict[str, Any]:
@@ -82,10 +82,33 @@ def decoded_bytes(samples: Samples, parts: tuple[Partition, ...]) -> tuple[int, 
 
 
 def _decoded_in_rows(samples: Samples, v: Variable, parts: tuple[Partition, ...]) -> tuple[int, int]:
+    if v.sparse is not None:
+        return _decoded_sparse(samples, v, v.sparse, parts)
     total, begins = 0, _row_chunks(samples, v)
     for part in parts:
         total += _count_row_chunks(samples, v, part.spans(), begins)
     return total * v.chunk_rows * v.row_bytes, int(np.count_nonzero(np.cumsum(begins))) * v.chunk_rows * v.row_bytes
+
+
+def _decoded_sparse(samples: Samples, v: Variable, sparse: Sparse, parts: tuple[Partition, ...]) -> tuple[int, int]:
+    """Return the same for a sparse variable, as if all rows held as many values.
+
+    A run of values that begins anywhere touches one chunk more than it is long, but for a single value.
+    """
+    (low, high), decoded, begins = samples.reach(v.name), 0.0, np.zeros(samples.num_samples + 1, np.int32)
+    runs = 0
+    for part in parts:
+        starts, stops = part.spans()
+        decoded += float((stops + high - starts - low).sum()) * sparse.count / sparse.rows
+        runs += len(starts)
+        np.add.at(begins, starts + low, 1)
+        np.subtract.at(begins, stops + high, 1)
+    distinct = int(np.count_nonzero(np.cumsum(begins))) * sparse.count / sparse.rows
+    arrays = [(np.dtype(array.dtype).itemsize, array.chunks[0] - 1) for array in (sparse.data, sparse.indices)]
+    return (
+        sum(int(size * (decoded + runs * more)) for size, more in arrays),
+        sum(int(size * distinct) for size, _ in arrays),
+    )
 
 
 def _decoded_in_blocks(samples: Samples, v: Variable, parts: tuple[Partition, ...]) -> tuple[int, int]:

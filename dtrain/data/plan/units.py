@@ -23,7 +23,7 @@ from dtrain.data.variable import Select, Variable
 Whole: TypeAlias = Literal["cells", "rows", "blocks"]
 """What a split holds whole: cells, all cells of the same rows, or all cells of a block."""
 
-LATER: Mapping[str, Any] = {"jumps": "", "blocks": (), "whole": "cells"}
+LATER: Mapping[str, Any] = {"jumps": "", "blocks": (), "whole": "cells", "values": ()}
 """The fields of `DataPlan` that were added after runs had been stored, and their defaults."""
 
 
@@ -72,6 +72,8 @@ class DataPlan:
     """How the patched dimensions are cut; none: units are whole rows."""
     whole: Whole = "cells"
     """What a split holds whole, where there are blocks."""
+    values: tuple[int, ...] = ()
+    """By sparse variable: the most values of a unit, with its halo; none: not known, and all of them may be."""
 
     @property
     def fingerprint(self) -> str:

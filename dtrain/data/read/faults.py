@@ -62,9 +62,9 @@ class Faults:
         self._samples = samples
         self._arrays = arrays
         self._absent = absent
-        self._seen = {v.name: np.zeros(v.grid, np.uint64) for v in samples.variables}
+        self._seen = {v.name: np.zeros(v.grid, np.uint64) for v in samples.stored}
         """Marks of the versions that were read first: 8 bytes a file, since there may be many."""
-        self._absence = {v.name: absence_of(samples, v) for v in samples.variables}
+        self._absence = {v.name: absence_of(samples, v) for v in samples.stored}
         self._gone: set[tuple[str, tuple[int, ...], bool]] = set()
         """Chunks that are not there and read as NaN, which `check_finite` refuses: name, place, in a shard or not."""
 
@@ -150,6 +150,19 @@ class Faults:
             "Reading it again worked: the storage is unreliable. Run the same command again to continue.",
         )
 
+    def damaged(self, variable: Variable, place: int, what: str) -> ChunkUndecodable:
+        """Return the error for a number of an array of a sparse matrix that cannot be true."""
+        return ChunkUndecodable(
+            f"{self._stored(variable, [place])[0]}{what}.", "It is damaged: restore it from a copy of the store."
+        )
+
+    def repeated(self, variable: Variable, row: int, column: int) -> UnsuitableVariable:
+        """Return the error for a place of a sparse matrix that has several values."""
+        return UnsuitableVariable(
+            f"{self._samples.path}: {variable.name} holds several values for row {row:,}, column {column:,}.",
+            f"Add them up and write it again, with scipy: {variable.name.rpartition('/')[2]}.sum_duplicates().",
+        )
+
     # Values -------------------------------------------------------------------------------------------------
 
     def check_finite(self, variable: Variable, select: Select, values: Array) -> None:
@@ -233,7 +246,7 @@ class Faults:
         """Return the place in the array of the first bad value that is not in a row that nobody needs."""
         if bad is None:
             return None
-        if not variable.is_static:
+        if not variable.is_static and not variable.part_of:
             start = select[variable.sample_axis][0]
             for first, after in self._absent:
                 bad[max(0, first - start) : max(0, after - start)] = False
@@ -285,7 +298,7 @@ def _ways(samples: Samples, variable: Variable) -> str:
     """Say what to do about a chunk that is not stored."""
     if absence_of(samples, variable) == "skip":
         return "It was there when the run was planned. Repair the store, or train under another --run NAME."
-    skip = "" if variable.is_static else '; to leave out their samples: data.missing = "skip"'
+    skip = "" if variable.is_static or variable.part_of else '; to leave out their samples: data.missing = "skip"'
     if math.isnan(variable.absent_value):
         auto = 'data.missing = "auto" and ' if samples.config.missing == "error" else ""
         return f'Repair the store. If the model is to see NaN there: {auto}data.non_finite = "allow"{skip}.'

@@ -25,6 +25,7 @@ from dtrain.data.read.open import array_gone, open_arrays
 from dtrain.data.read.shards import ArrayLike, missing_chunks, shard_layout
 from dtrain.data.read.store import ReadStore, key_of, names_of
 from dtrain.data.read.tree import kind_at
+from dtrain.data.read.units import UnitReader
 from dtrain.data.samples import Samples
 from dtrain.data.variable import Select, Variable
 from dtrain.errors import StoreForbidden
@@ -107,7 +108,7 @@ def check_presence(
     """
     store, arrays = open_arrays(samples)
     counts = {}
-    for variable in samples.variables:
+    for variable in samples.stored:
         chunks, objects, first = 0, 0, None
         known = (missing or {}).get(variable.name)
         for gone in absent_chunks(samples, store, arrays, variable, full=full, missing=known):
@@ -116,7 +117,7 @@ def check_presence(
             continue
         if _is_fault(samples, variable):
             raise chunk_missing(samples, variable, first.key, objects, first.inner)
-        select = variable.selection(samples.first_row, samples.num_samples)
+        select = read_selection(samples, variable)
         counts[variable.name] = AbsentChunks(chunks, math.prod(map(len, touched(variable.chunks, select))))
         if chunks == counts[variable.name].of and kind_at(store, arrays[variable.name].path) is None:
             raise array_gone(samples.path, variable.name)
@@ -139,7 +140,7 @@ def absent_rows(samples: Samples) -> Runs:
     """
     store, arrays = open_arrays(samples)
     runs = []
-    for variable in samples.variables:
+    for variable in samples.stored:
         absence = absence_of(samples, variable)
         for chunk in absent_chunks(samples, store, arrays, variable, full=True):
             if absence == "skip":
@@ -174,8 +175,7 @@ def absent_chunks(
         The objects that are not there, by their number among those that are touched, where that is known.
     """
     array = arrays[variable.name]
-    select = variable.selection(samples.first_row, samples.num_samples)
-
+    select = read_selection(samples, variable)
     along = touched(variable.objects, select)
     if missing is None:
         is_there = _which_exist(store, array, variable, select)
@@ -193,6 +193,19 @@ def absent_chunks(
         if there and (index := store.index(key, layout)) is not None:  # else it is damaged: the reader says so
             for inner in missing_chunks(part, index):
                 yield Absent(variable, key, inner, *_rows_of(samples, variable, inner, variable.chunk_rows))
+
+
+def read_selection(samples: Samples, variable: Variable) -> Select:
+    """Return which part of a stored array is read; of the values of a sparse matrix, those of the selected rows."""
+    if not variable.part_of:
+        return variable.selection(samples.first_row, samples.num_samples)
+    matrix = samples.variable(variable.part_of)
+    if matrix.sparse is None or (samples.first_row, samples.num_samples) == (0, matrix.sparse.rows):
+        return variable.select
+    if variable == matrix.sparse.indptr:
+        return ((samples.first_row, samples.num_samples + 1, 1),)
+    starts = UnitReader(samples).sparse[matrix.name].starts
+    return ((int(starts[0]), int(starts[-1]), 1),)
 
 
 def place_of(along: Sequence[Sequence[int]], number: int) -> tuple[int, ...]:
@@ -275,8 +288,8 @@ def _digests(samples: Samples) -> tuple[dict[str, str], dict[str, Sequence[int]]
     store, arrays = open_arrays(samples)
     digests: dict[str, str] = {}
     missing: dict[str, Sequence[int]] = {}
-    for variable in samples.variables:
-        array, select = arrays[variable.name], variable.selection(samples.first_row, samples.num_samples)
+    for variable in samples.stored:
+        array, select = arrays[variable.name], read_selection(samples, variable)
         digests[variable.name], missing[variable.name] = _digest(store, array, names_of(array, variable, select))
     return digests, missing
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 
 from dtrain.data.encoding import Array
 from dtrain.data.plan.readers import choose_readers
-from dtrain.data.plan.units import Box, box_selection, box_shape, box_slices, rows_selection
+from dtrain.data.plan.units import Box, DataPlan, box_selection, box_shape, box_slices, rows_selection
 from dtrain.data.read.faults import Faults, rows_text
 from dtrain.data.read.files import FilesReader
 from dtrain.data.read.open import open_arrays
 from dtrain.data.read.rows import ChunkReader
+from dtrain.data.read.sparse import SparseReader, sparse_rows
 from dtrain.data.read.zarr import ZarrReader, ZarrsReader, best_settings, open_with_zarrs
 from dtrain.data.samples import Samples
 from dtrain.data.variable import Select, Variable
@@ -56,6 +58,12 @@ class UnitReader:
             self.store.watch(array)
         self.faults = Faults(samples, self.arrays, absent)
         self._chunk_readers = self._open_readers(reader, threads)
+        self.sparse = {
+            v.name: SparseReader(samples, v, v.sparse, self._fill, self.faults)
+            for v in samples.moving
+            if v.sparse is not None
+        }
+        """Of each sparse variable."""
         self._preloading = threading.Lock()
         self._preloaded: dict[str, Array] = {}
 
@@ -87,8 +95,13 @@ class UnitReader:
         StoreForbidden, StoreUnavailable
             The server refuses or fails.
         """
-        rows = {v.name: np.empty(box_shape(self.samples, v, box), v.kept_dtype) for v in self.samples.moving}
-        self.read_into(box, rows)
+        dense = [v for v in self.samples.moving if v.sparse is None]
+        rows = {v.name: np.empty(box_shape(self.samples, v, box), v.kept_dtype) for v in dense}
+        for variable in dense:
+            self._read_dense(variable, box, rows[variable.name])
+        for variable in self.samples.sparse:
+            low, high = self.samples.reach(variable.name)
+            rows[variable.name] = self.read_rows(variable, Box(box.start + low, box.stop + high))
         return {name: (box.start + self.samples.reach(name)[0], values) for name, values in rows.items()}
 
     def read_into(self, box: Box, out: Mapping[str, Array]) -> int:
@@ -101,24 +114,34 @@ class UnitReader:
         box : Box
         out : dict of array[rows, *row]
             C-contiguous, of the variable's `kept_dtype`; the first row becomes ``box.start + reach(name)[0]``. A box
-            whose block is smaller fills the first places of each row.
+            whose block is smaller fills the first places of each row. A sparse variable has its three arrays, by name.
         """
         decoded = 0
         for variable in self.samples.moving:
-            select = box_selection(self.samples, variable, box)
-            start, stop, _ = select[variable.sample_axis]
-            place = out[variable.name][: stop - start]
-            shape = box_shape(self.samples, variable, box)
-            rows = place if place.shape == shape else np.empty(shape, place.dtype)  # readers fill contiguous memory
-            if variable in self.samples.preloaded:
-                first = start - self.samples.first_row
-                rows[...] = self._preload(variable)[(slice(first, first + len(rows)), *box_slices(variable, box))]
+            if variable.sparse is None:
+                decoded += self._read_dense(variable, box, out[variable.name])
             else:
-                self._fill(variable, select, rows)
-                decoded += rows.nbytes
-            self._check(variable, select, rows)
-            if rows is not place:
-                place[tuple(map(slice, shape))] = rows
+                low, high = self.samples.reach(variable.name)
+                rows = sparse_rows(variable.sparse, out)
+                decoded += self.sparse[variable.name].read_into(box.start + low, box.stop + high, rows)
+        return decoded
+
+    def _read_dense(self, variable: Variable, box: Box, out: Array) -> int:
+        """Fill the first rows of `out`, and return the decoded bytes."""
+        select, decoded = box_selection(self.samples, variable, box), 0
+        start, stop, _ = select[variable.sample_axis]
+        place = out[: stop - start]
+        shape = box_shape(self.samples, variable, box)
+        rows = place if place.shape == shape else np.empty(shape, place.dtype)  # readers fill contiguous memory
+        if variable in self.samples.preloaded:
+            first = start - self.samples.first_row
+            rows[...] = self._preload(variable)[(slice(first, first + len(rows)), *box_slices(variable, box))]
+        else:
+            self._fill(variable, select, rows)
+            decoded = rows.nbytes
+        self._check(variable, select, rows)
+        if rows is not place:
+            place[tuple(map(slice, shape))] = rows
         return decoded
 
     def _preload(self, variable: Variable) -> Array:
@@ -132,7 +155,14 @@ class UnitReader:
             return self._preloaded[variable.name]
 
     def read_rows(self, variable: Variable, box: Box) -> Array:
-        """Return the rows of one variable that a box covers, without a halo, as they are kept in memory."""
+        """Return the rows of one variable that a box covers, without a halo, as they are kept in memory.
+
+        Rows of a sparse variable have all their columns.
+        """
+        if variable.sparse is not None:
+            reader = self.sparse[variable.name]
+            rows = reader.rows(box.start, box.stop).dense(reader.width)
+            return rows.reshape(len(rows), *variable.row_shape)
         select = rows_selection(variable, box)
         if variable in self.samples.preloaded:
             first = self.samples.first_row
@@ -170,3 +200,17 @@ class UnitReader:
         self.faults.check_integers(variable, select, values)
         if self.samples.config.non_finite == "error":
             self.faults.check_finite(variable, select, values)
+
+
+def with_values(samples: Samples, plan: DataPlan) -> DataPlan:
+    """Return the plan with the most values of a unit of each sparse variable: where its rows begin is read for that.
+
+    Raises
+    ------
+    ChunkMissing, ChunkUndecodable
+        Names the array and the chunk.
+    """
+    if not samples.sparse:
+        return plan
+    reader = UnitReader(samples, samples.config.reader, absent=plan.absent)
+    return replace(plan, values=tuple(reader.sparse[v.name].most_values(plan) for v in samples.sparse))
