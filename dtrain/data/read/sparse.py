@@ -86,7 +86,7 @@ class SparseReader:
         return starts
 
     def _check_starts(self, starts: Starts, begin: int, end: int) -> None:
-        """Refuse starts that descend, or leave room for more values than a row has columns."""
+        """Refuse starts that descend, or give a row more values than it has columns."""
         indptr, first = self._sparse.indptr, self._samples.first_row
         if begin == 0 and (starts[0] < 0 or (first == 0 and starts[0] != 0)):
             raise self._faults.damaged(indptr, first, "; the first row begins at 0")
@@ -130,7 +130,7 @@ class SparseReader:
         start, stop : int
             In stored rows.
         out : SparseRows
-            It may have room for more.
+            It may hold more than these rows have.
 
         Raises
         ------
