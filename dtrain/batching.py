@@ -24,7 +24,7 @@ from dtrain.data.plan.partition import Partition, cell_anchors, plan_data, train
 from dtrain.data.plan.splits import SplitName
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.presence import absent_rows, check_presence
-from dtrain.data.read.units import UnitReader, with_values
+from dtrain.data.read.units import UnitReader, values_counted
 from dtrain.data.samples import Samples, not_samples
 from dtrain.errors import InvalidConfig, TooFewSamples, did_you_mean
 from dtrain.runtime.tensors import as_tensors, transformed
@@ -201,7 +201,7 @@ def _read_by(samples: Samples, reader: str | None) -> Samples:
 def _plan(samples: Samples, replicas: int, seed: int) -> DataPlan:
     absent = absent_rows(samples) if samples.config.missing == "skip" else ()
     plan = plan_data(samples, replicas=replicas, seed=seed, absent=absent, jumps=find_gaps(samples).jumps)
-    return with_values(samples, plan)
+    return values_counted(samples, plan)
 
 
 def _whole(plan: DataPlan, split: SplitName) -> Partition:

@@ -27,7 +27,7 @@ from dtrain.data.plan.partition import JointPlan, count_units, plan_data, plan_h
 from dtrain.data.plan.splits import Runs
 from dtrain.data.plan.units import LATER, DataPlan
 from dtrain.data.read.presence import absent_rows
-from dtrain.data.read.units import with_values
+from dtrain.data.read.units import values_counted
 from dtrain.data.samples import Coordinate, MissingLabels, Samples
 from dtrain.data.source import describe
 from dtrain.data.variable import Categories
@@ -191,7 +191,7 @@ def _held_out(job: Job, jumps: str, place: Place, like: DataPlan) -> DataPlan | 
         return None
     samples = job.held_out.described
     plan = plan_held_out(samples, like, absent=absent_rows_of(job.held_out, place), jumps=jumps)
-    return _with_values(job.held_out, plan, place)
+    return _counted(job.held_out, plan, place)
 
 
 def _plan(source: Source, jumps: str, job: Job, place: Place) -> DataPlan:
@@ -202,13 +202,13 @@ def _plan(source: Source, jumps: str, job: Job, place: Place) -> DataPlan:
         replicas = min(place.num_workers, count_units(samples)) if wanted == "auto" else wanted
     seed, absent = job.config.train.seed, absent_rows_of(source, place)
     plan = plan_data(samples, replicas=replicas, seed=seed, absent=absent, jumps=jumps)
-    return _with_values(source, plan, place)
+    return _counted(source, plan, place)
 
 
-def _with_values(source: Source, plan: DataPlan, place: Place) -> DataPlan:
+def _counted(source: Source, plan: DataPlan, place: Place) -> DataPlan:
     """Count the values of sparse variables, where the store can be seen."""
     samples = source.described
-    return place.call(source, partial(with_values, samples, plan)) if samples.sparse else plan
+    return place.call(source, partial(values_counted, samples, plan)) if samples.sparse else plan
 
 
 def _device(job: Job, place: Place) -> str:

@@ -25,7 +25,7 @@ from dtrain.data.coordinate import find_gaps
 from dtrain.data.plan.evaluation import plan_evaluation
 from dtrain.data.plan.partition import JointPlan
 from dtrain.data.plan.splits import SplitName
-from dtrain.data.read.units import with_values
+from dtrain.data.read.units import values_counted
 from dtrain.data.samples import Samples, not_samples
 from dtrain.data.source import describe
 from dtrain.directory import read_resolved
@@ -250,7 +250,9 @@ class Run:
         plan, cut = plan_evaluation(
             samples, split, known.plan.plans, known.held_out, store, jumps=find_gaps(samples).jumps
         )
-        known = replace(known, plan=JointPlan((with_values(samples, plan),)), held_out=None, contents=(), filled=None)
+        known = replace(
+            known, plan=JointPlan((values_counted(samples, plan),)), held_out=None, contents=(), filled=None
+        )
         return self._job((source_of(samples),), None, samples.transform), known, cut
 
     def _job(self, sources: tuple[Source, ...], held_out: Source | None, transform: Function | None = None) -> Job:

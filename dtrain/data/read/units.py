@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 
 from dtrain.data.encoding import Array
+from dtrain.data.plan.partition import with_values
 from dtrain.data.plan.readers import choose_readers
 from dtrain.data.plan.units import Box, DataPlan, box_selection, box_shape, box_slices, rows_selection
 from dtrain.data.read.faults import Faults, rows_text
@@ -202,8 +202,8 @@ class UnitReader:
             self.faults.check_finite(variable, select, values)
 
 
-def with_values(samples: Samples, plan: DataPlan) -> DataPlan:
-    """Return the plan with the most values of a unit of each sparse variable: where its rows begin is read for that.
+def values_counted(samples: Samples, plan: DataPlan) -> DataPlan:
+    """Return the plan as it is with sparse variables: where their rows begin is read, to know the largest unit.
 
     Raises
     ------
@@ -213,4 +213,4 @@ def with_values(samples: Samples, plan: DataPlan) -> DataPlan:
     if not samples.sparse:
         return plan
     reader = UnitReader(samples, samples.config.reader, absent=plan.absent)
-    return replace(plan, values=tuple(reader.sparse[v.name].most_values(plan) for v in samples.sparse))
+    return with_values(samples, plan, tuple(reader.sparse[v.name].most_values(plan) for v in samples.sparse))

@@ -21,7 +21,7 @@ from scipy import sparse
 from dtrain.data import sparse as rows
 from dtrain.data.plan.units import Box
 from dtrain.data.read.presence import absent_rows, check_presence, content_digest
-from dtrain.data.read.units import UnitReader, with_values
+from dtrain.data.read.units import UnitReader, values_counted
 from dtrain.data.source import open_samples
 from dtrain.errors import (
     ChunkMissing,
@@ -68,7 +68,7 @@ def rows_of(samples, reader="auto", name="X"):
 
 def planned(samples, **changes):
     plan, partition = only_partition(samples, **changes)
-    plan = with_values(samples, plan)
+    plan = values_counted(samples, plan)
     return plan, replace(partition, plan=plan)
 
 

@@ -19,7 +19,7 @@ from dtrain.data.load import moments
 from dtrain.data.load.moments import sparse_moments
 from dtrain.data.load.statistics import merge_moments, partition_moments, scalings_of
 from dtrain.data.plan.partition import plan_data, train_partitions
-from dtrain.data.read.units import UnitReader, with_values
+from dtrain.data.read.units import UnitReader, values_counted
 from dtrain.data.source import open_samples
 from dtrain.data.sparse import SparseRows, pieces
 from dtrain.errors import NonFiniteData
@@ -132,7 +132,7 @@ def both(tmp_path):
 @pytest.mark.parametrize("isel", [{}, {"gene": {"start": 1, "step": 2}}, {"gene": 2}])
 def test_standardised_rows_have_the_bits_of_dense_ones(both, dtype, dims, isel):
     samples = both(dtype, normalize={"X": dims, "layers/dense": dims}, isel=isel)
-    plan = with_values(samples, plan_data(samples, replicas=3, seed=0))
+    plan = values_counted(samples, plan_data(samples, replicas=3, seed=0))
     parts, reader = train_partitions(plan), UnitReader(samples)
     names = ["X", "layers/dense"]
     genes = 1 if isel == {"gene": 2} else 3 if isel else 7
@@ -155,7 +155,7 @@ def test_standardised_rows_have_the_bits_of_dense_ones(both, dtype, dims, isel):
 @pytest.mark.filterwarnings("ignore")
 def test_what_no_gene_has_is_standardised_too(both):
     samples = both(normalize={"X": ["gene"]})
-    plan = with_values(samples, plan_data(samples, replicas=1, seed=0))
+    plan = values_counted(samples, plan_data(samples, replicas=1, seed=0))
     (part,) = train_partitions(plan)
     reader = UnitReader(samples)
     scalings = scalings_of(partition_moments(reader, part, ["X"]), samples.variables)
@@ -170,7 +170,7 @@ def test_means_that_are_not_finite_are_refused(both):
     samples = both("float64", normalize=["X"], non_finite="allow")
     array = zarr.open_group(samples.path, path="X", mode="r+")["data"]
     array[7] = np.inf
-    plan = with_values(samples, plan_data(samples, replicas=1, seed=0))
+    plan = values_counted(samples, plan_data(samples, replicas=1, seed=0))
     (part,) = train_partitions(plan)
     with pytest.raises(NonFiniteData, match=r"data\.normalize: X has no finite mean"):
         scalings_of(partition_moments(UnitReader(samples), part, ["X"]), samples.variables)
