@@ -44,6 +44,7 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
             for v in first.source.samples.variables
             if v.is_standardised
         },
+        "notes": dict(first.source.samples.store.notes),
         "readers": {name: reader for name, (reader, _) in first.readers.items()},
         "gaps": first.gaps,
         "held_out_gaps": plan.held_out_gaps,
@@ -59,6 +60,7 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
                 **store.counts,
                 "gaps": store.gaps,
                 "absent_chunks": absent_record(store.source),
+                "notes": dict(store.source.samples.store.notes),
             }
             for store in plan.stores
         ]

@@ -18,6 +18,7 @@ from dtrain.data.coordinate import coordinate_of
 from dtrain.data.dataset import NamedArray, open_named
 from dtrain.data.paths import locate
 from dtrain.data.read.codecs import chunk_format, has_checksums
+from dtrain.data.read.kind import at_snapshot
 from dtrain.data.read.open import remember
 from dtrain.data.read.shards import ArrayLike
 from dtrain.data.samples import Samples
@@ -37,7 +38,8 @@ def open_samples(
     Parameters
     ----------
     path : path
-        A Zarr v2 or v3 group, chunked or sharded, with named dimensions (as xarray writes it).
+        A Zarr v2 or v3 group, chunked or sharded, with named dimensions (as xarray writes it): a directory, a URL, a
+        zip archive, kerchunk references (.json, .parq, .parquet), or an icechunk repository.
     inputs, targets : list of str
         Variables that the model is called with, in order, and that the loss compares with.
     **data
@@ -71,8 +73,10 @@ def open_samples(
     return replace(describe(config.data, Path.cwd()), transform=config.functions.get("data.transform"))
 
 
-def describe(config: DataConfig, base: Path) -> Samples:
+def describe(config: DataConfig, base: Path, snapshot: str = "") -> Samples:
     """Describe the samples that a ``[data]`` table names; a relative path is relative to `base`.
+
+    A repository is read at a snapshot, if one is given, in place of what ``data.storage_options`` choose.
 
     Raises
     ------
@@ -85,7 +89,7 @@ def describe(config: DataConfig, base: Path) -> Samples:
             'Write the names of arrays of the group, for example inputs = ["image"].',
         )
     names = tuple(dict.fromkeys([*config.inputs, *config.targets]))
-    store = locate(str(config.path), base, config.storage_options)
+    store = locate(str(config.path), base, at_snapshot(config.storage_options, snapshot))
     arrays = open_named(store, config.group, names)
     dims = {name: named.dims for name, named in arrays.items()}
     sizes = {dim: n for named in arrays.values() for dim, n in zip(named.dims, named.array.shape, strict=True)}
@@ -105,7 +109,7 @@ def describe(config: DataConfig, base: Path) -> Samples:
     ).labelled("ignored")
     samples = replace(samples, coordinate=coordinate_of(samples, store))
     also = () if isinstance(samples.coordinate, str) else (along,)
-    remember(store, config.storage_options, config.group, (*names, *also))
+    remember(store, at_snapshot(config.storage_options, store.facts.snapshot), config.group, (*names, *also))
     return samples
 
 
