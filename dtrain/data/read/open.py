@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import zarr
 
 from dtrain.data.read.documents import REMEMBERED_STORES, Documents
+from dtrain.data.read.icechunk import ICECHUNK
 from dtrain.data.read.kerchunk import KERCHUNK
 from dtrain.data.read.kind import NO_OPTIONS, StorageOptions, StoreKind, at_snapshot
 from dtrain.data.read.local import DIRECTORY
@@ -21,7 +22,7 @@ from dtrain.data.read.zip import ZIP
 from dtrain.data.samples import Samples, StoreFacts
 from dtrain.errors import DataNotFound, DtrainError, NotZarr, one_line
 
-KINDS: list[StoreKind] = [ZIP, KERCHUNK, DIRECTORY, HTTP, FSSPEC]
+KINDS: list[StoreKind] = [ZIP, KERCHUNK, ICECHUNK, DIRECTORY, HTTP, FSSPEC]
 """The first kind that matches a path opens it."""
 
 
