@@ -9,26 +9,23 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-import os
 import posixpath
 import threading
-from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 from weakref import WeakValueDictionary
 
 from zarr.abc.store import ByteRequest, RangeByteRequest
-from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
+from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.core.sync import sync
 
 from dtrain.data.read.kind import StorageOptions, StoreKind, is_local_path, local_path
-from dtrain.data.read.local import new_buffer, read_part
 from dtrain.data.read.readonly import ReadOnlyStore, part_of
 from dtrain.data.read.references import Found, JsonReferences, ParquetReferences, Reference, References, mark_of
-from dtrain.data.read.remote import RemoteStore, locate_url, open_url
+from dtrain.data.read.remote import locate_url
+from dtrain.data.read.targets import CONCURRENT_REQUESTS, Targets, folders_of, read_files, without_query
 from dtrain.data.samples import StoreFacts
 from dtrain.errors import (
     ChunkMissing,
@@ -39,105 +36,16 @@ from dtrain.errors import (
     NotZarr,
     StoreForbidden,
     StoreUnavailable,
-    listed,
 )
 
 JSON, PARQUET = ".json", (".parq", ".parquet")
-HTTP = ("http", "https")
-PROTOCOLS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", *HTTP)
-"""Servers that references may lead to."""
 CHECKED_TOGETHER = 4096
 """References whose files are looked for at once."""
-CONCURRENT_REQUESTS = 32
-MOST_FOLDERS = 5
-"""Folders of a host that are listed; of more, the folder that holds them all."""
 GONE = "Restore the file, or write the references again for the files as they are now."
 
 _OPEN: WeakValueDictionary[tuple[str, str], References] = WeakValueDictionary()
 """By path and digest: the references of the stores that are open in this process."""
 _OPENING = threading.Lock()
-
-
-class Targets:
-    """The files that references lead to.
-
-    Parameters
-    ----------
-    path : str
-        Path or URL of the reference file: relative references begin at its folder.
-    storage_options : mapping
-        Options of servers, by protocol or for all of them.
-    """
-
-    def __init__(self, path: str, storage_options: StorageOptions) -> None:
-        self._path, self._options = path, storage_options
-        self._folder = posixpath.dirname(path.rstrip("/"))
-        self._servers: dict[str, RemoteStore] = {}
-        self._opening = threading.Lock()
-
-    def place(self, url: str) -> tuple[str, str]:
-        """Return the server of a file, and its key there; of a file of this machine, an empty text and its path.
-
-        Raises
-        ------
-        InvalidConfig
-            References may not lead there.
-        """
-        if "://" not in url and not os.path.isabs(url):
-            url = f"{self._folder}/{url}"
-        if is_local_path(url):
-            if not is_local_path(self._path):
-                raise self._refused(url, "a reference file on a server may not refer to files of this machine")
-            return "", os.path.normpath(unquote(url.removeprefix("file://")) if url.startswith("file://") else url)
-        protocol, _, rest = url.partition("://")
-        host, _, key = rest.partition("/")
-        if protocol not in PROTOCOLS or "::" in url or not host or (protocol in HTTP and "@" in host):
-            shown = f"{protocol}://{host.rpartition('@')[2]}/{key}"
-            raise self._refused(
-                shown, f"references may lead to files and, without a password, to {listed(PROTOCOLS, 9)}"
-            )
-        path, mark, query = key.partition("?")
-        return f"{protocol}://{host}", posixpath.normpath(path) + mark + query
-
-    def _refused(self, url: str, why: str) -> InvalidConfig:
-        return InvalidConfig(
-            f"{self._path} refers to {url}: {why}.",
-            "Use references that you trust, or copy the files and refer to them.",
-        )
-
-    def server(self, root: str) -> RemoteStore:
-        """Return the store of a server; raise InvalidConfig if it cannot be used."""
-        with self._opening:
-            if root not in self._servers:
-                self._servers[root] = open_url(root, options_of(root, self._options))
-            return self._servers[root]
-
-    async def read(self, url: str, start: int, stop: int | None) -> Buffer | None:
-        """Return the bytes ``start:stop`` of a file, as far as it goes; None if it is not there."""
-        root, key = self.place(url)
-        prototype = default_buffer_prototype()
-        if root:
-            request = None if stop is None else RangeByteRequest(start, stop)
-            return await self.server(root).get(key, prototype, request)
-        part = await asyncio.to_thread(read_part, key, new_buffer, start, stop)
-        return None if part is None else prototype.buffer.from_bytes(part[0])
-
-    async def size(self, url: str) -> int | None:
-        """Return the bytes of a file; None if it is not there."""
-        root, key = self.place(url)
-        try:
-            return await self.server(root).getsize(key) if root else os.stat(key).st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-
-
-def options_of(url: str, storage_options: StorageOptions) -> dict[str, Any]:
-    """Return the options of a server: those of its protocol, ``{ s3 = { anon = true } }``, else those without one."""
-    protocol = url.partition("://")[0]
-    own = storage_options.get(protocol)
-    if isinstance(own, Mapping):
-        return dict(own)
-    return {key: value for key, value in storage_options.items() if key not in PROTOCOLS}
 
 
 class ReferenceStore(ReadOnlyStore):
@@ -247,20 +155,15 @@ class ReferenceStore(ReadOnlyStore):
 
     def _gone(self, key: str, reference: Reference) -> ChunkMissing:
         return ChunkMissing(
-            f"{self._path}: chunk {key} lies in {_without_query(reference.url)}, which is not there.", GONE
+            f"{self._path}: chunk {key} lies in {without_query(reference.url)}, which is not there.", GONE
         )
 
     def _truncated(self, key: str, reference: Reference) -> ChunkUndecodable:
         return ChunkUndecodable(
             f"{self._path}: chunk {key} is the bytes {reference.start} to {reference.stop} of "
-            f"{_without_query(reference.url)}, which is truncated: it ends before.",
+            f"{without_query(reference.url)}, which is truncated: it ends before.",
             GONE,
         )
-
-
-def _without_query(url: str) -> str:
-    """Return a URL that may be shown: a query may hold a signature."""
-    return url.partition("?")[0]
 
 
 # The kind -------------------------------------------------------------------------------------------------
@@ -283,10 +186,10 @@ def _locate(path: str, base: Path) -> str:
 def _open(path: str, storage_options: StorageOptions) -> ReferenceStore:
     targets = Targets(path, storage_options)
     if not path.lower().endswith(JSON):
-        read_files = partial(_read_files, targets, path)
-        (document,) = sync(read_files([".zmetadata"]))
-        return ReferenceStore(path, ParquetReferences(path, document, read_files), targets)
-    (text,) = sync(_read_files(targets, posixpath.dirname(path), [posixpath.basename(path)]))
+        below = partial(read_files, targets, path)
+        (document,) = sync(below([".zmetadata"]))
+        return ReferenceStore(path, ParquetReferences(path, document, below), targets)
+    (text,) = sync(read_files(targets, posixpath.dirname(path), [posixpath.basename(path)]))
     if text is None:
         raise DataNotFound(f"{path}: no such file.", "data.path is the path or URL of a reference file.")
     with _OPENING:
@@ -295,18 +198,6 @@ def _open(path: str, storage_options: StorageOptions) -> ReferenceStore:
         if references is None:
             references = _OPEN[name] = JsonReferences(path, text)
     return ReferenceStore(path, references, targets)
-
-
-async def _read_files(targets: Targets, folder: str, names: Sequence[str]) -> list[bytes | None]:
-    """Return the contents of files in a folder; None for one that is not there."""
-    limit = asyncio.Semaphore(CONCURRENT_REQUESTS)
-
-    async def read(name: str) -> bytes | None:
-        async with limit:
-            value = await targets.read(f"{folder}/{name}", 0, None)
-            return None if value is None else value.to_bytes()
-
-    return await asyncio.gather(*map(read, names))
 
 
 def _nothing_there(path: str) -> DtrainError:
@@ -328,23 +219,8 @@ def _facts(store: ReferenceStore) -> StoreFacts:
         has_marks=True,
         compared="the references are compared, not the files that they lead to",
         kept_bytes=store.references.nbytes,
-        notes=(("refers to", _folders(places)),),
+        notes=(("refers to", folders_of(places)),),
     )
-
-
-def _folders(places: Sequence[tuple[str, str]]) -> str:
-    """Return the folders that hold the files, with the number of files; of many on a host, the one that holds all."""
-    by_root: dict[str, Counter[str]] = {}
-    for root, key in places:
-        by_root.setdefault(root, Counter())[posixpath.dirname(_without_query(key))] += 1
-    texts = []
-    for root, folders in sorted(by_root.items()):
-        if len(folders) > MOST_FOLDERS:
-            folders = Counter({posixpath.commonpath(folders): folders.total()})
-        for folder, count in sorted(folders.items()):
-            where = f"{root}/{folder}".rstrip("/") if root else folder
-            texts.append(f"{where} ({count:,} file{'s' if count > 1 else ''})")
-    return "; ".join(texts) or "no other file"
 
 
 KERCHUNK = StoreKind(matches=_matches, open=_open, facts=_facts, locate=_locate, nothing_there=_nothing_there)

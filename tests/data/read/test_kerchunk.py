@@ -16,9 +16,9 @@ import pytest
 
 from dtrain.data.plan.units import Box
 from dtrain.data.read import retry
-from dtrain.data.read.kerchunk import options_of
 from dtrain.data.read.presence import absent_rows, check_presence, content_digest
 from dtrain.data.read.references import JsonReferences
+from dtrain.data.read.targets import options_of
 from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
 from dtrain.errors import (
