@@ -249,7 +249,7 @@ class Run:
         plan, cut = plan_evaluation(
             samples, split, known.plan.plans, known.held_out, store, jumps=find_gaps(samples).jumps
         )
-        known = replace(known, plan=JointPlan((plan,)), held_out=None, contents=(), filled=None)
+        known = replace(known, plan=JointPlan((plan,)), held_out=None, contents=(), filled=None, snapshots=())
         return self._job((source_of(samples),), None, samples.transform), known, cut
 
     def _job(self, sources: tuple[Source, ...], held_out: Source | None, transform: Function | None = None) -> Job:

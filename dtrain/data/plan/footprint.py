@@ -118,7 +118,7 @@ def order_bytes(plan: DataPlan, units: int, ahead: int, *, shuffle: bool) -> int
 
 
 def tables_bytes(samples: Samples, plan: DataPlan, kept: int) -> int:
-    """Return the bytes of the tables that a process has of a plan: its partitions, and a mark of each stored object.
+    """Return the bytes of the tables that a process has of a plan: partitions, marks of stored objects, where they lie.
 
     Parameters
     ----------
@@ -128,7 +128,8 @@ def tables_bytes(samples: Samples, plan: DataPlan, kept: int) -> int:
         Bytes of the partitions (`Partition.nbytes`).
     """
     jumps = JUMP_BYTES * plan.jumps.count(" ") + len(plan.jumps)
-    return kept + CELL_BYTES * plan.num_cells + jumps + 8 * sum(v.num_objects for v in samples.variables)
+    objects = 8 * sum(v.num_objects for v in samples.variables) + samples.store.kept_bytes
+    return kept + CELL_BYTES * plan.num_cells + jumps + objects
 
 
 def _decoding_bytes(v: Variable, chunks: int, cut: bool, reader: str) -> int:
