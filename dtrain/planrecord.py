@@ -52,6 +52,7 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
             name: {"count": one.count, "names": one.names[:MOST_NAMES]}
             for name, one in categories_of(first.source.samples).items()
         },
+        "notes": dict(first.source.samples.store.notes),
         "readers": {name: reader for name, (reader, _) in first.readers.items()},
         "gaps": first.gaps,
         "held_out_gaps": plan.held_out_gaps,
@@ -67,6 +68,7 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
                 **store.counts,
                 "gaps": store.gaps,
                 "absent_chunks": absent_record(store.source),
+                "notes": dict(store.source.samples.store.notes),
             }
             for store in plan.stores
         ]

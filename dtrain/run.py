@@ -250,9 +250,8 @@ class Run:
         plan, cut = plan_evaluation(
             samples, split, known.plan.plans, known.held_out, store, jumps=find_gaps(samples).jumps
         )
-        known = replace(
-            known, plan=JointPlan((values_counted(samples, plan),)), held_out=None, contents=(), filled=None
-        )
+        plans = JointPlan((values_counted(samples, plan),))
+        known = replace(known, plan=plans, held_out=None, contents=(), filled=None, snapshots=())
         return self._job((source_of(samples),), None, samples.transform), known, cut
 
     def _job(self, sources: tuple[Source, ...], held_out: Source | None, transform: Function | None = None) -> Job:

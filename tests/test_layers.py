@@ -26,7 +26,7 @@ BELOW: dict[str, set[str]] = {
     "data/variable": {"data/encoding"},
     "data/tiles": {"data/variable"},
     "data/sparse": {"data/encoding"},
-    "data/samples": {"data/variable", "data/tiles", "data/encoding", "config", "errors", "display"},
+    "data/samples": {"data/tiles", "data/variable", "data/encoding", "config", "errors", "display"},
     "data/selection": {*CORE, "config", "errors"},
     "data/plan": {*CORE, "config", "errors"},
     "data/read": {"data/plan", *CORE, "config", "errors"},

@@ -20,6 +20,7 @@ from dtrain.data.layouts.stored import Matrix
 from dtrain.data.matrix import check_order, check_sparse, rows_together
 from dtrain.data.paths import locate
 from dtrain.data.read.codecs import chunk_format, has_checksums
+from dtrain.data.read.kind import at_snapshot
 from dtrain.data.read.open import remember
 from dtrain.data.read.shards import ArrayLike
 from dtrain.data.samples import Samples
@@ -39,8 +40,9 @@ def open_samples(
     Parameters
     ----------
     path : path
-        A Zarr v2 or v3 group, chunked or sharded: as xarray writes it, OME-Zarr, AnnData (dense or CSR), or with
-        data.dims.
+        A Zarr v2 or v3 group, chunked or sharded: as xarray writes it, OME-Zarr, AnnData (dense or CSR), or any with
+        data.dims. In a directory, behind a URL, in a zip archive, as kerchunk references (.json, .parq, .parquet), or
+        in an icechunk repository.
     inputs, targets : list of str
         Variables that the model is called with, in order, and that the loss compares with: names, or paths below the
         group.
@@ -75,8 +77,10 @@ def open_samples(
     return replace(describe(config.data, Path.cwd()), transform=config.functions.get("data.transform"))
 
 
-def describe(config: DataConfig, base: Path) -> Samples:
+def describe(config: DataConfig, base: Path, snapshot: str = "") -> Samples:
     """Describe the samples that a ``[data]`` table names; a relative path is relative to `base`.
+
+    A repository is read at a snapshot, if one is given, in place of what ``data.storage_options`` choose.
 
     Raises
     ------
@@ -89,7 +93,7 @@ def describe(config: DataConfig, base: Path) -> Samples:
             'Write the names of arrays of the group, for example inputs = ["image"].',
         )
     names = tuple(dict.fromkeys([*config.inputs, *config.targets]))
-    store = locate(str(config.path), base, config.storage_options)
+    store = locate(str(config.path), base, at_snapshot(config.storage_options, snapshot))
     arrays = open_named(store, config.group, names, config.dims)
     dims = {name: named.dims for name, named in arrays.items()}
     sizes = {dim: n for named in arrays.values() for dim, n in zip(named.dims, named.shape, strict=True)}
@@ -112,7 +116,7 @@ def describe(config: DataConfig, base: Path) -> Samples:
     samples = replace(samples, coordinate=coordinate_of(samples, store))
     also = () if isinstance(samples.coordinate, str) else (samples.coordinate.variable,)
     paths = (array.array_path for variable in (*variables, *also) for array in variable.arrays)
-    remember(store, config.storage_options, config.group, paths)
+    remember(store, at_snapshot(config.storage_options, store.facts.snapshot), config.group, paths)
     return samples
 
 

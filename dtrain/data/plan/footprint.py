@@ -149,7 +149,7 @@ def order_bytes(plan: DataPlan, units: int, ahead: int, *, shuffle: bool) -> int
 
 
 def tables_bytes(samples: Samples, plan: DataPlan, kept: int) -> int:
-    """Return the bytes of the tables that a process has of a plan: partitions, marks of stored objects, row starts.
+    """Return the bytes of the tables that a process has of a plan: partitions, stored objects, row starts.
 
     Parameters
     ----------
@@ -159,8 +159,8 @@ def tables_bytes(samples: Samples, plan: DataPlan, kept: int) -> int:
         Bytes of the partitions (`Partition.nbytes`).
     """
     jumps = JUMP_BYTES * plan.jumps.count(" ") + len(plan.jumps)
-    marks = 8 * sum(v.num_objects for v in samples.stored)
-    return kept + CELL_BYTES * plan.num_cells + jumps + marks + _row_starts_bytes(samples)
+    objects = 8 * sum(v.num_objects for v in samples.stored) + samples.store.kept_bytes
+    return kept + CELL_BYTES * plan.num_cells + jumps + objects + _row_starts_bytes(samples)
 
 
 def _row_starts_bytes(samples: Samples) -> int:
