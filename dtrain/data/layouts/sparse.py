@@ -17,7 +17,7 @@ import zarr
 from dtrain.data.layouts.hierarchy import Hierarchy
 from dtrain.data.layouts.stored import Matrix
 from dtrain.data.read.shards import ArrayLike
-from dtrain.errors import NotZarr
+from dtrain.errors import NotZarr, UnsuitableVariable
 
 ENCODING = "encoding-type"
 AXES: Mapping[object, int] = {"csr_matrix": 0, "csc_matrix": 1}
@@ -32,9 +32,14 @@ def matrix_of(hierarchy: Hierarchy, node: ArrayLike | zarr.Group) -> Matrix | No
     ------
     NotZarr
         Its arrays and its shape do not fit together.
+    UnsuitableVariable
+        Its arrays are those of a matrix, and no attribute says of which kind.
     """
-    axis = AXES.get(node.attrs.get(ENCODING)) if isinstance(node, zarr.Group) else None
+    if not isinstance(node, zarr.Group):
+        return None
+    axis = AXES.get(node.attrs.get(ENCODING))
     if axis is None:
+        _check_marked(hierarchy, node)
         return None
     indptr, indices, data = (_array(hierarchy, f"{node.path}/{part}") for part in PARTS)
     shape = _shape(node.attrs.get("shape"))
@@ -47,6 +52,17 @@ def matrix_of(hierarchy: Hierarchy, node: ArrayLike | zarr.Group) -> Matrix | No
             "Restore it from a copy of the store.",
         )
     return Matrix(node.path, shape, axis, indptr, indices, data)
+
+
+def _check_marked(hierarchy: Hierarchy, node: zarr.Group) -> None:
+    """Refuse a group of the three arrays without a known encoding: CSR and CSC differ in nothing else."""
+    if all(isinstance(hierarchy.node(f"{node.path}/{part}"), zarr.Array) for part in PARTS):
+        found = node.attrs.get(ENCODING)
+        raise UnsuitableVariable(
+            f"{hierarchy.store.path}: {node.path} holds {', '.join(PARTS)}, and its attribute {ENCODING} is "
+            f"{'absent' if found is None else repr(found)}: {' or '.join(map(str, AXES))} would say how to read them.",
+            f"Write it again with anndata, or set the attributes {ENCODING} and shape of the group.",
+        )
 
 
 def _shape(given: Any) -> tuple[int, int] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 import re
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -243,6 +244,25 @@ def test_of_a_matrix_without_values_no_chunk_need_be_stored(store):
     assert not rows_of(opened(path)).any()
 
 
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_in_an_archive_the_same(store, tmp_path, zarr_format):
+    path = store(chunks=20, zarr_format=zarr_format)
+    samples = opened(shutil.make_archive(str(tmp_path / "packed.zarr"), "zip", path))
+    check_presence(samples)
+    np.testing.assert_array_equal(rows_of(samples), random().toarray())
+    (path / key("indices", 2, path)).unlink()
+    samples = opened(shutil.make_archive(str(tmp_path / "without.zarr"), "zip", path))
+    with pytest.raises(ChunkMissing, match=f"chunk {key('indices', 2, path)} of X/indices is missing"):
+        check_presence(samples)
+
+
+def test_true_is_1_and_a_stored_zero_is_0(store):
+    matrix = random()
+    flags = matrix.data % 3 > 0
+    matrix.data = flags.astype("float32")
+    np.testing.assert_array_equal(rows_of(opened(store(matrix, data=flags))), matrix.toarray())
+
+
 def test_the_model_sees_float32_whatever_is_stored(store):
     matrix = random(dtype="int64")
     matrix.data[0] = 2**24 + 1
@@ -376,6 +396,20 @@ def test_arrays_that_do_not_fit_are_refused_by_name(store, change, said):
     with pytest.raises(NotZarr, match=said) as caught:
         opened(path)
     assert caught.value.code == 5
+
+
+@pytest.mark.parametrize(("encoding_type", "said"), [(None, "is absent"), ("csr", "is 'csr'")])
+def test_a_matrix_that_does_not_say_of_which_kind_it_is(store, encoding_type, said):
+    path = store()
+    attributes = zarr.open_group(path, path="X", mode="r+").attrs
+    attributes["encoding-type"] = encoding_type
+    if encoding_type is None:
+        del attributes["encoding-type"]
+    with pytest.raises(
+        UnsuitableVariable, match=f"X holds indptr, indices, data, .* {said}: csr_matrix or csc_"
+    ) as got:
+        opened(path)
+    assert "set the attributes encoding-type and shape" in got.value.hint
 
 
 @pytest.mark.parametrize(("part", "dtype"), [("data", "complex64"), ("indices", "float32"), ("indptr", "float64")])
