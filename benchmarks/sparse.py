@@ -1,31 +1,33 @@
-"""Cells a second out of a sparse matrix (CSR, as AnnData writes it): dtrain beside a loader written by hand.
+"""Shuffled cells a second out of a sparse matrix (CSR, as AnnData writes it): dtrain beside loaders written by hand.
 
-    python benchmarks/sparse.py                              100,000 cells x 2,000 genes, 5 % of them: half a minute
-    python benchmarks/sparse.py --cells 20000 --repeats 1    smaller
+    python benchmarks/sparse.py                     200,000 cells x 2,000 genes, 5 % filled, chunks of 1,000,000 values
+    python benchmarks/sparse.py --cells 20000 --chunk 100000 --repeats 1       smaller
 
-Both deliver shuffled batches of dense float32 as torch tensors, in one process. Each repeat runs them one after the
-other for some passes, opening the store included; medians count. Core-seconds are processor time, of a million cells.
+All deliver batches of dense float32 as torch tensors, each cell once a pass, and keep nothing from one pass to the next.
+Each measurement is a process of its own: one pass for each setting, then more passes with the best; medians count.
 
 dtrain
-    `dtrain.batches`: units of rows that hold four chunks, mixed over the window of its plan, every value checked.
-by hand
-    As many rows at a time: zarr reads the values and columns of a run of rows, scipy.sparse makes a matrix of them, and
-    its rows are shuffled among themselves. No check, no mixing of runs, no reading ahead.
-by hand, a thread ahead
-    The same, while a thread reads the next runs.
+    `dtrain.batches`, every value checked. Settings: who reads, and how many units are mixed.
+blocks by hand
+    The way of annbatch: blocks of consecutive cells in random order; the values and columns of several blocks are read
+    by zarr, put into one matrix by scipy, and its rows are shuffled, while a thread reads the next ones. Settings: cells
+    of a block and blocks together (512 and 32 are annbatch's defaults), zarr's own pipeline or that of zarrs.
 
-The decoded share is what a pass decodes of what is stored, as `plan` says.
+"Decodes" are chunks decoded in a pass, of those that there are. "Mixed": from how many different stored chunks the cells
+of a batch come. The peak is resident memory less that before the loader opens the store.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,115 +37,177 @@ import zarr
 from scipy import sparse
 
 import dtrain
-from dtrain.data.plan.partition import plan_data
-from dtrain.data.plan.summary import describe_plan
-from dtrain.data.read.units import values_counted
+from dtrain.data.read.decode import Decoder
 
-SPLIT = {"val": 0.0, "test": 0.0}
-BATCH = 128
+BATCH = 256
+PASSES = 3
+LOADERS = {
+    "dtrain": [
+        {"reader": reader, "memory": memory} for reader in ("numcodecs", "zarrs") for memory in ("512MB", "1GB")
+    ],
+    "blocks by hand": [
+        {"block": block, "together": together, "pipeline": pipeline}
+        for block, together in ((512, 32), (4096, 8), (10_000, 4), (40_000, 1))
+        for pipeline in ("zarr", "zarrs")
+    ],
+}
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
+
+
+class Decodes:
+    """Counts the chunks of values and columns that are decoded."""
+
+    count = 0
 
 
 def write(path: Path, cells: int, genes: int, density: float, chunk: int) -> None:
     """Write counts whose number differs from cell to cell, and the number of each cell as obs/cell."""
     rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(np.log(density * genes), 0.5, cells).astype(int), 1, genes)
+    lengths = np.clip(rng.lognormal(np.log(density * genes) - 0.125, 0.5, cells).astype(int), 1, genes)
     indptr = np.concatenate([[0], np.cumsum(lengths)])
+    row = np.repeat(np.arange(cells), lengths)
+    within = np.arange(indptr[-1]) - np.repeat(indptr[:-1], lengths)
+    columns = (row * 7919 + within * np.repeat(genes // lengths, lengths)) % genes  # spread, and each once
+    columns = (np.sort(row * genes + columns) % genes).astype("int32")
+    values = rng.geometric(0.4, len(columns)).astype("float32")
     root = zarr.open_group(path, mode="w")
     root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
     x = root.create_group("X")
     x.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [cells, genes]})
-    total, stride = int(indptr[-1]), 7919  # a prime: the columns of a cell are spread, and sorted
-    columns = np.empty(total, np.int32)
-    for row in range(cells):
-        length = lengths[row]
-        columns[indptr[row] : indptr[row + 1]] = np.sort((row * stride + np.arange(length) * (genes // length)) % genes)
-    values = rng.geometric(0.4, total).astype("float32")
-    for name, array, length in (("data", values, chunk), ("indices", columns, chunk), ("indptr", indptr, cells + 1)):
-        x.create_array(name, shape=array.shape, dtype=array.dtype, chunks=(length,))[...] = array
+    for name, array in (("data", values), ("indices", columns), ("indptr", indptr)):
+        x.create_array(name, shape=array.shape, dtype=array.dtype, chunks=(min(chunk, len(array)),))[...] = array
     obs = root.create_group("obs")
-    obs.create_array("cell", shape=(cells,), dtype="int64", chunks=(cells,))[...] = np.arange(cells)
+    obs.create_array("cell", shape=(cells,), dtype="int64", chunks=(min(chunk, cells),))[...] = np.arange(cells)
 
 
-def ours(path: Path, rows: int, passes: int) -> Batches:
+def by_dtrain(path: str, passes: int, reader: str, memory: str) -> Batches:
     """Yield batches of dtrain."""
-    samples = opened(path)
-    with dtrain.batches(samples, batch_size=BATCH, epochs=passes, cache="0") as batches:
+    split = {"val": 0.0, "test": 0.0}
+    samples = dtrain.open_samples(path, inputs=["X"], targets=["obs/cell"], split=split)
+    decode = Decoder.decode
+
+    def counted(decoder: Decoder, *arguments: Any) -> None:
+        Decodes.count += decoder.dtype.itemsize == 4  # values and columns; indptr and obs/cell are int64
+        decode(decoder, *arguments)
+
+    Decoder.decode = counted  # type: ignore[method-assign]
+    with dtrain.batches(samples, batch_size=BATCH, epochs=passes, cache="0", reader=reader, memory=memory) as batches:
         for (x,), y in batches:
             yield x, y
 
 
-def by_hand(path: Path, rows: int, passes: int, ahead: bool = False) -> Batches:
-    """Yield batches of runs of so many rows, each run shuffled."""
+def by_hand(path: str, passes: int, block: int, together: int, pipeline: str) -> Batches:
+    """Yield batches out of several blocks at a time, whose cells are shuffled."""
+    if pipeline == "zarrs":
+        zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
     root, rng = zarr.open_group(path, mode="r"), np.random.default_rng(0)
-    x, y = root["X"], np.asarray(root["obs/cell"])
-    indptr, genes = np.asarray(x["indptr"]), x.attrs["shape"][1]
+    x, cells = root["X"], np.asarray(root["obs/cell"])
+    data, indices, indptr = x["data"], x["indices"], np.asarray(x["indptr"])
+    genes, chunk = x.attrs["shape"][1], data.chunks[0]
 
-    def read(start: int) -> tuple[sparse.csr_matrix, Any]:
-        stop = min(start + rows, len(y))
-        begin, end = indptr[start], indptr[stop]
-        arrays = (x["data"][begin:end], x["indices"][begin:end], indptr[start : stop + 1] - begin)
-        return sparse.csr_matrix(arrays, shape=(stop - start, genes)), y[start:stop]
+    def read(start: int) -> sparse.csr_matrix:
+        stop = min(start + block, len(cells))
+        begin, end = int(indptr[start]), int(indptr[stop])
+        Decodes.count += 2 * ((end - 1) // chunk - begin // chunk + 1)
+        arrays = (data[begin:end], indices[begin:end], indptr[start : stop + 1] - begin)
+        return sparse.csr_matrix(arrays, shape=(stop - start, genes))
 
-    starts = np.concatenate([rng.permutation(np.arange(0, len(y), rows)) for _ in range(passes)])
-    with ThreadPoolExecutor(1) as pool:
-        runs = pool.map(read, starts) if ahead else map(read, starts)
-        for matrix, cells in runs:
-            order = rng.permutation(len(cells))
-            for first in range(0, len(order), BATCH):
-                some = order[first : first + BATCH]
-                yield torch.from_numpy(matrix[some].toarray()), torch.from_numpy(cells[some])
+    def buffer(starts: np.ndarray) -> tuple[sparse.csr_matrix, np.ndarray]:
+        numbers = np.concatenate([cells[start : start + block] for start in starts])
+        order = rng.permutation(len(numbers))
+        return sparse.vstack([read(int(start)) for start in starts], "csr")[order], numbers[order]
+
+    with ThreadPoolExecutor(1) as ahead:
+        for _ in range(passes):
+            starts = rng.permutation(np.arange(0, len(cells), block))
+            groups = [starts[first : first + together] for first in range(0, len(starts), together)]
+            coming = ahead.submit(buffer, groups[0])
+            for after in (*groups[1:], None):
+                matrix, numbers = coming.result()
+                coming = ahead.submit(buffer, after) if after is not None else coming
+                for first in range(0, len(numbers), BATCH):
+                    some = slice(first, first + BATCH)
+                    yield torch.from_numpy(matrix[some].toarray()), torch.from_numpy(numbers[some])
 
 
-def opened(path: Path) -> dtrain.Samples:
-    return dtrain.open_samples(path, inputs=["X"], targets=["obs/cell"], split=SPLIT)
+def status(key: str) -> int:
+    """Return a line of /proc/self/status in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
 
 
-def measure(batches: Batches, cells: int, passes: int) -> tuple[float, float]:
-    """Return cells a second, and core-seconds of a million cells; check that each pass has every cell once."""
-    seen, began, used = np.zeros(cells, np.int64), time.perf_counter(), time.process_time()
-    for _, y in batches:
-        seen[y.numpy()] += 1  # batches hold no cell twice
+def measure(loader: str, path: str, cells: int, chunk_cells: int, passes: int, settings: dict[str, Any]) -> None:
+    """Print what some passes take; check that each has every cell once."""
+    engine = by_dtrain if loader == "dtrain" else by_hand
+    seen, mixed, base = np.zeros(cells, np.int64), [], status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+    began, used = time.perf_counter(), time.process_time()
+    for _, y in engine(path, passes, **settings):
+        seen[y.numpy()] += 1  # a batch holds no cell twice, except where two passes meet
+        mixed.append(len(np.unique(y.numpy() // chunk_cells)))
     seconds, busy = time.perf_counter() - began, time.process_time() - used
     if not (seen == passes).all():
         raise AssertionError(f"{int((seen != passes).sum())} cells did not come {passes} times")
-    return cells * passes / seconds, busy / (cells * passes) * 1e6
+    found = {
+        "speed": cells * passes / seconds,
+        "busy": busy / (cells * passes) * 1e6,
+        "decodes": Decodes.count / passes,
+        "mixed": statistics.mean(mixed),
+        "peak": status("VmHWM") - base,
+    }
+    print(json.dumps(found))
+
+
+def in_a_process(loader: str, passes: int, settings: dict[str, Any], *store: Any) -> dict[str, float]:
+    """Return what `measure` prints in a process of its own."""
+    given = json.dumps([loader, *store, passes, settings])
+    command = [sys.executable, "-W", "ignore", __file__, "--measure", given]
+    found: dict[str, float] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", type=int, default=100_000)
+    parser.add_argument("--cells", type=int, default=200_000)
     parser.add_argument("--genes", type=int, default=2_000)
     parser.add_argument("--density", type=float, default=0.05)
-    parser.add_argument("--chunk", type=int, default=65_536, help="values of a chunk")
-    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--chunk", type=int, default=1_000_000, help="values of a chunk")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    loaders: dict[str, Callable[[Path, int, int], Batches]] = {
-        "dtrain": ours,
-        "by hand": by_hand,
-        "by hand, a thread ahead": partial(by_hand, ahead=True),
-    }
+    if options.measure:
+        measure(*json.loads(options.measure))
+        return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cells.zarr"
         write(path, options.cells, options.genes, options.density, options.chunk)
-        samples = opened(path)
-        plan = values_counted(samples, plan_data(samples, replicas=1, seed=0))
-        share = describe_plan(samples, plan)["read_amplification"]
-        matrix = samples.variable("X").sparse
-        print(
-            f"{options.cells:,} cells x {options.genes:,} genes, {matrix.count:,} values in chunks of "
-            f"{options.chunk:,}; units of {plan.unit_rows:,} cells, {plan.window} mixed; decoded share {share:.2f}\n"
-        )
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in loaders}
+        values = zarr.open_array(path / "X" / "data", mode="r")
+        store = (str(path), options.cells, options.cells * options.chunk // values.size)
+        print(f"{options.cells:,} cells x {options.genes:,} genes, {values.size:,} values in {values.nchunks} chunks\n")
+        best = {}
+        for loader, every in LOADERS.items():
+            swept = [(in_a_process(loader, 1, settings, *store), settings) for settings in every]
+            for found, settings in swept:
+                print(f"  {loader} {settings}: {text(found)}")
+            best[loader] = max(swept, key=lambda one: one[0]["speed"])[1]
+        runs: dict[str, list[dict[str, float]]] = {loader: [] for loader in LOADERS}
         for _ in range(options.repeats):
-            for name, loader in loaders.items():
-                batches = loader(path, plan.unit_rows, options.passes)
-                found[name].append(measure(batches, options.cells, options.passes))
-    print("| loader | cells a second | core-seconds |\n|---|---:|---:|")
-    for name, runs in found.items():
-        speed, busy = (statistics.median(column) for column in zip(*runs, strict=True))
-        print(f"| {name} | {speed:,.0f} | {busy:.1f} |")
+            for loader, settings in best.items():
+                runs[loader].append(in_a_process(loader, PASSES, settings, *store))
+    print(
+        "\n| loader | cells a second | core-s of a million | decodes | mixed | peak |\n|---|---:|---:|---:|---:|---:|"
+    )
+    for loader, every in runs.items():
+        print(
+            f"| {loader} {best[loader]} | {text({k: statistics.median(one[k] for one in every) for k in every[0]})} |"
+        )
+
+
+def text(found: dict[str, float]) -> str:
+    return (
+        f"{found['speed']:,.0f} | {found['busy']:.1f} | {found['decodes']:.0f} | {found['mixed']:.1f} | "
+        f"{found['peak'] / 1e6:.0f} MB"
+    )
 
 
 if __name__ == "__main__":
