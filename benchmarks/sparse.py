@@ -3,18 +3,19 @@
     python benchmarks/sparse.py                     200,000 cells x 2,000 genes, 5 % filled, chunks of 1,000,000 values
     python benchmarks/sparse.py --cells 20000 --chunk 100000 --repeats 1       smaller
 
-All deliver batches of dense float32 as torch tensors, each cell once a pass, and keep nothing from one pass to the next.
-Each measurement is a process of its own: one pass for each setting, then more passes with the best; medians count.
+Both deliver batches of dense float32 as torch tensors, each cell once a pass, and keep nothing from one pass to the
+next. Each measurement is a process of its own: one pass for each setting, then five with the best; medians count.
 
 dtrain
-    `dtrain.batches`, every value checked. Settings: who reads, and how many units are mixed.
+    `dtrain.batches`, every value and column checked. Setting: the memory budget, by which units are mixed.
 blocks by hand
     The way of annbatch: blocks of consecutive cells in random order; the values and columns of several blocks are read
-    by zarr, put into one matrix by scipy, and its rows are shuffled, while a thread reads the next ones. Settings: cells
-    of a block and blocks together (512 and 32 are annbatch's defaults), zarr's own pipeline or that of zarrs.
+    by zarr, put into one matrix by scipy, and its rows are shuffled, while a thread reads the next ones. Settings: the
+    cells of a block and the blocks together (512 and 32 are annbatch's defaults), the pipeline of zarr or of zarrs.
+    "Mixed as widely": as many cells together as dtrain mixes.
 
-"Decodes" are chunks decoded in a pass, of those that there are. "Mixed": from how many different stored chunks the cells
-of a batch come. The peak is resident memory less that before the loader opens the store.
+"Decodes" are the chunks that a pass decodes. "Mixed": from how many stored chunks the cells of a batch come. The peak
+is resident memory less that before the loader opens the store.
 """
 
 from __future__ import annotations
@@ -37,19 +38,23 @@ import zarr
 from scipy import sparse
 
 import dtrain
+import dtrain.batching  # before the clock runs
 from dtrain.data.read.decode import Decoder
 
 BATCH = 256
-PASSES = 3
-LOADERS = {
-    "dtrain": [
-        {"reader": reader, "memory": memory} for reader in ("numcodecs", "zarrs") for memory in ("512MB", "1GB")
-    ],
-    "blocks by hand": [
-        {"block": block, "together": together, "pipeline": pipeline}
-        for block, together in ((512, 32), (4096, 8), (10_000, 4), (40_000, 1))
-        for pipeline in ("zarr", "zarrs")
-    ],
+PASSES = 5
+BY_HAND = ((512, 32), (4096, 8), (10_000, 4), (40_000, 1))
+WIDELY = ((4096, 64), (10_000, 32))
+LOADERS: dict[str, list[dict[str, Any]]] = {
+    "dtrain": [{"memory": "512MB"}, {"memory": "1GB"}],
+    **{
+        loader: [
+            {"block": block, "together": together, "pipeline": pipeline}
+            for block, together in pairs
+            for pipeline in ("zarr", "zarrs")
+        ]
+        for loader, pairs in (("blocks by hand", BY_HAND), ("blocks by hand, mixed as widely", WIDELY))
+    },
 }
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
@@ -80,7 +85,7 @@ def write(path: Path, cells: int, genes: int, density: float, chunk: int) -> Non
     obs.create_array("cell", shape=(cells,), dtype="int64", chunks=(min(chunk, cells),))[...] = np.arange(cells)
 
 
-def by_dtrain(path: str, passes: int, reader: str, memory: str) -> Batches:
+def by_dtrain(path: str, passes: int, memory: str) -> Batches:
     """Yield batches of dtrain."""
     split = {"val": 0.0, "test": 0.0}
     samples = dtrain.open_samples(path, inputs=["X"], targets=["obs/cell"], split=split)
@@ -91,7 +96,7 @@ def by_dtrain(path: str, passes: int, reader: str, memory: str) -> Batches:
         decode(decoder, *arguments)
 
     Decoder.decode = counted  # type: ignore[method-assign]
-    with dtrain.batches(samples, batch_size=BATCH, epochs=passes, cache="0", reader=reader, memory=memory) as batches:
+    with dtrain.batches(samples, batch_size=BATCH, epochs=passes, cache="0", memory=memory) as batches:
         for (x,), y in batches:
             yield x, y
 
@@ -183,7 +188,9 @@ def main() -> None:
         write(path, options.cells, options.genes, options.density, options.chunk)
         values = zarr.open_array(path / "X" / "data", mode="r")
         store = (str(path), options.cells, options.cells * options.chunk // values.size)
-        print(f"{options.cells:,} cells x {options.genes:,} genes, {values.size:,} values in {values.nchunks} chunks\n")
+        print(
+            f"{options.cells:,} cells x {options.genes:,} genes, {values.size:,} values, {2 * values.nchunks} chunks\n"
+        )
         best = {}
         for loader, every in LOADERS.items():
             swept = [(in_a_process(loader, 1, settings, *store), settings) for settings in every]

@@ -19,6 +19,7 @@ from dtrain.config.schema import DataConfig, TrainTable
 from dtrain.data.categories import categories_from, categories_of, categories_table, check_categories
 from dtrain.data.coordinate import Gaps, find_gaps
 from dtrain.data.encoding import Scaling
+from dtrain.data.genes import check_genes, genes_of
 from dtrain.data.paths import identity
 from dtrain.data.plan.anchors import count_samples
 from dtrain.data.plan.blocks import BlockAxis
@@ -122,6 +123,7 @@ def resolve(job: Job, place: Place) -> Resolved:
     """
     _check_alike(job)
     _check_means(job)
+    _check_genes(job, place)
     categories = categories_of(job.samples)
     for source in job.all_sources:
         check_categories(source.described, categories)
@@ -275,6 +277,15 @@ def _check_means(job: Job) -> None:
                     f"{', '.join(a.dims)}. data.normalize has means along them.",
                     "Store the dimensions in the same order.",
                 )
+
+
+def _check_genes(job: Job, place: Place) -> None:
+    """Refuse stores whose columns are other genes than those of the first store."""
+    if len(job.all_sources) == 1:
+        return
+    first, *others = (place.call(source, partial(genes_of, source.described)) for source in job.all_sources)
+    for source, genes in zip(job.all_sources[1:], others, strict=True):
+        check_genes(source.described.path, genes, job.samples.path, first)
 
 
 def check_kind(samples: Samples, plan: DataPlan) -> None:

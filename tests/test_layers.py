@@ -39,6 +39,7 @@ BELOW: dict[str, set[str]] = {
     "data/categories": {*CORE, "errors"},
     "data/matrix": {"data/layouts", *CORE, "config", "errors"},
     "data/dataset": {"data/dimensions", "data/layouts", "data/names", "data/paths", "data/read", *CORE, "errors"},
+    "data/genes": {"data/dataset", "data/layouts", "data/read", *CORE, "errors"},
     "data/coordinate": {"data/cf", "data/dataset", "data/plan", "data/read", *CORE, "errors"},
     "data/source": {
         "data/cf",

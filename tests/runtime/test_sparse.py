@@ -20,7 +20,7 @@ from dtrain.data.plan.partition import train_partitions
 from dtrain.errors import ChunkMissing, ChunkUndecodable, LengthsDiffer, RunConflict
 from dtrain.job import job_from_config
 from dtrain.trainer import train_job
-from tests.data.layouts.fixtures import encoding, write_categorical, write_cells, write_sparse
+from tests.data.layouts.fixtures import encoding, frame, strings, write_categorical, write_cells, write_sparse
 from tests.runtime.test_averaging import lose_rounds
 from tests.training import bits, shas
 
@@ -110,6 +110,20 @@ def test_sites_with_other_genes_are_refused(cells: Path, tmp_path: Path) -> None
     both = [{"path": str(cells)}, {"path": str(write(tmp_path / "other.zarr", 300, GENES + 1))}]
     with pytest.raises(LengthsDiffer, match=rf"a row of X is float32\[{GENES + 1}\]; in .* it is float32\[{GENES}\]"):
         train(both, tmp_path / "run", replicas="auto")
+
+
+def test_sites_with_other_genes_in_the_same_number_are_refused(cells: Path, tmp_path: Path) -> None:
+    other = write(tmp_path / "other.zarr", 300, seed=1)
+    names = [f"gene {number}" for number in range(GENES)]
+    for path in (cells, other):
+        swapped = [*names[:4], names[5], names[4], *names[6:]] if path == other else names
+        store = shutil.copytree(path, tmp_path / f"named-{path.name}")
+        var = frame(zarr.open_group(store, mode="r+"), "var", GENES, [])
+        var["_index"][...] = strings(swapped)
+    both = [{"path": str(tmp_path / f"named-{path.name}")} for path in (cells, other)]
+    with pytest.raises(LengthsDiffer, match=r"column 4 of X is the gene gene 5; in .* it is gene 4") as caught:
+        train(both, tmp_path / "run", replicas="auto")
+    assert "adata[:, genes]" in caught.value.hint
 
 
 @pytest.mark.parametrize("part", ["data", "indices", "indptr"])

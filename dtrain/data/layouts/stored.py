@@ -75,13 +75,27 @@ def read_categories(hierarchy: Hierarchy, path: str) -> Categories:
             f"{hierarchy.store.path}: {path}, the names of categories, is no array of one dimension.",
             "Restore it from a copy of the store.",
         )
-    return Categories(int(node.shape[0]), tuple(_text(value) for value in _first_values(hierarchy, node)))
+    return Categories(int(node.shape[0]), read_names(hierarchy, node, MOST_NAMES, "the names of categories"))
 
 
-def _first_values(hierarchy: Hierarchy, array: ArrayLike) -> list[object]:
-    count, store = min(MOST_NAMES, int(array.shape[0])), hierarchy.store
+def read_names(hierarchy: Hierarchy, array: ArrayLike, most: int, what: str) -> tuple[str, ...]:
+    """Return the first values of an array of one dimension as text.
+
+    Parameters
+    ----------
+    hierarchy : Hierarchy
+    array : array[name]
+    most : int
+    what : str
+        Says in errors what the names are.
+
+    Raises
+    ------
+    ChunkMissing, ChunkUndecodable
+    """
+    count, store = min(most, int(array.shape[0])), hierarchy.store
     if not count:
-        return []
+        return ()
     try:
         values: list[object] = np.asarray(array[:count]).tolist()
     except (DtrainError, MemoryError):
@@ -89,7 +103,7 @@ def _first_values(hierarchy: Hierarchy, array: ArrayLike) -> list[object]:
     except Exception as error:
         settle()
         raise ChunkUndecodable(
-            f"{store.path}: {array.path}, the names of categories, cannot be decoded: {one_line(error)}",
+            f"{store.path}: {array.path}, {what}, cannot be decoded: {one_line(error)}",
             "Restore it from a copy of the store.",
         ) from None
     (rows,) = array.shards or array.chunks
@@ -98,10 +112,10 @@ def _first_values(hierarchy: Hierarchy, array: ArrayLike) -> list[object]:
         # names differ, so that the fill value can stand for one of them and not for several
         if store.is_absent(key := key_of(array, (place,))) and not is_one:
             raise ChunkMissing(
-                f"{store.path}: chunk {key} of {array.path}, the names of categories, is missing.",
+                f"{store.path}: chunk {key} of {array.path}, {what}, is missing.",
                 "Restore it from a copy of the store.",
             )
-    return values
+    return tuple(map(_text, values))
 
 
 def _text(value: object) -> str:
