@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import pickle
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import fsspec
+import icechunk
 import numpy as np
 import pytest
 import zarr
@@ -254,6 +256,25 @@ def test_in_an_archive_the_same(store, tmp_path, zarr_format):
     samples = opened(shutil.make_archive(str(tmp_path / "without.zarr"), "zip", path))
     with pytest.raises(ChunkMissing, match=f"chunk {key('indices', 2, path)} of X/indices is missing"):
         check_presence(samples)
+
+
+def test_by_references_and_out_of_a_repository_the_same(store, tmp_path):
+    path = store(chunks=20)
+    files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+    whole = {name: [str(file), 0, file.stat().st_size] for name, file in files.items()}
+    refs = {name: files[name].read_text() if name.endswith(".json") else at for name, at in whole.items()}
+    (tmp_path / "cells.json").write_text(json.dumps({"version": 1, "refs": refs}))
+    repository = icechunk.Repository.create(icechunk.local_filesystem_storage(str(tmp_path / "cells.icechunk")))
+    session = repository.writable_session("main")
+    root = zarr.open_group(session.store, mode="a")
+    root.attrs.update(encoding("anndata", "0.1.0"))
+    write_sparse(root, "X", random(), chunks=20)
+    write(frame(root, "obs", 1, ["y"]), "y", np.arange(40), (8,))
+    session.commit("cells")
+    for name in ("cells.json", "cells.icechunk"):
+        samples = opened(tmp_path / name)
+        check_presence(samples)
+        np.testing.assert_array_equal(rows_of(samples), random().toarray())
 
 
 def test_true_is_1_and_a_stored_zero_is_0(store):
