@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import zarr
 
+from dtrain.data.layouts.anndata import ENCODING
 from dtrain.data.layouts.hierarchy import Hierarchy
 from dtrain.data.layouts.stored import Matrix
 from dtrain.data.read.shards import ArrayLike
 from dtrain.errors import NotZarr, UnsuitableVariable
 
-ENCODING = "encoding-type"
 AXES: Mapping[object, int] = {"csr_matrix": 0, "csc_matrix": 1}
 """By encoding: the axis of which each place has its values side by side."""
 PARTS = ("indptr", "indices", "data")
