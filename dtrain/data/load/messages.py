@@ -37,6 +37,10 @@ class ReadDone:
     slot: int
     bytes: int
     """Decoded."""
+    fetch: float = 0.0
+    """Seconds at the store."""
+    decode: float = 0.0
+    """Seconds of the rest."""
 
 
 @dataclass(frozen=True, slots=True)
