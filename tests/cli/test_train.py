@@ -31,10 +31,14 @@ ROW = [
     "update_cosine",
     "seconds_steps",
     "seconds_waiting",
+    "seconds_fetch",
+    "seconds_decode",
+    "seconds_gather",
+    "seconds_model",
     "seconds_reduce",
     "seconds_evaluate",
 ]
-DONE = {"event", "reason", "rounds", "params_sha256", "val_loss", "run"}
+DONE = {"event", "reason", "rounds", "params_sha256", "val_loss", "run", "limited_by"}
 
 
 def sha256_of(path):

@@ -29,6 +29,10 @@ class Counted:
     """Of the assembler: it copied samples."""
     parts: float = 0.0
     """Of the assembler: it could not gather before a part was read."""
+    read_cpu: float = 0.0
+    """Of all that read, together: they were running. Without zarr's own threads."""
+    gather_cpu: float = 0.0
+    """Of the assembler: it was running while it copied samples."""
 
     def since(self, before: Counted) -> Counted:
         """Return what has been counted since then."""
@@ -57,7 +61,7 @@ def data_seconds(counted: Counted, stolen: float = 0.0) -> DataSeconds:
     counted : Counted
     stolen : float
         Seconds that the thread of the steps was not running, although it waited for no batch. Of them count no more
-        than decoding and gathering took: other programs use the processor too.
+        than the loader's threads were running: other programs use the processor too.
 
     Examples
     --------
@@ -66,15 +70,15 @@ def data_seconds(counted: Counted, stolen: float = 0.0) -> DataSeconds:
     >>> data_seconds(Counted(waited=6.0, fetch=3.0, decode=1.0, gather=1.0, parts=2.0))
     DataSeconds(fetch=3.0, decode=1.0, gather=2.0)
     """
-    reading, computing = counted.fetch + counted.decode, counted.decode + counted.gather
     for_parts = counted.waited * _share(counted.parts, counted.parts + counted.gather)
-    fetch = for_parts * _share(counted.fetch, reading)
-    taken = min(max(stolen, 0.0), computing)
-    by_decoding = taken * _share(counted.decode, computing)
+    fetch = for_parts * _share(counted.fetch, counted.fetch + counted.decode)
+    running = counted.read_cpu + counted.gather_cpu
+    taken = min(max(stolen, 0.0), running)
+    by_reading = taken * _share(counted.read_cpu, running)
     return DataSeconds(
         fetch=fetch,
-        decode=for_parts - fetch + by_decoding,
-        gather=counted.waited - for_parts + taken - by_decoding,
+        decode=for_parts - fetch + by_reading,
+        gather=counted.waited - for_parts + taken - by_reading,
     )
 
 

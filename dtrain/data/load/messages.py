@@ -41,6 +41,8 @@ class ReadDone:
     """Seconds at the store."""
     decode: float = 0.0
     """Seconds of the rest."""
+    cpu: float = 0.0
+    """Seconds that the thread which read was running."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import atexit
 import threading
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from time import perf_counter
+from time import perf_counter, thread_time
 
 import numpy as np
 
@@ -76,6 +76,7 @@ class LoaderThreads:
         """For the consumer; None: there are no further ones."""
         self._units, self._bytes = 0, 0
         self._fetch, self._decode, self._gather, self._parts = 0.0, 0.0, 0.0, 0.0
+        self._read_cpu, self._gather_cpu = 0.0, 0.0
         self.arena: dict[str, Array] = {
             v.name: np.empty((schedule.slots.count, *slot_shape(reader.samples, partition.plan, v)), v.kept_dtype)
             for v in reader.samples.moving
@@ -99,6 +100,8 @@ class LoaderThreads:
             decode=self._decode,
             gather=self._gather,
             parts=self._parts,
+            read_cpu=self._read_cpu,
+            gather_cpu=self._gather_cpu,
         )
 
     @property
@@ -126,10 +129,12 @@ class LoaderThreads:
 
     def _read(self, read: Read) -> ReadDone | ReadFailed:
         try:
-            out, began = {name: array[read.slot] for name, array in self.arena.items()}, perf_counter()
+            out = {name: array[read.slot] for name, array in self.arena.items()}
+            began, cpu = perf_counter(), thread_time()
             with fetches_counted() as clock:
                 decoded = self._reader.read_into(read.box, out)
-            return ReadDone(read.slot, decoded, clock.seconds, perf_counter() - began - clock.seconds)
+            seconds, cpu = perf_counter() - began, thread_time() - cpu
+            return ReadDone(read.slot, decoded, clock.seconds, seconds - clock.seconds, cpu)
         except BaseException as error:  # the consumer raises it when it needs the part
             return ReadFailed(read.slot, error)
 
@@ -150,6 +155,7 @@ class LoaderThreads:
         self._bytes += done.bytes
         self._fetch += done.fetch
         self._decode += done.decode
+        self._read_cpu += done.cpu
 
     def _next_event(self) -> Event | None:
         """Return the next event; None if the loader is closed.
@@ -174,10 +180,11 @@ class LoaderThreads:
             case Open(bundle=bundle, sizes=sizes):
                 self._buffers.open(bundle, sizes)
             case Gather(start=start, rows=rows):
-                began = perf_counter()
+                began, cpu = perf_counter(), thread_time()
                 for field, first, after, out in self._buffers.pieces(start, start + len(rows)):
                     self._gatherer.fill(field, out, self.arena, rows.part(first - start, after - start))
                 self._gather += perf_counter() - began
+                self._gather_cpu += thread_time() - cpu
                 self.events.put(Gathered())
             case Emit():
                 self.bundles.put(self._buffers.lend())
