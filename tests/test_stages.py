@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from torch import nn
 
@@ -18,7 +20,7 @@ from dtrain.events import Event, RunFinished
 from dtrain.runtime import tasks
 from dtrain.stages import CURES, Limit, Stage, StageSeconds, limiting_stage
 from tests.runtime import models
-from tests.training import shas, trained
+from tests.training import trained
 
 STAGES: tuple[Stage, ...] = ("fetch", "decode", "gather", "model", "reduce", "evaluate")
 
@@ -74,10 +76,6 @@ def test_nothing_measured_limits_nothing() -> None:
 # Runs -------------------------------------------------------------------------------------------------------------
 
 
-def small() -> nn.Module:
-    return models.small()
-
-
 def late(function: Callable[..., Any], seconds: float = 0.05) -> Callable[..., Any]:
     """The same function, which takes a while."""
 
@@ -98,15 +96,10 @@ SLOW: dict[Stage, tuple[Any, str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def undisturbed(blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> dtrain.Run:
-    return run_of(blobs, tmp_path_factory.mktemp("undisturbed"), [], val=0.1)
-
-
-def run_of(blobs: Path, where: Path, events: list[Event], val: float) -> dtrain.Run:
+def run_of(blobs: Path, where: Path, events: list[Event], val: float, rounds: int = 3, **more: Any) -> dtrain.Run:
     samples = dtrain.open_samples(blobs, inputs=["x"], targets=["y"], cache="0", split={"val": val, "test": 0.0})
-    table = {"loss": "cross_entropy", "rounds": 3, "eval_every": 1}
-    return trained(small, samples, where, table, report=events.append)
+    table = {"loss": "cross_entropy", "rounds": rounds, "eval_every": 1}
+    return trained(models.small, samples, where, table, report=events.append, **more)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -122,8 +115,17 @@ def test_a_slow_stage_is_named_at_the_end(
     assert finished.limited_by.stages == (stage,), finished.limited_by.shares
 
 
-def test_counting_changes_no_bits(
-    undisturbed: dtrain.Run, blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(store_module, "read_part", late(store_module.read_part, 0.01))
-    assert shas(run_of(blobs, tmp_path, [], val=0.1)) == shas(undisturbed)
+def test_a_run_whose_history_says_nothing_of_stages_goes_on(blobs: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    first = run_of(blobs, tmp_path, events, val=0.0, rounds=2)
+    history = first.directory / "history.jsonl"
+    stages = {f"seconds_{stage}" for stage in STAGES} - {"seconds_reduce", "seconds_evaluate"}
+    old = [{key: value for key, value in row.items() if key not in stages} for row in first.rows]
+    history.write_text("".join(json.dumps(row) + "\n" for row in old))
+    run_of(blobs, tmp_path, events, val=0.0, rounds=2, run=first.directory.name)
+    longer = run_of(blobs, tmp_path, events, val=0.0, rounds=3, run=first.directory.name)
+    assert len(longer.rows) == 3
+    assert np.isnan(longer.history.seconds_model[:2]).all()
+    assert longer.history.seconds_model[2] > 0
+    ended = [event.limited_by is not None for event in events if isinstance(event, RunFinished)]
+    assert ended == [True, False, True]
