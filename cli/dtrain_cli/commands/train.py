@@ -81,9 +81,7 @@ def _done(event: RunFinished) -> str:
     from dtrain.display import number
 
     loss = f", val_loss {number(event.val_loss)}" if event.val_loss is not None else ""
-    limit = f"\nlimited by {event.limited_by}" if event.limited_by is not None else ""
-    done = f"done ({event.reason}): {event.rounds} rounds{loss}"
-    return f"{done}\nrun {event.run}\nparams_sha256 {event.params_sha256}{limit}"
+    return f"done ({event.reason}): {event.rounds} rounds{loss}\nrun {event.run}\nparams_sha256 {event.params_sha256}"
 
 
 class _Terminated(BaseException):
