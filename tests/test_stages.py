@@ -46,7 +46,7 @@ def test_each_stage_has_its_own_cure(stage: Stage) -> None:
 def test_keys_in_the_cures_are_those_of_the_configuration() -> None:
     words = {word.strip(".,;()") for cure in CURES.values() for word in cure.split()}
     keys = {word for word in words if "." in word}
-    assert keys
+    assert {"data.cache", "train.eval_every"} < keys
     for key in keys:
         value: Any = dtrain.TrainConfig()
         for part in key.split("."):
