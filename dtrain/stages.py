@@ -26,8 +26,8 @@ CURES: dict[Stage, str] = {
     "fetch": "Copy the store nearer to the workers, or store larger chunks or shards; a larger data.memory keeps more "
     "units for the next pass (data.cache).",
     "decode": "Store chunks with a cheaper codec, such as lz4 or zstd at a low level; a larger data.memory keeps more "
-    'units decoded for the next pass (data.cache); zarrs (pip install "dtrain[fast]") is faster on shards of many small '
-    "chunks.",
+    'units decoded for the next pass (data.cache); zarrs (pip install "dtrain[fast]") is faster on shards of many '
+    "small chunks.",
     "gather": "Samples are copied and cast one by one: store float32 rather than packed or float64 values, and cut "
     "data.input_offsets and data.patch to what the model needs.",
     "model": 'The data are not the cause. A GPU, train.precision = "bfloat16" or more workers with more '
