@@ -23,12 +23,13 @@ from dtrain.data.samples import Samples
 from dtrain.initfile import init_path, read_init
 from dtrain.job import Job
 from dtrain.prepare import ESTIMATE_UNITS, open_runner
-from dtrain.probe import Probe
+from dtrain.probe import Probe, limit_of
 from dtrain.resolve import Resolved
 from dtrain.runtime.handles import SMALL_BYTES
 from dtrain.runtime.reducing import reducer_slices
 from dtrain.runtime.spec import PlannedSource
 from dtrain.runtime.trial import Initial
+from dtrain.stages import Limit
 
 
 class Choice(NamedTuple):
@@ -106,6 +107,15 @@ class RunPlan:
             traffic=self.traffic,
             bandwidth=self.bandwidth,
         )
+
+    @property
+    def limit(self) -> Limit | None:
+        """The stage that limits rounds as they are configured; None without a probe."""
+        if self.probe is None or self.costs is None:
+            return None
+        of_stores = sum(store.counts["val_samples"] for store in self.stores)
+        validation = of_stores if self.held_out_samples is None else self.held_out_samples
+        return limit_of(self.probe, self.costs, max(self.steps), validation / self.eval_every / self.samples)
 
     @property
     def reduced_bytes(self) -> int:

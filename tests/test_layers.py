@@ -12,14 +12,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-BASE = {"types", "config", "errors", "events", "display"}
+BASE = {"types", "stages", "config", "errors", "events", "display"}
 WORK = {"runtime", "data", "algorithm", *BASE}
 CORE = {"data/samples", "data/variable", "data/tiles", "data/encoding", "data/sparse"}
 BELOW: dict[str, set[str]] = {
     "errors": set(),
     "types": set(),
+    "stages": set(),
     "config": {"errors"},
-    "events": {"types"},
+    "events": {"types", "stages"},
     "files": {"errors"},
     "display": set(),
     "data/encoding": {"errors"},

@@ -202,7 +202,9 @@ def test_a_probe_as_an_object(cli, project):
     (record,) = objects(outcome.out)
     probe, cadence = record["probe"], record["cadence"]
     assert probe["step_seconds"] > 0
-    assert probe["limited_by"] in ("steps", "reading", "communication")
+    limit = probe["limited_by"]
+    assert sum(limit["shares"].values()) == pytest.approx(1.0)
+    assert max(limit["shares"], key=limit["shares"].get) == limit["stages"][0]
     assert (cadence["measured"], cadence["bandwidth"], cadence["local_steps"]) == (True, None, 4)
     assert (cadence["pays_from"], cadence["all_reduce_seconds"]) == (None, None)
     by_steps = {row["local_steps"]: row for row in cadence["table"]}
