@@ -23,7 +23,7 @@ from dtrain.data.plan.grid import touched
 from dtrain.data.read.clock import fetching
 from dtrain.data.read.codecs import Undecodable, ends_in_blosc, is_truncated_blosc
 from dtrain.data.read.documents import Documents
-from dtrain.data.read.local import Scratch, Version, read_part, version_of
+from dtrain.data.read.local import Scratch, Version, new_buffer, read_part, version_of
 from dtrain.data.read.shards import ArrayLike, Index, IndexCache, ShardLayout, shard_layout, view_of
 from dtrain.data.samples import StoreFacts
 from dtrain.data.variable import Select, Variable
@@ -218,10 +218,26 @@ class ReadStore(WrapperStore[Store]):
             buffer = self._indices.get(key)
             if buffer is None:
                 try:
-                    buffer = sync(self.get(key, default_buffer_prototype(), layout.request))
+                    buffer = self._file_index(key, layout) if self.facts.is_local else self._request_index(key, layout)
                 except Undecodable:
                     return None
         return None if buffer is None else layout.checked(view_of(buffer))
+
+    def _request_index(self, key: str, layout: ShardLayout) -> Buffer | None:
+        return sync(self.get(key, default_buffer_prototype(), layout.request))
+
+    def _file_index(self, key: str, layout: ShardLayout) -> Buffer | None:
+        """Read the index from its file, in this thread: zarr would ask another one."""
+        size, _ = self.version(key) or (0, 0)
+        place = layout.index_slice(size)
+        part = self.read_file(key, new_buffer, place.start, place.stop)
+        if part is None:
+            return None
+        with self._lock:
+            self.index_requests += 1
+        index = default_buffer_prototype().buffer.from_bytes(bytes(part[0]))
+        self._indices.put(key, layout, index)
+        return index
 
     def index_in(self, key: str, layout: ShardLayout, shard: memoryview) -> Index | None:
         """Return the same out of a shard that has been read."""
