@@ -13,7 +13,7 @@ import numpy as np
 
 from dtrain.data.encoding import Array, Encoding, Floats, Scaling, difference, holds_integers
 from dtrain.data.plan.partition import Partition
-from dtrain.data.plan.units import cell_bounds
+from dtrain.data.plan.units import Box, cell_bounds
 from dtrain.data.read.units import UnitReader
 from dtrain.data.variable import Variable
 from dtrain.errors import NonFiniteData
@@ -180,7 +180,7 @@ def partition_moments(
 def _owned_rows(reader: UnitReader, partition: Partition, variable: Variable) -> Iterator[Array]:
     """Yield, unit by unit, the stored rows that a partition owns; a static variable is one row."""
     if variable.is_static:
-        yield reader.statics[variable.name][None]
+        yield _of_patches(variable, partition, Box(0, 1), reader.statics[variable.name][None])
         return
     plan = partition.plan
     starts, stops = cell_bounds(plan, partition.cells)
@@ -188,11 +188,23 @@ def _owned_rows(reader: UnitReader, partition: Partition, variable: Variable) ->
     for unit in partition.units.tolist():
         cells = slice(*np.searchsorted(unit_of_cell, [unit, unit + 1]))
         first, last = int(starts[cells].min()), int(stops[cells].max())
-        rows = reader.read_rows(variable, plan.box(unit // plan.units_per_block, first, last))
+        box = plan.box(unit // plan.units_per_block, first, last)
+        rows = reader.read_rows(variable, box)
         is_owned = np.zeros(len(rows), bool)
         for start, stop in zip(starts[cells].tolist(), stops[cells].tolist(), strict=True):
             is_owned[start - first : stop - first] = True
-        yield rows if is_owned.all() else rows[is_owned]
+        is_owned &= plan.is_of(partition.split, first, last)
+        yield _of_patches(variable, partition, box, rows if is_owned.all() else rows[is_owned])
+
+
+def _of_patches(variable: Variable, partition: Partition, box: Box, rows: Array) -> Array:
+    """Return rows of a box without the places that patches of other splits cover."""
+    bounds = {dim: (start, stop) for dim, start, stop in box.block}
+    for number, axis in enumerate(variable.row_axes, start=1):
+        start, stop = bounds.get(variable.dims[axis], (0, variable.row_shape[number - 1]))
+        places = partition.plan.places_of(partition.split, variable.dims[axis], start, stop)
+        rows = rows if places is None else np.take(rows, places, axis=number)
+    return rows
 
 
 def merge_moments(parts: list[dict[str, Moments]]) -> dict[str, Moments]:

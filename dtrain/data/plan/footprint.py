@@ -6,6 +6,7 @@ import math
 
 from dtrain.data.plan.bins import MOST_BINS, ORDERED_ROWS, bins_a_part, index_dtype
 from dtrain.data.plan.hashing import SLICE
+from dtrain.data.plan.labels import count_runs
 from dtrain.data.plan.order import STORED_ROWS
 from dtrain.data.plan.readers import MIN_DENSITY, choose_readers, has_fine_shards
 from dtrain.data.plan.units import Box, DataPlan, box_shape
@@ -35,6 +36,10 @@ CELL_BYTES = 32
 """For each cell of a store while its partitions are computed."""
 JUMP_BYTES = 40
 """For each jump while partitions are computed."""
+LABEL_BYTES = 4
+"""For each row with a label, while it is looked for where labels change."""
+RUN_BYTES = 80
+"""For each run of rows of one label, while partitions are computed."""
 
 
 def sample_bytes(samples: Samples) -> int:
@@ -128,7 +133,8 @@ def tables_bytes(samples: Samples, plan: DataPlan, kept: int) -> int:
         Bytes of the partitions (`Partition.nbytes`).
     """
     jumps = JUMP_BYTES * plan.jumps.count(" ") + len(plan.jumps)
-    return kept + CELL_BYTES * plan.num_cells + jumps + 8 * sum(v.num_objects for v in samples.variables)
+    labels = LABEL_BYTES * plan.num_samples + RUN_BYTES * count_runs(plan.row_labels) if plan.row_labels else 0
+    return kept + CELL_BYTES * plan.num_cells + jumps + labels + 8 * sum(v.num_objects for v in samples.variables)
 
 
 def _decoding_bytes(v: Variable, chunks: int, cut: bool, reader: str) -> int:
