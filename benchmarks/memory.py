@@ -3,6 +3,7 @@
     python benchmarks/memory.py                     1, 4 and 16 times a budget of 128 MB: a few minutes
     python benchmarks/memory.py --budget 512MB --times 64 --dir DIR      16 GB on disk
     python benchmarks/memory.py --layouts narrow "narrow, long chunks"   rows of 8 bytes
+    python benchmarks/memory.py --stores zip deflated kerchunk icechunk --readers auto     other kinds of stores
 
 Each measurement is a process of its own: its resident memory just before the first batch, and the most that it had
 in two shuffled passes over the data. The difference must stay below 1.10 x the budget.
@@ -11,6 +12,7 @@ in two shuffled passes over the data. The difference must stay below 1.10 x the 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -19,17 +21,21 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import zarr
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
 
 from dtrain.config.values import parse_bytes
 
 ROW = 256
 LAYOUTS = ("chunks", "shards", "large shard", "windows", "narrow", "narrow, long chunks")
+STORES = ("directory", "zip", "deflated", "kerchunk", "icechunk")
 
 
 def write(path: Path, layout: str, size: int, budget: int) -> None:
@@ -76,6 +82,32 @@ def write_narrow(path: Path, layout: str, size: int, budget: int) -> None:
             shutil.copyfile(path / name / "c" / "0", path / name / "c" / str(number))
 
 
+def convert(path: Path, store: str) -> Path:
+    """Return the path of a store of another kind that holds what a directory holds."""
+    files = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}
+    if store in ("zip", "deflated"):
+        method = zipfile.ZIP_DEFLATED if store == "deflated" else zipfile.ZIP_STORED
+        with zipfile.ZipFile(made := path.with_suffix(".zip"), "w", method, compresslevel=1) as archive:
+            for name, file in files.items():
+                archive.write(file, name)
+    elif store == "kerchunk":
+        refs = {
+            name: file.read_text() if file.name == "zarr.json" else [str(file), 0, file.stat().st_size]
+            for name, file in files.items()
+        }
+        (made := path.with_suffix(".json")).write_text(json.dumps({"version": 1, "refs": refs}))
+    elif store == "icechunk":
+        import icechunk
+
+        icechunk.set_logs_filter("off")  # it writes to standard output
+        made = path.with_suffix(".icechunk")
+        session = icechunk.Repository.create(icechunk.local_filesystem_storage(str(made))).writable_session("main")
+        for name, file in sorted(files.items(), key=lambda pair: not pair[0].endswith("zarr.json")):
+            sync(session.store.set(name, default_buffer_prototype().buffer.from_bytes(file.read_bytes())))
+        session.commit("copied")
+    return made
+
+
 def measure(path: str, layout: str, budget: str, reader: str) -> dict[str, Any]:
     """Run two passes in this process."""
     import torch  # noqa: F401
@@ -114,6 +146,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--readers", nargs="+", default=["numcodecs", "zarrs", "zarr"])
+    parser.add_argument("--stores", nargs="+", choices=STORES, default=["directory"])
     parser.add_argument("--dir", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
@@ -122,24 +155,34 @@ def main() -> None:
         print(json.dumps(measure(*options.child)))
         return
     budget, rows = parse_bytes(options.budget, "--budget"), []
-    print(f"{'layout':<12} {'reader':<9} {'data':>9} {'budget':>9} {'peak':>9} {'peak/budget':>11} {'samples/s':>10}")
+    print(
+        f"{'layout':<12} {'store':<9} {'reader':<9} {'data':>9} {'budget':>9} {'peak':>9} {'peak/budget':>11} samples/s"
+    )
     for layout in options.layouts:
         for times in options.times:
             with tempfile.TemporaryDirectory(dir=options.dir) as folder:
                 path = Path(folder) / "data.zarr"
                 make = write_narrow if layout.startswith("narrow") else write
                 make(path, layout, times * budget, budget)
-                for reader in options.readers:
+                for store, reader in itertools.product(options.stores, options.readers):
                     limit = str(2 * budget if layout.startswith("narrow") else budget)  # their order counts too
-                    child = [sys.executable, __file__, "--child", str(path), layout, limit, reader]
+                    made = path if store == "directory" else convert(path, store)
+                    child = [sys.executable, __file__, "--child", str(made), layout, limit, reader]
                     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
                     done = subprocess.run(child, check=True, capture_output=True, text=True, env=environment)
-                    row = {"layout": layout, "reader": reader, "data": times * budget, **json.loads(done.stdout)}
+                    row = {
+                        "layout": layout,
+                        "store": store,
+                        "reader": reader,
+                        "data": times * budget,
+                        **json.loads(done.stdout),
+                    }
                     rows.append(row)
                     used, rate = row["peak"] - row["base"], row["samples"] / row["seconds"]
                     print(
-                        f"{layout:<12} {reader:<9} {row['data'] / 1e6:>6.0f} MB {row['budgeted'] / 1e6:>6.1f} MB "
-                        f"{used / 1e6:>6.1f} MB {used / row['budgeted']:>11.2f} {rate:>10,.0f}",
+                        f"{layout:<12} {store:<9} {reader:<9} {row['data'] / 1e6:>6.0f} MB "
+                        f"{row['budgeted'] / 1e6:>6.1f} MB "
+                        f"{used / 1e6:>6.1f} MB {used / row['budgeted']:>11.2f} {rate:>9,.0f}",
                         flush=True,
                     )
     if options.json:

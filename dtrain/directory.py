@@ -21,7 +21,7 @@ from dtrain.errors import DiskFull, RunConflict, RunDamaged, RunNotFound, UsageE
 from dtrain.files import write_text
 from dtrain.job import Job
 from dtrain.report.journal import HISTORY
-from dtrain.resolve import Resolved, check_kind, from_json, to_json
+from dtrain.resolve import Resolved, check_kind, from_json, pinned, to_json
 from dtrain.runtime.versions import versions
 
 NAME = re.compile(r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")
@@ -230,6 +230,7 @@ def read_plan(run: Path, job: Job) -> Resolved | None:
             f"{run} was started with other code of {', '.join(changed)}.",
             "Train under another --run NAME, or undo the change.",
         )
+    job = pinned(job, resolved.snapshots)
     for source, plan in zip(job.sources, resolved.plan.plans, strict=True):
         if source.samples is not None:
             check_kind(source.samples, plan)

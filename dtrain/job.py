@@ -146,7 +146,8 @@ def described_with(samples: Samples, keys: Mapping[str, Any]) -> Samples:
         return samples
     config = TrainConfig(data=samples.config.model_copy(update={**changed, "path": samples.path})).data
     kept = samples.transform if config.transform == samples.config.transform else None
-    return replace(describe(config, Path.cwd()), transform=kept)
+    snapshot = "" if "storage_options" in changed else samples.store.snapshot
+    return replace(describe(config, Path.cwd(), snapshot), transform=kept)
 
 
 def plain(value: object) -> str:

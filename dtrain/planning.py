@@ -174,7 +174,7 @@ def plan_job(job: Job, *, full: bool = False, client: Client | None = None) -> R
         workers=workers,
         traffic=_traffic(job, initial, plan.replicas, workers),
         commit_bytes=initial.params.nbytes,
-        checksums={v.name: v.checksums for v in sources[0].samples.variables},
+        checksums=_checksums(sources[0].samples),
         choices=_choices(job, stores, resolved, workers),
         eval_every=resolved.eval_every,
     )
@@ -191,6 +191,11 @@ def _traffic(job: Job, initial: Initial, replicas: int, workers: int) -> Traffic
         slices=len(reducer_slices(job.config, layout, min(replicas, workers), replicas)),
         small=SMALL_BYTES,
     )
+
+
+def _checksums(samples: Samples) -> dict[str, bool]:
+    """Return, by variable, True if a flipped bit of its chunks is detected: by a codec, or by the store."""
+    return {v.name: v.checksums or bool(samples.store.checksum) for v in samples.variables}
 
 
 def _held_out_samples(plan: DataPlan | None) -> int | None:

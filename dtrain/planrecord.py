@@ -52,6 +52,7 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
             name: {"count": one.count, "names": one.names[:MOST_NAMES]}
             for name, one in categories_of(first.source.samples).items()
         },
+        "notes": dict(first.source.samples.store.notes),
         "readers": {name: reader for name, (reader, _) in first.readers.items()},
         "chosen": {one.dim: asdict(one) for one in first.source.samples.chosen},
         "splits": splits_record(first),
@@ -71,6 +72,7 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
                 "splits": splits_record(store),
                 "gaps": store.gaps,
                 "absent_chunks": absent_record(store.source),
+                "notes": dict(store.source.samples.store.notes),
             }
             for store in plan.stores
         ]

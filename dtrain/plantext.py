@@ -25,7 +25,7 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
     train = job.config.train
     unchecked = [name for name, has in plan.checksums.items() if not has]
     absent = list(_absent_rows(plan))
-    checked = f"no checksums in {', '.join(unchecked)}" if unchecked else "all have checksums"
+    checked = f"no checksums in {', '.join(unchecked)}" if unchecked else f"all have checksums{_checksum_name(plan)}"
     return [
         *(row for store in plan.stores for row in _store_rows(job, plan, store)),
         *([("gaps of val_path", plan.held_out_gaps)] if plan.held_out_gaps else []),
@@ -50,6 +50,12 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
         *probe_rows(job, plan),
         *((f"auto {key}", f"{value} ({why})") for key, (value, why) in plan.choices.items()),
     ]
+
+
+def _checksum_name(plan: RunPlan) -> str:
+    """Return the checksum that the store keeps of each chunk, in brackets."""
+    name = plan.stores[0].source.samples.store.checksum
+    return f" ({name})" if name else ""
 
 
 def _traffic(plan: RunPlan) -> str:
@@ -143,12 +149,8 @@ def _store_rows(job: Job, plan: RunPlan, store: StorePlan) -> list[tuple[str, st
 
 def _compared(plan: RunPlan) -> str:
     """Return what is compared of the data when the run continues, and what is not."""
-    are_local = [store.source.samples.store.is_local for store in plan.stores]
-    sizes = "the sizes of stored chunks are compared; a chunk overwritten by one of the same size is not noticed"
-    if all(are_local):
-        return sizes
-    remote = "chunks of remote stores are not compared"
-    return f"{sizes}; {remote}" if any(are_local) else remote
+    compared = dict.fromkeys(store.source.samples.store.compared for store in plan.stores)
+    return "; ".join(compared)
 
 
 def _estimated(job: Job) -> str:

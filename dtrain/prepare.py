@@ -38,6 +38,7 @@ from dtrain.resolve import (
     filled,
     labelled,
     missing_labels,
+    pinned,
     resolve,
 )
 from dtrain.runtime.codebytes import sent
@@ -96,7 +97,8 @@ def open_runner(
     """
     with open_place(job.config.cluster, job.base, client) as place:
         labels = missing_labels(job.config.train) if known is None else known.labels
-        job = labelled(described(job, place), labels)
+        snapshots = () if known is None else known.snapshots
+        job = labelled(described(pinned(job, snapshots), place, snapshots), labels)
         resolved = known or resolve(job, place)
         _check_passes(job.config.train, resolved.plan.sizes)
         resolved, absent = _compared(job, resolved, place, started=known is not None, full=full, count=count)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +83,35 @@ class Resolved:
     """SHA-256 of the file of ``train.init``; empty without it, and in runs of before."""
     categories: Mapping[str, Categories] = field(default_factory=dict)
     """By categorical: what its codes stand for."""
+    snapshots: tuple[str, ...] = ()
+    """By store of `Job.all_sources`: the snapshot of a repository; empty for other stores."""
 
 
-def described(job: Job, place: Place) -> Job:
-    """Describe the stores that only their own workers can read."""
-    return replace(job, sources=tuple(_described(source, job, place) for source in job.sources))
+def described(job: Job, place: Place, snapshots: Sequence[str] = ()) -> Job:
+    """Describe the stores that only their own workers can read, repositories at the given snapshots."""
+    pairs = zip(job.sources, chain(snapshots, repeat("")), strict=False)
+    return replace(job, sources=tuple(_described(source, snapshot, job, place) for source, snapshot in pairs))
 
 
-def _described(source: Source, job: Job, place: Place) -> Source:
+def _described(source: Source, snapshot: str, job: Job, place: Place) -> Source:
     if source.samples is not None:
         return source
-    return replace(source, samples=place.call(source, partial(describe, source.config, job.base)))
+    return replace(source, samples=place.call(source, partial(describe, source.config, job.base, snapshot)))
+
+
+def pinned(job: Job, snapshots: Sequence[str]) -> Job:
+    """Return the job with its repositories at the given snapshots: a run goes on with those that it began with."""
+    pairs = zip(job.all_sources, chain(snapshots, repeat("")), strict=False)
+    now = tuple(_pinned(source, snapshot) for source, snapshot in pairs)
+    return replace(job, sources=now[: len(job.sources)], held_out=job.held_out and now[-1])
+
+
+def _pinned(source: Source, snapshot: str) -> Source:
+    samples = source.samples
+    if samples is None or not snapshot or samples.store.snapshot == snapshot:
+        return source
+    config = samples.config.model_copy(update={"path": samples.path})
+    return replace(source, samples=describe(config, Path.cwd(), snapshot))
 
 
 def resolve(job: Job, place: Place) -> Resolved:
@@ -134,6 +153,7 @@ def resolve(job: Job, place: Place) -> Resolved:
         labels=missing_labels(job.config.train),
         eval_every=_eval_every(job, plan, held_out),
         categories=categories,
+        snapshots=tuple(source.described.store.snapshot for source in job.all_sources),
     )
 
 
@@ -337,6 +357,7 @@ def to_json(job: Job, resolved: Resolved) -> dict[str, Any]:
         "filled": [{name: asdict(one) for name, one in store.items()} for store in resolved.filled or ()],
         "init": resolved.init,
         **({"categories": categories_table(resolved.categories)} if resolved.categories else {}),
+        "snapshots": list(resolved.snapshots),
         "torch": torch.__version__,
         "code": dict(resolved.code),
         "code_rules": resolved.code_rules,
@@ -372,6 +393,7 @@ def from_json(values: Mapping[str, Any]) -> Resolved:
         filled=tuple({name: Filled(**one) for name, one in store.items()} for store in values.get("filled", ())),
         init=values.get("init", ""),
         categories=categories_from(values.get("categories", {})),
+        snapshots=tuple(values.get("snapshots", ())),
         code=values["code"],
         code_rules=values.get("code_rules", 0),
     )

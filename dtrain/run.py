@@ -253,7 +253,7 @@ class Run:
         plans, jumps = known.plan.plans, find_gaps(samples).jumps
         splits = BY_SHARE if split == "all" or store == "held_out" else _given_splits(samples, plans, store)
         plan, cut = plan_evaluation(samples, split, plans, known.held_out, store, jumps=jumps, given=splits)
-        known = replace(known, plan=JointPlan((plan,)), held_out=None, contents=(), filled=None)
+        known = replace(known, plan=JointPlan((plan,)), held_out=None, contents=(), filled=None, snapshots=())
         return self._job((source_of(samples),), None, samples.transform), known, cut
 
     def _job(self, sources: tuple[Source, ...], held_out: Source | None, transform: Function | None = None) -> Job:

@@ -31,13 +31,14 @@ RULES = {
     "record": Rule(
         r"records?",
         ("dtrain/data", "dtrain/algorithm", "dtrain/runtime", "dtrain/report"),
-        allowed=r"\.record\(|\.record_stream\(",
-        reason="CUDA records events; the command line prints JSON records.",
+        allowed=r"\.record\(|\.record_stream\(|record_size",
+        reason="CUDA records events; the command line prints JSON records; a key of kerchunk.",
     ),
     "client": Rule(
         r"clients?",
         ("dtrain/data", "dtrain/algorithm", "dtrain/report", "dtrain/config"),
-        reason="Elsewhere it is Dask's Client.",
+        allowed=r"client_kwargs",
+        reason="Elsewhere it is Dask's Client; an option of s3fs.",
     ),
     "node": Rule(
         r"nodes?",

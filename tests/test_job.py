@@ -160,7 +160,8 @@ def test_keys_that_samples_leave_out_are_those_of_the_configuration(blobs: Path,
 def test_a_split_is_agreed_share_by_share(blobs: Path) -> None:
     samples = dtrain.open_samples(blobs, **DATA, split={"val": 0.2})
     job = job_from_python(models.small, samples, {}, TrainConfig(train=LOSS, data={"split": {"test": 0.3}}))
-    assert job.samples.config.split.model_dump() == job.config.data.split.model_dump() == {"val": 0.2, "test": 0.3}
+    assert job.samples.config.split.model_dump() == job.config.data.split.model_dump()
+    assert job.samples.config.split.model_dump() == {"val": 0.2, "test": 0.3, "patches": False}
     job = job_from_python(models.small, samples, {}, TrainConfig(train=LOSS, data={"split": {"val": 0.2}}))
     assert job.samples is samples
     with pytest.raises(InvalidConfig, match=r"data\.split\.val = 0\.2, and config has 0\.1"):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 BASE = {"types", "config", "errors", "events", "display"}
 WORK = {"runtime", "data", "algorithm", *BASE}
-CORE = {"data/samples", "data/variable", "data/encoding"}
+CORE = {"data/samples", "data/tiles", "data/variable", "data/encoding"}
 BELOW: dict[str, set[str]] = {
     "errors": set(),
     "types": set(),
@@ -24,7 +24,8 @@ BELOW: dict[str, set[str]] = {
     "display": set(),
     "data/encoding": {"errors"},
     "data/variable": {"data/encoding"},
-    "data/samples": {"data/variable", "data/encoding", "config", "errors", "display"},
+    "data/tiles": {"data/variable"},
+    "data/samples": {"data/tiles", "data/variable", "data/encoding", "config", "errors", "display"},
     "data/selection": {*CORE, "config", "errors"},
     "data/plan": {*CORE, "config", "errors"},
     "data/read": {"data/plan", *CORE, "config", "errors"},

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
+from dtrain.data.paths import locate
 from dtrain.data.read.open import open_group
 from dtrain.errors import UsageError, listed
 from dtrain_cli.survey.contents import read_contents
@@ -41,7 +43,7 @@ def choose(path: str, template: str | None = None) -> Settings:
         The store cannot be read, or not trained on.
     """
     contents = read_contents(path)
-    look = Sampler(contents, open_group(path, contents.group))
+    look = Sampler(contents, open_group(locate(path, Path.cwd()).path, contents.group))
     draft = draft_of(contents, look) if template is None else BY_TEMPLATE[template](contents, look)
     if draft is None:
         raise _nothing_fits(contents, template)

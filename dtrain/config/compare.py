@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from dtrain.config.names import VERSION_OPTIONS
 from dtrain.config.schema import TrainConfig
 from dtrain.config.values import REDACTED, Plain, flat_values
 
@@ -30,10 +31,18 @@ def _redacted(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[tuple[str, Plain, Plain]]:
-    """Return ``(key, old value, new value)`` for every key whose value differs."""
-    before, after = dict(flat_values(old)), dict(flat_values(new))
+    """Return ``(key, old value, new value)`` for every key whose value differs.
+
+    The keys of ``data.storage_options`` that choose other data are keys of their own.
+    """
+    before, after = ({**dict(flat_values(config)), **_versions(config)} for config in (old, new))
     keys = list(dict.fromkeys([*before, *after]))
     return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+
+
+def _versions(config: TrainConfig) -> dict[str, Plain]:
+    options = config.data.storage_options
+    return {f"data.storage_options.{key}": options[key] for key in VERSION_OPTIONS if key in options}
 
 
 def may_change(key: str, config: TrainConfig) -> bool:

@@ -15,6 +15,9 @@ FUNCTION = re.compile(rf"^[^\W\d][\w.-]*:{_PART}(?:\.{_PART})*(?:\(\))?$")
 IGNORED_CLASS = -100
 """A target of this class counts neither in the loss nor in metrics, as in torch."""
 
+VERSION_OPTIONS = ("branch", "tag", "snapshot")
+"""The keys of ``data.storage_options`` that choose a version of an icechunk repository."""
+
 LOSSES = ("mse", "mae", "huber", "cross_entropy", "bce")
 LABEL_LOSSES = ("cross_entropy", "bce")
 """The losses whose targets are labels: they leave out `IGNORED_CLASS`, which is a number like any other to the rest."""

@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from dtrain.data.read.kind import METADATA_FILES, NO_OPTIONS, StorageOptions
+from dtrain.data.read.icechunk import ICECHUNK, PREFIX, repository_at
+from dtrain.data.read.kind import METADATA_FILES, NO_OPTIONS, StorageOptions, split_versions
 from dtrain.data.read.open import kind_of, open_store
 from dtrain.data.read.store import ReadStore
-from dtrain.errors import NotZarr
+from dtrain.errors import InvalidConfig, NotZarr
 
 NAME_THE_GROUP = (
     "If it lies in a group, give the path of the group, and its name in data.inputs or data.targets; else write it "
@@ -34,13 +35,22 @@ def locate(path: str, base: Path, storage_options: StorageOptions = NO_OPTIONS) 
     InvalidConfig
         The URL holds a password, or its protocol or options cannot be used.
     """
-    kind = kind_of(path)
-    store = open_store(kind.locate(path, base), storage_options)
+    located = kind_of(path).locate(path, base)
+    kind = kind_of(located)
+    versions, others = split_versions(storage_options)
+    store = open_store(located, storage_options if kind is ICECHUNK else others)
     if any(store.has_document(name) for name in METADATA_FILES):
+        if versions and kind is not ICECHUNK:
+            raise InvalidConfig(
+                f"{store.path} is no icechunk repository: data.storage_options.{next(iter(versions))} chooses nothing.",
+                "Leave it out.",
+            )
         return store
     if store.has_document(".zarray"):
         raise single_array(store.path)
-    raise kind.nothing_there(store.path)
+    if repository := repository_at(store):
+        return locate(repository, base, storage_options)
+    raise kind.nothing_there(located)
 
 
 ALIASES = {"s3a": "s3", "gcs": "gs"}
@@ -54,6 +64,7 @@ def identity(path: str, base: Path) -> str:
     Paths are made absolute and free of links; file:// is a path; a slash at the end, aliases and the case of a
     protocol, and the case and default port of an HTTP server make no difference.
     """
+    path = path.removeprefix(PREFIX)
     if "://" not in path or path.startswith("file://"):
         local = unquote(path.removeprefix("file://")) if "://" in path else path
         return os.path.realpath(Path(base, Path(local).expanduser()))

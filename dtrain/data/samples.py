@@ -47,6 +47,22 @@ class StoreFacts:
     """The store can list its objects."""
     read_ahead: bool = False
     """Requests take long: units are read further ahead, by more threads."""
+    reads_parts: bool = False
+    """Objects are read in the thread that asks for them, into given memory, as the files of a directory are."""
+    has_marks: bool = False
+    """The store tells versions of an object apart without reading it (`ReadStore.marks`)."""
+    compared: str = (
+        "the sizes of stored chunks are compared; a chunk overwritten by one of the same size is not noticed"
+    )
+    """What is compared of its objects when a run continues."""
+    checksum: str = ""
+    """Names the checksum that the store itself keeps of each object, and verifies."""
+    kept_bytes: int = 0
+    """Bytes in memory of what a process keeps of the store while it is open: where its objects lie."""
+    snapshot: str = ""
+    """The snapshot of a repository that is read, whatever is committed meanwhile."""
+    notes: tuple[tuple[str, str], ...] = ()
+    """Label and text of what a person should know of the store."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,7 +269,7 @@ class Samples:
         if len(self.tiles) > 1:
             size = " x ".join(f"{cut.dim} {cut.size}" for cut in self.tiles.cuts)
             lines.append(("patches", f"{len(self.tiles):,} a row, of {size}"))
-        return [*lines, ("store", shown(self.path))]
+        return [*lines, ("store", shown(self.path)), *self.store.notes]
 
     def __repr__(self) -> str:
         return "<dtrain.Samples>\n" + "\n".join(f"  {label:<16} {text}" for label, text in self.rows())

@@ -20,6 +20,7 @@ from dtrain.data.dataset import NamedArray, open_named
 from dtrain.data.given import split_column
 from dtrain.data.paths import locate
 from dtrain.data.read.codecs import chunk_format, has_checksums
+from dtrain.data.read.kind import at_snapshot
 from dtrain.data.read.open import remember
 from dtrain.data.read.shards import ArrayLike
 from dtrain.data.samples import Samples
@@ -39,7 +40,9 @@ def open_samples(
     Parameters
     ----------
     path : path
-        A Zarr v2 or v3 group, chunked or sharded: as xarray writes it, OME-Zarr, AnnData, or with data.dims.
+        A Zarr v2 or v3 group, chunked or sharded: as xarray writes it, OME-Zarr, AnnData, or with data.dims. In a
+        directory, behind a URL, in a zip archive, as kerchunk references (.json, .parq, .parquet), or in an icechunk
+        repository.
     inputs, targets : list of str
         Variables that the model is called with, in order, and that the loss compares with: names, or paths below the
         group.
@@ -74,8 +77,10 @@ def open_samples(
     return replace(describe(config.data, Path.cwd()), transform=config.functions.get("data.transform"))
 
 
-def describe(config: DataConfig, base: Path) -> Samples:
+def describe(config: DataConfig, base: Path, snapshot: str = "") -> Samples:
     """Describe the samples that a ``[data]`` table names; a relative path is relative to `base`.
+
+    A repository is read at a snapshot, if one is given, in place of what ``data.storage_options`` choose.
 
     Raises
     ------
@@ -88,7 +93,7 @@ def describe(config: DataConfig, base: Path) -> Samples:
             'Write the names of arrays of the group, for example inputs = ["image"].',
         )
     names = tuple(dict.fromkeys([*config.inputs, *config.targets]))
-    store = locate(str(config.path), base, config.storage_options)
+    store = locate(str(config.path), base, at_snapshot(config.storage_options, snapshot))
     arrays = open_named(store, config.group, names, config.dims)
     dims = {name: named.dims for name, named in arrays.items()}
     sizes = {dim: n for named in arrays.values() for dim, n in zip(named.dims, named.array.shape, strict=True)}
@@ -112,7 +117,7 @@ def describe(config: DataConfig, base: Path) -> Samples:
     samples = replace(samples, coordinate=coordinate_of(samples, store), split_column=split_column(samples, store))
     columns = (column for column in (samples.coordinate, samples.split_column) if not isinstance(column, str))
     paths = (variable.array_path for variable in (*variables, *(column.variable for column in columns)))
-    remember(store, config.storage_options, config.group, paths)
+    remember(store, at_snapshot(config.storage_options, store.facts.snapshot), config.group, paths)
     return samples
 
 

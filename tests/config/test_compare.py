@@ -20,6 +20,15 @@ def test_differences_name_the_key_and_both_values():
     assert differences(new, new) == []
 
 
+def test_a_version_of_a_repository_is_a_key_of_its_own():
+    old = TrainConfig(**merged(SMALLEST, {"data": {"storage_options": {"tag": "v1", "key": "a"}}}))
+    new = TrainConfig(**merged(SMALLEST, {"data": {"storage_options": {"branch": "dev", "key": "b"}}}))
+    changed = {key: (before, after) for key, before, after in differences(old, new)}
+    assert changed.pop("data.storage_options")
+    assert changed == {"data.storage_options.tag": ("v1", None), "data.storage_options.branch": (None, "dev")}
+    assert not any(may_change(key, new) for key in changed)
+
+
 MAY_CHANGE = {
     "train.rounds",
     "stop.metric",

@@ -1,4 +1,4 @@
-"""A new kind of store touches one room: this file adds zip archives, and nothing below dtrain/ is edited for it.
+"""A new kind of store touches one room: this file adds packed stores, and nothing below dtrain/ is edited for it.
 
 A kind of store is a value, `StoreKind`, and one call of `register_kind`. Another process reads the same samples as
 far as it has imported the module that registers the kind, as the last tests show.
@@ -29,7 +29,7 @@ from dtrain.errors import ChunkMissing, ChunkUndecodable, DataNotFound, InvalidC
 # The new kind -----------------------------------------------------------------------------------------------
 
 
-def open_zip(path, storage_options):
+def open_packed(path, storage_options):
     """Open an archive for reading."""
     try:
         return sync(ZipStore.open(path, mode="r"))
@@ -37,18 +37,18 @@ def open_zip(path, storage_options):
         raise InvalidConfig(f"{path}: cannot be opened: {error}", "Look at data.path.") from None
 
 
-ZIP = StoreKind(
-    matches=lambda path: path.endswith(".zip"),
-    open=open_zip,
+PACKED = StoreKind(
+    matches=lambda path: path.endswith(".pack"),
+    open=open_packed,
     facts=StoreFacts(is_local=False),
 )
 
 
 @pytest.fixture(autouse=True)
 def _registered():
-    register_kind(ZIP)
+    register_kind(PACKED)
     yield
-    KINDS.remove(ZIP)
+    KINDS.remove(PACKED)
 
 
 # Stores -----------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def pair(write_store, tmp_path):
             "y": {"dims": ("n",), "values": np.arange(ROWS), "chunks": (8,)},
         }
         folder = write_store(tmp_path / "a.zarr", arrays, zarr_format=zarr_format)
-        return folder, archive(folder, tmp_path / "a.zarr.zip", without)
+        return folder, archive(folder, tmp_path / "a.zarr.pack", without)
 
     return write
 
@@ -106,7 +106,7 @@ def test_an_archive_is_described_as_the_directory_is(pair, kind):
     folder, packed = pair(kind)
     there, here = open_xy(folder), open_xy(packed)
     assert here.fingerprint == there.fingerprint
-    assert (here.path, here.store) == (str(packed), ZIP.facts)
+    assert (here.path, here.store) == (str(packed), PACKED.facts)
     check_presence(here)
     assert content_digest(here) == {}
     assert {reader for reader, _ in UnitReader(here).readers.values()} == {"zarr"}
@@ -158,22 +158,22 @@ def test_a_chunk_that_an_archive_does_not_hold_is_named(pair, kind):
 def test_a_chunk_that_is_truncated_in_an_archive_is_named(pair, tmp_path, kind):
     folder, _ = pair(kind)
     key = chunk(kind, 2)
-    packed = archive(folder, tmp_path / "damaged.zip", damaged=[key])
+    packed = archive(folder, tmp_path / "damaged.pack", damaged=[key])
     with pytest.raises(ChunkUndecodable, match=f"chunk {key} of x cannot be decoded"):
         UnitReader(open_xy(packed)).read(Box(16, 24))
 
 
 def test_what_is_no_archive_of_a_group_is_refused(pair, tmp_path):
     folder, packed = pair("v3")
-    with pytest.raises(DataNotFound, match=r"b\.zip: no such file or directory"):
-        open_xy(tmp_path / "b.zip")
-    (tmp_path / "text.zip").write_text("no archive")
-    with pytest.raises(InvalidConfig, match=r"text\.zip: cannot be opened"):
-        open_xy(tmp_path / "text.zip")
-    with pytest.raises(NotZarr, match=r"empty\.zip is not a Zarr group"):
-        open_xy(archive(tmp_path / "nothing", tmp_path / "empty.zip"))
-    with pytest.raises(NotZarr, match=r"array\.zip is a single Zarr array"):
-        open_xy(archive(folder / "x", tmp_path / "array.zip"))
+    with pytest.raises(DataNotFound, match=r"b\.pack: no such file or directory"):
+        open_xy(tmp_path / "b.pack")
+    (tmp_path / "text.pack").write_text("no archive")
+    with pytest.raises(InvalidConfig, match=r"text\.pack: cannot be opened"):
+        open_xy(tmp_path / "text.pack")
+    with pytest.raises(NotZarr, match=r"empty\.pack is not a Zarr group"):
+        open_xy(archive(tmp_path / "nothing", tmp_path / "empty.pack"))
+    with pytest.raises(NotZarr, match=r"array\.pack is a single Zarr array"):
+        open_xy(archive(folder / "x", tmp_path / "array.pack"))
     with pytest.raises(UnknownVariable, match='variable "z" not found') as caught:
         dtrain.open_samples(packed, inputs=["z"], targets=["y"])
     assert caught.value.hint == "It has x, y."
@@ -191,7 +191,9 @@ READ = (
     "sys.stdout.write(rows.tobytes().hex())\n"
 )
 REGISTER = (
-    "from tests.rooms.test_store_kind import ZIP\nfrom dtrain.data.read.open import register_kind\nregister_kind(ZIP)\n"
+    "from tests.rooms.test_store_kind import PACKED\n"
+    "from dtrain.data.read.open import register_kind\n"
+    "register_kind(PACKED)\n"
 )
 
 

@@ -123,7 +123,7 @@ def order_bytes(plan: DataPlan, units: int, ahead: int, *, shuffle: bool) -> int
 
 
 def tables_bytes(samples: Samples, plan: DataPlan, kept: int) -> int:
-    """Return the bytes of the tables that a process has of a plan: its partitions, and a mark of each stored object.
+    """Return the bytes of the tables that a process has of a plan: partitions, marks of stored objects, where they lie.
 
     Parameters
     ----------
@@ -134,7 +134,8 @@ def tables_bytes(samples: Samples, plan: DataPlan, kept: int) -> int:
     """
     jumps = JUMP_BYTES * plan.jumps.count(" ") + len(plan.jumps)
     labels = LABEL_BYTES * plan.num_samples + RUN_BYTES * count_runs(plan.row_labels) if plan.row_labels else 0
-    return kept + CELL_BYTES * plan.num_cells + jumps + labels + 8 * sum(v.num_objects for v in samples.variables)
+    objects = 8 * sum(v.num_objects for v in samples.variables) + samples.store.kept_bytes
+    return kept + CELL_BYTES * plan.num_cells + jumps + labels + objects
 
 
 def _decoding_bytes(v: Variable, chunks: int, cut: bool, reader: str) -> int:

@@ -1,6 +1,6 @@
 """Choose who reads a variable, and say why: numcodecs, zarrs or zarr. All three give the same bits.
 
-numcodecs   decodes files of a local store in the thread that reads; the codecs that nearly all stores use
+numcodecs   decodes files of a local store or a zip archive in the thread that reads; the codecs of nearly all stores
 zarrs       reads and decodes files of a local store in Rust; the best for shards of many small chunks
 zarr        reads every store, and decodes whatever zarr knows
 """
@@ -24,6 +24,7 @@ ZARRS_CODECS = frozenset({"bytes", "blosc", "zstd", "gzip", "crc32c", "transpose
 """Codecs that zarrs is tested to decode to the same bits."""
 MANY_CHUNKS, SMALL_CHUNK_BYTES = 256, 32 << 10
 """zarrs decodes shards of at least so many chunks, each smaller than this, faster: a call from Python costs 15 us."""
+NOT_A_DIRECTORY = "the store is not a local directory"
 MIN_DENSITY = 0.5
 """Inner chunks of a shard are read in one request if they make up this share of the bytes between them."""
 
@@ -95,12 +96,14 @@ def _best_reader(variable: Variable, no_numcodecs: str, no_zarrs: str) -> tuple[
 
 
 def _numcodecs_obstacle(samples: Samples, variable: Variable) -> str:
-    return _store_obstacle(samples) or numcodecs_obstacle(variable)
+    if not (samples.store.is_local or samples.store.reads_parts):
+        return NOT_A_DIRECTORY
+    return numcodecs_obstacle(variable)
 
 
 def _zarrs_obstacle(samples: Samples, variable: Variable) -> str:
-    if obstacle := _store_obstacle(samples):
-        return obstacle
+    if not samples.store.is_local:
+        return NOT_A_DIRECTORY
     if find_spec("zarrs") is None:
         return "zarrs is not installed"
     if obstacle := zarrs_obstacle(variable):
@@ -108,10 +111,6 @@ def _zarrs_obstacle(samples: Samples, variable: Variable) -> str:
     if any(step != 1 for _, _, step in variable.select):
         return "it is read with a step"
     return "it is small" if variable.is_static else ""
-
-
-def _store_obstacle(samples: Samples) -> str:
-    return "" if samples.store.is_local else "the store is not a local directory"
 
 
 def _order_obstacle(variable: Variable) -> str:

@@ -1,4 +1,4 @@
-"""Read chunks from the files of a local store, and decode them by numcodecs in the thread that reads."""
+"""Read chunks from local files or an archive, and decode them by numcodecs in the thread that reads."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class FilesReader:
     Parameters
     ----------
     store : ReadStore
-        A local store.
+        A local store, or one that reads parts (`StoreFacts`).
     arrays : mapping of str to zarr.Array
         By variable, without an obstacle (`dtrain.data.plan.readers.numcodecs_obstacle`).
     faults : Faults
@@ -139,6 +139,8 @@ class FilesReader:
             raise self._faults.undecodable(variable, key, TRUNCATED) from error
         except OSError as error:
             raise self._unreadable(variable, key, error) from error
+        except Undecodable as error:
+            raise self._faults.undecodable(variable, key, str(error)) from error
 
     def _index(self, variable: Variable, key: str, layout: ShardLayout) -> Index | None:
         try:

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 from zarr.abc.store import Store
 
+from dtrain.config.names import VERSION_OPTIONS
 from dtrain.data.samples import StoreFacts
 from dtrain.errors import DataNotFound, DtrainError, NotZarr, did_you_mean
 
@@ -46,12 +47,30 @@ def local_path(path: str, base: Path) -> str:
     return str(located)
 
 
+def is_local_path(path: str) -> bool:
+    """Return True for a path of this machine's file system, also as a URL."""
+    return path.startswith("file://") or "://" not in path
+
+
 def not_a_group(path: str) -> DtrainError:
     """Return the error for something that is there, and is no Zarr group."""
     return NotZarr(
         f"{path} is not a Zarr group: it has none of {', '.join(METADATA_FILES)}.",
         "Give the path of a group of variables, for example as xarray writes it: dataset.to_zarr(path).",
     )
+
+
+def split_versions(storage_options: StorageOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options that choose a version of a repository, and the others."""
+    versions = {key: value for key, value in storage_options.items() if key in VERSION_OPTIONS}
+    return versions, {key: value for key, value in storage_options.items() if key not in versions}
+
+
+def at_snapshot(storage_options: StorageOptions, snapshot: str) -> StorageOptions:
+    """Return the options that open one snapshot of a repository; without one, the options as they are."""
+    if not snapshot:
+        return storage_options
+    return {**split_versions(storage_options)[1], "snapshot": snapshot}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +83,11 @@ class StoreKind:
     """Opens a store, given its located path and ``data.storage_options``; the returned store can be read at once.
 
     Raises InvalidConfig if the path or the options cannot be used. The store's own methods raise StoreForbidden or
-    StoreUnavailable where a server refuses or fails, and return None for an object that is not there.
+    StoreUnavailable where a server refuses or fails, and return None for an object that is not there. Undecodable, or
+    any other exception, is a fault of the object, which readers name.
     """
-    facts: StoreFacts
+    facts: StoreFacts | Callable[[Any], StoreFacts]
+    """The facts of all stores of the kind, or a function that returns those of an opened one."""
     locate: Callable[[str, Path], str] = local_path
     """Turns ``data.path`` and a base directory into an absolute path or a URL. Raises DataNotFound, InvalidConfig."""
     nothing_there: Callable[[str], DtrainError] = not_a_group

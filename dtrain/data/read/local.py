@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 from zarr.storage import LocalStore
 
-from dtrain.data.read.kind import METADATA_FILES, StorageOptions, StoreKind, local_path, not_a_group
+from dtrain.data.read.kind import METADATA_FILES, StorageOptions, StoreKind, is_local_path, local_path, not_a_group
 from dtrain.data.samples import StoreFacts
 from dtrain.errors import DtrainError, NotZarr
 
@@ -51,6 +51,11 @@ def read_part(path: str, scratch: Scratch, start: int, stop: int | None) -> tupl
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
     return value[:done], (facts.st_size, facts.st_mtime_ns)
+
+
+def new_buffer(size: int) -> memoryview:
+    """Return new memory (`Scratch`)."""
+    return memoryview(bytearray(size))
 
 
 def version_of(path: str) -> Version | None:
@@ -105,10 +110,6 @@ def _looking_into(folder: str) -> Iterator[Callable[[str], os.stat_result | None
             os.close(place)
 
 
-def _matches(path: str) -> bool:
-    return path.startswith("file://") or "://" not in path
-
-
 def _open(path: str, storage_options: StorageOptions) -> DirectoryStore:
     return DirectoryStore(path, read_only=True)
 
@@ -152,4 +153,6 @@ def _archive(path: str) -> DtrainError:
     return NotZarr(f"{path} is a zip archive.", f'Read it by its URL: "zip://{root}::{path}".')
 
 
-DIRECTORY = StoreKind(matches=_matches, open=_open, facts=StoreFacts(), locate=_locate, nothing_there=_nothing_there)
+DIRECTORY = StoreKind(
+    matches=is_local_path, open=_open, facts=StoreFacts(), locate=_locate, nothing_there=_nothing_there
+)

@@ -10,16 +10,19 @@ from collections.abc import Iterable
 import zarr
 
 from dtrain.data.read.documents import REMEMBERED_STORES, Documents
-from dtrain.data.read.kind import NO_OPTIONS, StorageOptions, StoreKind
+from dtrain.data.read.icechunk import ICECHUNK
+from dtrain.data.read.kerchunk import KERCHUNK
+from dtrain.data.read.kind import NO_OPTIONS, StorageOptions, StoreKind, at_snapshot
 from dtrain.data.read.local import DIRECTORY
 from dtrain.data.read.remote import FSSPEC, HTTP
 from dtrain.data.read.retry import settle
 from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import ReadStore
-from dtrain.data.samples import Samples
+from dtrain.data.read.zip import ZIP
+from dtrain.data.samples import Samples, StoreFacts
 from dtrain.errors import DataNotFound, DtrainError, NotZarr, one_line
 
-KINDS: list[StoreKind] = [DIRECTORY, HTTP, FSSPEC]
+KINDS: list[StoreKind] = [ZIP, KERCHUNK, ICECHUNK, DIRECTORY, HTTP, FSSPEC]
 """The first kind that matches a path opens it."""
 
 
@@ -36,8 +39,10 @@ def kind_of(path: str) -> StoreKind:
     return next(kind for kind in KINDS if kind.matches(path))
 
 
-def open_store(path: str, storage_options: StorageOptions = NO_OPTIONS) -> ReadStore:
+def open_store(path: str, storage_options: StorageOptions = NO_OPTIONS, facts: StoreFacts | None = None) -> ReadStore:
     """Open a store, given its located path or URL, without any metadata that this process remembers.
+
+    Its facts are looked for, unless they are given.
 
     Raises
     ------
@@ -45,7 +50,10 @@ def open_store(path: str, storage_options: StorageOptions = NO_OPTIONS) -> ReadS
         The path or the options cannot be used.
     """
     kind = kind_of(path)
-    return ReadStore(kind.open(path, storage_options), path, kind.facts)
+    store = kind.open(path, storage_options)
+    if facts is None:
+        facts = kind.facts(store) if callable(kind.facts) else kind.facts
+    return ReadStore(store, path, facts)
 
 
 # Groups and arrays --------------------------------------------------------------------------------------
@@ -69,13 +77,14 @@ def open_arrays(samples: Samples) -> tuple[ReadStore, dict[str, ArrayLike]]:
         The server refuses or fails.
     """
     config = samples.config
-    store = open_store(samples.path, config.storage_options)
-    remembered = _REMEMBERED.get(_identity(samples.path, config.storage_options))
+    options = at_snapshot(config.storage_options, samples.store.snapshot)
+    store = open_store(samples.path, options, samples.store)
+    remembered = _REMEMBERED.get(_identity(samples.path, options))
     if remembered is not None and _is_unchanged(store, remembered):
         store.documents = remembered.copy()
     group = group_in(store, config.group)
     arrays = {v.name: array_in(store, group, v.array_path) for v in samples.variables}
-    remember(store, config.storage_options, config.group, (v.array_path for v in samples.variables))
+    remember(store, options, config.group, (v.array_path for v in samples.variables))
     return store, arrays
 
 

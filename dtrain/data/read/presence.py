@@ -226,10 +226,13 @@ def _merged(runs: list[tuple[int, int]]) -> Runs:
 def _which_exist(store: ReadStore, array: ArrayLike, variable: Variable, select: Select) -> npt.NDArray[np.bool_]:
     """Return, for each stored object that a selection touches, True if it is there."""
     names = names_of(array, variable, select)
+    prefix = f"{array.path}/" if array.path else ""
+    if store.facts.has_marks:
+        marks = store.marks(prefix + name for name in names)
+        return np.fromiter((mark is not None for mark in marks), np.bool_)
     if store.facts.is_local:
         facts = facts_of(os.path.join(store.path, array.path), names)
         return np.fromiter((seen is not None and stat.S_ISREG(seen.st_mode) for seen in facts), np.bool_)
-    prefix = f"{array.path}/" if array.path else ""
     if store.facts.can_list:
         try:  # 8 bytes are kept of each key that is listed, since they may be millions
             listed = np.array(sync(_hashes(store.list_prefix(prefix))), np.int64)
@@ -260,17 +263,17 @@ async def _hashes(keys: AsyncIterator[str]) -> NumberArray[int]:
 
 
 def content_digest(samples: Samples) -> dict[str, str]:
-    """Return, by variable, a digest of the sizes of its stored objects; nothing for a store that is not local.
+    """Return, by variable, a digest of the sizes or marks of its stored objects; nothing where there are neither.
 
-    It tells a store that has been modified from one that has been copied or moved. A chunk that was overwritten by
+    It tells a store that has been modified from one that has been copied or moved. A file that was overwritten by
     another one of exactly the same size is not noticed: the times of files say nothing, since a copy has its own.
     """
     return _digests(samples)[0]
 
 
 def _digests(samples: Samples) -> tuple[dict[str, str], dict[str, Sequence[int]]]:
-    """Return, by variable, the digest of its stored objects, and which are missing; nothing if they are not local."""
-    if not samples.store.is_local:
+    """Return, by variable, the digest of its stored objects, and which are missing; nothing if there are none."""
+    if not (samples.store.is_local or samples.store.has_marks):
         return {}, {}
     store, arrays = open_arrays(samples)
     digests: dict[str, str] = {}
@@ -282,18 +285,29 @@ def _digests(samples: Samples) -> tuple[dict[str, str], dict[str, Sequence[int]]
 
 
 def _digest(store: ReadStore, array: ArrayLike, names: Iterator[str]) -> tuple[str, NumberArray[int]]:
-    """Return the digest of the sizes of some objects, and which of them are missing, by their number."""
-    prefix, folder = f"{array.path}/" if array.path else "", os.path.join(store.path, array.path)
+    """Return the digest of the sizes or marks of some objects, and which of them are missing, by their number."""
+    prefix = f"{array.path}/" if array.path else ""
     own, again = itertools.tee(names)
     missing = NumberArray("q")
 
-    def line(number: int, name: str, seen: os.stat_result | None) -> str:
-        if seen is None or not stat.S_ISREG(seen.st_mode):
+    def line(number: int, name: str, known: tuple[bool, int | str]) -> str:
+        is_there, mark = known
+        if not is_there:
             missing.append(number)
-        return f"{prefix}{name} {-1 if seen is None else seen.st_size}\n"
+        return f"{prefix}{name} {mark}\n"
 
-    lines = map(line, itertools.count(), own, facts_of(folder, again))
+    facts: Iterator[tuple[bool, int | str]]
+    if store.facts.is_local:
+        facts = map(_size_of, facts_of(os.path.join(store.path, array.path), again))
+    else:
+        facts = ((mark is not None, mark or -1) for mark in store.marks(prefix + name for name in again))
+    lines = map(line, itertools.count(), own, facts)
     digest = hashlib.sha256()
     while some := "".join(itertools.islice(lines, LINES_TOGETHER)):
         digest.update(some.encode())
     return digest.hexdigest(), missing
+
+
+def _size_of(seen: os.stat_result | None) -> tuple[bool, int]:
+    """Return True if there is a file, and its size."""
+    return seen is not None and stat.S_ISREG(seen.st_mode), -1 if seen is None else seen.st_size

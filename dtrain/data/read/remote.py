@@ -23,6 +23,8 @@ LISTING_SECONDS = 600.0
 """How long listing an array may take: a request for each thousand objects."""
 EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
 """The extra of dtrain to install, by protocol."""
+HTTP_URLS = ("http://", "https://")
+NOT_COMPARED = "chunks of remote stores are not compared"
 PROTOCOLS = (*EXTRAS, "gs", "gcs", "abfs", "az", "file", "memory")
 """A misspelt protocol is compared with these; fsspec knows more."""
 
@@ -150,8 +152,9 @@ def _open(store_class: type[RemoteStore], path: str, storage_options: StorageOpt
     return store_class(store, path, masked)
 
 
-def _locate(path: str, base: Path) -> str:
-    if urlsplit(path).password:  # paths are printed, and kept with the run
+def locate_url(path: str, base: Path) -> str:
+    """Return a URL without a slash at its end; refuse a password, since paths are printed, and kept with the run."""
+    if urlsplit(path).password:
         raise InvalidConfig(
             "data.path holds a password.", "Give credentials in the environment or in data.storage_options."
         )
@@ -165,17 +168,22 @@ def _nothing_there(path: str) -> DtrainError:
     )
 
 
+def open_url(url: str, storage_options: StorageOptions) -> RemoteStore:
+    """Open a URL; raise InvalidConfig if its protocol or the options cannot be used."""
+    return _open(HttpStore if url.startswith(HTTP_URLS) else RemoteStore, url, storage_options)
+
+
 FSSPEC = StoreKind(
     matches=lambda path: "://" in path,
-    open=partial(_open, RemoteStore),
-    facts=StoreFacts(is_local=False, read_ahead=True),
-    locate=_locate,
+    open=open_url,
+    facts=StoreFacts(is_local=False, read_ahead=True, compared=NOT_COMPARED),
+    locate=locate_url,
     nothing_there=_nothing_there,
 )
 HTTP = StoreKind(
-    matches=lambda path: path.startswith(("http://", "https://")),
-    open=partial(_open, HttpStore),
-    facts=StoreFacts(is_local=False, can_list=False, read_ahead=True),
-    locate=_locate,
+    matches=lambda path: path.startswith(HTTP_URLS),
+    open=open_url,
+    facts=StoreFacts(is_local=False, can_list=False, read_ahead=True, compared=NOT_COMPARED),
+    locate=locate_url,
     nothing_there=_nothing_there,
 )

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import os
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from zarr.core.sync import sync
 from zarr.storage import WrapperStore
 
 from dtrain.data.plan.grid import touched
-from dtrain.data.read.codecs import ends_in_blosc, is_truncated_blosc
+from dtrain.data.read.codecs import Undecodable, ends_in_blosc, is_truncated_blosc
 from dtrain.data.read.documents import Documents
 from dtrain.data.read.local import Scratch, Version, read_part, version_of
 from dtrain.data.read.shards import ArrayLike, Index, IndexCache, ShardLayout, shard_layout, view_of
@@ -112,12 +112,14 @@ class ReadStore(WrapperStore[Store]):
         """Return True if a metadata document is there, from outside of the event loop."""
         return sync(self.get(key, default_buffer_prototype())) is not None
 
-    # Files of a local store ---------------------------------------------------------------------------------
+    # Objects without zarr -----------------------------------------------------------------------------------
 
     def read_file(
         self, key: str, scratch: Scratch, start: int = 0, stop: int | None = None
     ) -> tuple[memoryview, Version] | None:
-        """Return a file of a local store or the bytes ``start:stop`` of it, and its version; None if there is no file.
+        """Return an object or the bytes ``start:stop`` of it, and its version; None if it is not there.
+
+        The store is local, or reads parts (`StoreFacts`).
 
         Parameters
         ----------
@@ -125,17 +127,34 @@ class ReadStore(WrapperStore[Store]):
         scratch : callable
             Gives a scratch buffer of so many bytes to read into.
         start, stop : int, optional
-            The part; less of it if the file ends before.
+            The part; less of it if the object ends before.
         """
-        part = read_part(os.path.join(self.path, key), scratch, start, stop)
+        inner: Any = self._store
+        if self.facts.is_local:
+            part = read_part(os.path.join(self.path, key), scratch, start, stop)
+        else:
+            part = inner.read_part(key, scratch, start, stop)
         with self._lock:
             self.requests += 1
             self.bytes_read += 0 if part is None else len(part[0])
         return part
 
     def version(self, key: str) -> Version | None:
-        """Return the version of a file of a local store; None if there is none, or the store is not local."""
-        return version_of(os.path.join(self.path, key)) if self.facts.is_local else None
+        """Return the version of an object; None if it is not there, or the store has to be asked for it."""
+        if self.facts.is_local:
+            return version_of(os.path.join(self.path, key))
+        inner: Any = self._store
+        version: Version | None = inner.version(key) if self.facts.reads_parts else None
+        return version
+
+    def marks(self, keys: Iterable[str]) -> Iterator[str | None]:
+        """Yield, for each key, a text that tells a version of the object from another; None if it is not there.
+
+        The store has marks (`StoreFacts`). It may refuse an object that cannot be read.
+        """
+        inner: Any = self._store
+        marks: Iterator[str | None] = inner.marks(keys)
+        return marks
 
     # Observations -------------------------------------------------------------------------------------------
 
@@ -190,7 +209,10 @@ class ReadStore(WrapperStore[Store]):
         with self._reading_index:  # several threads read units of one shard
             buffer = self._indices.get(key)
             if buffer is None:
-                buffer = sync(self.get(key, default_buffer_prototype(), layout.request))
+                try:
+                    buffer = sync(self.get(key, default_buffer_prototype(), layout.request))
+                except Undecodable:
+                    return None
         return None if buffer is None else layout.checked(view_of(buffer))
 
     def index_in(self, key: str, layout: ShardLayout, shard: memoryview) -> Index | None:

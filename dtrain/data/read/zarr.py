@@ -21,7 +21,7 @@ from dtrain.data.plan.missing import absence_of
 from dtrain.data.plan.readers import MIN_DENSITY
 from dtrain.data.read.codecs import ends_in_blosc, is_truncated_blosc
 from dtrain.data.read.faults import DAMAGED_INDEX, Faults, Observation
-from dtrain.data.read.local import read_part
+from dtrain.data.read.local import new_buffer, read_part
 from dtrain.data.read.rows import as_stored
 from dtrain.data.read.shards import ArrayLike, ShardLayout, dense_run, missing_chunks, shard_layout
 from dtrain.data.read.store import ReadStore, key_of, objects_of
@@ -118,7 +118,7 @@ class ZarrsReader:
             return False, True
         if not self._blosc[variable.name]:
             return False, False
-        head = read_part(os.path.join(self._store.path, key), _new_buffer, 0, 16)
+        head = read_part(os.path.join(self._store.path, key), new_buffer, 0, 16)
         return False, head is not None and is_truncated_blosc(bytes(head[0]), size)
 
     def _observe(self, selection: _Selection, before: Sequence[tuple[bool, bool]]) -> list[Observation]:
@@ -128,10 +128,6 @@ class ZarrsReader:
 
 def _selection(array: ArrayLike, layout: ShardLayout | None, variable: Variable, select: Select) -> _Selection:
     return _Selection(array, layout, variable, select, tuple(objects_of(array, variable, select)))
-
-
-def _new_buffer(size: int) -> memoryview:
-    return memoryview(bytearray(size))
 
 
 def decode(array: ArrayLike, variable: Variable, select: Select, out: Array) -> None:

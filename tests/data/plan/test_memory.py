@@ -414,3 +414,9 @@ def test_the_order_of_narrow_rows_takes_less_than_the_rows():
     samples = make_samples(30_000_000, 1_000_000, 1_000_000, split=WHOLE)  # 8 bytes a row
     budget = reading(samples, unit_rows=1_000_000, cell_rows=1_000_000).budget(kept=1, ahead=3, threads=2)
     assert budget.order <= budget.moving * budget.unit
+
+
+def test_what_a_store_keeps_of_its_objects_is_in_the_budget():
+    plan = plan_data(HUNDRED, replicas=1, seed=0)
+    zipped = replace(HUNDRED, store=StoreFacts(is_local=False, kept_bytes=12_345))
+    assert tables_bytes(zipped, plan, 0) - tables_bytes(HUNDRED, plan, 0) == 12_345
