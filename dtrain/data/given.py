@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +100,11 @@ def _group_column(samples: Samples, store: ReadStore) -> Coordinate | str:
     rows = _sizes(samples)[samples.sample_dim]
     if named.dims != (samples.sample_dim,) or named.array.shape != (rows,):
         return f"it has the dimensions {', '.join(named.dims) or 'none'} of lengths {list(named.array.shape)}"
-    return describe_column(samples.path, by, named)
+    column = describe_column(samples.path, by, named)
+    if isinstance(column, str):
+        return column
+    # in several stores, one code may stand for different categories
+    return replace(column, variable=replace(column.variable, categories=named.categories))
 
 
 def _sizes(samples: Samples) -> dict[str, int]:

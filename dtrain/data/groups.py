@@ -14,6 +14,7 @@ from dtrain.data.plan.hashing import GROUP, Hashes, Ints, hash64
 from dtrain.data.plan.labels import LABELS, LEFT_OUT, REST, Labels, as_text
 from dtrain.data.plan.splits import Runs
 from dtrain.data.samples import Coordinate, Samples
+from dtrain.data.variable import Variable
 from dtrain.errors import InvalidConfig, TooFewSamples, UnsuitableVariable
 
 PENDING = 1 << 18
@@ -25,11 +26,13 @@ class Groups:
     """The groups of a store."""
 
     keys: Hashes
-    """One for each value, ascending: integers themselves, the hash of a text."""
+    """One for each value, ascending: integers themselves, the hash of a text or of a category's name."""
     rows: Ints
     """By group: the number of its rows."""
     absent: int = 0
     """Chunks that are not stored: their rows are of the group of the fill value."""
+    are_codes: bool = False
+    """The keys are codes of categories, which may stand for others in another store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +44,9 @@ class DealtGroups:
     labels: Labels
 
     def of(self, keys: Hashes) -> Labels:
-        """Return the labels of some groups, which are all known."""
-        labels: Labels = self.labels[np.searchsorted(self.keys, keys)]
-        return labels
+        """Return the labels of some groups; one that is not known, since none of its rows is used, is left out."""
+        place = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        return np.where(self.keys[place] == keys, self.labels[place], LEFT_OUT).astype(np.uint8)
 
 
 # Dealt ----------------------------------------------------------------------------------------------------
@@ -66,7 +69,15 @@ def deal_groups(stores: Sequence[Groups], shares: Mapping[str, float], seed: int
     ------
     TooFewSamples
         There are fewer groups than splits.
+    UnsuitableVariable
+        Several stores hold codes of so many categories that their names are not compared.
     """
+    if len(stores) > 1 and any(store.are_codes for store in stores):
+        raise UnsuitableVariable(
+            "data.split.by: several stores hold categories that are too many to compare: one code may stand for "
+            "different groups.",
+            "Write the groups as texts, or as integers that mean the same in all stores.",
+        )
     keys, rows = _merged([(store.keys, store.rows) for store in stores])
     names = [name for name in ("test", "val") if shares.get(name, 0.0) > 0]
     if len(keys) <= len(names):
@@ -127,7 +138,7 @@ def count_groups(samples: Samples, absent: Runs = ()) -> Groups:
         pending += len(found)
         if pending > max(PENDING, len(known[0][0])):
             known, pending = [_merged(known)], 0
-    return Groups(*_merged(known), reader.absent)
+    return Groups(*_merged(known), reader.absent, _are_codes(reader.column.variable))
 
 
 def label_rows(samples: Samples, dealt: DealtGroups) -> str:
@@ -150,18 +161,31 @@ def _reader(samples: Samples) -> ColumnReader:
 
 def _keys(reader: ColumnReader) -> Iterator[tuple[int, Hashes]]:
     for first, values in reader.blocks():
-        yield first, _hashed(values, reader.column.variable.name)
+        yield first, _hashed(values, reader.column.variable)
 
 
-def _hashed(values: Array, name: str) -> Hashes:
+def _are_codes(variable: Variable) -> bool:
+    """Whether categories are known by their codes alone: there are very many."""
+    return variable.categories is not None and len(variable.categories.names) < variable.categories.count
+
+
+def _hashed(values: Array, variable: Variable) -> Hashes:
     """Return an integer for each value: the same one in every process and store."""
+    if variable.categories is not None and not _are_codes(variable):
+        names = np.array([*variable.categories.names, ""], object)  # the last is that of rows without a category
+        is_named = (values >= 0) & (values < variable.categories.count)
+        return _of_texts(names)[np.where(is_named, values, -1)]
     if values.dtype.kind in "iub":
         return values.astype(np.uint64 if values.dtype.kind == "u" else np.int64).view(np.uint64)
     if values.dtype.kind not in "TOU":
         raise UnsuitableVariable(
-            f'data.split.by = "{name}" has dtype {values.dtype}; groups are integers, bools or texts.',
+            f'data.split.by = "{variable.name}" has dtype {values.dtype}; groups are integers, bools or texts.',
             "Name another variable, or store each group as an integer.",
         )
+    return _of_texts(values)
+
+
+def _of_texts(values: Array) -> Hashes:
     texts, number = np.unique(values.astype(object).astype(str), return_inverse=True)
     digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts.tolist())
     hashes: Hashes = np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)[number]

@@ -185,8 +185,8 @@ class CoordinateIndex:
         size = block.stop - block.start
         if isinstance(answer, slice):
             low, high, _ = answer.indices(size)
-        elif np.ndim(answer):  # a mask: the value stands at several places
-            where = np.flatnonzero(answer)
+        elif np.ndim(answer):  # a mask or the places: the value stands at several places
+            where = np.flatnonzero(answer) if answer.dtype == bool else np.sort(answer)
             low, high = int(where[0]), int(where[-1]) + 1
             if len(where) < high - low:
                 raise self._scattered(text)
