@@ -49,7 +49,7 @@ CHOSEN = {
         ["time 2001-02-01 to 2001-03-15, 43 of 400 places"],
     ),
     "dates of Python": (
-        {"time": slice(datetime(2001, 2, 1), datetime(2001, 2, 3))},  # noqa: DTZ001
+        {"time": slice(datetime(2001, 2, 1), datetime(2001, 2, 3))},
         ["time 2001-02-01 to 2001-02-03, 3 of 400 places"],
     ),
     "dates of NumPy": (
