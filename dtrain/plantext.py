@@ -196,9 +196,9 @@ def _given_splits(plan: RunPlan, store: StorePlan) -> str:
         if name in given:
             texts.append(f"{name} {given[name]}, {count:,} samples")
         elif count:
-            share = f"a share of {shares[name]:g} of these" if plan.held_out_samples is None else "val_path"
+            share = f"a share of {shares[name]:g} of the rest" if plan.held_out_samples is None else "val_path"
             texts.append(f"{name} {share}, {count:,} samples")
-    return "; ".join(texts)
+    return f"by {given['train'].by}: {'; '.join(texts)}"
 
 
 def _unit(counts: Mapping[str, Any]) -> str:

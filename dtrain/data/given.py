@@ -49,10 +49,10 @@ class Held:
 
     def __str__(self) -> str:
         if self.groups is not None:
-            return f"{self.groups:,} group{'s' if self.groups != 1 else ''} of {self.by}"
+            return f"{self.groups:,} group{'s' if self.groups != 1 else ''}"
         shown = [first if first == last else f"{first} to {last}" for first, last in self.ranges]
         more = [f"{self.num_ranges - len(shown):,} more"] if self.num_ranges > len(shown) else []
-        return f"{self.by} {', '.join([*shown, *more])}"
+        return ", ".join([*shown, *more])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +96,7 @@ def _group_column(samples: Samples, store: ReadStore) -> Coordinate | str:
     try:
         named: NamedArray = open_named(store, config.group, (by,), config.dims)[by]
     except DtrainError as error:
-        return one_line(error)
+        return one_line(error).removeprefix(f"{samples.path}: ").removesuffix(".")
     rows = _sizes(samples)[samples.sample_dim]
     if named.dims != (samples.sample_dim,) or named.array.shape != (rows,):
         return f"it has the dimensions {', '.join(named.dims) or 'none'} of lengths {list(named.array.shape)}"
@@ -197,7 +197,7 @@ def _check_patches(samples: Samples, tiles: Labels, held: Mapping[str, Held], si
     for name, one in held.items():
         if not (tiles == LABELS.get(name, REST)).any():
             raise TooFewSamples(
-                f"{samples.path}: no patch of {size} places lies whole in {name}, which is {one}.",
+                f"{samples.path}: no patch of {size} places lies whole in {name}, which is {one.by} {one}.",
                 "Cut smaller patches, or choose a longer range.",
             )
 
@@ -254,8 +254,10 @@ def find_given(samples: Samples, seed: int, absent: Runs = ()) -> Found:
 
 def leakage_note(samples: Samples) -> str:
     """Return a sentence about shares that are drawn at random from rows along time; empty where it does not apply."""
-    config = samples.config
-    if samples.has_windows or "split" in config.model_fields_set or config.split_order != "auto":
+    config, split = samples.config, samples.config.split
+    drawn = [name for name, share in split_shares(samples).items() if share > 0]
+    is_given = bool(split.ranges or split.by or split.patches)
+    if samples.has_windows or is_given or config.split_order != "auto" or not drawn:
         return ""
     dim = samples.sample_dim
     store = locate(samples.path, Path.cwd(), config.storage_options)
@@ -264,9 +266,9 @@ def leakage_note(samples: Samples) -> str:
     if isinstance(column, str) or not _is_time(column):
         return ""
     return (
-        f"rows of {dim} that follow each other may be alike, and are drawn at random into train, val and test: the "
-        f'losses of val and test may be too good. Hold out the end instead (data.split_order = "sequential"), or '
-        f'dates: data.split = {{ test = {{ {dim} = {{ start = "..." }} }} }}'
+        f"rows of {dim} that follow each other may be alike, and are drawn at random into train and "
+        f"{' and '.join(drawn)}: losses of {' and '.join(drawn)} may be too good. Hold out the end instead "
+        f'(data.split_order = "sequential"), or dates: data.split = {{ test = {{ {dim} = {{ start = "..." }} }} }}'
     )
 
 
