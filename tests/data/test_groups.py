@@ -166,7 +166,7 @@ def test_a_group_of_rows_that_are_not_used_is_left_out(cells: Callable[..., Path
 def test_chunks_of_groups_that_are_not_stored_are_said(cells: Callable[..., Path]) -> None:
     path = cells(np.repeat(np.arange(30), 10))
     (path / "donor/c/1").unlink()
-    assert find_given(opened(path), 0).note == "1 chunks of donor are not stored, and read as their fill value"
+    assert find_given(opened(path), 0).note == "1 chunk of donor not stored: the fill value is a group"
 
 
 @pytest.mark.filterwarnings("ignore")
