@@ -16,6 +16,7 @@ from dtrain.config.schema import DataConfig
 from dtrain.config.values import cache_bytes, parse_bytes, plain_value
 from dtrain.data.coordinate import find_gaps
 from dtrain.data.encoding import Scaling
+from dtrain.data.given import find_given
 from dtrain.data.load.loader import Loader
 from dtrain.data.load.statistics import partition_moments, scalings_of
 from dtrain.data.plan.footprint import tables_bytes
@@ -200,7 +201,9 @@ def _read_by(samples: Samples, reader: str | None) -> Samples:
 
 def _plan(samples: Samples, replicas: int, seed: int) -> DataPlan:
     absent = absent_rows(samples) if samples.config.missing == "skip" else ()
-    plan = plan_data(samples, replicas=replicas, seed=seed, absent=absent, jumps=find_gaps(samples).jumps)
+    given = find_given(samples, seed, absent).splits
+    jumps = find_gaps(samples).jumps
+    plan = plan_data(samples, replicas=replicas, seed=seed, absent=absent, jumps=jumps, given=given)
     return values_counted(samples, plan)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dtrain.config.functions import Function, described, name_of
-from dtrain.config.schema import DataConfig, SplitConfig, TrainConfig
+from dtrain.config.schema import DataConfig, TrainConfig
+from dtrain.config.split import SplitConfig
 from dtrain.data.paths import identity
 from dtrain.data.samples import Samples, not_samples
 from dtrain.errors import InvalidConfig

@@ -120,7 +120,7 @@ AGREED = ("normalize", "transform")
 def as_trained(samples: Samples, config: DataConfig, *, own: bool) -> Samples:
     """Return samples as the model of a run takes them: keys of ``[data]`` that they leave out are the run's.
 
-    Another store than the run's `own` is not cut by the run's ``isel``.
+    Another store than the run's `own` is not cut by the run's ``isel`` and ``sel``.
 
     Raises
     ------
@@ -135,7 +135,7 @@ def as_trained(samples: Samples, config: DataConfig, *, own: bool) -> Samples:
                 f"{plain(getattr(config, key))}.",
                 f"Leave {key} out of open_samples: the run's is used.",
             )
-    kept = {*given, *AS_OPENED, *(() if own else ("isel",))} - {*OF_THE_RUN}
+    kept = {*given, *AS_OPENED, *(() if own else ("isel", "sel"))} - {*OF_THE_RUN}
     return described_with(samples, {k: getattr(config, k) for k in DataConfig.model_fields if k not in kept})
 
 
@@ -208,7 +208,7 @@ def check_names(config: TrainConfig) -> None:
     """Refuse names that torch or the run does not know, before anything is started."""
     if config.average.outer is not None:
         outer_optimizer(config.average.outer)
-    check_metric(config, has_validation=config.data.split.val > 0 or bool(config.data.val_path))
+    check_metric(config, has_validation=config.data.split.holds_out("val") or bool(config.data.val_path))
     if not FUNCTION.match(config.train.optimizer):
         optimizer_named(config.train.optimizer)
 

@@ -13,6 +13,7 @@ from dtrain.algorithm.cadence import Costs
 from dtrain.algorithm.plan import pass_size, samples_a_round, steps_a_round
 from dtrain.algorithm.traffic import Traffic, traffic
 from dtrain.config.values import value_of
+from dtrain.data.given import SHARES, Found, leakage_note
 from dtrain.data.plan.footprint import format_bytes
 from dtrain.data.plan.missing import absence_of, stands_for
 from dtrain.data.plan.partition import JointPlan, eval_partitions
@@ -50,6 +51,10 @@ class StorePlan:
     """By variable: the reader, and why it is taken."""
     gaps: str
     """What its coordinate says about jumps; empty if samples have no windows."""
+    given: Found = SHARES
+    """Its splits that are given by coordinate or by group."""
+    leakage: str = ""
+    """Why its splits may leak, if they may."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,14 +160,16 @@ def plan_job(job: Job, *, full: bool = False, client: Client | None = None) -> R
     train, plan = job.config.train, resolved.plan
     sizes = [pass_size(size, train) for size in plan.sizes]
     steps = tuple(steps_a_round(size, train) for size in sizes)
-    stores = tuple(
+    stores = tuple(  # the last of the gaps may be those of data.val_path
         StorePlan(
             source=source,
             counts=describe_plan(source.samples, source.plan),
             readers=choose_readers(source.samples, job.config.data.reader),
             gaps=gaps,
+            given=given,
+            leakage="" if source.workers else leakage_note(source.samples),
         )
-        for source, gaps in zip(sources, resolved.gaps, strict=False)  # the last may be of data.val_path
+        for source, gaps, given in zip(sources, resolved.gaps, resolved.given, strict=False)
     )
     return RunPlan(
         data=plan,
@@ -231,6 +238,8 @@ def _choices(job: Job, stores: tuple[StorePlan, ...], resolved: Resolved, worker
         "cluster.workers": Choice(workers, _cores(config.cluster.threads)),
         "run.commit_every": Choice("as measured", "on evaluated rounds; commits take about 2 % of the time"),
     }
+    if first.given.held and source.plan.val + source.plan.test == 0:  # nothing is drawn
+        del chosen["data.split_order"]
     if config.cluster.scheduler != "local":
         del chosen["cluster.workers"]
     return {key: choice for key, choice in chosen.items() if value_of(config, key) == "auto"}

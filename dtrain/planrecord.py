@@ -9,7 +9,7 @@ from dtrain.algorithm.cadence import TARGET_SHARE, pays_from, recommended, table
 from dtrain.data.categories import categories_of
 from dtrain.data.plan.memory import MemoryBudget
 from dtrain.data.plan.missing import absence_of
-from dtrain.planning import RunPlan
+from dtrain.planning import RunPlan, StorePlan
 from dtrain.runtime.spec import PlannedSource
 
 MOST_NAMES = 100
@@ -53,6 +53,9 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
         },
         "notes": dict(first.source.samples.store.notes),
         "readers": {name: reader for name, (reader, _) in first.readers.items()},
+        "chosen": {one.dim: asdict(one) for one in first.source.samples.chosen},
+        "splits": splits_record(first),
+        "leakage": first.leakage,
         "gaps": first.gaps,
         "held_out_gaps": plan.held_out_gaps,
         "resolved": {key: {"value": value, "why": why} for key, (value, why) in plan.choices.items()},
@@ -65,6 +68,7 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
                 "path": store.source.samples.path,
                 "workers": list(store.source.workers),
                 **store.counts,
+                "splits": splits_record(store),
                 "gaps": store.gaps,
                 "absent_chunks": absent_record(store.source),
                 "notes": dict(store.source.samples.store.notes),
@@ -74,6 +78,16 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
     if plan.held_out is not None:
         record["held_out_absent_chunks"] = absent_record(plan.held_out)
     return record
+
+
+def splits_record(store: StorePlan) -> dict[str, dict[str, Any]]:
+    """Return, by split, what it holds of the coordinate or variable that splits are given by; nothing for shares."""
+    samples = {
+        "train": sum(store.counts["partition_samples"]),
+        "val": store.counts["val_samples"],
+        "test": store.counts["test_samples"],
+    }
+    return {name: {**asdict(held), "samples": samples[name]} for name, held in store.given.held.items()}
 
 
 def probe_record(plan: RunPlan) -> dict[str, Any] | None:

@@ -131,6 +131,8 @@ def _store_rows(job: Job, plan: RunPlan, store: StorePlan) -> list[tuple[str, st
             + (f", cut into {counts['cells']:,} cells of {counts['cell_rows']:,}" if shared > 1 else ""),
         ),
         ("splits", _splits(plan, store)),
+        *([("groups", store.given.note)] if store.given.note else []),
+        *([("leakage", store.leakage)] if store.leakage else []),
         *([("gaps", store.gaps)] if store.gaps else []),
         ("partitions", f"{len(sizes)} of {_range(sizes)} samples, {job.config.data.partition}"),
         (
@@ -163,15 +165,40 @@ def _seconds(seconds: float) -> str:
 
 def _splits(plan: RunPlan, store: StorePlan) -> str:
     counts = store.counts
-    val = f"{counts['val_samples']:,}" if plan.held_out_samples is None else f"{plan.held_out_samples:,} of val_path"
-    text = f"train {sum(counts['partition_samples']):,}, val {val}, test {counts['test_samples']:,} samples"
     reasons = {
         "split": "whose window leaves its split",
         "gaps": f"whose window crosses a jump of {store.source.samples.sample_dim}",
         "missing": "near a missing chunk",
+        "left_out": "beside a split that is given",
     }
     dropped = [f"{count:,} {reasons[why]}" for why, count in counts["dropped"].items() if count]
+    text = _given_splits(plan, store) if store.given.held else _shares(plan, store)
     return text + _held_whole(store) + (f"; dropped: {', '.join(dropped)}" if dropped else "")
+
+
+def _shares(plan: RunPlan, store: StorePlan) -> str:
+    counts = store.counts
+    val = f"{counts['val_samples']:,}" if plan.held_out_samples is None else f"{plan.held_out_samples:,} of val_path"
+    return f"train {sum(counts['partition_samples']):,}, val {val}, test {counts['test_samples']:,} samples"
+
+
+def _given_splits(plan: RunPlan, store: StorePlan) -> str:
+    """Return what each split holds, in the words of the coordinate or variable that it is given by."""
+    counts, given = store.counts, store.given.held
+    samples = {
+        "train": sum(counts["partition_samples"]),
+        "val": counts["val_samples"] if plan.held_out_samples is None else plan.held_out_samples,
+        "test": counts["test_samples"],
+    }
+    shares = {"val": store.source.plan.val, "test": store.source.plan.test}
+    texts = []
+    for name, count in samples.items():
+        if name in given:
+            texts.append(f"{name} {given[name]}, {count:,} samples")
+        elif count:
+            share = f"a share of {shares[name]:g} of the rest" if plan.held_out_samples is None else "val_path"
+            texts.append(f"{name} {share}, {count:,} samples")
+    return f"by {given['train'].by}: {'; '.join(texts)}"
 
 
 def _unit(counts: Mapping[str, Any]) -> str:

@@ -20,10 +20,13 @@ from dtrain.data.categories import categories_from, categories_of, categories_ta
 from dtrain.data.coordinate import Gaps, find_gaps
 from dtrain.data.encoding import Scaling
 from dtrain.data.genes import check_genes, genes_of
+from dtrain.data.given import SHARES, Found, find_ranges, found_groups, split_shares
+from dtrain.data.groups import count_groups, deal_groups
 from dtrain.data.paths import identity
 from dtrain.data.plan.anchors import count_samples
 from dtrain.data.plan.blocks import BlockAxis
 from dtrain.data.plan.evaluation import StoreOfRun
+from dtrain.data.plan.labels import GivenSplits
 from dtrain.data.plan.missing import AbsentChunks, absence_of
 from dtrain.data.plan.partition import JointPlan, count_units, plan_data, plan_held_out
 from dtrain.data.plan.splits import Runs
@@ -70,6 +73,8 @@ class Resolved:
     """What the identities cover (`dtrain.runtime.codetext.CODE_RULES`)."""
     gaps: tuple[str, ...] = ()
     """By store: what `plan` says about jumps of its coordinate; only at the first start."""
+    given: tuple[Found, ...] = ()
+    """By store of ``data.path``: its splits that are given by coordinate or by group; only at the first start."""
     eval_every: int = 1
     """Rounds between evaluations."""
     labels: MissingLabels = "nan"
@@ -128,7 +133,12 @@ def resolve(job: Job, place: Place) -> Resolved:
     for source in job.all_sources:
         check_categories(source.described, categories)
     gaps = tuple(_gaps(source, place) for source in job.all_sources)
-    plans = tuple(_plan(source, found.jumps, job, place) for source, found in zip(job.sources, gaps, strict=False))
+    absent = tuple(absent_rows_of(source, place) for source in job.sources)
+    given = _given(job, place, absent)
+    plans = tuple(
+        _plan(source, job, place, absent=rows, jumps=found.jumps, given=splits.splits)
+        for source, rows, found, splits in zip(job.sources, absent, gaps, given, strict=False)
+    )
     held_out = _held_out(job, gaps[-1].jumps, place, plans[0])
     device, plan = _device(job, place), JointPlan(plans)
     check_reduce(job.config.average, plan.replicas)
@@ -142,6 +152,7 @@ def resolve(job: Job, place: Place) -> Resolved:
         code=job.code,
         code_rules=CODE_RULES,
         gaps=tuple(found.text for found in gaps),
+        given=given,
         labels=missing_labels(job.config.train),
         eval_every=_eval_every(job, plan, held_out),
         categories=categories,
@@ -216,14 +227,30 @@ def _held_out(job: Job, jumps: str, place: Place, like: DataPlan) -> DataPlan | 
     return _counted(job.held_out, plan, place)
 
 
-def _plan(source: Source, jumps: str, job: Job, place: Place) -> DataPlan:
+def _given(job: Job, place: Place, absent: tuple[Runs, ...]) -> tuple[Found, ...]:
+    """Find the splits that are given by coordinate or by group; groups of one value in several stores are one."""
+    samples, pairs = job.samples, list(zip(job.sources, absent, strict=True))
+    if not samples.config.split.by:
+        return tuple(
+            place.call(source, partial(find_ranges, source.described)) if samples.config.split.ranges else SHARES
+            for source in job.sources
+        )
+    groups = [place.call(source, partial(count_groups, source.described, rows)) for source, rows in pairs]
+    dealt = deal_groups(groups, split_shares(samples), job.config.train.seed)
+    return tuple(
+        place.call(source, partial(found_groups, source.described, dealt, own))
+        for source, own in zip(job.sources, groups, strict=True)
+    )
+
+
+def _plan(source: Source, job: Job, place: Place, *, absent: Runs, jumps: str, given: GivenSplits) -> DataPlan:
     wanted, samples = job.config.average.replicas, source.described
     if source.replicas is not None:
         replicas = source.replicas
     else:
         replicas = min(place.num_workers, count_units(samples)) if wanted == "auto" else wanted
-    seed, absent = job.config.train.seed, absent_rows_of(source, place)
-    plan = plan_data(samples, replicas=replicas, seed=seed, absent=absent, jumps=jumps)
+    seed = job.config.train.seed
+    plan = plan_data(samples, replicas=replicas, seed=seed, absent=absent, jumps=jumps, given=given)
     return _counted(source, plan, place)
 
 

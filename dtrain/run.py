@@ -22,9 +22,12 @@ from dtrain.config.files import with_setting
 from dtrain.config.functions import METRICS, Function
 from dtrain.config.schema import TrainConfig
 from dtrain.data.coordinate import find_gaps
-from dtrain.data.plan.evaluation import plan_evaluation
+from dtrain.data.given import find_given
+from dtrain.data.plan.evaluation import StoreOfRun, plan_evaluation
+from dtrain.data.plan.labels import BY_SHARE, GivenSplits
 from dtrain.data.plan.partition import JointPlan
 from dtrain.data.plan.splits import SplitName
+from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.units import values_counted
 from dtrain.data.samples import Samples, not_samples
 from dtrain.data.source import describe
@@ -241,17 +244,18 @@ class Run:
             raise not_samples(samples)
         known, store = self.resolved, own_stores(self.config.data, self.base).find(samples)
         given = samples.config
-        if store != "held_out" and "split" in given.model_fields_set and not getattr(given.split, split, 1):
+        is_given = store != "held_out" and "split" in given.model_fields_set
+        if is_given and split != "all" and not given.split.holds_out(split):
             raise TooFewSamples(
                 f'The split "{split}" holds no samples: they were opened with data.split.{split} = 0.',
                 "Leave split out of open_samples: the run's is used. Or evaluate all of them (split all).",
             )
         samples = as_trained(samples, self.config.data, own=store is not None)
-        plan, cut = plan_evaluation(
-            samples, split, known.plan.plans, known.held_out, store, jumps=find_gaps(samples).jumps
-        )
-        plans = JointPlan((values_counted(samples, plan),))
-        known = replace(known, plan=plans, held_out=None, contents=(), filled=None, snapshots=())
+        plans, jumps = known.plan.plans, find_gaps(samples).jumps
+        splits = BY_SHARE if split == "all" or store == "held_out" else _given_splits(samples, plans, store)
+        plan, cut = plan_evaluation(samples, split, plans, known.held_out, store, jumps=jumps, given=splits)
+        joint = JointPlan((values_counted(samples, plan),))
+        known = replace(known, plan=joint, held_out=None, contents=(), filled=None, snapshots=())
         return self._job((source_of(samples),), None, samples.transform), known, cut
 
     def _job(self, sources: tuple[Source, ...], held_out: Source | None, transform: Function | None = None) -> Job:
@@ -306,6 +310,14 @@ EVALUATED = ("model", "train.loss", METRICS, "data.transform")
 """Keys of the functions that an evaluation calls."""
 NOT_EVALUATED = {"optimizer": "sgd", "schedule": "constant"}
 """Keys of ``[train]`` that play no part in an evaluation: their functions need not be there."""
+
+
+def _given_splits(samples: Samples, plans: tuple[DataPlan, ...], store: StoreOfRun) -> GivenSplits:
+    """Return the splits that ``data.split`` gives in samples; of groups, where they may be a copy of the run's."""
+    like = next((plan for plan in plans if plan.num_samples == samples.num_samples), None)
+    if samples.config.split.by and (store is not None or like is None):
+        return BY_SHARE
+    return find_given(samples, plans[0].seed, like.absent if like is not None else ()).splits
 
 
 def _check_split(split: str) -> None:

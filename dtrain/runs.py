@@ -20,6 +20,7 @@ EVALUATION_KEYS = ("storage_options", "memory", "cache", "reader", "missing", "n
 """Keys of ``[data]`` that do not make a run another one."""
 VIEW_KEYS = (
     "isel",
+    "sel",
     "dims",
     "group",
     "inputs",

@@ -18,7 +18,7 @@ from torch import nn
 import dtrain
 from dtrain.algorithm.params import flatten, layout_of, params_sha256
 from dtrain.calls import job_from_python
-from dtrain.config.schema import SplitConfig
+from dtrain.config.split import SplitConfig
 from dtrain.data.plan.splits import SplitName
 from dtrain.data.samples import Samples
 from dtrain.directory import find_run, next_run_directory, run_directory

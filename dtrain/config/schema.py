@@ -24,8 +24,9 @@ from dtrain.config.average import AverageConfig, check_average
 from dtrain.config.faults import sentences
 from dtrain.config.functions import Function, Given, take_functions
 from dtrain.config.names import FUNCTION, LOSSES, METRICS, SCHEDULES, metric_key
-from dtrain.config.slices import Offsets, Selector, Slice
-from dtrain.config.table import Bool, Float, Natural, NonNegative, Positive, Share, Table, without_sgd_defaults
+from dtrain.config.slices import LabelSelector, Offsets, Selector, Slice
+from dtrain.config.split import SplitConfig
+from dtrain.config.table import Bool, Float, Natural, NonNegative, Positive, Table, without_sgd_defaults
 from dtrain.config.unbuilt import refuse_unbuilt
 from dtrain.config.values import cache_bytes, parse_bytes, plain_value, value_of
 from dtrain.errors import InvalidConfig, did_you_mean
@@ -48,20 +49,6 @@ class Store(Table):
     replicas: Positive = 1
 
 
-class SplitConfig(Table):
-    """Shares of the data held out for validation and test."""
-
-    val: Share = 0.1
-    test: Share = 0.1
-    patches: Bool = False
-
-    @model_validator(mode="after")
-    def _leaves_something(self) -> Self:
-        if self.val + self.test >= 1:
-            raise ValueError(f"val + test = {self.val + self.test:g} leaves nothing to train on; they must sum to < 1")
-        return self
-
-
 class DataConfig(Table):
     """``[data]``: the samples, their split and their partitions."""
 
@@ -80,12 +67,21 @@ class DataConfig(Table):
             raise ValueError("split.patches = true cuts splits by patch, and data.patch names no dimension to cut")
         return self
 
+    @model_validator(mode="after")
+    def _says_once(self) -> Self:
+        if twice := [dim for dim in self.sel if dim in self.isel]:
+            raise ValueError(f"{twice[0]} is in sel, by coordinate, and in isel, by index; give one of them")
+        if self.val_path and "val" in self.split.ranges:
+            raise ValueError("split.val is a range, and val_path a store for validation; give one of them")
+        return self
+
     path: str | tuple[Store, ...] = ""
     inputs: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     storage_options: dict[str, Any] = Field(default={}, repr=False)
     group: str = ""
     isel: dict[str, Selector] = {}
+    sel: dict[str, LabelSelector] = {}
     dims: dict[str, tuple[str, ...]] = {}
     sample_dim: str = "auto"
     input_offsets: Offsets = 0

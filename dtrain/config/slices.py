@@ -1,12 +1,13 @@
-"""What selects places of a dimension in the configuration: indices, slices, lists of indices."""
+"""What selects places of a dimension in the configuration: by index (``isel``), or by coordinate (``sel``)."""
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, PrivateAttr
 
-from dtrain.config.table import FROZEN, Int, Positive
+from dtrain.config.table import FROZEN, Finite, Int, Positive
 from dtrain.config.values import plain_value
 
 
@@ -23,7 +24,7 @@ class Slice(BaseModel):
 def _sequence(given: Any) -> Any:
     """Return a range or a one-dimensional array of Python as a list, anything else as it is."""
     is_array = type(given).__module__ == "numpy" and getattr(given, "ndim", None) == 1
-    return list(given) if isinstance(given, range) else given.tolist() if is_array else given
+    return plain_value(list(given)) if isinstance(given, range) or is_array else given
 
 
 class DimSlice(BaseModel):
@@ -42,11 +43,16 @@ class DimSlice(BaseModel):
         return self._listed
 
 
+def _table(given: slice) -> dict[str, Any]:
+    """Return a slice of Python as a table."""
+    named = {"start": given.start, "stop": given.stop, "step": given.step}
+    return {key: plain_value(value) for key, value in named.items() if value is not None}
+
+
 def _selector(given: Any) -> Any:
     """Return a slice as a table of `DimSlice`, and a list of indices as a `DimSlice`; anything else as it is."""
     if isinstance(given, slice):
-        named = {"start": given.start, "stop": given.stop, "step": given.step}
-        return {key: plain_value(value) for key, value in named.items() if value is not None}
+        return _table(given)
     indices = _sequence(given)
     return _slice_of_indices(list(indices)) if isinstance(indices, list | tuple) else given
 
@@ -64,7 +70,39 @@ def _slice_of_indices(indices: list[Any]) -> DimSlice:
     return selected
 
 
+# By coordinate --------------------------------------------------------------------------------------------
+
+
+def _label(given: Any) -> Any:
+    """Return a date as text: a whole day, or exactly a time; anything else as it is."""
+    is_date = isinstance(given, date) or (hasattr(given, "calendar") and hasattr(given, "isoformat"))  # or of cftime
+    return given.isoformat() if is_date else given
+
+
+Label = Annotated[str | Int | Finite, BeforeValidator(_label)]
+"""A value of a coordinate. Dates are texts, of which pandas understands parts: ``2017``, ``2017-06``."""
+
+
+class LabelSlice(BaseModel):
+    """``{ start, stop, step }`` of a dimension, by values of its coordinate: both ends are included, as in xarray."""
+
+    model_config = FROZEN
+
+    start: Label | None = None
+    stop: Label | None = None
+    step: Positive = 1
+
+
+def _labels(given: Any) -> Any:
+    """Return a slice as a table of `LabelSlice`, a range or an array as a list, and a date as text."""
+    return _table(given) if isinstance(given, slice) else _label(_sequence(given))
+
+
 Offsets = Annotated[Int | tuple[Int, ...] | Slice, BeforeValidator(_sequence)]
 """Whole numbers along one dimension: one, several, or a slice."""
 Selector = Annotated[Int | DimSlice, BeforeValidator(_selector)]
 """One index of a dimension, or a slice of it."""
+LabelSelector = Annotated[str | Int | Finite | tuple[Label, ...] | LabelSlice, BeforeValidator(_labels)]
+"""A value of a dimension's coordinate, several values, or a slice."""
+LabelRange = Annotated[str | Int | Finite | LabelSlice, BeforeValidator(_labels)]
+"""A value of a coordinate, or a slice: rows that belong together."""

@@ -24,7 +24,7 @@ TO_PLAIN: TypeAdapter[Any] = TypeAdapter(Any, config=ConfigDict(ser_json_inf_nan
 
 
 def plain_value(value: Any) -> Any:
-    """Return a value that comes from Python in plain types: NumPy scalars as numbers, paths as text.
+    """Return a value that comes from Python in plain types: NumPy scalars as numbers and times, paths as text.
 
     Values of other types stay as they are: the schema refuses them by name.
 
@@ -39,6 +39,9 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     is_scalar = type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0
+    if is_scalar and value.dtype.kind == "M":
+        exact = value.astype("M8[us]")  # Python's datetime knows no nanoseconds
+        return exact.item() if exact == value else str(value)
     return value.item() if is_scalar else value
 
 

@@ -100,7 +100,8 @@ def texts_of(name: str, values: Array, attributes: Attributes) -> list[str]:
     if decoded.dtype.kind == "M":
         times = np.datetime_as_string(decoded, unit="ms").tolist()
         return [text.replace("T", " ").removesuffix(".000").removesuffix(" 00:00:00") for text in times]
-    return [str(value) for value in (decoded if decoded.dtype.kind == "m" else decoded.tolist())]
+    texts = [str(value) for value in (decoded if decoded.dtype.kind in "mf" else decoded.tolist())]
+    return [text.removesuffix(" 00:00:00") for text in texts] if decoded.dtype.kind == "O" else texts
 
 
 def step_text(step: float, dtype: DType, attributes: Attributes) -> str:

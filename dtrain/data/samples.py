@@ -67,11 +67,34 @@ class StoreFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coordinate:
-    """The 1-D coordinate of the sample dimension: it says which rows are neighbours."""
+    """An array of one dimension beside the variables, mostly the coordinate of a dimension."""
 
     variable: Variable
     attributes: Mapping[str, object]
     """CF attributes that say what its values mean."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """What ``data.sel`` chooses of a dimension."""
+
+    dim: str
+    first: str
+    """The first value of the coordinate, in its own words."""
+    last: str
+    start: int
+    stop: int
+    step: int
+    of: int
+    """Length of the dimension."""
+    is_dropped: bool
+    """True for a single value: samples do not have the dimension."""
+
+    def __str__(self) -> str:
+        if self.is_dropped:
+            return f"{self.dim} {self.first}"
+        count = len(range(self.start, self.stop, self.step))
+        return f"{self.dim} {self.first} to {self.last}, {count:,} of {self.of:,} places"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +136,11 @@ class Samples:
     coordinate: Coordinate | str = ""
     """Read to find jumps, if windows must not cross them; or why it cannot be; empty if it need not be. Not part of the
     fingerprint."""
+    split_column: Coordinate | str = ""
+    """What splits are given by: the coordinate of a dimension, or the variable of groups; or why it cannot be read;
+    empty if splits are shares. Not part of the fingerprint."""
+    chosen: tuple[Chosen, ...] = ()
+    """What ``data.sel`` chooses. Not part of the fingerprint: the selection of each variable is."""
 
     @property
     def row_bytes(self) -> int:
@@ -232,6 +260,7 @@ class Samples:
     def rows(self) -> list[tuple[str, str]]:
         """Return label and text of each line of the printed table."""
         lines = [("rows", f"{self.num_samples - self.first_row:,} along {self.sample_dim}")]
+        lines += [("chosen", str(chosen)) for chosen in self.chosen]
         for role, names in (("input", self.config.inputs), ("target", self.config.targets)):
             for name in names:
                 v = self.variable(name)

@@ -14,8 +14,10 @@ import numpy as np
 
 from dtrain.config.schema import DataConfig
 from dtrain.data.cf import encoding_of, float_encoding
+from dtrain.data.choose import choose_dims
 from dtrain.data.coordinate import coordinate_of
 from dtrain.data.dataset import NamedArray, open_named
+from dtrain.data.given import split_column
 from dtrain.data.layouts.stored import Matrix
 from dtrain.data.matrix import check_order, check_sparse, rows_together
 from dtrain.data.paths import locate
@@ -35,7 +37,7 @@ MOST_CHUNKS = 10**8
 def open_samples(
     path: str | Path, *, inputs: list[str] | tuple[str, ...], targets: list[str] | tuple[str, ...], **data: Any
 ) -> Samples:
-    """Describe the samples of a Zarr group. Reads metadata only, and the names of categories.
+    """Describe the samples of a Zarr group. Reads metadata only, names of categories, and coordinates of ``sel``.
 
     Parameters
     ----------
@@ -48,7 +50,7 @@ def open_samples(
         group.
     **data
         The other keys of the table ``[data]``, for example ``split=dict(val=0.2, test=0.0)``,
-        ``isel=dict(time=slice(0, 500), level=3)`` or ``transform=augment``, a function of a batch and a
+        ``sel=dict(time=slice("2000", "2017"), level=850)`` or ``transform=augment``, a function of a batch and a
         `torch.Generator`.
 
     Returns
@@ -98,7 +100,8 @@ def describe(config: DataConfig, base: Path, snapshot: str = "") -> Samples:
     dims = {name: named.dims for name, named in arrays.items()}
     sizes = {dim: n for named in arrays.values() for dim, n in zip(named.dims, named.shape, strict=True)}
     along = sample_dim(config, dims)
-    selected = select_dims(config, sizes, along)
+    by_coordinate, chosen = choose_dims(config, store, arrays, along) if config.sel else ({}, ())
+    selected = select_dims(config, sizes, along) | by_coordinate
     selected |= {named.dims[axis]: ((0, 1, 1), True) for named in arrays.values() for axis in named.dropped}
     variables = tuple(_variable(store.path, name, arrays[name], along, selected, config) for name in names)
     check_sparse(store.path, config, variables)
@@ -112,10 +115,12 @@ def describe(config: DataConfig, base: Path, snapshot: str = "") -> Samples:
         variables=variables,
         tiles=tiles(config, variables, along),
         store=store.facts,
+        chosen=chosen,
     ).labelled("ignored")
-    samples = replace(samples, coordinate=coordinate_of(samples, store))
-    also = () if isinstance(samples.coordinate, str) else (samples.coordinate.variable,)
-    paths = (array.array_path for variable in (*variables, *also) for array in variable.arrays)
+    samples = replace(samples, coordinate=coordinate_of(samples, store), split_column=split_column(samples, store))
+    columns = (column for column in (samples.coordinate, samples.split_column) if not isinstance(column, str))
+    stored = (*variables, *(column.variable for column in columns))
+    paths = (array.array_path for variable in stored for array in variable.arrays)
     remember(store, at_snapshot(config.storage_options, store.facts.snapshot), config.group, paths)
     return samples
 

@@ -28,6 +28,7 @@ targets = ["label"]                # required
 storage_options = {}
 group = ""
 isel = {}
+sel = {}
 dims = {}
 sample_dim = "auto"
 input_offsets = 0
@@ -167,7 +168,7 @@ def test_the_tables_of_the_contract_are_the_whole_schema():
     uncommented = "\n".join(line[2:] if line.startswith("# ") else line for line in CONTRACT.splitlines())
     named = set(keys(without_optional_tables(tomllib.loads(uncommented))))
     named = {"cluster.tls" if key.startswith("cluster.tls.") else key for key in named}
-    elsewhere = {"average.outer", "average.codec", "data.split.patches"}
+    elsewhere = {"average.outer", "average.codec", "data.split.patches", "data.split.gap", "data.split.by"}
     assert named == {key for key, _ in flat_values(TrainConfig())} - elsewhere
 
 

@@ -15,6 +15,7 @@ import pytest
 import xarray as xr
 
 import dtrain
+from dtrain.data import column
 from dtrain.data import coordinate as module
 from dtrain.data.coordinate import find_gaps
 from dtrain.data.load.statistics import partition_moments
@@ -225,7 +226,7 @@ STORED = {
 def test_coordinates_of_every_dtype_and_layout(timed, kind, block):
     described = dict(STORED[kind])
     values, attributes = described.pop("values"), described.pop("attributes", None)
-    with mock.patch.object(module, "BLOCK_ROWS", block), mock.patch.object(module, "KEPT_STEPS", block):
+    with mock.patch.object(column, "BLOCK_ROWS", block), mock.patch.object(module, "KEPT_STEPS", block):
         assert jumps(timed(values, attributes, **described)) == [100]
 
 

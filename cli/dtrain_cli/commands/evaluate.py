@@ -68,8 +68,8 @@ def evaluate(
             samples, split=chosen, round="last" if round is None else round, cluster=cluster
         )
     record = {"event": "eval", "run": shown(opened.directory), "round": number, "split": chosen, "samples": count}
-    if samples is not None and samples.config.isel:
-        record["isel"] = samples.config.model_dump(mode="json")["isel"]
+    chosen_by = {} if samples is None else samples.config.model_dump(mode="json", include={"isel", "sel"})
+    record |= {key: table for key, table in chosen_by.items() if table}
     rows = [("run", f"{shown(opened.directory)} round {number}"), ("split", f"{chosen}, {count:,} samples")]
     rows += [(name, f"{value:.6g}") for name, value in means.items()]
     result(options, table(rows), {**record, **{k: v if math.isfinite(v) else None for k, v in means.items()}})
@@ -89,9 +89,10 @@ def _notes(run: Run, samples: Samples | None, data: str | None, split: SplitName
     store = own_stores(run.config.data, run.base).find(samples)
     if isinstance(store, int) and split == "all":
         yield f"{data} is the run's own store: all of it includes the rows that the run was trained on."
-    selected = samples.config.isel
-    if store is None and selected and selected == run.config.data.isel:
-        yield (
-            f"data.isel = {plain(selected)} of the run selects from {data} too; --set data.isel={{}} takes all of it, "
-            "or name another selection."
-        )
+    for key in ("isel", "sel"):
+        selected = getattr(samples.config, key)
+        if store is None and selected and selected == getattr(run.config.data, key):
+            yield (
+                f"data.{key} = {plain(selected)} of the run selects from {data} too; --set data.{key}={{}} takes all "
+                "of it, or name another selection."
+            )

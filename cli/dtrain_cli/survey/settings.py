@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dtrain.config.schema import SplitConfig
+from dtrain.config.split import SplitConfig
 from dtrain.data.plan.partition import plan_data
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import Samples

@@ -115,8 +115,8 @@ class SlotTable:
         tile, plan = None, self._partition.plan
         if plan.blocks:
             blocks = self._partition.part_blocks[part].astype(np.int64)
-            index, within = np.divmod(index, plan.grid.tiles_in(blocks))
-            tile = plan.grid.tile(blocks, within)
+            index, within = np.divmod(index, self._partition.grid.tiles_in(blocks))
+            tile = self._partition.grid.tile(blocks, within)
         elif plan.patches > 1:
             index, tile = np.divmod(index, plan.patches)
         return Rows(self._by_part[epoch][part].astype(np.int64), self._partition.rows(part, index), tile)

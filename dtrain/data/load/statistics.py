@@ -10,7 +10,7 @@ import numpy as np
 from dtrain.data.encoding import Array, Scaling, holds_integers
 from dtrain.data.load.moments import Moments, moments_of, sparse_moments
 from dtrain.data.plan.partition import Partition
-from dtrain.data.plan.units import cell_bounds
+from dtrain.data.plan.units import Box, cell_bounds
 from dtrain.data.read.units import UnitReader
 from dtrain.data.sparse import SparseRows
 from dtrain.data.variable import Variable
@@ -61,7 +61,7 @@ def partition_moments(
 def _owned_rows(reader: UnitReader, partition: Partition, variable: Variable) -> Iterator[Array | SparseRows]:
     """Yield, unit by unit, the stored rows that a partition owns; a static variable is one row."""
     if variable.is_static:
-        yield reader.statics[variable.name][None]
+        yield _of_patches(variable, partition, Box(0, 1), reader.statics[variable.name][None])
         return
     plan = partition.plan
     starts, stops = cell_bounds(plan, partition.cells)
@@ -69,17 +69,27 @@ def _owned_rows(reader: UnitReader, partition: Partition, variable: Variable) ->
     for unit in partition.units.tolist():
         cells = slice(*np.searchsorted(unit_of_cell, [unit, unit + 1]))
         first, last = int(starts[cells].min()), int(stops[cells].max())
-        rows: Array | SparseRows
-        if variable.sparse is not None:
-            rows = reader.sparse[variable.name].rows(first, last)
-        else:
-            rows = reader.read_rows(variable, plan.box(unit // plan.units_per_block, first, last))
+        box = plan.box(unit // plan.units_per_block, first, last)
+        is_sparse = variable.sparse is not None
+        rows = reader.sparse[variable.name].rows(first, last) if is_sparse else reader.read_rows(variable, box)
         is_owned = np.zeros(len(rows), bool)
         for start, stop in zip(starts[cells].tolist(), stops[cells].tolist(), strict=True):
             is_owned[start - first : stop - first] = True
-        if not is_owned.all():
-            rows = rows.chosen(is_owned) if isinstance(rows, SparseRows) else rows[is_owned]
-        yield rows
+        is_owned &= plan.is_of(partition.split, first, last)
+        if isinstance(rows, SparseRows):
+            yield rows if is_owned.all() else rows.chosen(is_owned)
+        else:
+            yield _of_patches(variable, partition, box, rows if is_owned.all() else rows[is_owned])
+
+
+def _of_patches(variable: Variable, partition: Partition, box: Box, rows: Array) -> Array:
+    """Return rows of a box without the places that patches of other splits cover."""
+    bounds = {dim: (start, stop) for dim, start, stop in box.block}
+    for number, axis in enumerate(variable.row_axes, start=1):
+        start, stop = bounds.get(variable.dims[axis], (0, variable.row_shape[number - 1]))
+        places = partition.plan.places_of(partition.split, variable.dims[axis], start, stop)
+        rows = rows if places is None else np.take(rows, places, axis=number)
+    return rows
 
 
 def merge_moments(parts: list[dict[str, Moments]]) -> dict[str, Moments]:

@@ -5,7 +5,8 @@ The rows of a sample, from the first to the last of its window, must lie in one 
     split     train train train | val | train train
     anchors   ......  of windows [-2, 1]: all but the first two and the last one of each run
 
-and no jump of the sample dimension's coordinate (`DataPlan.jumps`) may lie between them. Other anchors are dropped.
+and no jump of the sample dimension's coordinate (`DataPlan.jumps`) may lie between them. Where rows have labels
+(`DataPlan.row_labels`), they and the anchor must lie in one run of rows with the label. Other anchors are dropped.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from dtrain.data.plan.hashing import Compact, Ints, slices
+from dtrain.data.plan.labels import LEFT_OUT, runs_of
 from dtrain.data.plan.splits import Runs, SplitName, changes, split_cells, without_rows
 from dtrain.data.plan.units import DataPlan, cell_bounds
 
@@ -28,6 +30,7 @@ def anchor_runs(plan: DataPlan, split: SplitName, lost: Runs = ()) -> Iterator[A
     """Yield the anchors of a split, in order, in slices of cells; each run holds an anchor, and no `lost` row."""
     cells = without_rows(plan, split_cells(plan, split), lost)
     neighbours = _neighbours(plan, cells) if (plan.first_offset, plan.last_offset) != (0, 0) else None
+    runs = _label_runs(plan, split) if plan.row_labels and split != "all" else None
     segments = _segments(plan) if plan.jumps else None
     for part in slices(len(cells)):
         owner = cells[part]
@@ -35,6 +38,8 @@ def anchor_runs(plan: DataPlan, split: SplitName, lost: Runs = ()) -> Iterator[A
         if neighbours is not None:
             start, stop = neighbours.bounds(part)
             low, high = np.maximum(low, start - plan.first_offset), np.minimum(high, stop - plan.last_offset)
+        if runs is not None:
+            owner, low, high = _cut(owner, low, high, *runs)
         if segments is not None:
             owner, low, high = _cut(owner, low, high, *segments)
         first = -(-low // plan.stride) * plan.stride
@@ -60,8 +65,23 @@ def count_samples(plan: DataPlan, split: SplitName) -> Counts:
             dealt = cells if plan.contiguous else cells // plan.group
             owners += len(changes(dealt)) - (int(dealt[0]) == last)
             last = int(dealt[-1])
-            samples += int((count * plan.tiles_of(cells)).sum())
+            samples += int((count * plan.tiles_of(cells, split)).sum())
     return Counts(samples, owners)
+
+
+def count_left_out(plan: DataPlan) -> int:
+    """Count the samples that labels leave out: their anchor, or their patch, is beside what a split holds."""
+    total = 0
+    rows = [some.astype(np.int64) for some in runs_of(plan.row_labels, LEFT_OUT)] if plan.row_labels else None
+    tiles = plan.grid_with(LEFT_OUT) if plan.tile_labels else None
+    for cells, first, count in anchor_runs(plan, "all"):
+        if tiles is not None:
+            total += int((count * tiles.tiles_in(cells.astype(np.int64) // plan.block_step)).sum())
+        if rows is not None:
+            owner, low, high = _cut(cells, first, first + (count - 1) * plan.stride + 1, *rows)
+            number = -(-high // plan.stride) - -(-low // plan.stride)
+            total += int((number * plan.tiles_of(owner)).sum())
+    return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +108,13 @@ def _neighbours(plan: DataPlan, cells: Compact) -> _Neighbours:
     begins = np.flatnonzero(is_first)
     lasts = np.append(begins, len(cells))[1:] - 1
     return _Neighbours(begins, cell_bounds(plan, cells[begins])[0], cell_bounds(plan, cells[lasts])[1])
+
+
+def _label_runs(plan: DataPlan, split: SplitName) -> tuple[Ints, Ints]:
+    """Return, for each run of rows of a split that is long enough for a window: its first anchor, and the end."""
+    begins, ends = (rows.astype(np.int64) for rows in runs_of(plan.row_labels, plan.label_of(split)))
+    first, after = begins + max(0, -plan.first_offset), ends - max(0, plan.last_offset)
+    return first[first < after], after[first < after]
 
 
 def _segments(plan: DataPlan) -> tuple[Ints, Ints]:

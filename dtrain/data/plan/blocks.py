@@ -60,6 +60,39 @@ class BlockAxis:
         last = self.num_tiles - (self.num_blocks - 1) * self.together
         return np.where(blocks == self.num_blocks - 1, last, self.together)
 
+    def tile(self, blocks: Ints, index: Ints) -> Ints:
+        """Return the number of patches along the dimension, from the block of each and the number within the block."""
+        return blocks * self.together + index
+
+
+@dataclass(frozen=True, slots=True)
+class KeptAxis(BlockAxis):
+    """A patched dimension of which a split holds some patches; blocks are read as they are."""
+
+    kept: Ints
+    """The patches, ascending."""
+
+    @property
+    def before(self) -> Ints:
+        """By block, and after the last: the number of kept patches before it."""
+        return np.searchsorted(self.kept, np.append(np.arange(self.num_blocks) * self.together, self.num_tiles))
+
+    def tiles_in(self, blocks: Ints) -> Ints:
+        """Return the number of kept patches of each block."""
+        counts: Ints = np.diff(self.before)[blocks]
+        return counts
+
+    def tile(self, blocks: Ints, index: Ints) -> Ints:
+        """Return the number of kept patches along the dimension, as `BlockAxis.tile`."""
+        tiles: Ints = self.kept[self.before[blocks] + index]
+        return tiles
+
+    @property
+    def places(self) -> Ints:
+        """The places that the kept patches cover, ascending."""
+        starts = np.minimum(self.kept * self.size, self.length - self.size)
+        return np.unique(starts[:, None] + np.arange(self.size))
+
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
@@ -111,7 +144,7 @@ class Blocks:
         number, rest, step = np.zeros(len(blocks), np.int64), within, 1
         for axis, at in zip(reversed(self.axes), reversed(self._along(blocks)), strict=True):
             rest, index = np.divmod(rest, axis.tiles_in(at))
-            number += (at * axis.together + index) * step
+            number += axis.tile(at, index) * step
             step *= axis.num_tiles
         return number
 

@@ -47,7 +47,7 @@ def with_units(samples: Samples, plan: DataPlan, window_bytes: int) -> DataPlan:
     window_bytes : int
         Of the mixing window of whole rows.
     """
-    rows = _with_rows(samples, plan, samples.row_bytes)
+    rows = _with_rows(samples, replace(plan, blocks=_one_block(samples) if plan.tile_labels else ()), samples.row_bytes)
     rows = replace(rows, window=window_units(rows.unit_rows * samples.row_bytes, window_bytes))
     rows = with_enough_cells(with_cells(samples, rows))
     if len(samples.tiles) == 1:
@@ -93,6 +93,16 @@ def _with_blocks(samples: Samples, plan: DataPlan, axes: Axes) -> DataPlan:
 
 
 # Blocks ---------------------------------------------------------------------------------------------------
+
+
+def _one_block(samples: Samples) -> Axes:
+    """Return a single block of everything."""
+    return tuple(BlockAxis(cut.dim, cut.length, cut.size, cut.length // cut.size) for cut in samples.tiles.cuts)
+
+
+def blocks_with_labels(samples: Samples) -> Axes:
+    """Return the blocks of samples whose patches have labels."""
+    return blocks_for(samples) or _one_block(samples)
 
 
 def blocks_for(samples: Samples) -> Axes:

@@ -17,9 +17,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 from dtrain.data.plan.anchors import count_samples
-from dtrain.data.plan.splits import SplitName, changes, present_cells, shares_met
+from dtrain.data.plan.splits import changes, present_cells, shares_met
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import WHOLE_OBJECT_BYTES, Samples, common_rows, least_rows, whole_rows
 
@@ -175,5 +176,5 @@ def _finer_cuts(plan: DataPlan) -> Iterator[int]:
 
 def has_held_out(plan: DataPlan) -> bool:
     """Whether the splits that are asked for hold samples."""
-    shares: tuple[tuple[SplitName, float], ...] = (("val", plan.val), ("test", plan.test))
-    return all(count_samples(plan, name).samples for name, share in shares if share > 0)
+    names: tuple[Literal["val", "test"], ...] = ("val", "test")
+    return all(count_samples(plan, name).samples for name in names if plan.holds_out(name))

@@ -9,6 +9,7 @@ import numpy as np
 from dtrain.data.encoding import DType
 from dtrain.data.plan.bins import MOST_BINS, ORDERED_ROWS, bins_a_part, index_dtype
 from dtrain.data.plan.hashing import SLICE
+from dtrain.data.plan.labels import count_runs
 from dtrain.data.plan.order import STORED_ROWS
 from dtrain.data.plan.readers import MIN_DENSITY, choose_readers, has_fine_shards
 from dtrain.data.plan.units import Box, DataPlan, box_shape
@@ -41,6 +42,10 @@ CELL_BYTES = 32
 """For each cell of a store while its partitions are computed."""
 JUMP_BYTES = 40
 """For each jump while partitions are computed."""
+LABEL_BYTES = 4
+"""For each row with a label, while it is looked for where labels change."""
+RUN_BYTES = 80
+"""For each run of rows of one label, while partitions are computed."""
 
 
 def sample_bytes(samples: Samples) -> int:
@@ -159,8 +164,9 @@ def tables_bytes(samples: Samples, plan: DataPlan, kept: int) -> int:
         Bytes of the partitions (`Partition.nbytes`).
     """
     jumps = JUMP_BYTES * plan.jumps.count(" ") + len(plan.jumps)
+    labels = LABEL_BYTES * plan.num_samples + RUN_BYTES * count_runs(plan.row_labels) if plan.row_labels else 0
     objects = 8 * sum(v.num_objects for v in samples.stored) + samples.store.kept_bytes
-    return kept + CELL_BYTES * plan.num_cells + jumps + objects + _row_starts_bytes(samples)
+    return kept + CELL_BYTES * plan.num_cells + jumps + labels + objects + _row_starts_bytes(samples)
 
 
 def _row_starts_bytes(samples: Samples) -> int:

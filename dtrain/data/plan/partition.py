@@ -7,20 +7,23 @@ small, plain, stored with the run; partitions are derived from it.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from dtrain.config.schema import SplitConfig
+from dtrain.config.split import SplitConfig
 from dtrain.data.plan.anchors import count_samples
 from dtrain.data.plan.boxes import window_units, with_units
 from dtrain.data.plan.cuts import object_rows
 from dtrain.data.plan.footprint import slot_bytes
-from dtrain.data.plan.hashing import DEAL, SLICE, hash64
+from dtrain.data.plan.hashing import DEAL, SLICE, Compact, Ints, hash64
+from dtrain.data.plan.labels import BY_SHARE, GivenSplits
 from dtrain.data.plan.parts import Partition as Partition
 from dtrain.data.plan.parts import cell_anchors as cell_anchors
 from dtrain.data.plan.splits import Runs, SplitName, changes
@@ -53,7 +56,8 @@ def _owners(train: Partition) -> npt.NDArray[np.int32]:
     plan = train.plan
     begins = changes(train.cells // plan.group)
     is_whole = len(begins) == len(train.cells)
-    samples = train.count if is_whole else np.add.reduceat(train.count, begins, dtype=np.int64)
+    count = _samples_of(train)
+    samples = count if is_whole else np.add.reduceat(count, begins, dtype=np.int64)
     owner = np.empty(len(begins), np.int32)
     dealt = np.argsort(-samples, kind="stable")  # groups with few samples after all others
     together = max(1, SLICE // plan.replicas)
@@ -63,6 +67,14 @@ def _owners(train: Partition) -> npt.NDArray[np.int32]:
         chosen = dealt[first * plan.replicas :][: draws.size]
         owner[chosen] = np.argsort(draws, axis=1, kind="stable").ravel()[: len(chosen)]
     return owner if is_whole else np.repeat(owner, np.diff(begins, append=len(train.cells)))
+
+
+def _samples_of(partition: Partition) -> Compact:
+    """Return the anchors of each run; where blocks hold some of their patches, its samples."""
+    if not partition.plan.tile_labels:
+        return partition.count
+    samples: Ints = partition.count * partition.plan.tiles_of(partition.cells, partition.split)
+    return samples
 
 
 def eval_partitions(plan: DataPlan, split: SplitName, lost: Runs = ()) -> tuple[Partition, ...]:
@@ -88,7 +100,7 @@ def _cut_evenly(whole: Partition, count: int) -> tuple[Partition, ...]:
     filled = min(count, len(begins))
     cuts = np.zeros(count + 1, np.int64) + len(begins)
     if filled:
-        samples = np.add.reduceat(whole.count, begins, dtype=np.int64)
+        samples = np.add.reduceat(_samples_of(whole), begins, dtype=np.int64)
         middles = np.cumsum(samples) - samples / 2
         index = np.arange(filled + 1)
         even = np.searchsorted(middles, index * (int(samples.sum()) / filled))
@@ -157,6 +169,7 @@ def plan_data(
     eval_pieces: int | None = None,
     absent: Runs = (),
     jumps: str = "",
+    given: GivenSplits = BY_SHARE,
 ) -> DataPlan:
     """Resolve units, cells and mixing window from metadata, the number of replicas and the seed; never from memory.
 
@@ -171,6 +184,8 @@ def plan_data(
         Runs of rows that are not stored and not used (`absent_rows`).
     jumps : str
         Rows that no window may hold together with the row before them, as `DataPlan.jumps`.
+    given : GivenSplits
+        The splits that ``data.split`` gives by coordinate or by group.
 
     Raises
     ------
@@ -184,6 +199,8 @@ def plan_data(
             "Write some, or name another dimension in data.sample_dim.",
         )
     config = samples.config
+    assert given != BY_SHARE or not (config.split.by or config.split.ranges), "splits that are given must be resolved"
+    shares = {} if config.split.by else config.split.shares
     first_offset, last_offset = samples.reach()
     plan = DataPlan(
         num_samples=samples.num_samples,
@@ -198,14 +215,17 @@ def plan_data(
         window=1,
         replicas=replicas,
         eval_pieces=eval_pieces or replicas,
-        val=0.0 if config.val_path else config.split.val,
-        test=config.split.test,
+        val=0.0 if config.val_path else shares.get("val", 0.0),
+        test=shares.get("test", 0.0),
         sequential=_is_sequential(samples),
         contiguous=config.partition == "contiguous",
         shuffle=config.shuffle,
         seed=seed,
         source=samples.fingerprint,
         jumps=jumps,
+        row_labels=given.rows,
+        tile_dim=given.dim,
+        tile_labels=given.tiles,
     )
     plan = with_units(samples, plan, WINDOW_BYTES)
     _check_train(samples, plan)
@@ -260,13 +280,20 @@ def _check_held_out(samples: Samples, plan: DataPlan) -> None:
     span = f" with its whole window of {plan.last_offset - plan.first_offset + 1:,} rows" if samples.has_windows else ""
     shorter = ", or use a shorter window" if samples.has_windows else ""
     shorter += ", or split by patch (data.split.patches = true)" if plan.patches > 1 and plan.whole != "blocks" else ""
-    shares: tuple[tuple[SplitName, float], ...] = (("val", plan.val), ("test", plan.test))
-    for name, share in shares:
-        if share > 0 and not count_samples(plan, name).samples:
+    names: tuple[Literal["val", "test"], ...] = ("val", "test")
+    for name in names:
+        if plan.holds_out(name) and not count_samples(plan, name).samples:
             raise TooFewSamples(
-                f"{samples.path}: data.split.{name} = {share:g} of {samples.num_samples:,} rows holds no sample{span}.",
+                f"{samples.path}: data.split.{name} = {_held_text(samples, name)} of {samples.num_samples:,} rows "
+                f"holds no sample{span}.",
                 f"Set data.split.{name} = 0, hold out more{shorter}.",
             )
+
+
+def _held_text(samples: Samples, name: str) -> str:
+    """Return what a split holds as a config file has it."""
+    held = samples.config.split.model_dump(exclude_none=True)[name]
+    return f"{held:g}" if isinstance(held, float) else json.dumps(held)
 
 
 def _check_owners(samples: Samples, plan: DataPlan) -> None:

@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from dtrain.data.plan.anchors import anchor_runs
+from dtrain.data.plan.blocks import Blocks
 from dtrain.data.plan.hashing import Compact, Ints, compact
 from dtrain.data.plan.splits import Runs, SplitName, changes
 from dtrain.data.plan.units import Box, DataPlan
@@ -27,6 +28,8 @@ class Partition:
     """The first anchor of each run."""
     count: Compact
     """The number of anchors of each run, at least 1; they are `plan.stride` apart."""
+    split: SplitName = "all"
+    """It says which patches of a row belong to the partition, where patches have labels."""
 
     @cached_property
     def _begins(self) -> Compact | None:
@@ -53,7 +56,7 @@ class Partition:
         anchors = self.count if begins is None else np.add.reduceat(self.count, begins, dtype=np.int64)
         if plan.patches == 1:
             return anchors
-        tiles = self.plan.grid.tiles_in(self.part_blocks.astype(np.int64)) if plan.blocks else plan.patches
+        tiles = self.grid.tiles_in(self.part_blocks.astype(np.int64)) if plan.blocks else plan.patches
         return compact(anchors.astype(np.int64) * tiles, plan.unit_rows * plan.most_tiles)
 
     @cached_property
@@ -61,10 +64,15 @@ class Partition:
         """The block of each part."""
         return self.units // self.plan.units_per_block
 
+    @cached_property
+    def grid(self) -> Blocks:
+        """The blocks, with the patches that belong to the partition."""
+        return self.plan.grid_of(self.split)
+
     @property
     def num_samples(self) -> int:
         """Number of samples of a pass."""
-        return int((self.count.astype(np.int64) * self.plan.tiles_of(self.cells)).sum())
+        return int((self.count.astype(np.int64) * self.plan.tiles_of(self.cells, self.split)).sum())
 
     @property
     def nbytes(self) -> int:
@@ -125,7 +133,7 @@ class Partition:
 
     def chosen(self, which: Ints | slice) -> Partition:
         """Return the partition of some of its runs."""
-        return Partition(self.plan, self.cells[which], self.first[which], self.count[which])
+        return Partition(self.plan, self.cells[which], self.first[which], self.count[which], self.split)
 
 
 def cell_anchors(plan: DataPlan, split: SplitName, lost: Runs = ()) -> Partition:
@@ -136,6 +144,6 @@ def cell_anchors(plan: DataPlan, split: SplitName, lost: Runs = ()) -> Partition
     ]
     if not runs:
         none = np.zeros(0, np.int64)
-        return Partition(plan, none, none, none)
+        return Partition(plan, none, none, none, split)
     cells, first, count = (np.concatenate(column) for column in zip(*runs, strict=True))
-    return Partition(plan, cells, first, count)
+    return Partition(plan, cells, first, count, split)

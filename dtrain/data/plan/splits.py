@@ -1,16 +1,22 @@
-"""Divide the cells of a store into train, val and test: drawn at random by the seed, or cut along the sample axis."""
+"""Divide the cells of a store into train, val and test.
+
+Shares are drawn at random by the seed, or cut along the sample axis. Where splits are given by coordinate or by group,
+each row or patch has a label (`dtrain.data.plan.labels`): a cell may belong to several splits, which hold its rows.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from dtrain.data.plan.hashing import SPLIT, Compact, Ints, compact, hash_each, slices
+from dtrain.data.plan.labels import REST, runs_of
 from dtrain.data.plan.units import DataPlan, cell_bounds, cells_of_rows
+from dtrain.data.plan.units import SplitName as SplitName
 
-SplitName: TypeAlias = Literal["train", "val", "test", "all"]
 Flags: TypeAlias = npt.NDArray[np.bool_]
 Runs: TypeAlias = tuple[tuple[int, int], ...]
 """Runs of rows: the first row of each, and the one after its last."""
@@ -19,9 +25,12 @@ SHARE_TOLERANCE = 0.1
 
 
 def split_cells(plan: DataPlan, split: SplitName) -> Compact:
-    """Return the cells of a split, ascending."""
+    """Return the cells of a split, ascending: those that hold a row and a patch of it."""
     cells = present_cells(plan)
     if split == "all":
+        return cells
+    cells = _labelled_cells(plan, cells, split)
+    if plan.label_of(split) != REST:
         return cells
     owners = _owners(plan, cells)
     if owners is not None:
@@ -33,6 +42,24 @@ def split_cells(plan: DataPlan, split: SplitName) -> Compact:
     begins = changes(cells // plan.group)
     chosen = _chosen(plan, cells[begins] // plan.group, split)
     return cells[np.repeat(chosen, np.diff(begins, append=len(cells)))]
+
+
+def _labelled_cells(plan: DataPlan, cells: Compact, split: SplitName) -> Compact:
+    """Return the cells that hold a row and a patch with the label of a split."""
+    if plan.tile_labels:
+        cells = cells[plan.grid_of(split).tiles_in(cells.astype(np.int64) // plan.block_step) > 0]
+    if not plan.row_labels:
+        return cells if plan.tile_labels or plan.label_of(split) == REST else cells[:0]
+    begins, ends = runs_of(plan.row_labels, plan.label_of(split))
+    if not len(begins):
+        return cells[:0]
+    kept = np.zeros(len(cells), bool)
+    for part in slices(len(cells)):
+        starts, stops = cell_bounds(plan, cells[part])
+        nearest = np.minimum(np.searchsorted(ends, starts, side="right"), len(begins) - 1)
+        kept[part] = (begins[nearest] < stops) & (ends[nearest] > starts)
+    held: Compact = cells[kept]
+    return held
 
 
 def _owners(plan: DataPlan, cells: Compact) -> Compact | None:
@@ -93,9 +120,9 @@ def without_rows(plan: DataPlan, cells: Compact, rows: Runs) -> Compact:
 def shares_met(plan: DataPlan) -> bool:
     """Return True if val and test get the share of rows that they ask for, within a tenth of it.
 
-    A row of a block counts as many times as the block has tiles.
+    A row of a block counts as many times as the block has tiles. What is given by coordinate or by group counts not.
     """
-    total = max(1, _num_rows(plan, present_cells(plan)))
+    total = max(1, _num_rows(plan, _labelled_cells(plan, present_cells(plan), "train")))
     shares: tuple[tuple[SplitName, float], ...] = (("val", plan.val), ("test", plan.test))
     for name, share in shares:
         got = _num_rows(plan, split_cells(plan, name)) / total if share > 0 else 0.0
@@ -105,9 +132,27 @@ def shares_met(plan: DataPlan) -> bool:
 
 
 def _num_rows(plan: DataPlan, cells: Compact) -> int:
+    """Return the rows of cells that shares are drawn from."""
     rows = 0
+    before = _rows_before(plan)
     for part in slices(len(cells)):
         starts, stops = cell_bounds(plan, cells[part])
-        tiles = plan.tiles_of(cells[part]) if plan.blocks else 1
-        rows += int(((stops - starts) * tiles).sum())
+        tiles = plan.tiles_of(cells[part], "train") if plan.blocks else 1
+        rows += int(((before(stops) - before(starts)) * tiles).sum())
     return rows
+
+
+def _rows_before(plan: DataPlan) -> Callable[[Ints], Ints]:
+    """Return a function of rows that counts those before each that shares are drawn from."""
+    if not plan.row_labels:
+        return lambda rows: rows
+    begins, ends = runs_of(plan.row_labels, REST)
+    lengths = np.concatenate([[0], np.cumsum(ends - begins, dtype=np.int64)])
+    stops = np.concatenate([[0], ends])
+
+    def before(rows: Ints) -> Ints:
+        run = np.searchsorted(begins, rows, side="right")  # so many runs begin at or before each
+        counted: Ints = lengths[run] - np.maximum(0, stops[run] - rows)
+        return counted
+
+    return before

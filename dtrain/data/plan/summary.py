@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dtrain.data.plan.anchors import count_samples
+from dtrain.data.plan.anchors import count_left_out, count_samples
 from dtrain.data.plan.grid import touched
 from dtrain.data.plan.hashing import Ints, slices
 from dtrain.data.plan.partition import Partition, train_partitions
@@ -53,17 +53,20 @@ def dropped_samples(plan: DataPlan) -> dict[str, int]:
     """Return how many samples no split holds, by the reason.
 
     ``missing``: a chunk of its rows, or of a cell beside them, is not stored; ``gaps``: its window holds a jump;
-    ``split``: its window leaves its split or the store.
+    ``split``: its window leaves its split or the store. Where splits are given by coordinate, ``left_out``: it is in
+    the gap beside a split, or its patch is cut by an end of it.
     """
     splits: tuple[SplitName, ...] = ("train", "val", "test")
     kept = sum(count_samples(plan, split).samples for split in splits)
     stored, smooth = replace(plan, jumps=""), replace(plan, jumps="", absent=())
     whole, of_stored, of_smooth = (count_samples(each, "all").samples for each in (smooth, stored, plan))
     anchors = -(-plan.num_samples // plan.stride) - -(-plan.first_row // plan.stride)
+    left_out = {"left_out": count_left_out(plan)} if plan.row_labels or plan.tile_labels else {}
     return {
-        "split": anchors * plan.patches - whole + of_smooth - kept,
+        "split": anchors * plan.patches - whole + of_smooth - kept - sum(left_out.values()),
         "gaps": of_stored - of_smooth,
         "missing": whole - of_stored,
+        **left_out,
     }
 
 

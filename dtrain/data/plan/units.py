@@ -14,16 +14,28 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
-from dtrain.data.plan.blocks import BlockAxis, Blocks
+from dtrain.data.plan.blocks import BlockAxis, Blocks, KeptAxis
 from dtrain.data.plan.hashing import Compact, Ints
+from dtrain.data.plan.labels import LABELS, REST, has_label, places_of, runs_of
 from dtrain.data.samples import Samples
 from dtrain.data.variable import Select, Variable
 
 Whole: TypeAlias = Literal["cells", "rows", "blocks"]
 """What a split holds whole: cells, all cells of the same rows, or all cells of a block."""
 
-LATER: Mapping[str, Any] = {"jumps": "", "blocks": (), "whole": "cells", "values": ()}
+SplitName: TypeAlias = Literal["train", "val", "test", "all"]
+
+LATER: Mapping[str, Any] = {
+    "jumps": "",
+    "blocks": (),
+    "whole": "cells",
+    "values": (),
+    "row_labels": "",
+    "tile_dim": "",
+    "tile_labels": "",
+}
 """The fields of `DataPlan` that were added after runs had been stored, and their defaults."""
 
 
@@ -74,6 +86,13 @@ class DataPlan:
     """What a split holds whole, where there are blocks."""
     values: tuple[int, ...] = ()
     """By sparse variable: the most values of a unit, with its halo; none: not known, and all of them may be."""
+    row_labels: str = ""
+    """The label of each row (`dtrain.data.plan.labels`), where splits are given by coordinate or by group. Shares are
+    drawn from the rest."""
+    tile_dim: str = ""
+    """The patched dimension along which splits are given by coordinate."""
+    tile_labels: str = ""
+    """The label of each patch along it."""
 
     @property
     def fingerprint(self) -> str:
@@ -131,9 +150,56 @@ class DataPlan:
         """Samples of an anchor of the unit that has most."""
         return self.grid.most_tiles if self.blocks else self.patches
 
-    def tiles_of(self, cells: Compact) -> Ints | int:
-        """Return the number of samples of each anchor of some cells."""
-        return self.grid.tiles_in(cells.astype(np.int64) // self.block_step) if self.blocks else self.patches
+    def label_of(self, split: SplitName) -> int:
+        """Return the label of the rows and patches that a split holds, or that its share is drawn from."""
+        is_share = split == "train" or {"val": self.val, "test": self.test}[split] > 0
+        return REST if is_share else LABELS[split]
+
+    def holds_out(self, split: Literal["val", "test"]) -> bool:
+        """Return True if a split is asked for: as a share, or by coordinate or group."""
+        label = self.label_of(split)
+        return label == REST or any(text and has_label(text, label) for text in (self.row_labels, self.tile_labels))
+
+    def grid_of(self, split: SplitName) -> Blocks:
+        """Return the blocks with the patches that a split holds, or that its share is drawn from."""
+        if not self.tile_labels or split == "all":
+            return self.grid
+        return self.grid_with(self.label_of(split))
+
+    def grid_with(self, label: int) -> Blocks:
+        """Return the blocks with the patches that have a label."""
+        kept = places_of(self.tile_labels, label)
+        return Blocks(
+            tuple(
+                KeptAxis(axis.dim, axis.length, axis.size, axis.together, kept) if axis.dim == self.tile_dim else axis
+                for axis in self.blocks
+            )
+        )
+
+    def is_of(self, split: SplitName, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Return which of some rows a split holds, or its share is drawn from."""
+        if not self.row_labels or split == "all":
+            return np.ones(stop - start, bool)
+        begins, ends = runs_of(self.row_labels, self.label_of(split))
+        some = slice(np.searchsorted(ends, start, side="right"), np.searchsorted(begins, stop, side="left"))
+        steps = np.zeros(stop - start + 1, np.int8)
+        steps[np.maximum(begins[some], start) - start] += 1
+        steps[np.minimum(ends[some], stop) - start] -= 1
+        return np.cumsum(steps[:-1], dtype=np.int8) > 0
+
+    def places_of(self, split: SplitName, dim: str, start: int, stop: int) -> Ints | None:
+        """Return which of some places of a dimension the patches of a split cover, from 0 on; None: all of them."""
+        axis = next((axis for axis in self.grid_of(split).axes if axis.dim == dim), None)
+        if not isinstance(axis, KeptAxis):
+            return None
+        places = axis.places
+        return places[(places >= start) & (places < stop)] - start
+
+    def tiles_of(self, cells: Compact, split: SplitName = "all") -> Ints | int:
+        """Return the number of samples of each anchor of some cells of a split."""
+        if not self.blocks:
+            return self.patches
+        return self.grid_of(split).tiles_in(cells.astype(np.int64) // self.block_step)
 
     def unit_box(self, unit: int) -> Box:
         """Return the rows of a unit, and its block."""
