@@ -228,16 +228,12 @@ class ReadStore(WrapperStore[Store]):
 
     def _file_index(self, key: str, layout: ShardLayout) -> Buffer | None:
         """Read the index from its file, in this thread: zarr would ask another one."""
-        size, _ = self.version(key) or (0, 0)
-        place = layout.index_slice(size)
-        part = self.read_file(key, new_buffer, place.start, place.stop)
-        if part is None:
-            return None
-        with self._lock:
-            self.index_requests += 1
-        index = default_buffer_prototype().buffer.from_bytes(bytes(part[0]))
-        self._indices.put(key, layout, index)
-        return index
+        with fetching():
+            size, _ = self.version(key) or (0, 0)
+            place = layout.index_slice(size)
+            part = read_part(os.path.join(self.path, key), new_buffer, place.start, place.stop)
+        found = None if part is None else default_buffer_prototype().buffer.from_bytes(bytes(part[0]))
+        return self._noted(key, layout.request, found)
 
     def index_in(self, key: str, layout: ShardLayout, shard: memoryview) -> Index | None:
         """Return the same out of a shard that has been read."""

@@ -90,7 +90,8 @@ def ragged_plans(draw):
 def plan_from(table):
     """A plan from what JSON gives back of it."""
     blocks = tuple(BlockAxis(**axis) for axis in table["blocks"])
-    return DataPlan(**{**table, "absent": tuple(map(tuple, table["absent"])), "blocks": blocks})
+    absent, values = tuple(map(tuple, table["absent"])), tuple(table["values"])
+    return DataPlan(**{**table, "absent": absent, "blocks": blocks, "values": values})
 
 
 @st.composite
