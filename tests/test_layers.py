@@ -52,6 +52,7 @@ BELOW: dict[str, set[str]] = {
         *CORE,
         "errors",
     },
+    "data/weight": {"data/column", "data/dataset", "data/read", *CORE, "config", "errors"},
     "data/source": {
         "data/cf",
         "data/choose",
@@ -61,6 +62,7 @@ BELOW: dict[str, set[str]] = {
         "data/paths",
         "data/read",
         "data/selection",
+        "data/weight",
         *CORE,
         "config",
         "errors",

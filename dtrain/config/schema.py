@@ -284,7 +284,9 @@ def _check_weight(data: DataConfig) -> None:
 
 def _check_known(key: str, name: str, data: DataConfig) -> None:
     known = (*data.inputs, *data.targets)
-    if known and (key, name) != ("dims", cosine_of(data.weight) or data.weight) and name not in known:  # Python may name them later
+    if key == "dims" and name == data.weight:
+        return
+    if known and name not in known:  # Python may name them later
         raise InvalidConfig(
             f'data.{key} names "{name}", which is neither an input nor a target{did_you_mean(name, known)}'
         )

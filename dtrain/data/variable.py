@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from dtrain.data.encoding import DType, Encoding, unpack
 
 Select: TypeAlias = tuple[tuple[int, int, int], ...]
 """Start, stop and step along each dimension of a stored array; never empty."""
+AngleUnit: TypeAlias = Literal["", "degrees", "radians"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +85,8 @@ class Variable:
     """Path of the array below the group, where that is not the name: the codes of a categorical."""
     categories: Categories | None = None
     """The categories of a categorical. Not part of the fingerprint: plan.json keeps them."""
+    angle: AngleUnit = ""
+    """The unit of a coordinate of which samples are weighted by the cosine; empty for other variables."""
 
     @property
     def array_path(self) -> str:
@@ -104,6 +107,11 @@ class Variable:
     def row_shape(self) -> tuple[int, ...]:
         """Shape of one row: the selected length of `row_axes`."""
         return tuple(len(range(*self.select[axis])) for axis in self.row_axes)
+
+    @property
+    def row_dims(self) -> tuple[str, ...]:
+        """Names of the dimensions of a row."""
+        return tuple(self.dims[axis] for axis in self.row_axes)
 
     @property
     def row_bytes(self) -> int:
