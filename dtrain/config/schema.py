@@ -23,7 +23,7 @@ from pydantic import (
 from dtrain.config.average import AverageConfig, check_average
 from dtrain.config.faults import sentences
 from dtrain.config.functions import Function, Given, take_functions
-from dtrain.config.names import FUNCTION, LOSSES, METRICS, SCHEDULES, cosine_of, metric_key
+from dtrain.config.names import FUNCTION, LOSSES, METRICS, SCHEDULES, metric_key
 from dtrain.config.slices import LabelSelector, Offsets, Selector, Slice
 from dtrain.config.split import SplitConfig
 from dtrain.config.table import Bool, Float, Natural, NonNegative, Positive, Table, without_sgd_defaults
