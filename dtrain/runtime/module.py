@@ -67,8 +67,8 @@ def check_loss(loss: Callable[..., object], weight: str = "") -> None:
     """
     if weight and not takes_weight(loss):
         raise InvalidConfig(
-            f'train.loss is {described(loss)}, which takes no weight, and data.weight = "{weight}": a loss of your own '
-            "is called as (outputs, targets, weight).",
+            f"train.loss is {described(loss)}, which takes no weight of samples, and data.weight = "
+            f'"{weight}": a loss of your own is called as (outputs, targets, weight).',
             "Take the weight as third argument and return (sum of weight * term, sum of weight); or leave data.weight "
             "out.",
         )
