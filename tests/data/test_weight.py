@@ -191,9 +191,8 @@ def test_the_poles_have_weight_0_at_least(tmp_path, write_store):
 
 def test_a_coordinate_beside_nested_targets(tmp_path, write_store):
     field = {"dims": ("n", "lat"), "values": np.ones((4, 3), "float32"), "chunks": (2, 3)}
-    path = write_store(tmp_path / "s", {"t": field}, group="era5")
-    near = {"dims": ("lat",), "values": np.array([0.0, 60, 60]), "chunks": (3,)}
-    write_store(path, {"lat": near}, group="era5")
+    lat = {"dims": ("lat",), "values": np.array([0.0, 60, 60]), "chunks": (3,)}
+    path = write_store(tmp_path / "s", {"t": field, "lat": lat}, group="era5")
     samples = open_samples(path, inputs=["era5/t"], targets=["era5/t"], weight="cos(lat)", split=WHOLE)
     np.testing.assert_allclose(weights(samples)[0][0], [1, 0.5, 0.5], rtol=1e-6)
 
