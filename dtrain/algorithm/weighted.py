@@ -1,7 +1,8 @@
 """Sums of weighted terms, and sums of weights in place of numbers of terms.
 
 ``sum(w * term) / sum(w)`` is the mean over samples of which one of weight 2 stands for two. A term of weight 0 counts
-in neither sum, whatever its target is: also where that is not finite, or no class.
+in neither sum, whatever its target is: also where that is not finite, or no class. Where all weights are 1, losses are
+those without weights to the bit, cross entropies and gradients to float32's rounding.
 """
 
 from __future__ import annotations

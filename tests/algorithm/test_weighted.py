@@ -108,7 +108,7 @@ def test_the_metrics_of_the_loss_are_of_the_weighted_mean():
 @pytest.mark.parametrize("axes", [(), (5, 7)])
 @pytest.mark.parametrize("name", LOSSES)
 def test_weights_of_1_change_nothing(name, axes):
-    """To the bit, but for cross entropy, whose sum torch adds in another order."""
+    """To the bit; cross entropy, whose sum torch adds in another order, and gradients to rounding."""
     outputs, targets = pair(name, 100, axes)
     found = []
     for weight in (None, torch.ones(targets.shape)):

@@ -16,7 +16,7 @@ from torch import nn
 import dtrain
 from dtrain.algorithm.batch import TensorBatch
 from dtrain.errors import InvalidConfig, RunConflict, UnsuitableVariable, UserCodeFailed
-from dtrain.runtime.tensors import apply_transform
+from dtrain.runtime.tensors import _moved, apply_transform
 from tests.training import bits, shas, trained
 
 ROWS, LATS, LONS = 60, 5, 4
@@ -107,7 +107,7 @@ def test_a_step_over_everything_is_that_of_the_weighted_mean(tmp_path: Path, pat
         assert run.rows[0]["val_mae"] == pytest.approx(error.item() * std, rel=1e-5)
 
 
-def test_weights_of_1_give_the_bits_of_none(tmp_path: Path, path: Path) -> None:
+def test_weights_of_1_change_nothing_but_rounding(tmp_path: Path, path: Path) -> None:
     plain = trained(Field, opened(path, ""), tmp_path, TABLE)
     ones = trained(Field, opened(path, "ones"), tmp_path, TABLE)
     for row, other in zip(plain.rows, ones.rows, strict=True):
@@ -194,6 +194,17 @@ def test_a_function_that_does_not_fit_is_refused(path: Path, weight: str, table:
         dtrain.plan(Field, opened(path, weight), train=table, cluster="serial")
     if not weight:
         assert 'With data.weight = "VARIABLE" a third argument is the weight.' in caught.value.hint
+
+
+def test_a_gpu_is_sent_weights_once_that_are_repeated() -> None:
+    targets = torch.zeros(8, 5, 4)
+    weight = torch.ones(1, 5, 1).expand(8, 5, 4)
+    batch = TensorBatch((targets,), (targets, targets), 8, weight=(weight, torch.ones(8, 5, 4)))
+    moved = _moved(batch, "meta")
+    assert isinstance(moved.weight, tuple)
+    assert [w.shape for w in moved.weight] == [(8, 5, 4)] * 2
+    assert [w.untyped_storage().nbytes() for w in moved.weight] == [4 * 5, 4 * 8 * 5 * 4]
+    assert _moved(replace(batch, weight=None), "meta").weight is None
 
 
 # Transforms -----------------------------------------------------------------------------------------------------
