@@ -50,8 +50,8 @@ def open_samples(
         group.
     **data
         The other keys of the table ``[data]``, for example ``split=dict(val=0.2, test=0.0)``,
-        ``sel=dict(time=slice("2000", "2017"), level=850)``, ``weight="cos(lat)"`` or ``transform=augment``, a function of
-        a batch and a `torch.Generator`.
+        ``sel=dict(time=slice("2000", "2017"), level=850)``, ``weight="cos(lat)"`` or ``transform=augment``, a function
+        of a batch and a `torch.Generator`.
 
     Returns
     -------
