@@ -127,7 +127,8 @@ def batches(
     -------
     Batches
         An iterator of objects with `inputs` (a tuple), `targets` (a tensor, or a tuple of several) and `size`. Missing
-        labels of an integer target are class -100, which torch's losses of classes leave out.
+        labels of an integer target are class -100, which torch's losses of classes leave out. With ``data.weight``,
+        `weight` has a float32 tensor of the shape of each target; else it is None.
 
     Raises
     ------

@@ -51,6 +51,8 @@ class StorePlan:
     """By variable: the reader, and why it is taken."""
     gaps: str
     """What its coordinate says about jumps; empty if samples have no windows."""
+    weight: str = ""
+    """What the values of ``data.weight`` are; empty without it."""
     given: Found = SHARES
     """Its splits that are given by coordinate or by group."""
     leakage: str = ""
@@ -166,10 +168,11 @@ def plan_job(job: Job, *, full: bool = False, client: Client | None = None) -> R
             counts=describe_plan(source.samples, source.plan),
             readers=choose_readers(source.samples, job.config.data.reader),
             gaps=gaps,
+            weight=weight,
             given=given,
             leakage="" if source.workers else leakage_note(source.samples),
         )
-        for source, gaps, given in zip(sources, resolved.gaps, resolved.given, strict=False)
+        for source, gaps, given, weight in zip(sources, resolved.gaps, resolved.given, resolved.weights, strict=False)
     )
     return RunPlan(
         data=plan,

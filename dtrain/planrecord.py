@@ -57,6 +57,7 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
         "splits": splits_record(first),
         "leakage": first.leakage,
         "gaps": first.gaps,
+        "weight": first.weight,
         "held_out_gaps": plan.held_out_gaps,
         "resolved": {key: {"value": value, "why": why} for key, (value, why) in plan.choices.items()},
         "probe": probe_record(plan),

@@ -36,6 +36,7 @@ from dtrain.data.read.units import values_counted
 from dtrain.data.samples import Coordinate, MissingLabels, Samples
 from dtrain.data.source import describe
 from dtrain.data.variable import Categories
+from dtrain.data.weight import weight_text
 from dtrain.errors import ClusterUnsuitable, DataChanged, InvalidConfig, LengthsDiffer, RunConflict
 from dtrain.job import Job
 from dtrain.runtime.codetext import CODE_RULES
@@ -73,6 +74,8 @@ class Resolved:
     """What the identities cover (`dtrain.runtime.codetext.CODE_RULES`)."""
     gaps: tuple[str, ...] = ()
     """By store: what `plan` says about jumps of its coordinate; only at the first start."""
+    weights: tuple[str, ...] = ()
+    """By store of ``data.path``: what `plan` says about the values of ``data.weight``; only at the first start."""
     given: tuple[Found, ...] = ()
     """By store of ``data.path``: its splits that are given by coordinate or by group; only at the first start."""
     eval_every: int = 1
@@ -152,6 +155,7 @@ def resolve(job: Job, place: Place) -> Resolved:
         code=job.code,
         code_rules=CODE_RULES,
         gaps=tuple(found.text for found in gaps),
+        weights=tuple(place.call(source, partial(weight_text, source.described)) for source in job.sources),
         given=given,
         labels=missing_labels(job.config.train),
         eval_every=_eval_every(job, plan, held_out),

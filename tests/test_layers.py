@@ -56,6 +56,7 @@ BELOW: dict[str, set[str]] = {
         *CORE,
         "errors",
     },
+    "data/weight": {"data/column", "data/dataset", "data/read", *CORE, "config", "errors"},
     "data/source": {
         "data/cf",
         "data/choose",
@@ -67,6 +68,7 @@ BELOW: dict[str, set[str]] = {
         "data/paths",
         "data/read",
         "data/selection",
+        "data/weight",
         *CORE,
         "config",
         "errors",

@@ -16,7 +16,7 @@ from dtrain.config.functions import Function
 from dtrain.config.names import IGNORED_CLASS
 from dtrain.config.schema import DataConfig
 from dtrain.config.slices import Offsets, Slice
-from dtrain.data.encoding import Encoding, Scaling
+from dtrain.data.encoding import DType, Encoding, Scaling
 from dtrain.data.tiles import ONE_TILE, Tiles
 from dtrain.data.variable import MISSING_CATEGORY, Categories, Variable
 from dtrain.display import html_table, shown
@@ -107,6 +107,8 @@ class Field:
     """Rows along the sample dimension, counted from the anchor."""
     window: bool
     """True if the offsets are an axis of the tensor; without it there is one offset."""
+    is_weight: bool = False
+    """True for the weight of samples: float32, whatever is stored. Not part of the fingerprint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +128,7 @@ class Samples:
     num_samples: int
     """The row after the last selected one. Without windows and stride each row is a sample."""
     variables: tuple[Variable, ...]
-    """Inputs, then targets; a variable that is both stands once."""
+    """Inputs, then targets, then the weight; a variable that is several of them stands once."""
     tiles: Tiles = ONE_TILE
     """The patches that every row is cut into."""
     store: StoreFacts = StoreFacts()
@@ -149,10 +151,17 @@ class Samples:
 
     @cached_property
     def fields(self) -> tuple[Field, ...]:
-        """The tensors of a sample: the inputs, then the targets."""
+        """The tensors of a sample: the inputs, then the targets, then the weight if there is one."""
         config = self.config
         inputs = [self._field(name, config.input_offsets) for name in config.inputs]
-        return (*inputs, *(self._field(name, config.target_offsets) for name in config.targets))
+        targets = [self._field(name, config.target_offsets) for name in config.targets]
+        weights = [self._field(config.weight, config.target_offsets)] if config.weight else []
+        return (*inputs, *targets, *(replace(field, is_weight=True) for field in weights))
+
+    @property
+    def weight(self) -> Variable | None:
+        """The variable of ``data.weight``."""
+        return self.variable(self.config.weight) if self.config.weight else None
 
     def _field(self, name: str, offsets: Offsets) -> Field:
         if self.variable(name).is_static:
@@ -217,6 +226,10 @@ class Samples:
         variable = self.variable(field.name)
         return (*((len(field.offsets),) if field.window else ()), *self.tiles[0].shape_of(variable))
 
+    def field_dtype(self, field: Field) -> DType:
+        """Return the dtype of a field, where it is not standardised."""
+        return np.dtype(np.float32) if field.is_weight else self.variable(field.name).model_dtype
+
     @property
     def has_windows(self) -> bool:
         """True if a sample is more than one row."""
@@ -261,7 +274,8 @@ class Samples:
         """Return label and text of each line of the printed table."""
         lines = [("rows", f"{self.num_samples - self.first_row:,} along {self.sample_dim}")]
         lines += [("chosen", str(chosen)) for chosen in self.chosen]
-        for role, names in (("input", self.config.inputs), ("target", self.config.targets)):
+        weights = (self.config.weight,) if self.config.weight else ()
+        for role, names in (("input", self.config.inputs), ("target", self.config.targets), ("weight", weights)):
             for name in names:
                 v = self.variable(name)
                 lines.append((f"{role} {name}", f"{v.dtype}[{', '.join(v.dims)}] {v.shape}, {_chunks(v)}"))
@@ -371,6 +385,7 @@ def _hashed_variable(v: Variable) -> dict[str, Any]:
         },
         "not_zarrs": "",
         "not_numcodecs": "",
+        **({"angle": v.angle} if v.angle else {}),
     }
 
 

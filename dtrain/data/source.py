@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dtrain.config.names import cosine_of
 from dtrain.config.schema import DataConfig
 from dtrain.data.cf import encoding_of, float_encoding
 from dtrain.data.choose import choose_dims
@@ -28,6 +29,7 @@ from dtrain.data.read.shards import ArrayLike
 from dtrain.data.samples import Samples
 from dtrain.data.selection import Selected, mean_axes, sample_dim, select_dims, tiles
 from dtrain.data.variable import Sparse, Variable
+from dtrain.data.weight import as_cosine, check_weight, cosine_array
 from dtrain.errors import InvalidConfig, UnsuitableVariable
 
 MOST_CHUNKS = 10**8
@@ -50,8 +52,8 @@ def open_samples(
         group.
     **data
         The other keys of the table ``[data]``, for example ``split=dict(val=0.2, test=0.0)``,
-        ``sel=dict(time=slice("2000", "2017"), level=850)`` or ``transform=augment``, a function of a batch and a
-        `torch.Generator`.
+        ``sel=dict(time=slice("2000", "2017"), level=850)``, ``weight="cos(lat)"`` or ``transform=augment``, a function
+        of a batch and a `torch.Generator`.
 
     Returns
     -------
@@ -94,16 +96,18 @@ def describe(config: DataConfig, base: Path, snapshot: str = "") -> Samples:
             "data.inputs and data.targets must each name at least one variable.",
             'Write the names of arrays of the group, for example inputs = ["image"].',
         )
-    names = tuple(dict.fromkeys([*config.inputs, *config.targets]))
+    own = dict.fromkeys([*config.inputs, *config.targets])
+    names = tuple(own | dict.fromkeys([config.weight] if config.weight and not cosine_of(config.weight) else []))
     store = locate(str(config.path), base, at_snapshot(config.storage_options, snapshot))
     arrays = open_named(store, config.group, names, config.dims)
-    dims = {name: named.dims for name, named in arrays.items()}
+    arrays |= cosine_array(config, store, arrays)
+    dims = {name: arrays[name].dims for name in own}
     sizes = {dim: n for named in arrays.values() for dim, n in zip(named.dims, named.shape, strict=True)}
     along = sample_dim(config, dims)
     by_coordinate, chosen = choose_dims(config, store, arrays, along) if config.sel else ({}, ())
     selected = select_dims(config, sizes, along) | by_coordinate
     selected |= {named.dims[axis]: ((0, 1, 1), True) for named in arrays.values() for axis in named.dropped}
-    variables = tuple(_variable(store.path, name, arrays[name], along, selected, config) for name in names)
+    variables = tuple(_variable(store.path, name, arrays[name], along, selected, config) for name in arrays)
     check_sparse(store.path, config, variables)
     first, stop = selected[along][0][:2] if along in selected else (0, sizes[along])
     samples = Samples(
@@ -117,6 +121,7 @@ def describe(config: DataConfig, base: Path, snapshot: str = "") -> Samples:
         store=store.facts,
         chosen=chosen,
     ).labelled("ignored")
+    check_weight(samples)
     samples = replace(samples, coordinate=coordinate_of(samples, store), split_column=split_column(samples, store))
     columns = (column for column in (samples.coordinate, samples.split_column) if not isinstance(column, str))
     stored = (*variables, *(column.variable for column in columns))
@@ -143,7 +148,7 @@ def _variable(
     whole = [selected.get(dim, ((0, n, 1), False)) for dim, n in zip(dims, shape, strict=True)]
     encoding = encoding_of(path, name, named.attributes, dtype, zarr_format=array.metadata.zarr_format)
     axes = mean_axes(config, name, dims, sample_dim, selected)
-    return Variable(
+    variable = Variable(
         name=name,
         dims=dims,
         shape=shape,
@@ -162,6 +167,7 @@ def _variable(
         path="" if named.path == name else named.path,
         categories=named.categories,
     )
+    return as_cosine(variable, named) if name == config.weight and cosine_of(name) else variable
 
 
 def _sparse(

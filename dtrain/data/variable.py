@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -14,6 +14,7 @@ ROW_START_BYTES = 8
 """For each row of a sparse matrix: where it begins."""
 Select: TypeAlias = tuple[tuple[int, int, int], ...]
 """Start, stop and step along each dimension of a stored array; never empty."""
+AngleUnit: TypeAlias = Literal["", "degrees", "radians"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +122,8 @@ class Variable:
     """The arrays of a sparse matrix. Its own `chunks` are the runs of rows that are read at once."""
     part_of: str = ""
     """Name of the sparse matrix of which this is an array; its rows are not those of samples."""
+    angle: AngleUnit = ""
+    """The unit of a coordinate of which samples are weighted by the cosine; empty for other variables."""
 
     @property
     def array_path(self) -> str:
@@ -146,6 +149,11 @@ class Variable:
     def row_shape(self) -> tuple[int, ...]:
         """Shape of one row: the selected length of `row_axes`."""
         return tuple(len(range(*self.select[axis])) for axis in self.row_axes)
+
+    @property
+    def row_dims(self) -> tuple[str, ...]:
+        """Names of the dimensions of a row."""
+        return tuple(self.dims[axis] for axis in self.row_axes)
 
     @property
     def row_bytes(self) -> int:

@@ -14,9 +14,11 @@ from dtrain.data.encoding import Array, Floats, Scaling, unpack
 from dtrain.data.load.buffers import FieldSpec, aligned_copy
 from dtrain.data.load.slots import Rows
 from dtrain.data.load.sparse import SparseGatherer
+from dtrain.data.load.weights import alignments
 from dtrain.data.plan.blocks import Blocks, tile_starts
 from dtrain.data.plan.hashing import Ints
 from dtrain.data.read.sparse import sparse_rows
+from dtrain.data.read.weights import decoded_weights
 from dtrain.data.samples import Field, Samples
 from dtrain.data.tiles import Tile
 from dtrain.data.variable import Variable
@@ -36,6 +38,8 @@ class Batch:
 
     inputs: tuple[Array, ...]
     targets: tuple[Array, ...]
+    weights: tuple[Array, ...] = ()
+    """With ``data.weight``: by target, float32 with the target's axes, of length 1 where it does not vary."""
 
     @property
     def size(self) -> int:
@@ -60,7 +64,7 @@ class FieldGatherer:
         self.variable: Variable = samples.variable(field.name)
         row_shape = self.variable.row_shape
         self._standard = None if scaling is None else scaling.against(field.name, row_shape)
-        dtype = self.variable.model_dtype if scaling is None else np.dtype(np.float32)
+        dtype = samples.field_dtype(field) if scaling is None else np.dtype(np.float32)
         self.spec = FieldSpec(samples.field_shape(field), dtype)
         self._low = 0 if self.variable.is_static else samples.reach(field.name)[0]
         self.is_cut = samples.tiles.cuts_any(self.variable)
@@ -102,7 +106,10 @@ class FieldGatherer:
     def decoded(self, values: Array) -> Array:
         """Return a variable without the sample dimension as the model sees it."""
         decoded = np.empty(values.shape, self.spec.dtype)
-        self._store(decoded, ..., values)
+        if self.variable.angle:
+            decoded[...] = decoded_weights(self.variable, values)
+        else:
+            self._store(decoded, ..., values)
         return decoded
 
     def _take_all(self, out: Array, flat: Array, first: Ints) -> None:
@@ -166,6 +173,8 @@ class BatchGatherer:
         gatherers = [_gatherer(samples, field, scalings.get(field.name), blocks) for field in samples.fields]
         decoded = [_decoded(gatherer, statics) for gatherer in gatherers]
         self._num_inputs = len(samples.config.inputs)
+        self._num_unweighted = self._num_inputs + len(samples.config.targets)
+        self._alignments = alignments(samples)
         self._repeated = [None if g.is_cut else values for g, values in zip(gatherers, decoded, strict=True)]
         """By field: the values of all samples; None if the field has memory."""
         pairs = zip(gatherers, decoded, self._repeated, strict=True)
@@ -191,7 +200,8 @@ class BatchGatherer:
         arrays = tuple(
             next(filled) if values is None else repeated(aligned_copy(values), size) for values in self._repeated
         )
-        return Batch(arrays[: self._num_inputs], arrays[self._num_inputs :])
+        inputs, targets = arrays[: self._num_inputs], arrays[self._num_inputs : self._num_unweighted]
+        return Batch(inputs, targets, tuple(alignment.apply(arrays[-1]) for alignment in self._alignments))
 
 
 def _gatherer(
@@ -221,7 +231,8 @@ def target_scalings(samples: Samples, scalings: Scalings) -> tuple[tuple[Floats,
     samples : Samples
     scalings : mapping of str to Scaling
     """
-    targets = samples.fields[len(samples.config.inputs) :]
+    first = len(samples.config.inputs)
+    targets = samples.fields[first : first + len(samples.config.targets)]
     return tuple(_target_scaling(samples, field, scalings.get(field.name)) for field in targets)
 
 

@@ -54,7 +54,7 @@ def sample_bytes(samples: Samples) -> int:
     for field in samples.fields:
         variable = samples.variable(field.name)
         if samples.tiles.cuts_any(variable) or not variable.is_static:  # else it is one array for all samples
-            total += math.prod(samples.field_shape(field)) * variable.model_dtype.itemsize
+            total += math.prod(samples.field_shape(field)) * samples.field_dtype(field).itemsize
     return total
 
 

@@ -17,6 +17,7 @@ from dtrain.data.read.codecs import TRUNCATED
 from dtrain.data.read.local import Version
 from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import key_of
+from dtrain.data.read.weights import check_not_all_zero, not_a_weight, wrong_weights
 from dtrain.data.samples import Samples
 from dtrain.data.variable import Select, Variable
 from dtrain.errors import (
@@ -201,6 +202,31 @@ class Faults:
                 "leave it out."
             )
         raise NonFiniteData(f"{text}{why}.", hint)
+
+    def check_weight(self, variable: Variable, select: Select, values: Array) -> None:
+        """Raise if a value is no weight of samples: negative, or not finite, whatever ``data.non_finite`` says.
+
+        Parameters
+        ----------
+        variable : Variable
+        select : Select
+            Where the values come from.
+        values : array[rows, *row]
+            As they are kept in memory.
+
+        Raises
+        ------
+        NonFiniteData
+            A value is missing or not finite.
+        UnsuitableVariable
+            A value is negative, an angle lies beyond 90 degrees, or all values of a static weight are 0.
+        """
+        wrong = wrong_weights(variable, values)
+        if (place := self._first(variable, select, wrong)) is not None:
+            text, value = self._stored(variable, place)
+            raise not_a_weight(text, variable, value)
+        if variable.is_static:
+            check_not_all_zero(self._samples.path, variable, values)
 
     def check_integers(self, variable: Variable, select: Select, values: Array) -> None:
         """Raise if an unsigned integer does not fit the int64 that the model sees.

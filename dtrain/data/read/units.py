@@ -198,6 +198,8 @@ class UnitReader:
 
     def _check(self, variable: Variable, select: Select, values: Array) -> None:
         self.faults.check_integers(variable, select, values)
+        if variable.name == self.samples.config.weight:
+            self.faults.check_weight(variable, select, values)
         if self.samples.config.non_finite == "error":
             self.faults.check_finite(variable, select, values)
 
