@@ -87,13 +87,13 @@ class Bench:
                 return self.logged(made)
             if made not in self.results.conversions:
                 self.results.conversions.append(made)
-        return self.logged(run(name, facts, settings, self.arguments.timeout))
+        return self.logged(run(name, facts, settings, self.arguments.timeout, self.arguments.python_newest))
 
     def convert(self, name: str, conversion: Conversion, facts: Facts, settings: Settings) -> Facts:
         """Write the store in an engine's own format, unless it is there, and return its facts."""
         marker = conversion.folder(facts, settings).with_suffix(".json")
         if not marker.exists():
-            made = run(name, facts, settings, self.arguments.timeout, convert=True)
+            made = run(name, facts, settings, self.arguments.timeout, self.arguments.python_newest, convert=True)
             if "seconds" not in made:
                 return made
             kept = {key: settings[key] for key in conversion.settings}
@@ -105,7 +105,7 @@ class Bench:
         where = f"  {result['engine']} [{result['store']}] {brief(result['settings'])}: "
         if "left out" in result:
             log(where + f"left out, {result['left out']}")
-            self.results.left_out.add(result["engine"])
+            self.results.left_out[result["engine"]] = result["left out"]
         elif "failed" in result:
             log(where + f"FAILED\n{result['failed']}")
         else:
@@ -170,7 +170,7 @@ class Bench:
     def write(self) -> None:
         """Write all that has been measured so far."""
         if self.arguments.json:
-            private = ("dir", "json", "plot", "settings")
+            private = ("dir", "json", "plot", "settings", "python_newest")
             content = {
                 "arguments": {key: value for key, value in vars(self.arguments).items() if key not in private},
                 "machine": {
@@ -212,6 +212,9 @@ def main() -> None:
     parser.add_argument("--settings", help="take the settings that an earlier run wrote with --json")
     parser.add_argument("--memory", default="512MB", help="dtrain's memory budget")
     parser.add_argument("--cores", type=int, help="for the limit; default: those this process may use")
+    parser.add_argument(
+        "--python-newest", help="interpreter with requirements-newest.txt; without it they are left out"
+    )
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for one process")
     parser.add_argument("--json", help="write every run here")
     parser.add_argument("--plot", help="draw the shares of the limit here (.svg, .png)")
