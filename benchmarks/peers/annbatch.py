@@ -8,7 +8,19 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from peers.engine import BATCH, PIPELINES, WINDOWS, Batches, Engine, Facts, Passes, Settings, open_arrays, use_pipeline
+from peers.engine import (
+    BATCH,
+    PIPELINES,
+    WINDOWS,
+    Batches,
+    Engine,
+    Facts,
+    Passes,
+    Settings,
+    open_arrays,
+    split,
+    use_pipeline,
+)
 
 
 def annbatch(facts: Facts, settings: Settings) -> Passes:
@@ -23,7 +35,7 @@ def annbatch(facts: Facts, settings: Settings) -> Passes:
         loader = Loader(
             chunk_size=settings["chunk"],
             preload_nchunks=settings["preload"],
-            batch_size=BATCH,
+            batch_size=settings["message"],
             shuffle=True,
             return_index=indexed,
             to="torch",
@@ -32,11 +44,12 @@ def annbatch(facts: Facts, settings: Settings) -> Passes:
         loader.add_dataset(x, obs=None if indexed else pd.DataFrame({"y": labels}))
         for batch in loader:
             chosen = labels[batch["index"]] if indexed else batch["obs"]["y"].to_numpy(copy=True)
-            yield batch["X"], torch.from_numpy(chosen)
+            yield from split([(batch["X"], torch.from_numpy(chosen))])
 
     return batches
 
 
+MESSAGE: list[Settings] = [{"message": BATCH}, {"message": 4096}]
 LABELS: list[Settings] = [{"labels": "index"}, {"labels": "obs"}]
 THREADS: list[Settings] = [{"threads": None}, {"threads": 1}]
 ANNBATCH = {"prepare": annbatch, "modules": ("annbatch", "zarrs"), "newest": True}
@@ -47,6 +60,7 @@ ENGINES = {
         f"runs of rows in random order, {WINDOWS}; its defaults (512 x 32) within 16,384. Labels are read once, before",
         axes=[
             [{"chunk": 16_384, "preload": 4}, {"chunk": 4096, "preload": 16}, {"chunk": 512, "preload": 32}],
+            MESSAGE,
             LABELS,
             THREADS,
             PIPELINES,
@@ -56,7 +70,7 @@ ENGINES = {
     "annbatch-small": Engine(
         "annbatch, small runs",
         f"runs of 1,024 rows in random order, {WINDOWS}. Labels are read once, before",
-        axes=[[{"chunk": 1024, "preload": 64}], LABELS, THREADS, PIPELINES],
+        axes=[[{"chunk": 1024, "preload": 64}], MESSAGE, LABELS, THREADS, PIPELINES],
         layouts=("sharded",),  # smaller than the chunks of the other
         **ANNBATCH,
     ),

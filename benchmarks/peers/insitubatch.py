@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from peers.engine import BATCH, WINDOW, WINDOWS, Batches, Engine, Facts, Passes, Settings
+from peers.engine import BATCH, WINDOW, WINDOWS, Batches, Engine, Facts, Passes, Settings, split
 
 
 def insitubatch(facts: Facts, settings: Settings) -> Passes:
@@ -21,7 +21,7 @@ def insitubatch(facts: Facts, settings: Settings) -> Passes:
             store,
             split_by_chunk(geometries["x"], fractions=(1.0, 0.0, 0.0)),
             geometries,
-            batch_size=BATCH,
+            batch_size=settings["message"],
             block_chunks=WINDOW // geometries["x"].sample_chunk_size,
             max_inflight=settings["inflight"],
             prefetch_depth=settings["prefetch"],
@@ -29,9 +29,7 @@ def insitubatch(facts: Facts, settings: Settings) -> Passes:
         # the constructor does not take it; 0 is min(32, cores + 4)
         dataset.scheduler_config = replace(dataset.scheduler_config, decode_threads=settings["threads"])
         dataset.set_epoch(number)
-        for batch in dataset.train:
-            tensors = to_torch(batch)
-            yield tensors["x"], tensors["y"]
+        yield from split((tensors["x"], tensors["y"]) for tensors in map(to_torch, dataset.train))
 
     return batches
 
@@ -42,6 +40,7 @@ ENGINES = {
         f"stored chunks (shards, where there are) in random order, {WINDOWS}",
         insitubatch,
         axes=[
+            [{"message": BATCH}, {"message": 4096}],
             [{"inflight": 32}, {"inflight": 8}, {"inflight": 2}],
             [{"threads": 0}, {"threads": 2}, {"threads": 1}],
             [{"prefetch": 2}, {"prefetch": 32}],
