@@ -84,7 +84,7 @@ class Bench:
         if name == "dtrain":
             chosen["memory"] = self.arguments.memory
         if name == "per-sample" and self.arguments.quick:
-            chosen["sample"] = BATCH
+            chosen["sample"] = 2 * BATCH
         return chosen
 
     def once(self, name: str, facts: Facts, settings: Settings) -> Facts:
