@@ -98,8 +98,8 @@ def _group_column(samples: Samples, store: ReadStore) -> Coordinate | str:
     except DtrainError as error:
         return one_line(error).removeprefix(f"{samples.path}: ").removesuffix(".")
     rows = _sizes(samples)[samples.sample_dim]
-    if named.dims != (samples.sample_dim,) or named.array.shape != (rows,):
-        return f"it has the dimensions {', '.join(named.dims) or 'none'} of lengths {list(named.array.shape)}"
+    if named.dims != (samples.sample_dim,) or named.shape != (rows,):
+        return f"it has the dimensions {', '.join(named.dims) or 'none'} of lengths {list(named.shape)}"
     column = describe_column(samples.path, by, named)
     if isinstance(column, str):
         return column

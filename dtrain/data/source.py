@@ -17,7 +17,7 @@ from dtrain.config.schema import DataConfig
 from dtrain.data.cf import encoding_of, float_encoding
 from dtrain.data.choose import choose_dims
 from dtrain.data.coordinate import coordinate_of
-from dtrain.data.dataset import NamedArray, open_named
+from dtrain.data.dataset import NamedArray, open_named, sizes_of
 from dtrain.data.given import split_column
 from dtrain.data.layouts.stored import Matrix
 from dtrain.data.matrix import check_order, check_sparse, rows_together
@@ -102,7 +102,7 @@ def describe(config: DataConfig, base: Path, snapshot: str = "") -> Samples:
     arrays = open_named(store, config.group, names, config.dims)
     arrays |= cosine_array(config, store, arrays)
     dims = {name: arrays[name].dims for name in own}
-    sizes = {dim: n for named in arrays.values() for dim, n in zip(named.dims, named.shape, strict=True)}
+    sizes = sizes_of(arrays)
     along = sample_dim(config, dims)
     by_coordinate, chosen = choose_dims(config, store, arrays, along) if config.sel else ({}, ())
     selected = select_dims(config, sizes, along) | by_coordinate
