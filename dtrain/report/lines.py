@@ -28,8 +28,9 @@ def opening_line(event: ClusterOpening) -> str:
 
 def started_line(event: RunStarted) -> str:
     """Return what is trained, and where."""
-    size = f"{event.samples:,} training samples, {event.replicas} replicas on {event.workers} workers"
-    return f"{shown(event.run)}: {size}"
+    replicas = f"{event.replicas} replica{'s' if event.replicas > 1 else ''}"
+    workers = f"{event.workers} worker{'s' if event.workers > 1 else ''}"
+    return f"{shown(event.run)}: {event.samples:,} training samples, {replicas} on {workers}"
 
 
 def continuing_line(event: RunStarted) -> str:
