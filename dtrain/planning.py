@@ -25,7 +25,7 @@ from dtrain.initfile import init_path, read_init
 from dtrain.job import Job
 from dtrain.prepare import ESTIMATE_UNITS, open_runner
 from dtrain.probe import Probe, limit_of
-from dtrain.resolve import Resolved
+from dtrain.resolved import Resolved
 from dtrain.runtime.handles import SMALL_BYTES
 from dtrain.runtime.reducing import reducer_slices
 from dtrain.runtime.spec import PlannedSource

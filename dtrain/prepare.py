@@ -30,7 +30,6 @@ from dtrain.errors import DataChanged, TooFewSamples
 from dtrain.events import StepsTaken
 from dtrain.job import Job
 from dtrain.resolve import (
-    Resolved,
     absent_rows_of,
     check_filled,
     check_kind,
@@ -41,6 +40,7 @@ from dtrain.resolve import (
     pinned,
     resolve,
 )
+from dtrain.resolved import Resolved
 from dtrain.runtime.codebytes import sent
 from dtrain.runtime.place import Place, open_place
 from dtrain.runtime.runner import Runner

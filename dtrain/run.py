@@ -39,7 +39,8 @@ from dtrain.prepare import open_runner
 from dtrain.project import RunCode, load_code
 from dtrain.report.history import Row, best_round, read_rows
 from dtrain.report.journal import HISTORY
-from dtrain.resolve import Resolved, own_stores
+from dtrain.resolve import own_stores
+from dtrain.resolved import Resolved
 from dtrain.runtime.module import build_module
 from dtrain.runtime.place import PLACE_NAMES
 from dtrain.runtime.spec import Source

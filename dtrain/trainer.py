@@ -41,7 +41,8 @@ from dtrain.prepare import open_runner
 from dtrain.report.history import limit_of_rows, read_rows
 from dtrain.report.journal import HISTORY, cut_history, journal
 from dtrain.report.notebook import is_notebook, notebook_progress
-from dtrain.resolve import Resolved, filled
+from dtrain.resolve import filled
+from dtrain.resolved import Resolved
 from dtrain.rounds import initial_state, rounds
 from dtrain.run import Run
 from dtrain.runs import remember
