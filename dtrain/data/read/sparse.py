@@ -17,6 +17,7 @@ from dtrain.data.encoding import Array
 from dtrain.data.plan.footprint import row_starts_together
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.faults import Faults
+from dtrain.data.read.values import Values
 from dtrain.data.samples import Samples
 from dtrain.data.sparse import SparseRows, Starts, pieces, starts_of
 from dtrain.data.variable import Select, Sparse, Variable
@@ -39,11 +40,15 @@ class SparseReader:
     fill : callable
         Reads them.
     faults : Faults
+    values : Values
+        Checks them.
     """
 
-    def __init__(self, samples: Samples, variable: Variable, sparse: Sparse, fill: Fill, faults: Faults) -> None:
+    def __init__(
+        self, samples: Samples, variable: Variable, sparse: Sparse, fill: Fill, faults: Faults, values: Values
+    ) -> None:
         self._samples, self._variable, self._sparse = samples, variable, sparse
-        self._fill, self._faults = fill, faults
+        self._fill, self._faults, self._values = fill, faults, values
         self._reading = threading.RLock()
         minor = 1 - variable.sample_axis
         self._width = variable.shape[minor]
@@ -172,7 +177,7 @@ class SparseReader:
             self._fill(sparse.data, where, rows.values)
             self._check(start, begin, rows)
             if self._samples.config.non_finite == "error":
-                self._faults.check_finite(sparse.data, where, rows.values)
+                self._values.check_finite(sparse.data, where, rows.values)
             if self.width < self._width:
                 _keep_columns(rows, self._selected)
         return rows.values.nbytes + rows.columns.nbytes
