@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 
 from dtrain.data.encoding import Array, Floats, Scaling, unpack
-from dtrain.data.load.buffers import FieldSpec, aligned_copy
+from dtrain.data.load.buffers import PIECE_BYTES, FieldSpec, aligned_copy
 from dtrain.data.load.slots import Rows
 from dtrain.data.load.sparse import SparseGatherer
 from dtrain.data.load.weights import alignments
@@ -27,9 +27,6 @@ Scalings: TypeAlias = Mapping[str, Scaling]
 """By variable: how it is standardised."""
 
 WHOLE_ROWS = Blocks()
-PIECE_BYTES = 512 << 10
-"""Rows that are copied twice, because they are cast or unpacked, are copied in pieces of this size: they stay in the
-processor's cache."""
 
 
 @dataclass(frozen=True, slots=True)
