@@ -230,6 +230,7 @@ def _memory_of(
         batch_size=batch_size,
         shuffle=shuffle,
         tables=tables_bytes(samples, partition.plan, partition.nbytes),
+        largest=partition.largest,
     )
     return plan_memory(reading, None, limit, name, None if kept == "auto" else cache_bytes(kept))
 

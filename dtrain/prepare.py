@@ -254,6 +254,7 @@ def _reading(
         batch_size=min(micro_size(job.config.train), max(part.num_samples for part in parts)),
         shuffle=shuffle,
         tables=tables,
+        largest=max(part.largest for part in parts),
     )
 
 

@@ -96,7 +96,10 @@ def plan_evaluation(
 
 
 def cut_as(plan: DataPlan, samples: Samples, jumps: str = "", given: GivenSplits = BY_SHARE) -> DataPlan:
-    """Return the plan of samples of the same rows as those of another plan, with its splits."""
+    """Return the plan of samples of the same rows as those of another plan, with its splits.
+
+    Which samples count is known of the same samples alone: others are counted anew.
+    """
     first, last = samples.reach()
     alike = (plan.first_offset, plan.last_offset) == (first, last)
     is_cut_alike = _same_patches(plan, samples)
@@ -111,6 +114,7 @@ def cut_as(plan: DataPlan, samples: Samples, jumps: str = "", given: GivenSplits
         last_offset=last,
         source=samples.fingerprint,
         jumps=plan.jumps if alike else jumps,
+        multiplicity=plan.multiplicity if plan.source == samples.fingerprint else "",
     )
 
 

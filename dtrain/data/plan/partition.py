@@ -22,7 +22,8 @@ from dtrain.data.plan.anchors import count_samples
 from dtrain.data.plan.boxes import with_units
 from dtrain.data.plan.cuts import object_rows
 from dtrain.data.plan.hashing import DEAL, SLICE, Compact, Ints, hash64
-from dtrain.data.plan.labels import BY_SHARE, GivenSplits
+from dtrain.data.plan.labels import BY_SHARE, GivenSplits, Labels
+from dtrain.data.plan.multiplicity import multiplicity_text
 from dtrain.data.plan.parts import Partition as Partition
 from dtrain.data.plan.parts import cell_anchors as cell_anchors
 from dtrain.data.plan.splits import Runs, SplitName, changes
@@ -69,7 +70,9 @@ def _owners(train: Partition) -> npt.NDArray[np.int32]:
 
 
 def _samples_of(partition: Partition) -> Compact:
-    """Return the anchors of each run; where blocks hold some of their patches, its samples."""
+    """Return the anchors of each run; where they hold different numbers of samples, its samples."""
+    if partition.samples is not None:
+        return partition.samples
     if not partition.plan.tile_labels:
         return partition.count
     samples: Ints = partition.count * partition.plan.tiles_of(partition.cells, partition.split)
@@ -150,6 +153,39 @@ class JointPlan:
         return tuple(
             (number, piece) for number, plan in enumerate(self.plans) for piece in eval_partitions(plan, split)
         )
+
+
+# Counted --------------------------------------------------------------------------------------------------
+
+
+def counted(samples: Samples, plan: DataPlan, values: Labels) -> DataPlan:
+    """Return a plan with the multiplicities of its samples, which are dealt to replicas by them.
+
+    Parameters
+    ----------
+    samples : Samples
+    plan : DataPlan
+    values : uint8[anchor, patch]
+
+    Raises
+    ------
+    TooFewSamples
+        Nothing is left of a split, or too little for the replicas.
+    """
+    known = replace(plan, multiplicity=multiplicity_text(values))
+    names: tuple[SplitName, ...] = ("train", "val", "test")
+    for name in names:
+        before = count_samples(plan, name).samples
+        if before and not count_samples(known, name).samples:
+            raise TooFewSamples(
+                f"{samples.path}: none of the {before:,} samples of {name} is left: all of them hold too many values "
+                "that are not finite (data.non_finite).",
+                "Allow more of them (data.non_finite = { min_valid = 0.5 }), hold out less or more in data.split, or "
+                "repair the data.",
+            )
+    _check_train(samples, known)
+    _check_owners(samples, known)
+    return known
 
 
 # Planning -----------------------------------------------------------------------------------------------

@@ -314,6 +314,19 @@ def _bad_values(variable: Variable, values: Array) -> Array | None:
     return bad
 
 
+def not_finite(variable: Variable, values: Array) -> Array | None:
+    """Return where the model would see a value that is not finite; None if nowhere. Missing labels are integers.
+
+    Parameters
+    ----------
+    variable : Variable
+    values : array[rows, *row]
+        As they are kept in memory.
+    """
+    is_label = variable.encoding is not None and variable.encoding.ignored is not None
+    return None if is_label else _bad_values(variable, values)
+
+
 def _overflows(values: Array, encoding: Encoding) -> bool:
     """Return True if unpacking may make a float32 infinite: unpacked values lie between those of two bounds."""
     if not encoding.is_packed or not values.size or values.dtype.kind == "b":
