@@ -17,7 +17,7 @@ from dtrain.data.cf import encoding_of, float_encoding
 from dtrain.data.choose import choose_dims
 from dtrain.data.coordinate import coordinate_of
 from dtrain.data.dataset import NamedArray, open_named
-from dtrain.data.given import split_column
+from dtrain.data.given import row_column, split_column
 from dtrain.data.paths import locate
 from dtrain.data.read.codecs import chunk_format, has_checksums
 from dtrain.data.read.kind import at_snapshot
@@ -115,7 +115,9 @@ def describe(config: DataConfig, base: Path, snapshot: str = "") -> Samples:
         chosen=chosen,
     ).labelled("ignored")
     samples = replace(samples, coordinate=coordinate_of(samples, store), split_column=split_column(samples, store))
-    columns = (column for column in (samples.coordinate, samples.split_column) if not isinstance(column, str))
+    if config.balance:
+        samples = replace(samples, class_column=row_column(samples, store, config.balance))
+    columns = (column for column in (samples.coordinate, samples.split_column, samples.class_column) if not isinstance(column, str))
     paths = (variable.array_path for variable in (*variables, *(column.variable for column in columns)))
     remember(store, at_snapshot(config.storage_options, store.facts.snapshot), config.group, paths)
     return samples

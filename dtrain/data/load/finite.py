@@ -46,9 +46,10 @@ class LeftOut:
     """How many there are."""
     by_variable: Mapping[str, int]
 
-    def __str__(self) -> str:
-        named = ", ".join(f"{name} ({count:,})" for name, count in self.by_variable.items())
-        return f"{self.samples:,} of {self.of:,} samples left out" + (f": non-finite values in {named}" if named else "")
+    @property
+    def named(self) -> str:
+        """The variables with the number of samples that are left out."""
+        return ", ".join(f"{name} ({count:,})" for name, count in self.by_variable.items())
 
 
 def pass_over(

@@ -14,6 +14,7 @@ import numpy as np
 from dtrain.data.encoding import Array, Encoding, Floats, Scaling, difference, holds_integers
 from dtrain.data.plan.partition import Partition
 from dtrain.data.plan.units import Box, cell_bounds
+from dtrain.data.read.faults import not_finite
 from dtrain.data.read.units import UnitReader
 from dtrain.data.variable import Variable
 from dtrain.errors import NonFiniteData
@@ -153,6 +154,8 @@ def partition_moments(
 ) -> dict[str, Moments]:
     """Return, by variable, the moments of the rows that a partition owns: one pass, unit by unit.
 
+    Where samples with values that are not finite are left out, or kept in part, only finite values count.
+
     Parameters
     ----------
     reader : UnitReader
@@ -170,11 +173,18 @@ def partition_moments(
         variable = reader.samples.variable(name)
         axes = variable.mean_axes or ()
         for rows in itertools.islice(_owned_rows(reader, partition, variable), most_units):
+            rows = _finite(variable, rows) if reader.samples.config.min_valid is not None else rows
             more = moments_of(rows, variable.encoding, axes)
             moments[name] = moments[name] + more if name in moments else more
             units, count = units + 1, count + len(rows)
             on_unit(units, count)
     return moments
+
+
+def _finite(variable: Variable, rows: Array) -> Array:
+    """Return stored rows with NaN in place of values that are not finite: `moments_of` leaves it out."""
+    bad = not_finite(variable, rows) if rows.dtype.kind == "f" else None
+    return rows if bad is None else np.where(bad, rows.dtype.type(np.nan), rows)
 
 
 def _owned_rows(reader: UnitReader, partition: Partition, variable: Variable) -> Iterator[Array]:

@@ -158,7 +158,7 @@ class JointPlan:
 # Counted --------------------------------------------------------------------------------------------------
 
 
-def counted(samples: Samples, plan: DataPlan, values: Labels) -> DataPlan:
+def counted(samples: Samples, plan: DataPlan, values: Labels, found: str) -> DataPlan:
     """Return a plan with the multiplicities of its samples, which are dealt to replicas by them.
 
     Parameters
@@ -166,6 +166,8 @@ def counted(samples: Samples, plan: DataPlan, values: Labels) -> DataPlan:
     samples : Samples
     plan : DataPlan
     values : uint8[anchor, patch]
+    found : str
+        The variables with values that are not finite, for errors.
 
     Raises
     ------
@@ -178,10 +180,10 @@ def counted(samples: Samples, plan: DataPlan, values: Labels) -> DataPlan:
         before = count_samples(plan, name).samples
         if before and not count_samples(known, name).samples:
             raise TooFewSamples(
-                f"{samples.path}: none of the {before:,} samples of {name} is left: all of them hold too many values "
-                "that are not finite (data.non_finite).",
-                "Allow more of them (data.non_finite = { min_valid = 0.5 }), hold out less or more in data.split, or "
-                "repair the data.",
+                f"{samples.path}: data.non_finite leaves out all of the {before:,} samples of {name}; of the whole "
+                f"store, by variable with non-finite values: {found}.",
+                "Keep samples with fewer finite values (data.non_finite = { min_valid = 0.5 }), split the data in "
+                "another way, or repair them.",
             )
     _check_train(samples, known)
     _check_owners(samples, known)
