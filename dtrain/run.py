@@ -253,6 +253,8 @@ class Run:
         plans, jumps = known.plan.plans, find_gaps(samples).jumps
         splits = BY_SHARE if split == "all" or store == "held_out" else _given_splits(samples, plans, store)
         plan, cut = plan_evaluation(samples, split, plans, known.held_out, store, jumps=jumps, given=splits)
+        if store is None and plan.multiplicity:
+            plan = replace(plan, multiplicity="")  # of a copy: it may hold other values
         known = replace(known, plan=JointPlan((plan,)), held_out=None, contents=(), filled=None, snapshots=())
         return self._job((source_of(samples),), None, samples.transform), known, cut
 

@@ -51,7 +51,9 @@ def counts_of_finite_targets(function: Callable[..., Any]) -> Callable[..., Any]
 
 def finite_targets(outputs: Any, targets: Any) -> torch.Tensor | None:
     """Return where targets are finite, bool; None if everywhere, or if the function itself must judge the tensors."""
-    is_alike = isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor) and outputs.shape == targets.shape
+    is_alike = (
+        isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor) and outputs.shape == targets.shape
+    )
     if not is_alike or not targets.is_floating_point():
         return None
     counted = torch.isfinite(targets)

@@ -1,8 +1,8 @@
 """Balanced classes (``data.balance``): how many times a pass samples come, so that classes have nearly equal shares.
 
-    class            a      b      c
-    samples      5,000  1,200     50       of the training split
-    factor           1      4    100       round(5,000 / samples), at most 255
+class            a      b      c
+samples      5,000  1,200     50       of the training split
+factor           1      4    100       round(5,000 / samples), at most 255
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dtrain.data.column import ColumnReader
 from dtrain.data.encoding import Array, is_missing
 from dtrain.data.plan.hashing import Ints
 from dtrain.data.plan.labels import Labels
-from dtrain.data.plan.multiplicity import MOST, multiplicities, repeats_of
+from dtrain.data.plan.multiplicity import MOST, multiplicities, num_anchors, repeats_of
 from dtrain.data.plan.parts import Partition, cell_anchors
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import Coordinate, Samples
@@ -109,7 +109,7 @@ def balanced(samples: Samples, plan: DataPlan, balance: Balance) -> Labels:
 def _train_samples(plan: DataPlan) -> npt.NDArray[np.unsignedinteger]:
     """Return, by anchor, its samples in the training split."""
     train, repeats = cell_anchors(plan, "train"), repeats_of(plan, "train")
-    anchors = len(multiplicities(plan))
+    anchors = num_anchors(plan)
     total = np.zeros(anchors, np.min_scalar_type(plan.patches))
     for block in range(len(plan.grid)):
         held = _held(train, block, anchors)

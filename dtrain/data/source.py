@@ -117,7 +117,11 @@ def describe(config: DataConfig, base: Path, snapshot: str = "") -> Samples:
     samples = replace(samples, coordinate=coordinate_of(samples, store), split_column=split_column(samples, store))
     if config.balance:
         samples = replace(samples, class_column=row_column(samples, store, config.balance))
-    columns = (column for column in (samples.coordinate, samples.split_column, samples.class_column) if not isinstance(column, str))
+    columns = (
+        column
+        for column in (samples.coordinate, samples.split_column, samples.class_column)
+        if not isinstance(column, str)
+    )
     paths = (variable.array_path for variable in (*variables, *(column.variable for column in columns)))
     remember(store, at_snapshot(config.storage_options, store.facts.snapshot), config.group, paths)
     return samples

@@ -160,9 +160,7 @@ def _of_static(samples: Samples, name: str, values: Array) -> Counts | None:
     return counts
 
 
-def _slices(
-    samples: Samples, variable: Variable, block: Sequence[slice], tiles: Ints
-) -> Iterator[tuple[slice, ...]]:
+def _slices(samples: Samples, variable: Variable, block: Sequence[slice], tiles: Ints) -> Iterator[tuple[slice, ...]]:
     """Yield the part of a row that each tile covers, counted within the block; one of all of it where none is cut."""
     if not samples.tiles.cuts_any(variable):
         return iter([tuple(slice(None) for _ in block)] * len(tiles))

@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 
 from dtrain.data.plan.blocks import Blocks
-from dtrain.data.plan.hashing import Compact, Ints, compact
+from dtrain.data.plan.hashing import COMPACT_BELOW, Compact, Ints
 from dtrain.data.plan.labels import Labels, as_text, from_text
 from dtrain.data.plan.units import DataPlan, SplitName
 
@@ -90,7 +90,8 @@ class Repeats:
         stops = starts + count * self.tiles[block]
         runs = [self.values[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
         values = runs[0] if len(runs) == 1 else np.concatenate(runs)
-        return np.cumsum(values, dtype=compact(np.zeros(0, np.int64), MOST * len(values)).dtype)
+        ends: Compact = np.cumsum(values, dtype=np.int32 if MOST * len(values) <= COMPACT_BELOW else np.int64)
+        return ends
 
     def of_block(self, block: int) -> Labels:
         """Return the multiplicities of a block, uint8[anchor, patch of the block]."""

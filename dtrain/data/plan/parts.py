@@ -160,7 +160,7 @@ class Partition:
         return Partition(self.plan, self.cells[which], self.first[which], self.count[which], self.split, samples)
 
 
-def _sums(values: Compact, begins: Ints) -> Compact:
+def _sums(values: Compact, begins: Compact) -> Compact:
     sums: Ints = np.add.reduceat(values, begins, dtype=np.int64)
     return compact(sums, int(sums.max()) + 1)
 

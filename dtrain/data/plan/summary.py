@@ -20,7 +20,6 @@ from dtrain.data.plan.units import Box, DataPlan, rows_selection
 from dtrain.data.samples import Samples
 from dtrain.data.variable import Variable
 
-
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
 
 

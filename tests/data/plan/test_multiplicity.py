@@ -1,4 +1,4 @@
-"""Samples that come several times a pass, or not at all: partitions, order and resume, over everything a plan varies."""
+"""Samples that come several times a pass, or not at all: partitions, order and resume, over all that plans vary."""
 
 from __future__ import annotations
 
