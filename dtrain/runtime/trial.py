@@ -145,8 +145,7 @@ def _first_batch(resident: Resident) -> TensorBatch:
     )
     with closing(batches):
         read = next(batches)
-        data = resident.spec.config.data
-        if data.non_finite == "skip" and not stream.source.plan.multiplicity:  # `plan`: not counted so far
+        if stream.source.samples.config.non_finite == "skip":  # for `plan`, they are not left out so far
             read = without_non_finite(read)
         return next(prepared(resident, iter([read]), "train", 0, Cursor(0, 0), total))
 

@@ -90,8 +90,9 @@ class Repeats:
         stops = starts + count * self.tiles[block]
         runs = [self.values[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
         values = runs[0] if len(runs) == 1 else np.concatenate(runs)
-        ends: Compact = np.cumsum(values, dtype=np.int32 if MOST * len(values) <= COMPACT_BELOW else np.int64)
-        return ends
+        if MOST * len(values) <= COMPACT_BELOW:
+            return np.cumsum(values, dtype=np.int32)
+        return np.cumsum(values, dtype=np.int64)
 
     def of_block(self, block: int) -> Labels:
         """Return the multiplicities of a block, uint8[anchor, patch of the block]."""
