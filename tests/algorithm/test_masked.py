@@ -40,7 +40,7 @@ def test_a_loss_is_the_mean_over_finite_targets(name):
     finite = torch.isfinite(targets)
     mean = mean_of_batch(of_finite_targets(LOSSES[name])(outputs, targets), 4)
     wanted = BY_HAND[name](outputs[finite], targets[finite])
-    assert float(mean.value) == pytest.approx(float(wanted))
+    assert mean.value.item() == pytest.approx(wanted.item())
     assert mean.count == 7 / 3  # of three values a sample
     mean.value.backward()
     grad, outputs.grad = outputs.grad.clone(), None
@@ -60,7 +60,7 @@ def test_finite_targets_give_the_bits_of_before(name):
 def test_a_batch_without_finite_targets_counts_nothing():
     outputs = torch.randn(2, 2, requires_grad=True)
     mean = mean_of_batch(of_finite_targets(LOSSES["mse"])(outputs, torch.full((2, 2), NAN)), 2)
-    assert (float(mean.value), mean.count) == (0.0, 0.0)
+    assert (mean.value.item(), mean.count) == (0.0, 0.0)
     mean.value.backward()
     assert (outputs.grad == 0).all()
 
