@@ -132,7 +132,7 @@ def test_what_the_pass_finds_is_what_the_batches_hold(write_store, tmp_path_fact
         "shuffle": False,
     }
     wanted = [
-        tuple(np.where(np.isfinite(v), v, 0) for v in inputs) + (target,)
+        (*(np.where(np.isfinite(v), v, 0) for v in inputs), target)
         for *inputs, target in each_of(path, non_finite="allow", **table)
         if np.isfinite(np.concatenate([v.ravel() for v in (*inputs, target)])).mean() >= least
     ]
@@ -177,7 +177,7 @@ def test_preloaded_and_static_variables_count(write_store, tmp_path):
             "mask": {"dims": ("k",), "values": mask, "chunks": (50,)},
         },
     )
-    values, left_out, _, _ = found_in(path, inputs=["x"], targets=["small"])
+    values, *_ = found_in(path, inputs=["x"], targets=["small"])
     assert np.flatnonzero(values.ravel() == 0).tolist() == [3]
     patched, *_ = found_in(path, inputs=["x", "mask"], targets=["small"], patch={"k": 25})
     assert patched.sum(axis=0).tolist() == [39, 0]  # the second patch of each row holds the infinity
@@ -192,7 +192,7 @@ def test_chunks_that_are_not_stored_are_missing_values(write_store, tmp_path):
     x = np.arange(12, dtype="float32")
     path = write_store(tmp_path / "s", {"x": vector(x, 4, fill_value=NAN), "y": vector(x, 4)})
     Path(path, "x", "c", "1").unlink()
-    values, left_out, _, _ = found_in(path, inputs=["x"], targets=["y"])
+    values, *_ = found_in(path, inputs=["x"], targets=["y"])
     assert values.ravel().tolist() == [1] * 4 + [0] * 4 + [1] * 4
     kept = [b.targets.tolist() for b in dtrain.batches(skipping(path), batch_size=4, split="all")]
     assert kept == [[0.0, 1.0, 2.0, 3.0], [8.0, 9.0, 10.0, 11.0]]
