@@ -44,6 +44,7 @@ normalize = []
 transform = ""
 missing = "auto"
 non_finite = "error"
+balance = ""
 shuffle = true
 memory = "auto"
 cache = "auto"

@@ -179,7 +179,7 @@ class Faults:
             why = ", which marks a missing value"
         elif why and variable.encoding is not None and variable.encoding.is_packed:
             why = f", unpacked {float(unpack(value, variable.encoding)):g}{why}"
-        hint = 'Repair or mask the data, or set data.non_finite = "allow".'
+        hint = 'Leave such samples out (data.non_finite = "skip"), repair the data, or set data.non_finite = "allow".'
         if is_mark and variable.encoding is not None and variable.encoding.ignored is not None:
             is_label = variable.name in self._samples.config.targets
             sees = "your loss and metrics see class" if is_label else "the model sees"
