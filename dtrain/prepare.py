@@ -109,26 +109,24 @@ def open_runner(
         if resolved.scalings or not job.config.data.normalize:
             job = labelled(_standardised(job, resolved.scalings), labels)
         lost = tuple(absent_rows_of(source, place) if without_lost else () for source in job.all_sources)
+        tell = on_progress or (lambda event: None)
         with sent(job.functions, job.base) as code:
-
-            def spec(pass_id: str) -> RunSpec:
-                return _spec(job, resolved, pass_id, _planned_sources(job, resolved, place, absent, lost), code)
-
-            tell = on_progress or (lambda event: None)
             if leave_out and is_uncounted(job, resolved):
-                with place.runner(spec(f"{run_id}-f")) as runner:
+                planned = _planned_sources(job, resolved, place, absent, lost)
+                with place.runner(_spec(job, resolved, f"{run_id}-f", planned, code)) as runner:
                     runner.on_progress = tell
                     resolved = without_non_finite(job, resolved, runner.seen(), trains=known is None)
             if known is None and job.config.data.balance:
                 resolved = with_classes(job, resolved, place)
             if known is None:
                 _check_passes(job.config.train, resolved.plan.sizes)
+            planned = _planned_sources(job, resolved, place, absent, lost)
             if job.config.data.normalize and not resolved.scalings:
-                with place.runner(spec(f"{run_id}-n")) as runner:
+                with place.runner(_spec(job, resolved, f"{run_id}-n", planned, code)) as runner:
                     runner.on_progress = tell
                     scalings = scalings_of(runner.moments(most_units), job.samples.variables)
                 resolved = replace(resolved, scalings=scalings)
-            with place.runner(spec(run_id)) as runner:
+            with place.runner(_spec(job, resolved, run_id, planned, code)) as runner:
                 yield runner, resolved
 
 

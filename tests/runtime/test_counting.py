@@ -135,6 +135,8 @@ def test_other_stores_are_counted_when_they_are_evaluated(write_store: Write, tm
         samples = dtrain.open_samples(path, inputs=["x"], targets=["y"])
         _, _, count = run.evaluation(samples, split="all", round="last", cluster="serial")
         assert count == COUNT - 40
+    strided = dtrain.open_samples(store, inputs=["x"], targets=["y"], stride=2)
+    assert run.evaluation(strided, split="all", round="last", cluster="serial")[2] == (COUNT - 40) // 2
     clean = store_of(write_store, tmp_path / "clean.zarr", 2, bad=False)
     assert run.evaluation(run.other_samples(str(clean)), split="all", round="last", cluster="serial")[2] == COUNT
     own = dtrain.load_run(run.directory, model=build, settings=("data.non_finite=error",))

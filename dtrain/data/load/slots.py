@@ -16,6 +16,7 @@ from dtrain.data.plan.hashing import CACHE, Compact, Ints, hash_each
 from dtrain.data.plan.memory import Limits
 from dtrain.data.plan.order import RowRun
 from dtrain.data.plan.partition import Partition
+from dtrain.data.plan.splits import changes
 
 Slots: TypeAlias = npt.NDArray[np.int32]
 
@@ -134,10 +135,13 @@ class SlotTable:
         part, index : int64[sample]
         """
         samples = np.empty(len(index), np.int64)
-        for number in np.unique(part).tolist():
+        short = part.astype(np.min_scalar_type(len(self._partition.units)))  # numpy sorts 16 bits by radix
+        order = np.argsort(short, kind="stable")
+        for some in np.split(order, changes(short[order])[1:]) if len(order) else ():
+            number = int(part[some[0]])
             if number not in self._ends:
                 self._ends[number] = self._partition.part_ends(number)
-            ends, some = self._ends[number], part == number
+            ends = self._ends[number]
             samples[some] = np.searchsorted(ends, index[some].astype(ends.dtype), side="right")
         return samples
 
