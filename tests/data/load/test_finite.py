@@ -226,6 +226,17 @@ def test_statistics_are_those_of_finite_values(write_store, tmp_path):
     assert float(moments.std[0]) == pytest.approx(np.std([1.0, 3.0, 5.0]))
 
 
+def test_missing_inputs_are_0_after_normalising_and_targets_stay(write_store, tmp_path):
+    x = np.array([1.0, NAN, 3.0, INF, 5.0, 7.0])
+    y = np.array([0.0, 1.0, NAN, 3.0, 4.0, 5.0])
+    path = write_store(tmp_path / "s", {"x": vector(x, 2), "y": vector(y, 4)})
+    samples = skipping(path, non_finite={"min_valid": 0.5}, normalize=["x"], shuffle=False)
+    (batch,) = dtrain.batches(samples, batch_size=6)
+    std = np.std([1.0, 3.0, 5.0, 7.0])
+    np.testing.assert_allclose(batch.inputs[0], np.array([-3.0, 0.0, -1.0, 0.0, 1.0, 3.0]) / std, rtol=1e-6)
+    np.testing.assert_array_equal(batch.targets, y.astype("float32"))
+
+
 def test_filling_changes_only_what_is_not_finite(monkeypatch):
     monkeypatch.setattr("dtrain.data.load.gather.PIECE_BYTES", 8)
     values = np.array([[1, NAN, 3], [INF, -INF, 6e30]], "float32")
