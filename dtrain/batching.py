@@ -102,6 +102,8 @@ def batches(
 ) -> Batches:
     """Iterate over torch batches in this process: dtrain's data path for a loop of your own.
 
+    Where ``data.non_finite`` leaves samples out, a pass over all of them comes first, in this call.
+
     Parameters
     ----------
     samples : Samples

@@ -24,7 +24,7 @@ MOST = 255
 """A sample comes at most so many times a pass: its multiplicity is a byte."""
 SUMMED = 1 << 20
 """So many multiplicities are summed at once."""
-KEPT_SPLITS = 8
+KEPT_SPLITS = 4
 """A process remembers the multiplicities of so many splits; each is a byte a sample."""
 
 
