@@ -16,12 +16,14 @@ from dtrain.algorithm.plan import eval_cadence, pass_size, samples_a_round
 from dtrain.algorithm.reduce import check_reduce
 from dtrain.config.names import LABEL_LOSSES, LOSSES, METRICS
 from dtrain.config.schema import DataConfig, TrainTable
+from dtrain.data.balance import Balance
 from dtrain.data.categories import categories_from, categories_of, categories_table, check_categories
 from dtrain.data.coordinate import Gaps, find_gaps
 from dtrain.data.encoding import Scaling
 from dtrain.data.genes import check_genes, genes_of
 from dtrain.data.given import SHARES, Found, find_ranges, found_groups, split_shares
 from dtrain.data.groups import count_groups, deal_groups
+from dtrain.data.load.finite import LeftOut
 from dtrain.data.paths import identity
 from dtrain.data.plan.anchors import count_samples
 from dtrain.data.plan.blocks import BlockAxis
@@ -78,6 +80,10 @@ class Resolved:
     """By store of ``data.path``: what `plan` says about the values of ``data.weight``; only at the first start."""
     given: tuple[Found, ...] = ()
     """By store of ``data.path``: its splits that are given by coordinate or by group; only at the first start."""
+    left_out: tuple[LeftOut, ...] = ()
+    """By store of which some are: the samples that ``data.non_finite`` leaves out; only at the first start."""
+    balance: Balance | None = None
+    """The classes of ``data.balance``; only at the first start."""
     eval_every: int = 1
     """Rounds between evaluations."""
     labels: MissingLabels = "nan"
@@ -158,13 +164,14 @@ def resolve(job: Job, place: Place) -> Resolved:
         weights=tuple(place.call(source, partial(weight_text, source.described)) for source in job.sources),
         given=given,
         labels=missing_labels(job.config.train),
-        eval_every=_eval_every(job, plan, held_out),
+        eval_every=eval_every(job, plan, held_out),
         categories=categories,
         snapshots=tuple(source.described.store.snapshot for source in job.all_sources),
     )
 
 
-def _eval_every(job: Job, plan: JointPlan, held_out: DataPlan | None) -> int:
+def eval_every(job: Job, plan: JointPlan, held_out: DataPlan | None) -> int:
+    """Return the rounds between evaluations."""
     train = job.config.train
     own = sum(count_samples(one, "val").samples for one in plan.plans) if held_out is None else 0
     validation = own if held_out is None else count_samples(held_out, "all").samples

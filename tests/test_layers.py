@@ -51,6 +51,7 @@ BELOW: dict[str, set[str]] = {
         "errors",
     },
     "data/groups": {"data/column", "data/plan", *CORE, "errors"},
+    "data/balance": {"data/column", "data/plan", *CORE, "errors"},
     "data/given": {
         *("data/column", "data/dataset", "data/groups", "data/paths", "data/places", "data/plan", "data/read"),
         *CORE,
@@ -84,7 +85,8 @@ BELOW: dict[str, set[str]] = {
     "batching": WORK,
     "job": WORK,
     "resolve": {"job", *WORK},
-    "prepare": {"resolve", "job", *WORK},
+    "counting": {"resolve", "job", *WORK},
+    "prepare": {"counting", "resolve", "job", *WORK},
     "probe": {"rounds", "prepare", "job", *WORK},
     "planning": {"probe", "prepare", "resolve", "initfile", "job", *WORK},
     "planrecord": {"probe", "planning", *WORK},
