@@ -105,13 +105,14 @@ def resolve(job: Job, place: Place) -> Resolved:
         weights=tuple(place.call(source, partial(weight_text, source.described)) for source in job.sources),
         given=given,
         labels=missing_labels(job.config.train),
-        eval_every=_eval_every(job, plan, held_out),
+        eval_every=eval_every(job, plan, held_out),
         categories=categories,
         snapshots=tuple(source.described.store.snapshot for source in job.all_sources),
     )
 
 
-def _eval_every(job: Job, plan: JointPlan, held_out: DataPlan | None) -> int:
+def eval_every(job: Job, plan: JointPlan, held_out: DataPlan | None) -> int:
+    """Return the rounds between evaluations."""
     train = job.config.train
     own = sum(count_samples(one, "val").samples for one in plan.plans) if held_out is None else 0
     validation = own if held_out is None else count_samples(held_out, "all").samples

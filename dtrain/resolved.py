@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from dtrain.data.balance import Balance
 from dtrain.data.categories import categories_from, categories_table
 from dtrain.data.encoding import Scaling
 from dtrain.data.given import Found
+from dtrain.data.load.finite import LeftOut
 from dtrain.data.plan.blocks import BlockAxis
 from dtrain.data.plan.partition import JointPlan
 from dtrain.data.plan.units import LATER, DataPlan
@@ -54,6 +56,10 @@ class Resolved:
     """By store of ``data.path``: what `plan` says about the values of ``data.weight``; only at the first start."""
     given: tuple[Found, ...] = ()
     """By store of ``data.path``: its splits that are given by coordinate or by group; only at the first start."""
+    left_out: tuple[LeftOut, ...] = ()
+    """By store of which some are: the samples that ``data.non_finite`` leaves out; only at the first start."""
+    balance: Balance | None = None
+    """The classes of ``data.balance``; only at the first start."""
     eval_every: int = 1
     """Rounds between evaluations."""
     labels: MissingLabels = "nan"

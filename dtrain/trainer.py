@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +33,7 @@ from dtrain.events import (
     RoundFinished,
     RunFinished,
     RunStarted,
+    SamplesLeftOut,
 )
 from dtrain.initfile import init_path, read_init, with_init
 from dtrain.job import Job, Model, Table, absolute
@@ -121,7 +122,8 @@ def _train(
             state, resolved, loaded = _first_state(runner, resolved, init)
         write_run(opened.directory, job, resolved)
         tell(_started(opened, state, runner))
-        events: list[Event] = [*loaded, *_filled(runner)]
+        left_out = (SamplesLeftOut(**asdict(one)) for one in resolved.left_out)
+        events: list[Event] = [*loaded, *_filled(runner), *left_out]
         for event in events:
             note(event)
         runner.on_progress = tell

@@ -51,6 +51,7 @@ BELOW: dict[str, set[str]] = {
         "errors",
     },
     "data/groups": {"data/column", "data/plan", *CORE, "errors"},
+    "data/balance": {"data/column", "data/plan", *CORE, "errors"},
     "data/given": {
         *("data/column", "data/dataset", "data/groups", "data/paths", "data/places", "data/plan", "data/read"),
         *CORE,
@@ -85,7 +86,8 @@ BELOW: dict[str, set[str]] = {
     "job": WORK,
     "resolved": {"job", *WORK},
     "resolve": {"resolved", "job", *WORK},
-    "prepare": {"resolve", "resolved", "job", *WORK},
+    "counting": {"resolve", "resolved", "job", *WORK},
+    "prepare": {"counting", "resolve", "resolved", "job", *WORK},
     "probe": {"rounds", "prepare", "job", *WORK},
     "planning": {"probe", "prepare", "resolved", "initfile", "job", *WORK},
     "planrecord": {"probe", "planning", *WORK},

@@ -77,7 +77,7 @@ def split_column(samples: Samples, store: ReadStore) -> Coordinate | str:
     """Return what the splits of samples are given by, or why it cannot be read; an empty text if they are shares."""
     split, group = samples.config.split, samples.config.group
     if split.by:
-        return _group_column(samples, store)
+        return row_column(samples, store, split.by)
     if not split.ranges:
         return ""
     dim = next(dim for dim, _ in split.ranges.values())
@@ -91,8 +91,9 @@ def split_column(samples: Samples, store: ReadStore) -> Coordinate | str:
     return found if isinstance(found, str) else describe_column(samples.path, *found)
 
 
-def _group_column(samples: Samples, store: ReadStore) -> Coordinate | str:
-    by, config = samples.config.split.by, samples.config
+def row_column(samples: Samples, store: ReadStore, by: str) -> Coordinate | str:
+    """Return a variable that has the dimension of the samples alone, or why it cannot be read."""
+    config = samples.config
     try:
         named: NamedArray = open_named(store, config.group, (by,), config.dims)[by]
     except DtrainError as error:

@@ -18,7 +18,7 @@ from dtrain.data.cf import encoding_of, float_encoding
 from dtrain.data.choose import choose_dims
 from dtrain.data.coordinate import coordinate_of
 from dtrain.data.dataset import NamedArray, open_named, sizes_of
-from dtrain.data.given import split_column
+from dtrain.data.given import row_column, split_column
 from dtrain.data.layouts.stored import Matrix
 from dtrain.data.matrix import check_order, check_sparse, rows_together
 from dtrain.data.paths import locate
@@ -123,7 +123,13 @@ def describe(config: DataConfig, base: Path, snapshot: str = "") -> Samples:
     ).labelled("ignored")
     check_weight(samples)
     samples = replace(samples, coordinate=coordinate_of(samples, store), split_column=split_column(samples, store))
-    columns = (column for column in (samples.coordinate, samples.split_column) if not isinstance(column, str))
+    if config.balance:
+        samples = replace(samples, class_column=row_column(samples, store, config.balance))
+    columns = (
+        column
+        for column in (samples.coordinate, samples.split_column, samples.class_column)
+        if not isinstance(column, str)
+    )
     stored = (*variables, *(column.variable for column in columns))
     paths = (array.array_path for variable in stored for array in variable.arrays)
     remember(store, at_snapshot(config.storage_options, store.facts.snapshot), config.group, paths)

@@ -68,10 +68,19 @@ class FieldGatherer:
         """Whether the field differs from patch to patch."""
         self._cuts, self._blocks = samples.tiles.cuts, blocks
         steps = np.diff(field.offsets)
+        config = samples.config
+        is_input = any(field is one for one in samples.fields[: len(config.inputs)])
+        self._zeroes = config.fills_inputs and is_input and dtype == np.float32
+        """Whether values that are not finite become 0."""
         self._step = int(steps[0]) if len(steps) and steps[0] > 0 and (steps == steps[0]).all() else 0
 
     def fill(self, out: Array, arena: Array, rows: Rows) -> None:
         """Fill ``out[sample, ...]`` from ``arena[slot, row, ...]``; out is contiguous and of the model's dtype."""
+        self._fill(out, arena, rows)
+        if self._zeroes:
+            fill_non_finite(out)
+
+    def _fill(self, out: Array, arena: Array, rows: Rows) -> None:
         flat = arena.reshape(-1, *arena.shape[2:])
         first = rows.slot * arena.shape[1] + rows.row - self._low
         if not self.is_cut or rows.tile is None:
@@ -107,6 +116,8 @@ class FieldGatherer:
             decoded[...] = decoded_weights(self.variable, values)
         else:
             self._store(decoded, ..., values)
+        if self._zeroes:
+            fill_non_finite(decoded)
         return decoded
 
     def _take_all(self, out: Array, flat: Array, first: Ints) -> None:
@@ -215,6 +226,15 @@ def _decoded(gatherer: FieldGatherer | SparseGatherer, statics: Mapping[str, Arr
     if isinstance(gatherer, SparseGatherer) or not gatherer.variable.is_static:
         return None
     return gatherer.decoded(statics[gatherer.field.name])
+
+
+def fill_non_finite(values: Array) -> None:
+    """Replace the values of float32[sample, ...] that are not finite by 0, in pieces of `PIECE_BYTES`."""
+    flat = values.reshape(-1)
+    for start in range(0, len(flat), PIECE_BYTES // flat.itemsize):
+        some = flat[start : start + PIECE_BYTES // flat.itemsize]
+        if not np.isfinite(some.sum()):
+            some[~np.isfinite(some)] = 0.0
 
 
 def target_scalings(samples: Samples, scalings: Scalings) -> tuple[tuple[Floats, Floats] | None, ...]:

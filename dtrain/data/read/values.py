@@ -38,7 +38,7 @@ class Values:
         ------
         NonFiniteData
         """
-        place = self._first(variable, select, not_finite(variable, values))
+        place = self._first(variable, select, _bad_values(variable, values))
         if place is None:
             return
         text, value = self._faults.stored(variable, place)
@@ -50,7 +50,7 @@ class Values:
             why = ", which marks a missing value"
         elif why and variable.encoding is not None and variable.encoding.is_packed:
             why = f", unpacked {float(unpack(value, variable.encoding)):g}{why}"
-        hint = 'Repair or mask the data, or set data.non_finite = "allow".'
+        hint = 'Leave such samples out (data.non_finite = "skip"), repair the data, or set data.non_finite = "allow".'
         if is_mark and variable.encoding is not None and variable.encoding.ignored is not None:
             is_label = variable.name in self._samples.config.targets
             sees = "your loss and metrics see class" if is_label else "the model sees"
@@ -119,6 +119,19 @@ class Values:
 
 
 def not_finite(variable: Variable, values: Array) -> Array | None:
+    """Return where the model would see a value that is not finite; None if nowhere. Missing labels are integers.
+
+    Parameters
+    ----------
+    variable : Variable
+    values : array[rows, *row]
+        As they are kept in memory.
+    """
+    is_label = variable.encoding is not None and variable.encoding.ignored is not None
+    return None if is_label else _bad_values(variable, values)
+
+
+def _bad_values(variable: Variable, values: Array) -> Array | None:
     """Return where values are missing or not finite; None if nowhere."""
     has_marks = variable.encoding is not None and bool(variable.encoding.missing) and not variable.encoding.passes
     bad = None

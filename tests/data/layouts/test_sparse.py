@@ -381,6 +381,7 @@ def test_a_matrix_without_the_sample_dimension_is_refused(tmp_path):
     [
         ({"patch": {"gene": 3}}, r"data.patch = { gene = 3 }: .* holds X as a sparse matrix"),
         ({"missing": "skip"}, 'data.missing = "skip": .* holds X as a sparse matrix'),
+        ({"non_finite": "skip"}, "data.non_finite: .* holds X as a sparse matrix"),
         ({"isel": {"gene": 9}}, "gene has 9 places"),
         ({"normalize": {"X": ["cell"]}}, "is the dimension of the samples"),
     ],
