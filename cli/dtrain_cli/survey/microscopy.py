@@ -221,27 +221,13 @@ def _cut(draft: Draft, image: ArrayFacts, along: str) -> Draft:
     is_thick = bool(planes) and min(sizes["z"], chunks["z"]) >= THICK
     space = tuple(dim for dim in image.dims if dim in ("y", "x") or (dim == "z" and is_thick))
     if along == "y":
-        side = _side(sizes["y"], chunks["y"], PATCH[2])
-        offsets = {"start": 0, "stop": side}
-        patch = {"x": _side(sizes["x"], chunks["x"], PATCH[2])}
-        why = f"there is one plane: a sample is {side} rows of {patch['x']} places"
-        return replace(
-            draft,
-            sample_dim="y",
-            space=("window", "x"),
-            input_offsets=offsets,
-            target_offsets=offsets,
-            stride=side,
-            patch=patch,
-            largest_row=LARGEST_ROW,
-            notes={**draft.notes, "data.input_offsets": why},
-        )
+        return _rows_of_a_plane(draft, sizes, chunks)
     side = PATCH[len(space)]
     patch = _patch(sizes, chunks, space, side) | ({"z": 1} if planes and not is_thick else {})
     while _count(sizes, patch, along) < FEWEST_SAMPLES and side > SMALLEST_PATCH:
         side //= 2
         patch |= _patch(sizes, chunks, space, side)
-    by_place = _count(sizes, patch, "") >= FEWEST_SAMPLES // 2 and (along == "z" or sizes[along] < FEW_ROWS)
+    by_place = _count(sizes, patch, "") >= FEWEST_SAMPLES // 4 and (along == "z" or sizes[along] < FEW_ROWS)
     return replace(
         draft,
         sample_dim=along,
@@ -254,6 +240,28 @@ def _cut(draft: Draft, image: ArrayFacts, along: str) -> Draft:
             "data.patch": f"a patch of each {'plane' if along == 'z' else 'time point'} is a sample",
             "data.split": "whole places are held out: neighbouring planes and time points resemble each other",
         },
+    )
+
+
+def _rows_of_a_plane(draft: Draft, sizes: Mapping[str, int], chunks: Mapping[str, int]) -> Draft:
+    """Return a draft for an image of one plane: a sample is a window of rows, and a patch of their places."""
+    side = PATCH[2]
+    patch = _patch(sizes, chunks, ("y", "x"), side)
+    while _count(sizes, patch, "") < FEWEST_SAMPLES and side > SMALLEST_PATCH:
+        side //= 2
+        patch = _patch(sizes, chunks, ("y", "x"), side)
+    offsets = {"start": 0, "stop": patch["y"]}
+    why = f"there is one plane: a sample is {patch['y']} rows of {patch['x']} places"
+    return replace(
+        draft,
+        sample_dim="y",
+        space=("window", "x"),
+        input_offsets=offsets,
+        target_offsets=offsets,
+        stride=patch["y"],
+        patch={"x": patch["x"]},
+        largest_row=LARGEST_ROW,
+        notes={**draft.notes, "data.input_offsets": why},
     )
 
 
