@@ -103,7 +103,7 @@ def weather(days: int = 1461, lat: int = 24, lon: int = 48) -> xr.Dataset:
 
 
 def cells(images: int = 80, side: int = 128, count: int = 25) -> xr.Dataset:
-    """Return pictures of cells: image uint16[image, y, x] under uneven light, and mask uint8[image, y, x]."""
+    """Return pictures of cells: image uint16[sample, y, x] under uneven light, and mask uint8[sample, y, x]."""
     import numpy as np
     import xarray as xr
 
@@ -123,7 +123,7 @@ def cells(images: int = 80, side: int = 128, count: int = 25) -> xr.Dataset:
         light = 0.5 + (x * np.cos(towards) + y * np.sin(towards)) / side / 3
         mean = 400 + 2_000 * light + 1_200 * bright
         image[picture] = np.clip(mean + rng.normal(0, 250, mean.shape), 0, 65_535)
-    dims = ("image", "y", "x")
+    dims = ("sample", "y", "x")
     return xr.Dataset(
         {"image": (dims, image), "mask": (dims, mask)}, attrs={"title": "Made by a random generator: ellipses"}
     )
