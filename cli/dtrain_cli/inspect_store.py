@@ -14,7 +14,8 @@ from dtrain_cli.survey.cells import cells, cells_at_root, cells_below
 from dtrain_cli.survey.contents import named_at_root, named_below, open_place
 from dtrain_cli.survey.draft import Draft
 from dtrain_cli.survey.forecast import forecast, maps, series
-from dtrain_cli.survey.microscopy import image_at_root, image_below, microscopy
+from dtrain_cli.survey.microscopy import microscopy
+from dtrain_cli.survey.pyramids import image_at_root, image_below
 from dtrain_cli.survey.roles import Contents
 from dtrain_cli.survey.settings import Settings, settle
 from dtrain_cli.survey.supervised import alone, image, supervised, tabular
