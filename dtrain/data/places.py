@@ -10,6 +10,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -255,7 +256,8 @@ class CoordinateIndex:
                 )
                 decoded.load()
             except Exception as error:
-                needs = "install the package cftime, or " if "calendar" in column.attributes else ""
+                has_calendar = "calendar" in column.attributes and find_spec("cftime") is None
+                needs = "install the package cftime, or " if has_calendar else ""
                 raise UnsuitableVariable(
                     f"{self._path}: {column.variable.name} cannot be decoded: {one_line(error)}",
                     f"Its attributes are {dict(column.attributes)}: {needs}choose by index (data.isel).",

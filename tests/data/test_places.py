@@ -214,6 +214,35 @@ def test_bools_order_nothing() -> None:
         found(np.array([True, False]), 1)
 
 
-def test_a_calendar_that_cannot_be_decoded_says_so() -> None:
-    with pytest.raises(UnsuitableVariable, match=r"s\.zarr: t cannot be decoded.*\n.*install the package cftime"):
+@pytest.mark.parametrize(("has_cftime", "cure"), [(False, "install the package cftime, or choose"), (True, ": choose")])
+def test_a_calendar_that_cannot_be_decoded_says_so(
+    monkeypatch: pytest.MonkeyPatch, has_cftime: bool, cure: str
+) -> None:
+    monkeypatch.setattr("dtrain.data.places.find_spec", lambda name: object() if has_cftime else None)
+    with pytest.raises(UnsuitableVariable, match=rf"s\.zarr: t cannot be decoded.*\n.*{cure} by index"):
         found(YEARS, "2001", {**DAYS, "calendar": "a calendar of mine"})
+
+
+OTHER_CALENDARS = {
+    "no leap day": ("noleap", 1500, "2004-03-01", (3 * 365 + 59, 3 * 365 + 60)),
+    "a month without a leap day": ("noleap", 1500, "2004-02", (3 * 365 + 31, 3 * 365 + 59)),
+    "every year is a leap year": ("all_leap", 800, "2001-02-29", (59, 60)),
+    "30 days in February": ("360_day", 800, "2001-02-30", (59, 60)),
+    "a year of 360 days": ("360_day", 800, "2002", (360, 720)),
+    "a slice of months": ("360_day", 800, LabelSlice(start="2001-12", stop="2002-01"), (330, 390)),
+    "the Julian calendar": ("julian", 800, "2002", (365, 730)),
+    "the usual calendar by its full name": ("proleptic_gregorian", 400, "2001", (0, 365)),
+}
+
+
+@pytest.mark.parametrize("descends", [False, True])
+@pytest.mark.parametrize("kind", OTHER_CALENDARS)
+def test_dates_of_other_calendars_are_found_by_their_parts(kind: str, descends: bool) -> None:
+    pytest.importorskip("cftime")
+    calendar, days, wanted, (start, stop) = OTHER_CALENDARS[kind]
+    stored, attributes = np.arange(days), {**DAYS, "calendar": calendar}
+    if descends:
+        stored, start, stop = stored[::-1], days - stop, days - start
+        if isinstance(wanted, LabelSlice):
+            wanted = LabelSlice(start=wanted.stop, stop=wanted.start)
+    assert found(stored, wanted, attributes, block=100)[:2] == (start, stop)
