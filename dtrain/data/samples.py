@@ -17,6 +17,7 @@ from dtrain.config.names import IGNORED_CLASS
 from dtrain.config.schema import DataConfig
 from dtrain.config.slices import Offsets, Slice
 from dtrain.data.encoding import Encoding, Scaling
+from dtrain.data.members import with_values
 from dtrain.data.tiles import ONE_TILE, Tiles
 from dtrain.data.variable import MISSING_CATEGORY, Categories, Variable
 from dtrain.display import html_table, shown
@@ -141,6 +142,31 @@ class Samples:
     empty if splits are shares. Not part of the fingerprint."""
     chosen: tuple[Chosen, ...] = ()
     """What ``data.sel`` chooses. Not part of the fingerprint: the selection of each variable is."""
+    members: tuple[Samples, ...] = ()
+    """The stores, where several are one (`dtrain.data.members`); then rows are those of the common axis."""
+    begins: tuple[int, ...] = ()
+    """By store of `members`: the row that its first stored row is."""
+
+    @property
+    def stores(self) -> tuple[Samples, ...]:
+        """The samples of each store; the samples themselves if there is one."""
+        return self.members or (self,)
+
+    @property
+    def location(self) -> str | tuple[str, ...]:
+        """The absolute path or URL of the store, or of each."""
+        return tuple(member.path for member in self.members) or self.path
+
+    @property
+    def row_runs(self) -> tuple[tuple[int, int, int], ...]:
+        """Where several stores are one: the row that each begins at, its first row in use, and the one after its last."""
+        pairs = zip(self.members, self.begins, strict=True)
+        return tuple((begin, begin + one.first_row, begin + one.num_samples) for one, begin in pairs)
+
+    @property
+    def num_rows(self) -> int:
+        """Number of selected rows."""
+        return sum(one.num_samples - one.first_row for one in self.stores)
 
     @property
     def row_bytes(self) -> int:
@@ -188,7 +214,7 @@ class Samples:
         They are small beside the others, and their chunks so long (for example one chunk for all labels) that
         units would have to be as long.
         """
-        rows = self.num_samples - self.first_row
+        rows = self.num_rows
         total = sum(v.row_bytes for v in self.moving)
         small = [v for v in self.moving if v.row_bytes * SMALL_SHARE <= total and v.row_bytes * rows <= SMALL_BYTES]
         large = [v for v in self.moving if v not in small]
@@ -229,6 +255,7 @@ class Samples:
             [{"ranges": tile.ranges} for tile in self.tiles]
             if len(self.tiles) <= LISTED_TILES
             else [{"cut": (cut.dim, cut.length, cut.size)} for cut in self.tiles.cuts],
+            *([[member.fingerprint for member in self.members], self.begins] if self.members else []),
         ]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
@@ -241,15 +268,25 @@ class Samples:
 
         Labels are targets that are stored as integers or bools, neither packed nor standardised, and no inputs.
         """
+        if self.members:
+            return self._with_members(tuple(member.labelled(missing) for member in self.members))
         return replace(self, variables=tuple(_labelled(self.config, v, missing) for v in self.variables))
 
     def standardised_by(self, scalings: Mapping[str, Scaling]) -> Samples:
         """Return the samples as a run reads them: these variables are standardised, whatever ``normalize`` names."""
+        if self.members:
+            return self._with_members(tuple(member.standardised_by(scalings) for member in self.members))
         return replace(self, variables=tuple(_standardised(v, scalings.get(v.name)) for v in self.variables))
+
+    def _with_members(self, members: tuple[Samples, ...]) -> Samples:
+        """Return the samples of stores whose values mean something else than before."""
+        by_name = ([member.variable(v.name) for member in members] for v in self.variables)
+        variables = (with_values(v, own) for v, own in zip(self.variables, by_name, strict=True))
+        return replace(self, members=members, variables=tuple(variables))
 
     def rows(self) -> list[tuple[str, str]]:
         """Return label and text of each line of the printed table."""
-        lines = [("rows", f"{self.num_samples - self.first_row:,} along {self.sample_dim}")]
+        lines = [("rows", f"{self.num_rows:,} along {self.sample_dim}")]
         lines += [("chosen", str(chosen)) for chosen in self.chosen]
         for role, names in (("input", self.config.inputs), ("target", self.config.targets)):
             for name in names:

@@ -54,19 +54,22 @@ def dropped_samples(plan: DataPlan) -> dict[str, int]:
 
     ``missing``: a chunk of its rows, or of a cell beside them, is not stored; ``gaps``: its window holds a jump;
     ``split``: its window leaves its split or the store. Where splits are given by coordinate, ``left_out``: it is in
-    the gap beside a split, or its patch is cut by an end of it.
+    the gap beside a split, or its patch is cut by an end of it. Where several stores are one, ``stores``: its window leaves
+    its store.
     """
     splits: tuple[SplitName, ...] = ("train", "val", "test")
     kept = sum(count_samples(plan, split).samples for split in splits)
     stored, smooth = replace(plan, jumps=""), replace(plan, jumps="", absent=())
     whole, of_stored, of_smooth = (count_samples(each, "all").samples for each in (smooth, stored, plan))
-    anchors = -(-plan.num_samples // plan.stride) - -(-plan.first_row // plan.stride)
+    anchors = int(plan.anchors_in(*plan.row_runs)[1].sum()) * plan.patches
     left_out = {"left_out": count_left_out(plan)} if plan.row_labels or plan.tile_labels else {}
+    stores = {"stores": anchors - whole} if plan.members else {}
     return {
-        "split": anchors * plan.patches - whole + of_smooth - kept - sum(left_out.values()),
+        "split": anchors - whole + of_smooth - kept - sum(left_out.values()) - sum(stores.values()),
         "gaps": of_stored - of_smooth,
         "missing": whole - of_stored,
         **left_out,
+        **stores,
     }
 
 

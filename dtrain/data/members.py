@@ -1,0 +1,170 @@
+"""Several stores as one: the rows of each follow those of the one before, on one axis of rows.
+
+    stores     |-- a: 365 --| |-- b: 366 --| |-- c: 365 --|
+    rows       0 . . . . . 365 366 . . . . 732 732 . . . . . . 1097
+    units      |--------------|--------------|--------------|      of 366 rows: no stored object lies in two of them
+
+Each store begins at a multiple of the rows that a unit of whole objects has; the rows between two stores are padding,
+which nobody reads. All arithmetic of plans is that of a single store with these rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from dtrain.data.variable import Categories, Variable
+from dtrain.errors import LengthsDiffer, UnsuitableVariable
+
+LONGEST_UNIT_BYTES = 32 << 20
+"""Units of whole objects of all stores grow up to this size, where their chunks have different lengths."""
+
+
+def same_length(lengths: Sequence[int], sizes: Sequence[int], most: int) -> int:
+    """Return the interval at which objects of several stores can be cut, if each store begins at a multiple of it.
+
+    It is the least common multiple of the objects' lengths; an object that holds all of its store need only fit. Where
+    the multiple is beyond `most` and 4 times the longest, it is the longest: objects of some stores lie in two units,
+    and are decoded for each.
+
+    Parameters
+    ----------
+    lengths : sequence of int
+        Of the dimension, by store.
+    sizes : sequence of int
+        Of an object along it, by store.
+    most : int
+
+    Examples
+    --------
+    >>> same_length([365, 366], [365, 366], 1000), same_length([900, 250, 30], [300, 100, 300], 1000)
+    (366, 300)
+    >>> same_length([9000, 9000], [1000, 999], 10_000)
+    1000
+    """
+    inside = [(n, size) for n, size in zip(lengths, sizes, strict=True)]
+    common = math.lcm(*(size for n, size in inside if n > size))
+    longest = max(min(n, size) for n, size in inside)
+    if common > max(most, 4 * longest):
+        common = max(size for n, size in inside if n > size)
+    return math.ceil(longest / common) * common
+
+
+def joined_variable(members: Sequence[Variable], row_bytes: int, most_bytes: int = LONGEST_UNIT_BYTES) -> Variable:
+    """Describe a variable of several stores as if it were stored in one; its rows are those of the first store.
+
+    Along each dimension, its chunks and objects have the lengths at which those of all stores can be cut.
+
+    Parameters
+    ----------
+    members : sequence of Variable
+        By store; alike (`check_alike`).
+    row_bytes : int
+        Of a row of all variables, in memory.
+    most_bytes : int
+        Of the rows of an object in memory.
+    """
+    first = members[0]
+    if first.is_static:
+        return first
+    chunks, objects = list(first.chunks), list(first.objects)
+    for axis in range(len(first.shape)):
+        lengths = [v.shape[axis] for v in members]
+        most = most_bytes // max(1, row_bytes) if axis == first.sample_axis else 0
+        whole = same_length(lengths, [v.objects[axis] for v in members], most)
+        inner = same_length(lengths, [v.chunks[axis] for v in members], most)
+        both = math.lcm(whole, inner)
+        is_long = both > max(most, 4 * whole)
+        chunks[axis], objects[axis] = (whole, whole) if is_long else (inner, both)
+    joined = replace(
+        first,
+        chunks=tuple(chunks),
+        objects=tuple(objects),
+        checksums=all(v.checksums for v in members),
+        means_bool=all(v.means_bool for v in members),
+        categories=_categories(members),
+    )
+    return with_values(joined, members)
+
+
+def with_values(joined: Variable, members: Sequence[Variable]) -> Variable:
+    """Return a variable of several stores with the dtype, encoding and standardising that its values have in memory.
+
+    Where stores differ in dtype or encoding, as yearly files that are packed one by one, values are decoded store by
+    store: floats are kept as float32, or float64 if they are standardised; integers as int64.
+    """
+    first = members[0]
+    if not differ(members):
+        return replace(joined, dtype=first.dtype, encoding=first.encoding, mean_axes=first.mean_axes)
+    dtype = "float64" if any(v.model_dtype.kind == "f" for v in members) else "int64"
+    return replace(joined, dtype=dtype, encoding=None, mean_axes=first.mean_axes)
+
+
+def differ(members: Sequence[Variable]) -> bool:
+    """Return whether values of a variable are stored in different ways."""
+    first = members[0]
+    return any((v.dtype, v.encoding) != (first.dtype, first.encoding) for v in members)
+
+
+def _categories(members: Sequence[Variable]) -> Categories | None:
+    """Return the categories of the store that has most: others begin with the same ones."""
+    known = [v.categories for v in members if v.categories is not None]
+    return max(known, key=lambda one: one.count, default=None)
+
+
+# Alike ------------------------------------------------------------------------------------------------------
+
+
+def check_alike(paths: Sequence[str], members: Sequence[Variable]) -> None:
+    """Refuse a variable that is not the same in all stores.
+
+    Raises
+    ------
+    LengthsDiffer
+        Its dimensions, or the shape of a row, differ.
+    UnsuitableVariable
+        Its values mean different things.
+    """
+    first = members[0]
+    for path, v in zip(paths[1:], members[1:], strict=True):
+        if (v.dims, v.sample_axis, _axes(v)) != (first.dims, first.sample_axis, _axes(first)):
+            raise LengthsDiffer(
+                f"{path}: {v.name} has the dimensions {_axes_text(v)}; in {paths[0]} they are {_axes_text(first)}.",
+                "Stores that are one may differ in the number of rows alone: write them alike, or choose the same part "
+                "of each (data.sel).",
+            )
+        if (v.model_dtype, v.mean_axes) != (first.model_dtype, first.mean_axes):
+            raise UnsuitableVariable(
+                f"{path}: {v.name} holds {_values_text(v)}; in {paths[0]} it holds {_values_text(first)}.",
+                f"Write {v.name} as integers in all stores or as floats in all; an integer that may be missing is a "
+                "float.",
+            )
+        _check_categories(path, v, paths[0], first)
+
+
+def _axes(v: Variable) -> list[tuple[str, int]]:
+    """Return dimension and length of each axis of a row."""
+    return [(v.dims[axis], length) for axis, length in zip(v.row_axes, v.row_shape, strict=True)]
+
+
+def _axes_text(v: Variable) -> str:
+    lengths = dict(_axes(v))
+    return ", ".join(f"{dim} {lengths[dim]:,}" if dim in lengths else dim for dim in v.dims) or "none"
+
+
+def _values_text(v: Variable) -> str:
+    marks = () if v.encoding is None else v.encoding.missing
+    missing = f" of which {marks[0]:g} marks a missing one" if marks else ""
+    return f"{'floats' if v.model_dtype.kind == 'f' else 'integers'} ({v.dtype}{missing})"
+
+
+def _check_categories(path: str, v: Variable, first_path: str, first: Variable) -> None:
+    own, of_first = (() if one.categories is None else one.categories.names for one in (v, first))
+    code = next((code for code, (a, b) in enumerate(zip(own, of_first, strict=False)) if a != b), None)
+    if (v.categories is None) != (first.categories is None) or code is not None:
+        here, there = (names[code or 0] if names else "a number" for names in (own, of_first))
+        raise UnsuitableVariable(
+            f"{path}: code {code or 0} of {v.name} stands for {here}; in {first_path} it stands for {there}.",
+            "Write all stores with the same categories in one order (pandas: column.cat.set_categories([...])).",
+        )
