@@ -20,6 +20,9 @@ from dtrain.errors import LengthsDiffer, UnsuitableVariable
 LONGEST_UNIT_BYTES = 32 << 20
 """Units of whole objects of all stores grow up to this size, where their chunks have different lengths."""
 
+KEPT_STORES = 32
+"""Stores that a process keeps open, beside those that are being read."""
+
 
 def same_length(lengths: Sequence[int], sizes: Sequence[int], most: int) -> int:
     """Return the interval at which objects of several stores can be cut, if each store begins at a multiple of it.
@@ -95,7 +98,7 @@ def with_values(joined: Variable, members: Sequence[Variable]) -> Variable:
     store: floats are kept as float32, or float64 if they are standardised; integers as int64.
     """
     first = members[0]
-    if not differ(members):
+    if first.is_static or not differ(members):
         return replace(joined, dtype=first.dtype, encoding=first.encoding, mean_axes=first.mean_axes)
     dtype = "float64" if any(v.model_dtype.kind == "f" for v in members) else "int64"
     return replace(joined, dtype=dtype, encoding=None, mean_axes=first.mean_axes)

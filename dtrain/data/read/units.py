@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from dtrain.data.encoding import Array
 from dtrain.data.plan.readers import choose_readers
-from dtrain.data.plan.units import Box, box_selection, box_shape, box_slices, rows_selection
+from dtrain.data.plan.units import Box, box_shape, box_slices, rows_selection
 from dtrain.data.read.faults import Faults, rows_text
 from dtrain.data.read.files import FilesReader
 from dtrain.data.read.open import open_arrays
@@ -19,6 +21,19 @@ from dtrain.data.read.zarr import ZarrReader, ZarrsReader, best_settings, open_w
 from dtrain.data.samples import Samples
 from dtrain.data.variable import Select, Variable
 from dtrain.errors import InvalidConfig, OutOfMemory
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What outlives a reader: it is read or noted once, also if the store is opened several times."""
+
+    preloaded: frozenset[str]
+    """The variables that are preloaded."""
+    rows: dict[str, Array] = field(default_factory=dict)
+    """By preloaded variable: all rows."""
+    versions: dict[str, npt.NDArray[np.uint64]] = field(default_factory=dict)
+    """By variable: marks of the versions of files that were read first (`Faults`)."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class UnitReader:
@@ -33,6 +48,8 @@ class UnitReader:
         Threads that zarrs decodes with.
     absent : tuple of (int, int)
         Runs of rows that nobody needs (`DataPlan.absent`): chunks that are missing there are no fault.
+    kept : Kept, optional
+        Of the reader before, that was given up to keep few stores open.
 
     Raises
     ------
@@ -45,19 +62,23 @@ class UnitReader:
     """
 
     def __init__(
-        self, samples: Samples, reader: str = "auto", threads: int = 1, absent: tuple[tuple[int, int], ...] = ()
+        self,
+        samples: Samples,
+        reader: str = "auto",
+        threads: int = 1,
+        absent: tuple[tuple[int, int], ...] = (),
+        kept: Kept | None = None,
     ) -> None:
         self.samples = samples
+        self.kept = kept or Kept(preloaded=frozenset(v.name for v in samples.preloaded))
         self.readers = choose_readers(samples, reader)
         """The reader of each variable, and the reason for it."""
         with best_settings(samples):
             self.store, self.arrays = open_arrays(samples)
         for array in self.arrays.values():
             self.store.watch(array)
-        self.faults = Faults(samples, self.arrays, absent)
+        self.faults = Faults(samples, self.arrays, absent, self.kept.versions)
         self._chunk_readers = self._open_readers(reader, threads)
-        self._preloading = threading.Lock()
-        self._preloaded: dict[str, Array] = {}
 
     def _open_readers(self, wanted: str, threads: int) -> dict[str, ChunkReader]:
         by_zarrs = {name: self.arrays[name] for name, (chosen, _) in self.readers.items() if chosen == "zarrs"}
@@ -105,44 +126,52 @@ class UnitReader:
         """
         decoded = 0
         for variable in self.samples.moving:
-            select = box_selection(self.samples, variable, box)
-            start, stop, _ = select[variable.sample_axis]
-            place = out[variable.name][: stop - start]
-            shape = box_shape(self.samples, variable, box)
-            rows = place if place.shape == shape else np.empty(shape, place.dtype)  # readers fill contiguous memory
-            if variable in self.samples.preloaded:
-                first = start - self.samples.first_row
-                rows[...] = self._preload(variable)[(slice(first, first + len(rows)), *box_slices(variable, box))]
-            else:
-                self._fill(variable, select, rows)
-                decoded += rows.nbytes
-            self._check(variable, select, rows)
-            if rows is not place:
-                place[tuple(map(slice, shape))] = rows
+            low, high = self.samples.reach(variable.name)
+            decoded += self.fill(variable, Box(box.start + low, box.stop + high, box.block), out[variable.name])
+        return decoded
+
+    def fill(self, variable: Variable, box: Box, out: Array) -> int:
+        """Fill the first rows of `out` with the rows of a variable that a box covers, without a halo.
+
+        Returns the number of decoded bytes; none if the variable is preloaded.
+
+        Parameters
+        ----------
+        variable : Variable
+        box : Box
+        out : array[rows, *row]
+            As of `read_into`.
+        """
+        select, decoded = rows_selection(variable, box), 0
+        shape = (box.stop - box.start, *(len(range(*select[axis])) for axis in variable.row_axes))
+        place = out[: box.stop - box.start]
+        rows = place if place.shape == shape else np.empty(shape, place.dtype)  # readers fill contiguous memory
+        if variable.name in self.kept.preloaded:
+            first = box.start - self.samples.first_row
+            rows[...] = self._preload(variable)[(slice(first, first + len(rows)), *box_slices(variable, box))]
+        else:
+            self._fill(variable, select, rows)
+            decoded = rows.nbytes
+        self._check(variable, select, rows)
+        if rows is not place:
+            place[tuple(map(slice, shape))] = rows
         return decoded
 
     def _preload(self, variable: Variable) -> Array:
         """Return all rows of a preloaded variable; they are read at the first call, and checked when they are used."""
-        with self._preloading:
-            if variable.name not in self._preloaded:
+        with self.kept.lock:
+            if variable.name not in self.kept.rows:
                 samples = self.samples
                 rows = np.empty((samples.num_samples - samples.first_row, *variable.row_shape), variable.kept_dtype)
                 self._fill(variable, variable.selection(samples.first_row, samples.num_samples), rows)
-                self._preloaded[variable.name] = rows
-            return self._preloaded[variable.name]
+                self.kept.rows[variable.name] = rows
+            return self.kept.rows[variable.name]
 
     def read_rows(self, variable: Variable, box: Box) -> Array:
         """Return the rows of one variable that a box covers, without a halo, as they are kept in memory."""
-        select = rows_selection(variable, box)
-        if variable in self.samples.preloaded:
-            first = self.samples.first_row
-            rows = self._preload(variable)[(slice(box.start - first, box.stop - first), *box_slices(variable, box))]
-            self._check(variable, select, rows)
-            return rows
-        row = (len(range(*select[axis])) for axis in variable.row_axes)
+        row = [len(range(*part)) for part in (rows_selection(variable, box)[axis] for axis in variable.row_axes)]
         rows = np.empty((box.stop - box.start, *row), variable.kept_dtype)
-        self._fill(variable, select, rows)
-        self._check(variable, select, rows)
+        self.fill(variable, box, rows)
         return rows
 
     @cached_property
