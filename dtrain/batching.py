@@ -24,8 +24,8 @@ from dtrain.data.plan.memory import MemoryBudget, Reading, plan_memory
 from dtrain.data.plan.partition import Partition, cell_anchors, plan_data, train_partitions
 from dtrain.data.plan.splits import SplitName
 from dtrain.data.plan.units import DataPlan
-from dtrain.data.read.presence import absent_rows, check_presence
-from dtrain.data.read.units import UnitReader
+from dtrain.data.read.inventory import rows_absent, take_inventory
+from dtrain.data.read.joined import BoxReader, open_reader
 from dtrain.data.samples import Samples, not_samples
 from dtrain.errors import InvalidConfig, TooFewSamples, did_you_mean
 from dtrain.runtime.tensors import as_tensors, transformed
@@ -153,7 +153,7 @@ def batches(
     samples = _read_by(samples, reader)
     config = samples.config
     if config.missing in ("auto", "error"):
-        check_presence(samples)
+        take_inventory(samples, full=False, digests=False, presence=True)
     plan = _plan(samples, replicas, seed)
     partition = train_partitions(plan)[replica] if split == "train" else _whole(plan, split)
     shuffle = plan.shuffle and split == "train"
@@ -161,7 +161,7 @@ def batches(
     limits = budget.train.limits
     start = cursor or Cursor(0, 0)
     consumed = _consumed(start, partition)
-    opened = UnitReader(samples, config.reader, limits.threads, plan.absent)
+    opened = open_reader(samples, config.reader, limits.threads, plan.absent)
     transform = _transform_of(samples)
     loader = Loader(
         opened,
@@ -200,7 +200,7 @@ def _read_by(samples: Samples, reader: str | None) -> Samples:
 
 
 def _plan(samples: Samples, replicas: int, seed: int) -> DataPlan:
-    absent = absent_rows(samples) if samples.config.missing == "skip" else ()
+    absent = rows_absent(samples) if samples.config.missing == "skip" else ()
     given = find_given(samples, seed, absent).splits
     return plan_data(samples, replicas=replicas, seed=seed, absent=absent, jumps=find_gaps(samples).jumps, given=given)
 
@@ -234,7 +234,7 @@ def _memory_of(
     return plan_memory(reading, None, limit, name, None if kept == "auto" else cache_bytes(kept))
 
 
-def _scalings(reader: UnitReader, plan: DataPlan) -> dict[str, Scaling]:
+def _scalings(reader: BoxReader, plan: DataPlan) -> dict[str, Scaling]:
     """Return how variables are standardised: by the rows of the whole training split, in one pass over it."""
     names = reader.samples.config.normalize
     if not names:

@@ -266,13 +266,13 @@ class Run:
         config = self.config.model_copy(update=tables).with_functions({})
         return Job(config=config, sources=sources, held_out=held_out, functions=functions, base=self.base)
 
-    def other_samples(self, data: str | None, settings: tuple[str, ...] = ()) -> Samples:
+    def other_samples(self, data: str | tuple[str, ...] | None, settings: tuple[str, ...] = ()) -> Samples:
         """Describe samples with the run's table ``[data]``.
 
         Parameters
         ----------
-        data : str, optional
-            Path or URL of a store; by default the run's own.
+        data : str or tuple of str, optional
+            Path or URL of a store, or of several that are one; by default the run's own.
         settings : tuple of str
             ``"data.isel={}"``: keys that differ from the run's (`is_view`).
 
@@ -282,7 +282,7 @@ class Run:
             A setting is wrong, or the run has several stores of its own.
         """
         table = self.config.data
-        if data is None and not isinstance(table.path, str):
+        if data is None and table.is_federated:
             raise InvalidConfig("The run has several stores.", "Name the one to evaluate with --data.")
         if data is not None:
             table = table.model_copy(update={"path": data})

@@ -15,8 +15,8 @@ from dtrain.config.schema import DataConfig
 from dtrain.data.column import find_coordinate
 from dtrain.data.encoding import Array
 from dtrain.data.members import KEPT_STORES, LONGEST_UNIT_BYTES, check_alike, joined_variable
-from dtrain.data.samples import Chosen, Coordinate, Samples, StoreFacts, common_rows
 from dtrain.data.read.store import ReadStore
+from dtrain.data.samples import Chosen, Coordinate, Samples, StoreFacts, common_rows
 from dtrain.data.selection import select_dims
 from dtrain.data.variable import Variable
 from dtrain.errors import InvalidConfig, LengthsDiffer, NothingSelected, UnsuitableVariable, listed

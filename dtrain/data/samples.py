@@ -159,7 +159,7 @@ class Samples:
 
     @property
     def row_runs(self) -> tuple[tuple[int, int, int], ...]:
-        """Where several stores are one: the row that each begins at, its first row in use, and the one after its last."""
+        """Of each of several stores: the row that it begins at, its first row in use, and the one after its last."""
         pairs = zip(self.members, self.begins, strict=True)
         return tuple((begin, begin + one.first_row, begin + one.num_samples) for one, begin in pairs)
 

@@ -14,7 +14,7 @@ import numpy as np
 from dtrain.data.encoding import Array, Encoding, Floats, Scaling, difference, holds_integers
 from dtrain.data.plan.partition import Partition
 from dtrain.data.plan.units import Box, cell_bounds
-from dtrain.data.read.units import UnitReader
+from dtrain.data.read.joined import BoxReader
 from dtrain.data.variable import Variable
 from dtrain.errors import NonFiniteData
 
@@ -145,7 +145,7 @@ def _origin(values: Array, encoding: Encoding | None) -> Floats:
 
 
 def partition_moments(
-    reader: UnitReader,
+    reader: BoxReader,
     partition: Partition,
     names: Iterable[str],
     most_units: int | None = None,
@@ -155,7 +155,7 @@ def partition_moments(
 
     Parameters
     ----------
-    reader : UnitReader
+    reader : BoxReader
     partition : Partition
     names : iterable of str
         Variables.
@@ -177,7 +177,7 @@ def partition_moments(
     return moments
 
 
-def _owned_rows(reader: UnitReader, partition: Partition, variable: Variable) -> Iterator[Array]:
+def _owned_rows(reader: BoxReader, partition: Partition, variable: Variable) -> Iterator[Array]:
     """Yield, unit by unit, the stored rows that a partition owns; a static variable is one row."""
     if variable.is_static:
         yield _of_patches(variable, partition, Box(0, 1), reader.statics[variable.name][None])

@@ -33,7 +33,7 @@ from dtrain.data.load.pool import Lane
 from dtrain.data.load.schedule import Schedule
 from dtrain.data.plan.footprint import slot_shape
 from dtrain.data.plan.partition import Partition
-from dtrain.data.read.units import UnitReader
+from dtrain.data.read.joined import BoxReader
 
 
 class LoaderThreads:
@@ -45,7 +45,7 @@ class LoaderThreads:
     Parameters
     ----------
     schedule : Schedule
-    reader : UnitReader
+    reader : BoxReader
     partition : Partition
     gatherer : BatchGatherer
     allocate : callable
@@ -59,7 +59,7 @@ class LoaderThreads:
     def __init__(
         self,
         schedule: Schedule,
-        reader: UnitReader,
+        reader: BoxReader,
         partition: Partition,
         gatherer: BatchGatherer,
         allocate: Allocate,

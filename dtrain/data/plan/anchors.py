@@ -107,9 +107,9 @@ def _neighbours(plan: DataPlan, cells: Compact) -> _Neighbours:
 
 
 def _segments(plan: DataPlan, split: SplitName) -> list[tuple[Ints, Ints]]:
-    """Return, by what cuts rows into runs, for each run that is long enough for a window: its first anchor, and the end.
+    """Return the first anchor of each run of rows that is long enough for a window, and the row after its last anchor.
 
-    They are cut by the labels of a split, by stores, and by jumps.
+    Rows are cut into runs by the labels of a split, then by stores, then by jumps.
     """
     segments = []
     if plan.row_labels and split != "all":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 
+from dtrain.data.members import KEPT_STORES, differ
 from dtrain.data.plan.bins import MOST_BINS, ORDERED_ROWS, bins_a_part, index_dtype
 from dtrain.data.plan.hashing import SLICE
 from dtrain.data.plan.labels import count_runs
@@ -73,26 +75,31 @@ def scratch_bytes(samples: Samples, plan: DataPlan) -> int:
     They hold the stored and decoded chunks of one variable at a time, and the variable's part of a unit where the unit
     may be smaller than its slot.
     """
-    readers = choose_readers(samples, samples.config.reader)
-    return max(
-        (
-            _decoding_bytes(v, *_chunks_of_box(samples, plan, v), readers[v.name][0])
-            + (math.prod(slot_shape(samples, plan, v)) * v.kept_dtype.itemsize if plan.grid.is_ragged else 0)
-            for v in samples.streamed
-        ),
-        default=0,
-    )
+    streamed = {v.name for v in samples.streamed}
+    return max((_scratch_of(samples, store, plan, streamed) for store in samples.stores), default=0)
+
+
+def _scratch_of(samples: Samples, store: Samples, plan: DataPlan, streamed: Set[str]) -> int:
+    """Return the bytes for one store; `streamed` are the variables that are read unit by unit."""
+    readers = choose_readers(store, samples.config.reader)
+    needed = [0]
+    for v in (store.variable(name) for name in streamed):
+        is_copied = plan.grid.is_ragged or differ((v, samples.variable(v.name)))
+        copied = math.prod(slot_shape(samples, plan, v)) * v.kept_dtype.itemsize if is_copied else 0
+        needed.append(_decoding_bytes(v, *_chunks_of_box(samples, plan, v), readers[v.name][0]) + copied)
+    return max(needed)
 
 
 def static_bytes(samples: Samples) -> int:
     """Return the bytes of the variables that stay in memory: those without the sample dimension, and preloaded ones."""
     statics = sum(math.prod(v.row_shape) * 8 for v in samples.variables if v.is_static)
-    rows = samples.num_samples - samples.first_row
-    return statics + sum(v.row_bytes * rows for v in samples.preloaded)
+    return statics + sum(v.row_bytes * samples.num_rows for v in samples.preloaded)
 
 
 def index_bytes(samples: Samples) -> int:
     """Return the bytes of all indices of shards that are kept."""
+    if samples.members:
+        return sum(sorted(map(index_bytes, samples.members))[-KEPT_STORES:])
     sharded = [v for v in samples.variables if v.has_inner_chunks]
     counts = [(v.num_objects, math.prod(v.objects) // math.prod(v.chunks)) for v in sharded]
     return min(INDEX_CACHE_BYTES, sum(objects * (16 * chunks + INDEX_OVERHEAD_BYTES) for objects, chunks in counts))
@@ -134,7 +141,7 @@ def tables_bytes(samples: Samples, plan: DataPlan, kept: int) -> int:
     """
     jumps = JUMP_BYTES * plan.jumps.count(" ") + len(plan.jumps)
     labels = LABEL_BYTES * plan.num_samples + RUN_BYTES * count_runs(plan.row_labels) if plan.row_labels else 0
-    objects = 8 * sum(v.num_objects for v in samples.variables) + samples.store.kept_bytes
+    objects = 8 * sum(v.num_objects for store in samples.stores for v in store.variables) + samples.store.kept_bytes
     return kept + CELL_BYTES * plan.num_cells + jumps + labels + objects
 
 

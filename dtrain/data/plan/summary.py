@@ -54,8 +54,8 @@ def dropped_samples(plan: DataPlan) -> dict[str, int]:
 
     ``missing``: a chunk of its rows, or of a cell beside them, is not stored; ``gaps``: its window holds a jump;
     ``split``: its window leaves its split or the store. Where splits are given by coordinate, ``left_out``: it is in
-    the gap beside a split, or its patch is cut by an end of it. Where several stores are one, ``stores``: its window leaves
-    its store.
+    the gap beside a split, or its patch is cut by an end of it. Where several stores are one, ``stores``: its window
+    leaves its store.
     """
     splits: tuple[SplitName, ...] = ("train", "val", "test")
     kept = sum(count_samples(plan, split).samples for split in splits)

@@ -126,8 +126,8 @@ class JoinedReader:
                     raise UnsuitableVariable(
                         f"{self.samples.members[number].path}: {name} has other values than in "
                         f"{self.samples.members[0].path}.",
-                        f"Stores that are one have the same {name}: it has no dimension {self.samples.sample_dim}. Write "
-                        "it alike, or for each row.",
+                        f"It has no dimension {self.samples.sample_dim}, so that all samples have the same: write it "
+                        "alike in all stores, or once for each row.",
                     )
         return statics
 
@@ -171,9 +171,10 @@ class JoinedReader:
         place = out[part.first :]
         if variable.name not in self._unlike:
             return reader.fill(own, part.box, place)
-        stored = np.empty((part.box.stop - part.box.start, *place.shape[1:]), own.kept_dtype)
+        row = (len(range(*rows_selection(own, part.box)[axis])) for axis in own.row_axes)
+        stored = np.empty((part.box.stop - part.box.start, *row), own.kept_dtype)
         decoded = reader.fill(own, part.box, stored)
-        place[: len(stored)] = unpack(stored, own.encoding)
+        place[tuple(map(slice, stored.shape))] = unpack(stored, own.encoding)
         return decoded
 
 
