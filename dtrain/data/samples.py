@@ -33,6 +33,8 @@ LISTED_TILES = 1 << 16
 """The fingerprint lists the tiles of a row one by one up to this number, as the first version did."""
 MOST_CLASSES, MOST_LETTERS = 6, 40
 """Categories whose names are printed, and letters of each."""
+MOST_STORES = 3
+"""Stores that are printed, of the first and of the last ones."""
 SMALL_SHARE = 16
 SMALL_BYTES = 64 << 20
 """A variable is small if it has at most 1 / `SMALL_SHARE` of all bytes, and at most `SMALL_BYTES`."""
@@ -294,7 +296,11 @@ class Samples:
                 stored = "x".join(map(str, v.chunks))
                 if v.has_inner_chunks:
                     stored += " in shards of " + "x".join(map(str, v.objects))
-                lines.append((f"{role} {name}", f"{v.dtype}[{', '.join(v.dims)}] {v.shape}, chunks {stored}"))
+                shape = tuple(
+                    self.num_rows if self.members and dim == self.sample_dim else n
+                    for dim, n in zip(v.dims, v.shape, strict=True)
+                )
+                lines.append((f"{role} {name}", f"{v.dtype}[{', '.join(v.dims)}] {shape}, chunks {stored}"))
                 if v.categories is not None:
                     lines.append((f"classes {name}", _classes(v.categories)))
                 if v.encoding is not None and v.encoding.ignored == IGNORED_CLASS:
@@ -306,7 +312,11 @@ class Samples:
         if len(self.tiles) > 1:
             size = " x ".join(f"{cut.dim} {cut.size}" for cut in self.tiles.cuts)
             lines.append(("patches", f"{len(self.tiles):,} a row, of {size}"))
-        return [*lines, ("store", shown(self.path)), *self.store.notes]
+        return [
+            *lines,
+            ("stores", _stores(self.members)) if self.members else ("store", shown(self.path)),
+            *self.store.notes,
+        ]
 
     def __repr__(self) -> str:
         return "<dtrain.Samples>\n" + "\n".join(f"  {label:<16} {text}" for label, text in self.rows())
@@ -347,6 +357,14 @@ def _ignored(encoding: Encoding) -> str:
     marks = ", ".join(f"{mark:g}" if isinstance(mark, float) else str(mark) for mark in encoding.missing)
     why = "losses and metrics leave it out" if encoding.passes else 'refused unless data.non_finite = "allow"'
     return f"{marks} marks a missing label: it is class {encoding.ignored}, {why}"
+
+
+def _stores(members: Sequence[Samples]) -> str:
+    """Return the number of stores that are one, and the rows of the first and last of them."""
+    texts = [f"{shown(one.path)} {one.num_samples - one.first_row:,}" for one in members]
+    if len(texts) > 2 * MOST_STORES:
+        texts[MOST_STORES:-MOST_STORES] = ["..."]
+    return f"{len(members):,}, one after the other, with their rows: {', '.join(texts)}"
 
 
 def _classes(categories: Categories) -> str:
