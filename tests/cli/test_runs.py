@@ -353,7 +353,7 @@ def test_the_runs_own_store_named_as_data_has_the_runs_own_splits(cli, run, monk
     outcome = cli("--json", "eval", run, "--data", "job/train.zarr", "--round", "last")
     assert (last(outcome)["split"], last(outcome)["samples"]) == ("all", 60)
     assert outcome.err == (
-        "job/train.zarr is the run's own store: all of it includes the rows that the run was trained on.\n"
+        "job/train.zarr is the run's own data: all of it includes rows that the run was trained on.\n"
     )
 
 

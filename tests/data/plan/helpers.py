@@ -90,7 +90,8 @@ def ragged_plans(draw):
 def plan_from(table):
     """A plan from what JSON gives back of it."""
     blocks = tuple(BlockAxis(**axis) for axis in table["blocks"])
-    return DataPlan(**{**table, "absent": tuple(map(tuple, table["absent"])), "blocks": blocks})
+    runs = {name: tuple(map(tuple, table[name])) for name in ("absent", "members")}
+    return DataPlan(**{**table, **runs, "blocks": blocks})
 
 
 @st.composite
