@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 BASE = {"types", "config", "errors", "events", "display"}
 WORK = {"runtime", "data", "algorithm", *BASE}
-CORE = {"data/samples", "data/tiles", "data/variable", "data/encoding"}
+CORE = {"data/samples", "data/members", "data/tiles", "data/variable", "data/encoding"}
 BELOW: dict[str, set[str]] = {
     "errors": set(),
     "types": set(),
@@ -25,7 +25,8 @@ BELOW: dict[str, set[str]] = {
     "data/encoding": {"errors"},
     "data/variable": {"data/encoding"},
     "data/tiles": {"data/variable"},
-    "data/samples": {"data/tiles", "data/variable", "data/encoding", "config", "errors", "display"},
+    "data/members": {"data/variable", "errors"},
+    "data/samples": {"data/members", "data/tiles", "data/variable", "data/encoding", "config", "errors", "display"},
     "data/selection": {*CORE, "config", "errors"},
     "data/plan": {*CORE, "config", "errors"},
     "data/read": {"data/plan", *CORE, "config", "errors"},
@@ -46,18 +47,20 @@ BELOW: dict[str, set[str]] = {
         "config",
         "errors",
     },
-    "data/groups": {"data/column", "data/plan", *CORE, "errors"},
+    "data/groups": {"data/column", "data/plan", "data/read", *CORE, "errors"},
     "data/given": {
         *("data/column", "data/dataset", "data/groups", "data/paths", "data/places", "data/plan", "data/read"),
         *CORE,
         "errors",
     },
+    "data/joined": {"data/column", "data/read", "data/selection", *CORE, "config", "errors"},
     "data/source": {
         "data/cf",
         "data/choose",
         "data/coordinate",
         "data/dataset",
         "data/given",
+        "data/joined",
         "data/paths",
         "data/read",
         "data/selection",

@@ -383,6 +383,6 @@ def test_a_static_variable_must_be_the_same_in_all_stores(write_store: Write, tm
     paths = [str(tmp_path / f"{number}.zarr") for number in range(3)]
     keys: dict[str, Any] = {"inputs": ["x", "height"], "targets": ["row"], "sample_dim": "t", "split": WHOLE}
     with dtrain.batches(dtrain.open_samples(paths[:2], **keys)) as batches:
-        assert next(batches).inputs[1].tolist() == [1.0] * 5
+        assert next(batches).inputs[1][0].tolist() == [1.0] * 5
     with pytest.raises(UnsuitableVariable, match=r"2\.zarr: height has other values than in .*0\.zarr"):
         dtrain.batches(dtrain.open_samples(paths, **keys))

@@ -18,4 +18,6 @@ A kind of store is one file, a reader of chunks another one, and all sentences a
     zarr        reader: through zarr, or zarrs
     faults      missing, truncated, undecodable, modified, not finite: by name
     units       `UnitReader`: chooses readers, reads units, checks values
+    joined      `JoinedReader`: the same for several stores that are one
+    inventory   what is stored, of one store or of several
 """
