@@ -6,7 +6,6 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
@@ -52,17 +51,6 @@ def open_reader(
     return UnitReader(samples, reader, threads, absent)
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """The rows of one store in a box."""
-
-    member: int
-    box: Box
-    """In the rows of the store, with their halo: never beyond the store."""
-    first: int
-    """Where its first row goes."""
-
-
 class JoinedReader:
     """Reads units of several stores that are one.
 
@@ -87,7 +75,8 @@ class JoinedReader:
     ) -> None:
         self.samples = samples
         self._options = (reader, threads)
-        self._absent = [_within(absent, run) for run in samples.row_runs]
+        self._runs = samples.row_runs
+        self._absent = [_within(absent, run) for run in self._runs]
         preloaded = frozenset(v.name for v in samples.preloaded)
         self._kept = [Kept(preloaded) for _ in samples.members]
         by_name = {v.name: [one.variable(v.name) for one in samples.members] for v in samples.moving}
@@ -136,44 +125,57 @@ class JoinedReader:
 
         As `UnitReader.read_into`.
         """
-        return sum(
-            self._fill(variable, part, out[variable.name])
-            for variable in self.samples.moving
-            for part in self._parts(box, *self.samples.reach(variable.name))
-        )
+        decoded = 0
+        for number, start, stop in self._anchors(box):
+            for variable in self.samples.moving:
+                low, high = self.samples.reach(variable.name)
+                decoded += self._fill(variable, number, (start + low, stop + high), box, low, out[variable.name])
+        return decoded
 
     def read_rows(self, variable: Variable, box: Box) -> Array:
         """Return the rows of one variable that a box covers, without a halo; those between two stores are zeros."""
         row = [len(range(*part)) for part in (rows_selection(variable, box)[axis] for axis in variable.row_axes)]
         rows = np.zeros((box.stop - box.start, *row), variable.kept_dtype)
-        for part in self._parts(box, 0, 0):
-            self._fill(variable, part, rows)
+        for number, start, stop in self._anchors(box):
+            self._fill(variable, number, (start, stop), box, 0, rows)
         return rows
 
-    def _parts(self, box: Box, low: int, high: int) -> Iterator[_Part]:
-        """Yield the rows of each store that holds anchors of a box, with the halo of their windows."""
-        begins, runs = self.samples.begins, self.samples.row_runs
-        for number in range(max(0, bisect_right(begins, box.start) - 1), len(begins)):
+    def _anchors(self, box: Box) -> Iterator[tuple[int, int, int]]:
+        """Yield each store that has rows in a box: its number, its first row in it, and the one after its last."""
+        runs = self._runs
+        for number in range(max(0, bisect_right(self.samples.begins, box.start) - 1), len(runs)):
             begin, first, stop = runs[number]
             if begin >= box.stop:
                 return
-            start, after = max(box.start, first), min(box.stop, stop)
-            if start < after:
-                start, after = max(start + low, first), min(after + high, stop)
-                own = Box(start - begin, after - begin, box.block)
-                if start < after:
-                    yield _Part(number, own, start - (box.start + low))
+            if max(box.start, first) < min(box.stop, stop):
+                yield number, max(box.start, first), min(box.stop, stop)
 
-    def _fill(self, variable: Variable, part: _Part, out: Array) -> int:
-        """Fill the rows of a part; values are decoded where stores hold them in different ways."""
-        reader = self.member(part.member)
-        own = reader.samples.variable(variable.name)
-        place = out[part.first :]
+    def _fill(self, variable: Variable, number: int, rows: tuple[int, int], box: Box, low: int, out: Array) -> int:
+        """Fill the rows of one store, those that it has; values are decoded where stores hold them in different ways.
+
+        Parameters
+        ----------
+        variable : Variable
+        number : int
+            Of the store.
+        rows : (int, int)
+            The first row that its anchors need, and the one after the last; they may reach beyond the store.
+        box : Box
+        low : int
+            The row ``box.start + low`` is the first of `out`.
+        out : array[rows, *row]
+        """
+        begin, first, stop = self._runs[number]
+        start, after = max(rows[0], first), min(rows[1], stop)
+        if start >= after:
+            return 0
+        reader, own_box = self.member(number), Box(start - begin, after - begin, box.block)
+        own, place = reader.samples.variable(variable.name), out[start - box.start - low :]
         if variable.name not in self._unlike:
-            return reader.fill(own, part.box, place)
-        row = (len(range(*rows_selection(own, part.box)[axis])) for axis in own.row_axes)
-        stored = np.empty((part.box.stop - part.box.start, *row), own.kept_dtype)
-        decoded = reader.fill(own, part.box, stored)
+            return reader.fill(own, own_box, place)
+        row = (len(range(*rows_selection(own, own_box)[axis])) for axis in own.row_axes)
+        stored = np.empty((after - start, *row), own.kept_dtype)
+        decoded = reader.fill(own, own_box, stored)
         place[tuple(map(slice, stored.shape))] = unpack(stored, own.encoding)
         return decoded
 
