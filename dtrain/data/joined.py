@@ -24,6 +24,7 @@ from dtrain.errors import InvalidConfig, LengthsDiffer, NothingSelected, Unsuita
 TOGETHER = 16
 """Stores that are described at a time."""
 NO_SNAPSHOT = "-"
+"""In the place of the snapshot of a store that has none."""
 SHOWN = 3
 """Values of a coordinate that a message shows."""
 
@@ -52,6 +53,7 @@ def describe_all(config: DataConfig, paths: Sequence[str], snapshot: str, descri
     ----------
     config : DataConfig
     paths : sequence of str
+        Absolute paths, or URLs.
     snapshot : str
         That of each store, as `StoreFacts.snapshot` of the whole has them.
     describe : callable
@@ -72,7 +74,16 @@ def describe_all(config: DataConfig, paths: Sequence[str], snapshot: str, descri
     if not members:
         raise next(error for error in found if isinstance(error, NothingSelected))
     _check_same(members)
-    return _joined(config, _selected(config, [member.samples for member in members]))
+    stores = [member.samples if isinstance(member, Member) else None for member in found]
+    joined = _joined(config, _selected(config, [member.samples for member in members]))
+    named = tuple(path if one is None else one.path for one, path in zip(stores, paths, strict=True))
+    return replace(joined, named=named, store=replace(joined.store, snapshot=_snapshots(stores)))
+
+
+def _snapshots(stores: Sequence[Samples | None]) -> str:
+    """Return the snapshot of each store, with spaces between; empty if none has one."""
+    each = ["" if one is None else one.store.snapshot for one in stores]
+    return " ".join(one or NO_SNAPSHOT for one in each) if any(each) else ""
 
 
 def _described(config: DataConfig, describe: Describe, path: str, snapshot: str) -> Member | NothingSelected:
@@ -219,7 +230,6 @@ def _name(members: Sequence[Samples]) -> str:
 def _facts(stores: Sequence[StoreFacts]) -> StoreFacts:
     """Return what all stores allow."""
     checksums = {one.checksum for one in stores}
-    has_snapshots = any(one.snapshot for one in stores)
     return StoreFacts(
         is_local=all(one.is_local for one in stores),
         can_list=all(one.can_list for one in stores),
@@ -229,7 +239,6 @@ def _facts(stores: Sequence[StoreFacts]) -> StoreFacts:
         compared="; ".join(dict.fromkeys(one.compared for one in stores)),
         checksum=checksums.pop() if len(checksums) == 1 else "",
         kept_bytes=sum(sorted(one.kept_bytes for one in stores)[-KEPT_STORES:]),
-        snapshot=" ".join(one.snapshot or NO_SNAPSHOT for one in stores) if has_snapshots else "",
         notes=tuple(dict.fromkeys(chain.from_iterable(one.notes for one in stores))),
     )
 

@@ -148,6 +148,8 @@ class Samples:
     """The stores, where several are one (`dtrain.data.members`); then rows are those of the common axis."""
     begins: tuple[int, ...] = ()
     """By store of `members`: the row that its first stored row is."""
+    named: tuple[str, ...] = ()
+    """The absolute path or URL of each store that was named, also of those of which no row is chosen."""
 
     @property
     def stores(self) -> tuple[Samples, ...]:
@@ -157,7 +159,7 @@ class Samples:
     @property
     def location(self) -> str | tuple[str, ...]:
         """The absolute path or URL of the store, or of each."""
-        return tuple(member.path for member in self.members) or self.path
+        return self.named or self.path
 
     @property
     def row_runs(self) -> tuple[tuple[int, int, int], ...]:

@@ -23,7 +23,7 @@ from dtrain.data.joined import Member, check_once, describe_all, shared_coordina
 from dtrain.data.paths import identity, locate
 from dtrain.data.read.codecs import chunk_format, has_checksums
 from dtrain.data.read.kind import at_snapshot
-from dtrain.data.read.open import remember
+from dtrain.data.read.open import kind_of, remember
 from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import ReadStore
 from dtrain.data.samples import Samples
@@ -102,7 +102,7 @@ def describe(config: DataConfig, base: Path, snapshot: str = "") -> Samples:
         )
     if isinstance(config.path, str):
         return _describe(config, base, snapshot, all_rows=False)[0]
-    paths = tuple(str(path) for path in config.path)
+    paths = [kind_of(str(path)).locate(str(path), base) for path in config.path]
     check_once(paths, [identity(path, base) for path in paths])
     return describe_all(config, paths, snapshot, lambda own, at: _describe_member(own, base, at))
 

@@ -207,6 +207,7 @@ def test_isel_counts_rows_of_all_stores(write_store: Write, tmp_path: Path) -> N
     last = open_rows(paths, isel={"t": slice(-9, None)})
     assert anchors_of(last) == list(range(34, 43))
     assert [Path(one.path).name for one in last.members] == ["2.zarr", "3.zarr"]
+    assert last.location == tuple(paths)  # rows are counted from the first of them
     with pytest.raises(InvalidConfig, match="selects nothing of the 43 places of t"):
         open_rows(paths, isel={"t": slice(43, 50)})
 
@@ -216,6 +217,7 @@ def test_sel_is_looked_up_in_each_store_and_those_without_are_left_out(write_sto
     samples = open_rows(paths, sel={"t": slice(12, 32)})
     assert anchors_of(samples) == list(range(12, 33))
     assert len(samples.members) == 2
+    assert samples.location == tuple(paths)
     assert [str(chosen) for chosen in samples.chosen] == ["t 12.0 to 32.0, 21 of 25 places"]
     with pytest.raises(NothingSelected, match="selects nothing of t"):
         open_rows(paths, sel={"t": slice(100, 110)})
