@@ -11,8 +11,11 @@ which nobody reads. All arithmetic of plans is that of a single store with these
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
 
 from dtrain.data.variable import Categories, Variable
 from dtrain.errors import LengthsDiffer, UnsuitableVariable
@@ -94,8 +97,8 @@ def joined_variable(members: Sequence[Variable], row_bytes: int, most_bytes: int
 def with_values(joined: Variable, members: Sequence[Variable]) -> Variable:
     """Return a variable of several stores with the dtype, encoding and standardising that its values have in memory.
 
-    Where stores differ in dtype or encoding, as yearly files that are packed one by one, values are decoded store by
-    store: floats are kept as float32, or float64 if they are standardised; integers as int64.
+    Where stores differ in dtype, encoding or categories, as yearly files that are packed one by one, values are decoded
+    store by store: floats are kept as float32, or float64 if they are standardised; integers as int64.
     """
     first = members[0]
     if first.is_static or not differ(members):
@@ -105,15 +108,36 @@ def with_values(joined: Variable, members: Sequence[Variable]) -> Variable:
 
 
 def differ(members: Sequence[Variable]) -> bool:
-    """Return whether values of a variable are stored in different ways."""
-    first = members[0]
-    return any((v.dtype, v.encoding) != (first.dtype, first.encoding) for v in members)
+    """Return whether values of a variable are stored in different ways, or codes stand for different categories."""
+    first, longest = members[0], _names(members)
+    return any(
+        (v.dtype, v.encoding) != (first.dtype, first.encoding) or _own_names(v) != longest[: len(_own_names(v))]
+        for v in members
+    )
+
+
+def _own_names(v: Variable) -> tuple[str, ...]:
+    return () if v.categories is None else v.categories.names
+
+
+def _names(members: Iterable[Variable]) -> tuple[str, ...]:
+    """Return the names of the categories of all stores, in the order in which they are met first."""
+    return tuple(dict.fromkeys(name for v in members for name in _own_names(v)))
 
 
 def _categories(members: Sequence[Variable]) -> Categories | None:
-    """Return the categories of the store that has most: others begin with the same ones."""
+    """Return the categories of all stores together."""
     known = [v.categories for v in members if v.categories is not None]
-    return max(known, key=lambda one: one.count, default=None)
+    if any(one.count > len(one.names) for one in known):  # too many to name: they are the same (`check_alike`)
+        return max(known, key=lambda one: one.count)
+    names = _names(members)
+    return Categories(len(names), names) if known else None
+
+
+def codes_in(joined: Variable, own: Variable) -> npt.NDArray[np.int64]:
+    """Return, by code of one store, the code of the same category in all stores together."""
+    place = {name: code for code, name in enumerate(_own_names(joined))}
+    return np.array([place[name] for name in _own_names(own)], np.int64)
 
 
 # Alike ------------------------------------------------------------------------------------------------------
@@ -163,11 +187,19 @@ def _values_text(v: Variable) -> str:
 
 
 def _check_categories(path: str, v: Variable, first_path: str, first: Variable) -> None:
-    own, of_first = (() if one.categories is None else one.categories.names for one in (v, first))
-    code = next((code for code, (a, b) in enumerate(zip(own, of_first, strict=False)) if a != b), None)
-    if (v.categories is None) != (first.categories is None) or code is not None:
-        here, there = (names[code or 0] if names else "a number" for names in (own, of_first))
+    """Refuse categories that cannot be put together: of one store alone, or too many to be compared by name."""
+    if (v.categories is None) != (first.categories is None):
+        kinds = ["numbers" if one.categories is None else "categories" for one in (v, first)]
         raise UnsuitableVariable(
-            f"{path}: code {code or 0} of {v.name} stands for {here}; in {first_path} it stands for {there}.",
+            f"{path}: {v.name} holds {kinds[0]}; in {first_path} it holds {kinds[1]}.",
+            "Write it as a categorical in all stores, or as the same integers.",
+        )
+    if v.categories is None or first.categories is None:
+        return
+    many = any(one.count > len(one.names) for one in (v.categories, first.categories))
+    if many and v.categories != first.categories:
+        raise UnsuitableVariable(
+            f"{path}: {v.name} has {v.categories.count:,} categories, in {first_path} {first.categories.count:,}: too "
+            "many to compare by name.",
             "Write all stores with the same categories in one order (pandas: column.cat.set_categories([...])).",
         )

@@ -30,6 +30,7 @@ from dtrain.errors import (
     UnsuitableVariable,
 )
 from tests.data.helpers import START, WHOLE
+from tests.data.layouts.fixtures import NAMES, write_anndata
 
 Write = Callable[..., Path]
 YEARS = (365, 366, 365, 365)
@@ -388,3 +389,43 @@ def test_a_static_variable_must_be_the_same_in_all_stores(write_store: Write, tm
         assert next(batches).inputs[1][0].tolist() == [1.0] * 5
     with pytest.raises(UnsuitableVariable, match=r"2\.zarr: height has other values than in .*0\.zarr"):
         dtrain.batches(dtrain.open_samples(paths, **keys))
+
+
+# Donors -----------------------------------------------------------------------------------------------------
+
+
+def test_categories_of_a_file_each_are_put_together(tmp_path: Path) -> None:
+    first = write_anndata(tmp_path / "a.zarr", codes=np.array([0, 1, -1] * 10, "int8"), names=["B cell", "T cell"])
+    other = write_anndata(tmp_path / "b.zarr", codes=np.array([1, 0, -1] * 10, "int16"), names=["NK cell", "B cell"])
+    samples = dtrain.open_samples([first, other], inputs=["X"], targets=["obs/cell_type"], split=WHOLE)
+    categories = samples.variable("obs/cell_type").categories
+    assert categories is not None
+    assert categories.names == ("B cell", "T cell", "NK cell")
+    with dtrain.batches(samples, split="all", batch_size=60) as batches:
+        (batch,) = batches
+    assert batch.targets.tolist() == [0, 1, -100] * 10 + [0, 2, -100] * 10
+
+
+def test_categories_that_one_store_has_more_of_need_no_decoding(tmp_path: Path) -> None:
+    codes = np.array([0, 1, 0] * 10, "int8")
+    paths = [write_anndata(tmp_path / f"{len(names)}.zarr", codes=codes, names=names) for names in (NAMES[:2], NAMES)]
+    samples = dtrain.open_samples(paths, inputs=["X"], targets=["obs/cell_type"], split=WHOLE)
+    label = samples.variable("obs/cell_type")
+    assert label.kept_dtype == np.int8
+    assert label.categories is not None
+    assert label.categories.names == tuple(NAMES)
+
+
+def test_donors_are_dealt_whole_to_splits(tmp_path: Path) -> None:
+    paths = []
+    for number, names in enumerate((["d1", "d2", "d3"], ["d3", "d4", "d5"])):
+        codes = (np.arange(30) // 10).astype("int8")
+        paths.append(write_anndata(tmp_path / f"{number}.zarr", codes=codes, names=names))
+    keys: dict[str, Any] = {"inputs": ["X"], "targets": ["obs/age"], "split": {"by": "obs/cell_type"}}
+    samples = dtrain.open_samples(paths, **keys)
+    held = find_given(samples, 0).held
+    assert {name: one.places for name, one in held.items()} in (
+        {"train": 40, "val": 10, "test": 10},
+        {"train": 30, "val": 10, "test": 20},
+        {"train": 30, "val": 20, "test": 10},
+    )

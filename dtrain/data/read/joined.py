@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from dtrain.data.encoding import Array, unpack
-from dtrain.data.members import KEPT_STORES, differ
+from dtrain.data.members import KEPT_STORES, codes_in, differ
 from dtrain.data.plan.units import Box, rows_selection
 from dtrain.data.read.units import Kept, UnitReader
 from dtrain.data.samples import Samples
@@ -176,8 +176,17 @@ class JoinedReader:
         row = (len(range(*rows_selection(own, own_box)[axis])) for axis in own.row_axes)
         stored = np.empty((after - start, *row), own.kept_dtype)
         decoded = reader.fill(own, own_box, stored)
-        place[tuple(map(slice, stored.shape))] = unpack(stored, own.encoding)
+        place[tuple(map(slice, stored.shape))] = unpack(_same_codes(stored, variable, own), own.encoding)
         return decoded
+
+
+def _same_codes(stored: Array, joined: Variable, own: Variable) -> Array:
+    """Return codes of one store as those of the same categories in all stores; other values as they are."""
+    if own.categories is None or not len(table := codes_in(joined, own)):
+        return stored
+    is_known = (stored >= 0) & (stored < len(table))
+    codes: Array = np.where(is_known, table[np.where(is_known, stored, 0)], stored)
+    return codes
 
 
 def _within(runs: tuple[tuple[int, int], ...], member: tuple[int, int, int]) -> tuple[tuple[int, int], ...]:
