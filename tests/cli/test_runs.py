@@ -357,6 +357,17 @@ def test_the_runs_own_store_named_as_data_has_the_runs_own_splits(cli, run, monk
     )
 
 
+def test_several_stores_are_evaluated_as_one(cli, run):
+    for name in ("a.zarr", "b.zarr"):
+        shutil.copytree("job/train.zarr", name)
+    outcome = last(cli("--json", "eval", run, "--data", "a.zarr", "--data", "b.zarr"))
+    alone = last(cli("--json", "eval", run, "--data", "a.zarr"))
+    assert (outcome["split"], outcome["samples"]) == ("all", 120)
+    assert outcome["loss"] == pytest.approx(alone["loss"])
+    shutil.rmtree("a.zarr")
+    shutil.rmtree("b.zarr")
+
+
 def test_the_selection_of_the_run_is_mentioned_and_can_be_changed(cli, project, write_store, tmp_path):
     job = project({"data": {"isel": {"sample": {"start": 0, "stop": 40}}}})
     assert cli("-q", "train", job.config).code == 0

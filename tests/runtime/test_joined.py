@@ -83,6 +83,27 @@ def test_runs_have_the_bits_of_a_run_on_one_store_also_cut_and_on_a_cluster(
     assert shas(train_job(job_of(parts, tmp_path, data=NORMALISED), tmp_path / "cut")) == shas(alone)
 
 
+@pytest.mark.parametrize("keys", [{"sel": {"n": slice(300, 700)}}, {"isel": {"n": slice(300, 600)}}])
+def test_a_run_that_leaves_out_a_store_goes_on(parts: list[str], tmp_path: Path, keys: dict[str, Any]) -> None:
+    if "sel" in keys:
+        for path, start in zip(parts, CUTS[:-1], strict=True):
+            if path.endswith(".zip"):
+                continue
+            group = zarr.open_group(tmp_path / path, mode="a")
+            rows = np.asarray(group["y"]).shape[0]
+            array = group.create_array("n", shape=(rows,), dtype="int64", chunks=(rows,), dimension_names=("n",))
+            array[...] = np.arange(start, start + rows)
+        parts = [parts[0], parts[2]]
+    whole = train_job(job_of(parts, tmp_path, data=keys), tmp_path / "whole")
+    assert len(whole.resolved.plan.plans[0].members) == (1 if "sel" in keys else 2)
+    train_job(job_of(parts, tmp_path, rounds=2, data=keys), tmp_path / "cut")
+    run = train_job(job_of(parts, tmp_path, data=keys), tmp_path / "cut")
+    assert shas(run) == shas(whole)
+    own = [str(tmp_path / name) for name in parts]
+    samples = dtrain.open_samples(own, inputs=["x"], targets=["y"], **keys)
+    assert run.evaluate(samples, split="test") == run.evaluate(split="test")
+
+
 def test_plan_lists_the_stores(parts: list[str], tmp_path: Path) -> None:
     job = job_of(parts, tmp_path)
     plan = plan_job(job)
