@@ -69,7 +69,7 @@ def read(samples: Samples, partition: Partition) -> tuple[np.ndarray, np.ndarray
 # The same samples -------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=120)
+@settings(max_examples=100)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 45)), min_size=2, max_size=6),
     offsets=st.sampled_from([0, [-1, 0], [-3, 2], {"start": 1, "stop": 4}, 2]),
@@ -117,6 +117,61 @@ def test_each_sample_of_each_store_stands_once_with_its_values(
         assert set(seen) <= set(wanted)
         if split == WHOLE or window in ([0], [2]):
             assert window == [2] or sorted(seen) == sorted(wanted)
+
+
+@settings(max_examples=30)
+@given(
+    rows=st.lists(st.integers(1, 12), min_size=2, max_size=4),
+    chunk=st.integers(1, 6),
+    shards=st.integers(1, 3),
+    zarr_format=st.sampled_from([2, 3]),
+    offsets=st.sampled_from([0, [-1, 0, 1]]),
+)
+def test_places_held_out_are_those_of_all_stores(
+    write_store: Write, rows: list[int], chunk: int, shards: int, zarr_format: int, offsets: Any
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        paths = []
+        for number, count in enumerate(rows):
+            values = np.arange(count * 16).reshape(count, 16) + 1000 * number
+            row: dict[str, Any] = {"dims": ("t",), "values": np.arange(count) + 100 * number, "chunks": (count,)}
+            x: dict[str, Any] = {"dims": ("t", "y"), "values": values.astype("int32"), "chunks": (chunk, 4)}
+            if zarr_format == 3 and number % 2:  # stores need not be stored alike
+                x["shards"] = (chunk * shards, 8)
+            paths.append(
+                str(write_store(Path(folder, f"{number}.zarr"), {"x": x, "row": row}, zarr_format=zarr_format))
+            )
+        split = {"patches": True, "val": 0.25, "test": 0.25}
+        samples = open_rows(paths, patch={"y": 4}, split=split, input_offsets=offsets, gaps="allow")
+        try:
+            plan = plan_data(samples, replicas=1, seed=0)
+        except TooFewSamples:
+            assume(False)
+        held: dict[str, set[int]] = {}
+        seen = []
+        for name in ("train", "val", "test"):
+            inputs, anchors = read(samples, cell_anchors(plan, name))  # type: ignore[arg-type]
+            own = inputs.reshape(len(inputs), -1, 4)[:, len(np.atleast_1d(offsets)) // 2]
+            places = own[:, 0] - 1000 * (anchors // 100) - 16 * (anchors % 100)
+            assert np.array_equal(own, own[:, :1] + np.arange(4))
+            held[name] = set(places.tolist())
+            seen += zip(anchors.tolist(), places.tolist(), strict=True)
+        reach = 0 if offsets == 0 else 1
+        wanted = [100 * k + row for k, count in enumerate(rows) for row in range(reach, count - reach)]
+        assert sorted(seen) == [(row, place) for row in wanted for place in (0, 4, 8, 12)]
+        assert not held["train"] & held["val"] | held["train"] & held["test"] | held["val"] & held["test"]
+
+
+def test_means_are_of_the_rows_of_all_stores_and_of_no_others(write_store: Write, tmp_path: Path) -> None:
+    paths = write_rows(write_store, tmp_path, [10, 20, 5], [10, 20, 5])
+    x = np.arange(35 * 5).reshape(35, 5).astype(float)
+    for keys, mean, std in (
+        ({"normalize": ["x"]}, x.mean(), x.std()),
+        ({"normalize": {"x": ["y"]}}, x.mean(0), x.std(0)),
+    ):
+        with dtrain.batches(open_rows(paths, **keys), split="all", batch_size=35) as batches:
+            (batch,) = batches
+        np.testing.assert_allclose(batch.inputs[0].numpy(), (x - mean) / std, rtol=1e-5, atol=1e-6)
 
 
 def test_a_list_of_one_path_is_the_path(write_store: Write, tmp_path: Path) -> None:
