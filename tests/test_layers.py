@@ -53,7 +53,12 @@ BELOW: dict[str, set[str]] = {
         *CORE,
         "errors",
     },
-    "data/joined": {"data/column", "data/read", "data/selection", *CORE, "config", "errors"},
+    "data/joined": {
+        *("data/column", "data/dataset", "data/layouts", "data/read", "data/selection"),
+        *CORE,
+        "config",
+        "errors",
+    },
     "data/source": {
         "data/cf",
         "data/choose",

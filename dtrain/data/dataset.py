@@ -164,11 +164,15 @@ def _readable(store: ReadStore) -> Iterator[None]:
             ) from None
 
 
+def hierarchy_of(store: ReadStore) -> Hierarchy:
+    """Return the groups of a store."""
+    return Hierarchy(store, any_group(store, ""))
+
+
 def _open_group(store: ReadStore, name: str) -> _Opened:
-    root = any_group(store, "")
-    hierarchy = Hierarchy(store, root)
+    hierarchy = hierarchy_of(store)
     if not name.strip("/"):
-        return _Opened(hierarchy, root)
+        return _Opened(hierarchy, hierarchy.root)
     try:
         return _Opened(hierarchy, any_group(store, name))  # not from the root's consolidated metadata: they may be old
     except (zarr.errors.GroupNotFoundError, zarr.errors.ContainsArrayError, FileNotFoundError):

@@ -13,13 +13,26 @@ import numpy as np
 
 from dtrain.config.schema import DataConfig
 from dtrain.data.column import find_coordinate
+from dtrain.data.dataset import hierarchy_of
 from dtrain.data.encoding import Array
+from dtrain.data.layouts.anndata import gene_names
 from dtrain.data.members import KEPT_STORES, LONGEST_UNIT_BYTES, check_alike, joined_variable
+from dtrain.data.read.retry import settle
+from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import ReadStore
 from dtrain.data.samples import Chosen, Coordinate, Samples, StoreFacts, common_rows
 from dtrain.data.selection import select_dims
 from dtrain.data.variable import Variable
-from dtrain.errors import InvalidConfig, LengthsDiffer, NothingSelected, UnsuitableVariable, listed
+from dtrain.errors import (
+    ChunkUndecodable,
+    DtrainError,
+    InvalidConfig,
+    LengthsDiffer,
+    NothingSelected,
+    UnsuitableVariable,
+    listed,
+    one_line,
+)
 
 TOGETHER = 16
 """Stores that are described at a time."""
@@ -117,7 +130,9 @@ def _check_coordinate(name: str, own: tuple[str, Array], first: tuple[str, Array
     """Refuse a coordinate whose values differ, as places of other latitudes, or other genes."""
     (path, values), (first_path, others) = own, first
     is_number = values.dtype.kind in "iufb" and others.dtype.kind in "iufb"
-    differs = ~np.isclose(values, others, equal_nan=True) if is_number else values.astype(str) != others.astype(str)
+    differs = (
+        ~np.isclose(values, others, equal_nan=True) if is_number else values.astype(object) != others.astype(object)
+    )
     if differs.any():
         places = np.flatnonzero(differs)
         here, there = (listed(some[places].tolist(), SHOWN) for some in (values, others))
@@ -129,17 +144,39 @@ def _check_coordinate(name: str, own: tuple[str, Array], first: tuple[str, Array
 
 
 def shared_coordinates(samples: Samples, store: ReadStore) -> Shared:
-    """Read the coordinates of all dimensions but that of the samples, at the selected places."""
-    shared: dict[str, Array] = {}
+    """Read the coordinates of all dimensions but that of the samples, at the selected places; also names of genes.
+
+    Raises
+    ------
+    ChunkUndecodable
+        Names the array.
+    """
+    config, shared, hierarchy = samples.config, dict[str, Array](), hierarchy_of(store)
     for v in samples.variables:
         for axis, dim in enumerate(v.dims):
             if dim == samples.sample_dim or dim in shared:
                 continue
             names = (other.name for other in samples.variables if dim in other.dims)
-            found = find_coordinate(store, samples.config.group, names, dim, v.shape[axis])
-            if not isinstance(found, str):
-                shared[dim] = np.asarray(found[1].array[slice(*v.select[axis])])
+            found = find_coordinate(store, config.group, names, dim, v.shape[axis])
+            array = None if isinstance(found, str) else found[1].array
+            if array is None and (v.sample_axis, len(v.dims)) == (0, 2):
+                array = gene_names(hierarchy, "/".join(filter(None, (config.group.strip("/"), v.array_path))))
+            if array is not None:
+                shared[dim] = _values(store, array, v.select[axis])
     return shared
+
+
+def _values(store: ReadStore, array: ArrayLike, part: tuple[int, int, int]) -> Array:
+    try:
+        return np.asarray(array[slice(*part)])
+    except (DtrainError, MemoryError):
+        raise
+    except Exception as error:
+        settle()
+        raise ChunkUndecodable(
+            f"{store.path}: {array.path}, which is compared between stores, cannot be decoded: {one_line(error)}",
+            "Restore it from a copy of the store.",
+        ) from None
 
 
 # Put in a row -------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +23,7 @@ from dtrain.data.read.joined import JoinedReader, open_reader
 from dtrain.data.samples import Samples
 from dtrain.errors import (
     ChunkMissing,
+    ChunkUndecodable,
     InvalidConfig,
     LengthsDiffer,
     NonFiniteData,
@@ -368,8 +370,6 @@ def test_faults_name_the_store(write_store: Write, tmp_path: Path) -> None:
 
 
 def test_a_value_that_is_not_finite_is_named_by_its_store(write_store: Write, tmp_path: Path) -> None:
-    import zarr
-
     paths = write_rows(write_store, tmp_path, [10, 20], [5, 5])
     array = zarr.open_group(paths[1], mode="a")["x"]
     array[7, 2] = np.nan
@@ -484,3 +484,25 @@ def test_donors_are_dealt_whole_to_splits(tmp_path: Path) -> None:
         {"train": 30, "val": 10, "test": 20},
         {"train": 30, "val": 20, "test": 10},
     )
+
+
+def test_stores_of_other_genes_are_refused(tmp_path: Path) -> None:
+    paths = [write_anndata(tmp_path / f"{number}.zarr") for number in (0, 1)]
+    names = zarr.open_group(paths[1], mode="a")["var/_index"]
+    assert isinstance(names, zarr.Array)
+    names[2:4] = np.array(["var-3", "var-2"], np.dtypes.StringDType())
+    keys: dict[str, Any] = {"inputs": ["X"], "targets": ["obs/cell_type"], "split": WHOLE}
+    with pytest.raises(UnsuitableVariable, match=r"1\.zarr: gene is var-3, var-2 at 2 of 6 places, from 2 on; in"):
+        dtrain.open_samples(paths, **keys)
+    alike = dtrain.open_samples(paths, isel={"gene": slice(0, 2)}, **keys)
+    assert alike.num_rows == 60
+
+
+def test_a_damaged_coordinate_is_named(write_store: Write, tmp_path: Path) -> None:
+    def y(_: np.ndarray, number: int) -> dict[str, Any]:
+        return {"dims": ("y",), "values": np.arange(5), "chunks": (5,)}
+
+    paths = write_rows(write_store, tmp_path, [10, 10], [4, 4], y=y)
+    Path(paths[1], "y", "c", "0").write_bytes(b"none")
+    with pytest.raises(ChunkUndecodable, match=r"1\.zarr: y, which is compared between stores"):
+        open_rows(paths)

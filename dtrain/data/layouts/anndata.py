@@ -26,6 +26,8 @@ ENCODING = "encoding-type"
 FRAME, CATEGORICAL = "dataframe", "categorical"
 SPARSE = {"csr_matrix": "CSR", "csc_matrix": "CSC"}
 NULLABLE = "nullable-"
+INDEX = "_index"
+"""The attribute of a data frame that names the column of its row names, and the usual name of that column."""
 
 
 def is_root(hierarchy: Hierarchy, path: str) -> bool:
@@ -64,6 +66,28 @@ def dims_of(hierarchy: Hierarchy, array: ArrayLike) -> list[str] | None:
         case ["obsm" | "varm" as of, _, _] if _encoding(hierarchy, posixpath.join(root, *inside[:2])) == FRAME:
             return [CELL if of == "obsm" else GENE]
     return None
+
+
+def gene_names(hierarchy: Hierarchy, path: str) -> ArrayLike | None:
+    """Return the array that names the genes of a matrix of cells x genes; None if AnnData names none.
+
+    Parameters
+    ----------
+    hierarchy : Hierarchy
+    path : str
+        Of the matrix, from the root of the store.
+    """
+    place = _place(hierarchy, path)
+    match place[1] if place is not None else []:
+        case ["X"] | ["layers", _]:
+            frame = "var"
+        case ["raw", "X"]:
+            frame = "raw/var"
+        case _:
+            return None
+    frame = posixpath.join(place[0], frame) if place is not None else frame
+    names = hierarchy.node(posixpath.join(frame, str(hierarchy.attributes(frame).get(INDEX, INDEX))))
+    return names if isinstance(names, zarr.Array) and names.ndim == 1 else None
 
 
 def _place(hierarchy: Hierarchy, path: str) -> tuple[str, list[str]] | None:
