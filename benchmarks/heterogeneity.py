@@ -1,6 +1,6 @@
 """Replicas that see different classes: what six ways of averaging lose, and in which order.
 
-Run: python benchmarks/heterogeneity.py [--seeds 3] [--json FILE]        (about 14 minutes on two quiet cores)
+Run: python benchmarks/heterogeneity.py [--seeds 3] [--json FILE]        (about 20 minutes on two quiet cores)
 
 The set-up is that of NVFlare's CIFAR-10 example: eight replicas, 50 rounds of 4 passes over their part, batches of 64;
 classes are dealt to the replicas by Dirichlet(alpha). Central training takes as many steps as one replica. The problem
@@ -15,7 +15,8 @@ ones, but their order and their gaps are.
     dtrain      one store a replica, the same settings
 
 Each method has six settings. The best is chosen by the loop by hand, at alpha 0.1 with the first seed, on 2,000 rows
-apart; it stands for all alphas, and for dtrain. Seeds change parts, initial parameters and the order of rows. Test
+apart, by the worst of three orders of the rows: at the edge of stability one order may converge by luck. It stands for
+all alphas, and for dtrain. Seeds change parts, initial parameters and the order of rows. Test
 accuracy on 4,000 rows, mean and deviation over the seeds; a run that diverges counts as a guess.
 """
 
@@ -70,6 +71,10 @@ PUBLISHED = {
 }
 
 
+ORDERS = 3
+"""Of the rows, for each setting that is tried."""
+
+
 @dataclass(frozen=True)
 class Job:
     engine: str
@@ -78,6 +83,8 @@ class Job:
     seed: int = 0
     alpha: float | None = 0.1
     """None: central training."""
+    order: int = 0
+    """Of the rows, in the loop by hand."""
 
 
 def write_data(folder: Path, seeds: int) -> None:
@@ -137,6 +144,7 @@ def by_hand(job: Job, x: torch.Tensor, y: torch.Tensor) -> nn.Module:
     if job.alpha is not None:
         owned = small_runs.dirichlet_parts(y.numpy(), REPLICAS, job.alpha, job.seed)
         parts = [torch.from_numpy(rows) for rows in owned]
+    torch.manual_seed(job.seed + 1000 * job.order)
     federated.train(model, job.settings, x, y, parts, *passes(job), BATCH)
     return model
 
@@ -190,10 +198,13 @@ def report(found: Found, best: Mapping[str, Settings]) -> None:
 def tuned(run: Callable[[Job], Mapping[str, float]], rounds: int, processes: int) -> dict[str, Settings]:
     """Return the best settings of each method."""
     settings = [Settings(method, *values) for method, grid in GRID.items() for values in grid]
-    jobs = [Job("by hand", one, rounds, alpha=None if one.method == "central" else 0.1) for one in settings]
+    jobs = [
+        Job("by hand", one, rounds, alpha=None if one.method == "central" else 0.1, order=order)
+        for one, order in itertools.product(settings, range(ORDERS))
+    ]
     found = small_runs.run_all(run, jobs, processes)
-    of = {method: [job for job in found if job.settings.method == method] for method in GRID}
-    return {method: max(of[method], key=lambda job: found[job]["val"]).settings for method in GRID}
+    worst = {one: min(found[job]["val"] for job in jobs if job.settings == one) for one in settings}
+    return {method: max((one for one in settings if one.method == method), key=worst.__getitem__) for method in GRID}
 
 
 def runs_in_dtrain(settings: Settings) -> bool:

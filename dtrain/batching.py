@@ -25,7 +25,7 @@ from dtrain.data.plan.partition import Partition, cell_anchors, plan_data, train
 from dtrain.data.plan.splits import SplitName
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.inventory import rows_absent, take_inventory
-from dtrain.data.read.joined import BoxReader, open_reader
+from dtrain.data.read.joined import BoxReader, open_reader, values_counted
 from dtrain.data.samples import Samples, not_samples
 from dtrain.errors import InvalidConfig, TooFewSamples, did_you_mean
 from dtrain.runtime.tensors import as_tensors, transformed
@@ -127,7 +127,8 @@ def batches(
     -------
     Batches
         An iterator of objects with `inputs` (a tuple), `targets` (a tensor, or a tuple of several) and `size`. Missing
-        labels of an integer target are class -100, which torch's losses of classes leave out.
+        labels of an integer target are class -100, which torch's losses of classes leave out. With ``data.weight``,
+        `weight` has a float32 tensor of the shape of each target; else it is None.
 
     Raises
     ------
@@ -202,7 +203,9 @@ def _read_by(samples: Samples, reader: str | None) -> Samples:
 def _plan(samples: Samples, replicas: int, seed: int) -> DataPlan:
     absent = rows_absent(samples) if samples.config.missing == "skip" else ()
     given = find_given(samples, seed, absent).splits
-    return plan_data(samples, replicas=replicas, seed=seed, absent=absent, jumps=find_gaps(samples).jumps, given=given)
+    jumps = find_gaps(samples).jumps
+    plan = plan_data(samples, replicas=replicas, seed=seed, absent=absent, jumps=jumps, given=given)
+    return values_counted(samples, plan)
 
 
 def _whole(plan: DataPlan, split: SplitName) -> Partition:

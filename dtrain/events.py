@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from dtrain.stages import Limit
 from dtrain.types import RoundResult
 
 
@@ -144,6 +145,8 @@ class RunFinished:
     params_sha256: str
     val_loss: float | None
     run: str
+    limited_by: Limit | None = None
+    """The stage that limited its rounds; None if its history does not say."""
 
 
 Event: TypeAlias = (

@@ -168,11 +168,12 @@ def load_functions(config: TrainConfig, base: Path, given: Functions | None = No
     references = references_in(config)
     own = {key: function for key, function in (given or {}).items() if key in references}
     named = {key: load_function(key, name, base) for key, name in references.items() if key not in own}
-    return checked({key: own[key] if key in own else named[key] for key in references})
+    found = {key: own[key] if key in own else named[key] for key in references}
+    return checked(found, config.data.weight)
 
 
-def checked(functions: Functions) -> Functions:
-    """Return the user's functions if each can be called as dtrain calls it.
+def checked(functions: Functions, weight: str = "") -> Functions:
+    """Return the user's functions if each can be called as dtrain calls it, with ``data.weight``.
 
     Raises
     ------
@@ -183,9 +184,9 @@ def checked(functions: Functions) -> Functions:
         if key == "model":
             check_builder(function)
             continue
-        checked_function(key, function)
         if key == "train.loss":
-            check_loss(function)
+            check_loss(function, weight)
+        checked_function(key, function, weighted=bool(weight))
     return functions
 
 

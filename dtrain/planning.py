@@ -24,12 +24,13 @@ from dtrain.data.samples import Samples
 from dtrain.initfile import init_path, read_init
 from dtrain.job import Job
 from dtrain.prepare import ESTIMATE_UNITS, open_runner
-from dtrain.probe import Probe
+from dtrain.probe import Probe, limit_of
 from dtrain.resolve import Resolved
 from dtrain.runtime.handles import SMALL_BYTES
 from dtrain.runtime.reducing import reducer_slices
 from dtrain.runtime.spec import PlannedSource
 from dtrain.runtime.trial import Initial
+from dtrain.stages import Limit
 
 
 class Choice(NamedTuple):
@@ -50,6 +51,8 @@ class StorePlan:
     """By variable: the reader, and why it is taken."""
     gaps: str
     """What its coordinate says about jumps; empty if samples have no windows."""
+    weight: str = ""
+    """What the values of ``data.weight`` are; empty without it."""
     given: Found = SHARES
     """Its splits that are given by coordinate or by group."""
     leakage: str = ""
@@ -113,6 +116,15 @@ class RunPlan:
         )
 
     @property
+    def limit(self) -> Limit | None:
+        """The stage that limits rounds as they are configured; None without a probe."""
+        if self.probe is None or self.costs is None:
+            return None
+        of_stores = sum(store.counts["val_samples"] for store in self.stores)
+        validation = of_stores if self.held_out_samples is None else self.held_out_samples
+        return limit_of(self.probe, self.costs, max(self.steps), validation / self.eval_every / self.samples)
+
+    @property
     def reduced_bytes(self) -> int:
         """Bytes that all replicas send in a round, to be averaged."""
         return self.traffic.sent
@@ -156,10 +168,11 @@ def plan_job(job: Job, *, full: bool = False, client: Client | None = None) -> R
             counts=describe_plan(source.samples, source.plan),
             readers=choose_readers(source.samples, job.config.data.reader),
             gaps=gaps,
+            weight=weight,
             given=given,
             leakage="" if source.workers else leakage_note(source.samples),
         )
-        for source, gaps, given in zip(sources, resolved.gaps, resolved.given, strict=False)
+        for source, gaps, given, weight in zip(sources, resolved.gaps, resolved.given, resolved.weights, strict=False)
     )
     return RunPlan(
         data=plan,
@@ -238,7 +251,7 @@ def _choices(job: Job, stores: tuple[StorePlan, ...], resolved: Resolved, worker
 def _missing_choice(samples: Samples) -> Choice:
     """Return what a chunk that is not stored stands for, by variable, and what it decodes to."""
     judged = {"nan": "as data.non_finite says"}
-    absences = [(v, absence_of(samples, v)) for v in samples.variables]
+    absences = [(v, absence_of(samples, v)) for v in samples.stored]
     values = ", ".join(f"{v.name} {judged.get(absence, absence)}" for v, absence in absences)
     return Choice(
         values, "by what a missing chunk decodes to: " + ", ".join(f"{v.name} {stands_for(v)}" for v, _ in absences)

@@ -10,7 +10,6 @@ from dtrain.data.categories import categories_of
 from dtrain.data.plan.memory import MemoryBudget
 from dtrain.data.plan.missing import absence_of
 from dtrain.planning import RunPlan, StorePlan
-from dtrain.probe import limit_of
 from dtrain.runtime.spec import PlannedSource
 
 MOST_NAMES = 100
@@ -58,6 +57,7 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
         "splits": splits_record(first),
         "leakage": first.leakage,
         "gaps": first.gaps,
+        "weight": first.weight,
         "held_out_gaps": plan.held_out_gaps,
         "resolved": {key: {"value": value, "why": why} for key, (value, why) in plan.choices.items()},
         "probe": probe_record(plan),
@@ -93,8 +93,8 @@ def splits_record(store: StorePlan) -> dict[str, dict[str, Any]]:
 
 def probe_record(plan: RunPlan) -> dict[str, Any] | None:
     """Return what was measured of a step and a round, and what limits rounds as they are configured."""
-    probe, costs = plan.probe, plan.costs
-    if probe is None or costs is None:
+    probe, limit = plan.probe, plan.limit
+    if probe is None:
         return None
     return {
         "step_seconds": probe.step,
@@ -102,7 +102,7 @@ def probe_record(plan: RunPlan) -> dict[str, Any] | None:
         "reduce_seconds": probe.reduce,
         "waiting_share": probe.waiting,
         "measured_local_steps": probe.local_steps,
-        "limited_by": limit_of(probe, costs, max(plan.steps)),
+        "limited_by": None if limit is None else asdict(limit),
     }
 
 

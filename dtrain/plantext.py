@@ -134,6 +134,7 @@ def _store_rows(job: Job, plan: RunPlan, store: StorePlan) -> list[tuple[str, st
         *([("groups", store.given.note)] if store.given.note else []),
         *([("leakage", store.leakage)] if store.leakage else []),
         *([("gaps", store.gaps)] if store.gaps else []),
+        *([("sample weights", store.weight)] if store.weight else []),
         ("partitions", f"{len(sizes)} of {_range(sizes)} samples, {job.config.data.partition}"),
         (
             "reading",

@@ -17,16 +17,17 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from distributed import Client
 
-from dtrain.algorithm.cadence import Costs, cadence
+from dtrain.algorithm.cadence import Costs
 from dtrain.config.schema import StopConfig, TrainConfig
 from dtrain.events import Reporter, RoundsMeasured
 from dtrain.job import Job
 from dtrain.prepare import ESTIMATE_UNITS, open_runner
 from dtrain.rounds import initial_state, rounds
+from dtrain.stages import Limit, StageSeconds, limiting_stage
 from dtrain.types import Parameters, RoundResult
 
 ROUND_SECONDS = 1.0
@@ -46,10 +47,9 @@ MOST_STEPS = 100_000
 NEVER = 1000
 """Rounds between evaluations and commits, and to the end: more than are measured."""
 
-ROUND_SHARE, READING_SHARE = 0.5, 0.1
-"""Communication limits a round of which it takes a larger share, reading limits steps that wait for a larger share."""
+FORWARD = 1 / 3
+"""Share of a step that evaluating as many samples takes: the backward pass takes about twice the forward pass."""
 
-Limit: TypeAlias = Literal["communication", "reading", "steps"]
 Measure: TypeAlias = Callable[[int], Sequence[RoundResult]]
 """Trains some rounds of so many local steps."""
 
@@ -66,6 +66,10 @@ class Probe:
     """Of them, seconds of the longest task that averages replicas."""
     waiting: float
     """Share of the local steps' time that they waited for batches."""
+    fetch: float = 0.0
+    decode: float = 0.0
+    gather: float = 0.0
+    """Shares of their time that the stages of the data took (`dtrain.data.load.counted`)."""
     local_steps: int
     """Of the longest rounds."""
 
@@ -160,17 +164,40 @@ def measured_by(measure: Measure, in_turn: int) -> Probe:
         results = measure(steps)
     step = max(long - short, FLATTEST * long) / (steps - 1)
     replicas = [contribution for result in results for contribution in result.contributions]
+    seconds = sum(one.seconds for one in replicas)
     return Probe(
         step=step / in_turn,
         overhead=max(0.0, short - step),
         reduce=median(result.reduce_seconds for result in results),
-        waiting=sum(one.waited for one in replicas) / sum(one.seconds for one in replicas),
+        waiting=sum(one.waited for one in replicas) / seconds,
+        fetch=sum(one.fetch for one in replicas) / seconds,
+        decode=sum(one.decode for one in replicas) / seconds,
+        gather=sum(one.gather for one in replicas) / seconds,
         local_steps=steps,
     )
 
 
-def limit_of(probe: Probe, costs: Costs, local_steps: int) -> Limit:
-    """Return what limits rounds of `local_steps`: what a round does beyond them, reading, or the steps themselves."""
-    if 1 - cadence(local_steps, costs).share > ROUND_SHARE:
-        return "communication"
-    return "reading" if probe.waiting > READING_SHARE else "steps"
+def limit_of(probe: Probe, costs: Costs, local_steps: int, evaluated: float) -> Limit | None:
+    """Return the stage that limits rounds of `local_steps`.
+
+    Parameters
+    ----------
+    probe : Probe
+    costs : Costs
+    local_steps : int
+    evaluated : float
+        Samples that are evaluated for each that is trained on. Nothing is evaluated in a probe: what it takes is
+        estimated (`FORWARD`).
+    """
+    steps = local_steps * costs.step
+    reading = probe.fetch + probe.decode + probe.gather
+    return limiting_stage(
+        StageSeconds(
+            fetch=probe.fetch * steps,
+            decode=probe.decode * steps,
+            gather=probe.gather * steps,
+            model=(1 - reading) * steps,
+            reduce=costs.overhead + costs.wire,
+            evaluate=evaluated * steps * (reading + FORWARD * (1 - reading)),
+        )
+    )

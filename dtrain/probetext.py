@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from dtrain.algorithm.cadence import TARGET_SHARE, Cadence, Costs, cadence, pays_from, recommended, table
+from dtrain.algorithm.cadence import TARGET_SHARE, Cadence, Costs, pays_from, recommended, table
 from dtrain.data.plan.footprint import format_bytes
 from dtrain.display import duration
 from dtrain.job import Job
 from dtrain.planning import RunPlan
-from dtrain.probe import Limit, Probe, limit_of
+from dtrain.probe import Probe
 
-CURES: dict[Limit, str] = {
-    "communication": "More local_steps, as below, lower this share; average.codec and train.freeze send less.",
-    "reading": "A larger data.memory keeps more units decoded for the next pass; smaller units, a faster codec or a "
-    "store nearby are read sooner.",
-    "steps": "More workers for more replicas, a GPU or a smaller model would make rounds faster.",
-}
 HEADER = ("local_steps", "in steps", "MB/s a worker", "x synchronous")
 
 
@@ -29,7 +23,7 @@ def probe_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
     else:
         rows = [
             ("probe", f"{step} {_measured(plan, plan.probe)}"),
-            ("limited by", _limited(plan, plan.probe, costs)),
+            ("limited by", str(plan.limit)),
         ]
     if costs.bandwidth:
         rows.append(("bandwidth", _wire(costs, costs.bandwidth)))
@@ -61,15 +55,6 @@ def _wire(costs: Costs, bandwidth: float) -> str:
         f"{bandwidth * 8 / 1e6:,.6g} Mbit/s for the link of each worker: {format_bytes(costs.traffic.busiest)} or "
         f"{duration(costs.wire)} a round for the busiest one; synchronous training would send "
         f"{format_bytes(costs.traffic.all_reduce)} or {duration(costs.all_reduce)} a step"
-    )
-
-
-def _limited(plan: RunPlan, probe: Probe, costs: Costs) -> str:
-    local_steps = max(plan.steps)
-    limit, beyond = limit_of(probe, costs, local_steps), 1 - cadence(local_steps, costs).share
-    return (
-        f"{limit}: {beyond:.0%} of a round of {local_steps:,} local steps is beyond them, {probe.waiting:.0%} of their "
-        f"time they wait for batches. {CURES[limit]}"
     )
 
 

@@ -136,7 +136,8 @@ def load_code(code: RunCode, config: TrainConfig, resolved: Resolved, keys: Sequ
     wanted = {key: name for key, name in references_in(config).items() if key.startswith(tuple(keys))}
     named = {key: name for key, name in wanted.items() if key not in code.given}
     loaded = _load_named(code, named) if named else {}
-    functions = checked({key: code.given[key] if key in code.given else loaded[key] for key in wanted})
+    found = {key: code.given[key] if key in code.given else loaded[key] for key in wanted}
+    functions = checked(found, config.data.weight)
     changed = [
         key
         for key, function in functions.items()

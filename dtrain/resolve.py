@@ -19,6 +19,7 @@ from dtrain.config.schema import DataConfig, Paths, TrainTable
 from dtrain.data.categories import categories_from, categories_of, categories_table, check_categories
 from dtrain.data.coordinate import Gaps, find_gaps
 from dtrain.data.encoding import Scaling
+from dtrain.data.genes import check_genes, genes_of
 from dtrain.data.given import SHARES, Found, find_ranges, found_groups, split_shares
 from dtrain.data.groups import count_groups, deal_groups
 from dtrain.data.paths import identity
@@ -31,9 +32,11 @@ from dtrain.data.plan.partition import JointPlan, count_units, plan_data, plan_h
 from dtrain.data.plan.splits import Runs
 from dtrain.data.plan.units import LATER, DataPlan
 from dtrain.data.read.inventory import rows_absent
+from dtrain.data.read.joined import values_counted
 from dtrain.data.samples import Coordinate, MissingLabels, Samples
 from dtrain.data.source import describe
 from dtrain.data.variable import Categories
+from dtrain.data.weight import weight_text
 from dtrain.errors import ClusterUnsuitable, DataChanged, InvalidConfig, LengthsDiffer, RunConflict
 from dtrain.job import Job
 from dtrain.runtime.codetext import CODE_RULES
@@ -71,6 +74,8 @@ class Resolved:
     """What the identities cover (`dtrain.runtime.codetext.CODE_RULES`)."""
     gaps: tuple[str, ...] = ()
     """By store: what `plan` says about jumps of its coordinate; only at the first start."""
+    weights: tuple[str, ...] = ()
+    """By store of ``data.path``: what `plan` says about the values of ``data.weight``; only at the first start."""
     given: tuple[Found, ...] = ()
     """By store of ``data.path``: its splits that are given by coordinate or by group; only at the first start."""
     eval_every: int = 1
@@ -126,6 +131,7 @@ def resolve(job: Job, place: Place) -> Resolved:
     """
     _check_alike(job)
     _check_means(job)
+    _check_genes(job, place)
     categories = categories_of(job.samples)
     for source in job.all_sources:
         check_categories(source.described, categories)
@@ -149,6 +155,7 @@ def resolve(job: Job, place: Place) -> Resolved:
         code=job.code,
         code_rules=CODE_RULES,
         gaps=tuple(found.text for found in gaps),
+        weights=tuple(place.call(source, partial(weight_text, source.described)) for source in job.sources),
         given=given,
         labels=missing_labels(job.config.train),
         eval_every=_eval_every(job, plan, held_out),
@@ -220,7 +227,8 @@ def _held_out(job: Job, jumps: str, place: Place, like: DataPlan) -> DataPlan | 
     if job.held_out is None:
         return None
     samples = job.held_out.described
-    return plan_held_out(samples, like, absent=absent_rows_of(job.held_out, place), jumps=jumps)
+    plan = plan_held_out(samples, like, absent=absent_rows_of(job.held_out, place), jumps=jumps)
+    return _counted(job.held_out, plan, place)
 
 
 def _given(job: Job, place: Place, absent: tuple[Runs, ...]) -> tuple[Found, ...]:
@@ -246,7 +254,14 @@ def _plan(source: Source, job: Job, place: Place, *, absent: Runs, jumps: str, g
     else:
         replicas = min(place.num_workers, count_units(samples)) if wanted == "auto" else wanted
     seed = job.config.train.seed
-    return plan_data(samples, replicas=replicas, seed=seed, absent=absent, jumps=jumps, given=given)
+    plan = plan_data(samples, replicas=replicas, seed=seed, absent=absent, jumps=jumps, given=given)
+    return _counted(source, plan, place)
+
+
+def _counted(source: Source, plan: DataPlan, place: Place) -> DataPlan:
+    """Count the values of sparse variables, where the store can be seen."""
+    samples = source.described
+    return place.call(source, partial(values_counted, samples, plan)) if samples.sparse else plan
 
 
 def _device(job: Job, place: Place) -> str:
@@ -293,6 +308,15 @@ def _check_means(job: Job) -> None:
                     f"{', '.join(a.dims)}. data.normalize has means along them.",
                     "Store the dimensions in the same order.",
                 )
+
+
+def _check_genes(job: Job, place: Place) -> None:
+    """Refuse stores whose columns are other genes than those of the first store."""
+    if len(job.all_sources) == 1:
+        return
+    first, *others = (place.call(source, partial(genes_of, source.described)) for source in job.all_sources)
+    for source, genes in zip(job.all_sources[1:], others, strict=True):
+        check_genes(source.described.path, genes, job.samples.path, first)
 
 
 def check_rows(samples: Samples, plan: DataPlan) -> None:
@@ -438,4 +462,6 @@ def _plan_from(values: Mapping[str, Any]) -> DataPlan:
     jumps = " ".join(map(str, values.get("jumps", ())))
     blocks = tuple(BlockAxis(**axis) for axis in values.get("blocks", ()))
     members = tuple((begin, first, stop) for begin, first, stop in values.get("members", ()))
-    return DataPlan(**{**values, "absent": absent, "jumps": jumps, "blocks": blocks, "members": members})
+    most = tuple(values.get("values", ()))
+    lists = {"absent": absent, "jumps": jumps, "blocks": blocks, "members": members, "values": most}
+    return DataPlan(**{**values, **lists})

@@ -14,7 +14,7 @@ from dtrain.algorithm.plan import first_position, is_evaluated, pass_size, plan_
 from dtrain.algorithm.replica import fresh_replica
 from dtrain.algorithm.stop import end_reason, metric_of
 from dtrain.config.schema import TrainConfig
-from dtrain.errors import ClusterLost, Diverged, OutOfMemory
+from dtrain.errors import ClusterLost, Diverged, OutOfMemory, UnsuitableVariable
 from dtrain.events import Reporter, SegmentReplayed
 from dtrain.runtime.runner import Held, Outcome, Runner, SegmentLost
 from dtrain.types import Broadcast, History, Parameters, Position, RoundResult, RoundSummary, TrainState
@@ -165,6 +165,12 @@ def _result(number: int, outcome: Outcome, config: TrainConfig, history: History
     summary, each = outcome.summary, outcome.summary.contributions
     _check_finite(number, summary, config.average.max_rejected)
     averaged = [c for c in each if c.finite]
+    if number == 1 and averaged and config.data.weight and not any(c.loss_count for c in averaged):
+        raise UnsuitableVariable(
+            f"Round 1: all of its {sum(c.samples for c in each):,} samples have weight 0 (data.weight = "
+            f'"{config.data.weight}").',
+            "Name a variable with positive values.",
+        )
     train_loss = _ratio(in_order(c.loss_sum for c in averaged), in_order(c.loss_count for c in averaged))
     metrics = _metrics(outcome.sums, outcome.ema_sums, config)
     stop_metric = metric_of({"train_loss": train_loss, **metrics}, config)

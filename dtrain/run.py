@@ -28,6 +28,7 @@ from dtrain.data.plan.labels import BY_SHARE, GivenSplits
 from dtrain.data.plan.partition import JointPlan
 from dtrain.data.plan.splits import SplitName
 from dtrain.data.plan.units import DataPlan
+from dtrain.data.read.joined import values_counted
 from dtrain.data.samples import Samples, not_samples
 from dtrain.data.source import describe
 from dtrain.directory import read_resolved
@@ -253,7 +254,8 @@ class Run:
         plans, jumps = known.plan.plans, find_gaps(samples).jumps
         splits = BY_SHARE if split == "all" or store == "held_out" else _given_splits(samples, plans, store)
         plan, cut = plan_evaluation(samples, split, plans, known.held_out, store, jumps=jumps, given=splits)
-        known = replace(known, plan=JointPlan((plan,)), held_out=None, contents=(), filled=None, snapshots=())
+        joint = JointPlan((values_counted(samples, plan),))
+        known = replace(known, plan=joint, held_out=None, contents=(), filled=None, snapshots=())
         return self._job((source_of(samples),), None, samples.transform), known, cut
 
     def _job(self, sources: tuple[Source, ...], held_out: Source | None, transform: Function | None = None) -> Job:

@@ -38,7 +38,7 @@ from dtrain.initfile import init_path, read_init, with_init
 from dtrain.job import Job, Model, Table, absolute
 from dtrain.lock import locked
 from dtrain.prepare import open_runner
-from dtrain.report.history import read_rows
+from dtrain.report.history import limit_of_rows, read_rows
 from dtrain.report.journal import HISTORY, cut_history, journal
 from dtrain.report.notebook import is_notebook, notebook_progress
 from dtrain.resolve import Resolved, filled
@@ -213,6 +213,7 @@ def _finished(run: Run, reason: Literal["max_time"] | None) -> RunFinished:
         params_sha256=rows[-1]["params_sha256"],
         val_loss=rows[-1].get("val_loss"),
         run=str(run.directory),
+        limited_by=limit_of_rows(rows),
     )
 
 

@@ -287,6 +287,13 @@ class Contribution:
     seconds: float = 0.0
     waited: float = 0.0
     """Of them, seconds that the steps waited for batches."""
+    fetch: float = 0.0
+    decode: float = 0.0
+    gather: float = 0.0
+    """Of `seconds`, those that the three stages of the data took (`dtrain.data.load.counted`): the steps waited, or
+    their core was used."""
+    process: str = ""
+    """The process that took the steps: those of one process take turns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from torch import nn
 import dtrain
 from dtrain.calls import job_from_python
 from dtrain.config.schema import TrainConfig
+from dtrain.config.split import SplitConfig
 from dtrain.data.samples import Samples
 from dtrain.errors import DataNotFound, InvalidConfig, UnknownVariable
 from dtrain.job import job_from_config, open_sources
@@ -161,7 +162,7 @@ def test_a_split_is_agreed_share_by_share(blobs: Path) -> None:
     samples = dtrain.open_samples(blobs, **DATA, split={"val": 0.2})
     job = job_from_python(models.small, samples, {}, TrainConfig(train=LOSS, data={"split": {"test": 0.3}}))
     assert job.samples.config.split.model_dump() == job.config.data.split.model_dump()
-    assert job.samples.config.split.model_dump() == {"val": 0.2, "test": 0.3, "patches": False}
+    assert job.samples.config.split == SplitConfig(val=0.2, test=0.3)
     job = job_from_python(models.small, samples, {}, TrainConfig(train=LOSS, data={"split": {"val": 0.2}}))
     assert job.samples is samples
     with pytest.raises(InvalidConfig, match=r"data\.split\.val = 0\.2, and config has 0\.1"):

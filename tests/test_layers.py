@@ -12,19 +12,21 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-BASE = {"types", "config", "errors", "events", "display"}
+BASE = {"types", "stages", "config", "errors", "events", "display"}
 WORK = {"runtime", "data", "algorithm", *BASE}
-CORE = {"data/samples", "data/members", "data/tiles", "data/variable", "data/encoding"}
+CORE = {"data/samples", "data/members", "data/tiles", "data/variable", "data/encoding", "data/sparse"}
 BELOW: dict[str, set[str]] = {
     "errors": set(),
     "types": set(),
+    "stages": set(),
     "config": {"errors"},
-    "events": {"types"},
+    "events": {"types", "stages"},
     "files": {"errors"},
     "display": set(),
     "data/encoding": {"errors"},
     "data/variable": {"data/encoding"},
     "data/tiles": {"data/variable"},
+    "data/sparse": {"data/encoding"},
     "data/members": {"data/variable", "errors"},
     "data/samples": {"data/members", "data/tiles", "data/variable", "data/encoding", "config", "errors", "display"},
     "data/selection": {*CORE, "config", "errors"},
@@ -37,7 +39,9 @@ BELOW: dict[str, set[str]] = {
     "data/dimensions": {"data/layouts", "data/read", "errors"},
     "data/names": {"data/layouts", "data/read", "errors"},
     "data/categories": {*CORE, "errors"},
+    "data/matrix": {"data/layouts", *CORE, "config", "errors"},
     "data/dataset": {"data/dimensions", "data/layouts", "data/names", "data/paths", "data/read", *CORE, "errors"},
+    "data/genes": {"data/dataset", "data/layouts", "data/read", *CORE, "errors"},
     "data/column": {"data/cf", "data/dataset", "data/read", *CORE, "errors"},
     "data/coordinate": {"data/cf", "data/column", "data/plan", "data/read", *CORE, "errors"},
     "data/places": {"data/cf", "data/column", *CORE, "config", "errors"},
@@ -54,11 +58,12 @@ BELOW: dict[str, set[str]] = {
         "errors",
     },
     "data/joined": {
-        *("data/column", "data/dataset", "data/layouts", "data/read", "data/selection"),
+        *("data/column", "data/dataset", "data/layouts", "data/matrix", "data/read", "data/selection"),
         *CORE,
         "config",
         "errors",
     },
+    "data/weight": {"data/column", "data/dataset", "data/read", *CORE, "config", "errors"},
     "data/source": {
         "data/cf",
         "data/choose",
@@ -66,9 +71,12 @@ BELOW: dict[str, set[str]] = {
         "data/dataset",
         "data/given",
         "data/joined",
+        "data/layouts",
+        "data/matrix",
         "data/paths",
         "data/read",
         "data/selection",
+        "data/weight",
         *CORE,
         "config",
         "errors",

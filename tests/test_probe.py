@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def test_short_and_long_rounds_by_hand() -> None:
     assert (probe.step, probe.overhead, probe.local_steps) == (1 / 128, 14 / 128, 114)
     assert probe.reduce == pytest.approx(0.116)  # the second of three rounds of 114 steps
     assert probe.waiting == pytest.approx(0.05 / 0.3)
+    assert (probe.fetch, probe.decode, probe.gather) == pytest.approx((0.03 / 0.3, 0.02 / 0.3, 0.01 / 0.3))
 
 
 def test_a_step_is_that_of_one_of_the_replicas_that_take_turns() -> None:
@@ -114,15 +116,33 @@ def costs(overhead: float, bandwidth: float | None = None) -> Costs:
     return Costs(step=0.01, overhead=overhead, traffic=TRAFFIC, bandwidth=bandwidth)
 
 
+def stages(probe: Probe, costs: Costs, local_steps: int, evaluated: float = 0.0) -> tuple[str, ...]:
+    limit = limit_of(probe, costs, local_steps, evaluated)
+    assert limit is not None
+    return limit.stages
+
+
 def test_what_limits_rounds_by_hand() -> None:
-    waits = replace(PROBE, waiting=0.11)
-    assert limit_of(PROBE, costs(0.05), 5) == "steps"  # as much as the steps
-    assert limit_of(PROBE, costs(0.051), 5) == "communication"
-    assert limit_of(PROBE, costs(0.051), 6) == "steps"
-    assert limit_of(waits, costs(0.05), 5) == "reading"
-    assert limit_of(waits, costs(0.051), 5) == "communication"
-    assert limit_of(PROBE, costs(0.0, bandwidth=4999.0), 5) == "communication"  # 250 bytes take more than 0.05 s
-    assert limit_of(PROBE, costs(0.0, bandwidth=5001.0), 5) == "steps"
+    waits = replace(PROBE, waiting=0.6, fetch=0.5, decode=0.1)
+    assert stages(PROBE, costs(0.04), 5) == ("model",)  # 0.05 s of steps
+    assert stages(PROBE, costs(0.051), 5) == ("reduce", "model")
+    assert stages(PROBE, costs(0.06), 5) == ("reduce",)
+    assert stages(PROBE, costs(0.06), 7) == ("model",)
+    assert stages(waits, costs(0.02), 5) == ("fetch",)  # 0.025 s
+    assert stages(waits, costs(0.03), 5) == ("reduce",)
+    assert stages(PROBE, costs(0.0, bandwidth=2500.0), 5) == ("reduce",)  # 250 bytes take 0.1 s
+    assert stages(PROBE, costs(0.0, bandwidth=25000.0), 5) == ("model",)
+
+
+def test_evaluation_is_estimated_by_hand() -> None:
+    waits = replace(PROBE, fetch=0.25, gather=0.15)
+    limit = limit_of(waits, costs(0.0), 10, evaluated=5.0)
+    assert limit is not None
+    # 0.1 s of steps: 0.04 of data, 0.06 of the model; five times as many samples: 5 x (0.04 + 0.06 / 3) = 0.3
+    assert limit.shares == pytest.approx(
+        {"fetch": 0.025 / 0.4, "decode": 0.0, "gather": 0.015 / 0.4, "model": 0.15, "reduce": 0.0, "evaluate": 0.75}
+    )
+    assert limit.stages == ("evaluate",)
 
 
 # Real rounds ------------------------------------------------------------------------------------------------------
@@ -248,8 +268,8 @@ def test_a_probe_in_words(job: Job, planned: RunPlan) -> None:
         "a local step of a replica takes 10 ms, a round 30 ms beyond its steps, of which 4 ms to average (2 workers, "
         "rounds of 1 and 90 steps)"
     )
-    said = "steps: 38% of a round of 5 local steps is beyond them, 2% of their time they wait for batches. More workers"
-    assert rows["limited by"].startswith(said)
+    # 5 steps of 10 ms, 30 ms beyond them
+    assert rows["limited by"].startswith("model 60% of the time (reduce 36%). The data are not the cause. A GPU")
     assert "bandwidth" not in rows
     assert "local_epochs" not in rows
     assert (
@@ -283,7 +303,7 @@ def test_a_bandwidth_in_words(job: Job, planned: RunPlan) -> None:
         "8 Mbit/s for the link of each worker: 250.0 kB or 250 ms a round for the busiest one; synchronous training "
         "would send 200.0 kB or 200 ms a step"
     )
-    assert rows["limited by"].startswith("communication: 85% of a round of 5 local steps is beyond them")
+    assert rows["limited by"].startswith("reduce 84% of the time (model 15%). Larger train.local_steps")
     for line in [
         "local_steps  in steps  MB/s a worker  x synchronous",
         "          1        3%           0.86           0.72",  # 0.21 s of 0.29 s
@@ -331,15 +351,19 @@ def test_one_worker_sends_nothing(planned: RunPlan) -> None:
 
 
 def test_the_record_has_the_numbers_of_the_table(planned: RunPlan) -> None:
-    record = plan_record(replace(planned, probe=PROBE, bandwidth=1e6))
+    plan = replace(planned, probe=PROBE, bandwidth=1e6)
+    record, limit = plan_record(plan), plan.limit
+    assert limit is not None
     assert record["probe"] == {
         "step_seconds": 0.01,
         "overhead_seconds": 0.03,
         "reduce_seconds": 0.004,
         "waiting_share": 0.02,
         "measured_local_steps": 90,
-        "limited_by": "communication",
+        "limited_by": asdict(limit),
     }
+    assert (limit.stages, round(limit.shares["reduce"], 2)) == (("reduce",), 0.84)
+    assert json.loads(json.dumps(record["probe"]))["limited_by"]["stages"] == ["reduce"]
     cadence = record["cadence"]
     assert {key: cadence[key] for key in ("measured", "bandwidth", "local_steps", "recommended", "pays_from")} == {
         "measured": True,

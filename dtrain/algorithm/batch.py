@@ -22,6 +22,8 @@ class TensorBatch:
     size: int
     split: str = "train"
     """``train``, ``val``, ``test`` or ``all``: a transform may treat samples for evaluation differently."""
+    weight: Targets | None = None
+    """With ``data.weight``: of each value of the targets, in their shapes; float32."""
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...] | Targets]:
         """Yield inputs and targets: ``for (x,), y in batches``."""

@@ -11,17 +11,18 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from dtrain.algorithm.batch import TensorBatch, autocast
-from dtrain.algorithm.losses import Loss, classes_first, is_count, mae, mean_of_batch, mse
-from dtrain.config.functions import Function
+from dtrain.algorithm.batch import Targets, TensorBatch, autocast
+from dtrain.algorithm.losses import Loss, Weight, classes_first, compared, is_count, mae, mean_of_batch, mse
+from dtrain.algorithm.weighted import sum_of
+from dtrain.config.functions import Function, takes_weight
 from dtrain.config.names import IGNORED_CLASS, metric_key
 from dtrain.config.schema import ClassAxis
 from dtrain.errors import InvalidConfig, ShapesDiffer
 
 Term: TypeAlias = tuple[float, float]
 """The sum of a quantity, and the number of its terms (or the sum of their weights)."""
-Metric: TypeAlias = Callable[[Any, Any], Term]
-"""(outputs, targets) -> sum over the batch, and the number of its terms."""
+Metric: TypeAlias = Callable[..., Term]
+"""(outputs, targets), or (outputs, targets, weight) -> sum over the batch, and the number of its terms."""
 Decode: TypeAlias = Callable[[Any, Any], tuple[Any, Any]]
 """(outputs, targets) of the model -> the same in the units of the decoded data."""
 
@@ -65,9 +66,9 @@ def evaluate(
         for batch in batches:
             with autocast(precision, batch):
                 outputs = module(*batch.inputs)
-                mean = mean_of_batch(loss(outputs, batch.targets), batch.size)
+                mean = mean_of_batch(compared(loss, outputs, batch.targets, batch.weight), batch.size)
             outputs, targets = decode(outputs, batch.targets)
-            own = {name: metric(outputs, targets) for name, metric in metrics.items()}
+            own = {name: compared(metric, outputs, targets, batch.weight) for name, metric in metrics.items()}
             sums = merge([sums, Sums(batch.size, (mean.sum, mean.count), own)])
     return sums
 
@@ -117,7 +118,9 @@ FROM_LOSS: dict[str, Callable[[float], float]] = {
 """Metrics that are functions of the mean loss."""
 
 
-def accuracy(outputs: torch.Tensor, targets: torch.Tensor, class_axis: ClassAxis = "auto") -> Term:
+def accuracy(
+    outputs: torch.Tensor, targets: torch.Tensor, weight: Weight = None, *, class_axis: ClassAxis = "auto"
+) -> Term:
     """Count correct predictions: the class of the largest output; for targets of the outputs' shape, logit > 0.
 
     Targets of -100 count neither as right nor as wrong.
@@ -131,14 +134,20 @@ def accuracy(outputs: torch.Tensor, targets: torch.Tensor, class_axis: ClassAxis
     else:
         right = classes_first(outputs, targets, class_axis).argmax(1) == targets
     counted = targets != IGNORED_CLASS
+    if weight is not None:
+        return sum_of(weight * (right & counted)), sum_of(weight * counted)
     return float((right & counted).sum().item()), int(counted.sum().item())
 
 
-def mean_metric(function: Callable[[Any, Any], Any]) -> Metric:
-    """Turn a function that returns the mean over the batch's samples, or (sum, count), into sums."""
+def mean_metric(function: Callable[..., Any]) -> Metric:
+    """Turn a function that returns the mean over the batch's samples, or (sum, count), into sums.
 
-    def metric(outputs: Any, targets: Any) -> Term:
-        value = function(outputs, targets)
+    It gets the weight of samples as third argument if it takes one (`takes_weight`).
+    """
+    is_weighted = takes_weight(function)
+
+    def metric(outputs: Any, targets: Any, weight: Targets | None = None) -> Term:
+        value = compared(function, outputs, targets, weight if is_weighted else None)
         if isinstance(value, tuple):
             if len(value) != 2 or not _is_number(value[0]) or not is_count(value[1]):
                 raise _not_a_metric(function, value)

@@ -11,7 +11,7 @@ from torch import nn
 
 from dtrain.algorithm.batch import TensorBatch, autocast, non_finite_values
 from dtrain.algorithm.fednova import first_norm
-from dtrain.algorithm.losses import mean_of_batch
+from dtrain.algorithm.losses import compared, mean_of_batch
 from dtrain.algorithm.optimizers import make_optimizer
 from dtrain.algorithm.recipe import Recipe
 from dtrain.algorithm.replica import carried, pack_inner_state, unpack_inner_state
@@ -138,7 +138,7 @@ def _accumulate(
     seen, expected = _Losses(), 0.0
     for batch in micro_batches:
         with autocast(recipe.precision, batch):
-            mean = mean_of_batch(recipe.loss(module(*batch.inputs), batch.targets), batch.size)
+            mean = mean_of_batch(compared(recipe.loss, module(*batch.inputs), batch.targets, batch.weight), batch.size)
         expected = expected or mean.count * batch_size / batch.size
         share = mean.count / expected if expected else 1.0
         (mean.value if share == 1.0 else mean.value * share).backward()  # type: ignore[no-untyped-call]

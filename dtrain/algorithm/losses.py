@@ -1,7 +1,8 @@
 """Losses: the mean over a batch, and the number of terms that it is the mean of.
 
 Terms that do not count (targets of -100) are in neither, so that batches, micro-batches and replicas add up to the
-whole. Shapes are checked, so that torch does not broadcast them.
+whole. With a weight (``data.weight``), losses are sums of weighted terms and sums of weights
+(`dtrain.algorithm.weighted`). Shapes are checked, so that torch does not broadcast them.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 
+from dtrain.algorithm.batch import Targets
+from dtrain.algorithm.weighted import weighted_labels, weighted_terms
 from dtrain.config.names import IGNORED_CLASS
 from dtrain.config.schema import ClassAxis
 from dtrain.errors import ShapesDiffer
 
 Value: TypeAlias = "torch.Tensor | tuple[torch.Tensor, torch.Tensor | float]"
 """What a loss returns: the mean over the batch's samples, or a sum and the number of its terms."""
-Loss: TypeAlias = Callable[[Any, Any], Value]
-"""(outputs, targets) -> mean over the batch's samples, or (sum, count)."""
+Loss: TypeAlias = Callable[..., Value]
+"""(outputs, targets), or (outputs, targets, weight) -> mean over the batch's samples, or (sum, count)."""
+Weight: TypeAlias = "torch.Tensor | None"
+"""Of each term, in the shape of the targets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,11 @@ class Mean:
     def sum(self) -> float:
         """The sum of the terms."""
         return float(self.value.item()) * self.count
+
+
+def compared(function: Callable[..., Any], outputs: Any, targets: Any, weight: Targets | None) -> Any:
+    """Call a loss or a metric: with a third argument where samples have a weight."""
+    return function(outputs, targets) if weight is None else function(outputs, targets, weight)
 
 
 def mean_of_batch(value: Value, size: int) -> Mean:
@@ -81,25 +91,31 @@ def is_count(value: object) -> bool:
 # Built-in losses ------------------------------------------------------------------------------------------
 
 
-def mse(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def mse(outputs: torch.Tensor, targets: torch.Tensor, weight: Weight = None) -> Value:
     """Mean squared error."""
-    return F.mse_loss(*_alike(outputs, targets, "mse"))
+    alike = _alike(outputs, targets, "mse")
+    return F.mse_loss(*alike) if weight is None else weighted_terms(F.mse_loss, *alike, weight)
 
 
-def mae(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def mae(outputs: torch.Tensor, targets: torch.Tensor, weight: Weight = None) -> Value:
     """Mean absolute error."""
-    return F.l1_loss(*_alike(outputs, targets, "mae"))
+    alike = _alike(outputs, targets, "mae")
+    return F.l1_loss(*alike) if weight is None else weighted_terms(F.l1_loss, *alike, weight)
 
 
-def huber(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def huber(outputs: torch.Tensor, targets: torch.Tensor, weight: Weight = None) -> Value:
     """Huber loss with delta = 1."""
-    return F.huber_loss(*_alike(outputs, targets, "huber"))
+    alike = _alike(outputs, targets, "huber")
+    return F.huber_loss(*alike) if weight is None else weighted_terms(F.huber_loss, *alike, weight)
 
 
-def bce(outputs: torch.Tensor, targets: torch.Tensor) -> Value:
+def bce(outputs: torch.Tensor, targets: torch.Tensor, weight: Weight = None) -> Value:
     """Binary cross entropy; the outputs are logits; integer targets of -100 are left out."""
     logits, wanted = _alike(outputs, targets, "bce")
     counted = targets != IGNORED_CLASS
+    if weight is not None:
+        weight = weight if targets.is_floating_point() else torch.where(counted, weight, 0)
+        return weighted_terms(F.binary_cross_entropy_with_logits, logits, wanted, weight)
     if targets.is_floating_point() or bool(counted.all()):
         return F.binary_cross_entropy_with_logits(logits, wanted)
     total = F.binary_cross_entropy_with_logits(logits[counted], wanted[counted], reduction="sum")
@@ -108,10 +124,12 @@ def bce(outputs: torch.Tensor, targets: torch.Tensor) -> Value:
 
 
 def cross_entropy(
-    outputs: torch.Tensor, targets: torch.Tensor, class_axis: ClassAxis = "auto"
-) -> tuple[torch.Tensor, int]:
+    outputs: torch.Tensor, targets: torch.Tensor, weight: Weight = None, *, class_axis: ClassAxis = "auto"
+) -> tuple[torch.Tensor, float]:
     """Cross entropy of logits with integer classes, as sum and count; targets of -100 are in neither."""
     logits = classes_first(outputs, targets, class_axis)
+    if weight is not None:
+        return weighted_labels(wide(logits), targets, weight)
     total = F.cross_entropy(wide(logits), targets, ignore_index=IGNORED_CLASS, reduction="sum")
     return total, int((targets != IGNORED_CLASS).sum())
 

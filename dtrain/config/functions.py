@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -83,6 +84,27 @@ def _place(function: Any) -> tuple[str, str, bool]:
     else:
         module, name, is_found = type(function).__module__, type(function).__qualname__, False
     return module or "builtins", name.replace("<locals>.", ""), is_found
+
+
+def takes_weight(function: Function) -> bool:
+    """Whether the third argument of a loss or metric is the weight of samples (``data.weight``).
+
+    It must be given, or be named as one. Those of torch have other third arguments, such as weights of classes.
+
+    >>> takes_weight(lambda outputs, targets, weight=None: 0), takes_weight(lambda outputs, targets, eps=1e-6: 0)
+    (True, False)
+    """
+    owner = function if hasattr(function, "__qualname__") else type(function)
+    if (getattr(owner, "__module__", None) or "").startswith("torch."):
+        return False
+    try:
+        parameters = inspect.signature(getattr(function, "forward", function)).parameters.values()
+    except (TypeError, ValueError):  # of a function written in C
+        return False
+    third = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][2:3]
+    if not third:
+        return any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    return third[0].default is inspect.Parameter.empty or "weight" in third[0].name
 
 
 def described(value: Any) -> str:

@@ -12,6 +12,8 @@ _PART = r"(?:[^\W\d]\w*|<lambda>)"
 FUNCTION = re.compile(rf"^[^\W\d][\w.-]*:{_PART}(?:\.{_PART})*(?:\(\))?$")
 """A reference to a user's function, ``module:function``; Python gives others too (`dtrain.config.functions`)."""
 
+_COSINE = re.compile(r"^cos\((\S+)\)$")
+
 IGNORED_CLASS = -100
 """A target of this class counts neither in the loss nor in metrics, as in torch."""
 
@@ -42,6 +44,16 @@ METRICS = {
     "perplexity": MetricFacts(from_loss=True, of_labels=True),
     "bits_per_byte": MetricFacts(from_loss=True, of_labels=True),
 }
+
+
+def cosine_of(weight: str) -> str:
+    """Return the coordinate of which ``data.weight`` is the cosine; empty if it names a variable.
+
+    >>> cosine_of("cos(lat)"), cosine_of("area")
+    ('lat', '')
+    """
+    found = _COSINE.match(weight)
+    return found[1] if found else ""
 
 
 def metric_key(name: str) -> str:

@@ -114,6 +114,7 @@ class DataConfig(Table):
     transform: str = ""
     missing: Literal["auto", "error", "fill", "skip"] = "auto"
     non_finite: Literal["error", "allow"] = "error"
+    weight: str = ""
     shuffle: Bool = True
     memory: Size = "auto"
     cache: Size = "auto"
@@ -272,6 +273,7 @@ def _check_values(config: TrainConfig) -> None:
         cache_bytes(config.data.cache)
     _check_name("data.transform", config.data.transform, (), empty=True)
     _check_dims(config.data)
+    _check_weight(config.data)
     _check_normalize(config.data)
     check_average(config.average)
     _check_name("average.outer.schedule", config.average.outer_schedule, SCHEDULES)
@@ -302,8 +304,18 @@ def _check_normalize(data: DataConfig) -> None:
             raise InvalidConfig(f'data.normalize.{name} names the dimension "{twice[0]}" twice.', "Name it once.")
 
 
+def _check_weight(data: DataConfig) -> None:
+    if data.weight in data.mean_dims:
+        raise InvalidConfig(
+            f'data.normalize names "{data.weight}", which is data.weight: weights are used as they are.',
+            f"Leave {data.weight} out of data.normalize.",
+        )
+
+
 def _check_known(key: str, name: str, data: DataConfig) -> None:
     known = (*data.inputs, *data.targets)
+    if key == "dims" and name == data.weight:
+        return
     if known and name not in known:  # Python may name them later
         raise InvalidConfig(
             f'data.{key} names "{name}", which is neither an input nor a target{did_you_mean(name, known)}'

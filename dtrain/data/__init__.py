@@ -15,6 +15,9 @@ Nothing in this folder knows torch or Dask.
     dimensions.py  the names of dimensions: of the store, of a layout, or of data.dims
     names.py       a name that is no array: which are, and where it lies
     categories.py  what the codes of categoricals stand for, compared between a run and its stores
+    genes.py       the names of genes, compared between the stores of a run
+    matrix.py      what is asked of a sparse matrix, and how many of its rows are read at once
+    sparse.py      rows of a sparse matrix in memory
     layouts/       OME-Zarr, AnnData: what the groups of a store say about its arrays
     cf.py          what CF attributes mean, by xarray
     plan/          which samples are read by whom, in which order, in how much memory: pure arithmetic

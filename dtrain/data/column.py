@@ -47,10 +47,7 @@ def find_coordinate(
     size : int
         Length of the dimension.
     """
-    places = (
-        [*parts[:depth], dim] for parts in (n.split("/")[:-1] for n in names) for depth in range(len(parts), -1, -1)
-    )
-    for name in dict.fromkeys(map("/".join, places)):
+    for name in groups_above(names, dim):
         try:
             named = find_named(store, group, name)
         except StoreUnavailable:
@@ -62,6 +59,18 @@ def find_coordinate(
         if named is not None:
             return name, named
     return f"{dim} has no coordinate"
+
+
+def groups_above(names: Iterable[str], wanted: str) -> list[str]:
+    """Return the paths that a name may have beside variables, and in the groups above them: the nearest first.
+
+    >>> groups_above(["era5/wind/u10", "era5/t2m"], "lat")
+    ['era5/wind/lat', 'era5/lat', 'lat']
+    """
+    places = (
+        [*parts[:depth], wanted] for parts in (n.split("/")[:-1] for n in names) for depth in range(len(parts), -1, -1)
+    )
+    return list(dict.fromkeys(map("/".join, places)))
 
 
 def describe_column(path: str, name: str, named: NamedArray) -> Coordinate | str:

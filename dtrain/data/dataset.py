@@ -17,6 +17,7 @@ import zarr
 from dtrain.data.dimensions import dimensions
 from dtrain.data.layouts.find import array_of, irrelevant_axis
 from dtrain.data.layouts.hierarchy import Hierarchy
+from dtrain.data.layouts.stored import Matrix
 from dtrain.data.names import MOST_NAMES, unknown_variable
 from dtrain.data.paths import single_array
 from dtrain.data.read.kind import not_a_group
@@ -60,6 +61,13 @@ class NamedArray:
     categories: Categories | None = None
     dropped: tuple[int, ...] = ()
     """Axes of length 1 that the array has only by convention."""
+    matrix: Matrix | None = None
+    """The sparse matrix whose values the array holds."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Length of each dimension."""
+        return self.array.shape if self.matrix is None else self.matrix.shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +205,9 @@ def _node(opened: _Opened, name: str, dims: Sequence[str] | None = None) -> Name
         if node is None:
             return None
         stored = array_of(opened.hierarchy, node)
+        if isinstance(stored, Matrix):
+            named = dimensions(opened.hierarchy, name, stored, dict(node.attrs), dims)
+            return NamedArray(stored.data, named, {}, _below(opened.group, stored.path), matrix=stored)
         array = node if stored is None else stored.array
         if not isinstance(array, zarr.Array):
             return array
@@ -215,18 +226,23 @@ def _node(opened: _Opened, name: str, dims: Sequence[str] | None = None) -> Name
                 "variable with a dtype of numbers.",
             ) from None
         raise unreadable_metadata(store.path, name, error) from None
-    path = array.path.removeprefix(f"{opened.group.path}/") if opened.group.path else array.path
+    path = _below(opened.group, array.path)
     if stored is None:
         return NamedArray(array, named, attributes, path)
     return NamedArray(array, named, {"missing_value": MISSING_CATEGORY}, path, stored.categories)
 
 
+def _below(group: zarr.Group, path: str) -> str:
+    """Return a path from a group on."""
+    return path.removeprefix(f"{group.path}/") if group.path else path
+
+
 def _without_conventions(hierarchy: Hierarchy, arrays: Mapping[str, NamedArray]) -> dict[str, NamedArray]:
     """Return arrays without the axes that they have only by convention, where others have them in another length."""
-    longer = {dim for named in arrays.values() for dim, n in zip(named.dims, named.array.shape, strict=True) if n != 1}
+    longer = {dim for named in arrays.values() for dim, n in zip(named.dims, named.shape, strict=True) if n != 1}
     own = {}
     for name, named in arrays.items():
-        single = [dim for dim, n in zip(named.dims, named.array.shape, strict=True) if n == 1 and dim in longer]
+        single = [dim for dim, n in zip(named.dims, named.shape, strict=True) if n == 1 and dim in longer]
         axis = irrelevant_axis(hierarchy, named.array) if single else None
         if axis is not None and named.dims[axis] in single:
             dims = tuple(f"{name} {dim}" if at == axis else dim for at, dim in enumerate(named.dims))
@@ -239,7 +255,7 @@ def _check_lengths(path: str, arrays: Mapping[str, NamedArray]) -> None:
     """Refuse arrays that have dimensions of one name and different lengths."""
     lengths: dict[str, dict[str, int]] = {}
     for name, named in arrays.items():
-        for dim, length in zip(named.dims, named.array.shape, strict=True):
+        for dim, length in zip(named.dims, named.shape, strict=True):
             if lengths.setdefault(dim, {}).setdefault(name, length) != length:
                 raise UnsuitableVariable(
                     f"{path}: {name} has the dimension {dim} twice, with different lengths.",

@@ -13,6 +13,7 @@ from zarr.core.sync import sync
 
 from dtrain.data.layouts.find import dims_of
 from dtrain.data.layouts.hierarchy import Hierarchy
+from dtrain.data.layouts.stored import Matrix
 from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import ReadStore
 from dtrain.errors import InvalidConfig, UnsuitableVariable
@@ -24,7 +25,11 @@ BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def dimensions(
-    hierarchy: Hierarchy, name: str, array: ArrayLike, attributes: Mapping[str, Any], named: Sequence[str] | None
+    hierarchy: Hierarchy,
+    name: str,
+    array: ArrayLike | Matrix,
+    attributes: Mapping[str, Any],
+    named: Sequence[str] | None,
 ) -> tuple[str, ...]:
     """Return the names of an array's dimensions.
 
@@ -33,9 +38,9 @@ def dimensions(
     hierarchy : Hierarchy
         The store of the array.
     name : str
-    array : zarr.Array
+    array : zarr.Array or Matrix
     attributes : mapping
-        Of the array.
+        Of the array, or of the group of a matrix.
     named : sequence of str or None
         Its dimensions in ``data.dims``.
 
@@ -58,7 +63,7 @@ def dimensions(
     raise _nameless(hierarchy.store, name, array, given)
 
 
-def _completed(name: str, array: ArrayLike, given: Any, named: Sequence[str]) -> list[str]:
+def _completed(name: str, array: ArrayLike | Matrix, given: Any, named: Sequence[str]) -> list[str]:
     """Return the names of ``data.dims``, if the store has no others."""
     text = f"data.dims.{_toml_key(name)} = {json.dumps(list(named))}"
     if len(named) != array.ndim:
@@ -75,7 +80,7 @@ def _completed(name: str, array: ArrayLike, given: Any, named: Sequence[str]) ->
     return list(named)
 
 
-def _nameless(store: ReadStore, name: str, array: ArrayLike, given: Any) -> UnsuitableVariable:
+def _nameless(store: ReadStore, name: str, array: ArrayLike | Matrix, given: Any) -> UnsuitableVariable:
     names = json.dumps(["sample", *(f"dim{axis}" for axis in range(1, array.ndim))])
     in_store = (
         f'zarr.open_group("{store.path}")["{array.path}"].attrs["{DIMENSIONS}"] = {names}; if metadata are '
@@ -96,8 +101,10 @@ def _toml_key(name: str) -> str:
     return name if BARE_KEY.fullmatch(name) else json.dumps(name)
 
 
-def _stored_dimensions(store: ReadStore, array: ArrayLike, attributes: Mapping[str, Any]) -> Any:
+def _stored_dimensions(store: ReadStore, array: ArrayLike | Matrix, attributes: Mapping[str, Any]) -> Any:
     """Return the names of dimensions as the array itself has them; None if it has none."""
+    if isinstance(array, Matrix):
+        return attributes.get(DIMENSIONS)
     names = getattr(array.metadata, "dimension_names", None)
     for given in (names, attributes.get(DIMENSIONS)):
         if given is not None and not (isinstance(given, list | tuple) and given and not any(given)):

@@ -73,6 +73,12 @@ def unpack(values: Array, encoding: Encoding | None) -> Array:
     return decoded
 
 
+def cosine(angles: Array, unit: str) -> Floats:
+    """Return cosines of angles in degrees or radians, in float64; 0 where rounding makes one negative."""
+    exact = angles.astype(np.float64)
+    return np.maximum(np.cos(np.deg2rad(exact) if unit == "degrees" else exact), 0.0)
+
+
 def is_missing(values: Array, encoding: Encoding) -> Array:
     """Return where stored values mark a missing value.
 

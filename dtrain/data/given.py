@@ -290,7 +290,8 @@ def found_groups(samples: Samples, dealt: DealtGroups, own: Groups) -> Found:
         for name, label in (("train", REST), *LABELS.items())
         if label == REST or shares[name] > 0
     }
-    note = f"{own.absent:,} chunks of {by} are not stored, and read as their fill value" if own.absent else ""
+    chunks = "1 chunk" if own.absent == 1 else f"{own.absent:,} chunks"
+    note = f"{chunks} of {by} not stored: the fill value is a group" if own.absent else ""
     return Found(splits=GivenSplits(rows=label_rows(samples, dealt)), held=held, note=note)
 
 

@@ -16,7 +16,7 @@ from dtrain.config.functions import Function
 from dtrain.config.names import IGNORED_CLASS
 from dtrain.config.schema import DataConfig
 from dtrain.config.slices import Offsets, Slice
-from dtrain.data.encoding import Encoding, Scaling
+from dtrain.data.encoding import DType, Encoding, Scaling
 from dtrain.data.members import with_values
 from dtrain.data.tiles import ONE_TILE, Tiles
 from dtrain.data.variable import MISSING_CATEGORY, Categories, Variable
@@ -110,6 +110,8 @@ class Field:
     """Rows along the sample dimension, counted from the anchor."""
     window: bool
     """True if the offsets are an axis of the tensor; without it there is one offset."""
+    is_weight: bool = False
+    """True for the weight of samples: float32, whatever is stored. Not part of the fingerprint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +131,7 @@ class Samples:
     num_samples: int
     """The row after the last selected one. Without windows and stride each row is a sample."""
     variables: tuple[Variable, ...]
-    """Inputs, then targets; a variable that is both stands once."""
+    """Inputs, then targets, then the weight; a variable that is several of them stands once."""
     tiles: Tiles = ONE_TILE
     """The patches that every row is cut into."""
     store: StoreFacts = StoreFacts()
@@ -179,10 +181,17 @@ class Samples:
 
     @cached_property
     def fields(self) -> tuple[Field, ...]:
-        """The tensors of a sample: the inputs, then the targets."""
+        """The tensors of a sample: the inputs, then the targets, then the weight if there is one."""
         config = self.config
         inputs = [self._field(name, config.input_offsets) for name in config.inputs]
-        return (*inputs, *(self._field(name, config.target_offsets) for name in config.targets))
+        targets = [self._field(name, config.target_offsets) for name in config.targets]
+        weights = [self._field(config.weight, config.target_offsets)] if config.weight else []
+        return (*inputs, *targets, *(replace(field, is_weight=True) for field in weights))
+
+    @property
+    def weight(self) -> Variable | None:
+        """The variable of ``data.weight``."""
+        return self.variable(self.config.weight) if self.config.weight else None
 
     def _field(self, name: str, offsets: Offsets) -> Field:
         if self.variable(name).is_static:
@@ -224,7 +233,7 @@ class Samples:
         large = [v for v in self.moving if v not in small]
         if not large:
             return ()
-        objects, chunks = common_rows([v.object_rows for v in large]), common_rows([v.chunk_rows for v in large])
+        objects, chunks = whole_rows(large), whole_rows(large, chunks=True)
         return tuple(v for v in small if objects % v.object_rows or chunks % v.chunk_rows)
 
     @cached_property
@@ -232,10 +241,24 @@ class Samples:
         """The variables that are read unit by unit."""
         return tuple(variable for variable in self.moving if variable not in self.preloaded)
 
+    @cached_property
+    def stored(self) -> tuple[Variable, ...]:
+        """The arrays of the store that are read: a sparse variable has three."""
+        return tuple(array for variable in self.variables for array in variable.arrays)
+
+    @cached_property
+    def sparse(self) -> tuple[Variable, ...]:
+        """The sparse variables."""
+        return tuple(variable for variable in self.variables if variable.sparse is not None)
+
     def field_shape(self, field: Field) -> tuple[int, ...]:
         """Return the shape of a field of one sample."""
         variable = self.variable(field.name)
         return (*((len(field.offsets),) if field.window else ()), *self.tiles[0].shape_of(variable))
+
+    def field_dtype(self, field: Field) -> DType:
+        """Return the dtype of a field, where it is not standardised."""
+        return np.dtype(np.float32) if field.is_weight else self.variable(field.name).model_dtype
 
     @property
     def has_windows(self) -> bool:
@@ -264,8 +287,8 @@ class Samples:
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     def variable(self, name: str) -> Variable:
-        """Return the variable of that name."""
-        return next(variable for variable in self.variables if variable.name == name)
+        """Return the variable of that name, or the array of a sparse one."""
+        return next(variable for variable in (*self.variables, *self.stored) if variable.name == name)
 
     def labelled(self, missing: MissingLabels) -> Samples:
         """Return the samples with another meaning of the values that mark missing labels.
@@ -292,17 +315,15 @@ class Samples:
         """Return label and text of each line of the printed table."""
         lines = [("rows", f"{self.num_rows:,} along {self.sample_dim}")]
         lines += [("chosen", str(chosen)) for chosen in self.chosen]
-        for role, names in (("input", self.config.inputs), ("target", self.config.targets)):
+        weights = (self.config.weight,) if self.config.weight else ()
+        for role, names in (("input", self.config.inputs), ("target", self.config.targets), ("weight", weights)):
             for name in names:
                 v = self.variable(name)
-                stored = "x".join(map(str, v.chunks))
-                if v.has_inner_chunks:
-                    stored += " in shards of " + "x".join(map(str, v.objects))
                 shape = tuple(
                     self.num_rows if self.members and dim == self.sample_dim else n
                     for dim, n in zip(v.dims, v.shape, strict=True)
                 )
-                lines.append((f"{role} {name}", f"{v.dtype}[{', '.join(v.dims)}] {shape}, chunks {stored}"))
+                lines.append((f"{role} {name}", f"{v.dtype}[{', '.join(v.dims)}] {shape}, {_chunks(v)}"))
                 if v.categories is not None:
                     lines.append((f"classes {name}", _classes(v.categories)))
                 if v.encoding is not None and v.encoding.ignored == IGNORED_CLASS:
@@ -354,6 +375,17 @@ def _standardised(v: Variable, scaling: Scaling | None) -> Variable:
     return replace(v, mean_axes=None, encoding=None if was_cast else v.encoding)
 
 
+def _chunks(v: Variable) -> str:
+    """Return how a variable is stored."""
+    if v.sparse is not None:
+        share = v.sparse.count / max(1, math.prod(v.shape))
+        return f"sparse, {v.sparse.count:,} values ({share:.1%}), {_chunks(v.sparse.data)}"
+    stored = "x".join(map(str, v.chunks))
+    if v.has_inner_chunks:
+        stored += " in shards of " + "x".join(map(str, v.objects))
+    return f"chunks {stored}"
+
+
 def _ignored(encoding: Encoding) -> str:
     """Return what becomes of missing labels."""
     marks = ", ".join(f"{mark:g}" if isinstance(mark, float) else str(mark) for mark in encoding.missing)
@@ -385,6 +417,9 @@ def _means(v: Variable) -> str:
 
 def _hashed_variable(v: Variable) -> dict[str, Any]:
     """Return the fields of a variable that the fingerprint covers: those of the first version, in their order."""
+    if v.sparse is not None:  # how many rows are read at once is no fact of the store
+        whole = _hashed_variable(replace(v, sparse=None, chunks=(), objects=()))
+        return {**whole, "sparse": [_hashed_variable(array) for array in v.sparse.arrays]}
     packing = v.encoding
     return {
         "name": v.name,
@@ -407,7 +442,23 @@ def _hashed_variable(v: Variable) -> dict[str, Any]:
         },
         "not_zarrs": "",
         "not_numcodecs": "",
+        **({"angle": v.angle} if v.angle else {}),
     }
+
+
+def whole_rows(variables: Sequence[Variable], *, chunks: bool = False) -> int:
+    """Return the row interval at which variables are cut together: at their stored objects, or at chunks.
+
+    A sparse variable asks for a least number of rows, wherever they begin.
+    """
+    dense = [v.chunk_rows if chunks else v.object_rows for v in variables if v.sparse is None]
+    rows = common_rows(dense) if dense else 1
+    return math.ceil(least_rows(variables) / rows) * rows
+
+
+def least_rows(variables: Sequence[Variable]) -> int:
+    """Return the least number of rows that sparse variables are read in."""
+    return max((v.object_rows for v in variables if v.sparse is not None), default=1)
 
 
 def common_rows(object_rows: Sequence[int]) -> int:

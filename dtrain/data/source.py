@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dtrain.config.names import cosine_of
 from dtrain.config.schema import DataConfig
 from dtrain.data.cf import encoding_of, float_encoding
 from dtrain.data.choose import choose_dims
@@ -20,6 +21,8 @@ from dtrain.data.coordinate import coordinate_of
 from dtrain.data.dataset import NamedArray, open_named
 from dtrain.data.given import split_column
 from dtrain.data.joined import Member, check_once, describe_all, shared_coordinates
+from dtrain.data.layouts.stored import Matrix
+from dtrain.data.matrix import check_order, check_sparse, rows_together
 from dtrain.data.paths import identity, locate
 from dtrain.data.read.codecs import chunk_format, has_checksums
 from dtrain.data.read.kind import at_snapshot
@@ -28,7 +31,8 @@ from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import ReadStore
 from dtrain.data.samples import Samples
 from dtrain.data.selection import Selected, mean_axes, sample_dim, select_dims, tiles
-from dtrain.data.variable import Variable
+from dtrain.data.variable import Sparse, Variable
+from dtrain.data.weight import as_cosine, check_weight, cosine_array
 from dtrain.errors import InvalidConfig, UnsuitableVariable
 
 MOST_CHUNKS = 10**8
@@ -47,16 +51,16 @@ def open_samples(
     Parameters
     ----------
     path : path, or list of paths
-        A Zarr v2 or v3 group, chunked or sharded: as xarray writes it, OME-Zarr, AnnData, or with data.dims. In a
-        directory, behind a URL, in a zip archive, as kerchunk references (.json, .parq, .parquet), or in an icechunk
-        repository. Several stores are one: the rows of each follow those of the one before.
+        A Zarr v2 or v3 group, chunked or sharded: as xarray writes it, OME-Zarr, AnnData (dense or CSR), or any with
+        data.dims. In a directory, behind a URL, in a zip archive, as kerchunk references (.json, .parq, .parquet), or
+        in an icechunk repository. Several stores are one: the rows of each follow those of the one before.
     inputs, targets : list of str
         Variables that the model is called with, in order, and that the loss compares with: names, or paths below the
         group.
     **data
         The other keys of the table ``[data]``, for example ``split=dict(val=0.2, test=0.0)``,
-        ``sel=dict(time=slice("2000", "2017"), level=850)`` or ``transform=augment``, a function of a batch and a
-        `torch.Generator`.
+        ``sel=dict(time=slice("2000", "2017"), level=850)``, ``weight="cos(lat)"`` or ``transform=augment``, a function
+        of a batch and a `torch.Generator`.
 
     Returns
     -------
@@ -114,17 +118,20 @@ def _describe_member(config: DataConfig, base: Path, snapshot: str) -> Member:
 
 def _describe(config: DataConfig, base: Path, snapshot: str, *, all_rows: bool) -> tuple[Samples, ReadStore]:
     """Describe a single store; `all_rows`: ``data.isel`` does not select rows of it."""
-    names = tuple(dict.fromkeys([*config.inputs, *config.targets]))
+    own = dict.fromkeys([*config.inputs, *config.targets])
+    names = tuple(own | dict.fromkeys([config.weight] if config.weight and not cosine_of(config.weight) else []))
     store = locate(str(config.path), base, at_snapshot(config.storage_options, snapshot))
     arrays = open_named(store, config.group, names, config.dims)
-    dims = {name: named.dims for name, named in arrays.items()}
-    sizes = {dim: n for named in arrays.values() for dim, n in zip(named.dims, named.array.shape, strict=True)}
+    arrays |= cosine_array(config, store, arrays)
+    dims = {name: arrays[name].dims for name in own}
+    sizes = {dim: n for named in arrays.values() for dim, n in zip(named.dims, named.shape, strict=True)}
     along = sample_dim(config, dims)
     by_coordinate, chosen = choose_dims(config, store, arrays, along) if config.sel else ({}, ())
     isel = {dim: wanted for dim, wanted in config.isel.items() if dim != along or not all_rows}
     selected = select_dims(isel, sizes, along) | by_coordinate
     selected |= {named.dims[axis]: ((0, 1, 1), True) for named in arrays.values() for axis in named.dropped}
-    variables = tuple(_variable(store.path, name, arrays[name], along, selected, config) for name in names)
+    variables = tuple(_variable(store.path, name, arrays[name], along, selected, config) for name in arrays)
+    check_sparse(store.path, config, variables)
     first, stop = selected[along][0][:2] if along in selected else (0, sizes[along])
     samples = Samples(
         path=store.path,
@@ -137,9 +144,11 @@ def _describe(config: DataConfig, base: Path, snapshot: str, *, all_rows: bool) 
         store=store.facts,
         chosen=chosen,
     ).labelled("ignored")
+    check_weight(samples)
     samples = replace(samples, coordinate=coordinate_of(samples, store), split_column=split_column(samples, store))
     columns = (column for column in (samples.coordinate, samples.split_column) if not isinstance(column, str))
-    paths = (variable.array_path for variable in (*variables, *(column.variable for column in columns)))
+    stored = (*variables, *(column.variable for column in columns))
+    paths = (array.array_path for variable in stored for array in variable.arrays)
     remember(store, at_snapshot(config.storage_options, store.facts.snapshot), config.group, paths)
     return samples, store
 
@@ -147,6 +156,8 @@ def _describe(config: DataConfig, base: Path, snapshot: str, *, all_rows: bool) 
 def _variable(
     path: str, name: str, named: NamedArray, sample_dim: str, selected: Selected, config: DataConfig
 ) -> Variable:
+    if named.matrix is not None:
+        return _sparse(path, name, named, named.matrix, sample_dim, selected, config)
     array, dims, dtype = named.array, named.dims, np.dtype(named.array.dtype)
     if dtype.kind not in "fiub":
         raise UnsuitableVariable(
@@ -160,7 +171,7 @@ def _variable(
     whole = [selected.get(dim, ((0, n, 1), False)) for dim, n in zip(dims, shape, strict=True)]
     encoding = encoding_of(path, name, named.attributes, dtype, zarr_format=array.metadata.zarr_format)
     axes = mean_axes(config, name, dims, sample_dim, selected)
-    return Variable(
+    variable = Variable(
         name=name,
         dims=dims,
         shape=shape,
@@ -178,6 +189,39 @@ def _variable(
         mean_axes=axes,
         path="" if named.path == name else named.path,
         categories=named.categories,
+    )
+    return as_cosine(variable, named) if name == config.weight and cosine_of(name) else variable
+
+
+def _sparse(
+    path: str, name: str, named: NamedArray, matrix: Matrix, sample_dim: str, selected: Selected, config: DataConfig
+) -> Variable:
+    """Describe a sparse matrix by its three arrays."""
+    check_order(path, name, named.dims, matrix, sample_dim)
+    _check_dims(path, name, named.dims, matrix.shape, sample_dim)
+
+    def part(of: str) -> Variable:
+        along = f"{name}/{of}"
+        array = NamedArray(getattr(matrix, of), (along,), {}, f"{named.path}/{of}")
+        return replace(_variable(path, along, array, along, {}, config), part_of=name)
+
+    sparse = Sparse(indptr=part("indptr"), indices=part("indices"), data=part("data"))
+    whole = [selected.get(dim, ((0, n, 1), False)) for dim, n in zip(named.dims, matrix.shape, strict=True)]
+    together = tuple(rows_together(sparse) if axis == matrix.axis else n for axis, n in enumerate(matrix.shape))
+    return Variable(
+        name=name,
+        dims=named.dims,
+        shape=matrix.shape,
+        dtype=sparse.data.dtype,
+        chunks=together,
+        objects=together,
+        sample_axis=matrix.axis,
+        checksums=all(array.checksums for array in sparse.arrays),
+        select=tuple(part for part, _ in whole),
+        dropped=tuple(axis for axis, (_, dropped) in enumerate(whole) if dropped),
+        mean_axes=mean_axes(config, name, named.dims, sample_dim, selected),
+        path="" if named.path == name else named.path,
+        sparse=sparse,
     )
 
 

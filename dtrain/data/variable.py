@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from dtrain.data.encoding import DType, Encoding, unpack
 
+ROW_START_BYTES = 8
+"""For each row of a sparse matrix: where it begins."""
 Select: TypeAlias = tuple[tuple[int, int, int], ...]
 """Start, stop and step along each dimension of a stored array; never empty."""
+AngleUnit: TypeAlias = Literal["", "degrees", "radians"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,37 @@ class Categories:
 
 MISSING_CATEGORY = -1
 """The code of a value without a category."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sparse:
+    """The arrays of a sparse matrix (CSR; CSC, where samples are columns): values that are stored, row after row."""
+
+    indptr: Variable
+    """Where each row begins among the values, and where the last one ends: integers[rows + 1]."""
+    indices: Variable
+    """The column of each value."""
+    data: Variable
+
+    @property
+    def arrays(self) -> tuple[Variable, ...]:
+        """All three; the first says which parts of the others are read."""
+        return self.indptr, self.indices, self.data
+
+    @property
+    def count(self) -> int:
+        """Number of values that are stored."""
+        return self.data.shape[0]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.indptr.shape[0] - 1
+
+    @property
+    def columns_dtype(self) -> DType:
+        """Dtype of columns in memory: it is signed, so that a number that is too large is one outside of the row."""
+        return np.dtype(np.int32 if np.dtype(self.indices.dtype).itemsize <= 4 else np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,11 +118,22 @@ class Variable:
     """Path of the array below the group, where that is not the name: the codes of a categorical."""
     categories: Categories | None = None
     """The categories of a categorical. Not part of the fingerprint: plan.json keeps them."""
+    sparse: Sparse | None = None
+    """The arrays of a sparse matrix. Its own `chunks` are the runs of rows that are read at once."""
+    part_of: str = ""
+    """Name of the sparse matrix of which this is an array; its rows are not those of samples."""
+    angle: AngleUnit = ""
+    """The unit of a coordinate of which samples are weighted by the cosine; empty for other variables."""
 
     @property
     def array_path(self) -> str:
         """Path of the array below the group."""
         return self.path or self.name
+
+    @property
+    def arrays(self) -> tuple[Variable, ...]:
+        """The arrays of the store that hold the variable."""
+        return (self,) if self.sparse is None else self.sparse.arrays
 
     @property
     def is_static(self) -> bool:
@@ -106,8 +151,16 @@ class Variable:
         return tuple(len(range(*self.select[axis])) for axis in self.row_axes)
 
     @property
+    def row_dims(self) -> tuple[str, ...]:
+        """Names of the dimensions of a row."""
+        return tuple(self.dims[axis] for axis in self.row_axes)
+
+    @property
     def row_bytes(self) -> int:
-        """Bytes of one row in memory; 0 if the variable has no sample dimension."""
+        """Bytes of one row in memory, of a sparse one in the mean; 0 if the variable has no sample dimension."""
+        if self.sparse is not None:
+            each = self.kept_dtype.itemsize + self.sparse.columns_dtype.itemsize
+            return math.ceil(self.sparse.count * each / max(1, self.sparse.rows)) + ROW_START_BYTES
         return 0 if self.is_static else math.prod(self.row_shape) * self.kept_dtype.itemsize
 
     @property
@@ -154,8 +207,12 @@ class Variable:
 
     @property
     def model_dtype(self) -> DType:
-        """Dtype that the model sees: float32 for floats and what is standardised, int64 for integers and bools."""
-        return np.dtype(np.float32 if self.is_standardised or self.decoded_dtype.kind == "f" else np.int64)
+        """Dtype that the model sees: int64 for integers and bools; float32 for floats, and what is standardised.
+
+        The values of a sparse matrix are measured or counted, and never labels: float32 whatever is stored.
+        """
+        is_float = self.is_standardised or self.sparse is not None or self.decoded_dtype.kind == "f"
+        return np.dtype(np.float32 if is_float else np.int64)
 
     @property
     def object_rows(self) -> int:

@@ -8,9 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dtrain.types import RoundResult
+from dtrain.stages import Limit, StageSeconds, limiting_stage
+from dtrain.types import Contribution, RoundResult
 
 Row = dict[str, Any]
+DATA_STAGES = ("fetch", "decode", "gather")
+STAGES = (*DATA_STAGES, "model", "reduce", "evaluate")
 
 
 def row_of(result: RoundResult) -> Row:
@@ -35,14 +38,38 @@ def row_of(result: RoundResult) -> Row:
 
 
 def _seconds(result: RoundResult) -> dict[str, float]:
-    """Return where the time of a round goes: of its slowest replica, of the reducer, of the evaluation."""
+    """Return where the time of a round goes: of its slowest replica, of its busiest process, and beside them."""
     slowest = max(result.contributions, key=lambda c: c.seconds)
+    by_process: dict[str, list[Contribution]] = {}
+    for one in result.contributions:
+        by_process.setdefault(one.process, []).append(one)
+    busiest = max(by_process.values(), key=lambda turns: sum(c.seconds for c in turns))
+    data = {stage: sum(getattr(c, stage) for c in busiest) for stage in DATA_STAGES}
     return {
         "seconds_steps": slowest.seconds - slowest.waited,
         "seconds_waiting": slowest.waited,
+        **{f"seconds_{stage}": seconds for stage, seconds in data.items()},
+        "seconds_model": sum(c.seconds for c in busiest) - sum(data.values()),
         "seconds_reduce": result.reduce_seconds,
-        "seconds_evaluate": result.evaluate_seconds,
+        "seconds_evaluate": result.evaluate_seconds / len(by_process),  # its tasks are spread over the processes
     }
+
+
+def limit_of_rows(rows: Sequence[Mapping[str, Any]]) -> Limit | None:
+    """Return the stage that limited a run; None if its history does not say.
+
+    Left out are rounds that were begun again and, if there are others, the first one, which opens data and models.
+    """
+    own = [row for row in rows if not row["retried"] and "seconds_model" in row]
+    own = [row for row in own if row["round"] > 1] or own
+    total = {name: math.fsum(row[name] for row in own) for name in ("seconds", *map(_column, STAGES))}
+    stages = {stage: total[_column(stage)] for stage in STAGES}
+    beside = total["seconds"] - (sum(stages.values()) - stages["reduce"])
+    return limiting_stage(StageSeconds(**{**stages, "reduce": max(stages["reduce"], beside)}))
+
+
+def _column(stage: str) -> str:
+    return f"seconds_{stage}"
 
 
 def read_rows(path: Path) -> list[Row]:

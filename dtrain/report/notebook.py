@@ -124,9 +124,10 @@ class RunPage:
                 return replace(self, results=results, recent=recent, steps=())
             case ChunksFilled() | SegmentReplayed() | ReplicaRejected() | RoundDamaged():
                 return replace(self, faults=(*self.faults, fault_line(event))[-SHOWN_FAULTS:])
-            case RunFinished():
+            case RunFinished(limited_by=limit):
                 title = self.title or f"{shown(event.run)}: complete"
-                return replace(self, title=title, end=f"done ({event.reason}): {event.rounds} rounds")
+                end = f"done ({event.reason}): {event.rounds} rounds" + (f", limited by {limit}" if limit else "")
+                return replace(self, title=title, end=end)
             case _:
                 return self
 

@@ -110,8 +110,10 @@ class _Terminal:
                 self._advance(result)
             case ChunksFilled() | SegmentReplayed() | ReplicaRejected() | RoundDamaged():
                 self._print(fault_line(event))
-            case RunFinished():
+            case RunFinished(limited_by=limit):
                 self._finish()
+                if limit is not None:
+                    self._print(f"limited by {limit}")
             case _ if self._verbose:
                 self._print(str(event))
 

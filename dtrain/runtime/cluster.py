@@ -20,7 +20,8 @@ from distributed import Future
 
 from dtrain.algorithm.evaluate import Sums, merge
 from dtrain.algorithm.pattern import by_replica
-from dtrain.data.load.statistics import Moments, merge_moments
+from dtrain.data.load.moments import Moments
+from dtrain.data.load.statistics import merge_moments
 from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
 from dtrain.runtime import remote

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dtrain.config.functions import Function, described
+from dtrain.config.functions import Function, described, takes_weight
 from dtrain.errors import InvalidConfig, NotAModule
 from dtrain.runtime.usercode import user_code
 
@@ -50,14 +50,28 @@ def check_builder(build: Callable[..., object]) -> None:
         )
 
 
-def check_loss(loss: Callable[..., object]) -> None:
-    """Refuse a loss whose parameters would stay as they are.
+def check_loss(loss: Callable[..., object], weight: str = "") -> None:
+    """Refuse a loss whose parameters would stay as they are, or that would leave out the weight of samples.
+
+    Parameters
+    ----------
+    loss : callable
+        Of the user's.
+    weight : str
+        ``data.weight``.
 
     Raises
     ------
     InvalidConfig
-        It is a module with parameters that require a gradient.
+        It is a module with parameters that require a gradient, or does not take a weight that is there.
     """
+    if weight and not takes_weight(loss):
+        raise InvalidConfig(
+            f"train.loss is {described(loss)}, which takes no weight of samples, and data.weight = "
+            f'"{weight}": a loss of your own is called as (outputs, targets, weight).',
+            "Take the weight as third argument and return (sum of weight * term, sum of weight); or leave data.weight "
+            "out.",
+        )
     named = loss.named_parameters() if isinstance(loss, nn.Module) else ()
     if trainable := [name for name, parameter in named if parameter.requires_grad]:
         raise InvalidConfig(

@@ -24,7 +24,7 @@ from dtrain.algorithm.params import with_frozen
 from dtrain.algorithm.pattern import model_of, summarise
 from dtrain.algorithm.slices import Slice, cut_update, join_broadcast, join_params
 from dtrain.config.average import AverageConfig, CodecConfig
-from dtrain.data.load.statistics import Moments
+from dtrain.data.load.moments import Moments
 from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
 from dtrain.runtime import tasks

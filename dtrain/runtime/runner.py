@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from dtrain.algorithm.evaluate import Sums
-from dtrain.data.load.statistics import Moments
+from dtrain.data.load.moments import Moments
 from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
 from dtrain.runtime.spec import RunSpec

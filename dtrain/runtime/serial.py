@@ -19,7 +19,8 @@ from dtrain.algorithm.pattern import (
     summarise,
     together,
 )
-from dtrain.data.load.statistics import Moments, merge_moments
+from dtrain.data.load.moments import Moments
+from dtrain.data.load.statistics import merge_moments
 from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
 from dtrain.runtime import tasks

@@ -22,12 +22,14 @@ from dtrain.algorithm.plan import micro_size, micro_sizes, pass_size, step_sizes
 from dtrain.algorithm.scaffold import ControlledSteps, Controls
 from dtrain.config.average import AverageConfig
 from dtrain.data.load.gather import Batch, target_scalings
-from dtrain.data.load.loader import Counted, Loader
-from dtrain.data.load.statistics import Moments, partition_moments
+from dtrain.data.load.loader import Loader
+from dtrain.data.load.moments import Moments
+from dtrain.data.load.statistics import partition_moments
 from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
 from dtrain.runtime.module import isolated
 from dtrain.runtime.resident import Resident
+from dtrain.runtime.stopwatch import Measured, Stopwatch, process_name
 from dtrain.runtime.tensors import as_tensors, decoder, on_device, transformed
 from dtrain.runtime.usercode import user_code
 from dtrain.types import Broadcast, Cursor, Flat, LocalTask, OuterState, Parameters, ReplicaState
@@ -60,27 +62,33 @@ def train_local(
     progress : callable
         Called at most every `PROGRESS_SECONDS` with the finished steps.
     """
-    started = time.monotonic()
     given = replace(start, params=with_frozen(start.params, frozen), inner=start.inner or state.inner)
-    local, after, counted = _local_steps(resident, task, given, state, progress)
+    local, after, measured = _local_steps(resident, task, given, state, progress)
+    began = time.monotonic()
     update, kept = contribute(start, after, state, local, task, resident.spec.config.average)
-    measured = replace(
+    counted, data = measured.counted, measured.data
+    contribution = replace(
         update.contribution,
         units_decoded=counted.units,
         bytes_read=counted.bytes,
-        seconds=time.monotonic() - started,
+        seconds=measured.seconds + time.monotonic() - began,
         waited=counted.waited,
+        fetch=data.fetch,
+        decode=data.decode,
+        gather=data.gather,
+        process=process_name(),
     )
-    return replace(update, contribution=measured), kept
+    return replace(update, contribution=contribution), kept
 
 
 def _local_steps(
     resident: Resident, task: LocalTask, start: Broadcast, state: ReplicaState, progress: Progress
-) -> tuple[LocalResult, Parameters, Counted]:
+) -> tuple[LocalResult, Parameters, Measured]:
     spec, partition, layout = resident.spec, resident.replicas[task.replica].partition, start.params.layout
     assert start.inner is not None
     doing = f"Round {task.round}, replica {task.replica}"
     with resident.lock, isolated(task.seed, spec.threads), user_code(doing):
+        watch = Stopwatch()
         module = resident.module_with(start.params)
         module.to(spec.device)
         controls = Controls(start.control, state.control)
@@ -101,7 +109,8 @@ def _local_steps(
             on_step=_at_intervals(progress, task.round, task.replica, task.num_steps),
         )
         deque(batches, maxlen=0)  # the loader goes on where the next task begins
-        return result, without_frozen(flatten(module, layout)), loader.counted()
+        after = without_frozen(flatten(module, layout))
+        return result, after, watch.measured(loader.counted(), shares_cores=spec.device == "cpu")
 
 
 def _without_last(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dtrain.algorithm.batch import TensorBatch
+from dtrain.algorithm.batch import Targets, TensorBatch
 from dtrain.algorithm.evaluate import Decode
 from dtrain.config.functions import Function
 from dtrain.data.encoding import Floats
@@ -22,11 +22,13 @@ def as_tensors(batches: Iterator[Batch], split: str) -> Iterator[TensorBatch]:
     """Yield batches of numpy arrays as tensors on the same memory."""
     for batch in batches:
         targets = tuple(torch.from_numpy(array) for array in batch.targets)
+        weights = tuple(torch.from_numpy(w).expand_as(t) for w, t in zip(batch.weights, targets, strict=False))
         yield TensorBatch(
             inputs=tuple(torch.from_numpy(array) for array in batch.inputs),
-            targets=targets[0] if len(targets) == 1 else targets,
+            targets=_as_one(targets),
             size=batch.size,
             split=split,
+            weight=_as_one(weights) if weights else None,
         )
 
 
@@ -43,15 +45,16 @@ def transformed(
 def apply_transform(transform: Function, batch: TensorBatch, seed: int) -> TensorBatch:
     """Call ``data.transform`` with a batch and a random generator of its own.
 
-    In the batch that it gets and returns, ``inputs`` and ``targets`` are both tuples of tensors, however many there
-    are. A single tensor in place of a tuple of one is accepted.
+    In the batch that it gets and returns, ``inputs``, ``targets`` and, with ``data.weight``, ``weight`` are tuples of
+    tensors, however many there are. A single tensor in place of a tuple of one is accepted.
 
     Raises
     ------
     UserCodeFailed
-        It raised, or did not return a batch, or returned one of another size.
+        It raised, or did not return a batch, or returned one of another size, or weights that do not fit its targets.
     """
-    given = replace(batch, targets=_as_tuple(batch.targets))
+    weight = None if batch.weight is None else _as_tuple(batch.weight)
+    given = replace(batch, targets=_as_tuple(batch.targets), weight=weight)
     with user_code("The function given as data.transform", "In it, batch.inputs and batch.targets are tuples."):
         result = transform(given, torch.Generator().manual_seed(seed))
     if not isinstance(result, TensorBatch):
@@ -77,7 +80,30 @@ def apply_transform(transform: Function, batch: TensorBatch, seed: int) -> Tenso
             f"of {batch.size}.",
             "A transform keeps the number of samples.",
         )
-    return result if len(result.targets) > 1 else replace(result, targets=result.targets[0])
+    if weight is None and result.weight is not None:
+        raise UserCodeFailed(
+            "The function given as data.transform returned a batch with weights, and data.weight is not set.",
+            'Set data.weight = "VARIABLE", or leave batch.weight None.',
+        )
+    targets = _as_tuple(result.targets)
+    weights = None if weight is None else _as_one(_checked_weights(_as_tuple(result.weight), targets))
+    return replace(result, targets=_as_one(targets), weight=weights)
+
+
+def _checked_weights(weights: tuple[Any, ...], targets: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Return the weights that a transform returned, in the shapes of its targets."""
+    if all(isinstance(w, torch.Tensor) for w in weights) and [w.shape for w in weights] == [t.shape for t in targets]:
+        return weights
+    shapes = ", ".join(str(list(w.shape) if isinstance(w, torch.Tensor) else w) for w in weights)
+    raise UserCodeFailed(
+        f"The function given as data.transform returned weights of shapes {shapes} for targets of shapes "
+        f"{', '.join(str(list(t.shape)) for t in targets)}.",
+        "Change batch.weight as batch.targets: a tuple of tensors, one for each target and of its shape.",
+    )
+
+
+def _as_one(tensors: tuple[torch.Tensor, ...]) -> Targets:
+    return tensors if len(tensors) > 1 else tensors[0]
 
 
 def _as_tuple(values: Any) -> tuple[Any, ...]:
@@ -139,16 +165,24 @@ def _moved(batch: TensorBatch, device: str) -> TensorBatch:
     def to(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device, non_blocking=True)
 
-    targets = batch.targets
-    moved = tuple(map(to, targets)) if isinstance(targets, tuple) else to(targets)
-    return replace(batch, inputs=tuple(map(to, batch.inputs)), targets=moved)
+    def weight_to(tensor: torch.Tensor) -> torch.Tensor:
+        # of what is repeated along an axis, one copy is sent
+        once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
+        return to(tensor[once]).expand_as(tensor)
+
+    return replace(
+        batch,
+        inputs=tuple(map(to, batch.inputs)),
+        targets=_as_one(tuple(map(to, _as_tuple(batch.targets)))),
+        weight=None if batch.weight is None else _as_one(tuple(map(weight_to, _as_tuple(batch.weight)))),
+    )
 
 
 def _arrived(source: TensorBatch, moved: TensorBatch, done: torch.cuda.Event) -> TensorBatch:
     current = torch.cuda.current_stream()
     current.wait_event(done)
-    targets = moved.targets if isinstance(moved.targets, tuple) else (moved.targets,)
-    for tensor in (*moved.inputs, *targets):
+    weights = () if moved.weight is None else _as_tuple(moved.weight)
+    for tensor in (*moved.inputs, *_as_tuple(moved.targets), *weights):
         tensor.record_stream(current)
     done.synchronize()  # then `source` may go
     return moved

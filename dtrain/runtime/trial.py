@@ -15,7 +15,7 @@ from torch import nn
 from dtrain.algorithm.batch import TensorBatch, autocast, non_finite_values
 from dtrain.algorithm.batchnorm import norm_layers
 from dtrain.algorithm.local import run_local_steps
-from dtrain.algorithm.losses import mean_of_batch
+from dtrain.algorithm.losses import compared, mean_of_batch
 from dtrain.algorithm.params import flatten, layout_of, load_into
 from dtrain.algorithm.plan import first_step, pass_size, smallest_batch
 from dtrain.algorithm.replica import empty_inner_state
@@ -161,12 +161,12 @@ def _try_smallest(resident: Resident, module: nn.Module, batch: TensorBatch) -> 
     smallest, replica = smallest_batch(sizes, train)
     if smallest >= batch.size:
         return
-    targets = batch.targets
     few = replace(
         batch,
         inputs=tuple(tensor[:smallest] for tensor in batch.inputs),
-        targets=tuple(t[:smallest] for t in targets) if isinstance(targets, tuple) else targets[:smallest],
+        targets=_first_of(batch.targets, smallest),
         size=smallest,
+        weight=_first_of(batch.weight, smallest),
     )
     try:
         _timed_step(resident, module, few)
@@ -177,6 +177,13 @@ def _try_smallest(resident: Resident, module: nn.Module, batch: TensorBatch) -> 
             f"{replica}: {one_line(error)}",
             _other_batches(sizes, train),
         ) from error
+
+
+def _first_of(tensors: Any, count: int) -> Any:
+    """Return the first samples of a tensor or of a tuple of tensors; None of None."""
+    if isinstance(tensors, tuple):
+        return tuple(tensor[:count] for tensor in tensors)
+    return None if tensors is None else tensors[:count]
 
 
 def _other_batches(sizes: Sequence[int], train: TrainTable) -> str:
@@ -209,11 +216,11 @@ def _first_loss(resident: Resident, module: nn.Module, batch: TensorBatch) -> tu
         )
         # an error inside a loss of the user's is the user's
         with nullcontext() if "train.loss" in resident.functions else mismatch:
-            loss = mean_of_batch(resident.recipe.loss(outputs, batch.targets), batch.size).value
+            loss = mean_of_batch(compared(resident.recipe.loss, outputs, batch.targets, batch.weight), batch.size).value
         decode = decoder(target_scalings(resident.spec.sources[0].samples, resident.spec.scalings))
         with mismatch:
             for metric in resident.metrics.values():
-                metric(*decode(outputs, batch.targets))
+                compared(metric, *decode(outputs, batch.targets), batch.weight)
     return _checked(loss, batch), outputs
 
 

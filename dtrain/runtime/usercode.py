@@ -9,12 +9,12 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dtrain.config.functions import METRICS, Function, described
+from dtrain.config.functions import METRICS, Function, described, takes_weight
 from dtrain.config.names import metric_key
 from dtrain.errors import DtrainError, InvalidConfig, OutOfMemory, UserCodeFailed, did_you_mean, one_line, shortened
 from dtrain.runtime.modules import file_in, is_installed, is_local, is_shadowed
@@ -176,10 +176,14 @@ CALLS = {
     "data.transform": _Call(("batch", "generator"), "batch"),
 }
 """By config key."""
+COMPARING = ("train.loss", METRICS)
+"""Keys of functions that compare outputs with targets."""
 
 
-def checked_function(key: str, function: Function) -> Function:
+def checked_function(key: str, function: Function, *, weighted: bool = False) -> Function:
     """Return a function if it can be called as dtrain calls that of a key.
+
+    With `weighted` samples have a weight: losses get it as third argument, and metrics that take one.
 
     Raises
     ------
@@ -190,6 +194,8 @@ def checked_function(key: str, function: Function) -> Function:
     call = CALLS.get(key)
     if call is None:
         return function
+    if weighted and key in COMPARING and takes_weight(function):
+        call = replace(call, arguments=(*call.arguments, "weight"))
     if _is_of(function, "torch.optim.lr_scheduler"):
         raise InvalidConfig(
             f"{key} is {described(function)} of torch, which counts its own steps.",
@@ -211,9 +217,14 @@ def checked_function(key: str, function: Function) -> Function:
         raise InvalidConfig(
             f"{key} is {described(function)}{signature}, which cannot be called with {len(call.arguments)} "
             f"{'argument' if len(call.arguments) == 1 else 'arguments'}: {error}.",
-            f"It is called as {call}.",
+            f"It is called as {call}." + _lacks_weight(key, weighted, function),
         ) from None
     return function
+
+
+def _lacks_weight(key: str, weighted: bool, function: Function) -> str:
+    is_left_out = key in COMPARING and not weighted and takes_weight(function)
+    return ' With data.weight = "VARIABLE" a third argument is the weight.' if is_left_out else ""
 
 
 def _is_of(value: Any, module: str) -> bool:

@@ -109,7 +109,7 @@ def test_the_schema_is_json_and_knows_every_key(cli, project):
     assert found["type"] == "object"
     assert set(found["properties"]) == {"model", "model_args", "data", "train", "average", "stop", "cluster", "run"}
     assert found["additionalProperties"] is False
-    assert set(found["$defs"]["SplitConfig"]["properties"]) == {"val", "test", "patches"}
+    assert set(found["$defs"]["SplitConfig"]["properties"]) == {"val", "test", "gap", "by", "patches"}
 
 
 def test_the_schema_as_an_object_a_line(cli):

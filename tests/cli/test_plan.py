@@ -2,6 +2,7 @@
 
 import tomllib
 
+import numpy as np
 import pytest
 
 from tests.cli.helpers import last, objects, tree
@@ -202,7 +203,9 @@ def test_a_probe_as_an_object(cli, project):
     (record,) = objects(outcome.out)
     probe, cadence = record["probe"], record["cadence"]
     assert probe["step_seconds"] > 0
-    assert probe["limited_by"] in ("steps", "reading", "communication")
+    limit = probe["limited_by"]
+    assert sum(limit["shares"].values()) == pytest.approx(1.0)
+    assert max(limit["shares"], key=limit["shares"].get) == limit["stages"][0]
     assert (cadence["measured"], cadence["bandwidth"], cadence["local_steps"]) == (True, None, 4)
     assert (cadence["pays_from"], cadence["all_reduce_seconds"]) == (None, None)
     by_steps = {row["local_steps"]: row for row in cadence["table"]}
@@ -247,3 +250,72 @@ def test_settings_change_the_plan(cli, project, settings, found):
     outcome = cli("--json", "plan", project().config, *[w for text in settings for w in ("--set", text)])
     assert outcome.code == 0, outcome.err
     assert {key: last(outcome)[key] for key in found} == found
+
+
+DATED = {
+    "x": {"dims": ("time", "k"), "values": np.zeros((1000, 3), "float32"), "chunks": (100, 3)},
+    "label": {"dims": ("time",), "values": np.arange(1000) % 4, "chunks": (100,)},
+    "donor": {"dims": ("time",), "values": np.arange(1000) // 10, "chunks": (100,)},
+    "time": {
+        "dims": ("time",),
+        "values": np.arange(1000),
+        "chunks": (1000,),
+        "attributes": {"units": "days since 2017-04-06"},
+    },
+}
+
+
+def said(outcome):
+    """The output as one line: long rows are wrapped."""
+    return " ".join(outcome.out.split())
+
+
+def test_splits_are_printed_in_the_words_of_the_coordinate(cli, project):
+    split = {"val": {"time": "2017-12"}, "test": {"time": {"start": "2018-01-03"}}, "gap": 2}
+    job = project({"data": {"split": split}}, arrays=DATED)
+    outcome = cli("plan", job.config)
+    assert outcome.code == 0, outcome.err
+    assert (
+        "splits by time: train 2017-04-06 to 2017-11-28, 237 samples; val 2017-12-01 to 2017-12-31, 31 samples; "
+        "test 2018-01-03 to 2019-12-31, 728 samples; dropped: 4 beside a split that is given" in said(outcome)
+    )
+    assert "leakage" not in outcome.out
+    assert "data.split_order" not in outcome.out
+    record = last(cli("--json", "plan", job.config))
+    assert record["splits"]["test"] == {
+        "by": "time",
+        "places": 728,
+        "ranges": [["2018-01-03", "2019-12-31"]],
+        "num_ranges": 1,
+        "groups": None,
+        "samples": 728,
+    }
+    assert record["dropped"] == {"split": 0, "gaps": 0, "missing": 0, "left_out": 4}
+
+
+def test_groups_and_what_is_chosen_are_printed(cli, project):
+    data = {"split": {"by": "donor", "val": 0.1, "test": 0.2}, "sel": {"time": {"start": "2018"}, "k": 1}}
+    job = project({"data": data}, arrays={**DATED, "k": {"dims": ("k",), "values": [0, 1, 2], "chunks": (3,)}})
+    (job.dir / "model.py").write_text("from torch import nn\ndef build():\n    return nn.Sequential(")
+    with (job.dir / "model.py").open("a") as file:
+        file.write("nn.Unflatten(0, (-1, 1)), nn.Linear(1, 4))\n")
+    outcome = cli("plan", job.config)
+    assert outcome.code == 0, outcome.err
+    text = said(outcome)
+    assert "chosen time 2018-01-01 to 2019-12-31, 730 of 1,000 places" in text
+    assert "chosen k 1" in text
+    assert (
+        "splits by donor: train 51 groups, 510 samples; val 7 groups, 70 samples; test 15 groups, 150 samples" in text
+    )
+    record = last(cli("--json", "plan", job.config))
+    assert [record["splits"][name]["groups"] for name in ("train", "val", "test")] == [51, 7, 15]
+    assert record["chosen"]["time"]["first"] == "2018-01-01"
+
+
+def test_shares_of_rows_along_time_get_a_sentence_about_leakage(cli, project):
+    job = project(arrays=DATED)
+    text = said(cli("plan", job.config))
+    assert "leakage rows of time that follow each other may be alike, and are drawn at random" in text
+    assert last(cli("--json", "plan", job.config))["leakage"].startswith("rows of time that follow")
+    for setting in ("data.split_order=sequential", "data.target_offsets=[0]", "data.split={ by = 'donor' }"):
+        assert "leakage" not in said(cli("plan", job.config, "--set", setting))

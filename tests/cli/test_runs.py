@@ -388,6 +388,30 @@ def test_the_selection_of_the_run_is_mentioned_and_can_be_changed(cli, project, 
     assert "may hold rows that were trained on" in last(outcome)["message"]
 
 
+def test_a_run_is_evaluated_by_its_own_splits(cli, job):
+    for setting in ("data.split.test=0.5", "data.split={ test = { sample = { start = 5 } } }"):
+        outcome = cli("--json", "eval", job.run, "--set", setting)
+        assert outcome.code == 3
+        assert "--set data.split" in last(outcome)["message"]
+        assert "of a run that is evaluated it cannot be set" in last(outcome)["message"]
+
+
+def test_what_is_chosen_by_coordinate_can_be_changed(cli, project, write_store, tmp_path):
+    numbers = {"dims": ("sample",), "chunks": (20,)}
+    job = project(
+        {"data": {"sel": {"sample": {"stop": 139}}}}, arrays={"sample": {**numbers, "values": np.arange(100, 160)}}
+    )
+    assert cli("-q", "train", job.config).code == 0
+    write_store(tmp_path / "later.zarr", {**blobs(90), "sample": {**numbers, "values": np.arange(100, 190)}})
+    outcome = cli("--json", "eval", job.run, "--data", "later.zarr")
+    assert (last(outcome)["samples"], last(outcome)["sel"]["sample"]["stop"]) == (40, 139)
+    assert "of the run selects from later.zarr too; --set data.sel={} takes all" in outcome.err
+    for setting, count in (("data.sel={}", 90), ("data.sel={sample={start=140,stop=189}}", 50)):
+        outcome = cli("--json", "eval", job.run, "--data", "later.zarr", "--set", setting)
+        assert (outcome.code, last(outcome)["samples"]) == (0, count)
+        assert "of the run selects" not in outcome.err
+
+
 @pytest.mark.slow
 def test_evaluation_on_a_local_cluster_gives_the_same_values(cli, run):
     arguments = ("--json", "eval", run, "--split", "val")

@@ -31,10 +31,14 @@ ROW = [
     "update_cosine",
     "seconds_steps",
     "seconds_waiting",
+    "seconds_fetch",
+    "seconds_decode",
+    "seconds_gather",
+    "seconds_model",
     "seconds_reduce",
     "seconds_evaluate",
 ]
-DONE = {"event", "reason", "rounds", "params_sha256", "val_loss", "run"}
+DONE = {"event", "reason", "rounds", "params_sha256", "val_loss", "run", "limited_by"}
 
 
 def sha256_of(path):
@@ -83,7 +87,9 @@ def test_the_run_directory_is_as_specified(cli, project):
         "params_sha256": rows[-1]["params_sha256"],
         "val_loss": rows[-1]["val_loss"],
         "run": "job/runs/job",
+        "limited_by": printed[-1]["limited_by"],
     }
+    assert sum(printed[-1]["limited_by"]["shares"].values()) == pytest.approx(1.0)
     assert set(printed[-1]) == DONE
     assert outcome.err.splitlines()[-1] == "next: dtrain eval job/runs/job"
 
@@ -118,6 +124,7 @@ def test_in_words(cli, project):
     told = outcome.err.splitlines()
     assert told[0] == "job/runs/job: 48 training samples, 2 replicas on 2 workers"
     assert [line.split("  ")[0] for line in told[1:3]] == ["round 1", "round 2"]
+    assert re.match(r"limited by (fetch|decode|gather|model|reduce|evaluate) \d+% ", told[3])
 
 
 def test_without_validation_there_is_no_val_loss(cli, project):

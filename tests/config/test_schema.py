@@ -44,6 +44,7 @@ normalize = []
 transform = ""
 missing = "auto"
 non_finite = "error"
+weight = ""
 shuffle = true
 memory = "auto"
 cache = "auto"

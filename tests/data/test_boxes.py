@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtrain.config.schema import TrainConfig
-from dtrain.data.load.statistics import merge_moments, moments_of, partition_moments
+from dtrain.data.load.moments import moments_of
+from dtrain.data.load.statistics import merge_moments, partition_moments
 from dtrain.data.plan import boxes
 from dtrain.data.plan.evaluation import plan_evaluation
 from dtrain.data.plan.footprint import slot_bytes

@@ -11,6 +11,7 @@ adata = anndata.read_zarr(sys.argv[1])
 column, nested = adata.obs["obs_cat"].cat, adata.obsm["df"]["cat"].cat
 np.savez(
     sys.argv[2],
+    x=adata.X.toarray(),
     codes=column.codes.to_numpy(),
     names=np.array(column.categories, dtype="U"),
     nested=nested.codes.to_numpy(),

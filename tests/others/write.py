@@ -25,6 +25,8 @@ def write_cells(folder: Path) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(3)
     codes = rng.integers(0, 3, COUNT)
     x = (rng.normal(size=(3, GENES))[codes] * 2 + rng.normal(size=(COUNT, GENES))).astype("float32")
+    few = np.where(np.abs(x) > 2, x, 0)
+    few[5:9] = 0
     names = pd.Categorical.from_codes(np.where(np.arange(COUNT) % 9 == 0, -1, codes), TYPES)
     obs = {"cell_type": names, "n_counts": x.sum(1), "age": np.arange(COUNT), "control": np.arange(COUNT) % 2 == 0}
     obs["visits"] = pd.array([None, *range(1, COUNT)], dtype="Int64")
@@ -39,10 +41,12 @@ def write_cells(folder: Path) -> dict[str, np.ndarray]:
         anndata.settings.zarr_write_format = zarr_format
         adata.write_zarr(folder / f"cells-v{zarr_format}.zarr", chunks=(32, GENES))
         thin = adata.copy()
-        thin.X = sparse.csr_matrix(thin.X)
-        thin.layers["columns"] = sparse.csc_matrix(x)
+        thin.X = sparse.csr_matrix(few)
+        thin.obsm["regions"] = thin.X[:, :4]
+        thin.raw = thin
+        thin.layers["columns"] = sparse.csc_matrix(few)
         thin.write_zarr(folder / f"sparse-v{zarr_format}.zarr")
-    return {"x": x, "codes": np.asarray(names.codes), "n_counts": adata.obs["n_counts"].to_numpy()}
+    return {"x": x, "thin": few, "codes": np.asarray(names.codes), "n_counts": adata.obs["n_counts"].to_numpy()}
 
 
 def write_nuclei(folder: Path) -> dict[str, np.ndarray]:

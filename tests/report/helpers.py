@@ -18,6 +18,10 @@ def result_of(number=1, **changes):
             bytes_read=100,
             seconds=0.1 * (k + 1),
             waited=0.05 * k,
+            fetch=0.03 * k,
+            decode=0.02 * k,
+            gather=0.01 * k,
+            process=f"host:{k}",
             update_norm=1.5 + k,
         )
         for k in range(2)

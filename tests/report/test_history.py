@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import xarray as xr
 from dtrain.events import ReplicaRejected, RoundCommitted, RoundFinished, RunFinished, RunStarted
 from dtrain.files import append_line
 from dtrain.report.dataset import dataset_of
-from dtrain.report.history import best_round, read_rows, row_of
+from dtrain.report.history import best_round, limit_of_rows, read_rows, row_of
 from dtrain.report.journal import cut_history, journal
 from tests.report.helpers import result_of
 
@@ -43,15 +44,65 @@ def test_a_row_has_the_keys_of_the_contract():
         "update_cosine": 0.5,
         "seconds_steps": 0.15,  # of the slowest replica
         "seconds_waiting": 0.05,
+        "seconds_fetch": 0.03,  # of the busiest process
+        "seconds_decode": 0.02,
+        "seconds_gather": 0.01,
+        "seconds_model": 0.14,
         "seconds_reduce": 0.01,
-        "seconds_evaluate": 0.25,
+        "seconds_evaluate": 0.125,  # of 0.25 on two processes
     }
     # SPEC section 5, in its order
     assert list(row_of(result_of())) == [
         *("event", "round", "train_loss", "val_loss", "val_accuracy", "samples", "steps", "seconds", "bytes_reduced"),
         *("rejected", "retried", "params_sha256", "replica_loss"),
-        *("update_norm", "update_cosine", "seconds_steps", "seconds_waiting", "seconds_reduce", "seconds_evaluate"),
+        *("update_norm", "update_cosine", "seconds_steps", "seconds_waiting"),
+        *("seconds_fetch", "seconds_decode", "seconds_gather", "seconds_model", "seconds_reduce", "seconds_evaluate"),
     ]
+
+
+def test_replicas_of_one_process_take_turns():
+    two = result_of().contributions
+    row = row_of(result_of(contributions=tuple(replace(c, process="host:1") for c in two)))
+    # 0.1 s and 0.2 s one after the other, of which 0.06 s of data
+    assert [row[f"seconds_{name}"] for name in ("fetch", "decode", "gather", "model")] == [0.03, 0.02, 0.01, 0.24]
+    assert (row["seconds_steps"], row["seconds_evaluate"]) == (0.15, 0.25)
+
+
+# What limits ----------------------------------------------------------------------------------------------------
+
+
+def rows_of(*seconds, **changes):
+    """Rows of rounds that take so long; their busiest process takes 0.2 s, the evaluation 0.125 s."""
+    return [row_of(result_of(n, seconds=s, **{"retried": 0, **changes})) for n, s in enumerate(seconds, start=1)]
+
+
+def test_the_time_beside_steps_and_evaluation_is_that_of_averaging():
+    limit = limit_of_rows(rows_of(50.0, 1.0, 1.0))  # without the first round
+    assert limit.stages == ("reduce",)
+    assert limit.shares == pytest.approx(
+        {"fetch": 0.03, "decode": 0.02, "gather": 0.01, "model": 0.14, "reduce": 0.675, "evaluate": 0.125}
+    )
+
+
+def test_rounds_that_overlap_are_averaged_in_the_time_of_the_reducer():
+    limit = limit_of_rows(rows_of(0.3, 0.3, 0.3))  # less than 0.2 s + 0.125 s: evaluated beside the next round
+    assert limit.stages == ("model",)
+    assert limit.shares["reduce"] == pytest.approx(0.01 / 0.335)
+
+
+def test_a_single_round_says_what_it_can():
+    assert limit_of_rows(rows_of(1.0)).shares["reduce"] == pytest.approx(0.675)
+
+
+def test_rounds_that_were_begun_again_do_not_count():
+    assert limit_of_rows(rows_of(1.0, 1.0, retried=1)) is None
+
+
+def test_a_history_of_an_earlier_version_says_nothing_of_its_limit():
+    old = [{k: v for k, v in row.items() if k != "seconds_model"} for row in rows_of(1.0, 1.0)]
+    assert limit_of_rows(old) is None
+    assert limit_of_rows([]) is None
+    assert limit_of_rows(old + rows_of(1.0, 1.0, 1.0)[2:]).shares["reduce"] == pytest.approx(0.675)
 
 
 def test_without_validation_there_is_no_val_loss():

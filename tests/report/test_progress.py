@@ -14,11 +14,13 @@ from dtrain.events import (
     RoundCommitted,
     RoundFinished,
     RoundsMeasured,
+    RunFinished,
     RunStarted,
     SegmentReplayed,
     StepsTaken,
 )
 from dtrain.report.progress import MAX_LINES, _Terminal, terminal_progress
+from dtrain.stages import Limit
 from tests.report.helpers import result_of
 
 
@@ -48,6 +50,15 @@ def test_a_run_prints_its_size_and_a_line_a_round(capsys: pytest.CaptureFixture[
 
 def test_a_continued_run_says_where(capsys: pytest.CaptureFixture[str], started: RunStarted) -> None:
     assert printed(capsys, replace(started, round=2))[1:] == ["continuing after round 2 of 3"]
+
+
+def test_the_end_names_the_stage_that_limits(capsys: pytest.CaptureFixture[str], started: RunStarted) -> None:
+    done = RunFinished(reason="rounds", rounds=3, params_sha256="", val_loss=None, run="runs/a")
+    limit = Limit(stages=("decode",), shares={"decode": 0.61, "model": 0.39}, cure="Store less.")
+    assert printed(capsys, started, done)[1:] == []
+    assert printed(capsys, started, replace(done, limited_by=limit))[1:] == [
+        "limited by decode 61% of the time (model 39%). Store less."
+    ]
 
 
 def test_rounds_that_are_measured_are_printed(capsys: pytest.CaptureFixture[str]) -> None:

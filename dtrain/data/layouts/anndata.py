@@ -15,16 +15,15 @@ from collections.abc import Iterable
 import zarr
 
 from dtrain.data.layouts.hierarchy import Hierarchy
-from dtrain.data.layouts.stored import Stored, read_categories
+from dtrain.data.layouts.stored import HasAxes, Stored, read_categories
 from dtrain.data.read.shards import ArrayLike
-from dtrain.errors import NotSupportedYet, NotZarr, UnsuitableVariable
+from dtrain.errors import NotZarr, UnsuitableVariable
 
 NAME = "AnnData"
 CELL, GENE, RAW_GENE = "cell", "gene", "raw_gene"
 """The names of AnnData's axes obs and var; ``raw`` may have other genes than X."""
 ENCODING = "encoding-type"
 FRAME, CATEGORICAL = "dataframe", "categorical"
-SPARSE = {"csr_matrix": "CSR", "csc_matrix": "CSC"}
 NULLABLE = "nullable-"
 INDEX = "_index"
 """The attribute of a data frame that names the column of its row names, and the usual name of that column."""
@@ -41,7 +40,7 @@ def is_root(hierarchy: Hierarchy, path: str) -> bool:
 # Dimensions -----------------------------------------------------------------------------------------------
 
 
-def dims_of(hierarchy: Hierarchy, array: ArrayLike) -> list[str] | None:
+def dims_of(hierarchy: Hierarchy, array: HasAxes) -> list[str] | None:
     """Return the names of an array's axes; None if AnnData does not say what they are."""
     place = _place(hierarchy, array.path)
     if place is None:
@@ -111,8 +110,6 @@ def array_of(hierarchy: Hierarchy, node: ArrayLike | zarr.Group) -> Stored | Non
 
     Raises
     ------
-    NotSupportedYet
-        It is a sparse matrix.
     UnsuitableVariable
         It is a column with a mask.
     NotZarr, ChunkMissing, ChunkUndecodable
@@ -121,11 +118,6 @@ def array_of(hierarchy: Hierarchy, node: ArrayLike | zarr.Group) -> Stored | Non
     path = hierarchy.store.path
     if isinstance(node, zarr.Group):
         encoding = str(node.attrs.get(ENCODING))
-        if encoding in SPARSE:
-            raise NotSupportedYet(
-                f"{path}: {node.path} is a sparse matrix ({SPARSE[encoding]}), which this version does not read yet.",
-                "Write it dense with anndata (adata.X = adata.X.toarray()), or name another array.",
-            )
         if encoding.startswith(NULLABLE):
             raise UnsuitableVariable(
                 f"{path}: {node.path} is a column of {encoding} values, which have a mask beside them.",

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dtrain.data.layouts.hierarchy import Attributes, Hierarchy
+from dtrain.data.layouts.stored import HasAxes
 from dtrain.data.read.shards import ArrayLike
 
 NAME = "OME-Zarr"
@@ -29,7 +30,7 @@ def is_root(hierarchy: Hierarchy, path: str) -> bool:
     return "multiscales" in attributes or "ome" in attributes
 
 
-def dims_of(hierarchy: Hierarchy, array: ArrayLike) -> list[Any] | None:
+def dims_of(hierarchy: Hierarchy, array: HasAxes) -> list[Any] | None:
     """Return the names of an array's axes, as they are stored; None if no enclosing image names the array."""
     image = _image_of(hierarchy, array.path)
     axes = None if image is None else _axes(image, array.ndim)

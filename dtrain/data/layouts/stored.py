@@ -1,9 +1,10 @@
-"""An array that stands for something else than its numbers: codes, with the names of the categories."""
+"""Arrays that stand for something else than their numbers: codes with the names of categories, parts of a matrix."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import zarr
@@ -27,6 +28,35 @@ class Stored:
     categories: Categories
 
 
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A sparse matrix: a group of three arrays."""
+
+    path: str
+    """Of the group."""
+    shape: tuple[int, int]
+    axis: int
+    """Its values are stored row by row (0), or column by column (1)."""
+    indptr: ArrayLike
+    indices: ArrayLike
+    data: ArrayLike
+    ndim: int = 2
+
+
+class HasAxes(Protocol):
+    """An array, or a matrix, whose axes have names."""
+
+    @property
+    def path(self) -> str:
+        """Path from the root of the store."""
+        ...
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        ...
+
+
 def read_categories(hierarchy: Hierarchy, path: str) -> Categories:
     """Return the names of a categorical's categories, from the array that lists them.
 
@@ -45,13 +75,27 @@ def read_categories(hierarchy: Hierarchy, path: str) -> Categories:
             f"{hierarchy.store.path}: {path}, the names of categories, is no array of one dimension.",
             "Restore it from a copy of the store.",
         )
-    return Categories(int(node.shape[0]), tuple(_text(value) for value in _first_values(hierarchy, node)))
+    return Categories(int(node.shape[0]), read_names(hierarchy, node, MOST_NAMES, "the names of categories"))
 
 
-def _first_values(hierarchy: Hierarchy, array: ArrayLike) -> list[object]:
-    count, store = min(MOST_NAMES, int(array.shape[0])), hierarchy.store
+def read_names(hierarchy: Hierarchy, array: ArrayLike, most: int, what: str) -> tuple[str, ...]:
+    """Return the first values of an array of one dimension as text.
+
+    Parameters
+    ----------
+    hierarchy : Hierarchy
+    array : array[name]
+    most : int
+    what : str
+        Says in errors what the names are.
+
+    Raises
+    ------
+    ChunkMissing, ChunkUndecodable
+    """
+    count, store = min(most, int(array.shape[0])), hierarchy.store
     if not count:
-        return []
+        return ()
     try:
         values: list[object] = np.asarray(array[:count]).tolist()
     except (DtrainError, MemoryError):
@@ -59,7 +103,7 @@ def _first_values(hierarchy: Hierarchy, array: ArrayLike) -> list[object]:
     except Exception as error:
         settle()
         raise ChunkUndecodable(
-            f"{store.path}: {array.path}, the names of categories, cannot be decoded: {one_line(error)}",
+            f"{store.path}: {array.path}, {what}, cannot be decoded: {one_line(error)}",
             "Restore it from a copy of the store.",
         ) from None
     (rows,) = array.shards or array.chunks
@@ -68,10 +112,10 @@ def _first_values(hierarchy: Hierarchy, array: ArrayLike) -> list[object]:
         # names differ, so that the fill value can stand for one of them and not for several
         if store.is_absent(key := key_of(array, (place,))) and not is_one:
             raise ChunkMissing(
-                f"{store.path}: chunk {key} of {array.path}, the names of categories, is missing.",
+                f"{store.path}: chunk {key} of {array.path}, {what}, is missing.",
                 "Restore it from a copy of the store.",
             )
-    return values
+    return tuple(map(_text, values))
 
 
 def _text(value: object) -> str:

@@ -13,8 +13,12 @@ import numpy as np
 from dtrain.data.encoding import Array, Floats, Scaling, unpack
 from dtrain.data.load.buffers import FieldSpec, aligned_copy
 from dtrain.data.load.slots import Rows
+from dtrain.data.load.sparse import SparseGatherer
+from dtrain.data.load.weights import alignments
 from dtrain.data.plan.blocks import Blocks, tile_starts
 from dtrain.data.plan.hashing import Ints
+from dtrain.data.read.sparse import sparse_rows
+from dtrain.data.read.weights import decoded_weights
 from dtrain.data.samples import Field, Samples
 from dtrain.data.tiles import Tile
 from dtrain.data.variable import Variable
@@ -34,6 +38,8 @@ class Batch:
 
     inputs: tuple[Array, ...]
     targets: tuple[Array, ...]
+    weights: tuple[Array, ...] = ()
+    """With ``data.weight``: by target, float32 with the target's axes, of length 1 where it does not vary."""
 
     @property
     def size(self) -> int:
@@ -58,7 +64,7 @@ class FieldGatherer:
         self.variable: Variable = samples.variable(field.name)
         row_shape = self.variable.row_shape
         self._standard = None if scaling is None else scaling.against(field.name, row_shape)
-        dtype = self.variable.model_dtype if scaling is None else np.dtype(np.float32)
+        dtype = samples.field_dtype(field) if scaling is None else np.dtype(np.float32)
         self.spec = FieldSpec(samples.field_shape(field), dtype)
         self._low = 0 if self.variable.is_static else samples.reach(field.name)[0]
         self.is_cut = samples.tiles.cuts_any(self.variable)
@@ -100,7 +106,10 @@ class FieldGatherer:
     def decoded(self, values: Array) -> Array:
         """Return a variable without the sample dimension as the model sees it."""
         decoded = np.empty(values.shape, self.spec.dtype)
-        self._store(decoded, ..., values)
+        if self.variable.angle:
+            decoded[...] = decoded_weights(self.variable, values)
+        else:
+            self._store(decoded, ..., values)
         return decoded
 
     def _take_all(self, out: Array, flat: Array, first: Ints) -> None:
@@ -161,9 +170,11 @@ class BatchGatherer:
     def __init__(
         self, samples: Samples, statics: Mapping[str, Array], scalings: Scalings, blocks: Blocks = WHOLE_ROWS
     ) -> None:
-        gatherers = [FieldGatherer(samples, field, scalings.get(field.name), blocks) for field in samples.fields]
-        decoded = [g.decoded(statics[g.field.name]) if g.variable.is_static else None for g in gatherers]
+        gatherers = [_gatherer(samples, field, scalings.get(field.name), blocks) for field in samples.fields]
+        decoded = [_decoded(gatherer, statics) for gatherer in gatherers]
         self._num_inputs = len(samples.config.inputs)
+        self._num_unweighted = self._num_inputs + len(samples.config.targets)
+        self._alignments = alignments(samples)
         self._repeated = [None if g.is_cut else values for g, values in zip(gatherers, decoded, strict=True)]
         """By field: the values of all samples; None if the field has memory."""
         pairs = zip(gatherers, decoded, self._repeated, strict=True)
@@ -175,7 +186,9 @@ class BatchGatherer:
     def fill(self, field: int, out: Array, arena: Mapping[str, Array], rows: Rows) -> None:
         """Fill samples of one of the fields that have memory from the arena's slots."""
         gatherer, static = self._filled[field]
-        if static is None:
+        if isinstance(gatherer, SparseGatherer):
+            gatherer.fill(out, sparse_rows(gatherer.sparse, arena), rows)
+        elif static is None:
             gatherer.fill(out, arena[gatherer.field.name], rows)
         else:
             gatherer.fill_static(out, static, rows)
@@ -187,7 +200,24 @@ class BatchGatherer:
         arrays = tuple(
             next(filled) if values is None else repeated(aligned_copy(values), size) for values in self._repeated
         )
-        return Batch(arrays[: self._num_inputs], arrays[self._num_inputs :])
+        inputs, targets = arrays[: self._num_inputs], arrays[self._num_inputs : self._num_unweighted]
+        return Batch(inputs, targets, tuple(alignment.apply(arrays[-1]) for alignment in self._alignments))
+
+
+def _gatherer(
+    samples: Samples, field: Field, scaling: Scaling | None, blocks: Blocks
+) -> FieldGatherer | SparseGatherer:
+    sparse = samples.variable(field.name).sparse
+    if sparse is not None:
+        return SparseGatherer(samples, field, scaling, sparse)
+    return FieldGatherer(samples, field, scaling, blocks)
+
+
+def _decoded(gatherer: FieldGatherer | SparseGatherer, statics: Mapping[str, Array]) -> Array | None:
+    """Return a variable without the sample dimension as the model sees it; None for other variables."""
+    if isinstance(gatherer, SparseGatherer) or not gatherer.variable.is_static:
+        return None
+    return gatherer.decoded(statics[gatherer.field.name])
 
 
 def target_scalings(samples: Samples, scalings: Scalings) -> tuple[tuple[Floats, Floats] | None, ...]:
@@ -201,7 +231,8 @@ def target_scalings(samples: Samples, scalings: Scalings) -> tuple[tuple[Floats,
     samples : Samples
     scalings : mapping of str to Scaling
     """
-    targets = samples.fields[len(samples.config.inputs) :]
+    first = len(samples.config.inputs)
+    targets = samples.fields[first : first + len(samples.config.targets)]
     return tuple(_target_scaling(samples, field, scalings.get(field.name)) for field in targets)
 
 

@@ -15,12 +15,13 @@ import itertools
 import math
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
 from dtrain.data.load.buffers import Allocate, Bundle
+from dtrain.data.load.counted import Counted
 from dtrain.data.load.gather import Batch, BatchGatherer, Scalings
 from dtrain.data.load.messages import Taken
 from dtrain.data.load.schedule import Schedule
@@ -30,17 +31,6 @@ from dtrain.data.plan.partition import Partition
 from dtrain.data.read.joined import BoxReader
 from dtrain.data.samples import Samples
 from dtrain.types import Cursor
-
-
-@dataclass(frozen=True, slots=True)
-class Counted:
-    """The units that a loader has read, and how long its consumer has waited."""
-
-    units: int
-    bytes: int
-    """Decoded."""
-    waited: float
-    """Seconds."""
 
 
 class Loader:
@@ -94,7 +84,7 @@ class Loader:
         self._next = 0
         """Of the batches of the bundle."""
         self._waited = 0.0
-        self._told = Counted(0, 0, 0.0)
+        self._told = Counted()
         total = sum(sizes) if isinstance(sizes, Sequence) else total
         schedule = Schedule(
             partition,
@@ -175,9 +165,8 @@ class Loader:
 
     def counted(self) -> Counted:
         """Return what has been counted since the last call."""
-        units, decoded = self._threads.decoded
-        before, self._told = self._told, Counted(units, decoded, self._waited)
-        return Counted(units - before.units, decoded - before.bytes, self._waited - before.waited)
+        before, self._told = self._told, replace(self._threads.counted, waited=self._waited)
+        return self._told.since(before)
 
     def close(self) -> None:
         """End the threads, and free the memory of all units and of the batches that nobody holds."""

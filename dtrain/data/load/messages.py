@@ -37,6 +37,12 @@ class ReadDone:
     slot: int
     bytes: int
     """Decoded."""
+    fetch: float = 0.0
+    """Seconds at the store."""
+    decode: float = 0.0
+    """Seconds of the rest."""
+    cpu: float = 0.0
+    """Seconds that the thread which read was running."""
 
 
 @dataclass(frozen=True, slots=True)

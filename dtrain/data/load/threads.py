@@ -6,11 +6,13 @@ import atexit
 import threading
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
+from time import perf_counter, thread_time
 
 import numpy as np
 
 from dtrain.data.encoding import Array
 from dtrain.data.load.buffers import Allocate, Buffers, Bundle
+from dtrain.data.load.counted import Counted
 from dtrain.data.load.gather import BatchGatherer
 from dtrain.data.load.messages import (
     Abandon,
@@ -31,8 +33,9 @@ from dtrain.data.load.messages import (
 )
 from dtrain.data.load.pool import Lane
 from dtrain.data.load.schedule import Schedule
-from dtrain.data.plan.footprint import slot_shape
+from dtrain.data.plan.footprint import slot_arrays
 from dtrain.data.plan.partition import Partition
+from dtrain.data.read.clock import fetches_counted
 from dtrain.data.read.joined import BoxReader
 
 
@@ -71,11 +74,13 @@ class LoaderThreads:
         """For the assembler; None: wake up, it is closed."""
         self.bundles: SimpleQueue[Bundle | BaseException | None] = SimpleQueue()
         """For the consumer; None: there are no further ones."""
-        self.decoded = (0, 0)
-        """Units and their bytes, read so far."""
+        self._units, self._bytes = 0, 0
+        self._fetch, self._decode, self._gather, self._parts = 0.0, 0.0, 0.0, 0.0
+        self._read_cpu, self._gather_cpu = 0.0, 0.0
         self.arena: dict[str, Array] = {
-            v.name: np.empty((schedule.slots.count, *slot_shape(reader.samples, partition.plan, v)), v.kept_dtype)
+            name: np.empty((schedule.slots.count, *shape), dtype)
             for v in reader.samples.moving
+            for name, (shape, dtype) in slot_arrays(reader.samples, partition.plan, v).items()
         }
         self._schedule = schedule
         self._reader = reader
@@ -85,6 +90,20 @@ class LoaderThreads:
         self._closed = threading.Event()
         self._assembler = threading.Thread(target=self._assemble, name="dtrain-assemble", daemon=True)
         self._lane = Lane(reader, lambda read: self.events.put(self._read(read)), readers)
+
+    @property
+    def counted(self) -> Counted:
+        """What has been counted so far, without the consumer's part."""
+        return Counted(
+            units=self._units,
+            bytes=self._bytes,
+            fetch=self._fetch,
+            decode=self._decode,
+            gather=self._gather,
+            parts=self._parts,
+            read_cpu=self._read_cpu,
+            gather_cpu=self._gather_cpu,
+        )
 
     @property
     def alive(self) -> bool:
@@ -112,7 +131,11 @@ class LoaderThreads:
     def _read(self, read: Read) -> ReadDone | ReadFailed:
         try:
             out = {name: array[read.slot] for name, array in self.arena.items()}
-            return ReadDone(read.slot, self._reader.read_into(read.box, out))
+            began, cpu = perf_counter(), thread_time()
+            with fetches_counted() as clock:
+                decoded = self._reader.read_into(read.box, out)
+            seconds, cpu = perf_counter() - began, thread_time() - cpu
+            return ReadDone(read.slot, decoded, clock.seconds, seconds - clock.seconds, cpu)
         except BaseException as error:  # the consumer raises it when it needs the part
             return ReadFailed(read.slot, error)
 
@@ -121,12 +144,19 @@ class LoaderThreads:
         try:
             while event is not None and not self._closed.is_set():
                 if isinstance(event, ReadDone):
-                    self.decoded = self.decoded[0] + 1, self.decoded[1] + event.bytes
+                    self._count(event)
                 for instruction in self._schedule.handle(event):
                     self._execute(instruction)
                 event = None if self._schedule.is_over else self._next_event()
         except BaseException as error:
             self.bundles.put(error)
+
+    def _count(self, done: ReadDone) -> None:
+        self._units += 1
+        self._bytes += done.bytes
+        self._fetch += done.fetch
+        self._decode += done.decode
+        self._read_cpu += done.cpu
 
     def _next_event(self) -> Event | None:
         """Return the next event; None if the loader is closed.
@@ -137,11 +167,12 @@ class LoaderThreads:
             return self.events.get_nowait()
         except Empty:
             pass
-        if self._schedule.waits_for_part:
-            read = self._lane.take()
-            if read is not None:
-                return self._read(read)
-        return self.events.get()
+        if not self._schedule.waits_for_part:
+            return self.events.get()
+        read, began = self._lane.take(), perf_counter()
+        event = self.events.get() if read is None else self._read(read)
+        self._parts += perf_counter() - began
+        return event
 
     def _execute(self, instruction: Instruction) -> None:
         match instruction:
@@ -150,8 +181,11 @@ class LoaderThreads:
             case Open(bundle=bundle, sizes=sizes):
                 self._buffers.open(bundle, sizes)
             case Gather(start=start, rows=rows):
+                began, cpu = perf_counter(), thread_time()
                 for field, first, after, out in self._buffers.pieces(start, start + len(rows)):
                     self._gatherer.fill(field, out, self.arena, rows.part(first - start, after - start))
+                self._gather += perf_counter() - began
+                self._gather_cpu += thread_time() - cpu
                 self.events.put(Gathered())
             case Emit():
                 self.bundles.put(self._buffers.lend())

@@ -33,7 +33,7 @@ Axes = tuple[BlockAxis, ...]
 
 MIXED_BYTES = 16 << 20
 """The mixing window of boxes holds about so many bytes, between `LEAST_MIXED` and 64 boxes."""
-LEAST_MIXED = 4
+LEAST_MIXED, LEAST_MIXED_ROWS = 4, 8
 
 
 def with_units(samples: Samples, plan: DataPlan, window_bytes: int) -> DataPlan:
@@ -48,7 +48,7 @@ def with_units(samples: Samples, plan: DataPlan, window_bytes: int) -> DataPlan:
         Of the mixing window of whole rows.
     """
     rows = _with_rows(samples, replace(plan, blocks=_one_block(samples) if plan.tile_labels else ()), samples.row_bytes)
-    rows = replace(rows, window=_window(rows.unit_rows * samples.row_bytes, window_bytes, 8))
+    rows = replace(rows, window=window_units(rows.unit_rows * samples.row_bytes, window_bytes))
     rows = with_enough_cells(with_cells(samples, rows))
     if len(samples.tiles) == 1:
         return rows
@@ -74,7 +74,8 @@ def _with_rows(samples: Samples, plan: DataPlan, row_bytes: int) -> DataPlan:
     return replace(plan, unit_rows=rows, cell_rows=rows)
 
 
-def _window(unit_bytes: int, window_bytes: int, least: int) -> int:
+def window_units(unit_bytes: int, window_bytes: int, least: int = LEAST_MIXED_ROWS) -> int:
+    """Return how many units are mixed, of which each has so many bytes."""
     return min(64, max(least, window_bytes // max(1, unit_bytes)))
 
 
@@ -82,7 +83,7 @@ def _with_blocks(samples: Samples, plan: DataPlan, axes: Axes) -> DataPlan:
     """Return the plan with boxes as units; splits hold whole blocks, whole rows, or cells."""
     row_bytes = _row_bytes(samples, axes)
     cut = _with_rows(samples, replace(plan, blocks=axes), row_bytes)
-    cut = replace(cut, window=_window(cut.unit_rows * row_bytes, MIXED_BYTES, LEAST_MIXED))
+    cut = replace(cut, window=window_units(cut.unit_rows * row_bytes, MIXED_BYTES, LEAST_MIXED))
     if samples.config.split.patches:
         return with_enough_cells(with_cells(samples, replace(cut, whole="blocks")))
     by_rows = with_enough_cells(with_cells(samples, replace(cut, whole="rows")))

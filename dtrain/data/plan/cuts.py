@@ -22,7 +22,7 @@ from typing import Literal
 from dtrain.data.plan.anchors import count_samples
 from dtrain.data.plan.splits import changes, present_cells, shares_met
 from dtrain.data.plan.units import DataPlan
-from dtrain.data.samples import WHOLE_OBJECT_BYTES, Samples, common_rows
+from dtrain.data.samples import WHOLE_OBJECT_BYTES, Samples, common_rows, least_rows, whole_rows
 
 UNIT_BYTES = 1 << 20
 """A unit holds at least so many decoded bytes, if that leaves enough units."""
@@ -39,7 +39,7 @@ MAX_CELLS = 1 << 16
 
 def object_rows(samples: Samples) -> int:
     """Return the rows at which stored objects can be cut: the shortest possible unit of whole objects."""
-    return min(common_rows([v.object_rows for v in samples.streamed]), max(1, samples.num_samples))
+    return min(whole_rows(samples.streamed), max(1, samples.num_samples))
 
 
 def unit_rows(samples: Samples, replicas: int, row_bytes: int, blocks: int, *, whole: bool) -> int:
@@ -60,9 +60,10 @@ def unit_rows(samples: Samples, replicas: int, row_bytes: int, blocks: int, *, w
         False if rows are absent: then small objects are not put together, so that few rows are lost with one.
     """
     row_bytes, boundary = max(1, row_bytes), object_rows(samples)
-    inner = common_rows([v.chunk_rows for v in samples.streamed])
+    inner = common_rows([v.chunk_rows for v in samples.streamed if v.sparse is None] or [boundary])
     if boundary * row_bytes > WHOLE_OBJECT_BYTES and boundary > inner and boundary % inner == 0:
         sizes = _sizes_in_shards(boundary, inner, row_bytes)
+        sizes = [size for size in sizes if size >= least_rows(samples.streamed)] or [boundary]
     else:
         sizes = _sizes_of_objects(samples, replicas, boundary, row_bytes, blocks, whole=whole)
     sizes = [size for size in sizes if size == sizes[0] or size * row_bytes <= GROWN_BYTES]
@@ -90,10 +91,16 @@ def _sizes_of_objects(
 
 
 def _amplification(samples: Samples, unit_rows: int) -> float:
-    """Return the bytes decoded for a unit in the middle of the store, divided by the bytes of its rows."""
+    """Return the bytes decoded for a unit in the middle of the store, divided by the bytes of its rows.
+
+    Of a sparse variable its rows alone count: that it has few chunks more is known.
+    """
     decoded = 0
     for v in samples.streamed:
         low, high = samples.reach(v.name)
+        if v.sparse is not None:
+            decoded += (unit_rows + high - low) * v.row_bytes
+            continue
         first = (unit_rows * 8 + low) // v.chunk_rows
         decoded += (-(-(unit_rows * 9 + high) // v.chunk_rows) - first) * v.chunk_rows * v.row_bytes
     return decoded / max(1, unit_rows * samples.row_bytes)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Set
 
+import numpy as np
+
+from dtrain.data.encoding import DType
 from dtrain.data.members import KEPT_STORES, differ
 from dtrain.data.plan.bins import MOST_BINS, ORDERED_ROWS, bins_a_part, index_dtype
 from dtrain.data.plan.hashing import SLICE
@@ -13,7 +16,8 @@ from dtrain.data.plan.order import STORED_ROWS
 from dtrain.data.plan.readers import MIN_DENSITY, choose_readers, has_fine_shards
 from dtrain.data.plan.units import Box, DataPlan, box_shape
 from dtrain.data.samples import Samples
-from dtrain.data.variable import Variable
+from dtrain.data.sparse import PIECE_VALUE_BYTES, PIECE_VALUES
+from dtrain.data.variable import ROW_START_BYTES, Variable
 
 INDEX_CACHE_BYTES = 64 << 20
 """The indices of shards that a reader keeps take at most so many bytes."""
@@ -34,6 +38,8 @@ UNIT_BYTES_IN_ORDER = 24
 """For each unit of a partition in stored order: its slot in this pass and the next, and where it begins."""
 UNIT_BYTES_SHUFFLED = 48
 """The same, its place in both passes, and what drawing the permutation takes."""
+LEAST_STARTS = 1 << 17
+"""Where the rows of a sparse variable begin is read in pieces of at least so many."""
 CELL_BYTES = 32
 """For each cell of a store while its partitions are computed."""
 JUMP_BYTES = 40
@@ -50,7 +56,7 @@ def sample_bytes(samples: Samples) -> int:
     for field in samples.fields:
         variable = samples.variable(field.name)
         if samples.tiles.cuts_any(variable) or not variable.is_static:  # else it is one array for all samples
-            total += math.prod(samples.field_shape(field)) * variable.model_dtype.itemsize
+            total += math.prod(samples.field_shape(field)) * samples.field_dtype(field).itemsize
     return total
 
 
@@ -64,19 +70,40 @@ def _largest(plan: DataPlan) -> Box:
     return Box(0, min(plan.unit_rows, plan.num_samples), plan.grid.extents)
 
 
+def most_values(samples: Samples, plan: DataPlan, variable: Variable) -> int:
+    """Return the most values of a sparse variable in a unit, with its halo."""
+    return plan.values[samples.sparse.index(variable)] if plan.values else variable.arrays[-1].shape[0]
+
+
+def slot_arrays(samples: Samples, plan: DataPlan, variable: Variable) -> dict[str, tuple[tuple[int, ...], DType]]:
+    """Return, by name of the stored array, shape and dtype of the memory of a variable's largest unit."""
+    shape, sparse = slot_shape(samples, plan, variable), variable.sparse
+    if sparse is None:
+        return {variable.name: (shape, variable.kept_dtype)}
+    most = most_values(samples, plan, variable)
+    return {
+        sparse.indptr.name: ((shape[0] + 1,), np.dtype(np.int64)),
+        sparse.indices.name: ((most,), sparse.columns_dtype),
+        sparse.data.name: ((most,), variable.kept_dtype),
+    }
+
+
 def slot_bytes(samples: Samples, plan: DataPlan) -> int:
     """Return the bytes of a unit in memory, with its halo."""
-    return sum(math.prod(slot_shape(samples, plan, v)) * v.kept_dtype.itemsize for v in samples.moving)
+    arrays = (array for v in samples.moving for array in slot_arrays(samples, plan, v).values())
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in arrays)
 
 
 def scratch_bytes(samples: Samples, plan: DataPlan) -> int:
     """Return the bytes that decoding a unit needs besides its slot.
 
-    They hold the stored and decoded chunks of one variable at a time, and the variable's part of a unit where the unit
-    may be smaller than its slot.
+    They hold the stored and decoded chunks of one variable at a time, the variable's part of a unit where the unit
+    may be smaller than its slot, and what is computed about a few values of sparse rows.
     """
     streamed = {v.name for v in samples.streamed}
-    return max((_scratch_of(samples, store, plan, streamed) for store in samples.stores), default=0)
+    most = max((_scratch_of(samples, store, plan, streamed) for store in samples.stores), default=0)
+    looking = max((PIECE_VALUES + v.shape[1 - v.sample_axis] for v in samples.sparse), default=0)
+    return most + PIECE_VALUE_BYTES * looking
 
 
 def _scratch_of(samples: Samples, store: Samples, plan: DataPlan, streamed: Set[str]) -> int:
@@ -84,6 +111,11 @@ def _scratch_of(samples: Samples, store: Samples, plan: DataPlan, streamed: Set[
     readers = choose_readers(store, samples.config.reader)
     needed = [0]
     for v in (store.variable(name) for name in streamed):
+        if v.sparse is not None:
+            most = most_values(samples, plan, samples.variable(v.name))
+            parts = ((array, min(most, array.shape[0]) // array.chunks[0] + 2) for array in v.arrays[1:])
+            needed += [_decoding_bytes(array, chunks, True, readers[array.name][0]) for array, chunks in parts]
+            continue
         is_copied = plan.grid.is_ragged or differ((v, samples.variable(v.name)))
         copied = math.prod(slot_shape(samples, plan, v)) * v.kept_dtype.itemsize if is_copied else 0
         needed.append(_decoding_bytes(v, *_chunks_of_box(samples, plan, v), readers[v.name][0]) + copied)
@@ -93,14 +125,16 @@ def _scratch_of(samples: Samples, store: Samples, plan: DataPlan, streamed: Set[
 def static_bytes(samples: Samples) -> int:
     """Return the bytes of the variables that stay in memory: those without the sample dimension, and preloaded ones."""
     statics = sum(math.prod(v.row_shape) * 8 for v in samples.variables if v.is_static)
-    return statics + sum(v.row_bytes * samples.num_rows for v in samples.preloaded)
+    # of a sparse variable all rows count: those that are selected may be the long ones
+    rows = ((v, samples.num_rows if v.sparse is None else v.sparse.rows) for v in samples.preloaded)
+    return statics + sum(v.row_bytes * number for v, number in rows)
 
 
 def index_bytes(samples: Samples) -> int:
     """Return the bytes of all indices of shards that are kept."""
     if samples.members:
         return sum(sorted(map(index_bytes, samples.members))[-KEPT_STORES:])
-    sharded = [v for v in samples.variables if v.has_inner_chunks]
+    sharded = [v for v in samples.stored if v.has_inner_chunks]
     counts = [(v.num_objects, math.prod(v.objects) // math.prod(v.chunks)) for v in sharded]
     return min(INDEX_CACHE_BYTES, sum(objects * (16 * chunks + INDEX_OVERHEAD_BYTES) for objects, chunks in counts))
 
@@ -130,7 +164,7 @@ def order_bytes(plan: DataPlan, units: int, ahead: int, *, shuffle: bool) -> int
 
 
 def tables_bytes(samples: Samples, plan: DataPlan, kept: int) -> int:
-    """Return the bytes of the tables that a process has of a plan: partitions, marks of stored objects, where they lie.
+    """Return the bytes of the tables that a process has of a plan: partitions, stored objects, row starts.
 
     Parameters
     ----------
@@ -141,8 +175,28 @@ def tables_bytes(samples: Samples, plan: DataPlan, kept: int) -> int:
     """
     jumps = JUMP_BYTES * plan.jumps.count(" ") + len(plan.jumps)
     labels = LABEL_BYTES * plan.num_samples + RUN_BYTES * count_runs(plan.row_labels) if plan.row_labels else 0
-    objects = 8 * sum(v.num_objects for store in samples.stores for v in store.variables) + samples.store.kept_bytes
-    return kept + CELL_BYTES * plan.num_cells + jumps + labels + objects
+    objects = 8 * sum(v.num_objects for store in samples.stores for v in store.stored) + samples.store.kept_bytes
+    return kept + CELL_BYTES * plan.num_cells + jumps + labels + objects + _row_starts_bytes(samples)
+
+
+def _row_starts_bytes(samples: Samples) -> int:
+    """Return the bytes of where the rows of sparse variables begin, and of reading them once, store by store."""
+    if not samples.sparse:
+        return 0
+    kept, reading = 0, [0]
+    for store in samples.stores:
+        readers = choose_readers(store, samples.config.reader)
+        kept += ROW_START_BYTES * (store.num_samples - store.first_row + 1) * len(store.sparse)
+        for indptr in (v.arrays[0] for v in store.sparse):
+            chunks = math.ceil(min(row_starts_together(indptr), indptr.shape[0]) / indptr.chunks[0]) + 1
+            decoding = _decoding_bytes(indptr, chunks, True, readers[indptr.name][0])
+            reading.append(decoding + PIECE_VALUE_BYTES * PIECE_VALUES)
+    return kept + max(reading)
+
+
+def row_starts_together(indptr: Variable) -> int:
+    """Return how many row starts of a sparse variable are read at once: whole stored objects."""
+    return indptr.object_rows * math.ceil(LEAST_STARTS / indptr.object_rows)
 
 
 def _decoding_bytes(v: Variable, chunks: int, cut: bool, reader: str) -> int:

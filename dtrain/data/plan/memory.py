@@ -296,7 +296,7 @@ def _more(what: str) -> str:
 
 
 def _check_chunks(samples: Samples, limit: int, what: str) -> None:
-    variables = ((store.path, variable) for store in samples.stores for variable in store.variables)
+    variables = ((store.path, variable) for store in samples.stores for variable in store.stored)
     for path, variable in variables:
         if variable.chunk_bytes > limit:
             raise ChunkTooLarge(

@@ -30,6 +30,9 @@ def absence_of(samples: Samples, variable: Variable) -> Absence:
     No sample can do without a variable that has no sample dimension: under ``skip`` it is judged as under ``auto``.
     """
     wanted = samples.config.missing
+    matrix = samples.variable(variable.part_of).sparse if variable.part_of else None
+    if matrix is not None and not matrix.count:
+        return "fill"  # every row begins at 0: writers leave that out
     if wanted == "auto" or (wanted == "skip" and variable.is_static):
         return _judged(samples, variable)
     return wanted

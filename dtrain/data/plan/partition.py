@@ -19,8 +19,9 @@ import numpy.typing as npt
 
 from dtrain.config.split import SplitConfig
 from dtrain.data.plan.anchors import count_samples
-from dtrain.data.plan.boxes import with_units
+from dtrain.data.plan.boxes import window_units, with_units
 from dtrain.data.plan.cuts import object_rows
+from dtrain.data.plan.footprint import slot_bytes
 from dtrain.data.plan.hashing import DEAL, SLICE, Compact, Ints, hash64
 from dtrain.data.plan.labels import BY_SHARE, GivenSplits
 from dtrain.data.plan.parts import Partition as Partition
@@ -241,6 +242,15 @@ def _is_sequential(samples: Samples) -> bool:
     return config.split_order == "sequential" or (
         config.split_order == "auto" and samples.has_windows and not config.split.patches
     )
+
+
+def with_values(samples: Samples, plan: DataPlan, values: tuple[int, ...]) -> DataPlan:
+    """Return the plan with the most values that a unit has of each sparse variable.
+
+    Where rows are very unequal, fewer units are mixed: each may be as large as the largest.
+    """
+    known = replace(plan, values=values)
+    return replace(known, window=min(plan.window, window_units(slot_bytes(samples, known), WINDOW_BYTES)))
 
 
 def plan_held_out(samples: Samples, like: DataPlan, *, absent: Runs = (), jumps: str = "") -> DataPlan:

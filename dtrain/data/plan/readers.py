@@ -32,7 +32,7 @@ MIN_DENSITY = 0.5
 
 
 def choose_readers(samples: Samples, wanted: str) -> dict[str, tuple[str, str]]:
-    """Return the reader of each variable, and the reason for it.
+    """Return the reader of each variable, and the reason for it; of a sparse one, that of each of its arrays.
 
     Parameters
     ----------
@@ -48,7 +48,7 @@ def choose_readers(samples: Samples, wanted: str) -> dict[str, tuple[str, str]]:
     if samples.members:
         return _of_all([choose_readers(member, wanted) for member in samples.members])
     chosen: dict[str, tuple[str, str]] = {}
-    for v in samples.variables:
+    for v in samples.stored:
         obstacles = {"numcodecs": _numcodecs_obstacle(samples, v), "zarrs": _zarrs_obstacle(samples, v)}
         obstacle = obstacles.get(wanted, "")
         if obstacle and not v.is_static:

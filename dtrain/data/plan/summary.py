@@ -18,7 +18,7 @@ from dtrain.data.plan.partition import Partition, train_partitions
 from dtrain.data.plan.splits import SplitName, changes
 from dtrain.data.plan.units import Box, DataPlan, rows_selection
 from dtrain.data.samples import Samples
-from dtrain.data.variable import Variable
+from dtrain.data.variable import Sparse, Variable
 
 
 def describe_plan(samples: Samples, plan: DataPlan) -> dict[str, Any]:
@@ -126,9 +126,27 @@ def _by_store(samples: Samples, plan: DataPlan, anchors: _Runs) -> Iterator[tupl
 
 
 def _decoded_in_rows(samples: Samples, v: Variable, plan: DataPlan, rows: _Runs) -> tuple[int, int]:
+    if v.sparse is not None:
+        return _decoded_sparse(samples, v.sparse, rows)
     begins = _row_chunks(samples, v)
     total = _count_row_chunks(v, rows.starts, rows.stops, begins)
     return total * v.chunk_rows * v.row_bytes, int(np.count_nonzero(np.cumsum(begins))) * v.chunk_rows * v.row_bytes
+
+
+def _decoded_sparse(samples: Samples, sparse: Sparse, rows: _Runs) -> tuple[int, int]:
+    """Return the same for a sparse variable, as if all rows held as many values.
+
+    A run of values that begins anywhere touches one chunk more than it is long, but for a single value.
+    """
+    begins, each = np.zeros(samples.num_samples + 1, np.int32), sparse.count / max(1, sparse.rows)
+    np.add.at(begins, rows.starts, 1)
+    np.subtract.at(begins, rows.stops, 1)
+    decoded, distinct = int((rows.stops - rows.starts).sum()) * each, np.count_nonzero(np.cumsum(begins)) * each
+    arrays = [(np.dtype(array.dtype).itemsize, array.chunks[0] - 1) for array in (sparse.data, sparse.indices)]
+    return (
+        sum(int(size * (decoded + len(rows.starts) * more)) for size, more in arrays),
+        sum(int(size * distinct) for size, _ in arrays),
+    )
 
 
 def _decoded_in_blocks(samples: Samples, v: Variable, plan: DataPlan, rows: _Runs) -> tuple[int, int]:

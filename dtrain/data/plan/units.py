@@ -31,6 +31,7 @@ LATER: Mapping[str, Any] = {
     "jumps": "",
     "blocks": (),
     "whole": "cells",
+    "values": (),
     "row_labels": "",
     "tile_dim": "",
     "tile_labels": "",
@@ -84,6 +85,8 @@ class DataPlan:
     """How the patched dimensions are cut; none: units are whole rows."""
     whole: Whole = "cells"
     """What a split holds whole, where there are blocks."""
+    values: tuple[int, ...] = ()
+    """By sparse variable: the most values of a unit, with its halo; none: not known, and all of them may be."""
     row_labels: str = ""
     """The label of each row (`dtrain.data.plan.labels`), where splits are given by coordinate or by group. Shares are
     drawn from the rest."""

@@ -18,6 +18,7 @@ from dtrain.data.read.codecs import TRUNCATED
 from dtrain.data.read.local import Version
 from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import key_of
+from dtrain.data.read.weights import check_not_all_zero, not_a_weight, wrong_weights
 from dtrain.data.samples import Samples
 from dtrain.data.variable import Select, Variable
 from dtrain.errors import (
@@ -71,9 +72,9 @@ class Faults:
         self._arrays = arrays
         self._absent = absent
         self._seen = {} if seen is None else seen
-        for v in samples.variables:
+        for v in samples.stored:
             self._seen.setdefault(v.name, np.zeros(v.grid, np.uint64))
-        self._absence = {v.name: absence_of(samples, v) for v in samples.variables}
+        self._absence = {v.name: absence_of(samples, v) for v in samples.stored}
         self._gone: set[tuple[str, tuple[int, ...], bool]] = set()
         """Chunks that are not there and read as NaN, which `check_finite` refuses: name, place, in a shard or not."""
 
@@ -159,6 +160,19 @@ class Faults:
             "Reading it again worked: the storage is unreliable. Run the same command again to continue.",
         )
 
+    def damaged(self, variable: Variable, place: int, what: str) -> ChunkUndecodable:
+        """Return the error for a number of an array of a sparse matrix that cannot be true."""
+        return ChunkUndecodable(
+            f"{self._stored(variable, [place])[0]}{what}.", "It is damaged: restore it from a copy of the store."
+        )
+
+    def repeated(self, variable: Variable, row: int, column: int) -> UnsuitableVariable:
+        """Return the error for a place of a sparse matrix that has several values."""
+        return UnsuitableVariable(
+            f"{self._samples.path}: {variable.name} holds several values for row {row:,}, column {column:,}.",
+            f"Add them up and write it again, with scipy: {variable.name.rpartition('/')[2]}.sum_duplicates().",
+        )
+
     # Values -------------------------------------------------------------------------------------------------
 
     def check_finite(self, variable: Variable, select: Select, values: Array) -> None:
@@ -197,6 +211,31 @@ class Faults:
                 "leave it out."
             )
         raise NonFiniteData(f"{text}{why}.", hint)
+
+    def check_weight(self, variable: Variable, select: Select, values: Array) -> None:
+        """Raise if a value is no weight of samples: negative, or not finite, whatever ``data.non_finite`` says.
+
+        Parameters
+        ----------
+        variable : Variable
+        select : Select
+            Where the values come from.
+        values : array[rows, *row]
+            As they are kept in memory.
+
+        Raises
+        ------
+        NonFiniteData
+            A value is missing or not finite.
+        UnsuitableVariable
+            A value is negative, an angle lies beyond 90 degrees, or all values of a static weight are 0.
+        """
+        wrong = wrong_weights(variable, values)
+        if (place := self._first(variable, select, wrong)) is not None:
+            text, value = self._stored(variable, place)
+            raise not_a_weight(text, variable, value)
+        if variable.is_static:
+            check_not_all_zero(self._samples.path, variable, values)
 
     def check_integers(self, variable: Variable, select: Select, values: Array) -> None:
         """Raise if an unsigned integer does not fit the int64 that the model sees.
@@ -242,7 +281,7 @@ class Faults:
         """Return the place in the array of the first bad value that is not in a row that nobody needs."""
         if bad is None:
             return None
-        if not variable.is_static:
+        if not variable.is_static and not variable.part_of:
             start = select[variable.sample_axis][0]
             for first, after in self._absent:
                 bad[max(0, first - start) : max(0, after - start)] = False
@@ -294,7 +333,7 @@ def _ways(samples: Samples, variable: Variable) -> str:
     """Say what to do about a chunk that is not stored."""
     if absence_of(samples, variable) == "skip":
         return "It was there when the run was planned. Repair the store, or train under another --run NAME."
-    skip = "" if variable.is_static else '; to leave out their samples: data.missing = "skip"'
+    skip = "" if variable.is_static or variable.part_of else '; to leave out their samples: data.missing = "skip"'
     if math.isnan(variable.absent_value):
         auto = 'data.missing = "auto" and ' if samples.config.missing == "error" else ""
         return f'Repair the store. If the model is to see NaN there: {auto}data.non_finite = "allow"{skip}.'

@@ -14,7 +14,7 @@ from dtrain.data.read.decode import Decoder
 from dtrain.data.read.faults import DAMAGED_INDEX, Faults
 from dtrain.data.read.local import Scratch, Version
 from dtrain.data.read.rows import as_stored
-from dtrain.data.read.shards import NO_CHUNK, ArrayLike, Index, ShardLayout, entry_of, runs_of, shard_layout
+from dtrain.data.read.shards import NO_CHUNK, ArrayLike, Index, ShardLayout, Stored, entries_of, runs_of, shard_layout
 from dtrain.data.read.store import ReadStore, key_of
 from dtrain.data.variable import Select, Variable
 from dtrain.errors import ChunkUndecodable
@@ -86,28 +86,28 @@ class FilesReader:
             self._fill(variable, key, part.place, chunks, shard.target)
             return None
         stored = []
-        for chunk in chunks:
-            if entry_of(index, chunk.place, part.origin)[0] != NO_CHUNK:
-                stored.append(chunk)
+        for entry, chunk in zip(entries_of(index, chunks, part.origin), chunks, strict=True):
+            if entry[0] != NO_CHUNK:
+                stored.append((*entry, chunk))
             else:
                 self._fill(variable, key, chunk.place, [chunk], shard.target, inner=True)
         if whole is not None:
-            self._decode_run(shard, index, 0, whole, stored)
+            self._decode_run(shard, 0, whole, stored)
             return version
-        for begin, end, together in runs_of(index, stored, part.origin, MIN_DENSITY):
+        for begin, end, together in runs_of(stored, MIN_DENSITY):
             run, version = self._read_file(variable, key, begin, end)
             if run is None:
                 raise self._faults.vanished(variable, key)
-            self._decode_run(shard, index, begin, run, together)
+            self._decode_run(shard, begin, run, together)
         return version
 
-    def _decode_run(self, shard: _Shard, index: Index, begin: int, run: memoryview, chunks: Sequence[Chunk]) -> None:
+    def _decode_run(self, shard: _Shard, begin: int, run: memoryview, chunks: Sequence[Stored]) -> None:
         """Decode chunks from the bytes of a shard from `begin` on."""
-        for chunk in chunks:
-            start, length = entry_of(index, chunk.place, shard.part.origin)
+        for start, length, chunk in chunks:
             if start + length - begin > len(run):
                 raise self._faults.undecodable(shard.variable, shard.key, TRUNCATED)
-            self._decode(shard.variable, shard.key, run[start - begin :][:length], chunk, shard.target)
+            first = start - begin
+            self._decode(shard.variable, shard.key, run[first : first + length], chunk, shard.target)
 
     def _decode(self, variable: Variable, key: str, stored: memoryview, chunk: Chunk, target: Array) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
@@ -13,9 +14,13 @@ import numpy as np
 
 from dtrain.data.encoding import Array, unpack
 from dtrain.data.members import KEPT_STORES, codes_in, differ
-from dtrain.data.plan.units import Box, rows_selection
-from dtrain.data.read.units import Kept, UnitReader
+from dtrain.data.plan.partition import with_values
+from dtrain.data.plan.units import Box, DataPlan, rows_selection
+from dtrain.data.read.kept import Kept
+from dtrain.data.read.sparse import sparse_rows
+from dtrain.data.read.units import UnitReader
 from dtrain.data.samples import Samples
+from dtrain.data.sparse import SparseRows, Starts, starts_of
 from dtrain.data.variable import Variable
 from dtrain.errors import UnsuitableVariable
 
@@ -41,6 +46,14 @@ class BoxReader(Protocol):
         """Return the rows of one variable that a box covers, without a halo, as they are kept in memory."""
         ...
 
+    def read_sparse(self, variable: Variable, start: int, stop: int) -> SparseRows:
+        """Return some rows of a sparse variable, without a halo."""
+        ...
+
+    def count_values(self, variable: Variable, plan: DataPlan) -> Starts:
+        """Return, by unit of a plan, the values of a sparse variable, with the halo."""
+        ...
+
 
 def open_reader(
     samples: Samples, reader: str = "auto", threads: int = 1, absent: tuple[tuple[int, int], ...] = ()
@@ -49,6 +62,20 @@ def open_reader(
     if samples.members:
         return JoinedReader(samples, reader, threads, absent)
     return UnitReader(samples, reader, threads, absent)
+
+
+def values_counted(samples: Samples, plan: DataPlan) -> DataPlan:
+    """Return the plan as it is with sparse variables: where their rows begin is read, to know the largest unit.
+
+    Raises
+    ------
+    ChunkMissing, ChunkUndecodable
+        Names the array and the chunk.
+    """
+    if not samples.sparse:
+        return plan
+    reader = open_reader(samples, samples.config.reader, absent=plan.absent)
+    return with_values(samples, plan, tuple(int(reader.count_values(v, plan).max(initial=0)) for v in samples.sparse))
 
 
 class JoinedReader:
@@ -78,7 +105,8 @@ class JoinedReader:
         self._runs = samples.row_runs
         self._absent = [_within(absent, run) for run in self._runs]
         preloaded = frozenset(v.name for v in samples.preloaded)
-        self._kept = [Kept(preloaded) for _ in samples.members]
+        starting = threading.Lock()
+        self._kept = [Kept(preloaded, starting=starting) for _ in samples.members]
         by_name = {v.name: [one.variable(v.name) for one in samples.members] for v in samples.moving}
         self._unlike = {name for name, own in by_name.items() if differ(own)}
         self._open: OrderedDict[int, UnitReader] = OrderedDict()
@@ -128,17 +156,45 @@ class JoinedReader:
         decoded = 0
         for number, start, stop in self._anchors(box):
             for variable in self.samples.moving:
-                low, high = self.samples.reach(variable.name)
-                decoded += self._fill(variable, number, (start + low, stop + high), box, low, out[variable.name])
+                if variable.sparse is None:
+                    low, high = self.samples.reach(variable.name)
+                    decoded += self._fill(variable, number, (start + low, stop + high), box, low, out[variable.name])
+        for variable in self.samples.sparse:
+            if variable.sparse is not None:
+                decoded += self._fill_sparse(variable, box, sparse_rows(variable.sparse, out))
         return decoded
 
     def read_rows(self, variable: Variable, box: Box) -> Array:
         """Return the rows of one variable that a box covers, without a halo; those between two stores are zeros."""
         row = [len(range(*part)) for part in (rows_selection(variable, box)[axis] for axis in variable.row_axes)]
+        if variable.sparse is not None:
+            return self.read_sparse(variable, box.start, box.stop).dense(math.prod(row)).reshape(-1, *row)
         rows = np.zeros((box.stop - box.start, *row), variable.kept_dtype)
         for number, start, stop in self._anchors(box):
             self._fill(variable, number, (start, stop), box, 0, rows)
         return rows
+
+    def read_sparse(self, variable: Variable, start: int, stop: int) -> SparseRows:
+        """Return some rows of a sparse variable, without a halo; those between two stores have no values."""
+        box = Box(start, stop)
+        parts = [
+            (first - start, self.member(number).read_sparse(variable, first - begin, after - begin))
+            for number, first, after in self._anchors(box)
+            for begin in (self._runs[number][0],)
+        ]
+        lengths = np.zeros(stop - start, np.int64)
+        for place, rows in parts:
+            lengths[place : place + len(rows)] = np.diff(rows.starts)
+        values = [rows.values.astype(variable.kept_dtype, copy=False) for _, rows in parts]
+        return SparseRows(np.concatenate(values), np.concatenate([r.columns for _, r in parts]), starts_of(lengths))
+
+    def count_values(self, variable: Variable, plan: DataPlan) -> Starts:
+        """Return, by unit of a plan, the values of a sparse variable, with the halo; of all stores together."""
+        begins = enumerate(self.samples.begins)
+        return sum(
+            (self.member(number).count_values(variable, plan, begin) for number, begin in begins),
+            np.zeros(plan.units_per_block, np.int64),
+        )
 
     def _anchors(self, box: Box) -> Iterator[tuple[int, int, int]]:
         """Yield each store that has rows in a box: its number, its first row in it, and the one after its last."""
@@ -177,6 +233,27 @@ class JoinedReader:
         stored = np.empty((after - start, *row), own.kept_dtype)
         decoded = reader.fill(own, own_box, stored)
         place[tuple(map(slice, stored.shape))] = unpack(_same_codes(stored, variable, own), own.encoding)
+        return decoded
+
+    def _fill_sparse(self, variable: Variable, box: Box, out: SparseRows) -> int:
+        """Fill the first places of `out` with the rows that a box needs, store after store; values follow each other.
+
+        Rows between two stores have no values.
+        """
+        (low, high), decoded, row, count = self.samples.reach(variable.name), 0, 0, 0
+        for number, start, stop in self._anchors(box):
+            begin, first, after = self._runs[number]
+            start, stop = max(start + low, first), min(stop + high, after)
+            if start >= stop:
+                continue
+            place = start - box.start - low
+            part = SparseRows(out.values[count:], out.columns[count:], out.starts[place:])
+            decoded += self.member(number).sparse[variable.name].read_into(start - begin, stop - begin, part)
+            out.starts[row:place] = count
+            row = place + stop - start + 1
+            out.starts[place:row] += count
+            count = int(out.starts[row - 1])
+        out.starts[row:] = count
         return decoded
 
 

@@ -65,7 +65,7 @@ def open_group(path: str, group: str = "", storage_options: StorageOptions = NO_
 
 
 def open_arrays(samples: Samples) -> tuple[ReadStore, dict[str, ArrayLike]]:
-    """Open the store of samples and the arrays of their variables.
+    """Open the store of samples and the arrays of their variables, by name.
 
     Metadata documents that this process has read before are used again, if they have not changed.
 
@@ -83,8 +83,8 @@ def open_arrays(samples: Samples) -> tuple[ReadStore, dict[str, ArrayLike]]:
     if remembered is not None and _is_unchanged(store, remembered):
         store.documents = remembered.copy()
     group = group_in(store, config.group)
-    arrays = {v.name: array_in(store, group, v.array_path) for v in samples.variables}
-    remember(store, options, config.group, (v.array_path for v in samples.variables))
+    arrays = {v.name: array_in(store, group, v.array_path) for v in samples.stored}
+    remember(store, options, config.group, (v.array_path for v in samples.stored))
     return store, arrays
 
 

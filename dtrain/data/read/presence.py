@@ -25,6 +25,7 @@ from dtrain.data.read.open import array_gone, open_arrays
 from dtrain.data.read.shards import ArrayLike, missing_chunks, shard_layout
 from dtrain.data.read.store import ReadStore, key_of, names_of
 from dtrain.data.read.tree import kind_at
+from dtrain.data.read.units import UnitReader
 from dtrain.data.samples import Samples
 from dtrain.data.variable import Select, Variable
 from dtrain.errors import StoreForbidden
@@ -77,7 +78,7 @@ def check_presence(
     """
     store, arrays = open_arrays(samples)
     counts = {}
-    for variable in samples.variables:
+    for variable in samples.stored:
         chunks, objects, first = 0, 0, None
         known = (missing or {}).get(variable.name)
         for gone in absent_chunks(samples, store, arrays, variable, full=full, missing=known):
@@ -94,7 +95,7 @@ def check_presence(
 
 def chunks_read(samples: Samples, variable: Variable) -> int:
     """Return the number of chunks of a variable that are read."""
-    return math.prod(map(len, touched(variable.chunks, variable.selection(samples.first_row, samples.num_samples))))
+    return math.prod(map(len, touched(variable.chunks, read_selection(samples, variable))))
 
 
 def _is_fault(samples: Samples, variable: Variable) -> bool:
@@ -113,7 +114,7 @@ def absent_rows(samples: Samples) -> Runs:
     """
     store, arrays = open_arrays(samples)
     runs = []
-    for variable in samples.variables:
+    for variable in samples.stored:
         absence = absence_of(samples, variable)
         for chunk in absent_chunks(samples, store, arrays, variable, full=True):
             if absence == "skip":
@@ -148,8 +149,7 @@ def absent_chunks(
         The objects that are not there, by their number among those that are touched, where that is known.
     """
     array = arrays[variable.name]
-    select = variable.selection(samples.first_row, samples.num_samples)
-
+    select = read_selection(samples, variable)
     along = touched(variable.objects, select)
     if missing is None:
         is_there = _which_exist(store, array, variable, select)
@@ -167,6 +167,19 @@ def absent_chunks(
         if there and (index := store.index(key, layout)) is not None:  # else it is damaged: the reader says so
             for inner in missing_chunks(part, index):
                 yield Absent(variable, key, inner, *_rows_of(samples, variable, inner, variable.chunk_rows))
+
+
+def read_selection(samples: Samples, variable: Variable) -> Select:
+    """Return which part of a stored array is read; of the values of a sparse matrix, those of the selected rows."""
+    if not variable.part_of:
+        return variable.selection(samples.first_row, samples.num_samples)
+    matrix = samples.variable(variable.part_of)
+    if matrix.sparse is None or (samples.first_row, samples.num_samples) == (0, matrix.sparse.rows):
+        return variable.select
+    if variable == matrix.sparse.indptr:
+        return ((samples.first_row, samples.num_samples + 1, 1),)
+    starts = UnitReader(samples).sparse[matrix.name].starts
+    return ((int(starts[0]), int(starts[-1]), 1),)
 
 
 def place_of(along: Sequence[Sequence[int]], number: int) -> tuple[int, ...]:
@@ -252,8 +265,8 @@ def look_up(samples: Samples) -> tuple[dict[str, str], dict[str, Sequence[int]]]
     store, arrays = open_arrays(samples)
     digests: dict[str, str] = {}
     missing: dict[str, Sequence[int]] = {}
-    for variable in samples.variables:
-        array, select = arrays[variable.name], variable.selection(samples.first_row, samples.num_samples)
+    for variable in samples.stored:
+        array, select = arrays[variable.name], read_selection(samples, variable)
         digests[variable.name], missing[variable.name] = _digest(store, array, names_of(array, variable, select))
     return digests, missing
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, TypeAlias
@@ -31,7 +31,9 @@ ArrayLike: TypeAlias = "zarr.Array[Any]"  # older versions of zarr cannot be sub
 Index: TypeAlias = npt.NDArray[np.uint64]
 """Offset and length of each chunk of a shard, uint64[*counts, 2]; both are `NO_CHUNK` where there is no chunk."""
 
-NO_CHUNK = np.uint64(2**64 - 1)
+NO_CHUNK = 2**64 - 1
+Stored: TypeAlias = tuple[int, int, Chunk]
+"""Offset and length of a chunk that a shard has, and the chunk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,17 +128,18 @@ def view_of(buffer: Buffer) -> memoryview:
 # What to read of a shard --------------------------------------------------------------------------------
 
 
-def entry_of(index: Index, place: tuple[int, ...], origin: tuple[int, ...]) -> tuple[int, int]:
-    """Return offset and length of a chunk in its shard.
+def entries_of(index: Index, chunks: Sequence[Chunk], origin: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Return offset and length of each of some chunks in their shard; both are `NO_CHUNK` where there is no chunk.
 
     Parameters
     ----------
     index : uint64[*counts, 2]
-    place, origin : tuple of int
-        Places of the chunk, and of the shard's first chunk, in the grid of the array's chunks.
+    chunks : sequence of Chunk
+    origin : tuple of int
+        Place of the shard's first chunk in the grid of the array's chunks.
     """
-    entry = index[tuple(at - first for at, first in zip(place, origin, strict=True))]
-    return int(entry[0]), int(entry[1])
+    places = np.array([chunk.place for chunk in chunks]) - origin
+    return [(start, length) for start, length in index[tuple(places.T)].tolist()]
 
 
 def missing_chunks(part: ShardPart, index: Index) -> Iterator[tuple[int, ...]]:
@@ -146,32 +149,22 @@ def missing_chunks(part: ShardPart, index: Index) -> Iterator[tuple[int, ...]]:
         yield tuple(first + along[i] for first, along, i in parts)
 
 
-def runs_of(
-    index: Index, wanted: Iterable[Chunk], origin: tuple[int, ...], density: float
-) -> list[tuple[int, int, list[Chunk]]]:
+def runs_of(stored: Iterable[Stored], density: float) -> list[tuple[int, int, list[Stored]]]:
     """Return the runs of bytes to read from a shard: first byte, the byte after the last, and the chunks between.
 
     Chunks are read together if they make up the share `density` of the bytes from the first to the last of them.
-
-    Parameters
-    ----------
-    index : uint64[*counts, 2]
-    wanted : iterable of Chunk
-        Chunks that are stored.
-    origin : tuple of int
-        Place of the shard's first chunk.
-    density : float
     """
-    runs: list[tuple[int, int, list[Chunk]]] = []
+    runs: list[tuple[int, int, list[Stored]]] = []
     needed = 0
-    entries = [(*entry_of(index, chunk.place, origin), chunk) for chunk in wanted]
-    for start, length, chunk in sorted(entries, key=itemgetter(0)):
+    for entry in sorted(stored, key=itemgetter(0)):
+        start, length, _ = entry
         if runs and needed + length >= density * (start + length - runs[-1][0]):
-            begin, end, chunks = runs.pop()
-            runs.append((begin, max(end, start + length), [*chunks, chunk]))
+            begin, end, together = runs[-1]
+            together.append(entry)
+            runs[-1] = (begin, max(end, start + length), together)
             needed += length
         else:
-            runs.append((start, start + length, [chunk]))
+            runs.append((start, start + length, [entry]))
             needed = length
     return runs
 

@@ -20,9 +20,10 @@ from zarr.core.sync import sync
 from zarr.storage import WrapperStore
 
 from dtrain.data.plan.grid import touched
+from dtrain.data.read.clock import fetching
 from dtrain.data.read.codecs import Undecodable, ends_in_blosc, is_truncated_blosc
 from dtrain.data.read.documents import Documents
-from dtrain.data.read.local import Scratch, Version, read_part, version_of
+from dtrain.data.read.local import Scratch, Version, new_buffer, read_part, version_of
 from dtrain.data.read.shards import ArrayLike, Index, IndexCache, ShardLayout, shard_layout, view_of
 from dtrain.data.samples import StoreFacts
 from dtrain.data.variable import Select, Variable
@@ -68,12 +69,16 @@ class ReadStore(WrapperStore[Store]):
         if byte_range is None and Documents.holds(key):
             if key not in self.documents:
                 version = self.version(key)
-                answer = self._noted(key, None, await self._store.get(key, prototype))
+                with fetching():
+                    value = await self._store.get(key, prototype)
+                answer = self._noted(key, None, value)
                 self.documents.put(key, answer, version)
             return self.documents[key]
         if (held := self._held_part(key, byte_range)) is not None:
             return held
-        return self._noted(key, byte_range, await self._store.get(key, prototype, byte_range))
+        with fetching():
+            value = await self._store.get(key, prototype, byte_range)
+        return self._noted(key, byte_range, value)
 
     def get_sync(
         self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
@@ -82,7 +87,9 @@ class ReadStore(WrapperStore[Store]):
         if (held := self._held_part(key, byte_range)) is not None:
             return held
         local: Any = self._store
-        return self._noted(key, byte_range, local.get_sync(key, prototype=prototype, byte_range=byte_range))
+        with fetching():
+            value = local.get_sync(key, prototype=prototype, byte_range=byte_range)
+        return self._noted(key, byte_range, value)
 
     async def get_ranges(
         self, key: str, byte_ranges: Sequence[ByteRequest | None], *, prototype: BufferPrototype, **limits: int | None
@@ -130,10 +137,11 @@ class ReadStore(WrapperStore[Store]):
             The part; less of it if the object ends before.
         """
         inner: Any = self._store
-        if self.facts.is_local:
-            part = read_part(os.path.join(self.path, key), scratch, start, stop)
-        else:
-            part = inner.read_part(key, scratch, start, stop)
+        with fetching():
+            if self.facts.is_local:
+                part = read_part(os.path.join(self.path, key), scratch, start, stop)
+            else:
+                part = inner.read_part(key, scratch, start, stop)
         with self._lock:
             self.requests += 1
             self.bytes_read += 0 if part is None else len(part[0])
@@ -210,10 +218,22 @@ class ReadStore(WrapperStore[Store]):
             buffer = self._indices.get(key)
             if buffer is None:
                 try:
-                    buffer = sync(self.get(key, default_buffer_prototype(), layout.request))
+                    buffer = self._file_index(key, layout) if self.facts.is_local else self._request_index(key, layout)
                 except Undecodable:
                     return None
         return None if buffer is None else layout.checked(view_of(buffer))
+
+    def _request_index(self, key: str, layout: ShardLayout) -> Buffer | None:
+        return sync(self.get(key, default_buffer_prototype(), layout.request))
+
+    def _file_index(self, key: str, layout: ShardLayout) -> Buffer | None:
+        """Read the index from its file, in this thread: zarr would ask another one."""
+        with fetching():
+            size, _ = self.version(key) or (0, 0)
+            place = layout.index_slice(size)
+            part = read_part(os.path.join(self.path, key), new_buffer, place.start, place.stop)
+        found = None if part is None else default_buffer_prototype().buffer.from_bytes(bytes(part[0]))
+        return self._noted(key, layout.request, found)
 
     def index_in(self, key: str, layout: ShardLayout, shard: memoryview) -> Index | None:
         """Return the same out of a shard that has been read."""

@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import threading
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
 from dtrain.data.encoding import Array
 from dtrain.data.plan.readers import choose_readers
-from dtrain.data.plan.units import Box, box_shape, box_slices, rows_selection
+from dtrain.data.plan.units import Box, DataPlan, box_slices, rows_selection
 from dtrain.data.read.faults import Faults, rows_text
 from dtrain.data.read.files import FilesReader
+from dtrain.data.read.kept import Kept
 from dtrain.data.read.open import open_arrays
 from dtrain.data.read.rows import ChunkReader
+from dtrain.data.read.sparse import SparseReader, sparse_rows
 from dtrain.data.read.zarr import ZarrReader, ZarrsReader, best_settings, open_with_zarrs
 from dtrain.data.samples import Samples
+from dtrain.data.sparse import SparseRows, Starts
 from dtrain.data.variable import Select, Variable
 from dtrain.errors import InvalidConfig, OutOfMemory
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What outlives a reader: it is read or noted once, also if the store is opened several times."""
-
-    preloaded: frozenset[str]
-    """The variables that are preloaded."""
-    rows: dict[str, Array] = field(default_factory=dict)
-    """By preloaded variable: all rows."""
-    versions: dict[str, npt.NDArray[np.uint64]] = field(default_factory=dict)
-    """By variable: marks of the versions of files that were read first (`Faults`)."""
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class UnitReader:
@@ -79,6 +67,12 @@ class UnitReader:
             self.store.watch(array)
         self.faults = Faults(samples, self.arrays, absent, self.kept.versions)
         self._chunk_readers = self._open_readers(reader, threads)
+        self.sparse = {
+            v.name: SparseReader(samples, v, v.sparse, self._fill, self.faults, self.kept)
+            for v in samples.sparse
+            if v.sparse is not None
+        }
+        """Of each sparse variable."""
 
     def _open_readers(self, wanted: str, threads: int) -> dict[str, ChunkReader]:
         by_zarrs = {name: self.arrays[name] for name, (chosen, _) in self.readers.items() if chosen == "zarrs"}
@@ -108,9 +102,12 @@ class UnitReader:
         StoreForbidden, StoreUnavailable
             The server refuses or fails.
         """
-        rows = {v.name: np.empty(box_shape(self.samples, v, box), v.kept_dtype) for v in self.samples.moving}
-        self.read_into(box, rows)
-        return {name: (box.start + self.samples.reach(name)[0], values) for name, values in rows.items()}
+        units = {}
+        for variable in self.samples.moving:
+            low, high = self.samples.reach(variable.name)
+            rows = Box(box.start + low, box.stop + high, box.block)
+            units[variable.name] = (rows.start, self.read_rows(variable, rows))
+        return units
 
     def read_into(self, box: Box, out: Mapping[str, Array]) -> int:
         """Fill, by variable, the first rows of ``out[name]`` with the rows that the anchors of a box need.
@@ -122,16 +119,20 @@ class UnitReader:
         box : Box
         out : dict of array[rows, *row]
             C-contiguous, of the variable's `kept_dtype`; the first row becomes ``box.start + reach(name)[0]``. A box
-            whose block is smaller fills the first places of each row.
+            whose block is smaller fills the first places of each row. A sparse variable has its three arrays, by name.
         """
         decoded = 0
         for variable in self.samples.moving:
             low, high = self.samples.reach(variable.name)
-            decoded += self.fill(variable, Box(box.start + low, box.stop + high, box.block), out[variable.name])
+            if variable.sparse is None:
+                decoded += self.fill(variable, Box(box.start + low, box.stop + high, box.block), out[variable.name])
+            else:
+                rows = sparse_rows(variable.sparse, out)
+                decoded += self.sparse[variable.name].read_into(box.start + low, box.stop + high, rows)
         return decoded
 
     def fill(self, variable: Variable, box: Box, out: Array) -> int:
-        """Fill the first rows of `out` with the rows of a variable that a box covers, without a halo.
+        """Fill the first rows of `out` with the rows of a dense variable that a box covers, without a halo.
 
         Returns the number of decoded bytes; none if the variable is preloaded.
 
@@ -168,11 +169,24 @@ class UnitReader:
             return self.kept.rows[variable.name]
 
     def read_rows(self, variable: Variable, box: Box) -> Array:
-        """Return the rows of one variable that a box covers, without a halo, as they are kept in memory."""
+        """Return the rows of one variable that a box covers, without a halo, as they are kept in memory.
+
+        Rows of a sparse variable have all their columns.
+        """
         row = [len(range(*part)) for part in (rows_selection(variable, box)[axis] for axis in variable.row_axes)]
+        if variable.sparse is not None:
+            return self.read_sparse(variable, box.start, box.stop).dense(math.prod(row)).reshape(-1, *row)
         rows = np.empty((box.stop - box.start, *row), variable.kept_dtype)
         self.fill(variable, box, rows)
         return rows
+
+    def read_sparse(self, variable: Variable, start: int, stop: int) -> SparseRows:
+        """Return some rows of a sparse variable, without a halo."""
+        return self.sparse[variable.name].rows(start, stop)
+
+    def count_values(self, variable: Variable, plan: DataPlan, begin: int = 0) -> Starts:
+        """Return, by unit of a plan, the values of a sparse variable; row 0 of the store is row `begin` of the plan."""
+        return self.sparse[variable.name].unit_values(plan, begin)
 
     @cached_property
     def statics(self) -> dict[str, Array]:
@@ -197,5 +211,7 @@ class UnitReader:
 
     def _check(self, variable: Variable, select: Select, values: Array) -> None:
         self.faults.check_integers(variable, select, values)
+        if variable.name == self.samples.config.weight:
+            self.faults.check_weight(variable, select, values)
         if self.samples.config.non_finite == "error":
             self.faults.check_finite(variable, select, values)

@@ -217,7 +217,7 @@ def best_settings(samples: Samples) -> Iterator[None]:
         settings["codec_pipeline.path"] = "zarr.core.codec_pipeline.FusedCodecPipeline"
         settings["codec_pipeline.max_workers"] = 1
     if zarr.config.get("array.read_missing_chunks", None) is not None:  # zarr 3.2
-        settings["array.read_missing_chunks"] = any(absence_of(samples, v) != "error" for v in samples.variables)
+        settings["array.read_missing_chunks"] = any(absence_of(samples, v) != "error" for v in samples.stored)
     with _OPENING, zarr.config.set(settings):
         yield
 

@@ -166,10 +166,39 @@ def write_categorical(obs: Any, name: str, codes: np.ndarray, names: Sequence[An
     write(group, "categories", values, name_chunks)
 
 
-def write_sparse(group: Any, name: str, kind: str = "csr_matrix") -> None:
-    """Write the groups and arrays of a sparse matrix of ones on the diagonal."""
+def write_sparse(
+    group: Any,
+    name: str,
+    matrix: Any,
+    kind: str = "csr_matrix",
+    *,
+    chunks: Mapping[str, int] | int = 64,
+    shards: Mapping[str, int] | None = None,
+    **arrays: np.ndarray,
+) -> Any:
+    """Write a matrix of scipy as AnnData does: a group of three arrays; `arrays`: others in place of its own."""
     sparse = group.create_group(name)
-    sparse.attrs.update({**encoding(kind, "0.1.0"), "shape": [COUNT, GENES]})
-    write(sparse, "data", np.ones(GENES, "float32"), (4,))
-    write(sparse, "indices", np.arange(GENES), (4,))
-    write(sparse, "indptr", np.minimum(np.arange(COUNT + 1), GENES), (16,))
+    sparse.attrs.update({**encoding(kind, "0.1.0"), "shape": [int(n) for n in matrix.shape]})
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        for part in ("data", "indices", "indptr"):
+            values = arrays.get(part, getattr(matrix, part))
+            length = chunks if isinstance(chunks, int) else chunks[part]
+            shard = None if shards is None else (length * shards[part],)
+            array = sparse.create_array(
+                part, shape=values.shape, dtype=values.dtype, chunks=(length,), shards=shard, fill_value=0
+            )
+            array.attrs.update(encoding("array", "0.2.0"))
+            if len(values):
+                array[...] = values
+    return sparse
+
+
+def write_cells(path: Path, matrix: Any, zarr_format: int = 3, y_chunk: int = 8, **options: Any) -> Path:
+    """Write X as a sparse matrix, and the number of each cell as obs/y."""
+    root = zarr.open_group(path, mode="w", zarr_format=zarr_format)
+    root.attrs.update(encoding("anndata", "0.1.0"))
+    write_sparse(root, "X", matrix, **options)
+    obs = frame(root, "obs", 1, ["y"])
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        write(obs, "y", np.arange(matrix.shape[0]), (y_chunk,))
+    return path

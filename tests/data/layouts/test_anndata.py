@@ -23,7 +23,6 @@ from dtrain.errors import (
     DataChanged,
     LengthsDiffer,
     NonFiniteData,
-    NotSupportedYet,
     NotZarr,
     UnknownVariable,
     UnsuitableVariable,
@@ -43,7 +42,6 @@ from tests.data.layouts.fixtures import (
     write,
     write_anndata,
     write_categorical,
-    write_sparse,
 )
 from tests.data.servers import FileServer
 
@@ -292,17 +290,6 @@ def test_codes_that_stand_for_other_categories_are_refused(store):
 
 
 # What cannot be trained on ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("how", ["v2", "v3"])
-@pytest.mark.parametrize(("kind", "said"), [("csr_matrix", "CSR"), ("csc_matrix", "CSC")])
-def test_sparse_matrices_are_refused_by_name(store, how, kind, said):
-    path = store(how)
-    write_sparse(zarr.open_group(path, mode="r+")["layers"], "counts_sparse", kind)
-    with pytest.raises(NotSupportedYet, match=rf"layers/counts_sparse is a sparse matrix \({said}\)") as caught:
-        opened(path, ["layers/counts_sparse"])
-    assert caught.value.code == 3
-    assert "toarray()" in caught.value.hint
 
 
 @pytest.mark.parametrize("kind", ["nullable-integer", "nullable-boolean", "nullable-string-array"])

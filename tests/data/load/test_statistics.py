@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtrain.data.encoding import Encoding, Scaling
-from dtrain.data.load import statistics
-from dtrain.data.load.statistics import merge_moments, moments_of, partition_moments, scalings_of
+from dtrain.data.load import moments
+from dtrain.data.load.moments import moments_of
+from dtrain.data.load.statistics import merge_moments, partition_moments, scalings_of
 from dtrain.data.plan.partition import plan_data, train_partitions
 from dtrain.data.plan.splits import split_cells
 from dtrain.data.plan.units import cell_bounds
@@ -109,7 +110,7 @@ def test_moments_are_exact_also_far_from_zero(kind, lengths, piece_values, seed)
         values = (1e9 if of == "0 first" else float(of)) + rng.normal(size=count)
         values[0] = 0 if of == "0 first" else values[0]
     values = values.astype(dtype)
-    with mock.patch.object(statistics, "PIECE_VALUES", piece_values):
+    with mock.patch.object(moments, "PIECE_VALUES", piece_values):
         parts = [moments_of(part) for part in np.split(values, np.cumsum(lengths)[:-1])]
     merged = parts[0]
     for part in parts[1:]:

@@ -15,7 +15,7 @@ from dtrain.data.plan.readers import NUMCODECS_CODECS
 from dtrain.data.read import codecs
 from dtrain.data.read.codecs import STAGES, Undecodable
 from dtrain.data.read.decode import Decoder
-from dtrain.data.read.shards import entry_of, shard_layout
+from dtrain.data.read.shards import entries_of, shard_layout
 from tests.data.read.helpers import KINDS, numbers, numcodecs_obstacle_of
 
 # Codecs -----------------------------------------------------------------------------------------------------------
@@ -47,7 +47,8 @@ def stored(array, chunk):
     place = tuple(p // count for p, count in zip(chunk.place, counts, strict=True))
     shard, layout = memoryview(path_of(array, place).read_bytes()), shard_layout(array)
     index = layout.checked(shard[-layout.index_bytes :] if layout.at_end else shard[: layout.index_bytes])
-    start, length = entry_of(index, chunk.place, tuple(p * count for p, count in zip(place, counts, strict=True)))
+    origin = tuple(p * count for p, count in zip(place, counts, strict=True))
+    ((start, length),) = entries_of(index, [chunk], origin)
     return shard[start : start + length]
 
 

@@ -12,7 +12,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 from dtrain.data.plan.grid import Chunk
 from dtrain.data.read import shards as module
 from dtrain.data.read.open import open_store
-from dtrain.data.read.shards import NO_CHUNK, entry_of, runs_of, shard_layout
+from dtrain.data.read.shards import NO_CHUNK, entries_of, runs_of, shard_layout
 from tests.data.read.helpers import Scratch, numbers, sharded
 
 # Indices of shards --------------------------------------------------------------------------------------------------
@@ -61,14 +61,10 @@ def one(place):
     return Chunk((place,), (slice(0, 1),), (slice(0, 1),), True)
 
 
-def runs(entries, density, origin=0):
+def runs(entries, density):
     """What `runs_of` finds of chunks at (offset, length), with the places of the chunks."""
-    index = np.array(entries, np.uint64)
-    wanted = [one(origin + i) for i in range(len(entries))]
-    return [
-        (begin, end, [chunk.place[0] for chunk in chunks])
-        for begin, end, chunks in runs_of(index, wanted, (origin,), density)
-    ]
+    stored = [(start, length, one(i)) for i, (start, length) in enumerate(entries)]
+    return [(begin, end, [chunk.place[0] for _, _, chunk in chunks]) for begin, end, chunks in runs_of(stored, density)]
 
 
 @pytest.mark.parametrize(
@@ -105,12 +101,13 @@ def test_each_chunk_lies_in_the_run_that_is_read_for_it_and_runs_are_dense(entri
     assert offsets == sorted(offsets)
 
 
-def test_offsets_count_from_the_first_chunk_of_the_shard():
-    assert runs([(3, 4), (9, 2)], 0.9, origin=6) == [(3, 7, [6]), (9, 11, [7])]
+def test_entries_count_from_the_first_chunk_of_the_shard():
     index = np.arange(24, dtype=np.uint64).reshape(2, 3, 2, 2)
-    chunk = Chunk((5, 8, 2), (), (), False)
-    assert entry_of(index, chunk.place, (4, 6, 2)) == tuple(index[1, 2, 0].tolist())
-    assert all(type(number) is int for number in entry_of(index, chunk.place, (4, 6, 2)))
+    index[0, 1, 1] = NO_CHUNK
+    chunks = [Chunk(place, (), (), False) for place in ((5, 8, 2), (4, 7, 3))]
+    found = entries_of(index, chunks, (4, 6, 2))
+    assert found == [tuple(index[1, 2, 0].tolist()), (NO_CHUNK, NO_CHUNK)]
+    assert all(type(number) is int for entry in found for number in entry)
 
 
 # Indices that are kept --------------------------------------------------------------------------------------------
