@@ -16,6 +16,7 @@ from dtrain.data.column import find_coordinate
 from dtrain.data.dataset import hierarchy_of
 from dtrain.data.encoding import Array
 from dtrain.data.layouts.anndata import gene_names
+from dtrain.data.matrix import rows_together
 from dtrain.data.members import KEPT_STORES, LONGEST_UNIT_BYTES, check_alike, joined_variable
 from dtrain.data.read.retry import settle
 from dtrain.data.read.shards import ArrayLike
@@ -215,7 +216,7 @@ def _joined(config: DataConfig, members: Sequence[Samples]) -> Samples:
         first,
         path=_name(members),
         config=config,
-        variables=tuple(joined_variable(own, row_bytes, LONGEST_UNIT_BYTES) for own in by_name),
+        variables=tuple(_cut_together(joined_variable(own, row_bytes, LONGEST_UNIT_BYTES)) for own in by_name),
         store=_facts([one.store for one in members]),
         coordinate=next(
             (one.coordinate for one in members if isinstance(one.coordinate, Coordinate)), first.coordinate
@@ -224,11 +225,20 @@ def _joined(config: DataConfig, members: Sequence[Samples]) -> Samples:
         members=tuple(members),
         begins=tuple(range(len(members))),
     )
-    interval = common_rows([v.object_rows for v in alike.streamed])
+    interval = common_rows([v.object_rows for v in alike.streamed if v.sparse is None] or [1])
     begins = _begins(members, interval)
     stop = begins[-1] + members[-1].num_samples
     variables = tuple(_with_rows(v, alike.first_row, stop) for v in alike.variables)
     return replace(alike, num_samples=stop, variables=variables, begins=begins)
+
+
+def _cut_together(joined: Variable) -> Variable:
+    """Return a variable of all stores; of a sparse one, so many rows are read at once as hold enough chunks."""
+    if joined.sparse is None:
+        return joined
+    rows = rows_together(joined.sparse)
+    together = tuple(rows if axis == joined.sample_axis else n for axis, n in enumerate(joined.shape))
+    return replace(joined, chunks=together, objects=together)
 
 
 def _chosen(members: Sequence[Samples], number: int) -> Chosen:

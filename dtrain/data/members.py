@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from dtrain.data.variable import Categories, Variable
+from dtrain.data.variable import Categories, Sparse, Variable
 from dtrain.errors import LengthsDiffer, UnsuitableVariable
 
 LONGEST_UNIT_BYTES = 32 << 20
@@ -60,7 +60,8 @@ def same_length(lengths: Sequence[int], sizes: Sequence[int], most: int) -> int:
 def joined_variable(members: Sequence[Variable], row_bytes: int, most_bytes: int = LONGEST_UNIT_BYTES) -> Variable:
     """Describe a variable of several stores as if it were stored in one; its rows are those of the first store.
 
-    Along each dimension, its chunks and objects have the lengths at which those of all stores can be cut.
+    Along each dimension, its chunks and objects have the lengths at which those of all stores can be cut. Rows of a
+    sparse variable may be cut anywhere: its chunks and objects are those of the first store.
 
     Parameters
     ----------
@@ -74,6 +75,9 @@ def joined_variable(members: Sequence[Variable], row_bytes: int, most_bytes: int
     first = members[0]
     if first.is_static:
         return first
+    if first.sparse is not None:
+        sparse, checksums = _end_to_end(members), all(v.checksums for v in members)
+        return with_values(replace(first, sparse=sparse, checksums=checksums), members)
     chunks, objects = list(first.chunks), list(first.objects)
     for axis in range(len(first.shape)):
         lengths = [v.shape[axis] for v in members]
@@ -92,6 +96,24 @@ def joined_variable(members: Sequence[Variable], row_bytes: int, most_bytes: int
         categories=_categories(members),
     )
     return with_values(joined, members)
+
+
+def _end_to_end(members: Sequence[Variable]) -> Sparse:
+    """Return the arrays of a sparse variable of several stores as if the values of each followed the ones before."""
+    each = [v.sparse for v in members if v.sparse is not None]
+    count = sum(one.count for one in each)
+    return Sparse(
+        indptr=_long([one.indptr for one in each], sum(one.rows for one in each) + 1),
+        indices=_long([one.indices for one in each], count),
+        data=_long([one.data for one in each], count),
+    )
+
+
+def _long(arrays: Sequence[Variable], length: int) -> Variable:
+    """Return arrays of one dimension as one of some length; its chunks are as long as the longest that is read."""
+    chunk = max(min(array.chunks[0], max(1, array.shape[0])) for array in arrays)
+    widest = max(arrays, key=lambda array: np.dtype(array.dtype).itemsize)
+    return replace(widest, shape=(length,), chunks=(chunk,), objects=(chunk,), select=((0, length, 1),))
 
 
 def with_values(joined: Variable, members: Sequence[Variable]) -> Variable:
@@ -160,6 +182,12 @@ def check_alike(paths: Sequence[str], members: Sequence[Variable]) -> None:
                 f"{path}: {v.name} has the dimensions {_axes_text(v)}; in {paths[0]} they are {_axes_text(first)}.",
                 "Stores that are one may differ in the number of rows alone: write them alike, or choose the same part "
                 "of each (data.sel).",
+            )
+        if (v.sparse is None) != (first.sparse is None):
+            kinds = ["dense" if one.sparse is None else "a sparse matrix" for one in (v, first)]
+            raise UnsuitableVariable(
+                f"{path}: {v.name} is {kinds[0]}; in {paths[0]} it is {kinds[1]}.",
+                f"Write {v.name} dense in all stores, or sparse in all.",
             )
         if (v.model_dtype, v.mean_axes) != (first.model_dtype, first.mean_axes):
             raise UnsuitableVariable(

@@ -378,7 +378,7 @@ def _standardised(v: Variable, scaling: Scaling | None) -> Variable:
 def _chunks(v: Variable) -> str:
     """Return how a variable is stored."""
     if v.sparse is not None:
-        share = v.sparse.count / max(1, math.prod(v.shape))
+        share = v.sparse.count / max(1, v.sparse.rows * v.shape[1 - v.sample_axis])
         return f"sparse, {v.sparse.count:,} values ({share:.1%}), {_chunks(v.sparse.data)}"
     stored = "x".join(map(str, v.chunks))
     if v.has_inner_chunks:

@@ -159,7 +159,8 @@ class JointPlan:
 def count_units(samples: Samples) -> int:
     """Return the largest number of units that the store can be cut into along its stored objects."""
     rows = object_rows(samples)
-    return sum(math.ceil((one.num_samples - one.first_row) / rows) for one in samples.stores)
+    whole = sum(math.ceil((one.num_samples - one.first_row) / rows) for one in samples.stores)
+    return min(whole, math.ceil((samples.num_samples - samples.first_row) / rows))  # one may hold several small stores
 
 
 def plan_data(
