@@ -104,6 +104,14 @@ def test_a_run_that_leaves_out_a_store_goes_on(parts: list[str], tmp_path: Path,
     assert run.evaluate(samples, split="test") == run.evaluate(split="test")
 
 
+def test_a_weight_gives_the_bits_of_a_run_on_one_store(parts: list[str], blobs: Path, tmp_path: Path) -> None:
+    data = {"weight": "y"}
+    alone = train_job(job_of(str(blobs), tmp_path, data=data), tmp_path / "alone")
+    run = train_job(job_of(parts, tmp_path, data=data), tmp_path / "parts")
+    assert shas(run) == shas(alone)
+    assert run.evaluate(split="test") == alone.evaluate(split="test")
+
+
 def test_plan_lists_the_stores(parts: list[str], tmp_path: Path) -> None:
     job = job_of(parts, tmp_path)
     plan = plan_job(job)
