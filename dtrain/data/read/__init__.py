@@ -17,6 +17,7 @@ A kind of store is one file, a reader of chunks another one, and all sentences a
     files       reader: files of a local store, decoded by numcodecs (`decode`)
     zarr        reader: through zarr, or zarrs
     faults      missing, truncated, undecodable, modified, not finite: by name
+    kept        what outlives a reader: preloaded rows, row starts, versions of files
     sparse      rows of sparse matrices
     units       `UnitReader`: chooses readers, reads units, checks values
     joined      `JoinedReader`: the same for several stores that are one
