@@ -2,6 +2,8 @@
 
 Needs: pip install -r benchmarks/requirements.txt
 Run: python benchmarks/scan.py [--gb 2] [--dir DIR] [--repeats 3] [--json FILE] [--plot FILE] [--quick]
+     [--python-newest PATH], the interpreter of an environment with requirements-newest.txt: insitubatch and annbatch
+     need Python >= 3.12 and a newer Zarr than dtrain's. Their processes run there, by the same rules, without dtrain.
 
 Two stores of the same rows, 256 float32 and one int64 each (stores.py): chunks of 4,096 rows, blosc-lz4, and shards of
 16,384 rows made of chunks of 256, zstd. Each engine delivers every row once a pass, in batches of 256, shuffled anew
@@ -26,6 +28,11 @@ sampled every 50 ms; worker processes count with their imports, because that is 
 what is shared or mapped from files. "Mixed": from how many different runs of 4,096 consecutive rows a batch comes, on
 average; a full shuffle of R such runs takes R * (1 - (1 - 1 / R)^256).
 
+"Score": two numbers, both 0 for the order of the store and 1 for a random permutation (shuffle_score.py). Within
+batches: (d - 1) / (d_random - 1), where d is the mean distance, in rows of the store, of consecutive rows of a batch,
+and d_random = (rows + 1) / 3. Across batches: (u_stored - u) / (u_stored - u_random), where u is the mean L1 distance
+between the shares that 64 equal parts of the store have in a batch, and 1 / 64.
+
 The figures mean something only on idle cores, and as ratios within one run.
 """
 
@@ -35,9 +42,9 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import stores
@@ -46,7 +53,8 @@ from peers.engine import BATCH, Conversion, Facts, Settings
 from scan_process import run
 from scan_report import Results, brief, log, plot, print_tables
 
-PACKAGES = ["dtrain", "torch", "numpy", "zarr", "zarrs", "numcodecs", "xarray", "dask", "xbatcher", "litdata"]
+PACKAGES = ["python", "dtrain", "torch", "numpy", "zarr", "zarrs", "numcodecs", "xarray", "dask", "xbatcher", "litdata"]
+PACKAGES += ["insitubatch", "annbatch"]
 
 
 def cost(result: Facts) -> float:
@@ -76,7 +84,7 @@ class Bench:
         if name == "dtrain":
             chosen["memory"] = self.arguments.memory
         if name == "per-sample" and self.arguments.quick:
-            chosen["sample"] = BATCH
+            chosen["sample"] = 2 * BATCH
         return chosen
 
     def once(self, name: str, facts: Facts, settings: Settings) -> Facts:
@@ -87,13 +95,13 @@ class Bench:
                 return self.logged(made)
             if made not in self.results.conversions:
                 self.results.conversions.append(made)
-        return self.logged(run(name, facts, settings, self.arguments.timeout))
+        return self.logged(run(name, facts, settings, self.arguments.timeout, self.arguments.python_newest))
 
     def convert(self, name: str, conversion: Conversion, facts: Facts, settings: Settings) -> Facts:
         """Write the store in an engine's own format, unless it is there, and return its facts."""
         marker = conversion.folder(facts, settings).with_suffix(".json")
         if not marker.exists():
-            made = run(name, facts, settings, self.arguments.timeout, convert=True)
+            made = run(name, facts, settings, self.arguments.timeout, self.arguments.python_newest, convert=True)
             if "seconds" not in made:
                 return made
             kept = {key: settings[key] for key in conversion.settings}
@@ -105,7 +113,7 @@ class Bench:
         where = f"  {result['engine']} [{result['store']}] {brief(result['settings'])}: "
         if "left out" in result:
             log(where + f"left out, {result['left out']}")
-            self.results.left_out.add(result["engine"])
+            self.results.left_out[result["engine"]] = result["left out"]
         elif "failed" in result:
             log(where + f"FAILED\n{result['failed']}")
         else:
@@ -170,7 +178,7 @@ class Bench:
     def write(self) -> None:
         """Write all that has been measured so far."""
         if self.arguments.json:
-            private = ("dir", "json", "plot", "settings")
+            private = ("dir", "json", "plot", "settings", "python_newest")
             content = {
                 "arguments": {key: value for key, value in vars(self.arguments).items() if key not in private},
                 "machine": {
@@ -178,7 +186,8 @@ class Bench:
                     "system": platform.system(),
                     "architecture": platform.machine(),
                 },
-                "versions": {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES},
+                "versions": versions(sys.executable),
+                "versions_newest": versions(newest, "-E") if (newest := self.arguments.python_newest) else None,
                 "settings": self.results.settings,
                 "limit_seconds": self.results.limits(),
                 "summary": self.results.summary(),
@@ -193,11 +202,13 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+def versions(python: str, *options: str) -> Facts:
+    """Return the versions that an interpreter has of itself and of the packages that matter here."""
+    code = "import json, platform, importlib.metadata as m; print(json.dumps({'python': platform.python_version()} | "
+    code += "{one.name: one.version for one in m.distributions()}))"
+    shown = subprocess.run([python, *options, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(shown.stdout)
+    return {name: found.get(name) for name in PACKAGES}
 
 
 def main() -> None:
@@ -212,6 +223,9 @@ def main() -> None:
     parser.add_argument("--settings", help="take the settings that an earlier run wrote with --json")
     parser.add_argument("--memory", default="512MB", help="dtrain's memory budget")
     parser.add_argument("--cores", type=int, help="for the limit; default: those this process may use")
+    parser.add_argument(
+        "--python-newest", help="interpreter with requirements-newest.txt; without it they are left out"
+    )
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for one process")
     parser.add_argument("--json", help="write every run here")
     parser.add_argument("--plot", help="draw the shares of the limit here (.svg, .png)")

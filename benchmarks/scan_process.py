@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import shuffle_score
 import stores
 import torch
 from peers import ENGINES
@@ -98,6 +99,7 @@ def child(task: Facts) -> None:
     for one in made[: 1 if engine.role == "decode" else done]:
         if engine.role != "gather":
             one.check(expected)
+    within, across = shuffle_score.scores(made[0].labels, BATCH)
     say(
         "done",
         rows=len(expected),
@@ -106,6 +108,8 @@ def child(task: Facts) -> None:
         cpu=statistics.median(one.cpu for one in made[1:done]),
         first_seconds=prepared + made[0].seconds,
         mixed=made[0].mixed(),
+        within=within,
+        across=across,
         sum_y=int(made[0].labels.sum()),
         sum_x0=float(made[0].firsts.sum(dtype=np.float64)),
     )
@@ -157,15 +161,25 @@ def stop(pid: int) -> None:
             continue
 
 
-def run(name: str, facts: Facts, settings: Settings, timeout: float, convert: bool = False) -> Facts:
-    """Run one engine in a process of its own; return its figures, or the reason why it failed or was left out."""
+def run(
+    name: str, facts: Facts, settings: Settings, timeout: float, newest: str | None, convert: bool = False
+) -> Facts:
+    """Run one engine in a process of its own; return its figures, or the reason why it failed or was left out.
+
+    ``newest`` is the interpreter of the engines that need a newer one. It ignores PYTHONPATH, so that it does not find
+    the packages of this one.
+    """
+    result = {"engine": name, "store": facts["layout"], "rows_of_store": facts["rows"], "settings": settings}
+    if ENGINES[name].newest and newest is None:
+        return result | {"left out": "needs --python-newest"}
+    interpreter = [newest, "-E"] if ENGINES[name].newest else [sys.executable]
     task = json.dumps({"engine": name, "store": facts, "settings": settings, "convert": convert})
     events: dict[str, Facts] = {}
     peak: Peak | None = None
     expired = threading.Event()
     with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         process = subprocess.Popen(
-            [sys.executable, __file__, task],
+            [*interpreter, __file__, task],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
@@ -196,7 +210,6 @@ def run(name: str, facts: Facts, settings: Settings, timeout: float, convert: bo
                 peak.join()
         errors.seek(0)
         tail = errors.read()[-4000:]
-    result = {"engine": name, "store": facts["layout"], "rows_of_store": facts["rows"], "settings": settings}
     if "left out" in events:
         return result | {"left out": events["left out"]["reason"]}
     if "done" not in events:

@@ -41,7 +41,7 @@ class Results:
     runs: list[Facts] = field(default_factory=list)
     sweeps: list[Facts] = field(default_factory=list)
     conversions: list[Facts] = field(default_factory=list)
-    left_out: set[str] = field(default_factory=set)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def medians(self, name: str, layout: str) -> Facts:
         """Return the medians of an engine, or nothing if it has not run."""
@@ -59,7 +59,7 @@ class Results:
             "settings": runs[0]["settings"],
             "rows": runs[0]["rows"],
         }
-        for key in ("cpu", "mixed", "peak_rss", "peak_private"):
+        for key in ("cpu", "mixed", "within", "across", "peak_rss", "peak_private"):
             medians[key] = statistics.median(r[key] for r in runs)
         return medians
 
@@ -96,7 +96,7 @@ def print_tables(results: Results, facts_by_layout: dict[str, Facts]) -> None:
         size, stored = facts["bytes"] / 1e9, facts["stored_bytes"] / 1e9
         print(f"\n## {layout}: {results.rows:,} rows, {size:.2f} GB, {stored:.2f} GB stored\n")
         print_limit(results, layout)
-        print_table(results, [medians for medians in summary if medians["store"] == layout])
+        print_table(results, layout, [medians for medians in summary if medians["store"] == layout])
     print_notes(results, summary)
 
 
@@ -111,8 +111,8 @@ def print_limit(results: Results, layout: str) -> None:
         )
 
 
-def print_table(results: Results, summary: list[Facts]) -> None:
-    columns = ("samples/s (least to most)", "share of the limit", "core-s", "peak MB (private)", "mixed")
+def print_table(results: Results, layout: str, summary: list[Facts]) -> None:
+    columns = ("samples/s (least to most)", "share of the limit", "core-s", "peak MB (private)", "mixed", "score")
     print(f"| engine | {' | '.join(columns)} | settings |")
     print(f"|---|{'---:|' * len(columns)}---|")
     for m in summary:
@@ -123,9 +123,13 @@ def print_table(results: Results, summary: list[Facts]) -> None:
             f"{m['cpu'] * results.rows / m['rows']:,.3g}",
             f"{m['peak_rss'] / 1e6:,.0f} ({m['peak_private'] / 1e6:,.0f})",
             f"{m['mixed']:.1f}",
+            f"{m['within']:.2f} {m['across']:.2f}",
             brief(m["settings"]),
         ]
         print(f"| {' | '.join(cells)} |")
+    for name, reason in results.left_out.items():
+        if layout in ENGINES[name].layouts:
+            print(f"| {ENGINES[name].title} |{' |' * len(columns)} left out: {reason} |")
 
 
 def print_notes(results: Results, summary: list[Facts]) -> None:
@@ -141,7 +145,6 @@ def print_notes(results: Results, summary: list[Facts]) -> None:
     if any(m["engine"] == "per-sample" for m in summary):
         notes.append(f"{ENGINES['per-sample'].title}: measured on a random sample of the rows.")
     notes += [f"FAILED: {failure}." for failure in results.failures()]
-    notes += [f"Left out: {name}." for name in sorted(results.left_out)]
     print("\n" + "\n".join(notes))
 
 

@@ -14,14 +14,17 @@ from dtrain.algorithm.batch import TensorBatch
 from dtrain.config.functions import Function
 from dtrain.config.schema import DataConfig
 from dtrain.config.values import cache_bytes, parse_bytes, plain_value
+from dtrain.data.balance import balanced, count_classes
 from dtrain.data.coordinate import find_gaps
 from dtrain.data.encoding import Scaling
 from dtrain.data.given import find_given
+from dtrain.data.load.finite import merged, pass_over
 from dtrain.data.load.loader import Loader
 from dtrain.data.load.statistics import partition_moments, scalings_of
 from dtrain.data.plan.footprint import tables_bytes
 from dtrain.data.plan.memory import MemoryBudget, Reading, plan_memory
-from dtrain.data.plan.partition import Partition, cell_anchors, plan_data, train_partitions
+from dtrain.data.plan.multiplicity import multiplicity_text
+from dtrain.data.plan.partition import Partition, cell_anchors, counted, plan_data, train_partitions
 from dtrain.data.plan.splits import SplitName
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.inventory import rows_absent, take_inventory
@@ -99,6 +102,8 @@ def batches(
 ) -> Batches:
     """Iterate over torch batches in this process: dtrain's data path for a loop of your own.
 
+    Where ``data.non_finite`` leaves samples out, a pass over all of them comes first, in this call.
+
     Parameters
     ----------
     samples : Samples
@@ -155,7 +160,7 @@ def batches(
     config = samples.config
     if config.missing in ("auto", "error"):
         take_inventory(samples, full=False, digests=False, presence=True)
-    plan = _plan(samples, replicas, seed)
+    plan = _counted(samples, _plan(samples, replicas, seed))
     partition = train_partitions(plan)[replica] if split == "train" else _whole(plan, split)
     shuffle = plan.shuffle and split == "train"
     budget = _memory_of(samples, partition, batch_size, shuffle, memory, cache)
@@ -208,6 +213,19 @@ def _plan(samples: Samples, replicas: int, seed: int) -> DataPlan:
     return values_counted(samples, plan)
 
 
+def _counted(samples: Samples, plan: DataPlan) -> DataPlan:
+    """Return the plan without the samples that ``data.non_finite`` leaves out, and with those that repeat."""
+    if samples.config.min_valid is not None:
+        whole = cell_anchors(plan, "all")
+        reader = open_reader(samples, samples.config.reader, absent=plan.absent)
+        values, left_out = merged(samples, whole, [pass_over(reader, whole, range(len(whole.units)))])
+        plan = counted(samples, plan, values, left_out.named)
+    if samples.config.balance:
+        values = balanced(samples, plan, count_classes(samples, plan))
+        plan = replace(plan, multiplicity=multiplicity_text(values))
+    return plan
+
+
 def _whole(plan: DataPlan, split: SplitName) -> Partition:
     """Return a whole split as one partition."""
     partition = cell_anchors(plan, split)
@@ -233,6 +251,7 @@ def _memory_of(
         batch_size=batch_size,
         shuffle=shuffle,
         tables=tables_bytes(samples, partition.plan, partition.nbytes),
+        largest=partition.largest,
     )
     return plan_memory(reading, None, limit, name, None if kept == "auto" else cache_bytes(kept))
 

@@ -21,7 +21,8 @@ from dtrain.errors import DiskFull, RunConflict, RunDamaged, RunNotFound, UsageE
 from dtrain.files import write_text
 from dtrain.job import Job
 from dtrain.report.journal import HISTORY
-from dtrain.resolve import Resolved, check_kind, from_json, pinned, to_json
+from dtrain.resolve import check_kind, pinned
+from dtrain.resolved import Resolved, from_json, to_json
 from dtrain.runtime.versions import versions
 
 NAME = re.compile(r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")

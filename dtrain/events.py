@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -69,12 +69,30 @@ class ChunksFilled:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SamplesLeftOut:
+    """Samples hold values that are not finite and are left out (``data.non_finite``): at a run's first start."""
+
+    path: str
+    """The store."""
+    samples: int
+    of: int
+    """How many samples it has."""
+    by_variable: Mapping[str, int]
+    """The samples left out in which a variable has such values; a sample may count for several."""
+
+
+COUNTING = -1
+"""In the place of a round: the pass that looks for values that are not finite."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepsTaken:
     """A local task has made progress. Sent a few times a second at most; it may arrive twice, late, or not at all."""
 
     round: int
-    """0: the pass over the rows for ``data.normalize``; its steps are units."""
+    """0: the pass over the rows for ``data.normalize``; its steps are units. `COUNTING`: the one before it."""
     replica: int
+    """In the pass of `COUNTING`, the piece of the stores."""
     step: int
     """Finished local steps of the task."""
     steps: int
@@ -154,6 +172,7 @@ Event: TypeAlias = (
     | RunStarted
     | ParametersLoaded
     | ChunksFilled
+    | SamplesLeftOut
     | StepsTaken
     | RoundsMeasured
     | RoundFinished

@@ -12,7 +12,7 @@ from dtrain.checkpoint import committed_rounds, load_round, round_directory
 from dtrain.display import shown
 from dtrain.errors import DataChanged, DataNotFound, RoundNotFound, RunDamaged, listed, one_line
 from dtrain.job import Job
-from dtrain.resolve import Resolved
+from dtrain.resolved import Resolved
 from dtrain.statefiles import PARAMS
 from dtrain.types import InitFile
 

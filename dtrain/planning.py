@@ -13,6 +13,7 @@ from dtrain.algorithm.cadence import Costs
 from dtrain.algorithm.plan import pass_size, samples_a_round, steps_a_round
 from dtrain.algorithm.traffic import Traffic, traffic
 from dtrain.config.values import value_of
+from dtrain.data.balance import Balance
 from dtrain.data.given import SHARES, Found, leakage_note
 from dtrain.data.plan.footprint import format_bytes
 from dtrain.data.plan.missing import absence_of, stands_for
@@ -25,7 +26,7 @@ from dtrain.initfile import init_path, read_init
 from dtrain.job import Job
 from dtrain.prepare import ESTIMATE_UNITS, open_runner
 from dtrain.probe import Probe, limit_of
-from dtrain.resolve import Resolved
+from dtrain.resolved import Resolved
 from dtrain.runtime.handles import SMALL_BYTES
 from dtrain.runtime.reducing import reducer_slices
 from dtrain.runtime.spec import PlannedSource
@@ -87,6 +88,8 @@ class RunPlan:
     checksums: dict[str, bool]
     choices: dict[str, Choice]
     """By key that was "auto"."""
+    balance: Balance | None = None
+    """The classes of ``data.balance``."""
     probe: Probe | None = None
     """What was measured of a step and a round."""
     bandwidth: float | None = None
@@ -155,7 +158,7 @@ def plan_job(job: Job, *, full: bool = False, client: Client | None = None) -> R
         Whatever would stop the run at its start.
     """
     init, run_id = init_path(job), uuid.uuid4().hex[:8]
-    opened = open_runner(job, run_id, client=client, most_units=ESTIMATE_UNITS, full=full, count=True)
+    opened = open_runner(job, run_id, client=client, most_units=ESTIMATE_UNITS, full=full, count=True, leave_out=False)
     with opened as (runner, resolved):
         initial = runner.initialise(None if init is None else read_init(init))
         workers, sources, held_out = runner.num_workers, runner.spec.sources, runner.spec.held_out
@@ -190,6 +193,7 @@ def plan_job(job: Job, *, full: bool = False, client: Client | None = None) -> R
         checksums=_checksums(sources[0].samples),
         choices=_choices(job, stores, resolved, workers),
         eval_every=resolved.eval_every,
+        balance=resolved.balance,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dtrain.algorithm.cadence import TARGET_SHARE, pays_from, recommended, table
+from dtrain.data.balance import Balance
 from dtrain.data.categories import categories_of
 from dtrain.data.plan.memory import MemoryBudget
 from dtrain.data.plan.missing import absence_of
@@ -33,6 +34,7 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
         "samples_a_round": plan.samples,
         "rounds": plan.rounds,
         "eval_every": plan.eval_every,
+        "balance": None if plan.balance is None else balance_record(plan.balance),
         "workers": plan.workers,
         "resident_bytes": plan.resident_bytes,
         "memory": memory_record(first.source.memory),
@@ -79,6 +81,17 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
     if plan.held_out is not None:
         record["held_out_absent_chunks"] = absent_record(plan.held_out)
     return record
+
+
+def balance_record(balance: Balance) -> dict[str, Any]:
+    """Return, by class of ``data.balance``, its training samples and how many times a pass each comes."""
+    factors = balance.factors
+    classes = list(balance.counts)[:MOST_NAMES]
+    return {
+        "by": balance.by,
+        "classes": [{"class": key, "samples": balance.counts[key], "factor": factors[key]} for key in classes],
+        "without_a_class": balance.missing,
+    }
 
 
 def splits_record(store: StorePlan) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from dtrain.algorithm.plan import pass_size
 from dtrain.data.plan.footprint import format_bytes
 from dtrain.data.plan.missing import absence_of, stands_for
 from dtrain.display import number
-from dtrain.job import Job
+from dtrain.job import Job, plain
 from dtrain.planning import RunPlan, StorePlan
 from dtrain.prepare import ESTIMATE_UNITS
 from dtrain.probetext import probe_rows
@@ -28,6 +28,7 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
     checked = f"no checksums in {', '.join(unchecked)}" if unchecked else f"all have checksums{_checksum_name(plan)}"
     return [
         *(row for store in plan.stores for row in _store_rows(job, plan, store)),
+        *_counting_rows(job, plan),
         *([("gaps of val_path", plan.held_out_gaps)] if plan.held_out_gaps else []),
         ("chunks", f"{'some are not stored' if absent else 'all chunks are there'}; {checked}"),
         *(("not stored", text) for text in absent),
@@ -50,6 +51,19 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
         *probe_rows(job, plan),
         *((f"auto {key}", f"{value} ({why})") for key, (value, why) in plan.choices.items()),
     ]
+
+
+def _counting_rows(job: Job, plan: RunPlan) -> Iterator[tuple[str, str]]:
+    """Yield what becomes of samples with values that are not finite, and the classes that are balanced."""
+    if (least := job.config.data.min_valid) is not None:
+        which = "values that are not finite" if least == 1 else f"less than {least:.0%} finite values"
+        yield (
+            "non-finite",
+            f"samples with {which} are left out: the first start counts them, in one pass over the data; the numbers "
+            "here are without it",
+        )
+    if plan.balance is not None:
+        yield ("balance", str(plan.balance))
 
 
 def _checksum_name(plan: RunPlan) -> str:
@@ -110,7 +124,7 @@ def _becomes(store: PlannedSource, name: str) -> str:
             rows = sum(stop - start for start, stop in store.plan.absent)
             return f'are left out, {rows:,} rows with those of all variables (data.missing = "skip")'
         case "nan":
-            return f'read as NaN (data.non_finite = "{data.non_finite}")'
+            return f"read as NaN (data.non_finite = {plain(data.non_finite)})"
         case _:
             return f'read as {stands_for(variable)} (data.missing = "{data.missing}")'
 
@@ -172,6 +186,7 @@ def _splits(plan: RunPlan, store: StorePlan) -> str:
         "missing": "near a missing chunk",
         "left_out": "beside a split that is given",
         "stores": "whose window leaves its store",
+        "non_finite": "with values that are not finite",
     }
     dropped = [f"{count:,} {reasons[why]}" for why, count in counts["dropped"].items() if count]
     text = _given_splits(plan, store) if store.given.held else _shares(plan, store)

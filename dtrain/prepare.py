@@ -15,6 +15,7 @@ from dtrain.algorithm.plan import micro_size, pass_size
 from dtrain.algorithm.recipe import outer_factors
 from dtrain.config.schema import TrainTable
 from dtrain.config.values import cache_bytes, parse_bytes
+from dtrain.counting import is_uncounted, with_classes, without_non_finite
 from dtrain.data.categories import check_categories
 from dtrain.data.encoding import Scaling
 from dtrain.data.load.statistics import scalings_of
@@ -30,7 +31,6 @@ from dtrain.errors import DataChanged, TooFewSamples
 from dtrain.events import StepsTaken
 from dtrain.job import Job
 from dtrain.resolve import (
-    Resolved,
     absent_rows_of,
     check_filled,
     check_kind,
@@ -41,6 +41,7 @@ from dtrain.resolve import (
     pinned,
     resolve,
 )
+from dtrain.resolved import Resolved
 from dtrain.runtime.codebytes import sent
 from dtrain.runtime.place import Place, open_place
 from dtrain.runtime.runner import Runner
@@ -62,6 +63,7 @@ def open_runner(
     full: bool = False,
     count: bool = False,
     without_lost: bool = False,
+    leave_out: bool = True,
     on_progress: Callable[[StepsTaken], None] | None = None,
 ) -> Iterator[tuple[Runner[Any], Resolved]]:
     """Open the place that the configuration names, and give a runner with all that decides bits.
@@ -83,8 +85,10 @@ def open_runner(
         Count the missing chunks also where ``data.missing`` is ``fill`` or ``skip``.
     without_lost : bool
         Evaluate without the rows that are not stored any more, where ``data.missing`` is ``skip``.
+    leave_out : bool
+        Look for the samples that ``data.non_finite`` leaves out: a pass over all samples.
     on_progress : callable, optional
-        Called with the progress of the pass for ``data.normalize``.
+        Called with the progress of the passes for ``data.non_finite`` and ``data.normalize``.
 
     Raises
     ------
@@ -105,11 +109,21 @@ def open_runner(
         if resolved.scalings or not job.config.data.normalize:
             job = labelled(_standardised(job, resolved.scalings), labels)
         lost = tuple(absent_rows_of(source, place) if without_lost else () for source in job.all_sources)
-        planned = _planned_sources(job, resolved, place, absent, lost)
+        tell = on_progress or (lambda event: None)
         with sent(job.functions, job.base) as code:
+            if leave_out and is_uncounted(job, resolved):
+                planned = _planned_sources(job, resolved, place, absent, lost)
+                with place.runner(_spec(job, resolved, f"{run_id}-f", planned, code)) as runner:
+                    runner.on_progress = tell
+                    resolved = without_non_finite(job, resolved, runner.seen(), trains=known is None)
+            if known is None and job.config.data.balance:
+                resolved = with_classes(job, resolved, place)
+            if known is None:
+                _check_passes(job.config.train, resolved.plan.sizes)
+            planned = _planned_sources(job, resolved, place, absent, lost)
             if job.config.data.normalize and not resolved.scalings:
                 with place.runner(_spec(job, resolved, f"{run_id}-n", planned, code)) as runner:
-                    runner.on_progress = on_progress or runner.on_progress
+                    runner.on_progress = tell
                     scalings = scalings_of(runner.moments(most_units), job.samples.variables)
                 resolved = replace(resolved, scalings=scalings)
             with place.runner(_spec(job, resolved, run_id, planned, code)) as runner:
@@ -256,6 +270,7 @@ def _reading(
         batch_size=min(micro_size(job.config.train), max(part.num_samples for part in parts)),
         shuffle=shuffle,
         tables=tables,
+        largest=max(part.largest for part in parts),
     )
 
 

@@ -20,7 +20,7 @@ from dtrain.config.schema import TrainConfig
 from dtrain.display import shown
 from dtrain.errors import InvalidConfig, RunConflict
 from dtrain.job import checked, references_in
-from dtrain.resolve import Resolved
+from dtrain.resolved import Resolved
 from dtrain.runtime.codetext import source_sha256
 from dtrain.runtime.modules import directory_of
 from dtrain.runtime.usercode import imported_function, is_unfindable, load_function, unfindable

@@ -1,95 +1,43 @@
-"""Resolve what decides bits: once, at a run's first start; later it is read back from plan.json."""
+"""Resolve what decides bits: once, at a run's first start; later it is read back (`dtrain.resolved`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, TypeAlias
-
-import torch
+from typing import TypeAlias
 
 from dtrain.algorithm.mix import neighbourhoods
 from dtrain.algorithm.plan import eval_cadence, pass_size, samples_a_round
 from dtrain.algorithm.reduce import check_reduce
 from dtrain.config.names import LABEL_LOSSES, LOSSES, METRICS
 from dtrain.config.schema import DataConfig, Paths, TrainTable
-from dtrain.data.categories import categories_from, categories_of, categories_table, check_categories
+from dtrain.data.categories import categories_of, check_categories
 from dtrain.data.coordinate import Gaps, find_gaps
-from dtrain.data.encoding import Scaling
 from dtrain.data.genes import check_genes, genes_of
 from dtrain.data.given import SHARES, Found, find_ranges, found_groups, split_shares
 from dtrain.data.groups import count_groups, deal_groups
 from dtrain.data.paths import identity
 from dtrain.data.plan.anchors import count_samples
-from dtrain.data.plan.blocks import BlockAxis
 from dtrain.data.plan.evaluation import StoreOfRun
 from dtrain.data.plan.labels import GivenSplits
 from dtrain.data.plan.missing import AbsentChunks, absence_of
 from dtrain.data.plan.partition import JointPlan, count_units, plan_data, plan_held_out
 from dtrain.data.plan.splits import Runs
-from dtrain.data.plan.units import LATER, DataPlan
+from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.inventory import rows_absent
 from dtrain.data.read.joined import values_counted
 from dtrain.data.samples import Coordinate, MissingLabels, Samples
 from dtrain.data.source import describe
-from dtrain.data.variable import Categories
 from dtrain.data.weight import weight_text
-from dtrain.errors import ClusterUnsuitable, DataChanged, InvalidConfig, LengthsDiffer, RunConflict
+from dtrain.errors import ClusterUnsuitable, DataChanged, InvalidConfig, LengthsDiffer
 from dtrain.job import Job
+from dtrain.resolved import Filled, Resolved
 from dtrain.runtime.codetext import CODE_RULES
 from dtrain.runtime.place import Place
 from dtrain.runtime.spec import Source
-
-VERSION = 2
-"""Of plan.json. A key that is added later is optional, with the behaviour of before as its default; a change that an
-older dtrain would misread raises the version."""
-
-
-@dataclass(frozen=True, slots=True)
-class Filled:
-    """Chunks of a variable that are not stored, and the value that stands for each of theirs."""
-
-    chunks: int
-    value: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resolved:
-    """All that decides bits."""
-
-    plan: JointPlan
-    held_out: DataPlan | None
-    """Of the store of ``data.val_path``."""
-    scalings: Mapping[str, Scaling]
-    """By variable of ``data.normalize``."""
-    device: str
-    contents: tuple[Mapping[str, str], ...]
-    """By store and variable: a digest of the sizes of its stored objects."""
-    code: Mapping[str, str]
-    """By config key: the identity of a function of the user's."""
-    code_rules: int
-    """What the identities cover (`dtrain.runtime.codetext.CODE_RULES`)."""
-    gaps: tuple[str, ...] = ()
-    """By store: what `plan` says about jumps of its coordinate; only at the first start."""
-    weights: tuple[str, ...] = ()
-    """By store of ``data.path``: what `plan` says about the values of ``data.weight``; only at the first start."""
-    given: tuple[Found, ...] = ()
-    """By store of ``data.path``: its splits that are given by coordinate or by group; only at the first start."""
-    eval_every: int = 1
-    """Rounds between evaluations."""
-    labels: MissingLabels = "nan"
-    """What a value stands for that marks a missing label."""
-    filled: tuple[Mapping[str, Filled], ...] | None = ()
-    """By store and variable: the missing chunks that ``data.missing = "auto"`` fills; None: they are not compared."""
-    init: str = ""
-    """SHA-256 of the file of ``train.init``; empty without it, and in runs of before."""
-    categories: Mapping[str, Categories] = field(default_factory=dict)
-    """By categorical: what its codes stand for."""
-    snapshots: tuple[str, ...] = ()
-    """By store of `Job.all_sources`: the snapshot of a repository; empty for other stores."""
 
 
 def described(job: Job, place: Place, snapshots: Sequence[str] = ()) -> Job:
@@ -158,13 +106,14 @@ def resolve(job: Job, place: Place) -> Resolved:
         weights=tuple(place.call(source, partial(weight_text, source.described)) for source in job.sources),
         given=given,
         labels=missing_labels(job.config.train),
-        eval_every=_eval_every(job, plan, held_out),
+        eval_every=eval_every(job, plan, held_out),
         categories=categories,
         snapshots=tuple(source.described.store.snapshot for source in job.all_sources),
     )
 
 
-def _eval_every(job: Job, plan: JointPlan, held_out: DataPlan | None) -> int:
+def eval_every(job: Job, plan: JointPlan, held_out: DataPlan | None) -> int:
+    """Return the rounds between evaluations."""
     train = job.config.train
     own = sum(count_samples(one, "val").samples for one in plan.plans) if held_out is None else 0
     validation = own if held_out is None else count_samples(held_out, "all").samples
@@ -381,87 +330,3 @@ def own_stores(config: DataConfig, base: Path) -> OwnStores:
 
 def _names(paths: Paths, group: str, base: Path) -> Names:
     return tuple((identity(path, base), group.strip("/")) for path in ([paths] if isinstance(paths, str) else paths))
-
-
-# plan.json ------------------------------------------------------------------------------------------------
-
-
-def to_json(job: Job, resolved: Resolved) -> dict[str, Any]:
-    """Return the content of plan.json."""
-    plans = [_plan_table(plan) for plan in resolved.plan.plans]
-    return {
-        "version": VERSION,
-        "data": plans[0] if len(plans) == 1 else plans,
-        "held_out": None if resolved.held_out is None else _plan_table(resolved.held_out),
-        "fingerprint": resolved.plan.fingerprint,
-        "threads": job.config.cluster.threads,
-        "device": resolved.device,
-        "normalize": {name: asdict(scaling) for name, scaling in resolved.scalings.items()},
-        "contents": [dict(content) for content in resolved.contents],
-        "labels": resolved.labels,
-        "eval_every": resolved.eval_every,
-        "filled": [{name: asdict(one) for name, one in store.items()} for store in resolved.filled or ()],
-        "init": resolved.init,
-        **({"categories": categories_table(resolved.categories)} if resolved.categories else {}),
-        "snapshots": list(resolved.snapshots),
-        "torch": torch.__version__,
-        "code": dict(resolved.code),
-        "code_rules": resolved.code_rules,
-    }
-
-
-def from_json(values: Mapping[str, Any]) -> Resolved:
-    """Return what `to_json` has written.
-
-    Raises
-    ------
-    RunConflict
-        A newer dtrain has written it.
-    """
-    if values.get("version", VERSION) > VERSION:
-        raise RunConflict(
-            f"The run was started by a newer dtrain: its plan has version {values['version']}, this one reads "
-            f"{VERSION}.",
-            "Install that version of dtrain to continue it.",
-        )
-    data = values["data"]
-    plans = tuple(_plan_from(plan) for plan in (data if isinstance(data, list) else [data]))
-    scalings = {name: _scaling_from(scaling) for name, scaling in values.get("normalize", {}).items()}
-    held_out = values.get("held_out")
-    return Resolved(
-        plan=JointPlan(plans),
-        held_out=None if held_out is None else _plan_from(held_out),
-        scalings=scalings,
-        device=values["device"],
-        contents=tuple(values.get("contents", ())),
-        labels=values.get("labels", "nan"),
-        eval_every=values.get("eval_every", 1),
-        filled=tuple({name: Filled(**one) for name, one in store.items()} for store in values.get("filled", ())),
-        init=values.get("init", ""),
-        categories=categories_from(values.get("categories", {})),
-        snapshots=tuple(values.get("snapshots", ())),
-        code=values["code"],
-        code_rules=values.get("code_rules", 0),
-    )
-
-
-def _scaling_from(values: Mapping[str, Any]) -> Scaling:
-    """Return a scaling; version 1 had at most one axis, and no `rest`."""
-    axes = values["axes"] if "axes" in values else [] if values["axis"] is None else [values["axis"]]
-    return Scaling(tuple(values["mean"]), tuple(values["std"]), tuple(axes), tuple(values.get("rest", ())))
-
-
-def _plan_table(plan: DataPlan) -> dict[str, Any]:
-    """Return the fields of a plan; without later fields it is a plan that an earlier version can read."""
-    table = {name: value for name, value in asdict(plan).items() if name not in LATER or value != LATER[name]}
-    return {**table, "jumps": plan.jump_rows.tolist()} if plan.jumps else table
-
-
-def _plan_from(values: Mapping[str, Any]) -> DataPlan:
-    absent = tuple((start, stop) for start, stop in values.get("absent", ()))
-    jumps = " ".join(map(str, values.get("jumps", ())))
-    blocks = tuple(BlockAxis(**axis) for axis in values.get("blocks", ()))
-    members = tuple((begin, first, stop) for begin, first, stop in values.get("members", ()))
-    most = tuple(values.get("values", ()))
-    lists = {"absent": absent, "jumps": jumps, "blocks": blocks, "members": members, "values": most}
-    return DataPlan(**{**values, **lists})

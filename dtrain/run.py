@@ -20,7 +20,7 @@ from dtrain.algorithm.stop import higher_is_better, stop_history
 from dtrain.checkpoint import committed_rounds, find_round, load_params, load_round, round_directory
 from dtrain.config.files import with_setting
 from dtrain.config.functions import METRICS, Function
-from dtrain.config.schema import TrainConfig
+from dtrain.config.schema import DataConfig, TrainConfig
 from dtrain.data.coordinate import find_gaps
 from dtrain.data.given import find_given
 from dtrain.data.plan.evaluation import StoreOfRun, plan_evaluation
@@ -31,7 +31,7 @@ from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.joined import values_counted
 from dtrain.data.samples import Samples, not_samples
 from dtrain.data.source import describe
-from dtrain.directory import read_resolved
+from dtrain.directory import read_config_of, read_resolved
 from dtrain.display import html_table
 from dtrain.errors import InvalidConfig, TooFewSamples, did_you_mean
 from dtrain.job import Job, as_trained, held_out_source, open_sources, source_of, with_scheduler
@@ -39,7 +39,8 @@ from dtrain.prepare import open_runner
 from dtrain.project import RunCode, load_code
 from dtrain.report.history import Row, best_round, read_rows
 from dtrain.report.journal import HISTORY
-from dtrain.resolve import Resolved, own_stores
+from dtrain.resolve import own_stores
+from dtrain.resolved import Resolved
 from dtrain.runtime.module import build_module
 from dtrain.runtime.place import PLACE_NAMES
 from dtrain.runtime.spec import Source
@@ -235,8 +236,16 @@ class Run:
         """Return what evaluates a split of the run's own data."""
         data, base = self.config.data, self.base
         job = self._job(open_sources(data, base), held_out_source(data, base))
+        known = self.resolved
+        if data.non_finite != self._recorded.non_finite:
+            known = _uncounted(known)
         # data that were modified since the start may be evaluated: their contents are not compared
-        return job, replace(self.resolved, contents=(), filled=None), split
+        return job, replace(known, contents=(), filled=None), split
+
+    @property
+    def _recorded(self) -> DataConfig:
+        """The table ``[data]`` that the run was trained with, without the settings of an evaluation."""
+        return read_config_of(self.directory).data
 
     def _given(self, samples: Samples, split: SplitName) -> tuple[Job, Resolved, SplitName]:
         """Return what evaluates a split of given samples."""
@@ -254,6 +263,8 @@ class Run:
         plans, jumps = known.plan.plans, find_gaps(samples).jumps
         splits = BY_SHARE if split == "all" or store == "held_out" else _given_splits(samples, plans, store)
         plan, cut = plan_evaluation(samples, split, plans, known.held_out, store, jumps=jumps, given=splits)
+        if store is None or samples.config.non_finite != self._recorded.non_finite:
+            plan = replace(plan, multiplicity="")  # a copy may hold other values
         joint = JointPlan((values_counted(samples, plan),))
         known = replace(known, plan=joint, held_out=None, contents=(), filled=None, snapshots=())
         return self._job((source_of(samples),), None, samples.transform), known, cut
@@ -310,6 +321,13 @@ EVALUATED = ("model", "train.loss", METRICS, "data.transform")
 """Keys of the functions that an evaluation calls."""
 NOT_EVALUATED = {"optimizer": "sgd", "schedule": "constant"}
 """Keys of ``[train]`` that play no part in an evaluation: their functions need not be there."""
+
+
+def _uncounted(resolved: Resolved) -> Resolved:
+    """Return what is resolved, with plans of which all samples count until they are counted anew."""
+    plans = tuple(replace(plan, multiplicity="") for plan in resolved.plan.plans)
+    held_out = resolved.held_out and replace(resolved.held_out, multiplicity="")
+    return replace(resolved, plan=JointPlan(plans), held_out=held_out)
 
 
 def _given_splits(samples: Samples, plans: tuple[DataPlan, ...], store: StoreOfRun) -> GivenSplits:

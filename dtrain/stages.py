@@ -23,15 +23,15 @@ SHOWN_SHARE = 0.1
 """Other stages are named from this share on."""
 
 CURES: dict[Stage, str] = {
-    "fetch": "Copy the store nearer to the workers, or store larger chunks or shards; a larger data.memory keeps more "
+    "fetch": "Copy the store nearer to the workers, store larger chunks or shards, or raise data.memory, which keeps "
     "units for the next pass (data.cache).",
-    "decode": "Store chunks with a cheaper codec, such as lz4 or zstd at a low level; a larger data.memory keeps more "
-    'units decoded for the next pass (data.cache); zarrs (pip install "dtrain[fast]") is faster on shards of many '
-    "small chunks.",
+    "decode": "Store chunks with a cheaper codec, such as lz4 or zstd at a low level, or raise data.memory, which "
+    'keeps decoded units for the next pass (data.cache); zarrs (pip install "dtrain[fast]") is faster on shards of '
+    "many small chunks.",
     "gather": "Samples are copied and cast one by one: store float32 rather than packed or float64 values, and cut "
     "data.input_offsets and data.patch to what the model needs.",
-    "model": 'The data are not the cause. A GPU, train.precision = "bfloat16" or more workers with more '
-    "average.replicas would make rounds faster.",
+    "model": 'The data are not the cause: a GPU, train.precision = "bfloat16", or more workers with more '
+    "average.replicas make rounds faster.",
     "reduce": "Larger train.local_steps (or train.local_epochs) make rounds fewer; average.codec and train.freeze send "
     "less.",
     "evaluate": "A larger train.eval_every evaluates less often, a smaller data.split.val fewer samples.",
@@ -61,15 +61,16 @@ class Limit:
     cure: str
 
     def __str__(self) -> str:
-        named = " and ".join(f"{stage} {self.shares[stage]:.0%}" for stage in self.stages)
-        alike = " alike" if len(self.stages) > 1 else ""
+        first, *tied = self.stages
+        named = [f"{first} ({self.shares[first]:.0%} of the time)", *(f"{s} ({self.shares[s]:.0%})" for s in tied)]
         others = [
             f"{stage} {share:.0%}"
             for stage, share in sorted(self.shares.items(), key=lambda pair: -pair[1])
             if stage not in self.stages and share >= SHOWN_SHARE
         ]
-        beside = f" ({', '.join(others)})" if others else ""
-        return f"{named} of the time{alike}{beside}. {self.cure}"
+        tie = ", a tie" if tied else ""
+        then = f"; then {', '.join(others)}" if others else ""
+        return f"{' and '.join(named)}{tie}{then}. {self.cure}"
 
 
 def limiting_stage(seconds: StageSeconds) -> Limit | None:
@@ -77,8 +78,8 @@ def limiting_stage(seconds: StageSeconds) -> Limit | None:
 
     Stages that take at least `TIE` of its time limit as much as the largest one.
 
-    >>> str(limiting_stage(StageSeconds(decode=6.0, model=3.5, evaluate=0.5)))[:41]
-    'decode 60% of the time (model 35%). Store'
+    >>> str(limiting_stage(StageSeconds(decode=6.0, model=3.5, evaluate=0.5)))[:42]
+    'decode (60% of the time); then model 35%. '
     """
     by_stage: dict[Stage, float] = asdict(seconds)  # type: ignore[assignment]  # the fields are the stages
     total = sum(by_stage.values())
@@ -89,5 +90,5 @@ def limiting_stage(seconds: StageSeconds) -> Limit | None:
     return Limit(
         stages=stages,
         shares={stage: spent / total for stage, spent in by_stage.items()},
-        cure=" ".join(CURES[stage] for stage in stages),
+        cure=CURES[stages[0]] if len(stages) == 1 else " ".join(f"{stage}: {CURES[stage]}" for stage in stages),
     )

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +33,7 @@ from dtrain.events import (
     RoundFinished,
     RunFinished,
     RunStarted,
+    SamplesLeftOut,
 )
 from dtrain.initfile import init_path, read_init, with_init
 from dtrain.job import Job, Model, Table, absolute
@@ -41,7 +42,8 @@ from dtrain.prepare import open_runner
 from dtrain.report.history import limit_of_rows, read_rows
 from dtrain.report.journal import HISTORY, cut_history, journal
 from dtrain.report.notebook import is_notebook, notebook_progress
-from dtrain.resolve import Resolved, filled
+from dtrain.resolve import filled
+from dtrain.resolved import Resolved
 from dtrain.rounds import initial_state, rounds
 from dtrain.run import Run
 from dtrain.runs import remember
@@ -120,7 +122,8 @@ def _train(
             state, resolved, loaded = _first_state(runner, resolved, init)
         write_run(opened.directory, job, resolved)
         tell(_started(opened, state, runner))
-        events: list[Event] = [*loaded, *_filled(runner)]
+        left_out = (SamplesLeftOut(**asdict(one)) for one in resolved.left_out)
+        events: list[Event] = [*loaded, *_filled(runner), *left_out]
         for event in events:
             note(event)
         runner.on_progress = tell

@@ -269,7 +269,7 @@ def test_a_probe_in_words(job: Job, planned: RunPlan) -> None:
         "rounds of 1 and 90 steps)"
     )
     # 5 steps of 10 ms, 30 ms beyond them
-    assert rows["limited by"].startswith("model 60% of the time (reduce 36%). The data are not the cause. A GPU")
+    assert rows["limited by"].startswith("model (60% of the time); then reduce 36%. The data are not the cause: a GPU")
     assert "bandwidth" not in rows
     assert "local_epochs" not in rows
     assert (
@@ -303,7 +303,7 @@ def test_a_bandwidth_in_words(job: Job, planned: RunPlan) -> None:
         "8 Mbit/s for the link of each worker: 250.0 kB or 250 ms a round for the busiest one; synchronous training "
         "would send 200.0 kB or 200 ms a step"
     )
-    assert rows["limited by"].startswith("reduce 84% of the time (model 15%). Larger train.local_steps")
+    assert rows["limited by"].startswith("reduce (84% of the time); then model 15%. Larger train.local_steps")
     for line in [
         "local_steps  in steps  MB/s a worker  x synchronous",
         "          1        3%           0.86           0.72",  # 0.21 s of 0.29 s

@@ -18,7 +18,7 @@ from dtrain.directory import read_plan
 from dtrain.errors import LengthsDiffer, RunConflict
 from dtrain.job import with_scheduler
 from dtrain.prepare import open_runner
-from dtrain.resolve import VERSION, from_json, to_json
+from dtrain.resolved import VERSION, from_json, to_json
 from tests.runtime import models
 
 

@@ -59,13 +59,13 @@ def test_stages_that_take_nearly_as_much_are_a_tie() -> None:
     assert limit_of(fetch=8.9, model=10.0).stages == ("model",)
     assert limit_of(**dict.fromkeys(STAGES, 1.0)).stages == STAGES
     tie = limit_of(fetch=45.0, model=47.0, evaluate=8.0)
-    assert tie.cure == f"{CURES['model']} {CURES['fetch']}"
-    assert str(tie) == f"model 47% and fetch 45% of the time alike. {tie.cure}"
+    assert tie.cure == f"model: {CURES['model']} fetch: {CURES['fetch']}"
+    assert str(tie) == f"model (47% of the time) and fetch (45%), a tie. {tie.cure}"
 
 
 def test_other_large_stages_are_named() -> None:
     limit = limit_of(decode=61.0, model=10.0, reduce=20.0, evaluate=9.0)
-    assert str(limit) == f"decode 61% of the time (reduce 20%, model 10%). {CURES['decode']}"
+    assert str(limit) == f"decode (61% of the time); then reduce 20%, model 10%. {CURES['decode']}"
 
 
 def test_nothing_measured_limits_nothing() -> None:

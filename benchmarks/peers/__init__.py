@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from peers import blocks, dtrain_batches, in_memory, limit, litdata, per_sample, xbatcher
+from peers import annbatch, blocks, dtrain_batches, in_memory, insitubatch, limit, litdata, per_sample, xbatcher
 
-MODULES = (limit, dtrain_batches, blocks, xbatcher, per_sample, litdata, in_memory)
+MODULES = (limit, dtrain_batches, blocks, insitubatch, annbatch, xbatcher, per_sample, litdata, in_memory)
 ENGINES = {name: engine for module in MODULES for name, engine in module.ENGINES.items()}
 """By name, in the order of the tables."""

@@ -78,6 +78,8 @@ class Engine:
         Returns why the engine cannot run here, or nothing.
     layouts : tuple of str
         The stores that it reads.
+    newest : bool
+        Runs in the environment of requirements-newest.txt, which has no dtrain.
     """
 
     title: str
@@ -89,6 +91,7 @@ class Engine:
     conversion: Conversion | None = None
     missing: Callable[[], str] = field(default=lambda: "")
     layouts: tuple[str, ...] = tuple(stores.LAYOUTS)
+    newest: bool = False
 
 
 def use_pipeline(name: str, threads: int | None = None) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from dtrain.algorithm.batch import Targets, TensorBatch, autocast
 from dtrain.algorithm.losses import Loss, Weight, classes_first, compared, is_count, mae, mean_of_batch, mse
+from dtrain.algorithm.masked import counts_of_finite_targets, of_finite_targets
 from dtrain.algorithm.weighted import sum_of
 from dtrain.config.functions import Function, takes_weight
 from dtrain.config.names import IGNORED_CLASS, metric_key
@@ -176,8 +177,15 @@ def _not_a_metric(function: Function, value: object) -> ShapesDiffer:
 
 
 METRICS: dict[str, Metric] = {"accuracy": accuracy, "mse": mean_metric(mse), "mae": mean_metric(mae)}
+OF_FINITE_TARGETS: dict[str, Metric] = {
+    "mse": mean_metric(of_finite_targets(mse)),
+    "mae": mean_metric(of_finite_targets(mae)),
+}
 
 
-def metric_named(name: str, class_axis: ClassAxis = "auto") -> Metric:
-    """Return a built-in metric that is computed batch by batch."""
-    return partial(accuracy, class_axis=class_axis) if name == "accuracy" else METRICS[name]
+def metric_named(name: str, class_axis: ClassAxis = "auto", finite_targets: bool = False) -> Metric:
+    """Return a built-in metric that is computed batch by batch; with `finite_targets`, of those alone."""
+    if name == "accuracy":
+        metric = partial(accuracy, class_axis=class_axis)
+        return counts_of_finite_targets(metric) if finite_targets else metric
+    return OF_FINITE_TARGETS[name] if finite_targets else METRICS[name]

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from dtrain.algorithm.evaluate import FROM_LOSS, Metric, mean_metric, metric_named
 from dtrain.algorithm.losses import Loss, loss_named
+from dtrain.algorithm.masked import of_finite_targets
 from dtrain.algorithm.optimizers import MakeOptimizer, optimizer_named
 from dtrain.algorithm.schedules import SCHEDULES, Schedule, schedule_named, with_warmup
 from dtrain.config.functions import Function
@@ -43,10 +44,13 @@ def outer_factors(config: TrainConfig, own: Functions) -> tuple[float, ...]:
     return tuple(float(schedule(number, config.train.rounds)) for number in range(config.train.rounds))
 
 
-def recipe_of(train: TrainTable, own: Functions, prox: float = 0.0) -> Recipe:
-    """Return the recipe of ``[train]``; the user's functions take the place of names."""
+def recipe_of(train: TrainTable, own: Functions, prox: float = 0.0, finite_targets: bool = False) -> Recipe:
+    """Return the recipe of ``[train]``; the user's functions take the place of names.
+
+    With `finite_targets`, built-in losses leave out targets that are not finite.
+    """
     return Recipe(
-        loss=own["train.loss"] if "train.loss" in own else loss_named(train.loss, train.class_axis),
+        loss=own["train.loss"] if "train.loss" in own else _loss_named(train, finite_targets),
         optimizer=own["train.optimizer"] if "train.optimizer" in own else optimizer_named(train.optimizer),
         optimizer_args=train.optimizer_args,
         schedule=with_warmup(own["train.schedule"], train.warmup_steps)
@@ -58,11 +62,22 @@ def recipe_of(train: TrainTable, own: Functions, prox: float = 0.0) -> Recipe:
     )
 
 
-def metrics_of(train: TrainTable, own: Functions) -> dict[str, Metric]:
-    """Return the metrics that are computed batch by batch, by the name they are reported with."""
+def _loss_named(train: TrainTable, finite_targets: bool) -> Loss:
+    loss = loss_named(train.loss, train.class_axis)
+    return of_finite_targets(loss) if finite_targets else loss
+
+
+def metrics_of(train: TrainTable, own: Functions, finite_targets: bool = False) -> dict[str, Metric]:
+    """Return the metrics that are computed batch by batch, by the name they are reported with.
+
+    With `finite_targets`, built-in metrics leave out targets that are not finite.
+    """
     chosen: dict[str, Metric] = {}
     for name in train.metrics:
         if name not in FROM_LOSS:
             function = own.get(f"train.metrics.{name}")
-            chosen[metric_key(name)] = mean_metric(function) if function else metric_named(name, train.class_axis)
+            if function:
+                chosen[metric_key(name)] = mean_metric(function)
+            else:
+                chosen[metric_key(name)] = metric_named(name, train.class_axis, finite_targets)
     return chosen

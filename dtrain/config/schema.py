@@ -66,6 +66,12 @@ class Store(Table):
     replicas: Positive = 1
 
 
+class MinValid(Table):
+    """``data.non_finite = { min_valid = 0.5 }``: samples are kept from that share of finite values on."""
+
+    min_valid: Annotated[float, Strict(), Field(gt=0, le=1)]
+
+
 class DataConfig(Table):
     """``[data]``: the samples, their split and their partitions."""
 
@@ -113,8 +119,9 @@ class DataConfig(Table):
     normalize: tuple[str, ...] | dict[str, tuple[str, ...]] = ()
     transform: str = ""
     missing: Literal["auto", "error", "fill", "skip"] = "auto"
-    non_finite: Literal["error", "allow"] = "error"
+    non_finite: Literal["error", "allow", "skip"] | MinValid = "error"
     weight: str = ""
+    balance: str = ""
     shuffle: Bool = True
     memory: Size = "auto"
     cache: Size = "auto"
@@ -139,6 +146,18 @@ class DataConfig(Table):
         if isinstance(self.normalize, dict):
             return self.normalize
         return dict.fromkeys(self.normalize, ())
+
+    @property
+    def min_valid(self) -> float | None:
+        """The share of finite values that a sample needs to be kept; None: all are kept, or are a fault."""
+        if isinstance(self.non_finite, MinValid):
+            return self.non_finite.min_valid
+        return 1.0 if self.non_finite == "skip" else None
+
+    @property
+    def fills_inputs(self) -> bool:
+        """Whether samples that are kept may hold non-finite values: inputs become 0, and targets do not count."""
+        return isinstance(self.non_finite, MinValid)
 
 
 class TrainTable(Table):

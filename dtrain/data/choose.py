@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dtrain.config.schema import DataConfig
 from dtrain.config.slices import LabelSlice
 from dtrain.data.column import ColumnReader, describe_column, find_coordinate
-from dtrain.data.dataset import NamedArray
+from dtrain.data.dataset import NamedArray, sizes_of
 from dtrain.data.places import CoordinateIndex, Places
 from dtrain.data.read.store import ReadStore
 from dtrain.data.samples import Chosen, Samples
@@ -44,7 +44,7 @@ def _choose(
     config: DataConfig, store: ReadStore, arrays: Mapping[str, NamedArray], dim: str, *, is_samples: bool
 ) -> Chosen:
     key, wanted = f"data.sel.{dim}", config.sel[dim]
-    sizes = {dim: n for named in arrays.values() for dim, n in zip(named.dims, named.array.shape, strict=True)}
+    sizes = sizes_of(arrays)
     if dim not in sizes:
         raise InvalidConfig(
             f"{key}: no such dimension{did_you_mean(dim, sizes)}", f"Dimensions are {', '.join(sizes)}."

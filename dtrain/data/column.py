@@ -54,7 +54,7 @@ def find_coordinate(
             raise
         except DtrainError as error:  # a dtype or codec that zarr does not know, or a server that hides what is absent
             return f"the coordinate {name} cannot be opened: {one_line(error)}"
-        if named is not None and (named.array.shape != (size,) or named.dims != (dim,)):
+        if named is not None and (named.shape != (size,) or named.dims != (dim,)):
             return f"{name} has no coordinate of one dimension"
         if named is not None:
             return name, named

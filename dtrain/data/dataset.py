@@ -70,6 +70,11 @@ class NamedArray:
         return self.array.shape if self.matrix is None else self.matrix.shape
 
 
+def sizes_of(arrays: Mapping[str, NamedArray]) -> dict[str, int]:
+    """Return the length of each dimension of some arrays."""
+    return {dim: n for named in arrays.values() for dim, n in zip(named.dims, named.shape, strict=True)}
+
+
 @dataclass(frozen=True, slots=True)
 class _Opened:
     """A group, in its store."""

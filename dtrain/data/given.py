@@ -78,7 +78,7 @@ def split_column(samples: Samples, store: ReadStore) -> Coordinate | str:
     """Return what the splits of samples are given by, or why it cannot be read; an empty text if they are shares."""
     split, group = samples.config.split, samples.config.group
     if split.by:
-        return _group_column(samples, store)
+        return row_column(samples, store, split.by)
     if not split.ranges:
         return ""
     dim = next(dim for dim, _ in split.ranges.values())
@@ -92,15 +92,16 @@ def split_column(samples: Samples, store: ReadStore) -> Coordinate | str:
     return found if isinstance(found, str) else describe_column(samples.path, *found)
 
 
-def _group_column(samples: Samples, store: ReadStore) -> Coordinate | str:
-    by, config = samples.config.split.by, samples.config
+def row_column(samples: Samples, store: ReadStore, by: str) -> Coordinate | str:
+    """Return a variable that has the dimension of the samples alone, or why it cannot be read."""
+    config = samples.config
     try:
         named: NamedArray = open_named(store, config.group, (by,), config.dims)[by]
     except DtrainError as error:
         return one_line(error).removeprefix(f"{samples.path}: ").removesuffix(".")
     rows = _sizes(samples)[samples.sample_dim]
-    if named.dims != (samples.sample_dim,) or named.array.shape != (rows,):
-        return f"it has the dimensions {', '.join(named.dims) or 'none'} of lengths {list(named.array.shape)}"
+    if named.dims != (samples.sample_dim,) or named.shape != (rows,):
+        return f"it has the dimensions {', '.join(named.dims) or 'none'} of lengths {list(named.shape)}"
     column = describe_column(samples.path, by, named)
     if isinstance(column, str):
         return column

@@ -77,6 +77,12 @@ def check_sparse(path: str, config: DataConfig, variables: tuple[Variable, ...])
             f'data.missing = "skip": {path} holds {sparse.name} as a sparse matrix, whose chunks are no runs of rows.',
             'Set data.missing = "error", or restore what is missing.',
         )
+    if config.min_valid is not None:
+        raise InvalidConfig(
+            f"data.non_finite: {path} holds {sparse.name} as a sparse matrix, in which values that are not finite "
+            "are not looked for sample by sample.",
+            f'Set data.non_finite = "error", which names them, or "allow"; or write {sparse.name} dense.',
+        )
     parts = {array.name for variable in variables for array in variable.arrays if array.part_of}
     twice = next((variable.name for variable in variables if variable.name in parts), "")
     if twice:

@@ -144,6 +144,8 @@ class Samples:
     split_column: Coordinate | str = ""
     """What splits are given by: the coordinate of a dimension, or the variable of groups; or why it cannot be read;
     empty if splits are shares. Not part of the fingerprint."""
+    class_column: Coordinate | str = ""
+    """The variable of ``data.balance``, or why it cannot be read. Not part of the fingerprint."""
     chosen: tuple[Chosen, ...] = ()
     """What ``data.sel`` chooses. Not part of the fingerprint: the selection of each variable is."""
     members: tuple[Samples, ...] = ()

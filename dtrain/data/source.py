@@ -18,8 +18,8 @@ from dtrain.config.schema import DataConfig
 from dtrain.data.cf import encoding_of, float_encoding
 from dtrain.data.choose import choose_dims
 from dtrain.data.coordinate import coordinate_of
-from dtrain.data.dataset import NamedArray, open_named
-from dtrain.data.given import split_column
+from dtrain.data.dataset import NamedArray, open_named, sizes_of
+from dtrain.data.given import row_column, split_column
 from dtrain.data.joined import Member, check_once, describe_all, shared_coordinates
 from dtrain.data.layouts.stored import Matrix
 from dtrain.data.matrix import check_order, check_sparse, rows_together
@@ -124,7 +124,7 @@ def _describe(config: DataConfig, base: Path, snapshot: str, *, all_rows: bool) 
     arrays = open_named(store, config.group, names, config.dims)
     arrays |= cosine_array(config, store, arrays)
     dims = {name: arrays[name].dims for name in own}
-    sizes = {dim: n for named in arrays.values() for dim, n in zip(named.dims, named.shape, strict=True)}
+    sizes = sizes_of(arrays)
     along = sample_dim(config, dims)
     by_coordinate, chosen = choose_dims(config, store, arrays, along) if config.sel else ({}, ())
     isel = {dim: wanted for dim, wanted in config.isel.items() if dim != along or not all_rows}
@@ -146,7 +146,13 @@ def _describe(config: DataConfig, base: Path, snapshot: str, *, all_rows: bool) 
     ).labelled("ignored")
     check_weight(samples)
     samples = replace(samples, coordinate=coordinate_of(samples, store), split_column=split_column(samples, store))
-    columns = (column for column in (samples.coordinate, samples.split_column) if not isinstance(column, str))
+    if config.balance:
+        samples = replace(samples, class_column=row_column(samples, store, config.balance))
+    columns = (
+        column
+        for column in (samples.coordinate, samples.split_column, samples.class_column)
+        if not isinstance(column, str)
+    )
     stored = (*variables, *(column.variable for column in columns))
     paths = (array.array_path for variable in stored for array in variable.arrays)
     remember(store, at_snapshot(config.storage_options, store.facts.snapshot), config.group, paths)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from dtrain.config.names import cosine_of
 from dtrain.config.schema import DataConfig
 from dtrain.data.column import groups_above
-from dtrain.data.dataset import NamedArray, find_named
+from dtrain.data.dataset import NamedArray, find_named, sizes_of
 from dtrain.data.encoding import Encoding
 from dtrain.data.read.joined import open_reader
 from dtrain.data.read.store import ReadStore
@@ -46,7 +46,7 @@ def cosine_array(config: DataConfig, store: ReadStore, arrays: Mapping[str, Name
     name = cosine_of(config.weight)
     if not name:
         return {}
-    sizes = {dim: n for named in arrays.values() for dim, n in zip(named.dims, named.array.shape, strict=True)}
+    sizes = sizes_of(arrays)
     found = next(
         filter(None, (find_named(store, config.group, path) for path in groups_above(config.targets, name))), None
     )
@@ -58,7 +58,7 @@ def cosine_array(config: DataConfig, store: ReadStore, arrays: Mapping[str, Name
         )
     if found.categories is not None or found.array.dtype.kind not in "iuf":
         raise InvalidConfig(f"{text}: {name} holds no angles ({found.array.dtype}).", "Name an array of numbers.")
-    odd = [dim for dim, n in zip(found.dims, found.array.shape, strict=True) if sizes.get(dim) != n]
+    odd = [dim for dim, n in zip(found.dims, found.shape, strict=True) if sizes.get(dim) != n]
     if odd:
         raise InvalidConfig(
             f"{text}: {name} lies along {', '.join(found.dims)}, and no variable has {odd[0]} of that length.",

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dtrain.display import duration, joined, number, shown
 from dtrain.errors import listed, shortened
 from dtrain.events import (
+    COUNTING,
     ChunksFilled,
     ClusterOpening,
     ParametersLoaded,
@@ -14,6 +15,7 @@ from dtrain.events import (
     RoundDamaged,
     RoundsMeasured,
     RunStarted,
+    SamplesLeftOut,
     SegmentReplayed,
     StepsTaken,
 )
@@ -28,8 +30,9 @@ def opening_line(event: ClusterOpening) -> str:
 
 def started_line(event: RunStarted) -> str:
     """Return what is trained, and where."""
-    size = f"{event.samples:,} training samples, {event.replicas} replicas on {event.workers} workers"
-    return f"{shown(event.run)}: {size}"
+    replicas = f"{event.replicas} replica{'s' if event.replicas > 1 else ''}"
+    workers = f"{event.workers} worker{'s' if event.workers > 1 else ''}"
+    return f"{shown(event.run)}: {event.samples:,} training samples, {replicas} on {workers}"
 
 
 def continuing_line(event: RunStarted) -> str:
@@ -60,9 +63,9 @@ def round_line(result: RoundResult, rounds: int, speed: float, width: int) -> st
 
 
 def steps_line(events: Sequence[StepsTaken]) -> str:
-    """Return how far the replicas are in a round, or in the pass for ``data.normalize``."""
-    number_of_round = events[0].round
-    label = f"round {number_of_round}" if number_of_round else "mean and standard deviation, units"
+    """Return how far the replicas are in a round, or in a pass before the first one."""
+    passes = {COUNTING: "looking for non-finite values, units", 0: "mean and standard deviation, units"}
+    label = passes.get(events[0].round, f"round {events[0].round}")
     speed = sum(e.samples / e.seconds for e in events)
     return f"{label}: {_replicas(events)}, {speed:,.0f} samples/s"
 
@@ -80,12 +83,15 @@ def speed_of(recent: Collection[RoundResult]) -> float:
     return sum(result.samples for result in recent) / max(sum(result.seconds for result in recent), 1e-9)
 
 
-def fault_line(event: ChunksFilled | SegmentReplayed | ReplicaRejected | RoundDamaged) -> str:
+def fault_line(event: ChunksFilled | SamplesLeftOut | SegmentReplayed | ReplicaRejected | RoundDamaged) -> str:
     """Return what went wrong or is missing, and what was done."""
     match event:
         case ChunksFilled():
             missing = f"{event.chunks:,} of {event.of:,} chunks of {event.variable}"
             return f"{missing} are not stored and read as {event.value:g}"
+        case SamplesLeftOut():
+            named = ", ".join(f"{name} ({count:,})" for name, count in event.by_variable.items())
+            return f"{event.samples:,} of {event.of:,} samples left out: non-finite values in {named}"
         case SegmentReplayed():
             return f"lost work with a worker; going on from round {event.round} ({shortened(event.reason, 100)})"
         case ReplicaRejected():

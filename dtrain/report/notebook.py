@@ -21,6 +21,7 @@ from dtrain.events import (
     RoundFinished,
     RunFinished,
     RunStarted,
+    SamplesLeftOut,
     SegmentReplayed,
     StepsTaken,
 )
@@ -122,7 +123,7 @@ class RunPage:
                 kept = (one for one in self.results if one.round % self.eval_every == 0)
                 results, recent = (*kept, result)[-SHOWN_ROUNDS:], (*self.recent, result)[-SPEED_ROUNDS:]
                 return replace(self, results=results, recent=recent, steps=())
-            case ChunksFilled() | SegmentReplayed() | ReplicaRejected() | RoundDamaged():
+            case ChunksFilled() | SamplesLeftOut() | SegmentReplayed() | ReplicaRejected() | RoundDamaged():
                 return replace(self, faults=(*self.faults, fault_line(event))[-SHOWN_FAULTS:])
             case RunFinished(limited_by=limit):
                 title = self.title or f"{shown(event.run)}: complete"

@@ -25,6 +25,7 @@ from dtrain.events import (
     RoundsMeasured,
     RunFinished,
     RunStarted,
+    SamplesLeftOut,
     SegmentReplayed,
     StepsTaken,
 )
@@ -108,7 +109,7 @@ class _Terminal:
                 self._print(measured_line(event))
             case RoundFinished(result):
                 self._advance(result)
-            case ChunksFilled() | SegmentReplayed() | ReplicaRejected() | RoundDamaged():
+            case ChunksFilled() | SamplesLeftOut() | SegmentReplayed() | ReplicaRejected() | RoundDamaged():
                 self._print(fault_line(event))
             case RunFinished(limited_by=limit):
                 self._finish()
@@ -136,7 +137,7 @@ class _Terminal:
         self._steps[event.replica] = event
         latest = [self._steps[k] for k in sorted(self._steps)]
         text = steps_line(latest)
-        if not event.round and not self._progress.disable:  # rounds have not begun
+        if event.round < 1 and not self._progress.disable:  # rounds have not begun
             if self._task is None:
                 self._task = self._progress.add_task("data", total=100, note="")
             self._progress.update(self._task, completed=100 * sum(e.step / e.steps for e in latest) / len(latest))

@@ -20,6 +20,7 @@ from distributed import Future
 
 from dtrain.algorithm.evaluate import Sums, merge
 from dtrain.algorithm.pattern import by_replica
+from dtrain.data.load.finite import Seen
 from dtrain.data.load.moments import Moments
 from dtrain.data.load.statistics import merge_moments
 from dtrain.data.plan.splits import SplitName
@@ -83,6 +84,13 @@ class ClusterRunner:
             [self._client.submit(merge_moments, "moments", moments, at=self._places[0])]
         )[0]
         return merged
+
+    def seen(self) -> list[Seen]:
+        """Return, by piece, which samples hold values that are not finite: one pass over all."""
+        pieces, workers = self._resident.counted, self._client.workers()
+        tasks = {f"seen-p{piece}": (self.spec.run_id, piece) for piece in range(len(pieces))}
+        at = [source.workers or workers[piece % len(workers)] for piece, (source, _, _) in enumerate(pieces)]
+        return self._gather(self._client.submit_each(remote.take_seen, tasks, at=at, resources=RESOURCE))
 
     def evaluate(self, params: Parameters, split: SplitName) -> Sums | None:
         """Evaluate parameters on a split."""

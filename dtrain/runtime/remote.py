@@ -24,6 +24,7 @@ from dtrain.algorithm.params import with_frozen
 from dtrain.algorithm.pattern import model_of, summarise
 from dtrain.algorithm.slices import Slice, cut_update, join_broadcast, join_params
 from dtrain.config.average import AverageConfig, CodecConfig
+from dtrain.data.load.finite import Seen
 from dtrain.data.load.moments import Moments
 from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
@@ -245,3 +246,9 @@ def evaluate_piece(
 def take_moments(run_id: str, replica: int, most_units: int | None) -> dict[str, Moments]:
     """Return the moments of the rows of a replica."""
     return tasks.take_moments(resident_of(run_id), replica, most_units, partial(_progress, run_id))
+
+
+@_unless_over
+def take_seen(run_id: str, piece: int) -> Seen:
+    """Return which samples of a piece of the stores hold values that are not finite."""
+    return tasks.take_seen(resident_of(run_id), piece, partial(_progress, run_id))

@@ -27,9 +27,10 @@ from dtrain.algorithm.params import load_into
 from dtrain.algorithm.plan import endless_sizes
 from dtrain.algorithm.recipe import Recipe, metrics_of, recipe_of
 from dtrain.config.functions import Function
+from dtrain.data.load.finite import parts_of
 from dtrain.data.load.loader import Loader
 from dtrain.data.plan.memory import LoaderBudget
-from dtrain.data.plan.partition import Partition, eval_partitions
+from dtrain.data.plan.partition import Partition, cell_anchors, eval_partitions
 from dtrain.data.plan.splits import SplitName
 from dtrain.data.read.joined import BoxReader, open_reader
 from dtrain.runtime.codebytes import live_functions, unpickle_functions
@@ -99,12 +100,18 @@ class Resident:
     @cached_property
     def recipe(self) -> Recipe:
         """Loss, optimizer and schedule of the local steps."""
-        return recipe_of(self.spec.config.train, self.functions, self.spec.config.average.prox)
+        config = self.spec.config
+        return recipe_of(config.train, self.functions, config.average.prox, self._finite_targets)
 
     @cached_property
     def metrics(self) -> dict[str, Metric]:
         """The metrics that are computed batch by batch."""
-        return metrics_of(self.spec.config.train, self.functions)
+        return metrics_of(self.spec.config.train, self.functions, self._finite_targets)
+
+    @property
+    def _finite_targets(self) -> bool:
+        """Whether targets that are not finite do not count."""
+        return any(source.samples.config.fills_inputs for source in self.spec.sources)
 
     def _build(self) -> nn.Module:
         config = self.spec.config
@@ -168,6 +175,16 @@ class Resident:
             return [(held_out, piece) for piece in eval_partitions(held_out.plan, "all", held_out.lost)]
         sources = self.spec.sources
         return [(source, piece) for source in sources for piece in eval_partitions(source.plan, split, source.lost)]
+
+    @cached_property
+    def counted(self) -> tuple[tuple[PlannedSource, Partition, range], ...]:
+        """The pieces of a pass over all samples of all stores: their parts, store by store."""
+        spec = self.spec
+        sources = [*spec.sources, *([spec.held_out] if spec.held_out is not None else [])]
+        wholes = ((source, cell_anchors(source.plan, "all")) for source in sources)
+        return tuple(
+            (source, whole, parts) for source, whole in wholes for parts in parts_of(whole, source.plan.eval_pieces)
+        )
 
     # Loaders ------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from dtrain.algorithm.evaluate import Sums
+from dtrain.data.load.finite import Seen
 from dtrain.data.load.moments import Moments
 from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
@@ -71,6 +72,10 @@ class Runner(Protocol[Held]):
 
     def moments(self, most_units: int | None) -> dict[str, Moments]:
         """Return the moments of ``data.normalize``, from one pass over the training rows."""
+        ...
+
+    def seen(self) -> list[Seen]:
+        """Return, by piece (`Resident.counted`), which samples hold values that are not finite: one pass over all."""
         ...
 
     def evaluate(self, params: Parameters, split: SplitName) -> Sums | None:

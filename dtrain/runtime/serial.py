@@ -19,6 +19,7 @@ from dtrain.algorithm.pattern import (
     summarise,
     together,
 )
+from dtrain.data.load.finite import Seen
 from dtrain.data.load.moments import Moments
 from dtrain.data.load.statistics import merge_moments
 from dtrain.data.plan.splits import SplitName
@@ -66,6 +67,11 @@ class SerialRunner:
         """Return the moments of the variables of ``data.normalize``."""
         replicas = range(self.spec.plan.replicas)
         return merge_moments([tasks.take_moments(self._resident, k, most_units, self.on_progress) for k in replicas])
+
+    def seen(self) -> list[Seen]:
+        """Return, by piece, which samples hold values that are not finite."""
+        pieces = range(len(self._resident.counted))
+        return [tasks.take_seen(self._resident, piece, self.on_progress) for piece in pieces]
 
     def evaluate(self, params: Parameters, split: SplitName) -> Sums | None:
         """Evaluate parameters on a split."""

@@ -21,12 +21,13 @@ from dtrain.algorithm.params import flatten, with_frozen, without_frozen
 from dtrain.algorithm.plan import micro_size, micro_sizes, pass_size, step_sizes
 from dtrain.algorithm.scaffold import ControlledSteps, Controls
 from dtrain.config.average import AverageConfig
+from dtrain.data.load.finite import Seen, pass_over
 from dtrain.data.load.gather import Batch, target_scalings
 from dtrain.data.load.loader import Loader
 from dtrain.data.load.moments import Moments
 from dtrain.data.load.statistics import partition_moments
 from dtrain.data.plan.splits import SplitName
-from dtrain.events import StepsTaken
+from dtrain.events import COUNTING, StepsTaken
 from dtrain.runtime.module import isolated
 from dtrain.runtime.resident import Resident
 from dtrain.runtime.stopwatch import Measured, Stopwatch, process_name
@@ -205,6 +206,12 @@ def take_moments(resident: Resident, replica: int, most_units: int | None, progr
     units = len(names) * min(len(stream.partition.units), most_units or len(stream.partition.units))
     on_unit = _at_intervals(progress, 0, replica, units)
     return partition_moments(resident.reader(stream.source), stream.partition, names, most_units, on_unit)
+
+
+def take_seen(resident: Resident, piece: int, progress: Progress) -> Seen:
+    """Return which samples of a piece of the stores hold values that are not finite."""
+    source, partition, parts = resident.counted[piece]
+    return pass_over(resident.reader(source), partition, parts, _at_intervals(progress, COUNTING, piece, len(parts)))
 
 
 def prepared(

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,7 +23,7 @@ from dtrain.algorithm.replica import empty_inner_state
 from dtrain.algorithm.warmstart import warm_start
 from dtrain.config.average import AverageConfig
 from dtrain.config.schema import TrainTable
-from dtrain.data.load.gather import target_scalings
+from dtrain.data.load.gather import Batch, target_scalings
 from dtrain.data.load.loader import read_batches
 from dtrain.errors import DtrainError, FirstLossNotFinite, InvalidConfig, ShapesDiffer, one_line
 from dtrain.events import ParametersLoaded
@@ -143,7 +144,23 @@ def _first_batch(resident: Resident) -> TensorBatch:
         scalings=resident.spec.scalings,
     )
     with closing(batches):
-        return next(prepared(resident, batches, "train", 0, Cursor(0, 0), total))
+        read = next(batches)
+        if stream.source.samples.config.non_finite == "skip":  # for `plan`, they are not left out so far
+            read = without_non_finite(read)
+        return next(prepared(resident, iter([read]), "train", 0, Cursor(0, 0), total))
+
+
+def without_non_finite(batch: Batch) -> Batch:
+    """Return a batch without the samples that hold values that are not finite; as it is if all of them do."""
+    is_kept = np.ones(batch.size, bool)
+    for values in (*batch.inputs, *batch.targets):
+        if values.dtype.kind == "f":
+            is_kept &= np.isfinite(values).reshape(batch.size, -1).all(axis=1)
+    if is_kept.all() or not is_kept.any():
+        return batch
+    inputs, targets = (tuple(v[is_kept] for v in own) for own in (batch.inputs, batch.targets))
+    weights = tuple(v if len(v) == 1 else v[is_kept] for v in batch.weights)
+    return replace(batch, inputs=inputs, targets=targets, weights=weights)
 
 
 def _timed_step(resident: Resident, module: nn.Module, batch: TensorBatch) -> tuple[float, int]:

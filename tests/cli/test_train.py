@@ -124,7 +124,7 @@ def test_in_words(cli, project):
     told = outcome.err.splitlines()
     assert told[0] == "job/runs/job: 48 training samples, 2 replicas on 2 workers"
     assert [line.split("  ")[0] for line in told[1:3]] == ["round 1", "round 2"]
-    assert re.match(r"limited by (fetch|decode|gather|model|reduce|evaluate) \d+% ", told[3])
+    assert re.match(r"limited by (fetch|decode|gather|model|reduce|evaluate) \(\d+% of the time\)", told[3])
 
 
 def test_without_validation_there_is_no_val_loss(cli, project):

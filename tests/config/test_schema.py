@@ -45,6 +45,7 @@ transform = ""
 missing = "auto"
 non_finite = "error"
 weight = ""
+balance = ""
 shuffle = true
 memory = "auto"
 cache = "auto"

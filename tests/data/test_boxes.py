@@ -31,7 +31,7 @@ from dtrain.data.read.units import UnitReader
 from dtrain.data.samples import Samples
 from dtrain.data.source import open_samples
 from dtrain.errors import InvalidConfig, TooFewSamples
-from dtrain.resolve import _plan_from, _plan_table
+from dtrain.resolved import _plan_from, _plan_table
 from tests.data.helpers import Spy, batches, one_pass, reader_of, readers, same_bits
 
 SPLITS = ("train", "val", "test")

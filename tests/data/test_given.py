@@ -25,7 +25,7 @@ from dtrain.data.read.units import UnitReader
 from dtrain.data.samples import Samples
 from dtrain.data.source import open_samples
 from dtrain.errors import ChunkMissing, DtrainError, InvalidConfig, TooFewSamples
-from dtrain.resolve import _plan_from, _plan_table
+from dtrain.resolved import _plan_from, _plan_table
 from tests.data.helpers import readers
 from tests.data.test_boxes import SPLITS, cut_small, opened, values_of, volume
 

@@ -167,7 +167,7 @@ def test_the_page_of_a_run() -> None:
     done = RunFinished(reason="target", rounds=30, params_sha256="", val_loss=None, run="runs/a")
     assert repr(page_of(done)) == "runs/a: complete\ndone (target): 30 rounds"
     limited = replace(done, limited_by=Limit(stages=("decode",), shares={"decode": 1.0}, cure="Store less."))
-    assert repr(page_of(limited)).endswith("30 rounds, limited by decode 100% of the time. Store less.")
+    assert repr(page_of(limited)).endswith("30 rounds, limited by decode (100% of the time). Store less.")
 
 
 def test_the_table_shows_evaluated_rounds_and_the_last_one() -> None:

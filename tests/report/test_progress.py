@@ -48,6 +48,10 @@ def test_a_run_prints_its_size_and_a_line_a_round(capsys: pytest.CaptureFixture[
     ]
 
 
+def test_one_is_no_plural(capsys: pytest.CaptureFixture[str], started: RunStarted) -> None:
+    assert printed(capsys, replace(started, replicas=1, workers=1))[0].endswith("samples, 1 replica on 1 worker")
+
+
 def test_a_continued_run_says_where(capsys: pytest.CaptureFixture[str], started: RunStarted) -> None:
     assert printed(capsys, replace(started, round=2))[1:] == ["continuing after round 2 of 3"]
 
@@ -57,7 +61,7 @@ def test_the_end_names_the_stage_that_limits(capsys: pytest.CaptureFixture[str],
     limit = Limit(stages=("decode",), shares={"decode": 0.61, "model": 0.39}, cure="Store less.")
     assert printed(capsys, started, done)[1:] == []
     assert printed(capsys, started, replace(done, limited_by=limit))[1:] == [
-        "limited by decode 61% of the time (model 39%). Store less."
+        "limited by decode (61% of the time); then model 39%. Store less."
     ]
 
 

@@ -22,7 +22,7 @@ from dtrain.job import job_from_config
 from dtrain.planning import plan_job
 from dtrain.planrecord import plan_record
 from dtrain.plantext import plan_rows
-from dtrain.resolve import from_json
+from dtrain.resolved import from_json
 from dtrain.trainer import train_job
 
 

@@ -25,6 +25,9 @@ Allocate: TypeAlias = Callable[[tuple[int, ...], DType], Array]
 Memory: TypeAlias = tuple[npt.NDArray[np.uint8], ...]
 """By field: bytes, from an aligned address on."""
 
+PIECE_BYTES = 512 << 10
+"""Rows that are written twice, because they are cast, unpacked or made dense, are written in pieces of this size: they
+stay in the processor's cache."""
 ALIGNMENT = 64
 """Bytes, as torch aligns. The last bits of a vectorised sum depend on where in memory its operands lie."""
 

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 
 from dtrain.data.encoding import Array, Floats, Scaling, unpack
-from dtrain.data.load.buffers import FieldSpec, aligned_copy
+from dtrain.data.load.buffers import PIECE_BYTES, FieldSpec, aligned_copy
 from dtrain.data.load.slots import Rows
 from dtrain.data.load.sparse import SparseGatherer
 from dtrain.data.load.weights import alignments
@@ -27,9 +27,6 @@ Scalings: TypeAlias = Mapping[str, Scaling]
 """By variable: how it is standardised."""
 
 WHOLE_ROWS = Blocks()
-PIECE_BYTES = 512 << 10
-"""Rows that are copied twice, because they are cast or unpacked, are copied in pieces of this size: they stay in the
-processor's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +68,19 @@ class FieldGatherer:
         """Whether the field differs from patch to patch."""
         self._cuts, self._blocks = samples.tiles.cuts, blocks
         steps = np.diff(field.offsets)
+        config = samples.config
+        is_input = any(field is one for one in samples.fields[: len(config.inputs)])
+        self._zeroes = config.fills_inputs and is_input and dtype == np.float32
+        """Whether values that are not finite become 0."""
         self._step = int(steps[0]) if len(steps) and steps[0] > 0 and (steps == steps[0]).all() else 0
 
     def fill(self, out: Array, arena: Array, rows: Rows) -> None:
         """Fill ``out[sample, ...]`` from ``arena[slot, row, ...]``; out is contiguous and of the model's dtype."""
+        self._fill(out, arena, rows)
+        if self._zeroes:
+            fill_non_finite(out)
+
+    def _fill(self, out: Array, arena: Array, rows: Rows) -> None:
         flat = arena.reshape(-1, *arena.shape[2:])
         first = rows.slot * arena.shape[1] + rows.row - self._low
         if not self.is_cut or rows.tile is None:
@@ -110,6 +116,8 @@ class FieldGatherer:
             decoded[...] = decoded_weights(self.variable, values)
         else:
             self._store(decoded, ..., values)
+        if self._zeroes:
+            fill_non_finite(decoded)
         return decoded
 
     def _take_all(self, out: Array, flat: Array, first: Ints) -> None:
@@ -218,6 +226,15 @@ def _decoded(gatherer: FieldGatherer | SparseGatherer, statics: Mapping[str, Arr
     if isinstance(gatherer, SparseGatherer) or not gatherer.variable.is_static:
         return None
     return gatherer.decoded(statics[gatherer.field.name])
+
+
+def fill_non_finite(values: Array) -> None:
+    """Replace the values of float32[sample, ...] that are not finite by 0, in pieces of `PIECE_BYTES`."""
+    flat = values.reshape(-1)
+    for start in range(0, len(flat), PIECE_BYTES // flat.itemsize):
+        some = flat[start : start + PIECE_BYTES // flat.itemsize]
+        if not np.isfinite(some.sum()):
+            some[~np.isfinite(some)] = 0.0
 
 
 def target_scalings(samples: Samples, scalings: Scalings) -> tuple[tuple[Floats, Floats] | None, ...]:

@@ -12,10 +12,11 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from dtrain.data.plan.hashing import CACHE, Ints, hash_each
+from dtrain.data.plan.hashing import CACHE, Compact, Ints, hash_each
 from dtrain.data.plan.memory import Limits
 from dtrain.data.plan.order import RowRun
 from dtrain.data.plan.partition import Partition
+from dtrain.data.plan.splits import changes
 
 Slots: TypeAlias = npt.NDArray[np.int32]
 
@@ -64,6 +65,8 @@ class SlotTable:
         self._is_cached[_cached_parts(partition, limits.cached)] = True
         self._cached: Slots = np.full(parts if limits.cached else 0, -1, np.int32)
         """By part of the cache: its slot once it is read or being read, else -1."""
+        self._ends: dict[int, Compact] = {}
+        """By open part: `Partition.part_ends`, where samples may come several times a pass."""
 
     @property
     def free(self) -> Slots:
@@ -97,6 +100,7 @@ class SlotTable:
 
     def release(self, epoch: int, part: int) -> None:
         """Free the slot of a part of a pass, if it has one and is not cached."""
+        self._ends.pop(part, None)
         slot = self.slot(epoch, part)
         if slot >= 0 and not self._is_cached[part]:
             self._by_part[epoch][part] = -1
@@ -113,6 +117,8 @@ class SlotTable:
         """Return where the samples of a run lie; each of its parts has a slot."""
         part, index = run.rows()
         tile, plan = None, self._partition.plan
+        if self._partition.samples is not None:
+            index = self._samples(part, index)
         if plan.blocks:
             blocks = self._partition.part_blocks[part].astype(np.int64)
             index, within = np.divmod(index, self._partition.grid.tiles_in(blocks))
@@ -120,6 +126,24 @@ class SlotTable:
         elif plan.patches > 1:
             index, tile = np.divmod(index, plan.patches)
         return Rows(self._by_part[epoch][part].astype(np.int64), self._partition.rows(part, index), tile)
+
+    def _samples(self, part: Ints, index: Ints) -> Ints:
+        """Return which sample of its part each is, from its index among the samples of a pass.
+
+        Parameters
+        ----------
+        part, index : int64[sample]
+        """
+        samples = np.empty(len(index), np.int64)
+        short = part.astype(np.min_scalar_type(len(self._partition.units)))  # numpy sorts 16 bits by radix
+        order = np.argsort(short, kind="stable")
+        for some in np.split(order, changes(short[order])[1:]) if len(order) else ():
+            number = int(part[some[0]])
+            if number not in self._ends:
+                self._ends[number] = self._partition.part_ends(number)
+            ends = self._ends[number]
+            samples[some] = np.searchsorted(ends, index[some].astype(ends.dtype), side="right")
+        return samples
 
 
 def _cached_parts(partition: Partition, count: int) -> Ints:

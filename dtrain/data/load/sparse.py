@@ -7,14 +7,11 @@ import math
 import numpy as np
 
 from dtrain.data.encoding import Array, Scaling
-from dtrain.data.load.buffers import FieldSpec
+from dtrain.data.load.buffers import PIECE_BYTES, FieldSpec
 from dtrain.data.load.slots import Rows
 from dtrain.data.samples import Field, Samples
 from dtrain.data.sparse import SparseRows, pieces, scatter, starts_of
 from dtrain.data.variable import Sparse
-
-PIECE_BYTES = 512 << 10
-"""Rows are written in pieces of this size: they stay in the processor's cache."""
 
 
 class SparseGatherer:

@@ -13,6 +13,7 @@ from dtrain.data.load.moments import Moments, moments_of, sparse_moments
 from dtrain.data.plan.partition import Partition
 from dtrain.data.plan.units import Box, cell_bounds
 from dtrain.data.read.joined import BoxReader
+from dtrain.data.read.values import not_finite
 from dtrain.data.sparse import SparseRows
 from dtrain.data.variable import Variable
 from dtrain.errors import NonFiniteData
@@ -31,6 +32,8 @@ def partition_moments(
     on_unit: Callable[[int, int], None] = lambda units, rows: None,
 ) -> dict[str, Moments]:
     """Return, by variable, the moments of the rows that a partition owns: one pass, unit by unit.
+
+    Where samples with values that are not finite are left out, or kept in part, only finite values count.
 
     Parameters
     ----------
@@ -52,11 +55,18 @@ def partition_moments(
             if isinstance(rows, SparseRows):
                 more = sparse_moments(rows, math.prod(variable.row_shape), axes)
             else:
-                more = moments_of(rows, variable.encoding, axes)
+                own = _finite(variable, rows) if reader.samples.config.min_valid is not None else rows
+                more = moments_of(own, variable.encoding, axes)
             moments[name] = moments[name] + more if name in moments else more
             units, count = units + 1, count + len(rows)
             on_unit(units, count)
     return moments
+
+
+def _finite(variable: Variable, rows: Array) -> Array:
+    """Return stored rows with NaN in place of values that are not finite: `moments_of` leaves it out."""
+    bad = not_finite(variable, rows) if rows.dtype.kind == "f" else None
+    return rows if bad is None else np.where(bad, rows.dtype.type(np.nan), rows)
 
 
 def _owned_rows(reader: BoxReader, partition: Partition, variable: Variable) -> Iterator[Array | SparseRows]:

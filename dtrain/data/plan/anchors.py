@@ -20,6 +20,7 @@ import numpy as np
 
 from dtrain.data.plan.hashing import Compact, Ints, slices
 from dtrain.data.plan.labels import LEFT_OUT, runs_of
+from dtrain.data.plan.multiplicity import repeats_of
 from dtrain.data.plan.splits import Runs, SplitName, changes, split_cells, without_rows
 from dtrain.data.plan.units import DataPlan, cell_bounds
 
@@ -45,6 +46,18 @@ def anchor_runs(plan: DataPlan, split: SplitName, lost: Runs = ()) -> Iterator[A
         yield owner[kept], first[kept], count[kept]
 
 
+def counted_runs(plan: DataPlan, split: SplitName, lost: Runs = ()) -> Iterator[tuple[Compact, Ints, Ints, Ints]]:
+    """Yield the runs of `anchor_runs` that hold samples, and the number of samples of a pass in each."""
+    repeats = repeats_of(plan, split)
+    for cells, first, count in anchor_runs(plan, split, lost):
+        if repeats is None:
+            yield cells, first, count, count * plan.tiles_of(cells, split)
+        else:
+            samples = repeats.totals(plan.blocks_of(cells), first, count)
+            kept = samples > 0
+            yield cells[kept], first[kept], count[kept], samples[kept]
+
+
 class Counts(NamedTuple):
     """How much of a split there is."""
 
@@ -57,12 +70,12 @@ def count_samples(plan: DataPlan, split: SplitName) -> Counts:
     """Count the samples of a split, and the partitions that it suffices for, without keeping its anchors."""
     samples = owners = 0
     last = -1
-    for cells, _, count in anchor_runs(plan, split):
+    for cells, _, _, of_runs in counted_runs(plan, split):
         if len(cells):
             dealt = cells if plan.contiguous else cells // plan.group
             owners += len(changes(dealt)) - (int(dealt[0]) == last)
             last = int(dealt[-1])
-            samples += int((count * plan.tiles_of(cells, split)).sum())
+            samples += int(of_runs.sum())
     return Counts(samples, owners)
 
 

@@ -100,10 +100,14 @@ def plan_evaluation(
 
 
 def cut_as(plan: DataPlan, samples: Samples, jumps: str = "", given: GivenSplits = BY_SHARE) -> DataPlan:
-    """Return the plan of samples of the same rows as those of another plan, with its splits."""
+    """Return the plan of samples of the same rows as those of another plan, with its splits.
+
+    Which samples count is known of the same samples alone: others are counted anew.
+    """
     first, last = samples.reach()
     alike = (plan.first_offset, plan.last_offset) == (first, last)
     is_cut_alike = _same_patches(plan, samples)
+    is_same = plan.source == samples.fingerprint and plan.stride == samples.config.stride
     blocks = blocks_with_labels(samples) if given.tiles else blocks_for(samples)
     return replace(
         plan,
@@ -115,6 +119,7 @@ def cut_as(plan: DataPlan, samples: Samples, jumps: str = "", given: GivenSplits
         last_offset=last,
         source=samples.fingerprint,
         jumps=plan.jumps if alike else jumps,
+        multiplicity=plan.multiplicity if is_same else "",
     )
 
 

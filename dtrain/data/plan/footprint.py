@@ -46,6 +46,10 @@ JUMP_BYTES = 40
 """For each jump while partitions are computed."""
 LABEL_BYTES = 4
 """For each row with a label, while it is looked for where labels change."""
+COUNTED_BYTES = 4
+"""For each sample of a plan with multiplicities: its text, decoded, for training and for an evaluation."""
+ENDS_BYTES = 5
+"""For each sample of an open unit, where samples may come several times: where it ends among those of a pass."""
 RUN_BYTES = 80
 """For each run of rows of one label, while partitions are computed."""
 
@@ -139,7 +143,7 @@ def index_bytes(samples: Samples) -> int:
     return min(INDEX_CACHE_BYTES, sum(objects * (16 * chunks + INDEX_OVERHEAD_BYTES) for objects, chunks in counts))
 
 
-def order_bytes(plan: DataPlan, units: int, ahead: int, *, shuffle: bool) -> int:
+def order_bytes(plan: DataPlan, units: int, ahead: int, *, shuffle: bool, largest: int = 0) -> int:
     """Return the bytes that a loader needs to know which samples come next, and where they lie.
 
     Parameters
@@ -150,15 +154,19 @@ def order_bytes(plan: DataPlan, units: int, ahead: int, *, shuffle: bool) -> int
     ahead : int
         Units that are read before they are due.
     shuffle : bool
+    largest : int
+        Samples of a pass of the largest unit, where samples may come several times.
     """
-    part = math.ceil(min(plan.unit_rows, plan.num_samples) / plan.stride) * plan.most_tiles
+    each = math.ceil(min(plan.unit_rows, plan.num_samples) / plan.stride) * plan.most_tiles
+    part = max(each, largest)
     whole = units * part
+    ends = ENDS_BYTES * each if plan.multiplicity else 0
     if not shuffle:
-        return STORED_BYTES * min(STORED_ROWS, part) + UNIT_BYTES_IN_ORDER * units
+        return STORED_BYTES * min(STORED_ROWS, part) + UNIT_BYTES_IN_ORDER * units + ends
     mixed = min(plan.window, units)
     # at the end of a pass its last parts are open, and the look-ahead opens the first ones of the next
     opened = min(mixed + mixed // 2 + ahead + 2, 2 * units)
-    kept = opened * (part * index_dtype(part).itemsize + 8 * bins_a_part(part, mixed) + OPENED_BYTES)
+    kept = opened * (part * index_dtype(part).itemsize + 8 * bins_a_part(part, mixed) + OPENED_BYTES + ends)
     opening = 2 * part + DRAWN_BYTES * min(SLICE, MOST_BINS * part, whole)
     return kept + opening + SORTED_BYTES * min(2 * ORDERED_ROWS, whole) + UNIT_BYTES_SHUFFLED * units
 
@@ -176,7 +184,8 @@ def tables_bytes(samples: Samples, plan: DataPlan, kept: int) -> int:
     jumps = JUMP_BYTES * plan.jumps.count(" ") + len(plan.jumps)
     labels = LABEL_BYTES * plan.num_samples + RUN_BYTES * count_runs(plan.row_labels) if plan.row_labels else 0
     objects = 8 * sum(v.num_objects for store in samples.stores for v in store.stored) + samples.store.kept_bytes
-    return kept + CELL_BYTES * plan.num_cells + jumps + labels + objects + _row_starts_bytes(samples)
+    counted = COUNTED_BYTES * math.ceil(plan.num_samples / plan.stride) * plan.patches if plan.multiplicity else 0
+    return kept + CELL_BYTES * plan.num_cells + jumps + labels + counted + objects + _row_starts_bytes(samples)
 
 
 def _row_starts_bytes(samples: Samples) -> int:

@@ -195,6 +195,8 @@ class Reading:
     shuffle: bool
     tables: int = 0
     """Bytes of the tables that the process has of the plan (`tables_bytes`)."""
+    largest: int = 0
+    """Samples of a pass of the largest part."""
 
     @cached_property
     def unit(self) -> int:
@@ -218,7 +220,7 @@ class Reading:
             limits=Limits(ahead=ahead, threads=threads, buffers=buffers),
             buffers=buffers * _bundle_bytes(batch, sample_bytes(self.samples)),
             scratch=self.scratch,
-            order=order_bytes(self.plan, self.units, ahead, shuffle=self.shuffle),
+            order=order_bytes(self.plan, self.units, ahead, shuffle=self.shuffle, largest=self.largest),
         )
 
 

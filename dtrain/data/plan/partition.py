@@ -23,7 +23,8 @@ from dtrain.data.plan.boxes import window_units, with_units
 from dtrain.data.plan.cuts import object_rows
 from dtrain.data.plan.footprint import slot_bytes
 from dtrain.data.plan.hashing import DEAL, SLICE, Compact, Ints, hash64
-from dtrain.data.plan.labels import BY_SHARE, GivenSplits
+from dtrain.data.plan.labels import BY_SHARE, GivenSplits, Labels
+from dtrain.data.plan.multiplicity import multiplicity_text
 from dtrain.data.plan.parts import Partition as Partition
 from dtrain.data.plan.parts import cell_anchors as cell_anchors
 from dtrain.data.plan.splits import Runs, SplitName, changes
@@ -70,7 +71,9 @@ def _owners(train: Partition) -> npt.NDArray[np.int32]:
 
 
 def _samples_of(partition: Partition) -> Compact:
-    """Return the anchors of each run; where blocks hold some of their patches, its samples."""
+    """Return the anchors of each run; where they hold different numbers of samples, its samples."""
+    if partition.samples is not None:
+        return partition.samples
     if not partition.plan.tile_labels:
         return partition.count
     samples: Ints = partition.count * partition.plan.tiles_of(partition.cells, partition.split)
@@ -151,6 +154,41 @@ class JointPlan:
         return tuple(
             (number, piece) for number, plan in enumerate(self.plans) for piece in eval_partitions(plan, split)
         )
+
+
+# Counted --------------------------------------------------------------------------------------------------
+
+
+def counted(samples: Samples, plan: DataPlan, values: Labels, found: str) -> DataPlan:
+    """Return a plan with the multiplicities of its samples, which are dealt to replicas by them.
+
+    Parameters
+    ----------
+    samples : Samples
+    plan : DataPlan
+    values : uint8[anchor, patch]
+    found : str
+        The variables with values that are not finite, for errors.
+
+    Raises
+    ------
+    TooFewSamples
+        Nothing is left of a split, or too little for the replicas.
+    """
+    known = replace(plan, multiplicity=multiplicity_text(values))
+    names: tuple[SplitName, ...] = ("train", "val", "test")
+    for name in names:
+        before = count_samples(plan, name).samples
+        if before and not count_samples(known, name).samples:
+            raise TooFewSamples(
+                f"{samples.path}: data.non_finite leaves out all of the {before:,} samples of {name}; of the whole "
+                f"store, by variable with non-finite values: {found}.",
+                "Keep samples with fewer finite values (data.non_finite = { min_valid = 0.5 }), split the data in "
+                "another way, or repair them.",
+            )
+    _check_train(samples, known)
+    _check_owners(samples, known)
+    return known
 
 
 # Planning -----------------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ from functools import cached_property
 
 import numpy as np
 
-from dtrain.data.plan.anchors import anchor_runs
+from dtrain.data.plan.anchors import counted_runs
 from dtrain.data.plan.blocks import Blocks
 from dtrain.data.plan.hashing import Compact, Ints, compact
+from dtrain.data.plan.multiplicity import Repeats, repeats_of
 from dtrain.data.plan.splits import Runs, SplitName, changes
 from dtrain.data.plan.units import Box, DataPlan
 
@@ -30,6 +31,8 @@ class Partition:
     """The number of anchors of each run, at least 1; they are `plan.stride` apart."""
     split: SplitName = "all"
     """It says which patches of a row belong to the partition, where patches have labels."""
+    samples: Compact | None = None
+    """The samples of a pass in each run, at least 1; None if each sample comes once (`repeats_of`)."""
 
     @cached_property
     def _begins(self) -> Compact | None:
@@ -53,6 +56,8 @@ class Partition:
     def part_sizes(self) -> Compact:
         """The number of samples of each part."""
         begins, plan = self._begins, self.plan
+        if self.samples is not None:
+            return self.samples if begins is None else _sums(self.samples, begins)
         anchors = self.count if begins is None else np.add.reduceat(self.count, begins, dtype=np.int64)
         if plan.patches == 1:
             return anchors
@@ -66,13 +71,30 @@ class Partition:
 
     @cached_property
     def grid(self) -> Blocks:
-        """The blocks, with the patches that belong to the partition."""
-        return self.plan.grid_of(self.split)
+        """The blocks, with the patches that belong to the partition; with all where others come not at all."""
+        return self.plan.grid_of(self.split) if self.samples is None else self.plan.grid
+
+    @cached_property
+    def repeats(self) -> Repeats | None:
+        """How many times a pass its samples come; None: once each."""
+        return None if self.samples is None else repeats_of(self.plan, self.split)
+
+    def part_ends(self, part: int) -> Compact:
+        """Return, by sample of a part, the samples of a pass up to it, where samples may come several times."""
+        assert self.repeats is not None
+        return self.repeats.ends(int(self.part_blocks[part]), *self._runs_of(part))
 
     @property
     def num_samples(self) -> int:
         """Number of samples of a pass."""
+        if self.samples is not None:
+            return int(self.samples.sum(dtype=np.int64))
         return int((self.count.astype(np.int64) * self.plan.tiles_of(self.cells, self.split)).sum())
+
+    @property
+    def largest(self) -> int:
+        """Samples of a pass of its largest part, where they are counted by multiplicity; else 0."""
+        return 0 if self.samples is None else int(self.part_sizes.max(initial=0))
 
     @property
     def nbytes(self) -> int:
@@ -81,6 +103,7 @@ class Partition:
         of_parts = 0 if begins is None else begins.nbytes + self._before.nbytes
         arrays = [self.cells, self.first, self.count, self.units, self.part_sizes]
         arrays += [self.part_blocks] if self.plan.blocks else []
+        arrays += [] if self.samples is None else [self.samples]
         return of_parts + sum({id(array): array.nbytes for array in arrays}.values())
 
     def spans(self) -> tuple[Ints, Ints]:
@@ -133,17 +156,26 @@ class Partition:
 
     def chosen(self, which: Ints | slice) -> Partition:
         """Return the partition of some of its runs."""
-        return Partition(self.plan, self.cells[which], self.first[which], self.count[which], self.split)
+        samples = None if self.samples is None else self.samples[which]
+        return Partition(self.plan, self.cells[which], self.first[which], self.count[which], self.split, samples)
+
+
+def _sums(values: Compact, begins: Compact) -> Compact:
+    sums: Ints = np.add.reduceat(values, begins, dtype=np.int64)
+    return compact(sums, int(sums.max()) + 1)
 
 
 def cell_anchors(plan: DataPlan, split: SplitName, lost: Runs = ()) -> Partition:
     """Return all samples of a split as one partition, but those of `lost` rows (`eval_partitions`)."""
     runs = [
-        (cells, compact(first, plan.num_samples), compact(count, plan.unit_rows + 1))
-        for cells, first, count in anchor_runs(plan, split, lost)
+        (cells, compact(first, plan.num_samples), compact(count, plan.unit_rows + 1), samples)
+        for cells, first, count, samples in counted_runs(plan, split, lost)
     ]
     if not runs:
         none = np.zeros(0, np.int64)
         return Partition(plan, none, none, none, split)
-    cells, first, count = (np.concatenate(column) for column in zip(*runs, strict=True))
-    return Partition(plan, cells, first, count, split)
+    if repeats_of(plan, split) is None:
+        cells, first, count = (np.concatenate(column) for column in list(zip(*runs, strict=True))[:3])
+        return Partition(plan, cells, first, count, split)
+    cells, first, count, samples = (np.concatenate(column) for column in zip(*runs, strict=True))
+    return Partition(plan, cells, first, count, split, compact(samples, int(samples.max(initial=0)) + 1))

@@ -14,11 +14,14 @@ import numpy.typing as npt
 from dtrain.data.plan.anchors import count_left_out, count_samples
 from dtrain.data.plan.grid import touched
 from dtrain.data.plan.hashing import Compact, Ints, slices
+from dtrain.data.plan.multiplicity import multiplicities, multiplicity_text
 from dtrain.data.plan.partition import Partition, train_partitions
 from dtrain.data.plan.splits import SplitName, changes
 from dtrain.data.plan.units import Box, DataPlan, rows_selection
 from dtrain.data.samples import Samples
 from dtrain.data.variable import Sparse, Variable
+
+SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
 
 
 def describe_plan(samples: Samples, plan: DataPlan) -> dict[str, Any]:
@@ -56,10 +59,13 @@ def dropped_samples(plan: DataPlan) -> dict[str, int]:
     ``missing``: a chunk of its rows, or of a cell beside them, is not stored; ``gaps``: its window holds a jump;
     ``split``: its window leaves its split or the store. Where splits are given by coordinate, ``left_out``: it is in
     the gap beside a split, or its patch is cut by an end of it. Where several stores are one, ``stores``: its window
-    leaves its store.
+    leaves its store. Where samples are counted, ``non_finite``: it holds values that are not finite.
     """
-    splits: tuple[SplitName, ...] = ("train", "val", "test")
-    kept = sum(count_samples(plan, split).samples for split in splits)
+    if plan.multiplicity:
+        bare, ones = replace(plan, multiplicity=""), _without_repeats(plan)
+        lost = sum(count_samples(bare, split).samples - count_samples(ones, split).samples for split in SPLITS)
+        return {**dropped_samples(bare), "non_finite": lost}
+    kept = sum(count_samples(plan, split).samples for split in SPLITS)
     stored, smooth = replace(plan, jumps=""), replace(plan, jumps="", absent=())
     whole, of_stored, of_smooth = (count_samples(each, "all").samples for each in (smooth, stored, plan))
     anchors = int(plan.anchors_in(*plan.row_runs)[1].sum()) * plan.patches
@@ -72,6 +78,11 @@ def dropped_samples(plan: DataPlan) -> dict[str, int]:
         **left_out,
         **stores,
     }
+
+
+def _without_repeats(plan: DataPlan) -> DataPlan:
+    """Return a plan in which no sample comes more than once."""
+    return replace(plan, multiplicity=multiplicity_text(np.minimum(multiplicities(plan), 1)))
 
 
 def _num_distinct_units(plan: DataPlan, parts: tuple[Partition, ...]) -> int:

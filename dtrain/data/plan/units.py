@@ -35,6 +35,7 @@ LATER: Mapping[str, Any] = {
     "row_labels": "",
     "tile_dim": "",
     "tile_labels": "",
+    "multiplicity": "",
     "members": (),
 }
 """The fields of `DataPlan` that were added after runs had been stored, and their defaults."""
@@ -94,6 +95,8 @@ class DataPlan:
     """The patched dimension along which splits are given by coordinate."""
     tile_labels: str = ""
     """The label of each patch along it."""
+    multiplicity: str = ""
+    """How many times a pass each sample comes (`dtrain.data.plan.multiplicity`); empty: each comes once."""
     members: tuple[tuple[int, int, int], ...] = ()
     """Where several stores are one: the row that each begins at, its first row in use, and the one after its last. Rows
     between them are padding, so that no stored object lies in two units."""
@@ -231,6 +234,10 @@ class DataPlan:
         if not self.blocks:
             return self.patches
         return self.grid_of(split).tiles_in(cells.astype(np.int64) // self.block_step)
+
+    def blocks_of(self, cells: Compact) -> Ints:
+        """Return the block of each cell."""
+        return cells.astype(np.int64) // self.block_step
 
     def unit_box(self, unit: int) -> Box:
         """Return the rows of a unit, and its block."""

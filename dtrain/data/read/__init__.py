@@ -1,6 +1,6 @@
 """Bytes of a Zarr store -> units in memory.
 
-A kind of store is one file, a reader of chunks another one, and all sentences about faults stand in one place.
+A kind of store is one file, a reader of chunks another one, and all sentences about faults stand in two places.
 
     open        the kinds of stores, and groups and arrays in them
     kind        `StoreKind`: all that a kind of store consists of
@@ -16,7 +16,8 @@ A kind of store is one file, a reader of chunks another one, and all sentences a
     rows        `ChunkReader`: what a reader of chunks does
     files       reader: files of a local store, decoded by numcodecs (`decode`)
     zarr        reader: through zarr, or zarrs
-    faults      missing, truncated, undecodable, modified, not finite: by name
+    faults      missing, truncated, undecodable, modified objects: by name
+    values      values that are not finite, no weights, or too large: by name
     kept        what outlives a reader: preloaded rows, row starts, versions of files
     sparse      rows of sparse matrices
     units       `UnitReader`: chooses readers, reads units, checks values

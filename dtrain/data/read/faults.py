@@ -1,4 +1,4 @@
-"""Faults of stored objects: missing, truncated, undecodable, modified, not finite. The one place for their sentences.
+"""Faults of stored objects: missing, truncated, undecodable, modified. The one place for their sentences.
 
 Readers report observations; `Faults` decides which of them are faults, and raises an error that names the chunk.
 """
@@ -12,13 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dtrain.data.encoding import Array, Encoding, is_missing, unpack
+from dtrain.data.encoding import Array
 from dtrain.data.plan.missing import absence_of, stands_for
 from dtrain.data.read.codecs import TRUNCATED
 from dtrain.data.read.local import Version
 from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import key_of
-from dtrain.data.read.weights import check_not_all_zero, not_a_weight, wrong_weights
 from dtrain.data.samples import Samples
 from dtrain.data.variable import Select, Variable
 from dtrain.errors import (
@@ -76,7 +75,7 @@ class Faults:
             self._seen.setdefault(v.name, np.zeros(v.grid, np.uint64))
         self._absence = {v.name: absence_of(samples, v) for v in samples.stored}
         self._gone: set[tuple[str, tuple[int, ...], bool]] = set()
-        """Chunks that are not there and read as NaN, which `check_finite` refuses: name, place, in a shard or not."""
+        """Chunks that are not there and read as NaN, which is refused as a value: name, place, in a shard or not."""
 
     def looks_for_missing(self, variable: Variable) -> bool:
         """Return False if a chunk that is not there is no fault of its own."""
@@ -163,7 +162,7 @@ class Faults:
     def damaged(self, variable: Variable, place: int, what: str) -> ChunkUndecodable:
         """Return the error for a number of an array of a sparse matrix that cannot be true."""
         return ChunkUndecodable(
-            f"{self._stored(variable, [place])[0]}{what}.", "It is damaged: restore it from a copy of the store."
+            f"{self.stored(variable, [place])[0]}{what}.", "It is damaged: restore it from a copy of the store."
         )
 
     def repeated(self, variable: Variable, row: int, column: int) -> UnsuitableVariable:
@@ -173,103 +172,7 @@ class Faults:
             f"Add them up and write it again, with scipy: {variable.name.rpartition('/')[2]}.sum_duplicates().",
         )
 
-    # Values -------------------------------------------------------------------------------------------------
-
-    def check_finite(self, variable: Variable, select: Select, values: Array) -> None:
-        """Raise if a value is missing, or not finite as the model sees it: a large float64 is infinite in float32.
-
-        Parameters
-        ----------
-        variable : Variable
-        select : Select
-            Where the values come from.
-        values : array[rows, *row]
-            As they are kept in memory.
-
-        Raises
-        ------
-        NonFiniteData
-        """
-        place = self._first(variable, select, _bad_values(variable, values))
-        if place is None:
-            return
-        text, value = self._stored(variable, place)
-        is_mark = variable.encoding is not None and bool(is_missing(_as_marked(variable, value), variable.encoding))
-        why = ", which float32 cannot hold" if np.isfinite(value) else ""
-        if self._is_gone(variable, place):
-            raise NonFiniteData(f"{text}: the chunk is not stored.", _ways(self._samples, variable))
-        if is_mark:
-            why = ", which marks a missing value"
-        elif why and variable.encoding is not None and variable.encoding.is_packed:
-            why = f", unpacked {float(unpack(value, variable.encoding)):g}{why}"
-        hint = 'Repair or mask the data, or set data.non_finite = "allow".'
-        if is_mark and variable.encoding is not None and variable.encoding.ignored is not None:
-            is_label = variable.name in self._samples.config.targets
-            sees = "your loss and metrics see class" if is_label else "the model sees"
-            hint = (
-                f'Repair the data. With data.non_finite = "allow" {sees} {variable.encoding.ignored} there, and must '
-                "leave it out."
-            )
-        raise NonFiniteData(f"{text}{why}.", hint)
-
-    def check_weight(self, variable: Variable, select: Select, values: Array) -> None:
-        """Raise if a value is no weight of samples: negative, or not finite, whatever ``data.non_finite`` says.
-
-        Parameters
-        ----------
-        variable : Variable
-        select : Select
-            Where the values come from.
-        values : array[rows, *row]
-            As they are kept in memory.
-
-        Raises
-        ------
-        NonFiniteData
-            A value is missing or not finite.
-        UnsuitableVariable
-            A value is negative, an angle lies beyond 90 degrees, or all values of a static weight are 0.
-        """
-        wrong = wrong_weights(variable, values)
-        if (place := self._first(variable, select, wrong)) is not None:
-            text, value = self._stored(variable, place)
-            raise not_a_weight(text, variable, value)
-        if variable.is_static:
-            check_not_all_zero(self._samples.path, variable, values)
-
-    def check_integers(self, variable: Variable, select: Select, values: Array) -> None:
-        """Raise if an unsigned integer does not fit the int64 that the model sees.
-
-        Parameters
-        ----------
-        variable : Variable
-        select : Select
-            Where the values come from.
-        values : array[rows, *row]
-            As they are kept in memory.
-
-        Raises
-        ------
-        UnsuitableVariable
-        """
-        if variable.model_dtype != np.int64 or variable.decoded_dtype != np.uint64:
-            return
-        signed = values.view(np.int64)
-        if signed.size and signed.min() < 0:
-            beyond = signed < 0
-            if variable.encoding is not None and variable.encoding.missing:
-                beyond &= ~is_missing(_as_marked(variable, values), variable.encoding)
-            place = self._first(variable, select, beyond)
-            if place is not None:
-                text, value = self._stored(variable, place)
-                meant = "" if value.dtype.kind == "u" else f", which means {value.view(np.uint64)}"
-                raise UnsuitableVariable(
-                    f"{text}{meant}; the model sees int64, which ends at {2**63 - 1}.",
-                    f"Store {variable.name} with smaller numbers or as floats, or name it in data.normalize: then the "
-                    "model sees floats.",
-                )
-
-    def _is_gone(self, variable: Variable, place: list[int]) -> bool:
+    def is_gone(self, variable: Variable, place: list[int]) -> bool:
         """Return True if a value is of a chunk that is not there."""
         shapes = ((variable.objects, False), (variable.chunks, True))
         return any(
@@ -277,23 +180,7 @@ class Faults:
             for sizes, inner in shapes
         )
 
-    def _first(self, variable: Variable, select: Select, bad: Array | None) -> list[int] | None:
-        """Return the place in the array of the first bad value that is not in a row that nobody needs."""
-        if bad is None:
-            return None
-        if not variable.is_static and not variable.part_of:
-            start = select[variable.sample_axis][0]
-            for first, after in self._absent:
-                bad[max(0, first - start) : max(0, after - start)] = False
-        if not bad.any():
-            return None
-        place = [part[0] for part in select]
-        axes = list(variable.row_axes) if variable.is_static else [variable.sample_axis, *variable.row_axes]
-        for axis, index in zip(axes, np.argwhere(bad)[0].tolist(), strict=True):
-            place[axis] = range(*select[axis])[index]
-        return place
-
-    def _stored(self, variable: Variable, place: list[int]) -> tuple[str, Array]:
+    def stored(self, variable: Variable, place: list[int]) -> tuple[str, Array]:
         """Return a sentence that names a value and its chunk, and the stored value: in memory it may be rounded."""
         array = self._arrays[variable.name]
         value = np.asarray(array[tuple(place)])
@@ -322,14 +209,14 @@ def chunk_missing(
     others = f" ({count:,} of {variable.num_objects:,} are)" if count > 1 else f" (1 of {variable.num_objects:,})"
     text = f"{samples.path}: {chunk} is missing{others if inner is None else ''}; Zarr would read it as the fill value"
     if absence_of(samples, variable) == "nan":
-        return NonFiniteData(f"{text}, which means NaN.", _ways(samples, variable))
+        return NonFiniteData(f"{text}, which means NaN.", ways(samples, variable))
     is_packed = variable.encoding is not None and variable.encoding.is_packed
     return ChunkMissing(
-        f"{text}, {'which means ' if is_packed else ''}{stands_for(variable)}.", _ways(samples, variable)
+        f"{text}, {'which means ' if is_packed else ''}{stands_for(variable)}.", ways(samples, variable)
     )
 
 
-def _ways(samples: Samples, variable: Variable) -> str:
+def ways(samples: Samples, variable: Variable) -> str:
     """Say what to do about a chunk that is not stored."""
     if absence_of(samples, variable) == "skip":
         return "It was there when the run was planned. Repair the store, or train under another --run NAME."
@@ -343,40 +230,3 @@ def _ways(samples: Samples, variable: Variable) -> str:
 def rows_text(variable: Variable, select: Select) -> str:
     """Return the rows of a selection as ``[first:last]``; empty for a variable without the sample dimension."""
     return "" if variable.is_static else "[{}:{}]".format(*select[variable.sample_axis][:2])
-
-
-def _bad_values(variable: Variable, values: Array) -> Array | None:
-    """Return where values are missing or not finite; None if nowhere."""
-    has_marks = variable.encoding is not None and bool(variable.encoding.missing) and not variable.encoding.passes
-    bad = None
-    with np.errstate(all="ignore"):
-        # one pass that writes nothing: the sum is only finite if all values are
-        if values.dtype.kind == "f" and not np.isfinite(np.add.reduce(values, axis=None, dtype=np.float32)):
-            bad = ~np.isfinite(values.astype(np.float32, copy=False))
-        if variable.encoding is not None and _overflows(values, variable.encoding):
-            beyond = ~np.isfinite(unpack(values, variable.encoding).astype(np.float32, copy=False))
-            bad = beyond if bad is None else bad | beyond
-    if has_marks and variable.encoding is not None:
-        marked = is_missing(_as_marked(variable, values), variable.encoding)
-        bad = marked if bad is None else bad | marked
-    return bad
-
-
-def _overflows(values: Array, encoding: Encoding) -> bool:
-    """Return True if unpacking may make a float32 infinite: unpacked values lie between those of two bounds."""
-    if not encoding.is_packed or not values.size or values.dtype.kind == "b":
-        return False
-    if values.dtype.kind == "f":
-        bounds = np.array([values.min(), values.max()])  # NaN if there is one
-    else:
-        info = np.iinfo(values.dtype)
-        bounds = np.array([info.min, info.max, 2.0 * info.max])  # with other signs too
-    scale, offset = encoding.scale or 1.0, encoding.offset or 0.0
-    return not np.isfinite((bounds.astype(np.float64) * scale + offset).astype(np.float32)).all()
-
-
-def _as_marked(variable: Variable, values: Array) -> Array:
-    """Return stored values as the marks of missing values are meant: with other signs where the encoding says so."""
-    if variable.encoding is not None and variable.encoding.unsigned:
-        return values.view(variable.encoding.unsigned)
-    return values

@@ -38,6 +38,10 @@ class BoxReader(Protocol):
         """The variables without the sample dimension, read once."""
         ...
 
+    def read(self, box: Box) -> dict[str, tuple[int, Array]]:
+        """Return, by variable, the number of the first row, and the rows that the anchors of a box need."""
+        ...
+
     def read_into(self, box: Box, out: Mapping[str, Array]) -> int:
         """Fill the first rows of each variable with the rows that the anchors of a box need; return decoded bytes."""
         ...
@@ -147,6 +151,15 @@ class JoinedReader:
                         "alike in all stores, or once for each row.",
                     )
         return statics
+
+    def read(self, box: Box) -> dict[str, tuple[int, Array]]:
+        """Return, by variable, the number of the first row, and the rows that the anchors of a box need."""
+        units = {}
+        for variable in self.samples.moving:
+            low, high = self.samples.reach(variable.name)
+            rows = Box(box.start + low, box.stop + high, box.block)
+            units[variable.name] = (rows.start, self.read_rows(variable, rows))
+        return units
 
     def read_into(self, box: Box, out: Mapping[str, Array]) -> int:
         """Fill, by variable, the first rows of ``out[name]`` with the rows that the anchors of a box need.

@@ -16,6 +16,7 @@ from dtrain.data.plan.footprint import row_starts_together
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.faults import Faults
 from dtrain.data.read.kept import Kept
+from dtrain.data.read.values import Values
 from dtrain.data.samples import Samples
 from dtrain.data.sparse import SparseRows, Starts, pieces, starts_of
 from dtrain.data.variable import Select, Sparse, Variable
@@ -38,15 +39,24 @@ class SparseReader:
     fill : callable
         Reads them.
     faults : Faults
+    values : Values
+        Checks them.
     kept : Kept
         Row starts are kept there, and all rows if the variable is preloaded.
     """
 
     def __init__(
-        self, samples: Samples, variable: Variable, sparse: Sparse, fill: Fill, faults: Faults, kept: Kept
+        self,
+        samples: Samples,
+        variable: Variable,
+        sparse: Sparse,
+        fill: Fill,
+        faults: Faults,
+        values: Values,
+        kept: Kept,
     ) -> None:
         self._samples, self._variable, self._sparse = samples, variable, sparse
-        self._fill, self._faults, self._kept = fill, faults, kept
+        self._fill, self._faults, self._values, self._kept = fill, faults, values, kept
         minor = 1 - variable.sample_axis
         self._width = variable.shape[minor]
         self._selected = range(*variable.select[minor])
@@ -173,7 +183,7 @@ class SparseReader:
             self._fill(sparse.data, where, rows.values)
             self._check(start, begin, rows)
             if self._samples.config.non_finite == "error":
-                self._faults.check_finite(sparse.data, where, rows.values)
+                self._values.check_finite(sparse.data, where, rows.values)
             if len(self._selected) < self._width:
                 _keep_columns(rows, self._selected)
         return rows.values.nbytes + rows.columns.nbytes

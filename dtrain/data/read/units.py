@@ -17,6 +17,7 @@ from dtrain.data.read.kept import Kept
 from dtrain.data.read.open import open_arrays
 from dtrain.data.read.rows import ChunkReader
 from dtrain.data.read.sparse import SparseReader, sparse_rows
+from dtrain.data.read.values import Values
 from dtrain.data.read.zarr import ZarrReader, ZarrsReader, best_settings, open_with_zarrs
 from dtrain.data.samples import Samples
 from dtrain.data.sparse import SparseRows, Starts
@@ -66,9 +67,10 @@ class UnitReader:
         for array in self.arrays.values():
             self.store.watch(array)
         self.faults = Faults(samples, self.arrays, absent, self.kept.versions)
+        self._values = Values(samples, self.faults, absent)
         self._chunk_readers = self._open_readers(reader, threads)
         self.sparse = {
-            v.name: SparseReader(samples, v, v.sparse, self._fill, self.faults, self.kept)
+            v.name: SparseReader(samples, v, v.sparse, self._fill, self.faults, self._values, self.kept)
             for v in samples.sparse
             if v.sparse is not None
         }
@@ -210,8 +212,8 @@ class UnitReader:
             ) from error
 
     def _check(self, variable: Variable, select: Select, values: Array) -> None:
-        self.faults.check_integers(variable, select, values)
+        self._values.check_integers(variable, select, values)
         if variable.name == self.samples.config.weight:
-            self.faults.check_weight(variable, select, values)
+            self._values.check_weight(variable, select, values)
         if self.samples.config.non_finite == "error":
-            self.faults.check_finite(variable, select, values)
+            self._values.check_finite(variable, select, values)

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from dtrain.data import sparse as rows
+from dtrain.data.given import find_given
 from dtrain.data.plan.units import Box
 from dtrain.data.read.joined import values_counted
 from dtrain.data.read.presence import absent_rows, check_presence, content_digest
@@ -31,6 +32,7 @@ from dtrain.errors import (
     ChunkMissing,
     ChunkUndecodable,
     DataChanged,
+    DtrainError,
     InvalidConfig,
     NonFiniteData,
     NotZarr,
@@ -380,6 +382,7 @@ def test_a_matrix_without_the_sample_dimension_is_refused(tmp_path):
     [
         ({"patch": {"gene": 3}}, r"data.patch = { gene = 3 }: .* holds X as a sparse matrix"),
         ({"missing": "skip"}, 'data.missing = "skip": .* holds X as a sparse matrix'),
+        ({"non_finite": "skip"}, "data.non_finite: .* holds X as a sparse matrix"),
         ({"isel": {"gene": 9}}, "gene has 9 places"),
         ({"normalize": {"X": ["cell"]}}, "is the dimension of the samples"),
     ],
@@ -600,3 +603,29 @@ def test_the_digest_covers_all_three_arrays(store):
         now = content_digest(opened(path))
         assert now[part] != before[part]
         before = now
+
+
+# Beside other keys -------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_chosen_by_coordinate_as_by_index(store):
+    path = store()
+    write(zarr.open_group(path, mode="a")["obs"], "cell", np.arange(100, 100 + random().shape[0]), (8,))
+    by_coordinate = opened(path, sel={"cell": {"start": 104, "stop": 113}})
+    by_index = opened(path, isel={"cell": {"start": 4, "stop": 14}})
+    assert (by_coordinate.first_row, by_coordinate.num_samples) == (4, 14)
+    assert np.array_equal(rows_of(by_coordinate), rows_of(by_index))
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"sel": {"gene": {"start": 2}}}, "data.sel.gene: .*: gene has no coordinate"),
+        ({"weight": "cos(lat)"}, r'data.weight = "cos\(lat\)": .* has no coordinate lat'),
+        ({"weight": "cos(X)"}, r'"cos\(X\)" has the dimension gene that the target obs/y lacks'),
+        ({"split": {"by": "X"}}, r'data.split.by = "X": .*: it has the dimensions cell, gene of lengths \[\d+, \d+\]'),
+    ],
+)
+def test_other_keys_know_the_shape_of_a_matrix(store, data, said):
+    with pytest.raises(DtrainError, match=said):
+        find_given(opened(store(), **data), 0)

@@ -1,0 +1,158 @@
+"""All that decides bits, and plan.json, which keeps it: written at a run's first start, and read back since."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from dtrain.data.balance import Balance
+from dtrain.data.categories import categories_from, categories_table
+from dtrain.data.encoding import Scaling
+from dtrain.data.given import Found
+from dtrain.data.load.finite import LeftOut
+from dtrain.data.plan.blocks import BlockAxis
+from dtrain.data.plan.partition import JointPlan
+from dtrain.data.plan.units import LATER, DataPlan
+from dtrain.data.samples import MissingLabels
+from dtrain.data.variable import Categories
+from dtrain.errors import RunConflict
+from dtrain.job import Job
+
+VERSION = 2
+"""Of plan.json. A key that is added later is optional, with the behaviour of before as its default; a change that an
+older dtrain would misread raises the version."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """Chunks of a variable that are not stored, and the value that stands for each of theirs."""
+
+    chunks: int
+    value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """All that decides bits."""
+
+    plan: JointPlan
+    held_out: DataPlan | None
+    """Of the store of ``data.val_path``."""
+    scalings: Mapping[str, Scaling]
+    """By variable of ``data.normalize``."""
+    device: str
+    contents: tuple[Mapping[str, str], ...]
+    """By store and variable: a digest of the sizes of its stored objects."""
+    code: Mapping[str, str]
+    """By config key: the identity of a function of the user's."""
+    code_rules: int
+    """What the identities cover (`dtrain.runtime.codetext.CODE_RULES`)."""
+    gaps: tuple[str, ...] = ()
+    """By store: what `plan` says about jumps of its coordinate; only at the first start."""
+    weights: tuple[str, ...] = ()
+    """By store of ``data.path``: what `plan` says about the values of ``data.weight``; only at the first start."""
+    given: tuple[Found, ...] = ()
+    """By store of ``data.path``: its splits that are given by coordinate or by group; only at the first start."""
+    left_out: tuple[LeftOut, ...] = ()
+    """By store of which some are: the samples that ``data.non_finite`` leaves out; only at the first start."""
+    balance: Balance | None = None
+    """The classes of ``data.balance``; only at the first start."""
+    eval_every: int = 1
+    """Rounds between evaluations."""
+    labels: MissingLabels = "nan"
+    """What a value stands for that marks a missing label."""
+    filled: tuple[Mapping[str, Filled], ...] | None = ()
+    """By store and variable: the missing chunks that ``data.missing = "auto"`` fills; None: they are not compared."""
+    init: str = ""
+    """SHA-256 of the file of ``train.init``; empty without it, and in runs of before."""
+    categories: Mapping[str, Categories] = field(default_factory=dict)
+    """By categorical: what its codes stand for."""
+    snapshots: tuple[str, ...] = ()
+    """By store of `Job.all_sources`: the snapshot of a repository; empty for other stores."""
+
+
+# plan.json ------------------------------------------------------------------------------------------------
+
+
+def to_json(job: Job, resolved: Resolved) -> dict[str, Any]:
+    """Return the content of plan.json."""
+    plans = [_plan_table(plan) for plan in resolved.plan.plans]
+    return {
+        "version": VERSION,
+        "data": plans[0] if len(plans) == 1 else plans,
+        "held_out": None if resolved.held_out is None else _plan_table(resolved.held_out),
+        "fingerprint": resolved.plan.fingerprint,
+        "threads": job.config.cluster.threads,
+        "device": resolved.device,
+        "normalize": {name: asdict(scaling) for name, scaling in resolved.scalings.items()},
+        "contents": [dict(content) for content in resolved.contents],
+        "labels": resolved.labels,
+        "eval_every": resolved.eval_every,
+        "filled": [{name: asdict(one) for name, one in store.items()} for store in resolved.filled or ()],
+        "init": resolved.init,
+        **({"categories": categories_table(resolved.categories)} if resolved.categories else {}),
+        "snapshots": list(resolved.snapshots),
+        "torch": torch.__version__,
+        "code": dict(resolved.code),
+        "code_rules": resolved.code_rules,
+    }
+
+
+def from_json(values: Mapping[str, Any]) -> Resolved:
+    """Return what `to_json` has written.
+
+    Raises
+    ------
+    RunConflict
+        A newer dtrain has written it.
+    """
+    if values.get("version", VERSION) > VERSION:
+        raise RunConflict(
+            f"The run was started by a newer dtrain: its plan has version {values['version']}, this one reads "
+            f"{VERSION}.",
+            "Install that version of dtrain to continue it.",
+        )
+    data = values["data"]
+    plans = tuple(_plan_from(plan) for plan in (data if isinstance(data, list) else [data]))
+    scalings = {name: _scaling_from(scaling) for name, scaling in values.get("normalize", {}).items()}
+    held_out = values.get("held_out")
+    return Resolved(
+        plan=JointPlan(plans),
+        held_out=None if held_out is None else _plan_from(held_out),
+        scalings=scalings,
+        device=values["device"],
+        contents=tuple(values.get("contents", ())),
+        labels=values.get("labels", "nan"),
+        eval_every=values.get("eval_every", 1),
+        filled=tuple({name: Filled(**one) for name, one in store.items()} for store in values.get("filled", ())),
+        init=values.get("init", ""),
+        categories=categories_from(values.get("categories", {})),
+        snapshots=tuple(values.get("snapshots", ())),
+        code=values["code"],
+        code_rules=values.get("code_rules", 0),
+    )
+
+
+def _scaling_from(values: Mapping[str, Any]) -> Scaling:
+    """Return a scaling; version 1 had at most one axis, and no `rest`."""
+    axes = values["axes"] if "axes" in values else [] if values["axis"] is None else [values["axis"]]
+    return Scaling(tuple(values["mean"]), tuple(values["std"]), tuple(axes), tuple(values.get("rest", ())))
+
+
+def _plan_table(plan: DataPlan) -> dict[str, Any]:
+    """Return the fields of a plan; without later fields it is a plan that an earlier version can read."""
+    table = {name: value for name, value in asdict(plan).items() if name not in LATER or value != LATER[name]}
+    return {**table, "jumps": plan.jump_rows.tolist()} if plan.jumps else table
+
+
+def _plan_from(values: Mapping[str, Any]) -> DataPlan:
+    absent = tuple((start, stop) for start, stop in values.get("absent", ()))
+    jumps = " ".join(map(str, values.get("jumps", ())))
+    blocks = tuple(BlockAxis(**axis) for axis in values.get("blocks", ()))
+    members = tuple((begin, first, stop) for begin, first, stop in values.get("members", ()))
+    most = tuple(values.get("values", ()))
+    lists = {"absent": absent, "jumps": jumps, "blocks": blocks, "members": members, "values": most}
+    return DataPlan(**{**values, **lists})
