@@ -25,7 +25,7 @@ from dtrain.data.read.joined import open_reader, values_counted
 from dtrain.data.read.store import ReadStore
 from dtrain.data.samples import Samples
 from dtrain.data.weight import weight_text
-from dtrain.errors import ChunkMissing, NonFiniteData, UnsuitableVariable
+from dtrain.errors import ChunkMissing, DataChanged, NonFiniteData, UnsuitableVariable
 from tests.data.helpers import START, WHOLE
 from tests.data.layouts.fixtures import encoding, write, write_cells
 
@@ -251,6 +251,23 @@ def test_faults_name_the_store(tmp_path: Path) -> None:
     (paths[1] / "X" / "data" / "c" / "0").unlink()
     with pytest.raises(ChunkMissing, match=r"1\.zarr.*X/data"):
         take_inventory(samples, full=True, digests=False, presence=True)
+
+
+def test_more_values_than_planned_are_refused_with_the_number_that_was_planned(tmp_path: Path) -> None:
+    paths, dense = write_stores(tmp_path, sizes=(20, 30))
+    samples = opened(paths, ["X"])
+    plan = planned(samples, unit_rows=64, cell_rows=64)
+    first, both = int((dense[:20] != 0).sum()), int((dense != 0).sum())
+    assert plan.values == (both,)
+    (part,) = train_partitions(replace(plan, values=(both - 1,)))
+    own = rf"1\.zarr: rows 0 to 29 of X hold {both - first} values \({both} with the stores before it\), more than"
+    with pytest.raises(DataChanged, match=rf"{own} when the run was planned \({both - 1}\)"):
+        read(samples, part)
+    (part,) = train_partitions(replace(plan, values=(first - 1,)))
+    with pytest.raises(
+        DataChanged, match=rf"0\.zarr: rows 0 to 19 of X hold {first} values, more than .*\({first - 1}\)"
+    ):
+        read(samples, part)
 
 
 # Weights --------------------------------------------------------------------------------------------------------

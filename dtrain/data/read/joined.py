@@ -261,7 +261,7 @@ class JoinedReader:
                 continue
             place = start - box.start - low
             part = SparseRows(out.values[count:], out.columns[count:], out.starts[place:])
-            decoded += self.member(number).sparse[variable.name].read_into(start - begin, stop - begin, part)
+            decoded += self.member(number).sparse[variable.name].read_into(start - begin, stop - begin, part, count)
             out.starts[row:place] = count
             row = place + stop - start + 1
             out.starts[place:row] += count

@@ -130,7 +130,7 @@ class SparseReader:
         self.read_into(start, stop, rows)
         return rows.part(0, len(rows))
 
-    def read_into(self, start: int, stop: int, out: SparseRows) -> int:
+    def read_into(self, start: int, stop: int, out: SparseRows, before: int = 0) -> int:
         """Fill the first places of `out` with some rows, and return the decoded bytes.
 
         Parameters
@@ -139,6 +139,8 @@ class SparseReader:
             In stored rows.
         out : SparseRows
             It may hold more than these rows have.
+        before : int
+            Values of the unit in the stores before this one, where several are one.
 
         Raises
         ------
@@ -149,7 +151,7 @@ class SparseReader:
         if self._variable.name in self._kept.preloaded:
             _copy(self._preload(), start - first, stop - first, out)
             return 0
-        return self._read(start, stop, out)
+        return self._read(start, stop, out, before)
 
     def _preload(self) -> SparseRows:
         """Return all rows; they are read and checked at the first call."""
@@ -165,14 +167,15 @@ class SparseReader:
         columns, values = np.empty(count, self._sparse.columns_dtype), np.empty(count, self._variable.kept_dtype)
         return SparseRows(values, columns, np.empty(rows + 1, np.int64))
 
-    def _read(self, start: int, stop: int, out: SparseRows) -> int:
+    def _read(self, start: int, stop: int, out: SparseRows, before: int = 0) -> int:
         sparse, first = self._sparse, self._samples.first_row
         known = self.starts[start - first : stop - first + 1]
         begin, end = int(known[0]), int(known[-1])
         if end - begin > len(out.values):
+            together = f" ({before + end - begin:,} with the stores before it)" if before else ""
             raise DataChanged(
                 f"{self._samples.path}: rows {start:,} to {stop - 1:,} of {self._variable.name} hold {end - begin:,} "
-                f"values, more than when the run was planned ({len(out.values):,}).",
+                f"values{together}, more than when the run was planned ({before + len(out.values):,}).",
                 "Restore the data, or train under another --run NAME.",
             )
         rows = SparseRows(out.values[: end - begin], out.columns[: end - begin], out.starts[: len(known)])
