@@ -52,7 +52,7 @@ BELOW: dict[str, set[str]] = {
         "errors",
     },
     "data/groups": {"data/column", "data/plan", "data/read", *CORE, "errors"},
-    "data/balance": {"data/column", "data/plan", "data/read", *CORE, "errors"},
+    "data/balance": {"data/column", "data/plan", *CORE, "errors"},
     "data/given": {
         *("data/column", "data/dataset", "data/groups", "data/paths", "data/places", "data/plan", "data/read"),
         *CORE,

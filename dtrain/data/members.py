@@ -195,7 +195,7 @@ def check_alike(paths: Sequence[str], members: Sequence[Variable]) -> None:
                 f"Write {v.name} as integers in all stores or as floats in all; an integer that may be missing is a "
                 "float.",
             )
-        _check_categories(path, v, paths[0], first)
+        check_coding(path, v, paths[0], first)
 
 
 def _axes(v: Variable) -> list[tuple[str, int]]:
@@ -214,7 +214,7 @@ def _values_text(v: Variable) -> str:
     return f"{'floats' if v.model_dtype.kind == 'f' else 'integers'} ({v.dtype}{missing})"
 
 
-def _check_categories(path: str, v: Variable, first_path: str, first: Variable) -> None:
+def check_coding(path: str, v: Variable, first_path: str, first: Variable) -> None:
     """Refuse categories that cannot be put together: of one store alone, or too many to be compared by name."""
     if (v.categories is None) != (first.categories is None):
         kinds = ["numbers" if one.categories is None else "categories" for one in (v, first)]

@@ -12,6 +12,7 @@ from dtrain.data.members import KEPT_STORES, differ
 from dtrain.data.plan.bins import MOST_BINS, ORDERED_ROWS, bins_a_part, index_dtype
 from dtrain.data.plan.hashing import SLICE
 from dtrain.data.plan.labels import count_runs
+from dtrain.data.plan.multiplicity import num_anchors
 from dtrain.data.plan.order import STORED_ROWS
 from dtrain.data.plan.readers import MIN_DENSITY, choose_readers, has_fine_shards
 from dtrain.data.plan.units import Box, DataPlan, box_shape
@@ -184,7 +185,7 @@ def tables_bytes(samples: Samples, plan: DataPlan, kept: int) -> int:
     jumps = JUMP_BYTES * plan.jumps.count(" ") + len(plan.jumps)
     labels = LABEL_BYTES * plan.num_samples + RUN_BYTES * count_runs(plan.row_labels) if plan.row_labels else 0
     objects = 8 * sum(v.num_objects for store in samples.stores for v in store.stored) + samples.store.kept_bytes
-    counted = COUNTED_BYTES * math.ceil(plan.num_samples / plan.stride) * plan.patches if plan.multiplicity else 0
+    counted = COUNTED_BYTES * num_anchors(plan) * plan.patches if plan.multiplicity else 0
     return kept + CELL_BYTES * plan.num_cells + jumps + labels + counted + objects + _row_starts_bytes(samples)
 
 
