@@ -165,9 +165,10 @@ def _column(samples: Samples) -> Coordinate:
     variable = column.variable
     is_packed = variable.encoding is not None and variable.encoding.is_packed
     if np.dtype(variable.dtype if variable.dtype != "T" else object).kind not in "iub" or is_packed:
+        dtype = f"{'text' if variable.dtype == 'T' else np.dtype(variable.dtype)}{', packed' if is_packed else ''}"
         raise UnsuitableVariable(
-            f'data.balance = "{by}": {samples.path}: it has dtype {"text" if variable.dtype == "T" else np.dtype(variable.dtype)}'
-            f"{', packed' if is_packed else ''}; classes are integers, bools or codes of categories.",
+            f'data.balance = "{by}": {samples.path}: it has dtype {dtype}; classes are integers, bools or codes of '
+            "categories.",
             "Name another variable, or store each class as an integer.",
         )
     return column
