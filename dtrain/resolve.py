@@ -315,6 +315,10 @@ class OwnStores:
             return "part"
         return "held_out" if set(own) <= set(self.held_out) else None
 
+    def holds(self, samples: Samples) -> bool:
+        """Return True if the samples' stores are one of them: all of its stores, in order."""
+        return _names(samples.location, samples.config.group, Path.cwd()) in (*self.trained, self.held_out)
+
 
 Names: TypeAlias = tuple[tuple[str, str], ...]
 """Of a store, or of each of several that are one: `identity` and group."""

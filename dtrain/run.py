@@ -251,8 +251,8 @@ class Run:
         """Return what evaluates a split of given samples."""
         if not isinstance(samples, Samples):
             raise not_samples(samples)
-        known, store = self.resolved, own_stores(self.config.data, self.base).find(samples)
-        given = samples.config
+        known, own = self.resolved, own_stores(self.config.data, self.base)
+        store, given = own.find(samples), samples.config
         is_given = store != "held_out" and "split" in given.model_fields_set
         if is_given and split != "all" and not given.split.holds_out(split):
             raise TooFewSamples(
@@ -263,7 +263,7 @@ class Run:
         plans, jumps = known.plan.plans, find_gaps(samples).jumps
         splits = BY_SHARE if split == "all" or store == "held_out" else _given_splits(samples, plans, store)
         plan, cut = plan_evaluation(samples, split, plans, known.held_out, store, jumps=jumps, given=splits)
-        if store is None or samples.config.non_finite != self._recorded.non_finite:
+        if not own.holds(samples) or samples.config.non_finite != self._recorded.non_finite:
             plan = replace(plan, multiplicity="")  # a copy may hold other values
         joint = JointPlan((values_counted(samples, plan),))
         known = replace(known, plan=joint, held_out=None, contents=(), filled=None, snapshots=())

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +30,7 @@ from dtrain.data.read.units import UnitReader
 from dtrain.data.samples import Samples
 from dtrain.errors import InvalidConfig, TooFewSamples, UnsuitableVariable
 from tests.data.helpers import WHOLE
-from tests.data.layouts.fixtures import write_anndata
+from tests.data.layouts.fixtures import write, write_anndata
 
 Write = Callable[..., Path]
 NAN, INF = np.nan, np.inf
@@ -304,4 +305,14 @@ def test_classes_that_do_not_mean_the_same_are_refused(write_store: Write, tmp_p
         count_classes(samples, plan_data(samples, replicas=1, seed=0))
     samples = opened([paths[0], write_store(tmp_path / "2.zarr", {"x": x})], targets=["x"], balance="c")
     with pytest.raises(InvalidConfig, match=r'balance = "c": .*2\.zarr: .*c'):
+        count_classes(samples, plan_data(samples, replicas=1, seed=0))
+
+
+def test_classes_by_name_in_one_store_and_by_number_in_another_are_refused(tmp_path: Path) -> None:
+    paths = [write_anndata(tmp_path / f"{number}.zarr") for number in range(2)]
+    obs: Any = zarr.open_group(paths[1], path="obs", mode="r+")
+    del obs["cell_type"]
+    write(obs, "cell_type", np.zeros(obs["age"].shape, "int8"), (12,))
+    samples = dtrain.open_samples(paths, inputs=["X"], targets=["obs/age"], split=WHOLE, balance="obs/cell_type")
+    with pytest.raises(UnsuitableVariable, match=r"1\.zarr: obs/cell_type holds numbers; in .*0\.zarr.* categories"):
         count_classes(samples, plan_data(samples, replicas=1, seed=0))

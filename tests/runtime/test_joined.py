@@ -112,6 +112,123 @@ def test_a_weight_gives_the_bits_of_a_run_on_one_store(parts: list[str], blobs: 
     assert run.evaluate(split="test") == alone.evaluate(split="test")
 
 
+# Samples that are left out or repeated ---------------------------------------------------------------------------
+
+COUNTED = {
+    "skip": {"non_finite": "skip", **NORMALISED},
+    "min_valid": {"non_finite": {"min_valid": 0.7}, **NORMALISED},
+    "balance": {"non_finite": "skip", "balance": "y"},
+    "weight": {"non_finite": "skip", "weight": "w", "balance": "y"},
+}
+BY_SHARE = {"val": 0.2, "test": 0.2}
+BY_COORDINATE = {"val": {"n": {"start": 200, "stop": 259}}, "test": {"n": {"start": 400}}, "gap": 5}
+
+
+def write_faulty(write_store: Callable[..., Path], blobs: Path, folder: Path, cuts: tuple[int, ...]) -> list[str]:
+    """The blobs with 61 rows that are not finite, 30 of them in one value, a coordinate and a weight."""
+    whole = zarr.open_group(blobs, mode="r")
+    x, y = (np.asarray(whole[name]) for name in ("x", "y"))
+    x[::20, 2], x[7::20, :5] = np.nan, np.inf
+    arrays = {
+        "x": (("n", "f"), x, (40, 6)),
+        "y": (("n",), y, (60,)),
+        "n": (("n",), np.arange(611), (60,)),
+        "w": (("n",), 1.0 + y, (60,)),
+    }
+    paths = []
+    for start, stop in itertools.pairwise(cuts):
+        own = {
+            name: {"dims": dims, "values": values[start:stop], "chunks": chunks}
+            for name, (dims, values, chunks) in arrays.items()
+        }
+        paths.append(write_store(folder / f"rows{start}-{stop}.zarr", own).name)
+    return paths
+
+
+def counted_job(path: Any, base: Path, rounds: int = 3, **tables: Any) -> Job:
+    """A job of which no batch is too short for the model's normalisation."""
+    train = {"loss": "cross_entropy", "rounds": rounds, "batch_size": 16, "drop_last": True}
+    return job_of(path, base, train=train, **tables)
+
+
+@pytest.mark.parametrize("split", [BY_SHARE, BY_COORDINATE], ids=["share", "coordinate"])
+@pytest.mark.parametrize("keys", COUNTED)
+def test_runs_that_count_samples_have_the_bits_of_a_run_on_one_store(
+    blobs: Path, tmp_path: Path, write_store: Callable[..., Path], keys: str, split: dict[str, Any]
+) -> None:
+    data = {**COUNTED[keys], "split": split, "sample_dim": "n"}
+    (one,) = write_faulty(write_store, blobs, tmp_path, (0, 611))
+    several = write_faulty(write_store, blobs, tmp_path, CUTS)
+    alone = train_job(counted_job(one, tmp_path, data=data), tmp_path / "alone")
+    run = train_job(counted_job(several, tmp_path, data=data), tmp_path / "several")
+    assert shas(run) == shas(alone)
+    assert run.evaluate(split="test") == alone.evaluate(split="test")
+    left_out, of_one = (left_out_of(own.directory) for own in (run, alone))
+    assert [left_out[key] for key in ("samples", "of", "by_variable")] == (
+        [31, 611, {"x": 31}] if keys == "min_valid" else [62, 611, {"x": 62}]
+    )
+    assert {**left_out, "path": ""} == {**of_one, "path": ""}
+    assert left_out["path"].endswith("rows0-240.zarr and 2 more stores")
+    plans = [json.loads((own.directory / "plan.json").read_text())["data"] for own in (run, alone)]
+    assert plans[0]["multiplicity"] == plans[1]["multiplicity"]
+    train_job(counted_job(several, tmp_path, rounds=1, data=data), tmp_path / "cut")
+    again = train_job(counted_job(several, tmp_path, data=data), tmp_path / "cut")
+    assert shas(again) == shas(alone)
+
+
+def left_out_of(directory: Path) -> dict[str, Any]:
+    """What a run said once about samples that are left out."""
+    events = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
+    (said,) = [event for event in events if event["event"] == "SamplesLeftOut"]
+    return {key: value for key, value in said.items() if key != "time"}
+
+
+def test_workers_count_the_samples_of_stores_of_any_length(
+    blobs: Path, tmp_path: Path, write_store: Callable[..., Path], client: Client
+) -> None:
+    data = {**COUNTED["weight"], "split": BY_COORDINATE, "sample_dim": "n"}
+    paths = write_faulty(write_store, blobs, tmp_path, (0, 101, 120, 611))
+    serial = train_job(counted_job(paths, tmp_path, data=data), tmp_path / "serial")
+    workers = train_job(counted_job(paths, tmp_path, cluster={}, data=data), tmp_path / "workers", client=client)
+    assert shas(workers) == shas(serial)
+    assert left_out_of(workers.directory) == left_out_of(serial.directory)
+    plan = serial.plan.plans[0]
+    assert plan.num_samples > 611
+    (alone,) = write_faulty(write_store, blobs, tmp_path, (0, 611))
+    one = train_job(counted_job(alone, tmp_path, data=data), tmp_path / "alone")
+    assert sum(serial.plan.sizes) == sum(one.plan.sizes)
+    assert serial.rows[-1]["samples"] == one.rows[-1]["samples"]
+
+
+def test_validation_stores_that_are_one_are_counted_in_their_order(
+    blobs: Path, tmp_path: Path, write_store: Callable[..., Path]
+) -> None:
+    first, second, third = write_faulty(write_store, blobs, tmp_path, (0, 230, 460, 611))
+    data = {"non_finite": "skip", "val_path": [first, second], "split": {"val": 0.0, "test": 0.0}, "sample_dim": "n"}
+    run = train_job(counted_job(third, tmp_path, rounds=1, data=data), tmp_path / "run")
+    keys: dict[str, Any] = {"inputs": ["x"], "targets": ["y"], "sample_dim": "n"}
+    # of rows 0, 7, 20, 27 ... 24 lie in the first store and 22 in the second one, which has the same shape
+    for paths, wanted in (([first, second], 414), ([second, first], 414), ([second], 208), ([first], 206)):
+        samples = dtrain.open_samples([str(tmp_path / name) for name in paths], **keys)
+        means, _, count = run.evaluation(samples, split="val", round="last", cluster="serial")
+        assert count == wanted
+        assert np.isfinite(means["loss"])
+
+
+def test_plan_counts_the_classes_of_all_stores(blobs: Path, tmp_path: Path, write_store: Callable[..., Path]) -> None:
+    data = {**COUNTED["balance"], "split": BY_COORDINATE, "sample_dim": "n"}
+    cuts = ((0, 611), CUTS, (0, 101, 120, 611))
+    jobs = [
+        counted_job(write_faulty(write_store, blobs, tmp_path / str(i), own), tmp_path / str(i), data=data)
+        for i, own in enumerate(cuts)
+    ]
+    plans = [plan_job(job) for job in jobs]
+    assert [dict(plan_rows(job, plan))["balance"] for job, plan in zip(jobs, plans, strict=True)] == [
+        str(plans[0].balance)
+    ] * 3
+    assert plans[0].initial.loss == plans[1].initial.loss
+
+
 def test_plan_lists_the_stores(parts: list[str], tmp_path: Path) -> None:
     job = job_of(parts, tmp_path)
     plan = plan_job(job)
