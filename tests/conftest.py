@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import signal
 import warnings
@@ -40,6 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _ctrl_c_arrives() -> None:
     # a shell starts background jobs with SIGINT ignored, and children inherit that
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _own_log_level() -> Iterator[None]:
+    logger = logging.getLogger("dtrain")
+    level = logger.level
+    yield
+    logger.setLevel(level)  # a command with --quiet raises it
 
 
 @pytest.fixture(scope="session")

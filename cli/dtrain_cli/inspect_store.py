@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from dtrain.data.layouts import anndata, ome
 from dtrain.data.paths import locate
 from dtrain.data.read.open import open_group
 from dtrain.errors import UsageError, listed
-from dtrain_cli.survey.contents import read_contents
+from dtrain_cli.survey.cells import cells, cells_at_root, cells_below
+from dtrain_cli.survey.contents import named_at_root, named_below, open_place
 from dtrain_cli.survey.draft import Draft
 from dtrain_cli.survey.forecast import forecast, maps, series
+from dtrain_cli.survey.microscopy import microscopy
+from dtrain_cli.survey.pyramids import image_at_root, image_below
 from dtrain_cli.survey.roles import Contents
 from dtrain_cli.survey.settings import Settings, settle
 from dtrain_cli.survey.supervised import alone, image, supervised, tabular
@@ -23,6 +28,11 @@ BY_TEMPLATE: Mapping[str, Callable[[Contents, Look], Draft | None]] = {
     "image": image,
     "text": text,
 }
+BY_LAYOUT: Mapping[str, Mapping[str, Callable[[Contents, Look], Draft | None]]] = {
+    anndata.NAME: {"tabular": cells},
+    ome.NAME: {"image": microscopy, "forecast": forecast},
+}
+"""By layout: the templates that it can have, the usual one first."""
 
 
 def choose(path: str, template: str | None = None) -> Settings:
@@ -44,10 +54,38 @@ def choose(path: str, template: str | None = None) -> Settings:
     """
     contents = read_contents(path)
     look = Sampler(contents, open_group(locate(path, Path.cwd()).path, contents.group))
-    draft = draft_of(contents, look) if template is None else BY_TEMPLATE[template](contents, look)
+    by_template = BY_LAYOUT.get(contents.layout, BY_TEMPLATE)
+    choose_any = next(iter(by_template.values())) if contents.layout else draft_of
+    chosen = choose_any if template is None else by_template.get(template, _nothing)
+    draft = chosen(contents, look)
     if draft is None:
         raise _nothing_fits(contents, template)
     return settle(draft, contents, look)
+
+
+def read_contents(path: str) -> Contents:
+    """Return what the store at a path or URL holds that can be trained on.
+
+    Raises
+    ------
+    DataNotFound, NotZarr
+        There is nothing, or no Zarr group.
+    UsageError
+        No array has dimension names, or several groups have arrays.
+    TooFewSamples
+        All arrays are empty.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a store without consolidated metadata is as good
+        place = open_place(path)
+        return (
+            cells_at_root(place)
+            or image_at_root(place)
+            or named_at_root(place)
+            or cells_below(place)
+            or image_below(place)
+            or named_below(place)
+        )
 
 
 def draft_of(contents: Contents, look: Look) -> Draft | None:
@@ -61,6 +99,10 @@ def draft_of(contents: Contents, look: Look) -> Draft | None:
         or supervised(contents, look, guess=True)
         or alone(contents, look, images=False)
     )
+
+
+def _nothing(contents: Contents, look: Look) -> None:
+    """Return no draft: the template does not fit the layout of a store."""
 
 
 NEEDS = {

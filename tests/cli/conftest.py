@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -29,10 +28,8 @@ def _own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     for name in ("FORCE_COLOR", "NAP", "PY_COLORS", "GITHUB_ACTIONS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(output, "WAITING_SECONDS", 600.0)  # a busy machine is slow
-    loaded, logger = dict(sys.modules), logging.getLogger("dtrain")
-    level = logger.level
+    loaded = dict(sys.modules)
     yield
-    logger.setLevel(level)  # -q sets it
     for name in [n for n in sys.modules if n not in loaded and n.partition(".")[0] in ("model", "other")]:
         del sys.modules[name]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import tarfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from dtrain.data.plan.units import Box
 from dtrain.data.read.presence import check_presence
 from dtrain.data.read.units import UnitReader
 from dtrain.errors import UnsuitableVariable
+from dtrain_cli.main import run
 from tests.training import trained
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.filterwarnings("ignore")]
@@ -77,8 +79,8 @@ def test_cells(written: Any, tmp_path: Path, zarr_format: int) -> None:
     assert categories.names == TYPES
     samples = dtrain.open_samples(path, inputs=["X"], targets=["obs/cell_type"])
     table = {"loss": "cross_entropy", "metrics": ["accuracy"], "rounds": 4, "batch_size": 16}
-    run = trained(linear, samples, tmp_path / "runs", table)
-    assert run.rows[-1]["val_accuracy"] > 0.8
+    done = trained(linear, samples, tmp_path / "runs", table)
+    assert done.rows[-1]["val_accuracy"] > 0.8
 
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
@@ -138,6 +140,19 @@ def check_archive(python: Path, file: Path) -> None:
     assert list(categories.names) == truth["names"].tolist()
 
 
+@pytest.mark.parametrize("name", ["cells-v2", "cells-v3", "sparse-v2", "sparse-v3", "image-0.4", "image-0.5"])
+def test_init_writes_a_configuration_that_is_planned_and_trained(
+    written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["init", "job", "--data", str(written[0] / f"{name}.zarr")]) == 0
+    tables = tomllib.loads(Path("job/dtrain.toml").read_text())
+    target = "labels/nuclei/s0" if name.startswith("image") else "obs/cell_type"
+    assert tables["data"]["targets"] == [target]
+    assert run(["plan", "job/dtrain.toml", "--scheduler", "serial"]) == 0
+    assert run(["train", "job/dtrain.toml", "--scheduler", "serial", "--set", "train.rounds=1"]) == 0
+
+
 # OME-Zarr ---------------------------------------------------------------------------------------------------
 
 
@@ -158,5 +173,5 @@ def test_nuclei(written: Any, tmp_path: Path, version: str, label: str) -> None:
     assert [v.row_shape for v in half.variables] == [(2, 16, 16), (16, 16)]
     table = {"loss": "cross_entropy", "metrics": ["accuracy"], "rounds": 4, "batch_size": 4}
     table["optimizer_args"] = {"lr": 0.2, "momentum": 0.9}
-    run = trained(segment, samples, tmp_path / "runs", table)
-    assert run.rows[-1]["val_accuracy"] > 0.9
+    done = trained(segment, samples, tmp_path / "runs", table)
+    assert done.rows[-1]["val_accuracy"] > 0.9

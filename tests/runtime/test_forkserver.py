@@ -2,40 +2,53 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
-from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from dtrain.config.schema import ClusterConfig
-from dtrain.runtime.connect import open_cluster
 from dtrain.runtime.forkserver import start
 from dtrain_cli.arguments import _scheduler_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 
 
-def facts() -> dict[str, Any]:
-    import torch
+SCRIPT = """
+import json, os, sys
+from multiprocessing import forkserver
+from pathlib import Path
+from dtrain.config.schema import ClusterConfig
+from dtrain.runtime.connect import open_cluster
 
+def facts():
+    import torch
     status = Path("/proc/self/status").read_text()
     parent = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("PPid"))
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_")
     return {"parent": parent, "threads": torch.get_num_threads(), **{name: os.environ.get(name) for name in names}}
 
+with open_cluster(ClusterConfig(workers=2), Path(sys.argv[1])) as connection:
+    workers = connection.client.run(facts)
+    server = forkserver._forkserver._forkserver_pid
+    status = Path(f"/proc/{server}/status").read_text()
+print(json.dumps({"workers": list(workers.values()), "server": server, "is_single": "Threads:\\t1\\n" in status}))
+"""
+"""In a process of its own: in this one, another test may have started the server of forks in another environment."""
+
 
 def test_workers_are_forked_from_a_process_of_one_thread_with_the_environment_of_dask(tmp_path: Path) -> None:
-    with open_cluster(ClusterConfig(workers=2), tmp_path) as connection:
-        workers = connection.client.run(facts)
-        server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
-        status = Path(f"/proc/{server}/status").read_text()
-    assert "Threads:\t1\n" in status
-    for worker in workers.values():
-        assert worker.pop("parent") == server
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, timeout=120, check=True
+    )
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["is_single"]
+    assert len(seen["workers"]) == 2
+    for worker in seen["workers"]:
         assert worker == {
+            "parent": seen["server"],
             "threads": 1,
             "OMP_NUM_THREADS": "1",
             "MKL_NUM_THREADS": "1",

@@ -52,6 +52,24 @@ def _tabular_stores() -> Stores:
     return {"tabular.zarr": (datasets.tabular(), 100)}
 
 
+def _forecast_stores() -> Stores:
+    from dtrain_cli import datasets
+
+    return {"weather.zarr": (datasets.weather(), 30)}
+
+
+def _image_stores() -> Stores:
+    from dtrain_cli import datasets
+
+    return {"cells.zarr": (datasets.cells(), 4)}
+
+
+def _text_stores() -> Stores:
+    from dtrain_cli import datasets
+
+    return {"text.zarr": (datasets.some_python_sources(), datasets.TOKENS_A_CHUNK)}
+
+
 TEMPLATES = {
     "demo": Template(
         {"dtrain.toml": "demo.toml", "model.py": "demo_model.py", "generate.py": "demo_generate.py"},
@@ -62,14 +80,19 @@ TEMPLATES = {
     "tabular": Template(
         {"dtrain.toml": "tabular.toml", "model.py": "tabular_model.py"}, ("tabular.zarr",), _tabular_stores
     ),
+    "forecast": Template(
+        {"dtrain.toml": "forecast.toml", "model.py": "grid_model.py"}, ("weather.zarr",), _forecast_stores
+    ),
+    "image": Template({"dtrain.toml": "image.toml", "model.py": "image_model.py"}, ("cells.zarr",), _image_stores),
+    "text": Template({"dtrain.toml": "text.toml", "model.py": "text_model.py"}, ("text.zarr",), _text_stores),
 }
-LATER = ("forecast", "image", "text")
-"""Templates that need a store of the user's; their own data come later."""
 
 EPILOG = """
 For example:
 
 dtrain init digits --template digits   handwritten digits, with a model
+
+dtrain init cells --template image   pictures with masks (also: forecast, text)
 
 dtrain init my --data archive.zarr   a config file for a store of yours
 
@@ -85,7 +108,8 @@ def init(
         str | None,
         typer.Option(
             "--template",
-            help="demo (default), digits, tabular; with --data: tabular, forecast, image or text (default: what fits)",
+            help="demo (default), digits, tabular, forecast, image or text; with --data one of the last four "
+            "(default: what fits)",
             show_default=False,
         ),
     ] = None,
@@ -102,7 +126,8 @@ def init(
 
     With --data, the config file is filled in for your store. Names, shapes and
     a few chunks decide what is learned: the next step of a field over time,
-    masks or labels of images, a column of a table, the next token of a text.
+    masks or labels of images (also of OME-Zarr), a column of a table, the type
+    of a cell (AnnData), the next token of a text.
     The file says what was guessed, and how to change it.
     """
     options: Options = ctx.obj
@@ -161,13 +186,8 @@ def _wrapped(text: str) -> str:
 
 
 def _template(name: str) -> Template:
-    from dtrain.errors import NotSupportedYet, UsageError, did_you_mean
+    from dtrain.errors import UsageError, did_you_mean
 
-    if name in LATER:
-        raise NotSupportedYet(
-            f"--template {name} has no data of its own in this version.",
-            f"Give a store of yours: --template {name} --data PATH. Templates with data are {', '.join(TEMPLATES)}.",
-        )
     if name not in TEMPLATES:
         raise UsageError(f"--template {name}: allowed are {', '.join(TEMPLATES)}{did_you_mean(name, TEMPLATES)}")
     return TEMPLATES[name]

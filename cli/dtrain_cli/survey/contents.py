@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,47 +27,76 @@ REFERENCES = {"bounds": "bounds", "climatology": "bounds", "grid_mapping": "grid
 AT = "Name one with --data"
 MOST_DEPTH = 3
 """Of groups that are looked into."""
-LAYOUTS = {
-    "OME-Zarr": 'inputs = ["0"] and targets = ["labels/NAME/0"]',
-    "AnnData": 'inputs = ["X"] and targets = ["obs/COLUMN"]',
-}
-"""By layout: the keys of ``[data]`` to write by hand."""
 
 
-def read_contents(path: str) -> Contents:
-    """Return the arrays of the group at a path or URL, or of the only group below it that has any.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An open store, and the path or URL that was given for it."""
+
+    path: str
+    store: ReadStore
+    root: zarr.Group
+
+    @property
+    def hierarchy(self) -> Hierarchy:
+        """Its groups by their path."""
+        return Hierarchy(self.store, self.root)
+
+
+def open_place(path: str) -> Place:
+    """Open the store at a path or URL.
 
     Raises
     ------
     DataNotFound, NotZarr
         There is nothing, or no Zarr group.
-    UsageError
-        No array has dimension names, or several groups have arrays.
+    """
+    store = locate(path, Path.cwd())
+    try:
+        return Place(path, store, any_group(store, ""))
+    except zarr.errors.ContainsArrayError:
+        raise single_array(path) from None
+    except Exception:
+        return Place(path, store, group_in(store, ""))  # says what is wrong
+
+
+def layout_of(place: Place, group: str) -> str:
+    """Return the name of a group's layout; empty if it has none that is known."""
+    try:
+        return layout_at(place.hierarchy, group)
+    except DtrainError:
+        raise
+    except Exception:  # metadata that zarr cannot read
+        return ""
+
+
+def named_at_root(place: Place) -> Contents | None:
+    """Return the arrays of the root that have named dimensions, and those beside them; None if there are none."""
+    variables, strange = _variables(place.store, place.root)
+    if not any(variable.dims for variable in variables.values()):
+        return None
+    return contents_of(place, "", variables, strange)
+
+
+def named_below(place: Place) -> Contents:
+    """Return the arrays of the only group below the root that has arrays with named dimensions.
+
+    Raises
+    ------
+    NotZarr, UsageError
+        No array has dimension names, or several groups have such.
     TooFewSamples
         All arrays are empty.
     """
-    store = locate(path, Path.cwd())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a store without consolidated metadata is as good
-        try:
-            root = any_group(store, "")
-        except zarr.errors.ContainsArrayError:
-            raise single_array(path) from None
-        except Exception:
-            root = group_in(store, "")  # says what is wrong
-        _refuse_layout(path, store, root)
-        variables, strange = _variables(store, root)
-        if any(variable.dims for variable in variables.values()):
-            return _contents(path, "", root, variables, strange)
-        below = {name: _variables(store, group) for name, group in _groups(root)}
-        named = {name: arrays for name, arrays in below.items() if any(v.dims for v in arrays[0].values())}
-        if len(named) != 1:
-            raise _nothing_named(path, store, root, list(named))
-        name, (variables, strange) = next(iter(named.items()))
-        return _contents(path, name, root, variables, strange)
+    below = {name: _variables(place.store, group) for name, group in groups_below(place.root)}
+    named = {name: arrays for name, arrays in below.items() if any(v.dims for v in arrays[0].values())}
+    if len(named) != 1:
+        raise _nothing_named(place.path, place.store, place.root, list(named))
+    name, (variables, strange) = next(iter(named.items()))
+    return contents_of(place, name, variables, strange)
 
 
-def _groups(root: zarr.Group, depth: int = MOST_DEPTH) -> Iterator[tuple[str, zarr.Group]]:
+def groups_below(root: zarr.Group, depth: int = MOST_DEPTH) -> Iterator[tuple[str, zarr.Group]]:
     """Yield the groups below one, with their paths from there."""
     try:
         groups = sorted(root.groups())
@@ -78,7 +107,7 @@ def _groups(root: zarr.Group, depth: int = MOST_DEPTH) -> Iterator[tuple[str, za
     for name, group in groups:
         yield name, group
         if depth > 1:
-            yield from ((f"{name}/{inner}", below) for inner, below in _groups(group, depth - 1))
+            yield from ((f"{name}/{inner}", below) for inner, below in groups_below(group, depth - 1))
 
 
 def _variables(store: ReadStore, group: zarr.Group) -> tuple[dict[str, NamedArray], dict[str, str]]:
@@ -88,21 +117,6 @@ def _variables(store: ReadStore, group: zarr.Group) -> tuple[dict[str, NamedArra
         name: "no dimension names" if "dimension names" in error.message else "cannot be opened"
         for name, error in sorted(strange.items(), key=lambda item: natural(item[0]))
     }
-
-
-def _refuse_layout(path: str, store: ReadStore, root: zarr.Group) -> None:
-    """Refuse layouts for which no configuration is written yet."""
-    try:
-        layout = layout_at(Hierarchy(store, root), "")
-    except DtrainError:
-        raise
-    except Exception:  # a group whose metadata zarr cannot read: then it is no layout that is known
-        return
-    if layout:
-        raise UsageError(
-            f"{path} is {layout}: dtrain trains on it, but init does not write a configuration for it yet.",
-            f"Write one for a model of yours, with {LAYOUTS[layout]}.",
-        )
 
 
 def _nothing_named(path: str, store: ReadStore, root: zarr.Group, groups: list[str]) -> DtrainError:
@@ -123,9 +137,28 @@ def _nothing_named(path: str, store: ReadStore, root: zarr.Group, groups: list[s
 # What each array is -----------------------------------------------------------------------------------------
 
 
-def _contents(
-    path: str, group: str, root: zarr.Group, variables: Mapping[str, NamedArray], strange: Mapping[str, str]
+def contents_of(
+    place: Place, group: str, variables: Mapping[str, NamedArray], strange: Mapping[str, str], layout: str = ""
 ) -> Contents:
+    """Return what some arrays of a group are.
+
+    Parameters
+    ----------
+    place : Place
+    group : str
+        Its path; empty for the root.
+    variables : mapping of str to NamedArray
+    strange : mapping of str to str
+        By name: why further arrays cannot be used.
+    layout : str, optional
+        Name of the layout of the group.
+
+    Raises
+    ------
+    TooFewSamples
+        All arrays are empty.
+    """
+    path, root = place.path, place.root
     attributes = (root[group] if group else root).attrs.asdict()
     references = _references(variables, attributes)
     is_axis = {name for name in variables if _is_axis(name, variables)}
@@ -136,16 +169,14 @@ def _contents(
         if name in is_axis or name in left_out:
             continue
         reason = _why_unsuitable(name, variable, references)
-        facts = _facts(path, name, variable, zarr_format, references) if not reason else None
+        facts = _facts(path, group, name, variable, zarr_format, references) if not reason else None
         if facts is None:
             left_out[name] = reason or "its CF attributes cannot be understood"
         else:
             arrays[name] = facts
     empty = [name for name, reason in left_out.items() if reason == "no values"]
     if not arrays and empty:
-        raise TooFewSamples(
-            f"{path} holds no samples: {empty[0]} has the shape {list(variables[empty[0]].array.shape)}."
-        )
+        raise TooFewSamples(f"{path} holds no samples: {empty[0]} has the shape {list(variables[empty[0]].shape)}.")
     return Contents(
         path=path,
         group=group,
@@ -155,6 +186,7 @@ def _contents(
         strings=frozenset(name for name, reason in left_out.items() if reason in ("strings", "objects")),
         left_out=left_out,
         attributes=attributes,
+        layout=layout,
     )
 
 
@@ -170,13 +202,13 @@ def _conflicts(variables: Mapping[str, NamedArray]) -> dict[str, str]:
     """Return the variables that have a dimension in another length than most others, and why they cannot be used."""
     lengths: dict[str, Counter[int]] = {}
     for variable in variables.values():
-        for dim, size in zip(variable.dims, variable.array.shape, strict=True):
+        for dim, size in zip(variable.dims, variable.shape, strict=True):
             lengths.setdefault(dim, Counter())[size] += 1
     usual = {dim: counts.most_common(1)[0][0] for dim, counts in lengths.items()}
     return {
         name: f"another length along {dim}"
         for name, variable in variables.items()
-        for dim, size in zip(variable.dims, variable.array.shape, strict=True)
+        for dim, size in zip(variable.dims, variable.shape, strict=True)
         if size != usual[dim]
     }
 
@@ -207,7 +239,7 @@ def _why_unsuitable(name: str, variable: NamedArray, references: Mapping[str, st
         return "bounds"
     if _holds_dates(variable):
         return "dates"
-    return "no values" if not variable.array.size else ""
+    return "no values" if 0 in variable.shape else ""
 
 
 def _holds_dates(variable: NamedArray) -> bool:
@@ -215,7 +247,7 @@ def _holds_dates(variable: NamedArray) -> bool:
 
 
 def _facts(
-    path: str, name: str, variable: NamedArray, zarr_format: int, references: Mapping[str, str]
+    path: str, group: str, name: str, variable: NamedArray, zarr_format: int, references: Mapping[str, str]
 ) -> ArrayFacts | None:
     """Return what the metadata of an array of numbers say; None if they cannot be understood."""
     dtype = np.dtype(variable.array.dtype)
@@ -223,14 +255,20 @@ def _facts(
         encoding = encoding_of(path, name, variable.attributes, dtype, zarr_format=zarr_format)
     except DtrainError:
         return None
+    axes = [axis for axis in range(len(variable.dims)) if axis not in variable.dropped]
     return ArrayFacts(
         name=name,
-        dims=tuple(variable.dims),
-        shape=tuple(map(int, variable.array.shape)),
+        dims=tuple(variable.dims[axis] for axis in axes),
+        shape=tuple(int(variable.shape[axis]) for axis in axes),
         stored=dtype.kind,
         kind=np.dtype(encoding.dtype).kind if encoding else dtype.kind,
         itemsize=dtype.itemsize,
         encoding=encoding,
         attributes=variable.attributes,
         is_coordinate=references.get(name) == "coordinate",
+        at=variable.array.path.removeprefix(f"{group}/" if group else ""),
+        chunks=tuple(variable.array.chunks[axis] for axis in axes)
+        if variable.matrix is None
+        else variable.array.chunks,
+        categories=variable.categories.count if variable.categories else 0,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from dtrain_cli.survey.roles import ArrayFacts, Contents
 
@@ -47,8 +47,20 @@ class Draft:
     transform: str = ""
     always_normalize: bool = False
     """True: numbers are standardised even where a sample says that they are near 0 already."""
+    no_means: bool = False
+    """True: the model scales the inputs itself."""
     others: tuple[str, ...] = ()
     """Variables that could be inputs or targets too, and are not used."""
+    model: str = ""
+    """Name of the model's file in ``templates/``, if it is not that of the template."""
+    args: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the model beside shapes."""
+    split: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of ``data.split`` beside the shares."""
+    largest_row: int = 64 << 20
+    """Of rows of more bytes, only a part is taken."""
+    off: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    """By key of the config file: a value that is written as a comment, and when it is needed."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """By key of the config file: why it has this value."""
 

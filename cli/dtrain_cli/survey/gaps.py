@@ -41,7 +41,7 @@ def gaps_of(samples: Samples, with_nan: Collection[str]) -> Gaps:
     lost: list[str] = []
     missing: Literal["auto", "fill"] = "auto"
     most = MOST_LISTED if store.facts.can_list else MOST_REQUESTED
-    for variable in samples.variables:
+    for variable in samples.stored:
         if variable.num_objects > most:
             continue
         absent = list(absent_chunks(samples, store, arrays, variable, full=False))
@@ -49,7 +49,7 @@ def gaps_of(samples: Samples, with_nan: Collection[str]) -> Gaps:
             continue
         counts[variable.name] = len(absent)
         absence = absence_of(samples, variable)
-        if absence == "error" and variable.absent_value == 0:
+        if absence == "error" and variable.absent_value == 0 and not variable.part_of:
             missing = "fill"  # writers leave out zeros; a packed number that means 280 is lost
         elif absence == "error" or (absence == "nan" and variable.name not in with_nan):
             more = f" and {len(absent) - 1:,} more are" if len(absent) > 1 else " is"
@@ -57,6 +57,7 @@ def gaps_of(samples: Samples, with_nan: Collection[str]) -> Gaps:
     if lost:
         others = f", and chunks of {len(lost) - 1} more variables" if len(lost) > 1 else ""
         return Gaps(lost=f"{lost[0]}{others}")
-    texts = [f"{count:,} of {samples.variable(name).num_objects:,} of {name}" for name, count in counts.items()]
+    objects = {variable.name: variable.num_objects for variable in samples.stored}
+    texts = [f"{count:,} of {objects[name]:,} of {name}" for name, count in counts.items()]
     filled = f"chunks that the store leaves out are read as the fill value: {', '.join(texts)}"
     return Gaps(missing=missing, filled=filled) if counts else Gaps()

@@ -44,6 +44,12 @@ class ArrayFacts:
     attributes: Attributes
     is_coordinate: bool = False
     """Other variables name it among their coordinates; it can be a target, and is no input."""
+    at: str = ""
+    """Path below the group of the array that holds the values, if it has another name than the variable."""
+    chunks: tuple[int, ...] = ()
+    """Lengths of a chunk of that array."""
+    categories: int = 0
+    """Number of categories whose names the store keeps."""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -84,6 +90,10 @@ class Contents:
     """By name: why an array can be neither input nor target."""
     attributes: Attributes
     """Of the group."""
+    layout: str = ""
+    """Name of the layout of the group; empty if xarray reads it."""
+    others: tuple[str, ...] = ()
+    """Groups of the same layout that are not looked into."""
 
 
 def words(name: str) -> list[str]:

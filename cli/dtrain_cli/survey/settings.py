@@ -23,7 +23,12 @@ from dtrain_cli.survey.values import Look, Values
 REPLICAS = 2
 SHARES = ((0.1, 0.1), (0.2, 0.2), (0.3, 0.0), (0.0, 0.0))
 """Of validation and test; the first that leaves samples in each is taken."""
-LARGER = {"tabular_model.py": ("hidden", 256), "grid_model.py": ("width", 64), "text_model.py": ("width", 192)}
+LARGER = {
+    "tabular_model.py": ("hidden", 256),
+    "cells_model.py": ("hidden", 512),
+    "grid_model.py": ("width", 64),
+    "text_model.py": ("width", 192),
+}
 """By model: an argument that makes it larger, and a value."""
 MOST_VALIDATED = 20_000
 """Less is held out for validation where a tenth would be more samples."""
@@ -66,7 +71,7 @@ def settle(draft: Draft, contents: Contents, look: Look) -> Settings:
     if draft.classes and samples.variable(draft.target).model_dtype == np.int64:
         has_nan = [name for name in has_nan if name != draft.target]  # marked classes stay integers
     data = data | _missing(draft, has_nan, gaps)
-    samples, plan, split = _split(data)
+    samples, plan, split = _split(data, draft)
     data = data | split
     train = train_keys(draft, samples, plan, skips_target=not draft.classes and draft.target in has_nan)
     return Settings(
@@ -115,7 +120,7 @@ def _offered(draft: Draft, data: Keys, gaps: Gaps, *, can_miss: bool) -> dict[st
         off["data.non_finite"] = ("allow", "if values are missing: model.py reads them as 0, the mean")
         if not draft.classes:
             off["train.loss"] = ("model:mse", "if values of the target are missing: this loss leaves them out")
-    return off
+    return off | dict(draft.off)
 
 
 # Samples, and their split -----------------------------------------------------------------------------------
@@ -125,7 +130,7 @@ def _opened(data: Keys) -> Samples:
     return open_samples(**{key: value for key, value in data.values.items() if key != "transform"})
 
 
-def _split(data: Keys) -> tuple[Samples, DataPlan, Keys]:
+def _split(data: Keys, draft: Draft) -> tuple[Samples, DataPlan, Keys]:
     """Return samples and plan of the first split that holds samples, and the split where it is not the default.
 
     Raises
@@ -139,15 +144,16 @@ def _split(data: Keys) -> tuple[Samples, DataPlan, Keys]:
     for replicas in (REPLICAS, 1):
         for val, test in shares:
             why = "many samples" if (val, test) not in SHARES else "few samples"
-            split = NONE.also("data.split", {"val": val, "test": test}, why)
-            config = opened.config.model_copy(update={"split": SplitConfig(val=val, test=test)})
+            table = {**draft.split, "val": val, "test": test}
+            split = NONE.also("data.split", table, draft.notes.get("data.split", why))
+            config = opened.config.model_copy(update={"split": SplitConfig(**table)})
             samples = replace(opened, config=config)
             try:
                 plan = plan_data(samples, replicas=replicas, seed=0)
             except TooFewSamples as error:
                 fault = fault or error
             else:
-                return samples, plan, NONE if (val, test) == SHARES[0] else split
+                return samples, plan, NONE if (val, test) == SHARES[0] and not draft.split else split
     assert fault is not None
     raise fault
 

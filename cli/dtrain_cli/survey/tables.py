@@ -20,8 +20,8 @@ NEAR_ZERO, LEAST_STD, MOST_STD = 3.0, 0.05, 5.0
 """Inputs are left as they are if their mean is so near to 0 and their standard deviation lies between the others."""
 MOST_MEANS = 1000
 """A matrix of at most so many columns has a mean of its own for each of them."""
-LARGE_ROW, LEAST_SIDE = 64 << 20, 256
-"""Rows of more bytes are cut, down to so many places along a side."""
+LEAST_SIDE = 256
+"""Large rows are cut down to so many places along a side."""
 BATCH_BYTES = 16 << 20
 FEWEST_SAMPLES = 8
 """Of a batch, where a sample is small."""
@@ -101,7 +101,7 @@ def _part(draft: Draft, arrays: list[ArrayFacts]) -> dict[str, dict[str, int]]:
     part = dict(whole)
     single = dict.fromkeys(draft.isel, 1)
     while part and max(part.values()) > LEAST_SIDE:
-        if sum(row_bytes(array, draft.sample_dim, {**part, **single}) for array in arrays) <= LARGE_ROW:
+        if sum(row_bytes(array, draft.sample_dim, {**part, **single}) for array in arrays) <= draft.largest_row:
             break
         longest = max(part, key=lambda dim: part[dim])
         part[longest] = max(LEAST_SIDE, part[longest] // 2)
@@ -122,6 +122,8 @@ def _normalize(draft: Draft, arrays: list[ArrayFacts], contents: Contents, value
 def _needs_means(array: ArrayFacts, values: Values, draft: Draft) -> bool:
     """Return True if a variable is to be standardised."""
     is_target = array.name == draft.target
+    if draft.no_means and not is_target:
+        return False
     if array.kind == "b" or values.infinite or draft.vocabulary or (is_target and draft.classes):
         return False
     is_share = values.minimum >= 0 and values.maximum <= 1
@@ -211,6 +213,8 @@ def _class_axis(draft: Draft, samples: Samples) -> int | None:
 
 def model_file(draft: Draft) -> str:
     """Return the name of the model's file in ``templates/``."""
+    if draft.model:
+        return draft.model
     return MODELS[draft.template] if draft.space or draft.vocabulary else MODELS["tabular"]
 
 
@@ -221,7 +225,8 @@ def model_args(draft: Draft, samples: Samples) -> dict[str, Any]:
         return {"vocabulary": draft.vocabulary, "context": target[-1]}
     if not draft.space:
         features = sum(math.prod(samples.field_shape(item)) for item in samples.fields[:-1])
-        return {"features": features, "outputs": [draft.classes, *target] if draft.classes else list(target)}
+        outputs = [draft.classes, *target] if draft.classes else list(target)
+        return {"features": features, "outputs": outputs, **draft.args}
     axes = [_axes(samples, item) for item in samples.fields]
     return {
         "inputs": axes[:-1],

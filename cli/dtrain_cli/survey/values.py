@@ -51,6 +51,8 @@ class Values:
     infinite: int = 0
     distinct: tuple[int, ...] = ()
     """The values of an array of integers, ascending."""
+    are_integers: bool = False
+    """True if the finite values are whole numbers, of whatever dtype."""
 
 
 class Look(Protocol):
@@ -86,7 +88,8 @@ class Sampler:
             One of its chunks cannot be decoded.
         """
         if (name, closely) not in self._seen:
-            facts, array = self._contents.arrays[name], self._group[name]
+            facts = self._contents.arrays[name]
+            array = self._group[facts.at or name]
             assert isinstance(array, zarr.Array)
             most = MANY_CHUNKS if closely else few_chunks(math.prod(array.chunks) * facts.itemsize)
             most = most if self._chunks < ALL_CHUNKS else 1
@@ -181,6 +184,7 @@ def describe(facts: ArrayFacts, parts: list[Array], *, is_whole: bool) -> Values
         missing=int(missing.sum()),
         infinite=int(np.isinf(values).sum()),
         distinct=tuple(np.unique(some).tolist()) if facts.is_integer else (),
+        are_integers=bool((some == np.trunc(some)).all()) if some.dtype.kind == "f" else True,
     )
 
 

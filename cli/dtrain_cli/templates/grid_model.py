@@ -134,3 +134,12 @@ def foreground(batch, generator):
     (targets,) = batch.targets
     is_known = targets >= 0  # NaN is not
     return replace(batch, targets=(torch.where(is_known, (targets > 0).long(), -100),))
+
+
+# Images without a target: data.transform = "model:noisy"
+
+
+def noisy(batch, generator):
+    """Return the batch with noise added to the inputs, half as large as their standard deviation."""
+    noise = [torch.randn(x.shape, generator=generator) for x in batch.inputs]
+    return replace(batch, inputs=tuple(x + x.std() * n / 2 for x, n in zip(batch.inputs, noise, strict=True)))

@@ -54,22 +54,23 @@ def irrelevant_axis(hierarchy: Hierarchy, array: ArrayLike) -> int | None:
 def _image_of(hierarchy: Hierarchy, path: str) -> Mapping[str, Any] | None:
     """Return the description of the image that an array is a level of, in the nearest group that names the array."""
     for group in hierarchy.enclosing(path):
-        for image in _images(group.attributes):
-            if group.inside in _levels(image):
+        for image in images(group.attributes):
+            if group.inside in levels(image):
                 return image
     return None
 
 
-def _images(attributes: Attributes) -> Iterator[Mapping[str, Any]]:
+def images(attributes: Attributes) -> Iterator[Mapping[str, Any]]:
+    """Yield the images that the attributes of a group describe."""
     for table in (attributes.get("ome"), attributes):
-        images = table.get("multiscales") if isinstance(table, Mapping) else None
-        yield from (image for image in images if isinstance(image, Mapping)) if isinstance(images, list) else ()
+        given = table.get("multiscales") if isinstance(table, Mapping) else None
+        yield from (image for image in given if isinstance(image, Mapping)) if isinstance(given, list) else ()
 
 
-def _levels(image: Mapping[str, Any]) -> list[str]:
+def levels(image: Mapping[str, Any]) -> list[str]:
     """Return the paths of the arrays of a pyramid, from its group."""
-    levels = image.get("datasets")
-    paths = [level.get("path") for level in levels if isinstance(level, Mapping)] if isinstance(levels, list) else []
+    given = image.get("datasets")
+    paths = [level.get("path") for level in given if isinstance(level, Mapping)] if isinstance(given, list) else []
     return [posixpath.normpath(path).strip("/") for path in paths if isinstance(path, str)]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 from itertools import pairwise
 
@@ -173,7 +172,6 @@ def test_retries_leave_the_random_numbers_of_the_user_alone(clock):
 
 def test_only_a_request_that_takes_long_is_spoken_of_and_not_at_every_attempt(clock, caplog, monkeypatch):
     monkeypatch.setattr(retry.JITTER, "uniform", lambda low, high: 1.0)
-    caplog.set_level(logging.WARNING, "dtrain")  # a command with --quiet has raised it
     assert Server(*[OSError("down")] * 3).ask() == 7  # pauses of 0.25, 0.5 and 1 s: before the last, 0.75 s are over
     assert caplog.records == []
     with pytest.raises(StoreUnavailable):  # pauses until 0.25, 0.75, 1.75, 3.75, 7.75, 15.75 and 31.75 s
