@@ -44,7 +44,7 @@ $(NEWEST)/.installed: pyproject.toml
 	@test -n "$(PYTHON_NEWEST)" || { echo "make test-newest needs Python 3.12 or 3.13: make test-newest PYTHON_NEWEST=..."; exit 2; }
 	$(PYTHON_NEWEST) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install -q --upgrade zarr xarray numpy pydantic zarrs s3fs aiohttp \
-		"moto[s3]" flask flask-cors cloudpickle icechunk fastparquet pytest pytest-timeout hypothesis
+		"moto[s3]" flask flask-cors cloudpickle icechunk fastparquet scipy pytest pytest-timeout hypothesis
 	$(NEWEST)/bin/python -m pip install -q --no-deps -e .
 	@touch $@
 

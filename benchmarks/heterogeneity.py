@@ -1,6 +1,6 @@
 """Replicas that see different classes: what six ways of averaging lose, and in which order.
 
-Run: python benchmarks/heterogeneity.py [--seeds 3] [--json FILE]        (about 20 minutes on two quiet cores)
+Run: python benchmarks/heterogeneity.py [--seeds 3] [--json FILE]        (an hour or so; 79 minutes beside other work)
 
 The set-up is that of NVFlare's CIFAR-10 example: eight replicas, 50 rounds of 4 passes over their part, batches of 64;
 classes are dealt to the replicas by Dirichlet(alpha). Central training takes as many steps as one replica. The problem

@@ -13,9 +13,9 @@ from dtrain.data.categories import categories_from, categories_table
 from dtrain.data.encoding import Scaling
 from dtrain.data.given import Found
 from dtrain.data.load.finite import LeftOut
-from dtrain.data.plan.blocks import BlockAxis
 from dtrain.data.plan.partition import JointPlan
-from dtrain.data.plan.units import LATER, DataPlan
+from dtrain.data.plan.table import plan_from, plan_table
+from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import MissingLabels
 from dtrain.data.variable import Categories
 from dtrain.errors import RunConflict
@@ -79,11 +79,11 @@ class Resolved:
 
 def to_json(job: Job, resolved: Resolved) -> dict[str, Any]:
     """Return the content of plan.json."""
-    plans = [_plan_table(plan) for plan in resolved.plan.plans]
+    plans = [plan_table(plan) for plan in resolved.plan.plans]
     return {
         "version": VERSION,
         "data": plans[0] if len(plans) == 1 else plans,
-        "held_out": None if resolved.held_out is None else _plan_table(resolved.held_out),
+        "held_out": None if resolved.held_out is None else plan_table(resolved.held_out),
         "fingerprint": resolved.plan.fingerprint,
         "threads": job.config.cluster.threads,
         "device": resolved.device,
@@ -116,12 +116,12 @@ def from_json(values: Mapping[str, Any]) -> Resolved:
             "Install that version of dtrain to continue it.",
         )
     data = values["data"]
-    plans = tuple(_plan_from(plan) for plan in (data if isinstance(data, list) else [data]))
+    plans = tuple(plan_from(plan) for plan in (data if isinstance(data, list) else [data]))
     scalings = {name: _scaling_from(scaling) for name, scaling in values.get("normalize", {}).items()}
     held_out = values.get("held_out")
     return Resolved(
         plan=JointPlan(plans),
-        held_out=None if held_out is None else _plan_from(held_out),
+        held_out=None if held_out is None else plan_from(held_out),
         scalings=scalings,
         device=values["device"],
         contents=tuple(values.get("contents", ())),
@@ -140,19 +140,3 @@ def _scaling_from(values: Mapping[str, Any]) -> Scaling:
     """Return a scaling; version 1 had at most one axis, and no `rest`."""
     axes = values["axes"] if "axes" in values else [] if values["axis"] is None else [values["axis"]]
     return Scaling(tuple(values["mean"]), tuple(values["std"]), tuple(axes), tuple(values.get("rest", ())))
-
-
-def _plan_table(plan: DataPlan) -> dict[str, Any]:
-    """Return the fields of a plan; without later fields it is a plan that an earlier version can read."""
-    table = {name: value for name, value in asdict(plan).items() if name not in LATER or value != LATER[name]}
-    return {**table, "jumps": plan.jump_rows.tolist()} if plan.jumps else table
-
-
-def _plan_from(values: Mapping[str, Any]) -> DataPlan:
-    absent = tuple((start, stop) for start, stop in values.get("absent", ()))
-    jumps = " ".join(map(str, values.get("jumps", ())))
-    blocks = tuple(BlockAxis(**axis) for axis in values.get("blocks", ()))
-    members = tuple((begin, first, stop) for begin, first, stop in values.get("members", ()))
-    most = tuple(values.get("values", ()))
-    lists = {"absent": absent, "jumps": jumps, "blocks": blocks, "members": members, "values": most}
-    return DataPlan(**{**values, **lists})

@@ -25,13 +25,13 @@ from dtrain.data.plan.footprint import slot_bytes
 from dtrain.data.plan.partition import eval_partitions, plan_data, train_partitions
 from dtrain.data.plan.splits import split_cells
 from dtrain.data.plan.summary import describe_plan
+from dtrain.data.plan.table import plan_from, plan_table
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.store import ReadStore
 from dtrain.data.read.units import UnitReader
 from dtrain.data.samples import Samples
 from dtrain.data.source import open_samples
 from dtrain.errors import InvalidConfig, TooFewSamples
-from dtrain.resolved import _plan_from, _plan_table
 from tests.data.helpers import Spy, batches, one_pass, reader_of, readers, same_bits
 
 SPLITS = ("train", "val", "test")
@@ -200,7 +200,7 @@ def test_every_patch_once_and_no_value_in_two_splits(write_store: Callable[..., 
             plan = plan_data(samples, replicas=draw(st.integers(1, 3)), seed=draw(st.integers(0, 9)))
         except TooFewSamples:
             return
-        assert _plan_from(_plan_table(plan)) == plan
+        assert plan_from(plan_table(plan)) == plan
         seen, values = [], {}
         for split_name in SPLITS:
             assert len(split_cells(plan, split_name)) == len(set(split_cells(plan, split_name).tolist()))

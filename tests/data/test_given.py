@@ -20,12 +20,12 @@ from dtrain.data.load.statistics import merge_moments, moments_of, partition_mom
 from dtrain.data.plan.evaluation import plan_evaluation
 from dtrain.data.plan.partition import plan_data, train_partitions
 from dtrain.data.plan.summary import describe_plan
+from dtrain.data.plan.table import plan_from, plan_table
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.units import UnitReader
 from dtrain.data.samples import Samples
 from dtrain.data.source import open_samples
 from dtrain.errors import ChunkMissing, DtrainError, InvalidConfig, TooFewSamples
-from dtrain.resolved import _plan_from, _plan_table
 from tests.data.helpers import readers
 from tests.data.test_boxes import SPLITS, cut_small, opened, values_of, volume
 
@@ -42,7 +42,7 @@ def days(tmp_path_factory: pytest.TempPathFactory, write_store: Callable[..., Pa
 
 def planned(samples: Samples, replicas: int = 2, **options: Any) -> DataPlan:
     plan = plan_data(samples, replicas=replicas, seed=3, given=find_given(samples, 3).splits, **options)
-    assert _plan_from(_plan_table(plan)) == plan
+    assert plan_from(plan_table(plan)) == plan
     return plan
 
 

@@ -16,5 +16,6 @@ Nothing in this folder knows zarr or xarray.
     readers     who reads a variable, and why
     footprint   bytes of samples, units and decoding
     memory      the memory budget of a worker
+    table       a plan as plan.json keeps it
     summary     the counts of a plan that a person wants to see
 """
