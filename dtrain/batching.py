@@ -27,8 +27,8 @@ from dtrain.data.plan.multiplicity import multiplicity_text
 from dtrain.data.plan.partition import Partition, cell_anchors, counted, plan_data, train_partitions
 from dtrain.data.plan.splits import SplitName
 from dtrain.data.plan.units import DataPlan
-from dtrain.data.read.presence import absent_rows, check_presence
-from dtrain.data.read.units import UnitReader, values_counted
+from dtrain.data.read.inventory import rows_absent, take_inventory
+from dtrain.data.read.joined import BoxReader, open_reader, values_counted
 from dtrain.data.samples import Samples, not_samples
 from dtrain.errors import InvalidConfig, TooFewSamples, did_you_mean
 from dtrain.runtime.tensors import as_tensors, transformed
@@ -159,7 +159,7 @@ def batches(
     samples = _read_by(samples, reader)
     config = samples.config
     if config.missing in ("auto", "error"):
-        check_presence(samples)
+        take_inventory(samples, full=False, digests=False, presence=True)
     plan = _counted(samples, _plan(samples, replicas, seed))
     partition = train_partitions(plan)[replica] if split == "train" else _whole(plan, split)
     shuffle = plan.shuffle and split == "train"
@@ -167,7 +167,7 @@ def batches(
     limits = budget.train.limits
     start = cursor or Cursor(0, 0)
     consumed = _consumed(start, partition)
-    opened = UnitReader(samples, config.reader, limits.threads, plan.absent)
+    opened = open_reader(samples, config.reader, limits.threads, plan.absent)
     transform = _transform_of(samples)
     loader = Loader(
         opened,
@@ -206,7 +206,7 @@ def _read_by(samples: Samples, reader: str | None) -> Samples:
 
 
 def _plan(samples: Samples, replicas: int, seed: int) -> DataPlan:
-    absent = absent_rows(samples) if samples.config.missing == "skip" else ()
+    absent = rows_absent(samples) if samples.config.missing == "skip" else ()
     given = find_given(samples, seed, absent).splits
     jumps = find_gaps(samples).jumps
     plan = plan_data(samples, replicas=replicas, seed=seed, absent=absent, jumps=jumps, given=given)
@@ -217,7 +217,7 @@ def _counted(samples: Samples, plan: DataPlan) -> DataPlan:
     """Return the plan without the samples that ``data.non_finite`` leaves out, and with those that repeat."""
     if samples.config.min_valid is not None:
         whole = cell_anchors(plan, "all")
-        reader = UnitReader(samples, samples.config.reader, absent=plan.absent)
+        reader = open_reader(samples, samples.config.reader, absent=plan.absent)
         values, left_out = merged(samples, whole, [pass_over(reader, whole, range(len(whole.units)))])
         plan = counted(samples, plan, values, left_out.named)
     if samples.config.balance:
@@ -256,7 +256,7 @@ def _memory_of(
     return plan_memory(reading, None, limit, name, None if kept == "auto" else cache_bytes(kept))
 
 
-def _scalings(reader: UnitReader, plan: DataPlan) -> dict[str, Scaling]:
+def _scalings(reader: BoxReader, plan: DataPlan) -> dict[str, Scaling]:
     """Return how variables are standardised: by the rows of the whole training split, in one pass over it."""
     names = reader.samples.config.normalize
     if not names:

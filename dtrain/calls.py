@@ -180,7 +180,7 @@ def _agreed_samples(samples: Samples | None, config: DataConfig) -> tuple[Sample
         parts = (config.split.model_dump(exclude_unset=True), samples.config.split.model_dump(exclude_unset=True))
         more["split"] = SplitConfig(**{**parts[0], **parts[1]})
     samples = described_with(samples, more)
-    return samples, _absolute({**samples.config.model_dump(exclude_unset=True), "path": samples.path})
+    return samples, _absolute({**samples.config.model_dump(exclude_unset=True), "path": samples.location})
 
 
 SECRET_KEYS = ("storage_options",)
@@ -195,19 +195,26 @@ def _flat(config: DataConfig) -> dict[str, Any]:
 
 
 def _is_same(key: str, own: object, theirs: object, samples: Samples) -> bool:
-    if key == "path" and isinstance(theirs, str):
-        return identity(samples.path, Path.cwd()) == identity(theirs, Path.cwd())
-    if key == "val_path":
-        return identity(str(own), Path.cwd()) == identity(str(theirs), Path.cwd())
-    return own == theirs
+    if key == "path":
+        own = samples.location
+    return own == theirs or (key in ("path", "val_path") and _identities(own) == _identities(theirs))
+
+
+def _identities(paths: Any) -> list[str]:
+    """Return the one spelling of each path; federated stores as text."""
+    return [identity(str(path), Path.cwd()) for path in ([paths] if isinstance(paths, str) else paths)]
 
 
 def _absolute(data: Table) -> Table:
     """Return a table ``[data]`` whose local paths are absolute: the run is found again from elsewhere."""
-    path = data["path"]
-    stores = path if isinstance(path, str) else tuple({**store, "path": absolute(store["path"])} for store in path)
     return {
         **data,
-        "path": absolute(stores) if isinstance(stores, str) else stores,
+        "path": _absolute_stores(data["path"]),
         **({"val_path": absolute(data["val_path"])} if data.get("val_path") else {}),
     }
+
+
+def _absolute_stores(path: Any) -> Any:
+    if isinstance(path, str) or isinstance(path[0], str):
+        return absolute(path)
+    return tuple({**store, "path": absolute(store["path"])} for store in path)

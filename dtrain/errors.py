@@ -69,6 +69,10 @@ class InvalidConfig(DtrainError, ValueError):
     code = 3
 
 
+class NothingSelected(InvalidConfig):
+    """A coordinate has none of the values that are chosen."""
+
+
 class NotSupportedYet(InvalidConfig):
     """A declared key asks for a feature that this version does not have."""
 

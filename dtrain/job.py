@@ -16,7 +16,7 @@ from dtrain.algorithm.recipe import Functions
 from dtrain.algorithm.stop import check_metric
 from dtrain.config.functions import METRICS
 from dtrain.config.names import FUNCTION
-from dtrain.config.schema import DataConfig, TrainConfig
+from dtrain.config.schema import DataConfig, Paths, TrainConfig
 from dtrain.config.values import TO_PLAIN
 from dtrain.data.samples import Samples
 from dtrain.data.source import describe
@@ -80,16 +80,14 @@ def job_from_config(config: TrainConfig, base: Path) -> Job:
 
 def open_sources(config: DataConfig, base: Path) -> tuple[Source, ...]:
     """Describe the store or stores of ``data.path``, except those that only workers can read."""
-    if isinstance(config.path, str):
-        return (Source(config=config, samples=describe(config, base)),)
     return tuple(
         Source(
             config=(own := config.model_copy(update={"path": store.path})),
             samples=None if store.workers else describe(own, base),
             workers=store.workers,
-            replicas=store.replicas,
+            replicas=store.replicas if config.is_federated else None,
         )
-        for store in config.path
+        for store in config.stores
     )
 
 
@@ -144,7 +142,7 @@ def described_with(samples: Samples, keys: Mapping[str, Any]) -> Samples:
     changed = {key: value for key, value in keys.items() if getattr(samples.config, key) != value}
     if not changed:
         return samples
-    config = TrainConfig(data=samples.config.model_copy(update={**changed, "path": samples.path})).data
+    config = TrainConfig(data=samples.config.model_copy(update={**changed, "path": samples.location})).data
     kept = samples.transform if config.transform == samples.config.transform else None
     snapshot = "" if "storage_options" in changed else samples.store.snapshot
     return replace(describe(config, Path.cwd(), snapshot), transform=kept)
@@ -155,8 +153,10 @@ def plain(value: object) -> str:
     return json.dumps(TO_PLAIN.dump_python(value, mode="json"))
 
 
-def absolute(path: str) -> str:
-    """Return a path relative to the working directory as an absolute one; a URL as it is."""
+def absolute(path: Paths) -> Paths:
+    """Return paths relative to the working directory as absolute ones; URLs as they are."""
+    if not isinstance(path, str):
+        return tuple(str(absolute(one)) for one in path)
     return path if "://" in path else str(Path(path).expanduser().absolute())
 
 

@@ -240,7 +240,7 @@ def _choices(job: Job, stores: tuple[StorePlan, ...], resolved: Resolved, worker
         "train.device": Choice(resolved.device, gpu),
         "average.replicas": Choice(
             sum(store.source.plan.replicas for store in stores),
-            replicas if isinstance(config.data.path, str) else "the sum of the stores'",
+            "the sum of the stores'" if config.data.is_federated else replicas,
         ),
         "cluster.workers": Choice(workers, _cores(config.cluster.threads)),
         "run.commit_every": Choice("as measured", "on evaluated rounds; commits take about 2 % of the time"),

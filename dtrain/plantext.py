@@ -185,6 +185,7 @@ def _splits(plan: RunPlan, store: StorePlan) -> str:
         "gaps": f"whose window crosses a jump of {store.source.samples.sample_dim}",
         "missing": "near a missing chunk",
         "left_out": "beside a split that is given",
+        "stores": "whose window leaves its store",
         "non_finite": "with values that are not finite",
     }
     dropped = [f"{count:,} {reasons[why]}" for why, count in counts["dropped"].items() if count]

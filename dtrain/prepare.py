@@ -25,7 +25,7 @@ from dtrain.data.plan.missing import AbsentChunks
 from dtrain.data.plan.partition import Partition, eval_partitions
 from dtrain.data.plan.splits import Runs
 from dtrain.data.plan.units import DataPlan
-from dtrain.data.read.presence import Inventory, take_inventory
+from dtrain.data.read.inventory import Inventory, take_inventory
 from dtrain.data.samples import Samples
 from dtrain.errors import DataChanged, TooFewSamples
 from dtrain.events import StepsTaken
@@ -182,8 +182,10 @@ def _check_contents(source: Source, before: Mapping[str, str], now: Inventory) -
     """Refuse a store that has been modified since the run's first start."""
     changed = [name for name, digest in before.items() if now.digests.get(name, digest) != digest]
     if changed:
+        members = source.described.members
+        path, what = (members[int(changed[0])].path, "") if members else (source.described.path, ", ".join(changed))
         raise DataChanged(
-            f"{source.described.path}: chunks of {', '.join(changed)} have been modified since the run was started.",
+            f"{path}: chunks{f' of {what}' if what else ''} have been modified since the run was started.",
             "Restore the data, or train under another --run NAME.",
         )
 

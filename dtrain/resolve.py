@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
+from typing import TypeAlias
 
 from dtrain.algorithm.mix import neighbourhoods
 from dtrain.algorithm.plan import eval_cadence, pass_size, samples_a_round
 from dtrain.algorithm.reduce import check_reduce
 from dtrain.config.names import LABEL_LOSSES, LOSSES, METRICS
-from dtrain.config.schema import DataConfig, TrainTable
+from dtrain.config.schema import DataConfig, Paths, TrainTable
 from dtrain.data.categories import categories_of, check_categories
 from dtrain.data.coordinate import Gaps, find_gaps
 from dtrain.data.genes import check_genes, genes_of
@@ -26,8 +27,8 @@ from dtrain.data.plan.missing import AbsentChunks, absence_of
 from dtrain.data.plan.partition import JointPlan, count_units, plan_data, plan_held_out
 from dtrain.data.plan.splits import Runs
 from dtrain.data.plan.units import DataPlan
-from dtrain.data.read.presence import absent_rows
-from dtrain.data.read.units import values_counted
+from dtrain.data.read.inventory import rows_absent
+from dtrain.data.read.joined import values_counted
 from dtrain.data.samples import Coordinate, MissingLabels, Samples
 from dtrain.data.source import describe
 from dtrain.data.weight import weight_text
@@ -62,7 +63,7 @@ def _pinned(source: Source, snapshot: str) -> Source:
     samples = source.samples
     if samples is None or not snapshot or samples.store.snapshot == snapshot:
         return source
-    config = samples.config.model_copy(update={"path": samples.path})
+    config = samples.config.model_copy(update={"path": samples.location})
     return replace(source, samples=describe(config, Path.cwd(), snapshot))
 
 
@@ -161,7 +162,7 @@ def check_filled(source: Source, now: Mapping[str, Filled], before: Mapping[str,
 def absent_rows_of(source: Source, place: Place) -> Runs:
     """Return the rows of a store that ``data.missing = "skip"`` leaves out."""
     samples = source.described
-    return place.call(source, partial(absent_rows, samples)) if samples.config.missing == "skip" else ()
+    return place.call(source, partial(rows_absent, samples)) if samples.config.missing == "skip" else ()
 
 
 def _gaps(source: Source, place: Place) -> Gaps:
@@ -267,8 +268,25 @@ def _check_genes(job: Job, place: Place) -> None:
         check_genes(source.described.path, genes, job.samples.path, first)
 
 
+def check_rows(samples: Samples, plan: DataPlan) -> None:
+    """Refuse several stores of which one is longer or shorter than when a plan was made, by name."""
+    if len(samples.members) != len(plan.members):
+        before = max(1, len(plan.members))
+        raise DataChanged(
+            f"data.path chooses rows of {len(samples.stores):,} stores; of {before:,} when the run was started.",
+            "Restore the data, or train under another --run NAME.",
+        )
+    for one, (_, first, stop) in zip(samples.members, plan.members, strict=True):
+        if (rows := one.num_samples - one.first_row) != stop - first:
+            raise DataChanged(
+                f"{one.path} has {rows:,} rows; {stop - first:,} when the run was started.",
+                "Restore the data, or train under another --run NAME.",
+            )
+
+
 def check_kind(samples: Samples, plan: DataPlan) -> None:
     """Refuse data of other metadata than a plan was made for."""
+    check_rows(samples, plan)
     if samples.fingerprint != plan.source:
         raise DataChanged(
             f"{samples.path} has other shapes, dtypes or chunks than when the run was started.",
@@ -281,29 +299,38 @@ def check_kind(samples: Samples, plan: DataPlan) -> None:
 
 @dataclass(frozen=True, slots=True)
 class OwnStores:
-    """The stores of a run, by `identity` and group."""
+    """The stores of a run; several that are one have several names each."""
 
-    trained: tuple[tuple[str, str], ...]
+    trained: tuple[Names, ...]
     """Of ``data.path``."""
-    held_out: tuple[str, str] | None
+    held_out: Names
     """Of ``data.val_path``."""
 
     def find(self, samples: Samples) -> StoreOfRun:
-        """Return which of them the samples' store is."""
-        own = _identity(samples.path, samples.config.group, Path.cwd())
+        """Return which of them the samples' store is, or that some of them is a part of it."""
+        own = _names(samples.location, samples.config.group, Path.cwd())
         if own in self.trained:
             return self.trained.index(own)
-        return "held_out" if own == self.held_out else None
+        if any(set(own) & set(names) for names in self.trained):
+            return "part"
+        return "held_out" if set(own) <= set(self.held_out) else None
+
+    def holds(self, samples: Samples) -> bool:
+        """Return True if the samples' stores are one of them: all of its stores, in order."""
+        return _names(samples.location, samples.config.group, Path.cwd()) in (*self.trained, self.held_out)
+
+
+Names: TypeAlias = tuple[tuple[str, str], ...]
+"""Of a store, or of each of several that are one: `identity` and group."""
 
 
 def own_stores(config: DataConfig, base: Path) -> OwnStores:
     """Return the stores that a ``[data]`` table names; relative paths are relative to `base`."""
-    paths = [config.path] if isinstance(config.path, str) else [store.path for store in config.path]
     return OwnStores(
-        tuple(_identity(path, config.group, base) for path in paths),
-        _identity(config.val_path, config.group, base) if config.val_path else None,
+        tuple(_names(store.path, config.group, base) for store in config.stores),
+        _names(config.val_path, config.group, base) if config.val_path else (),
     )
 
 
-def _identity(path: str, group: str, base: Path) -> tuple[str, str]:
-    return identity(path, base), group.strip("/")
+def _names(paths: Paths, group: str, base: Path) -> Names:
+    return tuple((identity(path, base), group.strip("/")) for path in ([paths] if isinstance(paths, str) else paths))

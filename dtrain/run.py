@@ -28,7 +28,7 @@ from dtrain.data.plan.labels import BY_SHARE, GivenSplits
 from dtrain.data.plan.partition import JointPlan
 from dtrain.data.plan.splits import SplitName
 from dtrain.data.plan.units import DataPlan
-from dtrain.data.read.units import values_counted
+from dtrain.data.read.joined import values_counted
 from dtrain.data.samples import Samples, not_samples
 from dtrain.data.source import describe
 from dtrain.directory import read_config_of, read_resolved
@@ -251,8 +251,8 @@ class Run:
         """Return what evaluates a split of given samples."""
         if not isinstance(samples, Samples):
             raise not_samples(samples)
-        known, store = self.resolved, own_stores(self.config.data, self.base).find(samples)
-        given = samples.config
+        known, own = self.resolved, own_stores(self.config.data, self.base)
+        store, given = own.find(samples), samples.config
         is_given = store != "held_out" and "split" in given.model_fields_set
         if is_given and split != "all" and not given.split.holds_out(split):
             raise TooFewSamples(
@@ -263,7 +263,7 @@ class Run:
         plans, jumps = known.plan.plans, find_gaps(samples).jumps
         splits = BY_SHARE if split == "all" or store == "held_out" else _given_splits(samples, plans, store)
         plan, cut = plan_evaluation(samples, split, plans, known.held_out, store, jumps=jumps, given=splits)
-        if store is None or samples.config.non_finite != self._recorded.non_finite:
+        if not own.holds(samples) or samples.config.non_finite != self._recorded.non_finite:
             plan = replace(plan, multiplicity="")  # a copy may hold other values
         joint = JointPlan((values_counted(samples, plan),))
         known = replace(known, plan=joint, held_out=None, contents=(), filled=None, snapshots=())
@@ -279,13 +279,13 @@ class Run:
         config = self.config.model_copy(update=tables).with_functions({})
         return Job(config=config, sources=sources, held_out=held_out, functions=functions, base=self.base)
 
-    def other_samples(self, data: str | None, settings: tuple[str, ...] = ()) -> Samples:
+    def other_samples(self, data: str | tuple[str, ...] | None, settings: tuple[str, ...] = ()) -> Samples:
         """Describe samples with the run's table ``[data]``.
 
         Parameters
         ----------
-        data : str, optional
-            Path or URL of a store; by default the run's own.
+        data : str or tuple of str, optional
+            Path or URL of a store, or of several that are one; by default the run's own.
         settings : tuple of str
             ``"data.isel={}"``: keys that differ from the run's (`is_view`).
 
@@ -295,7 +295,7 @@ class Run:
             A setting is wrong, or the run has several stores of its own.
         """
         table = self.config.data
-        if data is None and not isinstance(table.path, str):
+        if data is None and table.is_federated:
             raise InvalidConfig("The run has several stores.", "Name the one to evaluate with --data.")
         if data is not None:
             table = table.model_copy(update={"path": data})

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 BASE = {"types", "stages", "config", "errors", "events", "display"}
 WORK = {"runtime", "data", "algorithm", *BASE}
-CORE = {"data/samples", "data/variable", "data/tiles", "data/encoding", "data/sparse"}
+CORE = {"data/samples", "data/members", "data/tiles", "data/variable", "data/encoding", "data/sparse"}
 BELOW: dict[str, set[str]] = {
     "errors": set(),
     "types": set(),
@@ -27,7 +27,8 @@ BELOW: dict[str, set[str]] = {
     "data/variable": {"data/encoding"},
     "data/tiles": {"data/variable"},
     "data/sparse": {"data/encoding"},
-    "data/samples": {"data/tiles", "data/variable", "data/encoding", "config", "errors", "display"},
+    "data/members": {"data/variable", "errors"},
+    "data/samples": {"data/members", "data/tiles", "data/variable", "data/encoding", "config", "errors", "display"},
     "data/selection": {*CORE, "config", "errors"},
     "data/plan": {*CORE, "config", "errors"},
     "data/read": {"data/plan", *CORE, "config", "errors"},
@@ -50,11 +51,17 @@ BELOW: dict[str, set[str]] = {
         "config",
         "errors",
     },
-    "data/groups": {"data/column", "data/plan", *CORE, "errors"},
+    "data/groups": {"data/column", "data/plan", "data/read", *CORE, "errors"},
     "data/balance": {"data/column", "data/plan", *CORE, "errors"},
     "data/given": {
         *("data/column", "data/dataset", "data/groups", "data/paths", "data/places", "data/plan", "data/read"),
         *CORE,
+        "errors",
+    },
+    "data/joined": {
+        *("data/column", "data/dataset", "data/layouts", "data/matrix", "data/read", "data/selection"),
+        *CORE,
+        "config",
         "errors",
     },
     "data/weight": {"data/column", "data/dataset", "data/read", *CORE, "config", "errors"},
@@ -64,6 +71,7 @@ BELOW: dict[str, set[str]] = {
         "data/coordinate",
         "data/dataset",
         "data/given",
+        "data/joined",
         "data/layouts",
         "data/matrix",
         "data/paths",

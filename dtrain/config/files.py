@@ -109,9 +109,16 @@ def with_setting(tables: Tables, setting: str) -> Tables:
     if not equals or not key:
         raise UsageError(f"--set {setting}: write it as key=value, for example --set train.rounds=50")
     value = _toml_value(text.strip())
-    if key in PATH_KEYS and isinstance(value, str) and "://" not in value and value not in ("", "local", "serial"):
-        value = str(Path(value).expanduser().absolute())
+    if key in PATH_KEYS:
+        value = [_absolute(one) for one in value] if isinstance(value, list) else _absolute(value)
     return _replaced(tables, key.split("."), value, key)
+
+
+def _absolute(value: Plain) -> Plain:
+    """Return a path relative to the working directory as an absolute one; any other value as it is."""
+    if not isinstance(value, str) or "://" in value or value in ("", "local", "serial"):
+        return value
+    return str(Path(value).expanduser().absolute())
 
 
 def _toml_value(text: str) -> Plain:

@@ -41,10 +41,27 @@ FULL_BATCH_MICRO = 1024
 """Samples of a micro-batch where ``train.batch_size`` is ``full`` and ``train.micro_batch`` is 0."""
 
 
+def _one_path(given: Any) -> Any:
+    """Return the path of a list that holds one; refuse an empty list, and paths beside tables."""
+    if not isinstance(given, list | tuple):
+        return given
+    if not given:
+        raise ValueError("is an empty list; give at least one store")
+    if len({isinstance(store, str) for store in given}) > 1:
+        raise ValueError(
+            "holds paths and tables; give paths, of stores that are one, or tables, of stores with own replicas"
+        )
+    return given[0] if len(given) == 1 and isinstance(given[0], str) else given
+
+
+Paths: TypeAlias = Annotated[str | tuple[str, ...], BeforeValidator(_one_path)]
+"""A store, or several that are one: the rows of each follow those of the one before."""
+
+
 class Store(Table):
     """One of several stores (federated data)."""
 
-    path: str
+    path: Paths
     workers: tuple[str, ...] = ()
     replicas: Positive = 1
 
@@ -81,7 +98,7 @@ class DataConfig(Table):
             raise ValueError("split.val is a range, and val_path a store for validation; give one of them")
         return self
 
-    path: str | tuple[Store, ...] = ""
+    path: Annotated[str | tuple[Store | str, ...], BeforeValidator(_one_path)] = ""
     inputs: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     storage_options: dict[str, Any] = Field(default={}, repr=False)
@@ -97,7 +114,7 @@ class DataConfig(Table):
     split: SplitConfig = SplitConfig()
     gaps: Literal["auto", "drop", "error", "allow"] = "auto"
     split_order: Literal["auto", "random", "sequential"] = "auto"
-    val_path: str = ""
+    val_path: Paths = ""
     partition: Literal["stratified", "contiguous"] = "stratified"
     normalize: tuple[str, ...] | dict[str, tuple[str, ...]] = ()
     transform: str = ""
@@ -109,6 +126,19 @@ class DataConfig(Table):
     memory: Size = "auto"
     cache: Size = "auto"
     reader: Literal["auto", "numcodecs", "zarrs", "zarr"] = "auto"
+
+    @property
+    def stores(self) -> tuple[Store, ...]:
+        """The stores of `path`: several where they are tables, each with its own replicas (federated data)."""
+        if isinstance(self.path, tuple):
+            tables = tuple(store for store in self.path if isinstance(store, Store))
+            return tables or (Store(path=tuple(path for path in self.path if isinstance(path, str))),)
+        return (Store(path=self.path),)
+
+    @property
+    def is_federated(self) -> bool:
+        """Whether `path` lists tables."""
+        return isinstance(self.path, tuple) and isinstance(self.path[0], Store)
 
     @property
     def mean_dims(self) -> dict[str, tuple[str, ...]]:

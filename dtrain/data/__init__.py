@@ -5,6 +5,8 @@ Nothing in this folder knows torch or Dask.
     source.py      `open_samples`: the metadata of a Zarr group -> `Samples`
     coordinate.py  the coordinate of the sample dimension: where it jumps, no window may cross
     variable.py    `Variable`: an array as its metadata describe it
+    members.py     several stores as one: one axis of rows, and what must be alike in all
+    joined.py      describes several stores as one
     samples.py     `Samples`: which variables make a sample, how many there are, how they are stored
     encoding.py    stored values -> what the model sees: CF packing, missing values, normalisation
     selection.py   the sample dimension, isel and patches, checked against the dimensions

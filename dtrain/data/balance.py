@@ -16,9 +16,10 @@ import numpy.typing as npt
 
 from dtrain.data.column import ColumnReader
 from dtrain.data.encoding import Array, is_missing
+from dtrain.data.members import check_coding
 from dtrain.data.plan.hashing import Ints
 from dtrain.data.plan.labels import Labels
-from dtrain.data.plan.multiplicity import MOST, multiplicities, num_anchors, repeats_of
+from dtrain.data.plan.multiplicity import MOST, anchor_numbers, multiplicities, num_anchors, repeats_of
 from dtrain.data.plan.parts import Partition, cell_anchors
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import Coordinate, Samples
@@ -126,7 +127,7 @@ def _held(train: Partition, block: int, anchors: int) -> npt.NDArray[np.uint8]:
     """Return, by anchor, 1 if the training split holds it in a block."""
     plan = train.plan
     own = slice(*np.searchsorted(plan.blocks_of(train.cells), [block, block + 1]))
-    first = train.first[own].astype(np.int64) // plan.stride
+    first = anchor_numbers(plan).of(train.first[own].astype(np.int64))
     steps = np.zeros(anchors + 1, np.int8)
     np.add.at(steps, first, 1)
     np.subtract.at(steps, first + train.count[own], 1)
@@ -135,12 +136,16 @@ def _held(train: Partition, block: int, anchors: int) -> npt.NDArray[np.uint8]:
 
 def _classes(samples: Samples, plan: DataPlan) -> Iterator[tuple[Ints, list[Class | None], Ints]]:
     """Yield anchors by their number, the classes that occur among them, and of each anchor the place of its class."""
-    reader, offset = _reader(samples), _offset(samples)
-    for first, values in reader.blocks():
-        number = np.arange(-(-(first - offset) // plan.stride), (first + len(values) - 1 - offset) // plan.stride + 1)
-        number = number[(number >= 0) & (number * plan.stride < plan.num_samples)]
-        codes, place = np.unique(values[number * plan.stride + offset - first], return_inverse=True)
-        yield number, [_key(code, reader.column.variable) for code in codes], place
+    offset, stride, first_store = _offset(samples), plan.stride, samples.stores[0]
+    known = _column(first_store).variable
+    for one, before in zip(samples.stores, anchor_numbers(plan).before.tolist(), strict=False):
+        column = _column(one)
+        check_coding(one.path, column.variable, first_store.path, known)
+        for first, values in ColumnReader(one, column, one.first_row, one.num_samples, fills=True).blocks():
+            number = np.arange(-(-(first - offset) // stride), (first + len(values) - 1 - offset) // stride + 1)
+            number = number[(number >= 0) & (number * stride < one.num_samples)]
+            codes, place = np.unique(values[number * stride + offset - first], return_inverse=True)
+            yield before + number, [_key(code, column.variable) for code in codes], place
 
 
 def _offset(samples: Samples) -> int:
@@ -149,7 +154,8 @@ def _offset(samples: Samples) -> int:
     return next((field.offsets[0] for field in fields if field.offsets and not field.window), 0)
 
 
-def _reader(samples: Samples) -> ColumnReader:
+def _column(samples: Samples) -> Coordinate:
+    """Return the variable of classes of a store."""
     column, by = samples.class_column, samples.config.balance
     if not isinstance(column, Coordinate):
         raise InvalidConfig(
@@ -159,12 +165,13 @@ def _reader(samples: Samples) -> ColumnReader:
     variable = column.variable
     is_packed = variable.encoding is not None and variable.encoding.is_packed
     if np.dtype(variable.dtype if variable.dtype != "T" else object).kind not in "iub" or is_packed:
+        dtype = f"{'text' if variable.dtype == 'T' else np.dtype(variable.dtype)}{', packed' if is_packed else ''}"
         raise UnsuitableVariable(
-            f'data.balance = "{by}" has dtype {"text" if variable.dtype == "T" else np.dtype(variable.dtype)}'
-            f"{', packed' if is_packed else ''}; classes are integers, bools or codes of categories.",
+            f'data.balance = "{by}": {samples.path}: it has dtype {dtype}; classes are integers, bools or codes of '
+            "categories.",
             "Name another variable, or store each class as an integer.",
         )
-    return ColumnReader(samples, column, samples.first_row, samples.num_samples, fills=True)
+    return column
 
 
 def _key(code: np.generic, variable: Variable) -> Class | None:

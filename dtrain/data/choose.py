@@ -9,11 +9,11 @@ from dtrain.config.schema import DataConfig
 from dtrain.config.slices import LabelSlice
 from dtrain.data.column import ColumnReader, describe_column, find_coordinate
 from dtrain.data.dataset import NamedArray, sizes_of
-from dtrain.data.places import CoordinateIndex
+from dtrain.data.places import CoordinateIndex, Places
 from dtrain.data.read.store import ReadStore
 from dtrain.data.samples import Chosen, Samples
 from dtrain.data.selection import Selected
-from dtrain.errors import InvalidConfig, did_you_mean
+from dtrain.errors import InvalidConfig, NothingSelected, did_you_mean
 
 
 def choose_dims(
@@ -54,7 +54,7 @@ def _choose(
     if isinstance(wanted, tuple):
         start, stop, step = _listed(index, key, wanted)
     else:
-        places = index.range(key, wanted)
+        places = _range(index, key, wanted, is_samples=is_samples)
         start, stop, is_dropped = places.start, places.stop, places.is_one
         step = wanted.step if isinstance(wanted, LabelSlice) else 1
     if is_samples and (is_dropped or step != 1):
@@ -67,6 +67,16 @@ def _choose(
     return Chosen(
         dim=dim, first=first, last=last, start=start, stop=stop, step=step, of=sizes[dim], is_dropped=is_dropped
     )
+
+
+def _range(index: CoordinateIndex, key: str, wanted: str | float | LabelSlice, *, is_samples: bool) -> Places:
+    """Return the chosen places; of several stores, one without such rows is left out, and no other place may lack."""
+    try:
+        return index.range(key, wanted)
+    except NothingSelected as error:
+        if is_samples:
+            raise
+        raise InvalidConfig(error.message, error.hint) from None
 
 
 def _index(config: DataConfig, store: ReadStore, names: Sequence[str], dim: str, size: int) -> CoordinateIndex:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ from dtrain.data.plan.gaps import (
     too_many,
 )
 from dtrain.data.plan.hashing import Ints
+from dtrain.data.read.inventory import of_each
 from dtrain.data.read.store import ReadStore
 from dtrain.data.samples import Coordinate, Samples
 from dtrain.errors import CoordinateJumps
@@ -82,6 +83,8 @@ def find_gaps(samples: Samples) -> Gaps:
     """
     if not samples.has_windows:
         return Gaps()
+    if samples.members:
+        return _of_stores(samples, of_each(samples, find_gaps))
     if samples.config.gaps == "allow":
         return Gaps(text='windows may cross them (data.gaps = "allow")')
     if isinstance(samples.coordinate, str):
@@ -95,6 +98,19 @@ def find_gaps(samples: Samples) -> Gaps:
     if is_refused or (reader.steps and not ascends):
         raise _refused(samples, reader, rows, middle)
     return Gaps(jumps=as_text(rows.kept), text=_text(reader, rows, middle))
+
+
+def _of_stores(samples: Samples, found: Sequence[Gaps]) -> Gaps:
+    """Return where windows must not cross in any of several stores that are one."""
+    with_jumps = [number for number, one in enumerate(found) if one.jumps]
+    jumps = [np.fromstring(found[number].jumps, np.int64, sep=" ") + samples.begins[number] for number in with_jumps]
+    number = with_jumps[0] if with_jumps else 0
+    first = f"{samples.members[number].path}: {found[number].text}"
+    count = f"{sum(map(len, jumps)):,}" if jumps else "none"
+    where = f"in {len(with_jumps):,} of {len(found):,} stores" if jumps else f"in {len(found):,} stores"
+    is_same = len({one.text for one in found}) == 1
+    text = found[0].text if is_same and not jumps else f"{count} {where}; {first}"
+    return Gaps(jumps=as_text(jumps), text=f"{text}; no window crosses from one store into another")
 
 
 class _Rows:

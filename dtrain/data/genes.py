@@ -30,8 +30,8 @@ def genes_of(samples: Samples) -> Genes:
     StoreForbidden, StoreUnavailable
         The server refuses or fails.
     """
-    config, found = samples.config, {}
-    store = open_store(samples.path, at_snapshot(config.storage_options, samples.store.snapshot), samples.store)
+    config, found, one = samples.config, {}, samples.stores[0]  # several that are one have been compared
+    store = open_store(one.path, at_snapshot(config.storage_options, one.store.snapshot), one.store)
     hierarchy = hierarchy_of(store)
     for variable in samples.moving:
         path = "/".join(filter(None, (config.group.strip("/"), variable.array_path)))

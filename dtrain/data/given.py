@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,9 +26,10 @@ from dtrain.data.plan.labels import (
     tile_labels,
 )
 from dtrain.data.plan.splits import Runs
+from dtrain.data.read.inventory import of_each
 from dtrain.data.read.store import ReadStore
 from dtrain.data.samples import Coordinate, Samples
-from dtrain.errors import DtrainError, InvalidConfig, TooFewSamples, did_you_mean, one_line
+from dtrain.errors import DtrainError, InvalidConfig, NothingSelected, TooFewSamples, did_you_mean, one_line
 
 SHOWN_RANGES = 3
 """Ranges of a split that are shown."""
@@ -132,27 +133,80 @@ def find_ranges(samples: Samples) -> Found:
     if not split.ranges:
         return SHARES
     dim = next(dim for dim, _ in split.ranges.values())
-    first, stop, step = _selected(samples, dim)
-    index = CoordinateIndex(ColumnReader(samples, _coordinate(samples, dim), first, stop), samples.path, dim)
-    wanted = {name: index.range(f"data.split.{name}.{dim}", value) for name, (_, value) in split.ranges.items()}
-    _check_apart(samples, wanted)
-    places = {
-        name: (-(-(found.start - first) // step), -(-(found.stop - first) // step)) for name, found in wanted.items()
-    }
-    labels = range_labels(len(range(first, stop, step)), places, split.gap)
+    along_rows = dim == samples.sample_dim
+    found = of_each(samples, _find) if along_rows else [_find(samples.stores[0])]
+    places = _all_places(found)
+    lengths = [len(one.places) for one in found]
+    labels = range_labels(sum(lengths), places, split.gap)
     held = {
-        name: _held(index, dim, labels, label, range(first, stop, step))
+        name: _held(found, dim, labels, label)
         for name, label in (("train", REST), *LABELS.items())
-        if label == REST or name in wanted
+        if label == REST or name in places
     }
-    _check_left(samples, labels, wanted)
-    if dim == samples.sample_dim:
-        rows = np.concatenate([np.full(first, LEFT_OUT, np.uint8), labels])
+    _check_left(samples, labels, places)
+    if along_rows:
+        rows = np.full(samples.num_samples, LEFT_OUT, np.uint8)
+        for one, begin, own in zip(
+            found, samples.begins or (0,), np.split(labels, np.cumsum(lengths[:-1])), strict=True
+        ):
+            rows[begin + one.places.start : begin + one.places.stop] = own
         return Found(splits=GivenSplits(rows=as_text(rows)), held=held)
     cut = next(cut for cut in samples.tiles.cuts if cut.dim == dim)
     tiles = tile_labels(labels, cut)
     _check_patches(samples, tiles, held, cut.size)
     return Found(splits=GivenSplits(dim=dim, tiles=as_text(tiles)), held=held)
+
+
+@dataclass(frozen=True, slots=True)
+class _OfStore:
+    """What ``data.split`` gives in one store."""
+
+    index: CoordinateIndex
+    places: range
+    """The selected places of the dimension."""
+    wanted: Mapping[str, Places]
+    """By split; none that the store has no place of."""
+    lacks: Mapping[str, NothingSelected]
+    """By split that the store has no place of: what says so."""
+
+
+def _find(samples: Samples) -> _OfStore:
+    """Look up the ranges of splits in one store."""
+    split = samples.config.split
+    dim = next(dim for dim, _ in split.ranges.values())
+    first, stop, step = _selected(samples, dim)
+    index = CoordinateIndex(ColumnReader(samples, _coordinate(samples, dim), first, stop), samples.path, dim)
+    wanted: dict[str, Places] = {}
+    lacks: dict[str, NothingSelected] = {}
+    for name, (_, value) in split.ranges.items():
+        try:
+            wanted[name] = index.range(f"data.split.{name}.{dim}", value)
+        except NothingSelected as error:
+            lacks[name] = error
+    _check_apart(samples, wanted)
+    return _OfStore(index, range(first, stop, step), wanted, lacks)
+
+
+def _all_places(found: Sequence[_OfStore]) -> dict[str, list[tuple[int, int]]]:
+    """Return, by split, its places in all stores, counted through from store to store.
+
+    Raises
+    ------
+    NothingSelected
+        No store has a place of a split.
+    """
+    places: dict[str, list[tuple[int, int]]] = {name: [] for name in (*found[0].wanted, *found[0].lacks)}
+    before = 0
+    for one in found:
+        first, step = one.places.start, one.places.step
+        for name, own in one.wanted.items():
+            start, stop = (-(-(place - first) // step) + before for place in (own.start, own.stop))
+            places[name].append((start, stop))
+        before += len(one.places)
+    for name, ranges in places.items():
+        if not ranges:
+            raise found[0].lacks[name]
+    return places
 
 
 def _selected(samples: Samples, dim: str) -> tuple[int, int, int]:
@@ -184,7 +238,7 @@ def _check_apart(samples: Samples, wanted: Mapping[str, Places]) -> None:
         )
 
 
-def _check_left(samples: Samples, labels: Labels, wanted: Mapping[str, Places]) -> None:
+def _check_left(samples: Samples, labels: Labels, wanted: Iterable[str]) -> None:
     for name in ("train", *wanted):
         if not (labels == LABELS.get(name, REST)).any():
             raise TooFewSamples(
@@ -203,13 +257,21 @@ def _check_patches(samples: Samples, tiles: Labels, held: Mapping[str, Held], si
             )
 
 
-def _held(index: CoordinateIndex, dim: str, labels: Labels, label: int, places: range) -> Held:
+def _held(found: Sequence[_OfStore], dim: str, labels: Labels, label: int) -> Held:
     """Describe the places of a label by their coordinate."""
-    text = as_text(labels)
-    begins, ends = (rows.astype(np.int64) for rows in runs_of(text, label))
+    begins, ends = (rows.astype(np.int64) for rows in runs_of(as_text(labels), label))
     shown = list(zip(begins[:SHOWN_RANGES].tolist(), ends[:SHOWN_RANGES].tolist(), strict=True))
-    ranges = tuple(tuple(index.texts(places[start], places[stop - 1])) for start, stop in shown)
-    return Held(by=dim, places=int((ends - begins).sum()), ranges=ranges, num_ranges=len(begins))  # type: ignore[arg-type]
+    ranges = tuple((_text(found, start), _text(found, stop - 1)) for start, stop in shown)
+    return Held(by=dim, places=int((ends - begins).sum()), ranges=ranges, num_ranges=len(begins))
+
+
+def _text(found: Sequence[_OfStore], place: int) -> str:
+    """Return the coordinate's value at a place that is counted through from store to store."""
+    for one in found:
+        if place < len(one.places):
+            break
+        place -= len(one.places)
+    return one.index.texts(one.places[place])[0]
 
 
 # Groups ---------------------------------------------------------------------------------------------------
@@ -262,6 +324,7 @@ def leakage_note(samples: Samples) -> str:
     if samples.has_windows or is_given or config.split_order != "auto" or not drawn:
         return ""
     dim = samples.sample_dim
+    samples = samples.stores[0]
     store = locate(samples.path, Path.cwd(), config.storage_options)
     found = find_coordinate(store, config.group, (v.name for v in samples.moving), dim, _sizes(samples)[dim])
     column = found if isinstance(found, str) else describe_column(samples.path, *found)

@@ -13,6 +13,7 @@ from dtrain.data.encoding import Array
 from dtrain.data.plan.hashing import GROUP, Hashes, Ints, hash64
 from dtrain.data.plan.labels import LABELS, LEFT_OUT, REST, Labels, as_text
 from dtrain.data.plan.splits import Runs
+from dtrain.data.read.inventory import of_each
 from dtrain.data.samples import Coordinate, Samples
 from dtrain.data.variable import Variable
 from dtrain.errors import InvalidConfig, TooFewSamples, UnsuitableVariable
@@ -72,12 +73,7 @@ def deal_groups(stores: Sequence[Groups], shares: Mapping[str, float], seed: int
     UnsuitableVariable
         Several stores hold codes of so many categories that their names are not compared.
     """
-    if len(stores) > 1 and any(store.are_codes for store in stores):
-        raise UnsuitableVariable(
-            "data.split.by: several stores hold categories that are too many to compare: one code may stand for "
-            "different groups.",
-            "Write the groups as texts, or as integers that mean the same in all stores.",
-        )
+    _check_codes(stores)
     keys, rows = _merged([(store.keys, store.rows) for store in stores])
     names = [name for name in ("test", "val") if shares.get(name, 0.0) > 0]
     if len(keys) <= len(names):
@@ -92,6 +88,16 @@ def deal_groups(stores: Sequence[Groups], shares: Mapping[str, float], seed: int
         most = len(free) - (len(names) - number)  # each later split, and training, needs one
         labels[_filled(free, rows, shares[name] * int(rows.sum()), most)] = LABELS[name]
     return DealtGroups(keys, labels)
+
+
+def _check_codes(stores: Sequence[Groups]) -> None:
+    """Refuse codes of several stores whose categories are not compared."""
+    if len(stores) > 1 and any(store.are_codes for store in stores):
+        raise UnsuitableVariable(
+            "data.split.by: several stores hold categories that are too many to compare: one code may stand for "
+            "different groups.",
+            "Write the groups as texts, or as integers that mean the same in all stores.",
+        )
 
 
 def _filled(order: Ints, rows: Ints, wanted: float, most: int) -> list[int]:
@@ -126,6 +132,8 @@ def count_groups(samples: Samples, absent: Runs = ()) -> Groups:
     ChunkMissing, ChunkUndecodable, DataChanged
         Names its chunk.
     """
+    if samples.members:
+        return _of_stores(samples, absent)
     reader = _reader(samples)
     known: list[tuple[Hashes, Ints]] = [(np.zeros(0, np.uint64), np.zeros(0, np.int64))]
     pending = 0
@@ -141,11 +149,20 @@ def count_groups(samples: Samples, absent: Runs = ()) -> Groups:
     return Groups(*_merged(known), reader.absent, _are_codes(reader.column.variable))
 
 
+def _of_stores(samples: Samples, absent: Runs) -> Groups:
+    """Count the rows of each group of several stores that are one: stores may share groups."""
+    in_rows_of = (tuple((start - begin, stop - begin) for start, stop in absent) for begin in samples.begins)
+    own = of_each(samples, count_groups, in_rows_of)
+    _check_codes(own)
+    return Groups(*_merged([(one.keys, one.rows) for one in own]), sum(one.absent for one in own), own[0].are_codes)
+
+
 def label_rows(samples: Samples, dealt: DealtGroups) -> str:
     """Return the label of each row of a store as text (`DataPlan.row_labels`)."""
     labels = np.full(samples.num_samples, LEFT_OUT, np.uint8)
-    for first, keys in _keys(_reader(samples)):
-        labels[first : first + len(keys)] = dealt.of(keys)
+    for one, begin in zip(samples.stores, samples.begins or (0,), strict=True):
+        for first, keys in _keys(_reader(one)):
+            labels[begin + first : begin + first + len(keys)] = dealt.of(keys)
     return as_text(labels)
 
 

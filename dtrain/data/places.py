@@ -19,7 +19,7 @@ from dtrain.config.slices import LabelSlice
 from dtrain.data.cf import texts_of
 from dtrain.data.column import DATES, NUMBERS, ColumnReader
 from dtrain.data.encoding import Array
-from dtrain.errors import InvalidConfig, UnsuitableVariable, one_line
+from dtrain.errors import InvalidConfig, NothingSelected, UnsuitableVariable, one_line
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -83,8 +83,10 @@ class CoordinateIndex:
 
         Raises
         ------
+        NothingSelected
+            There is no such value, or none between both ends.
         InvalidConfig
-            There is no such value, nothing is selected, or the coordinate is not sorted.
+            The values are no neighbours, or of another kind than the coordinate's.
         """
         if not isinstance(wanted, LabelSlice):
             return self._value(f"{key} = {json.dumps(wanted)}", wanted)
@@ -114,14 +116,14 @@ class CoordinateIndex:
                 first, after = part.start if first is None else first, part.stop
         return None if first is None or after is None else Places(first, after)
 
-    def _nothing(self, text: str, wanted: LabelSlice) -> InvalidConfig:
+    def _nothing(self, text: str, wanted: LabelSlice) -> NothingSelected:
         ends = " to ".join(self.texts(self._reader.first, self._reader.stop - 1))
         said = f"{text}: selects nothing of {self._dim}, which goes from {ends}."
         if wanted.start is not None and wanted.stop is not None and self._slice(text, wanted.stop, wanted.start):
             order = "descends" if self._descends else "ascends"
             start, stop = json.dumps(wanted.stop), json.dumps(wanted.start)
-            return InvalidConfig(said, f"It {order}: write start = {start}, stop = {stop}.")
-        return InvalidConfig(said, "Choose values between these; both ends are included.")
+            return NothingSelected(said, f"It {order}: write start = {start}, stop = {stop}.")
+        return NothingSelected(said, "Choose values between these; both ends are included.")
 
     # Values -------------------------------------------------------------------------------------------------
 
@@ -134,7 +136,9 @@ class CoordinateIndex:
             except KeyError:
                 continue
         if not found:
-            raise InvalidConfig(f"{text}: {self._dim} of {self._path} has no such value.", self._nearest(text, wanted))
+            raise NothingSelected(
+                f"{text}: {self._dim} of {self._path} has no such value.", self._nearest(text, wanted)
+            )
         start, stop = found[0].start, found[-1].stop
         if sum(part.stop - part.start for part in found) < stop - start:
             raise self._scattered(text)

@@ -17,6 +17,7 @@ from dtrain.config.names import IGNORED_CLASS
 from dtrain.config.schema import DataConfig
 from dtrain.config.slices import Offsets, Slice
 from dtrain.data.encoding import DType, Encoding, Scaling
+from dtrain.data.members import with_values
 from dtrain.data.tiles import ONE_TILE, Tiles
 from dtrain.data.variable import MISSING_CATEGORY, Categories, Variable
 from dtrain.display import html_table, shown
@@ -32,6 +33,8 @@ LISTED_TILES = 1 << 16
 """The fingerprint lists the tiles of a row one by one up to this number, as the first version did."""
 MOST_CLASSES, MOST_LETTERS = 6, 40
 """Categories whose names are printed, and letters of each."""
+MOST_STORES = 3
+"""Stores that are printed, of the first and of the last ones."""
 SMALL_SHARE = 16
 SMALL_BYTES = 64 << 20
 """A variable is small if it has at most 1 / `SMALL_SHARE` of all bytes, and at most `SMALL_BYTES`."""
@@ -145,6 +148,33 @@ class Samples:
     """The variable of ``data.balance``, or why it cannot be read. Not part of the fingerprint."""
     chosen: tuple[Chosen, ...] = ()
     """What ``data.sel`` chooses. Not part of the fingerprint: the selection of each variable is."""
+    members: tuple[Samples, ...] = ()
+    """The stores, where several are one (`dtrain.data.members`); then rows are those of the common axis."""
+    begins: tuple[int, ...] = ()
+    """By store of `members`: the row that its first stored row is."""
+    named: tuple[str, ...] = ()
+    """The absolute path or URL of each store that was named, also of those of which no row is chosen."""
+
+    @property
+    def stores(self) -> tuple[Samples, ...]:
+        """The samples of each store; the samples themselves if there is one."""
+        return self.members or (self,)
+
+    @property
+    def location(self) -> str | tuple[str, ...]:
+        """The absolute path or URL of the store, or of each."""
+        return self.named or self.path
+
+    @property
+    def row_runs(self) -> tuple[tuple[int, int, int], ...]:
+        """Of each of several stores: the row that it begins at, its first row in use, and the one after its last."""
+        pairs = zip(self.members, self.begins, strict=True)
+        return tuple((begin, begin + one.first_row, begin + one.num_samples) for one, begin in pairs)
+
+    @property
+    def num_rows(self) -> int:
+        """Number of selected rows."""
+        return sum(one.num_samples - one.first_row for one in self.stores)
 
     @property
     def row_bytes(self) -> int:
@@ -199,7 +229,7 @@ class Samples:
         They are small beside the others, and their chunks so long (for example one chunk for all labels) that
         units would have to be as long.
         """
-        rows = self.num_samples - self.first_row
+        rows = self.num_rows
         total = sum(v.row_bytes for v in self.moving)
         small = [v for v in self.moving if v.row_bytes * SMALL_SHARE <= total and v.row_bytes * rows <= SMALL_BYTES]
         large = [v for v in self.moving if v not in small]
@@ -254,6 +284,7 @@ class Samples:
             [{"ranges": tile.ranges} for tile in self.tiles]
             if len(self.tiles) <= LISTED_TILES
             else [{"cut": (cut.dim, cut.length, cut.size)} for cut in self.tiles.cuts],
+            *([[member.fingerprint for member in self.members], self.begins] if self.members else []),
         ]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
@@ -266,21 +297,35 @@ class Samples:
 
         Labels are targets that are stored as integers or bools, neither packed nor standardised, and no inputs.
         """
+        if self.members:
+            return self._with_members(tuple(member.labelled(missing) for member in self.members))
         return replace(self, variables=tuple(_labelled(self.config, v, missing) for v in self.variables))
 
     def standardised_by(self, scalings: Mapping[str, Scaling]) -> Samples:
         """Return the samples as a run reads them: these variables are standardised, whatever ``normalize`` names."""
+        if self.members:
+            return self._with_members(tuple(member.standardised_by(scalings) for member in self.members))
         return replace(self, variables=tuple(_standardised(v, scalings.get(v.name)) for v in self.variables))
+
+    def _with_members(self, members: tuple[Samples, ...]) -> Samples:
+        """Return the samples of stores whose values mean something else than before."""
+        by_name = ([member.variable(v.name) for member in members] for v in self.variables)
+        variables = (with_values(v, own) for v, own in zip(self.variables, by_name, strict=True))
+        return replace(self, members=members, variables=tuple(variables))
 
     def rows(self) -> list[tuple[str, str]]:
         """Return label and text of each line of the printed table."""
-        lines = [("rows", f"{self.num_samples - self.first_row:,} along {self.sample_dim}")]
+        lines = [("rows", f"{self.num_rows:,} along {self.sample_dim}")]
         lines += [("chosen", str(chosen)) for chosen in self.chosen]
         weights = (self.config.weight,) if self.config.weight else ()
         for role, names in (("input", self.config.inputs), ("target", self.config.targets), ("weight", weights)):
             for name in names:
                 v = self.variable(name)
-                lines.append((f"{role} {name}", f"{v.dtype}[{', '.join(v.dims)}] {v.shape}, {_chunks(v)}"))
+                shape = tuple(
+                    self.num_rows if self.members and dim == self.sample_dim else n
+                    for dim, n in zip(v.dims, v.shape, strict=True)
+                )
+                lines.append((f"{role} {name}", f"{v.dtype}[{', '.join(v.dims)}] {shape}, {_chunks(v)}"))
                 if v.categories is not None:
                     lines.append((f"classes {name}", _classes(v.categories)))
                 if v.encoding is not None and v.encoding.ignored == IGNORED_CLASS:
@@ -292,7 +337,11 @@ class Samples:
         if len(self.tiles) > 1:
             size = " x ".join(f"{cut.dim} {cut.size}" for cut in self.tiles.cuts)
             lines.append(("patches", f"{len(self.tiles):,} a row, of {size}"))
-        return [*lines, ("store", shown(self.path)), *self.store.notes]
+        return [
+            *lines,
+            ("stores", _stores(self.members)) if self.members else ("store", shown(self.path)),
+            *self.store.notes,
+        ]
 
     def __repr__(self) -> str:
         return "<dtrain.Samples>\n" + "\n".join(f"  {label:<16} {text}" for label, text in self.rows())
@@ -331,7 +380,7 @@ def _standardised(v: Variable, scaling: Scaling | None) -> Variable:
 def _chunks(v: Variable) -> str:
     """Return how a variable is stored."""
     if v.sparse is not None:
-        share = v.sparse.count / max(1, math.prod(v.shape))
+        share = v.sparse.count / max(1, v.sparse.rows * v.shape[1 - v.sample_axis])
         return f"sparse, {v.sparse.count:,} values ({share:.1%}), {_chunks(v.sparse.data)}"
     stored = "x".join(map(str, v.chunks))
     if v.has_inner_chunks:
@@ -344,6 +393,14 @@ def _ignored(encoding: Encoding) -> str:
     marks = ", ".join(f"{mark:g}" if isinstance(mark, float) else str(mark) for mark in encoding.missing)
     why = "losses and metrics leave it out" if encoding.passes else 'refused unless data.non_finite = "allow"'
     return f"{marks} marks a missing label: it is class {encoding.ignored}, {why}"
+
+
+def _stores(members: Sequence[Samples]) -> str:
+    """Return the number of stores that are one, and the rows of the first and last of them."""
+    texts = [f"{shown(one.path)} {one.num_samples - one.first_row:,}" for one in members]
+    if len(texts) > 2 * MOST_STORES:
+        texts[MOST_STORES:-MOST_STORES] = ["..."]
+    return f"{len(members):,}, one after the other, with their rows: {', '.join(texts)}"
 
 
 def _classes(categories: Categories) -> str:

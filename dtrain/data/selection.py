@@ -50,12 +50,12 @@ def sample_dim(config: DataConfig, dims: Dims) -> str:
     return config.sample_dim
 
 
-def select_dims(config: DataConfig, sizes: Mapping[str, int], sample_dim: str) -> Selected:
+def select_dims(isel: Mapping[str, int | DimSlice], sizes: Mapping[str, int], sample_dim: str) -> Selected:
     """Resolve ``data.isel``.
 
     Parameters
     ----------
-    config : DataConfig
+    isel : mapping of str to int or DimSlice
     sizes : mapping of str to int
         The length of each dimension.
     sample_dim : str
@@ -66,7 +66,7 @@ def select_dims(config: DataConfig, sizes: Mapping[str, int], sample_dim: str) -
         There is no such dimension or place, or nothing is selected.
     """
     selected: Selected = {}
-    for dim, wanted in config.isel.items():
+    for dim, wanted in isel.items():
         text = f"data.isel.{dim} = {wanted if isinstance(wanted, int) else wanted.model_dump(exclude_none=True)}"
         if dim not in sizes:
             raise InvalidConfig(

@@ -6,6 +6,7 @@ Later everything is read through zarr or its files, by integer ranges.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ from dtrain.data.choose import choose_dims
 from dtrain.data.coordinate import coordinate_of
 from dtrain.data.dataset import NamedArray, open_named, sizes_of
 from dtrain.data.given import row_column, split_column
+from dtrain.data.joined import Member, check_once, describe_all, shared_coordinates
 from dtrain.data.layouts.stored import Matrix
 from dtrain.data.matrix import check_order, check_sparse, rows_together
-from dtrain.data.paths import locate
+from dtrain.data.paths import identity, locate
 from dtrain.data.read.codecs import chunk_format, has_checksums
 from dtrain.data.read.kind import at_snapshot
-from dtrain.data.read.open import remember
+from dtrain.data.read.open import kind_of, remember
 from dtrain.data.read.shards import ArrayLike
+from dtrain.data.read.store import ReadStore
 from dtrain.data.samples import Samples
 from dtrain.data.selection import Selected, mean_axes, sample_dim, select_dims, tiles
 from dtrain.data.variable import Sparse, Variable
@@ -37,16 +40,20 @@ MOST_CHUNKS = 10**8
 
 
 def open_samples(
-    path: str | Path, *, inputs: list[str] | tuple[str, ...], targets: list[str] | tuple[str, ...], **data: Any
+    path: str | Path | Sequence[str | Path],
+    *,
+    inputs: list[str] | tuple[str, ...],
+    targets: list[str] | tuple[str, ...],
+    **data: Any,
 ) -> Samples:
     """Describe the samples of a Zarr group. Reads metadata only, names of categories, and coordinates of ``sel``.
 
     Parameters
     ----------
-    path : path
+    path : path, or list of paths
         A Zarr v2 or v3 group, chunked or sharded: as xarray writes it, OME-Zarr, AnnData (dense or CSR), or any with
         data.dims. In a directory, behind a URL, in a zip archive, as kerchunk references (.json, .parq, .parquet), or
-        in an icechunk repository.
+        in an icechunk repository. Several stores are one: the rows of each follow those of the one before.
     inputs, targets : list of str
         Variables that the model is called with, in order, and that the loss compares with: names, or paths below the
         group.
@@ -76,13 +83,14 @@ def open_samples(
 
     if isinstance(inputs, str) or isinstance(targets, str):
         raise InvalidConfig("inputs and targets are lists of names.", 'Write inputs=["image"].')
-    tables = {**data, "path": str(path), "inputs": tuple(inputs), "targets": tuple(targets)}
+    paths = str(path) if isinstance(path, str | Path) else [str(one) for one in path]
+    tables = {**data, "path": paths, "inputs": tuple(inputs), "targets": tuple(targets)}
     config = TrainConfig(data=tables)
     return replace(describe(config.data, Path.cwd()), transform=config.functions.get("data.transform"))
 
 
 def describe(config: DataConfig, base: Path, snapshot: str = "") -> Samples:
-    """Describe the samples that a ``[data]`` table names; a relative path is relative to `base`.
+    """Describe the samples that a ``[data]`` table names; relative paths are relative to `base`.
 
     A repository is read at a snapshot, if one is given, in place of what ``data.storage_options`` choose.
 
@@ -96,6 +104,20 @@ def describe(config: DataConfig, base: Path, snapshot: str = "") -> Samples:
             "data.inputs and data.targets must each name at least one variable.",
             'Write the names of arrays of the group, for example inputs = ["image"].',
         )
+    if isinstance(config.path, str):
+        return _describe(config, base, snapshot, all_rows=False)[0]
+    paths = [kind_of(str(path)).locate(str(path), base) for path in config.path]
+    check_once(paths, [identity(path, base) for path in paths])
+    return describe_all(config, paths, snapshot, lambda own, at: _describe_member(own, base, at))
+
+
+def _describe_member(config: DataConfig, base: Path, snapshot: str) -> Member:
+    samples, store = _describe(config, base, snapshot, all_rows=True)
+    return Member(samples, shared_coordinates(samples, store))
+
+
+def _describe(config: DataConfig, base: Path, snapshot: str, *, all_rows: bool) -> tuple[Samples, ReadStore]:
+    """Describe a single store; `all_rows`: ``data.isel`` does not select rows of it."""
     own = dict.fromkeys([*config.inputs, *config.targets])
     names = tuple(own | dict.fromkeys([config.weight] if config.weight and not cosine_of(config.weight) else []))
     store = locate(str(config.path), base, at_snapshot(config.storage_options, snapshot))
@@ -105,7 +127,8 @@ def describe(config: DataConfig, base: Path, snapshot: str = "") -> Samples:
     sizes = sizes_of(arrays)
     along = sample_dim(config, dims)
     by_coordinate, chosen = choose_dims(config, store, arrays, along) if config.sel else ({}, ())
-    selected = select_dims(config, sizes, along) | by_coordinate
+    isel = {dim: wanted for dim, wanted in config.isel.items() if dim != along or not all_rows}
+    selected = select_dims(isel, sizes, along) | by_coordinate
     selected |= {named.dims[axis]: ((0, 1, 1), True) for named in arrays.values() for axis in named.dropped}
     variables = tuple(_variable(store.path, name, arrays[name], along, selected, config) for name in arrays)
     check_sparse(store.path, config, variables)
@@ -133,7 +156,7 @@ def describe(config: DataConfig, base: Path, snapshot: str = "") -> Samples:
     stored = (*variables, *(column.variable for column in columns))
     paths = (array.array_path for variable in stored for array in variable.arrays)
     remember(store, at_snapshot(config.storage_options, store.facts.snapshot), config.group, paths)
-    return samples
+    return samples, store
 
 
 def _variable(

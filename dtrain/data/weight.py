@@ -10,8 +10,8 @@ from dtrain.config.schema import DataConfig
 from dtrain.data.column import groups_above
 from dtrain.data.dataset import NamedArray, find_named, sizes_of
 from dtrain.data.encoding import Encoding
+from dtrain.data.read.joined import open_reader
 from dtrain.data.read.store import ReadStore
-from dtrain.data.read.units import UnitReader
 from dtrain.data.read.weights import decoded_weights
 from dtrain.data.samples import Samples
 from dtrain.data.variable import AngleUnit, Variable
@@ -119,6 +119,7 @@ def weight_text(samples: Samples) -> str:
         return ""
     if not weight.is_static:
         return "checked as it is read: finite, not negative"
-    alone = replace(samples, variables=(weight,))
-    weights = decoded_weights(weight, UnitReader(alone, samples.config.reader).statics[weight.name])
+    members = tuple(replace(one, variables=(one.variable(weight.name),)) for one in samples.members)
+    alone = replace(samples, variables=(weight,), members=members)
+    weights = decoded_weights(weight, open_reader(alone, samples.config.reader).statics[weight.name])
     return f"{weights.min():.6g} to {weights.max():.6g}"

@@ -32,7 +32,7 @@ from dtrain.data.load.loader import Loader
 from dtrain.data.plan.memory import LoaderBudget
 from dtrain.data.plan.partition import Partition, cell_anchors, eval_partitions
 from dtrain.data.plan.splits import SplitName
-from dtrain.data.read.units import UnitReader
+from dtrain.data.read.joined import BoxReader, open_reader
 from dtrain.runtime.codebytes import live_functions, unpickle_functions
 from dtrain.runtime.module import build_module, modules_on_device
 from dtrain.runtime.spec import PlannedSource, RunSpec
@@ -83,7 +83,7 @@ class Resident:
         self.spec = spec
         self._live = live_functions(spec.code)  # now: a task may look for them when the run is over
         self._pieces: dict[SplitName, tuple[Stream, ...]] = {}
-        self._readers: dict[int, UnitReader] = {}
+        self._readers: dict[int, BoxReader] = {}
         self._loaders: OrderedDict[StreamKey, Loader] = OrderedDict()
         self._loading = threading.RLock()
         """Of the loaders."""
@@ -188,12 +188,12 @@ class Resident:
 
     # Loaders ------------------------------------------------------------------------------------------------
 
-    def reader(self, source: PlannedSource) -> UnitReader:
+    def reader(self, source: PlannedSource) -> BoxReader:
         """Return the reader of a store; it is opened once in a process."""
         if id(source) not in self._readers:
             threads, reader = source.memory.train.limits.threads, self.spec.config.data.reader
             absent = (*source.plan.absent, *source.lost)
-            self._readers[id(source)] = UnitReader(source.samples, reader, threads, absent)
+            self._readers[id(source)] = open_reader(source.samples, reader, threads, absent)
         return self._readers[id(source)]
 
     def train_loader(self, replica: int, cursor: Cursor) -> Loader:

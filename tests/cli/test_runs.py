@@ -353,8 +353,19 @@ def test_the_runs_own_store_named_as_data_has_the_runs_own_splits(cli, run, monk
     outcome = cli("--json", "eval", run, "--data", "job/train.zarr", "--round", "last")
     assert (last(outcome)["split"], last(outcome)["samples"]) == ("all", 60)
     assert outcome.err == (
-        "job/train.zarr is the run's own store: all of it includes the rows that the run was trained on.\n"
+        "job/train.zarr is the run's own data: all of it includes rows that the run was trained on.\n"
     )
+
+
+def test_several_stores_are_evaluated_as_one(cli, run):
+    for name in ("a.zarr", "b.zarr"):
+        shutil.copytree("job/train.zarr", name)
+    outcome = last(cli("--json", "eval", run, "--data", "a.zarr", "--data", "b.zarr"))
+    alone = last(cli("--json", "eval", run, "--data", "a.zarr"))
+    assert (outcome["split"], outcome["samples"]) == ("all", 120)
+    assert outcome["loss"] == pytest.approx(alone["loss"])
+    shutil.rmtree("a.zarr")
+    shutil.rmtree("b.zarr")
 
 
 def test_the_selection_of_the_run_is_mentioned_and_can_be_changed(cli, project, write_store, tmp_path):

@@ -255,7 +255,13 @@ def test_a_misspelt_key_gets_a_guess_or_the_list(tables, said):
         ),
         ({"data": {"path": [{"path": "a", "workers": "x"}]}}, 'data.path[0].workers = "x": input should be a list'),
         ({"data": {"path": [{"replicas": 2}]}}, "data.path[0].path is missing"),
-        ({"data": {"path": ["a"]}}, 'data.path[0] = "a": input should be a table'),
+        ({"data": {"path": [3]}}, "data.path[0] = 3: input should be a table or a valid string"),
+        ({"data": {"path": []}}, "data.path: is an empty list; give at least one store"),
+        ({"data": {"val_path": []}}, "data.val_path: is an empty list; give at least one store"),
+        (
+            {"data": {"path": ["a", {"path": "b"}]}},
+            "data.path: holds paths and tables; give paths, of stores that are one",
+        ),
         ({"data": {"input_offsets": {"start": 0}}}, "data.input_offsets.stop is missing"),
         (
             {"data": {"isel": {"a": {"start": 0, "stop": 1, "stp": 2}}}},

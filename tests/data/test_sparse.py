@@ -20,8 +20,9 @@ from dtrain.data.plan.memory import Limits, Reading, plan_memory
 from dtrain.data.plan.partition import Partition, eval_partitions, plan_data, train_partitions
 from dtrain.data.plan.summary import describe_plan
 from dtrain.data.read.decode import Decoder
+from dtrain.data.read.joined import values_counted
 from dtrain.data.read.store import ReadStore
-from dtrain.data.read.units import UnitReader, values_counted
+from dtrain.data.read.units import UnitReader
 from dtrain.data.samples import Samples
 from dtrain.data.source import open_samples
 from dtrain.data.sparse import PIECE_VALUE_BYTES, PIECE_VALUES

@@ -106,6 +106,16 @@ def test_stores_of_several_sites(cells: Path, tmp_path: Path, client: Client) ->
     assert bits(train(both, tmp_path / "cluster", client, "auto").rows) == bits(serial.rows)
 
 
+def test_several_stores_as_one(tmp_path: Path, client: Client) -> None:
+    paths = [str(write(tmp_path / f"{rows}.zarr", rows, seed=rows)) for rows in (1900, 2000, 700)]
+    serial = train(paths, tmp_path / "serial", replicas=2)
+    assert bits(train(paths, tmp_path / "workers", client, replicas=2).rows) == bits(serial.rows)
+    samples = dtrain.open_samples(paths, inputs=["X", "layers/counts"], targets=["obs/kind"])
+    assert serial.evaluate(samples, split="test") == serial.evaluate(split="test")
+    sites = train([{"path": paths[:2]}, {"path": paths[2]}], tmp_path / "sites", replicas="auto")
+    assert [len(plan.members) for plan in sites.plan.plans] == [2, 0]
+
+
 def test_sites_with_other_genes_are_refused(cells: Path, tmp_path: Path) -> None:
     both = [{"path": str(cells)}, {"path": str(write(tmp_path / "other.zarr", 300, GENES + 1))}]
     with pytest.raises(LengthsDiffer, match=rf"a row of X is float32\[{GENES + 1}\]; in .* it is float32\[{GENES}\]"):

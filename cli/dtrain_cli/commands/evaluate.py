@@ -28,8 +28,12 @@ def evaluate(
         str, typer.Argument(help="A run's directory, or its name. [default: the newest]", show_default=False)
     ] = "",
     data: Annotated[
-        str | None,
-        typer.Option("--data", help="Other data than the run's own: path or URL of a store with the same variables."),
+        list[str] | None,
+        typer.Option(
+            "--data",
+            help="Other data than the run's own: path or URL of a store with the same variables. Several are read as "
+            "one, in this order: --data a.zarr --data b.zarr.",
+        ),
     ] = None,
     split: Annotated[
         str | None, typer.Option("--split", help="val, test or all. [default: test; with --data: all]")
@@ -54,14 +58,14 @@ def evaluate(
         from dtrain.runs import is_view, open_run
 
     names: dict[str, SplitName] = {"val": "val", "test": "test", "all": "all"}
-    chosen = names.get(split if split is not None else "test" if data is None else "all")
+    chosen = names.get(split if split is not None else "all" if data else "test")
     if chosen is None:
         guess = did_you_mean(str(split), names)
         raise UsageError(f'--split "{split}": allowed are val, test and all{guess or "."}')
     view = tuple(setting for setting in settings or () if is_view(setting))
     own = tuple(setting for setting in settings or () if setting not in view)
     opened = open_run(find_run(run), project=project, trusted=trust_code, settings=own, imported=False)
-    samples = opened.other_samples(data, view) if data is not None or view else None
+    samples = opened.other_samples(tuple(data) if data else None, view) if data or view else None
     cluster = absolute_scheduler(scheduler) if scheduler is not None else opened.config.cluster.scheduler
     with waiting(options, f"evaluating on {chosen}"):
         means, number, count = opened.evaluation(
@@ -73,22 +77,22 @@ def evaluate(
     rows = [("run", f"{shown(opened.directory)} round {number}"), ("split", f"{chosen}, {count:,} samples")]
     rows += [(name, f"{value:.6g}") for name, value in means.items()]
     result(options, table(rows), {**record, **{k: v if math.isfinite(v) else None for k, v in means.items()}})
-    for line in _notes(opened, samples, data, chosen, number if round is None else None):
+    for line in _notes(opened, samples, " and ".join(data or ()), chosen, number if round is None else None):
         say(options, line)
 
 
-def _notes(run: Run, samples: Samples | None, data: str | None, split: SplitName, last: int | None) -> Iterator[str]:
+def _notes(run: Run, samples: Samples | None, data: str, split: SplitName, last: int | None) -> Iterator[str]:
     """Yield what is said beside the figures: what they are of, where one could take them for something else."""
     from dtrain.job import plain
     from dtrain.resolve import own_stores
 
     if last is not None and (note := run.note_on_best(last)):
         yield f"{note} --round best evaluates it."
-    if samples is None or data is None:
+    if samples is None or not data:
         return
     store = own_stores(run.config.data, run.base).find(samples)
-    if isinstance(store, int) and split == "all":
-        yield f"{data} is the run's own store: all of it includes the rows that the run was trained on."
+    if (isinstance(store, int) or store == "part") and split == "all":
+        yield f"{data} is the run's own data: all of it includes rows that the run was trained on."
     for key in ("isel", "sel"):
         selected = getattr(samples.config, key)
         if store is None and selected and selected == getattr(run.config.data, key):

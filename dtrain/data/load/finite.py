@@ -12,10 +12,10 @@ import numpy.typing as npt
 from dtrain.data.encoding import Array
 from dtrain.data.plan.hashing import Ints
 from dtrain.data.plan.labels import Labels
-from dtrain.data.plan.multiplicity import multiplicities, tiles_of_block
+from dtrain.data.plan.multiplicity import anchor_numbers, multiplicities, tiles_of_block
 from dtrain.data.plan.parts import Partition
 from dtrain.data.plan.units import Box, DataPlan, box_slices
-from dtrain.data.read.units import UnitReader
+from dtrain.data.read.joined import BoxReader
 from dtrain.data.read.values import not_finite
 from dtrain.data.samples import Field, Samples
 from dtrain.data.tiles import Tile
@@ -53,7 +53,7 @@ class LeftOut:
 
 
 def pass_over(
-    reader: UnitReader,
+    reader: BoxReader,
     partition: Partition,
     parts: range,
     on_unit: Callable[[int, int], None] = lambda units, samples: None,
@@ -65,7 +65,7 @@ def pass_over(
 
     Parameters
     ----------
-    reader : UnitReader
+    reader : BoxReader
     partition : Partition
         Of the split "all".
     parts : range
@@ -195,8 +195,9 @@ def merged(samples: Samples, partition: Partition, pieces: Sequence[Seen]) -> tu
     """
     plan, by_variable = partition.plan, dict.fromkeys((v.name for v in samples.variables), 0)
     values, kept, at = multiplicities(plan), np.concatenate([piece.kept for piece in pieces]), 0
+    every = anchor_numbers(plan)
     for part in range(len(partition.units)):
-        numbers, tiles = partition.part_anchors(part) // plan.stride, _tiles(plan, part, partition)
+        numbers, tiles = every.of(partition.part_anchors(part)), _tiles(plan, part, partition)
         size = len(numbers) * len(tiles)
         values[np.ix_(numbers, tiles)] = kept[at : at + size].reshape(len(numbers), len(tiles))
         at += size

@@ -233,7 +233,9 @@ def fill_non_finite(values: Array) -> None:
     flat = values.reshape(-1)
     for start in range(0, len(flat), PIECE_BYTES // flat.itemsize):
         some = flat[start : start + PIECE_BYTES // flat.itemsize]
-        if not np.isfinite(some.sum()):
+        with np.errstate(over="ignore", invalid="ignore"):  # of infinities of both signs
+            total = some.sum()
+        if not np.isfinite(total):
             some[~np.isfinite(some)] = 0.0
 
 

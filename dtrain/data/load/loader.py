@@ -28,7 +28,7 @@ from dtrain.data.load.schedule import Schedule
 from dtrain.data.load.threads import LoaderThreads
 from dtrain.data.plan.memory import BUNDLE_BATCHES, Limits, bundles_of
 from dtrain.data.plan.partition import Partition
-from dtrain.data.read.units import UnitReader
+from dtrain.data.read.joined import BoxReader
 from dtrain.data.samples import Samples
 from dtrain.types import Cursor
 
@@ -40,7 +40,7 @@ class Loader:
 
     Parameters
     ----------
-    reader : UnitReader
+    reader : BoxReader
     partition : Partition
         Not empty.
     cursor : Cursor
@@ -64,7 +64,7 @@ class Loader:
 
     def __init__(
         self,
-        reader: UnitReader,
+        reader: BoxReader,
         partition: Partition,
         cursor: Cursor,
         sizes: Iterable[int],
@@ -198,7 +198,7 @@ def _moved(cursor: Cursor, size: int, pass_size: int) -> Cursor:
 
 
 def read_batches(
-    reader: UnitReader,
+    reader: BoxReader,
     partition: Partition,
     cursor: Cursor,
     sizes: Iterable[int],

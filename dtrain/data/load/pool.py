@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 from weakref import WeakKeyDictionary
 
 from dtrain.data.load.messages import Read
-from dtrain.data.read.units import UnitReader
+from dtrain.data.read.joined import BoxReader
 
 WIDER_REMOTE = 4
 """Loaders of a store whose requests take long may together have so many times the threads of one loader."""
@@ -27,7 +27,7 @@ class Lane:
 
     Parameters
     ----------
-    reader : UnitReader
+    reader : BoxReader
         Its loaders share threads.
     perform : callable
         Reads; called by several threads.
@@ -35,7 +35,7 @@ class Lane:
         The most calls at a time.
     """
 
-    def __init__(self, reader: UnitReader, perform: Callable[[Read], None], turns: int) -> None:
+    def __init__(self, reader: BoxReader, perform: Callable[[Read], None], turns: int) -> None:
         self._perform = perform
         self._turns = turns
         self._reads: SimpleQueue[Read] = SimpleQueue()
@@ -150,12 +150,12 @@ class _Pool:
                     thread.join()
 
 
-_POOLS: WeakKeyDictionary[UnitReader, _Pool] = WeakKeyDictionary()
+_POOLS: WeakKeyDictionary[BoxReader, _Pool] = WeakKeyDictionary()
 _LOCK = threading.RLock()
 """Of all pools; entered again where garbage collection closes a loader meanwhile."""
 
 
-def _pool_of(reader: UnitReader, turns: int) -> _Pool:
+def _pool_of(reader: BoxReader, turns: int) -> _Pool:
     """Return the pool of a store, with one lane more; a new one if there is none or it has ended."""
     with _LOCK:
         while True:

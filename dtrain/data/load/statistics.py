@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -11,7 +12,7 @@ from dtrain.data.encoding import Array, Scaling, holds_integers
 from dtrain.data.load.moments import Moments, moments_of, sparse_moments
 from dtrain.data.plan.partition import Partition
 from dtrain.data.plan.units import Box, cell_bounds
-from dtrain.data.read.units import UnitReader
+from dtrain.data.read.joined import BoxReader
 from dtrain.data.read.values import not_finite
 from dtrain.data.sparse import SparseRows
 from dtrain.data.variable import Variable
@@ -24,7 +25,7 @@ NEGLIGIBLE = 2.0**-44
 
 
 def partition_moments(
-    reader: UnitReader,
+    reader: BoxReader,
     partition: Partition,
     names: Iterable[str],
     most_units: int | None = None,
@@ -36,7 +37,7 @@ def partition_moments(
 
     Parameters
     ----------
-    reader : UnitReader
+    reader : BoxReader
     partition : Partition
     names : iterable of str
         Variables.
@@ -52,7 +53,7 @@ def partition_moments(
         axes = variable.mean_axes or ()
         for rows in itertools.islice(_owned_rows(reader, partition, variable), most_units):
             if isinstance(rows, SparseRows):
-                more = sparse_moments(rows, reader.sparse[name].width, axes)
+                more = sparse_moments(rows, math.prod(variable.row_shape), axes)
             else:
                 own = _finite(variable, rows) if reader.samples.config.min_valid is not None else rows
                 more = moments_of(own, variable.encoding, axes)
@@ -68,7 +69,7 @@ def _finite(variable: Variable, rows: Array) -> Array:
     return rows if bad is None else np.where(bad, rows.dtype.type(np.nan), rows)
 
 
-def _owned_rows(reader: UnitReader, partition: Partition, variable: Variable) -> Iterator[Array | SparseRows]:
+def _owned_rows(reader: BoxReader, partition: Partition, variable: Variable) -> Iterator[Array | SparseRows]:
     """Yield, unit by unit, the stored rows that a partition owns; a static variable is one row."""
     if variable.is_static:
         yield _of_patches(variable, partition, Box(0, 1), reader.statics[variable.name][None])
@@ -81,7 +82,7 @@ def _owned_rows(reader: UnitReader, partition: Partition, variable: Variable) ->
         first, last = int(starts[cells].min()), int(stops[cells].max())
         box = plan.box(unit // plan.units_per_block, first, last)
         is_sparse = variable.sparse is not None
-        rows = reader.sparse[variable.name].rows(first, last) if is_sparse else reader.read_rows(variable, box)
+        rows = reader.read_sparse(variable, first, last) if is_sparse else reader.read_rows(variable, box)
         is_owned = np.zeros(len(rows), bool)
         for start, stop in zip(starts[cells].tolist(), stops[cells].tolist(), strict=True):
             is_owned[start - first : stop - first] = True

@@ -36,7 +36,7 @@ from dtrain.data.load.schedule import Schedule
 from dtrain.data.plan.footprint import slot_arrays
 from dtrain.data.plan.partition import Partition
 from dtrain.data.read.clock import fetches_counted
-from dtrain.data.read.units import UnitReader
+from dtrain.data.read.joined import BoxReader
 
 
 class LoaderThreads:
@@ -48,7 +48,7 @@ class LoaderThreads:
     Parameters
     ----------
     schedule : Schedule
-    reader : UnitReader
+    reader : BoxReader
     partition : Partition
     gatherer : BatchGatherer
     allocate : callable
@@ -62,7 +62,7 @@ class LoaderThreads:
     def __init__(
         self,
         schedule: Schedule,
-        reader: UnitReader,
+        reader: BoxReader,
         partition: Partition,
         gatherer: BatchGatherer,
         allocate: Allocate,

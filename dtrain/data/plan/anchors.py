@@ -6,7 +6,8 @@ The rows of a sample, from the first to the last of its window, must lie in one 
     anchors   ......  of windows [-2, 1]: all but the first two and the last one of each run
 
 and no jump of the sample dimension's coordinate (`DataPlan.jumps`) may lie between them. Where rows have labels
-(`DataPlan.row_labels`), they and the anchor must lie in one run of rows with the label. Other anchors are dropped.
+(`DataPlan.row_labels`), they and the anchor must lie in one run of rows with the label; where several stores are one
+(`DataPlan.members`), in one store. Other anchors are dropped.
 """
 
 from __future__ import annotations
@@ -31,20 +32,16 @@ def anchor_runs(plan: DataPlan, split: SplitName, lost: Runs = ()) -> Iterator[A
     """Yield the anchors of a split, in order, in slices of cells; each run holds an anchor, and no `lost` row."""
     cells = without_rows(plan, split_cells(plan, split), lost)
     neighbours = _neighbours(plan, cells) if (plan.first_offset, plan.last_offset) != (0, 0) else None
-    runs = _label_runs(plan, split) if plan.row_labels and split != "all" else None
-    segments = _segments(plan) if plan.jumps else None
+    segments = _segments(plan, split)
     for part in slices(len(cells)):
         owner = cells[part]
         low, high = cell_bounds(plan, owner)
         if neighbours is not None:
             start, stop = neighbours.bounds(part)
             low, high = np.maximum(low, start - plan.first_offset), np.minimum(high, stop - plan.last_offset)
-        if runs is not None:
-            owner, low, high = _cut(owner, low, high, *runs)
-        if segments is not None:
-            owner, low, high = _cut(owner, low, high, *segments)
-        first = -(-low // plan.stride) * plan.stride
-        count = np.maximum(0, -(-(high - first) // plan.stride))
+        for begins, ends in segments:
+            owner, low, high = _cut(owner, low, high, begins, ends)
+        first, count = plan.anchors_in(low, high)
         kept = count > 0
         yield owner[kept], first[kept], count[kept]
 
@@ -92,8 +89,7 @@ def count_left_out(plan: DataPlan) -> int:
             total += int((count * tiles.tiles_in(cells.astype(np.int64) // plan.block_step)).sum())
         if rows is not None:
             owner, low, high = _cut(cells, first, first + (count - 1) * plan.stride + 1, *rows)
-            number = -(-high // plan.stride) - -(-low // plan.stride)
-            total += int((number * plan.tiles_of(owner)).sum())
+            total += int((plan.anchors_in(low, high)[1] * plan.tiles_of(owner)).sum())
     return total
 
 
@@ -123,18 +119,28 @@ def _neighbours(plan: DataPlan, cells: Compact) -> _Neighbours:
     return _Neighbours(begins, cell_bounds(plan, cells[begins])[0], cell_bounds(plan, cells[lasts])[1])
 
 
-def _label_runs(plan: DataPlan, split: SplitName) -> tuple[Ints, Ints]:
-    """Return, for each run of rows of a split that is long enough for a window: its first anchor, and the end."""
-    begins, ends = (rows.astype(np.int64) for rows in runs_of(plan.row_labels, plan.label_of(split)))
+def _segments(plan: DataPlan, split: SplitName) -> list[tuple[Ints, Ints]]:
+    """Return the first anchor of each run of rows that is long enough for a window, and the row after its last anchor.
+
+    Rows are cut into runs by the labels of a split, then by stores, then by jumps.
+    """
+    segments = []
+    if plan.row_labels and split != "all":
+        begins, ends = (rows.astype(np.int64) for rows in runs_of(plan.row_labels, plan.label_of(split)))
+        segments.append(_with_window(plan, begins, ends))
+    if plan.members:
+        segments.append(_with_window(plan, *plan.row_runs))
+    if plan.jumps:  # the anchor itself may lie beyond a jump
+        jumps, far = plan.jump_rows, np.array([1 << 61])
+        first = np.concatenate([-far, jumps]) - plan.first_offset
+        after = np.concatenate([jumps, far]) - plan.last_offset
+        segments.append((first[first < after], after[first < after]))
+    return segments
+
+
+def _with_window(plan: DataPlan, begins: Ints, ends: Ints) -> tuple[Ints, Ints]:
+    """Return the anchors of runs of rows that hold an anchor with its window: the first, and the row after the last."""
     first, after = begins + max(0, -plan.first_offset), ends - max(0, plan.last_offset)
-    return first[first < after], after[first < after]
-
-
-def _segments(plan: DataPlan) -> tuple[Ints, Ints]:
-    """Return, for each run of rows without a jump that is long enough for a window: its first anchor, and the end."""
-    jumps, far = plan.jump_rows, np.array([1 << 61])
-    first = np.concatenate([-far, jumps]) - plan.first_offset
-    after = np.concatenate([jumps, far]) - plan.last_offset
     return first[first < after], after[first < after]
 
 

@@ -117,7 +117,7 @@ def _aligned(samples: Samples, replicas: int) -> Axes:
         for cut in samples.tiles.cuts
     )
     rows = common_rows([v.chunk_rows for v in samples.streamed])
-    runs = math.ceil((samples.num_samples - samples.first_row) / rows)
+    runs = math.ceil(samples.num_rows / rows)
     for grown in _growing(samples, axes):
         size = rows * _row_bytes(samples, grown)
         few = runs * len(Blocks(grown)) < 3 * UNITS_PER_REPLICA * replicas

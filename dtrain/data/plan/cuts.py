@@ -82,7 +82,7 @@ def _sizes_of_objects(
     samples: Samples, replicas: int, boundary: int, row_bytes: int, blocks: int, *, whole: bool
 ) -> list[int]:
     """Return the possible rows of a unit, ascending, that consists of whole objects."""
-    rows = (samples.num_samples - samples.first_row) * blocks
+    rows = samples.num_rows * blocks
     wanted = math.ceil(UNIT_BYTES / (boundary * row_bytes)) if whole else 1
     enough_units = rows // (boundary * 3 * UNITS_PER_REPLICA * replicas)
     start = boundary * max(1, min(wanted, enough_units))
@@ -142,7 +142,7 @@ def _cells_per_unit(plan: DataPlan) -> Iterator[int]:
     samples are dealt, unless they are too many, and the parts are equal.
     """
     yield 1
-    if math.ceil((plan.num_samples - plan.first_row) / plan.unit_rows) * len(plan.grid) > plan.window:
+    if math.ceil(plan.num_rows / plan.unit_rows) * len(plan.grid) > plan.window:
         yield from range(2, min(plan.replicas + 2, plan.unit_rows) + 1)
     finest = max(plan.stride, math.ceil(plan.num_samples / MAX_CELLS))
     yield max(1, plan.unit_rows // finest)

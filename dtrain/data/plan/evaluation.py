@@ -23,8 +23,9 @@ from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import Samples
 from dtrain.errors import InvalidConfig
 
-StoreOfRun: TypeAlias = int | Literal["held_out"] | None
-"""A store's number in ``data.path``, or the store of ``data.val_path``; None for a store that the run does not know."""
+StoreOfRun: TypeAlias = int | Literal["held_out", "part"] | None
+"""A store's number in ``data.path``, or the store of ``data.val_path``; "part" for some of several stores that are one;
+None for a store that the run does not know."""
 
 
 def plan_evaluation(
@@ -47,7 +48,7 @@ def plan_evaluation(
         Of the stores that the run was trained on.
     held_out : DataPlan, optional
         Of the store of ``data.val_path``.
-    store : int or "held_out", optional
+    store : int, "held_out" or "part", optional
         Which store of the run it is.
     jumps : str
         The jumps of the samples' coordinate (`DataPlan.jumps`).
@@ -69,8 +70,11 @@ def plan_evaluation(
     """
     if store == "held_out":
         return _of_held_out(samples, split, plans[0], held_out, jumps), "all"
-    alike = [plan for plan in plans if (plan.first_row, plan.num_samples) == (samples.first_row, samples.num_samples)]
-    if store is not None:
+    own = (samples.first_row, samples.num_samples, samples.row_runs)
+    alike = [plan for plan in plans if (plan.first_row, plan.num_samples, plan.members) == own]
+    if store == "part":
+        alike = []
+    elif store is not None:
         alike = [plans[store]] if plans[store] in alike else []
     else:
         alike = [plan for plan in alike if not _is_given(samples) and _agree(plan, samples, given)]
@@ -80,7 +84,7 @@ def plan_evaluation(
     for plan in same or alike:
         _check_patches(samples, split, plan)
     if store is not None and not alike and not _is_given(samples):
-        raise _other_rows(samples, split, plans[store])
+        raise _part(samples, split) if store == "part" else _other_rows(samples, split, plans[store])
     if not alike and samples.config.split.by:
         raise _other_groups(samples, split)
     cuts = [cut_as(plan, samples, jumps, given) for plan in same or alike]
@@ -167,6 +171,14 @@ def _other_rows(samples: Samples, split: SplitName, plan: DataPlan) -> InvalidCo
         f"the samples hold rows {samples.first_row:,} to {samples.num_samples - 1:,}. Their split {split} may hold "
         "rows that were trained on.",
         "Evaluate all of rows that the run has not seen, or the run's own split: name no data.",
+    )
+
+
+def _part(samples: Samples, split: SplitName) -> InvalidConfig:
+    return InvalidConfig(
+        f"{samples.path}: the run was trained on other stores beside it, or on the same in another order. Rows of its "
+        f"split {split} may have been trained on.",
+        "Evaluate the run's own split (name no data), or all of them.",
     )
 
 

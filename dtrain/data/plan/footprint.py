@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 
 import numpy as np
 
 from dtrain.data.encoding import DType
+from dtrain.data.members import KEPT_STORES, differ
 from dtrain.data.plan.bins import MOST_BINS, ORDERED_ROWS, bins_a_part, index_dtype
 from dtrain.data.plan.hashing import SLICE
 from dtrain.data.plan.labels import count_runs
+from dtrain.data.plan.multiplicity import num_anchors
 from dtrain.data.plan.order import STORED_ROWS
 from dtrain.data.plan.readers import MIN_DENSITY, choose_readers, has_fine_shards
 from dtrain.data.plan.units import Box, DataPlan, box_shape
@@ -102,32 +105,40 @@ def scratch_bytes(samples: Samples, plan: DataPlan) -> int:
     They hold the stored and decoded chunks of one variable at a time, the variable's part of a unit where the unit
     may be smaller than its slot, and what is computed about a few values of sparse rows.
     """
-    readers = choose_readers(samples, samples.config.reader)
-    dense = (
-        _decoding_bytes(v, *_chunks_of_box(samples, plan, v), readers[v.name][0])
-        + (math.prod(slot_shape(samples, plan, v)) * v.kept_dtype.itemsize if plan.grid.is_ragged else 0)
-        for v in samples.streamed
-        if v.sparse is None
-    )
-    sparse = (
-        _decoding_bytes(array, most // array.chunks[0] + 2, True, readers[array.name][0])
-        for v, most in ((v, most_values(samples, plan, v)) for v in samples.sparse if v not in samples.preloaded)
-        for array in v.arrays[1:]
-    )
+    streamed = {v.name for v in samples.streamed}
+    most = max((_scratch_of(samples, store, plan, streamed) for store in samples.stores), default=0)
     looking = max((PIECE_VALUES + v.shape[1 - v.sample_axis] for v in samples.sparse), default=0)
-    return max((*dense, *sparse), default=0) + PIECE_VALUE_BYTES * looking
+    return most + PIECE_VALUE_BYTES * looking
+
+
+def _scratch_of(samples: Samples, store: Samples, plan: DataPlan, streamed: Set[str]) -> int:
+    """Return the bytes for one store; `streamed` are the variables that are read unit by unit."""
+    readers = choose_readers(store, samples.config.reader)
+    needed = [0]
+    for v in (store.variable(name) for name in streamed):
+        if v.sparse is not None:
+            most = most_values(samples, plan, samples.variable(v.name))
+            parts = ((array, min(most, array.shape[0]) // array.chunks[0] + 2) for array in v.arrays[1:])
+            needed += [_decoding_bytes(array, chunks, True, readers[array.name][0]) for array, chunks in parts]
+            continue
+        is_copied = plan.grid.is_ragged or differ((v, samples.variable(v.name)))
+        copied = math.prod(slot_shape(samples, plan, v)) * v.kept_dtype.itemsize if is_copied else 0
+        needed.append(_decoding_bytes(v, *_chunks_of_box(samples, plan, v), readers[v.name][0]) + copied)
+    return max(needed)
 
 
 def static_bytes(samples: Samples) -> int:
     """Return the bytes of the variables that stay in memory: those without the sample dimension, and preloaded ones."""
     statics = sum(math.prod(v.row_shape) * 8 for v in samples.variables if v.is_static)
-    rows = samples.num_samples - samples.first_row
     # of a sparse variable all rows count: those that are selected may be the long ones
-    return statics + sum(v.row_bytes * (rows if v.sparse is None else v.sparse.rows) for v in samples.preloaded)
+    rows = ((v, samples.num_rows if v.sparse is None else v.sparse.rows) for v in samples.preloaded)
+    return statics + sum(v.row_bytes * number for v, number in rows)
 
 
 def index_bytes(samples: Samples) -> int:
     """Return the bytes of all indices of shards that are kept."""
+    if samples.members:
+        return sum(sorted(map(index_bytes, samples.members))[-KEPT_STORES:])
     sharded = [v for v in samples.stored if v.has_inner_chunks]
     counts = [(v.num_objects, math.prod(v.objects) // math.prod(v.chunks)) for v in sharded]
     return min(INDEX_CACHE_BYTES, sum(objects * (16 * chunks + INDEX_OVERHEAD_BYTES) for objects, chunks in counts))
@@ -173,22 +184,24 @@ def tables_bytes(samples: Samples, plan: DataPlan, kept: int) -> int:
     """
     jumps = JUMP_BYTES * plan.jumps.count(" ") + len(plan.jumps)
     labels = LABEL_BYTES * plan.num_samples + RUN_BYTES * count_runs(plan.row_labels) if plan.row_labels else 0
-    objects = 8 * sum(v.num_objects for v in samples.stored) + samples.store.kept_bytes
-    counted = COUNTED_BYTES * math.ceil(plan.num_samples / plan.stride) * plan.patches if plan.multiplicity else 0
+    objects = 8 * sum(v.num_objects for store in samples.stores for v in store.stored) + samples.store.kept_bytes
+    counted = COUNTED_BYTES * num_anchors(plan) * plan.patches if plan.multiplicity else 0
     return kept + CELL_BYTES * plan.num_cells + jumps + labels + counted + objects + _row_starts_bytes(samples)
 
 
 def _row_starts_bytes(samples: Samples) -> int:
-    """Return the bytes of where the rows of sparse variables begin, and of reading them once."""
+    """Return the bytes of where the rows of sparse variables begin, and of reading them once, store by store."""
     if not samples.sparse:
         return 0
-    readers, total = choose_readers(samples, samples.config.reader), 0
-    for v in samples.sparse:
-        indptr = v.arrays[0]
-        chunks = math.ceil(min(row_starts_together(indptr), indptr.shape[0]) / indptr.chunks[0]) + 1
-        reading = _decoding_bytes(indptr, chunks, True, readers[indptr.name][0]) + PIECE_VALUE_BYTES * PIECE_VALUES
-        total += ROW_START_BYTES * (samples.num_samples - samples.first_row + 1) + reading
-    return total
+    kept, reading = 0, [0]
+    for store in samples.stores:
+        readers = choose_readers(store, samples.config.reader)
+        kept += ROW_START_BYTES * (store.num_samples - store.first_row + 1) * len(store.sparse)
+        for indptr in (v.arrays[0] for v in store.sparse):
+            chunks = math.ceil(min(row_starts_together(indptr), indptr.shape[0]) / indptr.chunks[0]) + 1
+            decoding = _decoding_bytes(indptr, chunks, True, readers[indptr.name][0])
+            reading.append(decoding + PIECE_VALUE_BYTES * PIECE_VALUES)
+    return kept + max(reading)
 
 
 def row_starts_together(indptr: Variable) -> int:

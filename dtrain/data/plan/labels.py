@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias
@@ -62,7 +62,7 @@ def same_labels(one: str, other: str) -> bool:
     return one == other or (bool(one) == bool(other) and np.array_equal(from_text(one), from_text(other)))
 
 
-def range_labels(length: int, ranges: Mapping[str, tuple[int, int]], gap: int) -> Labels:
+def range_labels(length: int, ranges: Mapping[str, Sequence[tuple[int, int]]], gap: int) -> Labels:
     """Return the label of each place along a dimension.
 
     Places of different splits are more than `gap` places apart: training gives way to validation, and that to test.
@@ -70,15 +70,16 @@ def range_labels(length: int, ranges: Mapping[str, tuple[int, int]], gap: int) -
     Parameters
     ----------
     length : int
-    ranges : mapping of str to (int, int)
-        By split: its first place, and the one after its last. They do not overlap.
+    ranges : mapping of str to sequence of (int, int)
+        By split: the first place of each range, and the one after its last. Those of two splits do not overlap.
     gap : int
     """
     labels = np.full(length, REST, np.uint8)
     for name in sorted(ranges, key=LABELS.__getitem__):
-        start, stop = ranges[name]
-        labels[max(0, start - gap) : stop + gap] = LEFT_OUT
-        labels[start:stop] = LABELS[name]
+        for start, stop in ranges[name]:
+            labels[max(0, start - gap) : stop + gap] = LEFT_OUT
+        for start, stop in ranges[name]:
+            labels[start:stop] = LABELS[name]
     return labels
 
 

@@ -298,10 +298,11 @@ def _more(what: str) -> str:
 
 
 def _check_chunks(samples: Samples, limit: int, what: str) -> None:
-    for variable in samples.stored:
+    variables = ((store.path, variable) for store in samples.stores for variable in store.stored)
+    for path, variable in variables:
         if variable.chunk_bytes > limit:
             raise ChunkTooLarge(
-                f"{samples.path}: one chunk of {variable.name} {variable.chunks} decodes to "
+                f"{path}: one chunk of {variable.name} {variable.chunks} decodes to "
                 f"{format_bytes(variable.chunk_bytes)}; {what} is {format_bytes(limit)}.",
                 f"Store it in smaller chunks. Or: {_more(what).lower()}.",
             )

@@ -5,7 +5,8 @@
     of a pass      0  2  2  2  3  4      six samples: the indices 1 to 3 are sample 2
 
 A plan keeps multiplicities as one text of a byte a sample (`DataPlan.multiplicity`), in C order [anchor, patch]. Only
-training repeats samples: elsewhere a sample that comes several times comes once.
+training repeats samples: elsewhere a sample that comes several times comes once. Where several stores are one, anchors
+are numbered through from store to store, each from its own first row on.
 """
 
 from __future__ import annotations
@@ -28,9 +29,37 @@ KEPT_SPLITS = 4
 """A process remembers the multiplicities of so many splits; each is a byte a sample."""
 
 
+@dataclass(frozen=True, slots=True)
+class AnchorNumbers:
+    """Numbers the multiples of the stride, from store to store: those of a run of anchors follow each other."""
+
+    begins: Ints
+    """By store: the row that it begins at."""
+    before: Ints
+    """By store: the multiples of all stores before it; the last is the number of all."""
+    stride: int
+
+    def of(self, anchors: Ints) -> Ints:
+        """Return the number of each anchor."""
+        store = np.searchsorted(self.begins, anchors, side="right") - 1
+        numbers: Ints = self.before[store] + (anchors - self.begins[store]) // self.stride
+        return numbers
+
+
+def anchor_numbers(plan: DataPlan) -> AnchorNumbers:
+    """Return the numbers of all multiples of the stride, those before the first row in use and of padding among them.
+
+    >>> AnchorNumbers(np.array([0, 4]), np.array([0, 2, 4]), stride=3).of(np.array([0, 3, 4, 7])).tolist()
+    [0, 1, 2, 3]
+    """
+    begins = np.array([begin for begin, _, _ in plan.members] or [0], np.int64)
+    counts = -(-np.diff(begins, append=plan.num_samples) // plan.stride)
+    return AnchorNumbers(begins, np.concatenate([[0], np.cumsum(counts)]), plan.stride)
+
+
 def num_anchors(plan: DataPlan) -> int:
-    """Return the number of multiples of the stride among all rows."""
-    return -(-plan.num_samples // plan.stride)
+    """Return the number of multiples of the stride."""
+    return int(anchor_numbers(plan).before[-1])
 
 
 def multiplicities(plan: DataPlan) -> Labels:
@@ -56,7 +85,7 @@ class Repeats:
     """By block: where its first sample lies."""
     tiles: Ints
     """By block: its patches."""
-    stride: int
+    numbers: AnchorNumbers
 
     def totals(self, blocks: Ints, first: Ints, count: Ints) -> Ints:
         """Return the samples of a pass in some runs of anchors, int64[run].
@@ -101,7 +130,7 @@ class Repeats:
         return some.reshape(-1, int(self.tiles[block]))
 
     def _place(self, blocks: Ints, anchors: Ints) -> Ints:
-        place: Ints = self.begins[blocks] + anchors // self.stride * self.tiles[blocks]
+        place: Ints = self.begins[blocks] + self.numbers.of(anchors) * self.tiles[blocks]
         return place
 
 
@@ -127,7 +156,7 @@ def repeats_of(plan: DataPlan, split: SplitName) -> Repeats | None:
         own = tiles_of_block(plan.grid, block) if plan.blocks else slice(None)
         some = values[:, own] if held is None else values[:, own] * held[own]
         arranged[begin:end] = some.ravel()
-    return Repeats(arranged, begins, tiles, plan.stride)
+    return Repeats(arranged, begins, tiles, anchor_numbers(plan))
 
 
 def tiles_of_block(grid: Blocks, block: int) -> Ints:

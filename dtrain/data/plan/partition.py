@@ -196,7 +196,9 @@ def counted(samples: Samples, plan: DataPlan, values: Labels, found: str) -> Dat
 
 def count_units(samples: Samples) -> int:
     """Return the largest number of units that the store can be cut into along its stored objects."""
-    return math.ceil((samples.num_samples - samples.first_row) / object_rows(samples))
+    rows = object_rows(samples)
+    whole = sum(math.ceil((one.num_samples - one.first_row) / rows) for one in samples.stores)
+    return min(whole, math.ceil((samples.num_samples - samples.first_row) / rows))  # one may hold several small stores
 
 
 def plan_data(
@@ -264,6 +266,7 @@ def plan_data(
         row_labels=given.rows,
         tile_dim=given.dim,
         tile_labels=given.tiles,
+        members=samples.row_runs,
     )
     plan = with_units(samples, plan, WINDOW_BYTES)
     _check_train(samples, plan)
@@ -299,11 +302,11 @@ def plan_held_out(samples: Samples, like: DataPlan, *, absent: Runs = (), jumps:
 def _check_train(samples: Samples, plan: DataPlan) -> None:
     train = count_samples(plan, "train").samples
     if train == 0 and samples.has_windows:
-        between = " without a jump" if plan.jumps else ""
+        between = " in one store" if plan.members else ""
+        between += " without a jump" if plan.jumps else ""
         raise TooFewSamples(
             f"{samples.path}: samples span {plan.last_offset - plan.first_offset + 1:,} rows of {samples.sample_dim}; "
-            f"no run of the training split{between} is as long ({samples.num_samples - samples.first_row:,} rows in "
-            "all).",
+            f"no run of the training split{between} is as long ({samples.num_rows:,} rows in all).",
             'Use a shorter window, hold out less in data.split, or set data.split_order = "sequential".',
         )
     if train < plan.replicas:
@@ -322,7 +325,7 @@ def _check_held_out(samples: Samples, plan: DataPlan) -> None:
     for name in names:
         if plan.holds_out(name) and not count_samples(plan, name).samples:
             raise TooFewSamples(
-                f"{samples.path}: data.split.{name} = {_held_text(samples, name)} of {samples.num_samples:,} rows "
+                f"{samples.path}: data.split.{name} = {_held_text(samples, name)} of {samples.num_rows:,} rows "
                 f"holds no sample{span}.",
                 f"Set data.split.{name} = 0, hold out more{shorter}.",
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 
 import numpy as np
@@ -24,6 +24,8 @@ ZARRS_CODECS = frozenset({"bytes", "blosc", "zstd", "gzip", "crc32c", "transpose
 """Codecs that zarrs is tested to decode to the same bits."""
 MANY_CHUNKS, SMALL_CHUNK_BYTES = 256, 32 << 10
 """zarrs decodes shards of at least so many chunks, each smaller than this, faster: a call from Python costs 15 us."""
+GENERAL = ("numcodecs", "zarrs", "zarr")
+"""The more general a reader, the later it stands."""
 NOT_A_DIRECTORY = "the store is not a local directory"
 MIN_DENSITY = 0.5
 """Inner chunks of a shard are read in one request if they make up this share of the bytes between them."""
@@ -43,6 +45,8 @@ def choose_readers(samples: Samples, wanted: str) -> dict[str, tuple[str, str]]:
     InvalidConfig
         `wanted` cannot read a variable that is read unit by unit.
     """
+    if samples.members:
+        return _of_all([choose_readers(member, wanted) for member in samples.members])
     chosen: dict[str, tuple[str, str]] = {}
     for v in samples.stored:
         obstacles = {"numcodecs": _numcodecs_obstacle(samples, v), "zarrs": _zarrs_obstacle(samples, v)}
@@ -56,6 +60,11 @@ def choose_readers(samples: Samples, wanted: str) -> dict[str, tuple[str, str]]:
         else:
             chosen[v.name] = ("zarr", obstacle) if obstacle else (wanted, "asked for")
     return chosen
+
+
+def _of_all(members: Sequence[dict[str, tuple[str, str]]]) -> dict[str, tuple[str, str]]:
+    """Return the reader of each variable in the store that is read by the most general one."""
+    return {name: max((one[name] for one in members), key=lambda own: GENERAL.index(own[0])) for name in members[0]}
 
 
 def has_fine_shards(variable: Variable) -> bool:

@@ -50,7 +50,11 @@ def _labelled_cells(plan: DataPlan, cells: Compact, split: SplitName) -> Compact
         cells = cells[plan.grid_of(split).tiles_in(cells.astype(np.int64) // plan.block_step) > 0]
     if not plan.row_labels:
         return cells if plan.tile_labels or plan.label_of(split) == REST else cells[:0]
-    begins, ends = runs_of(plan.row_labels, plan.label_of(split))
+    return _cells_with(plan, cells, *runs_of(plan.row_labels, plan.label_of(split)))
+
+
+def _cells_with(plan: DataPlan, cells: Compact, begins: Compact, ends: Compact) -> Compact:
+    """Return the cells that hold a row of some runs, which are ascending."""
     if not len(begins):
         return cells[:0]
     kept = np.zeros(len(cells), bool)
@@ -100,6 +104,8 @@ def present_cells(plan: DataPlan) -> Compact:
     first = int(cells_of_rows(plan, np.array([plan.first_row]))[0])
     of_block, begins = np.arange(first, plan.cells_per_block), np.arange(len(plan.grid)) * plan.block_step
     cells = compact((begins[:, None] + of_block).ravel(), len(begins) * plan.block_step)
+    if plan.members:
+        cells = _cells_with(plan, cells, *plan.row_runs)
     return without_rows(plan, cells, plan.absent)
 
 
@@ -144,9 +150,9 @@ def _num_rows(plan: DataPlan, cells: Compact) -> int:
 
 def _rows_before(plan: DataPlan) -> Callable[[Ints], Ints]:
     """Return a function of rows that counts those before each that shares are drawn from."""
-    if not plan.row_labels:
+    if not plan.row_labels and not plan.members:
         return lambda rows: rows
-    begins, ends = runs_of(plan.row_labels, REST)
+    begins, ends = runs_of(plan.row_labels, REST) if plan.row_labels else plan.row_runs
     lengths = np.concatenate([[0], np.cumsum(ends - begins, dtype=np.int64)])
     stops = np.concatenate([[0], ends])
 

@@ -21,5 +21,7 @@ def plan_from(values: Mapping[str, Any]) -> DataPlan:
     absent = tuple((start, stop) for start, stop in values.get("absent", ()))
     jumps = " ".join(map(str, values.get("jumps", ())))
     blocks = tuple(BlockAxis(**axis) for axis in values.get("blocks", ()))
+    members = tuple((begin, first, stop) for begin, first, stop in values.get("members", ()))
     most = tuple(values.get("values", ()))
-    return DataPlan(**{**values, "absent": absent, "jumps": jumps, "blocks": blocks, "values": most})
+    lists = {"absent": absent, "jumps": jumps, "blocks": blocks, "members": members, "values": most}
+    return DataPlan(**{**values, **lists})

@@ -36,6 +36,7 @@ LATER: Mapping[str, Any] = {
     "tile_dim": "",
     "tile_labels": "",
     "multiplicity": "",
+    "members": (),
 }
 """The fields of `DataPlan` that were added after runs had been stored, and their defaults."""
 
@@ -96,6 +97,9 @@ class DataPlan:
     """The label of each patch along it."""
     multiplicity: str = ""
     """How many times a pass each sample comes (`dtrain.data.plan.multiplicity`); empty: each comes once."""
+    members: tuple[tuple[int, int, int], ...] = ()
+    """Where several stores are one: the row that each begins at, its first row in use, and the one after its last. Rows
+    between them are padding, so that no stored object lies in two units."""
 
     @property
     def fingerprint(self) -> str:
@@ -111,6 +115,30 @@ class DataPlan:
     def jump_rows(self) -> Ints:
         """The rows of `jumps`."""
         return np.fromstring(self.jumps, np.int64, sep=" ") if self.jumps else np.zeros(0, np.int64)
+
+    @property
+    def row_runs(self) -> tuple[Ints, Ints]:
+        """The rows in use, but absent ones: the first of each run, and the one after its last."""
+        if not self.members:
+            return np.array([self.first_row]), np.array([self.num_samples])
+        _, first, stop = np.array(self.members, np.int64).T
+        return first, stop
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows in use, absent ones among them."""
+        first, stop = self.row_runs
+        return int((stop - first).sum())
+
+    def anchors_in(self, low: Ints, high: Ints) -> tuple[Ints, Ints]:
+        """Return the first anchor of each run of rows of one store, and the number of its anchors.
+
+        Anchors are multiples of `stride` in the rows of each store.
+        """
+        begins = np.array([begin for begin, _, _ in self.members] or [0], np.int64)
+        origins = begins[np.searchsorted(begins, low, side="right") - 1]
+        first: Ints = origins - (origins - low) // self.stride * self.stride
+        return first, np.maximum(0, -(-(high - first) // self.stride))
 
     @property
     def grid(self) -> Blocks:
@@ -181,9 +209,12 @@ class DataPlan:
 
     def is_of(self, split: SplitName, start: int, stop: int) -> npt.NDArray[np.bool_]:
         """Return which of some rows a split holds, or its share is drawn from."""
-        if not self.row_labels or split == "all":
+        if self.row_labels and split != "all":
+            begins, ends = runs_of(self.row_labels, self.label_of(split))
+        elif self.members:
+            begins, ends = self.row_runs
+        else:
             return np.ones(stop - start, bool)
-        begins, ends = runs_of(self.row_labels, self.label_of(split))
         some = slice(np.searchsorted(ends, start, side="right"), np.searchsorted(begins, stop, side="left"))
         steps = np.zeros(stop - start + 1, np.int8)
         steps[np.maximum(begins[some], start) - start] += 1

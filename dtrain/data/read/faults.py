@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from dtrain.data.encoding import Array
 from dtrain.data.plan.missing import absence_of, stands_for
@@ -54,16 +55,24 @@ class Faults:
         By variable.
     absent : tuple of (int, int)
         Runs of rows that nobody needs: chunks that are missing there are no fault.
+    seen : dict of uint64[*grid], optional
+        By variable, marks of the versions that were read first: 8 bytes a file, since there may be many. They are
+        noted here.
     """
 
     def __init__(
-        self, samples: Samples, arrays: Mapping[str, ArrayLike], absent: tuple[tuple[int, int], ...] = ()
+        self,
+        samples: Samples,
+        arrays: Mapping[str, ArrayLike],
+        absent: tuple[tuple[int, int], ...] = (),
+        seen: dict[str, npt.NDArray[np.uint64]] | None = None,
     ) -> None:
         self._samples = samples
         self._arrays = arrays
         self._absent = absent
-        self._seen = {v.name: np.zeros(v.grid, np.uint64) for v in samples.stored}
-        """Marks of the versions that were read first: 8 bytes a file, since there may be many."""
+        self._seen = {} if seen is None else seen
+        for v in samples.stored:
+            self._seen.setdefault(v.name, np.zeros(v.grid, np.uint64))
         self._absence = {v.name: absence_of(samples, v) for v in samples.stored}
         self._gone: set[tuple[str, tuple[int, ...], bool]] = set()
         """Chunks that are not there and read as NaN, which is refused as a value: name, place, in a shard or not."""

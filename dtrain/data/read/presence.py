@@ -54,36 +54,6 @@ class Absent:
     """How many chunks would be read of it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Inventory:
-    """What is stored of some samples."""
-
-    digests: Mapping[str, str]
-    """By variable (`content_digest`)."""
-    absent: Mapping[str, AbsentChunks]
-    """By variable: the chunks that are not there and are no fault, if they were looked for."""
-
-
-def take_inventory(samples: Samples, *, full: bool, digests: bool, presence: bool) -> Inventory:
-    """Look for what is stored; files are looked up once for both the digests and the presence of chunks.
-
-    Parameters
-    ----------
-    samples : Samples
-    full : bool
-        As of `check_presence`.
-    digests, presence : bool
-        What is looked for.
-
-    Raises
-    ------
-    ChunkMissing, NonFiniteData, DataNotFound
-        As `check_presence`.
-    """
-    found, missing = _digests(samples) if digests else ({}, {})
-    return Inventory(found, check_presence(samples, full=full, missing=missing) if presence else {})
-
-
 def check_presence(
     samples: Samples, *, full: bool = False, missing: Mapping[str, Sequence[int]] | None = None
 ) -> dict[str, AbsentChunks]:
@@ -97,7 +67,7 @@ def check_presence(
     full : bool
         Look into every shard, also of a remote store with very many.
     missing : mapping, optional
-        By variable: the stored objects that are not there, where they have been looked up (`take_inventory`).
+        By variable: the stored objects that are not there, where they have been looked up (`look_up`).
 
     Raises
     ------
@@ -117,11 +87,15 @@ def check_presence(
             continue
         if _is_fault(samples, variable):
             raise chunk_missing(samples, variable, first.key, objects, first.inner)
-        select = read_selection(samples, variable)
-        counts[variable.name] = AbsentChunks(chunks, math.prod(map(len, touched(variable.chunks, select))))
+        counts[variable.name] = AbsentChunks(chunks, chunks_read(samples, variable))
         if chunks == counts[variable.name].of and kind_at(store, arrays[variable.name].path) is None:
             raise array_gone(samples.path, variable.name)
     return counts
+
+
+def chunks_read(samples: Samples, variable: Variable) -> int:
+    """Return the number of chunks of a variable that are read."""
+    return math.prod(map(len, touched(variable.chunks, read_selection(samples, variable))))
 
 
 def _is_fault(samples: Samples, variable: Variable) -> bool:
@@ -281,10 +255,10 @@ def content_digest(samples: Samples) -> dict[str, str]:
     It tells a store that has been modified from one that has been copied or moved. A file that was overwritten by
     another one of exactly the same size is not noticed: the times of files say nothing, since a copy has its own.
     """
-    return _digests(samples)[0]
+    return look_up(samples)[0]
 
 
-def _digests(samples: Samples) -> tuple[dict[str, str], dict[str, Sequence[int]]]:
+def look_up(samples: Samples) -> tuple[dict[str, str], dict[str, Sequence[int]]]:
     """Return, by variable, the digest of its stored objects, and which are missing; nothing if there are none."""
     if not (samples.store.is_local or samples.store.has_marks):
         return {}, {}

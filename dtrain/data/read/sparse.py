@@ -5,9 +5,7 @@ Columns that ``data.isel`` does not select are dropped as soon as their values a
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -17,6 +15,7 @@ from dtrain.data.encoding import Array
 from dtrain.data.plan.footprint import row_starts_together
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.faults import Faults
+from dtrain.data.read.kept import Kept
 from dtrain.data.read.values import Values
 from dtrain.data.samples import Samples
 from dtrain.data.sparse import SparseRows, Starts, pieces, starts_of
@@ -42,24 +41,25 @@ class SparseReader:
     faults : Faults
     values : Values
         Checks them.
+    kept : Kept
+        Row starts are kept there, and all rows if the variable is preloaded.
     """
 
     def __init__(
-        self, samples: Samples, variable: Variable, sparse: Sparse, fill: Fill, faults: Faults, values: Values
+        self,
+        samples: Samples,
+        variable: Variable,
+        sparse: Sparse,
+        fill: Fill,
+        faults: Faults,
+        values: Values,
+        kept: Kept,
     ) -> None:
         self._samples, self._variable, self._sparse = samples, variable, sparse
-        self._fill, self._faults, self._values = fill, faults, values
-        self._reading = threading.RLock()
+        self._fill, self._faults, self._values, self._kept = fill, faults, values, kept
         minor = 1 - variable.sample_axis
         self._width = variable.shape[minor]
         self._selected = range(*variable.select[minor])
-        self.is_kept = variable in samples.preloaded
-        """True if all rows are read once, and stay in memory."""
-
-    @property
-    def width(self) -> int:
-        """Number of columns that are selected."""
-        return len(self._selected)
 
     # Where rows begin ---------------------------------------------------------------------------------------
 
@@ -72,11 +72,14 @@ class SparseReader:
         ChunkUndecodable, ChunkMissing
             They do not ascend, or do not fit the values that there are.
         """
-        with self._reading:
-            return self._starts
+        name = self._variable.name
+        if name not in self._kept.starts:
+            with self._kept.starting:
+                if name not in self._kept.starts:
+                    self._kept.starts[name] = self._read_starts()
+        return self._kept.starts[name]
 
-    @cached_property
-    def _starts(self) -> Starts:
+    def _read_starts(self) -> Starts:
         indptr, first, stop = self._sparse.indptr, self._samples.first_row, self._samples.num_samples + 1
         starts, step = np.empty(stop - first, np.int64), row_starts_together(self._sparse.indptr)
         begin = first
@@ -103,13 +106,14 @@ class SparseReader:
             what = f"; row {first + row:,} begins at {starts[row]:,} and has {self._width:,} columns"
             raise self._faults.damaged(indptr, first + row + 1, what)
 
-    def most_values(self, plan: DataPlan) -> int:
-        """Return the most values of a unit of a plan, with its halo."""
+    def unit_values(self, plan: DataPlan, begin: int = 0) -> Starts:
+        """Return how many values each unit of a plan has, with its halo; row 0 of the store is row `begin` of it."""
         (low, high), rows = self._samples.reach(self._variable.name), len(self.starts) - 1
-        first = np.arange(plan.units_per_block) * plan.unit_rows
-        begins = np.clip(first + low - self._samples.first_row, 0, rows)
-        ends = np.clip(np.minimum(first + plan.unit_rows, plan.num_samples) + high - self._samples.first_row, 0, rows)
-        return int((self.starts[ends] - self.starts[begins]).max(initial=0))
+        first, before = np.arange(plan.units_per_block) * plan.unit_rows, begin + self._samples.first_row
+        begins = np.clip(first + low - before, 0, rows)
+        ends = np.clip(np.minimum(first + plan.unit_rows, plan.num_samples) + high - before, 0, rows)
+        counts: Starts = self.starts[ends] - self.starts[begins]
+        return counts
 
     # Rows ---------------------------------------------------------------------------------------------------
 
@@ -122,12 +126,11 @@ class SparseReader:
             Names the array and the chunk.
         """
         count = int(self.starts[stop - self._samples.first_row] - self.starts[start - self._samples.first_row])
-        starts = np.empty(stop - start + 1, np.int64)
-        columns, values = np.empty(count, self._sparse.columns_dtype), np.empty(count, self._variable.kept_dtype)
-        self.read_into(start, stop, SparseRows(values, columns, starts))
-        return SparseRows(values[: starts[-1]], columns[: starts[-1]], starts)
+        rows = self._empty(stop - start, count)
+        self.read_into(start, stop, rows)
+        return rows.part(0, len(rows))
 
-    def read_into(self, start: int, stop: int, out: SparseRows) -> int:
+    def read_into(self, start: int, stop: int, out: SparseRows, before: int = 0) -> int:
         """Fill the first places of `out` with some rows, and return the decoded bytes.
 
         Parameters
@@ -136,6 +139,8 @@ class SparseReader:
             In stored rows.
         out : SparseRows
             It may hold more than these rows have.
+        before : int
+            Values of the unit in the stores before this one, where several are one.
 
         Raises
         ------
@@ -143,30 +148,34 @@ class SparseReader:
             Names the array and the chunk.
         """
         first = self._samples.first_row
-        if self.is_kept:
-            with self._reading:
-                kept = self._all_rows
-            _copy(kept, start - first, stop - first, out)
+        if self._variable.name in self._kept.preloaded:
+            _copy(self._preload(), start - first, stop - first, out)
             return 0
-        return self._read(start, stop, out)
+        return self._read(start, stop, out, before)
 
-    @cached_property
-    def _all_rows(self) -> SparseRows:
-        first, stop = self._samples.first_row, self._samples.num_samples
-        count = int(self._starts[-1] - self._starts[0])
+    def _preload(self) -> SparseRows:
+        """Return all rows; they are read and checked at the first call."""
+        with self._kept.lock:
+            if self._variable.name not in self._kept.sparse:
+                first, stop, count = self._samples.first_row, self._samples.num_samples, self.starts[-1]
+                rows = self._empty(stop - first, int(count - self.starts[0]))
+                self._read(first, stop, rows)
+                self._kept.sparse[self._variable.name] = rows
+            return self._kept.sparse[self._variable.name]
+
+    def _empty(self, rows: int, count: int) -> SparseRows:
         columns, values = np.empty(count, self._sparse.columns_dtype), np.empty(count, self._variable.kept_dtype)
-        rows = SparseRows(values, columns, np.empty(stop - first + 1, np.int64))
-        self._read(first, stop, rows)
-        return rows
+        return SparseRows(values, columns, np.empty(rows + 1, np.int64))
 
-    def _read(self, start: int, stop: int, out: SparseRows) -> int:
+    def _read(self, start: int, stop: int, out: SparseRows, before: int = 0) -> int:
         sparse, first = self._sparse, self._samples.first_row
         known = self.starts[start - first : stop - first + 1]
         begin, end = int(known[0]), int(known[-1])
         if end - begin > len(out.values):
+            together = f" ({before + end - begin:,} with the stores before it)" if before else ""
             raise DataChanged(
                 f"{self._samples.path}: rows {start:,} to {stop - 1:,} of {self._variable.name} hold {end - begin:,} "
-                f"values, more than when the run was planned ({len(out.values):,}).",
+                f"values{together}, more than when the run was planned ({before + len(out.values):,}).",
                 "Restore the data, or train under another --run NAME.",
             )
         rows = SparseRows(out.values[: end - begin], out.columns[: end - begin], out.starts[: len(known)])
@@ -178,7 +187,7 @@ class SparseReader:
             self._check(start, begin, rows)
             if self._samples.config.non_finite == "error":
                 self._values.check_finite(sparse.data, where, rows.values)
-            if self.width < self._width:
+            if len(self._selected) < self._width:
                 _keep_columns(rows, self._selected)
         return rows.values.nbytes + rows.columns.nbytes
 
@@ -196,7 +205,7 @@ class SparseReader:
                 raise self._faults.damaged(self._sparse.indices, place, what)
             if not _ascend(columns, some):
                 self._check_twice(start + low, columns, some)
-            if self.width < self._width:
+            if len(self._selected) < self._width:
                 rows.values[within][~_is_in(columns, self._selected)] = 0
 
     def _check_twice(self, row: int, columns: Array, starts: Starts) -> None:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import threading
+import math
 from collections.abc import Mapping
 from functools import cached_property
 
 import numpy as np
 
 from dtrain.data.encoding import Array
-from dtrain.data.plan.partition import with_values
 from dtrain.data.plan.readers import choose_readers
-from dtrain.data.plan.units import Box, DataPlan, box_selection, box_shape, box_slices, rows_selection
+from dtrain.data.plan.units import Box, DataPlan, box_slices, rows_selection
 from dtrain.data.read.faults import Faults, rows_text
 from dtrain.data.read.files import FilesReader
+from dtrain.data.read.kept import Kept
 from dtrain.data.read.open import open_arrays
 from dtrain.data.read.rows import ChunkReader
 from dtrain.data.read.sparse import SparseReader, sparse_rows
 from dtrain.data.read.values import Values
 from dtrain.data.read.zarr import ZarrReader, ZarrsReader, best_settings, open_with_zarrs
 from dtrain.data.samples import Samples
+from dtrain.data.sparse import SparseRows, Starts
 from dtrain.data.variable import Select, Variable
 from dtrain.errors import InvalidConfig, OutOfMemory
 
@@ -36,6 +37,8 @@ class UnitReader:
         Threads that zarrs decodes with.
     absent : tuple of (int, int)
         Runs of rows that nobody needs (`DataPlan.absent`): chunks that are missing there are no fault.
+    kept : Kept, optional
+        Of the reader before, that was given up to keep few stores open.
 
     Raises
     ------
@@ -48,26 +51,30 @@ class UnitReader:
     """
 
     def __init__(
-        self, samples: Samples, reader: str = "auto", threads: int = 1, absent: tuple[tuple[int, int], ...] = ()
+        self,
+        samples: Samples,
+        reader: str = "auto",
+        threads: int = 1,
+        absent: tuple[tuple[int, int], ...] = (),
+        kept: Kept | None = None,
     ) -> None:
         self.samples = samples
+        self.kept = kept or Kept(preloaded=frozenset(v.name for v in samples.preloaded))
         self.readers = choose_readers(samples, reader)
         """The reader of each variable, and the reason for it."""
         with best_settings(samples):
             self.store, self.arrays = open_arrays(samples)
         for array in self.arrays.values():
             self.store.watch(array)
-        self.faults = Faults(samples, self.arrays, absent)
+        self.faults = Faults(samples, self.arrays, absent, self.kept.versions)
         self._values = Values(samples, self.faults, absent)
         self._chunk_readers = self._open_readers(reader, threads)
         self.sparse = {
-            v.name: SparseReader(samples, v, v.sparse, self._fill, self.faults, self._values)
-            for v in samples.moving
+            v.name: SparseReader(samples, v, v.sparse, self._fill, self.faults, self._values, self.kept)
+            for v in samples.sparse
             if v.sparse is not None
         }
         """Of each sparse variable."""
-        self._preloading = threading.Lock()
-        self._preloaded: dict[str, Array] = {}
 
     def _open_readers(self, wanted: str, threads: int) -> dict[str, ChunkReader]:
         by_zarrs = {name: self.arrays[name] for name, (chosen, _) in self.readers.items() if chosen == "zarrs"}
@@ -97,14 +104,12 @@ class UnitReader:
         StoreForbidden, StoreUnavailable
             The server refuses or fails.
         """
-        dense = [v for v in self.samples.moving if v.sparse is None]
-        rows = {v.name: np.empty(box_shape(self.samples, v, box), v.kept_dtype) for v in dense}
-        for variable in dense:
-            self._read_dense(variable, box, rows[variable.name])
-        for variable in self.samples.sparse:
+        units = {}
+        for variable in self.samples.moving:
             low, high = self.samples.reach(variable.name)
-            rows[variable.name] = self.read_rows(variable, Box(box.start + low, box.stop + high))
-        return {name: (box.start + self.samples.reach(name)[0], values) for name, values in rows.items()}
+            rows = Box(box.start + low, box.stop + high, box.block)
+            units[variable.name] = (rows.start, self.read_rows(variable, rows))
+        return units
 
     def read_into(self, box: Box, out: Mapping[str, Array]) -> int:
         """Fill, by variable, the first rows of ``out[name]`` with the rows that the anchors of a box need.
@@ -120,23 +125,32 @@ class UnitReader:
         """
         decoded = 0
         for variable in self.samples.moving:
+            low, high = self.samples.reach(variable.name)
             if variable.sparse is None:
-                decoded += self._read_dense(variable, box, out[variable.name])
+                decoded += self.fill(variable, Box(box.start + low, box.stop + high, box.block), out[variable.name])
             else:
-                low, high = self.samples.reach(variable.name)
                 rows = sparse_rows(variable.sparse, out)
                 decoded += self.sparse[variable.name].read_into(box.start + low, box.stop + high, rows)
         return decoded
 
-    def _read_dense(self, variable: Variable, box: Box, out: Array) -> int:
-        """Fill the first rows of `out`, and return the decoded bytes."""
-        select, decoded = box_selection(self.samples, variable, box), 0
-        start, stop, _ = select[variable.sample_axis]
-        place = out[: stop - start]
-        shape = box_shape(self.samples, variable, box)
+    def fill(self, variable: Variable, box: Box, out: Array) -> int:
+        """Fill the first rows of `out` with the rows of a dense variable that a box covers, without a halo.
+
+        Returns the number of decoded bytes; none if the variable is preloaded.
+
+        Parameters
+        ----------
+        variable : Variable
+        box : Box
+        out : array[rows, *row]
+            As of `read_into`.
+        """
+        select, decoded = rows_selection(variable, box), 0
+        shape = (box.stop - box.start, *(len(range(*select[axis])) for axis in variable.row_axes))
+        place = out[: box.stop - box.start]
         rows = place if place.shape == shape else np.empty(shape, place.dtype)  # readers fill contiguous memory
-        if variable in self.samples.preloaded:
-            first = start - self.samples.first_row
+        if variable.name in self.kept.preloaded:
+            first = box.start - self.samples.first_row
             rows[...] = self._preload(variable)[(slice(first, first + len(rows)), *box_slices(variable, box))]
         else:
             self._fill(variable, select, rows)
@@ -148,34 +162,33 @@ class UnitReader:
 
     def _preload(self, variable: Variable) -> Array:
         """Return all rows of a preloaded variable; they are read at the first call, and checked when they are used."""
-        with self._preloading:
-            if variable.name not in self._preloaded:
+        with self.kept.lock:
+            if variable.name not in self.kept.rows:
                 samples = self.samples
                 rows = np.empty((samples.num_samples - samples.first_row, *variable.row_shape), variable.kept_dtype)
                 self._fill(variable, variable.selection(samples.first_row, samples.num_samples), rows)
-                self._preloaded[variable.name] = rows
-            return self._preloaded[variable.name]
+                self.kept.rows[variable.name] = rows
+            return self.kept.rows[variable.name]
 
     def read_rows(self, variable: Variable, box: Box) -> Array:
         """Return the rows of one variable that a box covers, without a halo, as they are kept in memory.
 
         Rows of a sparse variable have all their columns.
         """
+        row = [len(range(*part)) for part in (rows_selection(variable, box)[axis] for axis in variable.row_axes)]
         if variable.sparse is not None:
-            reader = self.sparse[variable.name]
-            rows = reader.rows(box.start, box.stop).dense(reader.width)
-            return rows.reshape(len(rows), *variable.row_shape)
-        select = rows_selection(variable, box)
-        if variable in self.samples.preloaded:
-            first = self.samples.first_row
-            rows = self._preload(variable)[(slice(box.start - first, box.stop - first), *box_slices(variable, box))]
-            self._check(variable, select, rows)
-            return rows
-        row = (len(range(*select[axis])) for axis in variable.row_axes)
+            return self.read_sparse(variable, box.start, box.stop).dense(math.prod(row)).reshape(-1, *row)
         rows = np.empty((box.stop - box.start, *row), variable.kept_dtype)
-        self._fill(variable, select, rows)
-        self._check(variable, select, rows)
+        self.fill(variable, box, rows)
         return rows
+
+    def read_sparse(self, variable: Variable, start: int, stop: int) -> SparseRows:
+        """Return some rows of a sparse variable, without a halo."""
+        return self.sparse[variable.name].rows(start, stop)
+
+    def count_values(self, variable: Variable, plan: DataPlan, begin: int = 0) -> Starts:
+        """Return, by unit of a plan, the values of a sparse variable; row 0 of the store is row `begin` of the plan."""
+        return self.sparse[variable.name].unit_values(plan, begin)
 
     @cached_property
     def statics(self) -> dict[str, Array]:
@@ -204,17 +217,3 @@ class UnitReader:
             self._values.check_weight(variable, select, values)
         if self.samples.config.non_finite == "error":
             self._values.check_finite(variable, select, values)
-
-
-def values_counted(samples: Samples, plan: DataPlan) -> DataPlan:
-    """Return the plan as it is with sparse variables: where their rows begin is read, to know the largest unit.
-
-    Raises
-    ------
-    ChunkMissing, ChunkUndecodable
-        Names the array and the chunk.
-    """
-    if not samples.sparse:
-        return plan
-    reader = UnitReader(samples, samples.config.reader, absent=plan.absent)
-    return with_values(samples, plan, tuple(reader.sparse[v.name].most_values(plan) for v in samples.sparse))

@@ -24,8 +24,9 @@ from scipy import sparse
 from dtrain.data import sparse as rows
 from dtrain.data.given import find_given
 from dtrain.data.plan.units import Box
+from dtrain.data.read.joined import values_counted
 from dtrain.data.read.presence import absent_rows, check_presence, content_digest
-from dtrain.data.read.units import UnitReader, values_counted
+from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
 from dtrain.errors import (
     ChunkMissing,

@@ -244,6 +244,9 @@ def test_filling_changes_only_what_is_not_finite(monkeypatch):
     values = np.array([[1, NAN, 3], [INF, -INF, 6e30]], "float32")
     fill_non_finite(values)
     assert values.tolist() == [[1, 0, 3], [0, 0, np.float32(6e30)]]
+    both = np.array([[INF, -INF]], "float32")  # their sum is not a number, without a warning
+    fill_non_finite(both)
+    assert both.tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize("share", [0, -0.5, 1.5, "half", NAN])

@@ -19,7 +19,8 @@ from dtrain.data.load import moments
 from dtrain.data.load.moments import sparse_moments
 from dtrain.data.load.statistics import merge_moments, partition_moments, scalings_of
 from dtrain.data.plan.partition import plan_data, train_partitions
-from dtrain.data.read.units import UnitReader, values_counted
+from dtrain.data.read.joined import values_counted
+from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
 from dtrain.data.sparse import SparseRows, pieces
 from dtrain.errors import NonFiniteData

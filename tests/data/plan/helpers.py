@@ -90,8 +90,8 @@ def ragged_plans(draw):
 def plan_from(table):
     """A plan from what JSON gives back of it."""
     blocks = tuple(BlockAxis(**axis) for axis in table["blocks"])
-    absent, values = tuple(map(tuple, table["absent"])), tuple(table["values"])
-    return DataPlan(**{**table, "absent": absent, "blocks": blocks, "values": values})
+    lists = {name: tuple(map(tuple, table[name])) for name in ("absent", "members")}
+    return DataPlan(**{**table, **lists, "blocks": blocks, "values": tuple(table["values"])})
 
 
 @st.composite

@@ -57,13 +57,14 @@ def shown(labels: Labels) -> str:
 @pytest.mark.parametrize(
     ("ranges", "gap", "expected"),
     [
-        ({"val": (9, 13), "test": (14, 20)}, 1, "........-vvvv-tttttt"),
-        ({"val": (9, 13), "test": (14, 20)}, 0, ".........vvvv.tttttt"),
-        ({"val": (9, 13), "test": (13, 20)}, 2, ".......--vv--ttttttt"),
-        ({"test": (0, 3)}, 4, "ttt----............."),
-        ({"val": (2, 4), "test": (5, 6)}, 9, "-----t---------....."),
-        ({"val": (17, 20)}, 5, "............-----vvv"),
-        ({"val": (0, 20)}, 0, "vvvvvvvvvvvvvvvvvvvv"),
+        ({"val": [(9, 13)], "test": [(14, 20)]}, 1, "........-vvvv-tttttt"),
+        ({"val": [(9, 13)], "test": [(14, 20)]}, 0, ".........vvvv.tttttt"),
+        ({"val": [(9, 13)], "test": [(13, 20)]}, 2, ".......--vv--ttttttt"),
+        ({"test": [(0, 3)]}, 4, "ttt----............."),
+        ({"val": [(2, 4)], "test": [(5, 6)]}, 9, "-----t---------....."),
+        ({"val": [(17, 20)]}, 5, "............-----vvv"),
+        ({"val": [(0, 20)]}, 0, "vvvvvvvvvvvvvvvvvvvv"),
+        ({"val": [(2, 4), (6, 8)], "test": [(12, 14), (19, 20)]}, 3, "--vv--vv----tt-----t"),
         ({}, 3, "...................."),
     ],
 )
@@ -205,7 +206,7 @@ def test_samples_of_different_splits_are_more_than_the_gap_apart(
     ends = sorted(data.draw(st.lists(st.integers(0, count), min_size=4, max_size=4, unique=True)))
     names = data.draw(st.permutations(["val", "test"]))
     ranges = dict(zip(names, [(ends[0], ends[1]), (ends[2], ends[3])], strict=True))
-    labels = range_labels(count, ranges, gap)
+    labels = range_labels(count, {name: [own] for name, own in ranges.items()}, gap)
     samples = make_samples(count, rows, input_offsets=offsets, stride=stride)
     try:
         plan = plan_data(samples, replicas=replicas, seed=1, given=GivenSplits(rows=as_text(labels)))
@@ -223,7 +224,7 @@ def test_samples_of_different_splits_are_more_than_the_gap_apart(
 
 
 def test_a_range_that_ends_within_a_unit_ends_there() -> None:
-    labels = range_labels(100, {"val": (37, 41), "test": (71, 100)}, 3)
+    labels = range_labels(100, {"val": [(37, 41)], "test": [(71, 100)]}, 3)
     plan = plan_data(make_samples(100, 25), replicas=2, seed=0, given=GivenSplits(rows=as_text(labels)))
     assert sorted(samples_of(cell_anchors(plan, "val"))) == [37, 38, 39, 40]
     assert sorted(samples_of(cell_anchors(plan, "test"))) == list(range(71, 100))
@@ -232,7 +233,7 @@ def test_a_range_that_ends_within_a_unit_ends_there() -> None:
 
 
 def test_shares_beside_a_range_are_shares_of_the_rest() -> None:
-    labels = range_labels(1000, {"test": (900, 1000)}, 0)
+    labels = range_labels(1000, {"test": [(900, 1000)]}, 0)
     samples = make_samples(1000, 10, val=0.2)
     plan = plan_data(samples, replicas=2, seed=0, given=GivenSplits(rows=as_text(labels)))
     counts = {name: count_samples(plan, name).samples for name in SPLITS}
@@ -242,7 +243,7 @@ def test_shares_beside_a_range_are_shares_of_the_rest() -> None:
 
 
 def test_a_split_of_which_no_window_is_left_is_refused() -> None:
-    labels = range_labels(100, {"test": (50, 53)}, 0)
+    labels = range_labels(100, {"test": [(50, 53)]}, 0)
     samples: Samples = make_samples(100, 10, input_offsets=[-3, 0])
     with pytest.raises(TooFewSamples, match=r"of 100 rows holds no sample with its whole window of 4 rows"):
         plan_data(samples, replicas=1, seed=0, given=GivenSplits(rows=as_text(labels)))

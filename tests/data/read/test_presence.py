@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from dtrain.data.plan.missing import AbsentChunks
 from dtrain.data.plan.units import Box
 from dtrain.data.read import local
+from dtrain.data.read.inventory import take_inventory
 from dtrain.data.read.local import facts_of
 from dtrain.data.read.open import open_arrays
-from dtrain.data.read.presence import absent_rows, check_presence, content_digest, take_inventory
+from dtrain.data.read.presence import absent_rows, check_presence, content_digest
 from dtrain.data.read.store import names_of, objects_of
 from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
