@@ -39,12 +39,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Where torch is not installed, as in `make test-newest`, the data layer is tested without it."""
+    """Where torch and Dask are not installed, as in `make test-newest`, the data layer is tested without them."""
     try:
         return (yield)
     except ModuleNotFoundError as error:
-        if error.name == "torch":
-            pytest.skip("torch is not installed")
+        if error.name in ("torch", "distributed"):
+            pytest.skip(f"{error.name} is not installed")
         raise
 
 

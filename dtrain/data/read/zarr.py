@@ -7,12 +7,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import zarr
 from zarr.core import codec_pipeline
 from zarr.core.buffer import default_buffer_prototype
+from zarr.registry import fully_qualified_name, register_pipeline
 from zarr.storage import LocalStore, StorePath
 
 from dtrain.data.encoding import Array
@@ -213,13 +215,28 @@ def best_settings(samples: Samples) -> Iterator[None]:
     """Set, for arrays opened in this context, that a newer zarr reads faster and reports missing chunks."""
     settings: dict[str, str | int] = {}
     if hasattr(codec_pipeline, "FusedCodecPipeline") and samples.store.is_local:
-        # zarr 3.3: decodes in the thread that reads; the loader has threads of its own
-        settings["codec_pipeline.path"] = "zarr.core.codec_pipeline.FusedCodecPipeline"
-        settings["codec_pipeline.max_workers"] = 1
+        settings["codec_pipeline.path"] = _one_thread_pipeline()
     if zarr.config.get("array.read_missing_chunks", None) is not None:  # zarr 3.2
         settings["array.read_missing_chunks"] = any(absence_of(samples, v) != "error" for v in samples.stored)
     with _OPENING, zarr.config.set(settings):
         yield
+
+
+@cache
+def _one_thread_pipeline() -> str:
+    """Register a pipeline of zarr 3.3 that reads and decodes in one thread, and return its name.
+
+    zarr looks up the number of its threads at each read, in a setting of the whole process. Units are read by threads
+    of the loader; the requests and the processor time of further threads would count for nobody.
+    """
+    fused: Any = codec_pipeline.FusedCodecPipeline  # type: ignore[attr-defined]
+
+    class OneThread(fused):  # type: ignore[misc]
+        def read_sync(self, batch: Any, out: Any, drop_axes: tuple[int, ...] = (), max_workers: int = 1) -> Any:
+            return super().read_sync(batch, out, drop_axes)
+
+    register_pipeline(OneThread)
+    return fully_qualified_name(OneThread)
 
 
 def open_with_zarrs(
