@@ -18,6 +18,7 @@ from dtrain.config.values import cache_bytes, parse_bytes
 from dtrain.counting import is_uncounted, with_classes, without_non_finite
 from dtrain.data.categories import check_categories
 from dtrain.data.encoding import Scaling
+from dtrain.data.genes import check_digests, genes_of
 from dtrain.data.load.statistics import scalings_of
 from dtrain.data.plan.footprint import tables_bytes
 from dtrain.data.plan.memory import MemoryBudget, Reading, plan_memory
@@ -160,6 +161,9 @@ def _compared(
             check_kind(source.described, plan)
         for source in job.all_sources:
             check_categories(source.described, resolved.categories)
+        for source in job.all_sources if resolved.genes else ():
+            genes = place.call(source, partial(genes_of, source.described))
+            check_digests(source.described.path, genes, resolved.genes)
     digests, found = not started or bool(resolved.contents), []
     for source in job.all_sources:
         presence = count or source.described.config.missing in ("auto", "error")

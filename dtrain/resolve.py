@@ -16,7 +16,7 @@ from dtrain.config.names import LABEL_LOSSES, LOSSES, METRICS
 from dtrain.config.schema import DataConfig, Paths, TrainTable
 from dtrain.data.categories import categories_of, check_categories
 from dtrain.data.coordinate import Gaps, find_gaps
-from dtrain.data.genes import check_genes, genes_of
+from dtrain.data.genes import check_genes, gene_digests, genes_of
 from dtrain.data.given import SHARES, Found, find_ranges, found_groups, split_shares
 from dtrain.data.groups import count_groups, deal_groups
 from dtrain.data.paths import identity
@@ -79,7 +79,7 @@ def resolve(job: Job, place: Place) -> Resolved:
     """
     _check_alike(job)
     _check_means(job)
-    _check_genes(job, place)
+    genes = _genes(job, place)
     categories = categories_of(job.samples)
     for source in job.all_sources:
         check_categories(source.described, categories)
@@ -108,6 +108,7 @@ def resolve(job: Job, place: Place) -> Resolved:
         labels=missing_labels(job.config.train),
         eval_every=eval_every(job, plan, held_out),
         categories=categories,
+        genes=genes,
         snapshots=tuple(source.described.store.snapshot for source in job.all_sources),
     )
 
@@ -259,13 +260,12 @@ def _check_means(job: Job) -> None:
                 )
 
 
-def _check_genes(job: Job, place: Place) -> None:
-    """Refuse stores whose columns are other genes than those of the first store."""
-    if len(job.all_sources) == 1:
-        return
+def _genes(job: Job, place: Place) -> dict[str, str]:
+    """Return the digests of the genes; refuse stores whose columns are other genes than those of the first store."""
     first, *others = (place.call(source, partial(genes_of, source.described)) for source in job.all_sources)
     for source, genes in zip(job.all_sources[1:], others, strict=True):
         check_genes(source.described.path, genes, job.samples.path, first)
+    return gene_digests(first)
 
 
 def check_rows(samples: Samples, plan: DataPlan) -> None:

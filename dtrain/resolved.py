@@ -70,6 +70,8 @@ class Resolved:
     """SHA-256 of the file of ``train.init``; empty without it, and in runs of before."""
     categories: Mapping[str, Categories] = field(default_factory=dict)
     """By categorical: what its codes stand for."""
+    genes: Mapping[str, str] = field(default_factory=dict)
+    """By matrix of AnnData: a digest of the names of its genes (`dtrain.data.genes`)."""
     snapshots: tuple[str, ...] = ()
     """By store of `Job.all_sources`: the snapshot of a repository; empty for other stores."""
 
@@ -94,6 +96,7 @@ def to_json(job: Job, resolved: Resolved) -> dict[str, Any]:
         "filled": [{name: asdict(one) for name, one in store.items()} for store in resolved.filled or ()],
         "init": resolved.init,
         **({"categories": categories_table(resolved.categories)} if resolved.categories else {}),
+        **({"genes": dict(resolved.genes)} if resolved.genes else {}),
         "snapshots": list(resolved.snapshots),
         "torch": torch.__version__,
         "code": dict(resolved.code),
@@ -130,6 +133,7 @@ def from_json(values: Mapping[str, Any]) -> Resolved:
         filled=tuple({name: Filled(**one) for name, one in store.items()} for store in values.get("filled", ())),
         init=values.get("init", ""),
         categories=categories_from(values.get("categories", {})),
+        genes=values.get("genes", {}),
         snapshots=tuple(values.get("snapshots", ())),
         code=values["code"],
         code_rules=values.get("code_rules", 0),

@@ -1,7 +1,8 @@
-"""The names of the genes of cells x genes, compared between the stores of a run: column i must be one gene in all."""
+"""Names of the genes of cells x genes: a column must be one gene in all stores that a run trains on and evaluates."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import TypeAlias
 
@@ -11,7 +12,7 @@ from dtrain.data.layouts.stored import read_names
 from dtrain.data.read.kind import at_snapshot
 from dtrain.data.read.open import open_store
 from dtrain.data.samples import Samples
-from dtrain.errors import LengthsDiffer, shortened
+from dtrain.errors import DataChanged, LengthsDiffer, shortened
 
 MOST_GENES = 1 << 18
 """Names of genes that are compared."""
@@ -58,4 +59,26 @@ def check_genes(path: str, genes: Genes, first_path: str, first: Genes) -> None:
             raise LengthsDiffer(
                 f"{path}: column {column:,} of {name} is the gene {here}; in {first_path} it is {there}.",
                 "Bring the genes of all stores into one order, with anndata: adata[:, genes].write_zarr(...).",
+            )
+
+
+def gene_digests(genes: Genes) -> dict[str, str]:
+    """Return, by variable, the SHA-256 of the names of its genes in their order: a plan keeps it."""
+    return {name: hashlib.sha256("\0".join(own).encode()).hexdigest() for name, own in genes.items()}
+
+
+def check_digests(path: str, genes: Genes, known: Mapping[str, str]) -> None:
+    """Refuse a store whose genes are others, or in another order, than those that a run was started with.
+
+    Raises
+    ------
+    DataChanged
+    """
+    for name, digest in gene_digests(genes).items():
+        if known.get(name, digest) != digest:
+            raise DataChanged(
+                f"{path}: the columns of {name} are other genes, or in another order, than those that the run was "
+                "trained on.",
+                "Bring them into that order, with anndata: adata[:, genes].write_zarr(...), genes the var_names of a "
+                "store of the run.",
             )
