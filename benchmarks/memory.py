@@ -3,8 +3,10 @@
     python benchmarks/memory.py                     1, 4 and 16 times a budget of 128 MB: a few minutes
     python benchmarks/memory.py --budget 512MB --times 64 --dir DIR      16 GB on disk
     python benchmarks/memory.py --layouts narrow "narrow, long chunks"   rows of 8 bytes
-    python benchmarks/memory.py --stores zip deflated kerchunk icechunk --readers auto     other kinds of stores
+    python benchmarks/memory.py --stores zip deflated kerchunk icechunk s3 --readers auto     other kinds of stores
+    python benchmarks/memory.py --layouts volume sparse --readers auto    one image; cells x genes as CSR
 
+"several" are three stores as one, of different lengths. "s3" is a server of moto in another process, on loopback.
 Each measurement is a process of its own: its resident memory just before the first batch, and the most that it had
 in two shuffled passes over the data. The difference must stay below 1.10 x the budget.
 """
@@ -22,6 +24,8 @@ import tempfile
 import threading
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +38,20 @@ from zarr.core.sync import sync
 from dtrain.config.values import parse_bytes
 
 ROW = 256
-LAYOUTS = ("chunks", "shards", "large shard", "windows", "narrow", "narrow, long chunks")
-STORES = ("directory", "zip", "deflated", "kerchunk", "icechunk")
+NARROW, SPARSE = ("narrow", "narrow, long chunks"), ("sparse", "several sparse")
+LAYOUTS = ("chunks", "shards", "large shard", "windows", *NARROW, "volume", "several", *SPARSE)
+STORES = ("directory", "zip", "deflated", "kerchunk", "icechunk", "s3")
+GENES, VALUES, CELLS = 2000, 100, 1000
+"""Of a sparse matrix: genes, values of a cell, and cells of a chunk."""
+CHUNK = (1, 32, 128, 128)
+"""Of a volume."""
+SPLIT = {"val": 0.0, "test": 0.0}
+KEYS: dict[str, dict[str, Any]] = {
+    "windows": {"input_offsets": [-2, -1, 0], "target_offsets": 1},
+    "volume": {"patch": {"z": 32, "y": 64, "x": 64}},
+    "sparse": {"inputs": ["X"], "targets": ["obs/y"]},
+}
+BATCH = {"volume": 4}
 
 
 def write(path: Path, layout: str, size: int, budget: int) -> None:
@@ -82,8 +98,85 @@ def write_narrow(path: Path, layout: str, size: int, budget: int) -> None:
             shutil.copyfile(path / name / "c" / "0", path / name / "c" / str(number))
 
 
-def convert(path: Path, store: str) -> Path:
+def write_volume(path: Path, layout: str, size: int, budget: int) -> None:
+    """Write float32[1, 64, 1024, x] and uint8 of the same shape: one chunk of each, copied to all places."""
+    shape = (1, 64, 1024, max(1, size // (64 * 1024 * 4 * 128)) * 128)
+    group, rng = zarr.open_group(path, mode="w"), np.random.default_rng(0)
+    for name, dtype, most in (("x", "float32", 4096), ("y", "uint8", 2)):
+        array = group.create_array(name, shape=shape, chunks=CHUNK, dtype=dtype, dimension_names=("t", "z", "y", "x"))
+        array[:1, :32, :128, :128] = rng.integers(0, most, CHUNK)
+        copy_chunk(path / name, [n // chunk for n, chunk in zip(shape, CHUNK, strict=True)])
+
+
+def write_sparse(path: Path, layout: str, size: int, budget: int) -> None:
+    """Write `size` bytes of values and columns of a CSR matrix as AnnData does: one chunk of each, copied."""
+    cells = max(2, size // (8 * VALUES * CELLS)) * CELLS
+    root, rng = zarr.open_group(path, mode="w"), np.random.default_rng(0)
+    root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+    matrix = root.create_group("X", attributes={"encoding-type": "csr_matrix", "shape": [cells, GENES]})
+    matrix.attrs["encoding-version"] = "0.1.0"
+    columns = np.concatenate([np.sort(rng.choice(GENES, VALUES, replace=False)) for _ in range(CELLS)])
+    values = {"data": rng.integers(1, 9, len(columns)).astype("float32"), "indices": columns.astype("int32")}
+    for name, some in values.items():
+        array = matrix.create_array(name, shape=(cells * VALUES,), chunks=(len(some),), dtype=some.dtype)
+        array[: len(some)] = some
+        copy_chunk(path / "X" / name, [cells // CELLS])
+    for name, all_of in (("indptr", np.arange(cells + 1) * VALUES), ("y", np.arange(cells) % 5)):
+        group = matrix if name == "indptr" else root.create_group("obs", attributes={"encoding-type": "dataframe"})
+        array = group.create_array(name, shape=all_of.shape, chunks=(100_000,), dtype="int64")
+        array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        array[:] = all_of
+    root["obs"].attrs.update({"_index": "y", "column-order": ["y"], "encoding-version": "0.2.0"})
+
+
+def copy_chunk(array: Path, counts: list[int]) -> None:
+    """Copy the first chunk of an array to all places of its grid."""
+    first = array.joinpath("c", *("0" for _ in counts))
+    for place in itertools.product(*map(range, counts)):
+        if any(place):
+            there = array.joinpath("c", *map(str, place))
+            there.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(first, there)
+
+
+def upload(path: Path) -> str:
+    """Copy a directory to a bucket of the server that the environment names, and return its URL."""
+    import s3fs
+
+    bucket = s3fs.S3FileSystem()
+    bucket.mkdirs("bench", exist_ok=True)
+    url = f"s3://bench/{path.parent.name}/{path.name}"
+    bucket.put(str(path), url, recursive=True)
+    return url
+
+
+@contextmanager
+def s3_server() -> Iterator[None]:
+    """Start a server of S3 in another process, and name it in the environment."""
+    code = (
+        "import time; from moto.server import ThreadedMotoServer as S; s = S('127.0.0.1', 0, verbose=False); s.start()"
+    )
+    code += "; print(*s.get_host_and_port(), flush=True); time.sleep(1e6)"
+    server = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert server.stdout is not None
+    host, port = server.stdout.readline().split()
+    os.environ |= {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    try:
+        yield
+    finally:
+        server.kill()
+        server.wait()
+
+
+def convert(path: Path, store: str) -> Path | str:
     """Return the path of a store of another kind that holds what a directory holds."""
+    if store == "directory":
+        return path
+    if store == "s3":
+        return upload(path)
     files = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}
     if store in ("zip", "deflated"):
         method = zipfile.ZIP_DEFLATED if store == "deflated" else zipfile.ZIP_STORED
@@ -108,16 +201,28 @@ def convert(path: Path, store: str) -> Path:
     return made
 
 
-def measure(path: str, layout: str, budget: str, reader: str) -> dict[str, Any]:
-    """Run two passes in this process."""
+def write_all(folder: Path, layout: str, size: int, budget: int) -> list[Path]:
+    """Write one store, or three of different lengths."""
+    several, kind = layout.startswith("several"), layout.removeprefix("several").strip() or "chunks"
+    make = {"volume": write_volume, "sparse": write_sparse}.get(kind, write_narrow if kind in NARROW else write)
+    paths = [folder / f"data{number}.zarr" for number in range(3 if several else 1)]
+    for number, path in enumerate(paths):
+        make(path, kind, size * (number + 1) // 6 if several else size, budget)
+    return paths
+
+
+def measure(paths: str, layout: str, budget: str, reader: str) -> dict[str, Any]:
+    """Run two passes in this process over a store, or several with a space between."""
     import torch  # noqa: F401
 
     import dtrain
     import dtrain.batching  # modules are no data
     import dtrain.data.read.files
 
-    windows = {"input_offsets": [-2, -1, 0], "target_offsets": 1} if layout == "windows" else {}
-    samples = dtrain.open_samples(path, inputs=["x"], targets=["y"], split={"val": 0.0, "test": 0.0}, **windows)
+    layout = layout.removeprefix("several ")
+    keys = {"inputs": ["x"], "targets": ["y"], "split": SPLIT, **KEYS.get(layout, {})}
+    path = paths.split(" ")
+    samples = dtrain.open_samples(path if len(path) > 1 else paths, **keys)
     process, peak, done = psutil.Process(), 0, threading.Event()
     base = process.memory_info().rss
 
@@ -130,7 +235,7 @@ def measure(path: str, layout: str, budget: str, reader: str) -> dict[str, Any]:
     watcher.start()
     began, count = time.monotonic(), 0
     try:
-        batches = dtrain.batches(samples, batch_size=256, epochs=2, memory=budget, reader=reader)
+        batches = dtrain.batches(samples, batch_size=BATCH.get(layout, 256), epochs=2, memory=budget, reader=reader)
         for batch in batches:
             count += batch.size
         seconds = time.monotonic() - began
@@ -154,22 +259,26 @@ def main() -> None:
     if options.child:
         print(json.dumps(measure(*options.child)))
         return
+    with s3_server() if "s3" in options.stores else nullcontext():
+        measure_all(options)
+
+
+def measure_all(options: argparse.Namespace) -> None:
+    """Write, measure and print one after the other."""
     budget, rows = parse_bytes(options.budget, "--budget"), []
     print(
-        f"{'layout':<12} {'store':<9} {'reader':<9} {'data':>9} {'budget':>9} {'peak':>9} {'peak/budget':>11} samples/s"
+        f"{'layout':<14} {'store':<9} {'reader':<9} {'data':>9} {'budget':>9} {'peak':>9} {'peak/budget':>11} samples/s"
     )
     for layout in options.layouts:
         for times in options.times:
             with tempfile.TemporaryDirectory(dir=options.dir) as folder:
-                path = Path(folder) / "data.zarr"
-                make = write_narrow if layout.startswith("narrow") else write
-                make(path, layout, times * budget, budget)
+                paths = write_all(Path(folder), layout, times * budget, budget)
                 for store, reader in itertools.product(options.stores, options.readers):
-                    limit = str(2 * budget if layout.startswith("narrow") else budget)  # their order counts too
-                    made = path if store == "directory" else convert(path, store)
-                    child = [sys.executable, __file__, "--child", str(made), layout, limit, reader]
+                    limit = str(2 * budget if layout in (*NARROW, *SPARSE) else budget)  # their order counts too
+                    made = " ".join(str(convert(path, store)) for path in paths)
+                    child = [sys.executable, __file__, "--child", made, layout, limit, reader]
                     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-                    done = subprocess.run(child, check=True, capture_output=True, text=True, env=environment)
+                    done = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True, env=environment)
                     row = {
                         "layout": layout,
                         "store": store,
@@ -180,7 +289,7 @@ def main() -> None:
                     rows.append(row)
                     used, rate = row["peak"] - row["base"], row["samples"] / row["seconds"]
                     print(
-                        f"{layout:<12} {store:<9} {reader:<9} {row['data'] / 1e6:>6.0f} MB "
+                        f"{layout:<14} {store:<9} {reader:<9} {row['data'] / 1e6:>6.0f} MB "
                         f"{row['budgeted'] / 1e6:>6.1f} MB "
                         f"{used / 1e6:>6.1f} MB {used / row['budgeted']:>11.2f} {rate:>9,.0f}",
                         flush=True,

@@ -21,12 +21,13 @@ from dtrain.data.load.moments import moments_of
 from dtrain.data.load.statistics import merge_moments, partition_moments
 from dtrain.data.plan import boxes
 from dtrain.data.plan.evaluation import plan_evaluation
-from dtrain.data.plan.footprint import slot_bytes
+from dtrain.data.plan.footprint import chunks_of_box, slot_bytes
+from dtrain.data.plan.grid import chunks_of
 from dtrain.data.plan.partition import eval_partitions, plan_data, train_partitions
 from dtrain.data.plan.splits import split_cells
 from dtrain.data.plan.summary import describe_plan
 from dtrain.data.plan.table import plan_from, plan_table
-from dtrain.data.plan.units import DataPlan
+from dtrain.data.plan.units import DataPlan, box_selection
 from dtrain.data.read.store import ReadStore
 from dtrain.data.read.units import UnitReader
 from dtrain.data.samples import Samples
@@ -63,6 +64,12 @@ def values_of(samples: Samples, plan: DataPlan, split: Any, which: str = "zarr",
     ]
 
 
+def most_touched(samples: Samples, plan: DataPlan) -> int:
+    """The most chunks of the first variable that a unit touches."""
+    (v, *_), units = samples.variables, range(plan.num_units)
+    return max(len(list(chunks_of(v.chunks, box_selection(samples, v, plan.unit_box(unit))))) for unit in units)
+
+
 # One large volume -----------------------------------------------------------------------------------------------
 
 
@@ -88,6 +95,7 @@ def test_one_volume_is_cut_into_boxes_of_whole_chunks(large: Path) -> None:
     assert len(firsts) == 128
     assert set(firsts.values()) == {1}
     starts = [(z, y, x) for z in (0, 32) for y in range(0, 256, 32) for x in range(0, 256, 32)]
+    assert most_touched(samples, plan) == chunks_of_box(samples, samples, plan, samples.variables[0])[0] == 1
     assert set(firsts) == {float(np.ravel_multi_index(start, (64, 256, 256))) for start in starts}
 
 
@@ -218,6 +226,7 @@ def test_every_patch_once_and_no_value_in_two_splits(write_store: Callable[..., 
         said = describe_plan(samples, plan)
         assert said["patches"] == len(samples.tiles)
         assert sum(said["partition_samples"]) + said["val_samples"] + said["test_samples"] == len(seen)
+        assert most_touched(samples, plan) <= chunks_of_box(samples, samples, plan, samples.variables[0])[0]
 
 
 def test_batches_have_the_same_bits_by_all_readers_and_from_every_position(

@@ -55,6 +55,12 @@ class BlockAxis:
         step = self.together * self.size
         return block * step, self.length if block == self.num_blocks - 1 else (block + 1) * step
 
+    @property
+    def all_bounds(self) -> tuple[Ints, Ints]:
+        """By block: its first place, and the one after its last."""
+        first: Ints = np.arange(self.num_blocks) * self.together * self.size
+        return first, np.append(first[1:], self.length)
+
     def tiles_in(self, blocks: Ints) -> Ints:
         """Return the number of patches of each block."""
         last = self.num_tiles - (self.num_blocks - 1) * self.together

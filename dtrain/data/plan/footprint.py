@@ -123,7 +123,9 @@ def _scratch_of(samples: Samples, store: Samples, plan: DataPlan, streamed: Set[
             continue
         is_copied = plan.grid.is_ragged or differ((v, samples.variable(v.name)))
         copied = math.prod(slot_shape(samples, plan, v)) * v.kept_dtype.itemsize if is_copied else 0
-        needed.append(_decoding_bytes(v, *_chunks_of_box(samples, plan, v), readers[v.name][0]) + copied)
+        (chunks, cut), reader = chunks_of_box(samples, store, plan, v), readers[v.name][0]
+        others = chunks > 1 and reader != "numcodecs"  # malloc keeps as much as one chunk more
+        needed.append(_decoding_bytes(v, chunks + others, cut, reader) + copied)
     return max(needed)
 
 
@@ -222,20 +224,32 @@ def _decoding_bytes(v: Variable, chunks: int, cut: bool, reader: str) -> int:
     return 2 * chunks * v.chunk_bytes
 
 
-def _chunks_of_box(samples: Samples, plan: DataPlan, v: Variable) -> tuple[int, bool]:
-    """Return how many chunks a unit touches at most, and True if it covers another dimension in part."""
-    blocks = {dim: stop for dim, _, stop in plan.grid.extents}
-    chunks, cut = math.ceil(slot_shape(samples, plan, v)[0] / v.chunk_rows) + 1, False
-    for axis, (size, (start, stop, step)) in enumerate(zip(v.chunks, v.select, strict=True)):
-        if axis == v.sample_axis:
+def chunks_of_box(samples: Samples, store: Samples, plan: DataPlan, v: Variable) -> tuple[int, bool]:
+    """Return how many chunks of a store a unit touches at most, and True if it covers another dimension in part."""
+    axes = {axis.dim: axis for axis in plan.blocks}
+    begins = math.gcd(plan.unit_rows, *samples.begins)  # units begin at multiples of it, but for the halo
+    chunks, cut = most_chunks(slot_shape(samples, plan, v)[0], begins, samples.reach(v.name)[0], v.chunk_rows), False
+    for number, (size, (start, stop, step)) in enumerate(zip(v.chunks, v.select, strict=True)):
+        if number == v.sample_axis:
             continue
-        length, touched = blocks.get(v.dims[axis]), math.ceil(stop / size) - start // size
-        if length is not None and length < len(range(start, stop, step)):
-            touched = min(touched, math.ceil(((length - 1) * step + 1) / size) + 1)
-            cut = True
+        touched = math.ceil(stop / size) - start // size
+        if (axis := axes.get(v.dims[number])) is not None and axis.num_blocks > 1:
+            first, last = (start + place * step for place in axis.all_bounds)
+            touched, cut = int(((last - step) // size - first // size).max()) + 1, True
         chunks *= touched
-        cut = cut or (start, stop, step) != (0, v.shape[axis], 1)
+        cut = cut or (start, stop, step) != (0, v.shape[number], 1)
     return chunks, cut
+
+
+def most_chunks(rows: int, interval: int, offset: int, size: int) -> int:
+    """Return the most chunks that a run of rows touches, if it begins `offset` rows after a multiple of an interval.
+
+    >>> most_chunks(32, 32, 0, 32), most_chunks(33, 32, -1, 32), most_chunks(10, 5, 0, 7)
+    (1, 2, 3)
+    """
+    together = math.gcd(interval, size)
+    latest = size - together + offset % together  # counted from the first row of a chunk
+    return (latest + rows - 1) // size + 1
 
 
 def format_bytes(count: float) -> str:

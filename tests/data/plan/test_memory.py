@@ -9,11 +9,14 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dtrain.data.load.loader import Loader
 from dtrain.data.plan import memory
 from dtrain.data.plan.footprint import (
     index_bytes,
+    most_chunks,
     sample_bytes,
     scratch_bytes,
     slot_bytes,
@@ -116,7 +119,7 @@ def test_windows_widen_units_and_samples():
     assert slot_shape(samples, of.plan, samples.variable("v0")) == (10 + 5, 25)
     assert slot_bytes(samples, of.plan) == 1_500
     assert scratch_bytes(samples, of.plan) == 2 * 1_000
-    assert scratch_bytes(read_by("zarrs", samples), of.plan) == 2 * (2 + 1) * 1_000
+    assert scratch_bytes(read_by("zarrs", samples), of.plan) == 2 * (3 + 1) * 1_000  # from row 7 on
 
 
 def test_chunks_of_other_dimensions_count_as_far_as_they_are_selected():
@@ -126,20 +129,28 @@ def test_chunks_of_other_dimensions_count_as_far_as_they_are_selected():
     samples = replace(samples, variables=(v0,))
     of = reading(samples)
     assert slot_bytes(samples, of.plan) == 10 * 6 * 4  # places 7, 9, 11, 13, 15 and 17
-    assert scratch_bytes(read_by("zarr", samples), of.plan) == 4 * 2 * 4 * (10 * 4 * 4)  # chunks 1 to 4
+    assert scratch_bytes(read_by("zarr", samples), of.plan) == 4 * (4 + 1) * (10 * 4 * 4)  # chunks 1 to 4
     sharded = replace(samples, variables=(replace(v0, objects=(10, 28)),))
-    assert scratch_bytes(sharded, of.plan) == (1 + 2 * 2 * 4) * (10 * 4 * 4)  # read with as much as is between them
+    assert scratch_bytes(sharded, of.plan) == (1 + 2 * 4) * (10 * 4 * 4)  # read with as much as is between them
+
+
+@given(rows=st.integers(1, 30), interval=st.integers(1, 12), offset=st.integers(-9, 9), size=st.integers(1, 12))
+def test_the_most_chunks_that_a_run_of_rows_touches(rows, interval, offset, size):
+    starts = [number * interval + offset for number in range(10, 10 + size)]
+    assert most_chunks(rows, interval, offset, size) == max(
+        (start + rows - 1) // size - start // size + 1 for start in starts
+    )
 
 
 def test_large_inner_chunks_and_small_units_need_a_chunk_each():
     samples = make_samples(1000, 10, row=(25,), chunk_rows=10, split=WHOLE)
     of = reading(samples, unit_rows=3, cell_rows=3)
     assert slot_bytes(samples, of.plan) == 300
-    assert scratch_bytes(read_by("zarr", samples), of.plan) == 4 * 2 * 1_000
+    assert scratch_bytes(read_by("zarr", samples), of.plan) == 4 * (2 + 1) * 1_000
 
 
 @pytest.mark.parametrize(
-    ("reader", "chunks"), [("auto", 1 + 5), ("numcodecs", 1 + 5), ("zarrs", 2 * 5), ("zarr", 2 * 5 + 2 * 5)]
+    ("reader", "chunks"), [("auto", 1 + 4), ("numcodecs", 1 + 4), ("zarrs", 2 * 5), ("zarr", 2 * 5 + 2 * 5)]
 )
 def test_of_a_shard_what_is_stored_is_read_at_once(reader, chunks):
     samples = read_by(reader, sharded(1000, 10, 40))
@@ -162,7 +173,7 @@ def test_zarr_decodes_ten_chunks_at_once():
 def test_shards_of_many_small_chunks_may_be_read_by_zarrs():
     samples = sharded(1000, 1, 500)
     of = reading(samples, unit_rows=500, cell_rows=500)
-    assert scratch_bytes(samples, of.plan) == 2 * 501 * 100
+    assert scratch_bytes(samples, of.plan) == (500 + 1) * 100
 
 
 def test_indices_are_kept_up_to_a_limit():
