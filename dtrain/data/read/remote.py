@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Callable
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -132,7 +134,11 @@ def _open(store_class: type[RemoteStore], path: str, storage_options: StorageOpt
     try:
         is_missing = (*ALLOWED_EXCEPTIONS, KeyError) if protocol == "zip" else ALLOWED_EXCEPTIONS  # as of older fsspec
         options = {**options, **storage_options}
-        store = FsspecStore.from_url(path, options, read_only=True, allowed_exceptions=is_missing)
+        store = (
+            _opening_thread(os.getpid())
+            .submit(FsspecStore.from_url, path, options, read_only=True, allowed_exceptions=is_missing)
+            .result()
+        )
         if hasattr(store.fs, "retries"):
             store.fs.retries = 1
     except ImportError as error:
@@ -150,6 +156,15 @@ def _open(store_class: type[RemoteStore], path: str, storage_options: StorageOpt
             else "Look at data.path and data.storage_options.",
         ) from None
     return store_class(store, path, masked)
+
+
+@cache
+def _opening_thread(process: int) -> ThreadPoolExecutor:
+    """Return the thread of a process that opens all URLs.
+
+    fsspec has a file system, with a client and its connections, for each thread that asks for one.
+    """
+    return ThreadPoolExecutor(1, f"dtrain-open-{process}")
 
 
 def locate_url(path: str, base: Path) -> str:

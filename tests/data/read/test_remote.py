@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from dtrain.data.plan.units import Box
 from dtrain.data.read import retry
 from dtrain.data.read.open import open_store
 from dtrain.data.read.presence import check_presence
+from dtrain.data.read.remote import open_url
 from dtrain.data.read.units import UnitReader
 from dtrain.errors import (
     ChunkMissing,
@@ -731,3 +733,10 @@ def test_what_is_printed_of_samples_holds_no_credentials(s3, bucket, local):
     samples = open_xy(f"s3://{bucket}/a.zarr", storage_options=s3.options)
     shown = f"{samples!r} {samples._repr_html_()} {open_store(samples.path, s3.options)!r}"
     assert not any(secret in shown for secret in SECRETS)
+
+
+def test_threads_share_a_file_system():
+    here = open_url("http://127.0.0.1:1/a", {})._store.fs
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(open_url, "http://127.0.0.1:1/b", {}).result()._store.fs is here
+    assert open_url("http://127.0.0.1:1/c", {"block_size": 0})._store.fs is not here
