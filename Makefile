@@ -31,10 +31,11 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Tests that start no cluster share two processes, a file at a time, so that a module's servers start once.
+# Two processes, a file at a time, so that a module's servers and a process's cluster start once. Tests that start
+# clusters run after the others, for which they would leave no time.
 test: lint
 	$(BIN)/python -m pytest -m "not alone and not slow" -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m "alone and not slow"
+	$(BIN)/python -m pytest -m "alone and not slow" -n 2 --dist loadfile
 
 test-all: lint
 	$(BIN)/python -m pytest -m "not alone and not slow" -n 2 --dist loadfile
