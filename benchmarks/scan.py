@@ -10,9 +10,10 @@ Two stores of the same rows, 256 float32 and one int64 each (stores.py): chunks 
 for each pass. Each repetition of each engine is a process of its own; repetitions are interleaved, and their order
 rotates. A process makes one pass to warm up (workers are started, files in the page cache, pools warm), then up to
 three that are timed, from asking for the first batch; their median counts. The loop that takes the batches copies the
-label and the first feature of each row, in every engine, and afterwards it is checked that in every pass every row came
-exactly once and with its own label. Before the repetitions the settings of each engine are swept, one after the other,
-on a smaller store of the same layout.
+label and the first feature of each row, in every engine. dtrain's passes are one endless stream, as an epoch loop has
+it: what it reads ahead for the next pass counts in the pass before. Afterwards it is checked that in every pass every
+row came exactly once and with its own label. Before the repetitions the settings of each engine are swept, one after
+the other, on a smaller store of the same layout.
 
 The limit: (core-seconds to decode every chunk once + core-seconds to gather its rows into batches) / cores, both user +
 system time of a process that does nothing else. Decoding is done by zarr's own codecs or by zarrs, whichever needs

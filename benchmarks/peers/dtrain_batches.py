@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from peers.engine import BATCH, Batches, Engine, Facts, Passes, Settings
 
 
@@ -16,9 +18,10 @@ def ours(facts: Facts, settings: Settings) -> Passes:
 
     samples = dtrain.open_samples(facts["path"], inputs=["x"], targets=["y"], split={"val": 0.0, "test": 0.0})
     chosen = {"reader": settings["reader"], "memory": settings["memory"], "cache": "0"}
+    stream = dtrain.batches(samples, batch_size=BATCH, epochs=None, **chosen)
 
     def batches(number: int) -> Batches:
-        for (x,), y in dtrain.batches(samples, batch_size=BATCH, epochs=1, seed=number, **chosen):
+        for (x,), y in islice(stream, facts["rows"] // BATCH):
             yield x, y
 
     return batches

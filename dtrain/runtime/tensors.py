@@ -21,10 +21,10 @@ from dtrain.runtime.usercode import user_code
 def as_tensors(batches: Iterator[Batch], split: str) -> Iterator[TensorBatch]:
     """Yield batches of numpy arrays as tensors on the same memory."""
     for batch in batches:
-        targets = tuple(torch.from_numpy(array) for array in batch.targets)
+        targets = tuple(map(torch.from_numpy, batch.targets))
         weights = tuple(torch.from_numpy(w).expand_as(t) for w, t in zip(batch.weights, targets, strict=False))
         yield TensorBatch(
-            inputs=tuple(torch.from_numpy(array) for array in batch.inputs),
+            inputs=tuple(map(torch.from_numpy, batch.inputs)),
             targets=_as_one(targets),
             size=batch.size,
             split=split,

@@ -185,6 +185,7 @@ class BatchGatherer:
         self._alignments = alignments(samples)
         self._repeated = [None if g.is_cut else values for g, values in zip(gatherers, decoded, strict=True)]
         """By field: the values of all samples; None if the field has memory."""
+        self._all_filled = all(values is None for values in self._repeated)
         pairs = zip(gatherers, decoded, self._repeated, strict=True)
         self._filled = [(gatherer, static) for gatherer, static, values in pairs if values is None]
         """The fields that have memory, with their values if they are patches of a static variable."""
@@ -203,13 +204,16 @@ class BatchGatherer:
 
     def batch(self, fields: tuple[Array, ...], size: int) -> Batch:
         """Return a batch made of the fields that have memory, and of those that are repeated."""
+        arrays = fields if self._all_filled else self._with_repeated(fields, size)
+        inputs, targets = arrays[: self._num_inputs], arrays[self._num_inputs : self._num_unweighted]
+        return Batch(inputs, targets, tuple([alignment.apply(arrays[-1]) for alignment in self._alignments]))
+
+    def _with_repeated(self, fields: tuple[Array, ...], size: int) -> tuple[Array, ...]:
         filled = iter(fields)
         # a copy for each batch: values that a model writes into it must not reach the next batch
-        arrays = tuple(
+        return tuple(
             next(filled) if values is None else repeated(aligned_copy(values), size) for values in self._repeated
         )
-        inputs, targets = arrays[: self._num_inputs], arrays[self._num_inputs : self._num_unweighted]
-        return Batch(inputs, targets, tuple(alignment.apply(arrays[-1]) for alignment in self._alignments))
 
 
 def _gatherer(

@@ -76,8 +76,7 @@ class Loader:
         allocate: Allocate = np.empty,
         total: int | None = None,
     ) -> None:
-        self.cursor = cursor
-        """Where the next batch begins."""
+        self._start, self._taken = cursor, 0
         self.pass_size = partition.num_samples
         """Samples of a pass."""
         self._bundle: Bundle | None = None
@@ -107,6 +106,12 @@ class Loader:
         )
         self._threads.start()
 
+    @property
+    def cursor(self) -> Cursor:
+        """Where the next batch begins."""
+        passes, position = divmod(self._start.position + self._taken, self.pass_size)
+        return Cursor(self._start.epoch + passes, position)
+
     def take(self) -> Batch:
         """Return the next batch, waiting for it if need be.
 
@@ -122,7 +127,7 @@ class Loader:
         bundle, index = self._bundle, self._next
         size = bundle.layout.sizes[index]
         self._next += 1
-        self.cursor = _moved(self.cursor, size, self.pass_size)
+        self._taken += size
         return self._gatherer.batch(bundle.fields(index), size)
 
     def _advance(self) -> None:
@@ -190,11 +195,6 @@ def _usual_bundle(size: int, total: int | None, samples: Samples) -> tuple[int, 
     """Return the sizes of a bundle of batches of one size that is not one of the first ones, if there are so many."""
     count = BUNDLE_BATCHES if total is None else min(BUNDLE_BATCHES, math.ceil(total / max(1, size)) or 1)
     return next(bundles_of([size] * count, samples))
-
-
-def _moved(cursor: Cursor, size: int, pass_size: int) -> Cursor:
-    passes, position = divmod(cursor.position + size, pass_size)
-    return Cursor(cursor.epoch + passes, position)
 
 
 def read_batches(
