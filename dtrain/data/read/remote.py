@@ -162,9 +162,9 @@ def _open(store_class: type[RemoteStore], path: str, storage_options: StorageOpt
 def _opening_thread(process: int) -> ThreadPoolExecutor:
     """Return the thread of a process that opens all URLs.
 
-    fsspec has a file system, with a client and its connections, for each thread that asks for one.
+    fsspec has a file system, with connections of its own, for each thread that asks for one.
     """
-    return ThreadPoolExecutor(1, f"dtrain-open-{process}")
+    return ThreadPoolExecutor(1, f"open-urls-{process}")
 
 
 def locate_url(path: str, base: Path) -> str:
