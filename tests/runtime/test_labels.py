@@ -169,6 +169,19 @@ def test_a_loss_of_the_users_sees_the_ignored_class_only_if_it_is_allowed(
     assert set(seen()) == {("int64", 0)}
 
 
+def test_a_missing_label_is_left_out_where_the_loss_of_the_user_would_see_it(
+    store: Callable[..., Path], start: Callable[..., dtrain.Run], seen: Callable[[], list[tuple[str, int]]]
+) -> None:
+    marked = store("marked", np.where(MISSING, -1, CLASSES).astype("int16"), _FillValue=-1)
+    run = start(marked, "own", loss="tests.runtime.test_labels:own_loss", data={"non_finite": "skip"})
+    assert sum(count for _, count in seen()) == 0
+    events = (run.directory / "events.jsonl").read_text().splitlines()
+    (left_out,) = (event for event in map(json.loads, events) if event["event"] == "SamplesLeftOut")
+    assert (left_out["samples"], left_out["by_variable"]) == (int(MISSING.sum()), {"y": int(MISSING.sum())})
+    kept = start(marked, "known", loss="cross_entropy", data={"non_finite": "skip"})
+    assert not any("SamplesLeftOut" in line for line in (kept.directory / "events.jsonl").read_text().splitlines())
+
+
 def test_a_run_of_before_goes_on_with_nan(
     store: Callable[..., Path], start: Callable[..., dtrain.Run], seen: Callable[[], list[tuple[str, int]]]
 ) -> None:

@@ -61,7 +61,7 @@ def pass_over(
     """Look for values that are not finite in the samples of some parts, as the model would see them.
 
     A sample is kept from ``DataConfig.min_valid`` on: the share of finite values among all values of its inputs and
-    targets. Integers, also missing labels among them, are finite.
+    targets. A missing label that the loss leaves out counts as finite.
 
     Parameters
     ----------

@@ -38,7 +38,7 @@ class Values:
         ------
         NonFiniteData
         """
-        place = self._first(variable, select, _bad_values(variable, values))
+        place = self._first(variable, select, not_finite(variable, values))
         if place is None:
             return
         text, value = self._faults.stored(variable, place)
@@ -119,7 +119,9 @@ class Values:
 
 
 def not_finite(variable: Variable, values: Array) -> Array | None:
-    """Return where the model would see a value that is not finite; None if nowhere. Missing labels are integers.
+    """Return where values are missing, or not finite as the model sees them; None if nowhere.
+
+    A missing label that the loss leaves out counts as finite.
 
     Parameters
     ----------
@@ -127,12 +129,6 @@ def not_finite(variable: Variable, values: Array) -> Array | None:
     values : array[rows, *row]
         As they are kept in memory.
     """
-    is_label = variable.encoding is not None and variable.encoding.ignored is not None
-    return None if is_label else _bad_values(variable, values)
-
-
-def _bad_values(variable: Variable, values: Array) -> Array | None:
-    """Return where values are missing or not finite; None if nowhere."""
     has_marks = variable.encoding is not None and bool(variable.encoding.missing) and not variable.encoding.passes
     bad = None
     with np.errstate(all="ignore"):
