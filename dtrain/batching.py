@@ -27,8 +27,9 @@ from dtrain.data.plan.multiplicity import multiplicity_text
 from dtrain.data.plan.partition import Partition, cell_anchors, counted, plan_data, train_partitions
 from dtrain.data.plan.splits import SplitName
 from dtrain.data.plan.units import DataPlan
+from dtrain.data.read.boxes import BoxReader
 from dtrain.data.read.inventory import rows_absent, take_inventory
-from dtrain.data.read.joined import BoxReader, open_reader, values_counted
+from dtrain.data.read.joined import open_reader, values_counted
 from dtrain.data.samples import Samples, not_samples
 from dtrain.errors import InvalidConfig, TooFewSamples, did_you_mean
 from dtrain.runtime.tensors import as_tensors, transformed

@@ -32,7 +32,8 @@ from dtrain.data.load.loader import Loader
 from dtrain.data.plan.memory import LoaderBudget
 from dtrain.data.plan.partition import Partition, cell_anchors, eval_partitions
 from dtrain.data.plan.splits import SplitName
-from dtrain.data.read.joined import BoxReader, open_reader
+from dtrain.data.read.boxes import BoxReader
+from dtrain.data.read.joined import open_reader
 from dtrain.runtime.codebytes import live_functions, unpickle_functions
 from dtrain.runtime.module import build_module, modules_on_device
 from dtrain.runtime.spec import PlannedSource, RunSpec

@@ -15,7 +15,7 @@ from dtrain.data.plan.labels import Labels
 from dtrain.data.plan.multiplicity import anchor_numbers, multiplicities, tiles_of_block
 from dtrain.data.plan.parts import Partition
 from dtrain.data.plan.units import Box, DataPlan, box_slices
-from dtrain.data.read.joined import BoxReader
+from dtrain.data.read.boxes import BoxReader
 from dtrain.data.read.values import not_finite
 from dtrain.data.samples import Field, Samples
 from dtrain.data.tiles import Tile

@@ -28,7 +28,7 @@ from dtrain.data.load.schedule import Schedule
 from dtrain.data.load.threads import LoaderThreads
 from dtrain.data.plan.memory import BUNDLE_BATCHES, Limits, bundles_of
 from dtrain.data.plan.partition import Partition
-from dtrain.data.read.joined import BoxReader
+from dtrain.data.read.boxes import BoxReader
 from dtrain.data.samples import Samples
 from dtrain.types import Cursor
 

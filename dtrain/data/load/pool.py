@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 from weakref import WeakKeyDictionary
 
 from dtrain.data.load.messages import Read
-from dtrain.data.read.joined import BoxReader
+from dtrain.data.read.boxes import BoxReader
 
 WIDER_REMOTE = 4
 """Loaders of a store whose requests take long may together have so many times the threads of one loader."""

@@ -12,7 +12,7 @@ from dtrain.data.encoding import Array, Scaling, holds_integers
 from dtrain.data.load.moments import Moments, moments_of, sparse_moments
 from dtrain.data.plan.partition import Partition
 from dtrain.data.plan.units import Box, cell_bounds
-from dtrain.data.read.joined import BoxReader
+from dtrain.data.read.boxes import BoxReader
 from dtrain.data.read.values import not_finite
 from dtrain.data.sparse import SparseRows
 from dtrain.data.variable import Variable

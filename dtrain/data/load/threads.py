@@ -35,8 +35,8 @@ from dtrain.data.load.pool import Lane
 from dtrain.data.load.schedule import Schedule
 from dtrain.data.plan.footprint import slot_arrays
 from dtrain.data.plan.partition import Partition
+from dtrain.data.read.boxes import BoxReader
 from dtrain.data.read.clock import fetches_counted
-from dtrain.data.read.joined import BoxReader
 
 
 class LoaderThreads:

@@ -20,6 +20,7 @@ A kind of store is one file, a reader of chunks another one, and all sentences a
     values      values that are not finite, no weights, or too large: by name
     kept        what outlives a reader: preloaded rows, row starts, versions of files
     sparse      rows of sparse matrices
+    boxes       `BoxReader`: what every reader of units does
     units       `UnitReader`: chooses readers, reads units, checks values
     joined      `JoinedReader`: the same for several stores that are one
     inventory   what is stored, of one store or of several

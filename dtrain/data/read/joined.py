@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 
@@ -16,6 +14,7 @@ from dtrain.data.encoding import Array, unpack
 from dtrain.data.members import KEPT_STORES, codes_in, differ
 from dtrain.data.plan.partition import with_values
 from dtrain.data.plan.units import Box, DataPlan, rows_selection
+from dtrain.data.read.boxes import BoxReader
 from dtrain.data.read.kept import Kept
 from dtrain.data.read.sparse import sparse_rows
 from dtrain.data.read.units import UnitReader
@@ -23,40 +22,6 @@ from dtrain.data.samples import Samples
 from dtrain.data.sparse import SparseRows, Starts, starts_of
 from dtrain.data.variable import Variable
 from dtrain.errors import UnsuitableVariable
-
-
-class BoxReader(Protocol):
-    """Reads the boxes of some samples. Several threads may share one."""
-
-    @property
-    def samples(self) -> Samples:
-        """What is read."""
-        ...
-
-    @property
-    def statics(self) -> dict[str, Array]:
-        """The variables without the sample dimension, read once."""
-        ...
-
-    def read(self, box: Box) -> dict[str, tuple[int, Array]]:
-        """Return, by variable, the number of the first row, and the rows that the anchors of a box need."""
-        ...
-
-    def read_into(self, box: Box, out: Mapping[str, Array]) -> int:
-        """Fill the first rows of each variable with the rows that the anchors of a box need; return decoded bytes."""
-        ...
-
-    def read_rows(self, variable: Variable, box: Box) -> Array:
-        """Return the rows of one variable that a box covers, without a halo, as they are kept in memory."""
-        ...
-
-    def read_sparse(self, variable: Variable, start: int, stop: int) -> SparseRows:
-        """Return some rows of a sparse variable, without a halo."""
-        ...
-
-    def count_values(self, variable: Variable, plan: DataPlan) -> Starts:
-        """Return, by unit of a plan, the values of a sparse variable, with the halo."""
-        ...
 
 
 def open_reader(
@@ -82,7 +47,7 @@ def values_counted(samples: Samples, plan: DataPlan) -> DataPlan:
     return with_values(samples, plan, tuple(int(reader.count_values(v, plan).max(initial=0)) for v in samples.sparse))
 
 
-class JoinedReader:
+class JoinedReader(BoxReader):
     """Reads units of several stores that are one.
 
     Rows between two stores are not filled: they are no samples. What outlives an open store (preloaded rows, versions
@@ -152,20 +117,8 @@ class JoinedReader:
                     )
         return statics
 
-    def read(self, box: Box) -> dict[str, tuple[int, Array]]:
-        """Return, by variable, the number of the first row, and the rows that the anchors of a box need."""
-        units = {}
-        for variable in self.samples.moving:
-            low, high = self.samples.reach(variable.name)
-            rows = Box(box.start + low, box.stop + high, box.block)
-            units[variable.name] = (rows.start, self.read_rows(variable, rows))
-        return units
-
     def read_into(self, box: Box, out: Mapping[str, Array]) -> int:
-        """Fill, by variable, the first rows of ``out[name]`` with the rows that the anchors of a box need.
-
-        As `UnitReader.read_into`.
-        """
+        """Fill, by variable, the first rows of ``out[name]`` with the rows that the anchors of a box need."""
         decoded = 0
         for number, start, stop in self._anchors(box):
             for variable in self.samples.moving:
@@ -177,15 +130,11 @@ class JoinedReader:
                 decoded += self._fill_sparse(variable, box, sparse_rows(variable.sparse, out))
         return decoded
 
-    def read_rows(self, variable: Variable, box: Box) -> Array:
-        """Return the rows of one variable that a box covers, without a halo; those between two stores are zeros."""
-        row = [len(range(*part)) for part in (rows_selection(variable, box)[axis] for axis in variable.row_axes)]
-        if variable.sparse is not None:
-            return self.read_sparse(variable, box.start, box.stop).dense(math.prod(row)).reshape(-1, *row)
-        rows = np.zeros((box.stop - box.start, *row), variable.kept_dtype)
-        for number, start, stop in self._anchors(box):
-            self._fill(variable, number, (start, stop), box, 0, rows)
-        return rows
+    def fill(self, variable: Variable, box: Box, out: Array) -> int:
+        """Fill the first rows of `out` with the rows of a dense variable that a box covers, without a halo."""
+        return sum(
+            self._fill(variable, number, (start, stop), box, 0, out) for number, start, stop in self._anchors(box)
+        )
 
     def read_sparse(self, variable: Variable, start: int, stop: int) -> SparseRows:
         """Return some rows of a sparse variable, without a halo; those between two stores have no values."""

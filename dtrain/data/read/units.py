@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -11,6 +10,7 @@ import numpy as np
 from dtrain.data.encoding import Array
 from dtrain.data.plan.readers import choose_readers
 from dtrain.data.plan.units import Box, DataPlan, box_slices, rows_selection
+from dtrain.data.read.boxes import BoxReader
 from dtrain.data.read.faults import Faults, rows_text
 from dtrain.data.read.files import FilesReader
 from dtrain.data.read.kept import Kept
@@ -25,7 +25,7 @@ from dtrain.data.variable import Select, Variable
 from dtrain.errors import InvalidConfig, OutOfMemory
 
 
-class UnitReader:
+class UnitReader(BoxReader):
     """Reads units of all variables of some samples, and checks them. Several threads may share it.
 
     Parameters
@@ -94,35 +94,8 @@ class UnitReader:
         }
         return {name: readers[chosen] for name, (chosen, _) in self.readers.items()}
 
-    def read(self, box: Box) -> dict[str, tuple[int, Array]]:
-        """Return, by variable, the number of the first row, and the rows that the anchors of a box need.
-
-        Raises
-        ------
-        ChunkMissing, ChunkUndecodable, NonFiniteData, DataChanged
-            Names the array and the chunk.
-        StoreForbidden, StoreUnavailable
-            The server refuses or fails.
-        """
-        units = {}
-        for variable in self.samples.moving:
-            low, high = self.samples.reach(variable.name)
-            rows = Box(box.start + low, box.stop + high, box.block)
-            units[variable.name] = (rows.start, self.read_rows(variable, rows))
-        return units
-
     def read_into(self, box: Box, out: Mapping[str, Array]) -> int:
-        """Fill, by variable, the first rows of ``out[name]`` with the rows that the anchors of a box need.
-
-        Returns the number of decoded bytes, without those of preloaded variables.
-
-        Parameters
-        ----------
-        box : Box
-        out : dict of array[rows, *row]
-            C-contiguous, of the variable's `kept_dtype`; the first row becomes ``box.start + reach(name)[0]``. A box
-            whose block is smaller fills the first places of each row. A sparse variable has its three arrays, by name.
-        """
+        """Fill, by variable, the first rows of ``out[name]`` with the rows that the anchors of a box need."""
         decoded = 0
         for variable in self.samples.moving:
             low, high = self.samples.reach(variable.name)
@@ -134,17 +107,7 @@ class UnitReader:
         return decoded
 
     def fill(self, variable: Variable, box: Box, out: Array) -> int:
-        """Fill the first rows of `out` with the rows of a dense variable that a box covers, without a halo.
-
-        Returns the number of decoded bytes; none if the variable is preloaded.
-
-        Parameters
-        ----------
-        variable : Variable
-        box : Box
-        out : array[rows, *row]
-            As of `read_into`.
-        """
+        """Fill the first rows of `out` with the rows of a dense variable that a box covers, without a halo."""
         select, decoded = rows_selection(variable, box), 0
         shape = (box.stop - box.start, *(len(range(*select[axis])) for axis in variable.row_axes))
         place = out[: box.stop - box.start]
@@ -169,18 +132,6 @@ class UnitReader:
                 self._fill(variable, variable.selection(samples.first_row, samples.num_samples), rows)
                 self.kept.rows[variable.name] = rows
             return self.kept.rows[variable.name]
-
-    def read_rows(self, variable: Variable, box: Box) -> Array:
-        """Return the rows of one variable that a box covers, without a halo, as they are kept in memory.
-
-        Rows of a sparse variable have all their columns.
-        """
-        row = [len(range(*part)) for part in (rows_selection(variable, box)[axis] for axis in variable.row_axes)]
-        if variable.sparse is not None:
-            return self.read_sparse(variable, box.start, box.stop).dense(math.prod(row)).reshape(-1, *row)
-        rows = np.empty((box.stop - box.start, *row), variable.kept_dtype)
-        self.fill(variable, box, rows)
-        return rows
 
     def read_sparse(self, variable: Variable, start: int, stop: int) -> SparseRows:
         """Return some rows of a sparse variable, without a halo."""
