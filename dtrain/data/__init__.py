@@ -8,6 +8,7 @@ Nothing in this folder knows torch or Dask.
     members.py     several stores as one: one axis of rows, and what must be alike in all
     joined.py      describes several stores as one
     samples.py     `Samples`: which variables make a sample, how many there are, how they are stored
+    sampletext.py  samples as a person reads them
     encoding.py    stored values -> what the model sees: CF packing, missing values, normalisation
     selection.py   the sample dimension, isel and patches, checked against the dimensions
     paths.py       a configured path -> the store, once there is a group

@@ -16,12 +16,13 @@ from dtrain.config.functions import Function
 from dtrain.config.names import IGNORED_CLASS
 from dtrain.config.schema import DataConfig
 from dtrain.config.slices import Offsets, Slice
-from dtrain.data.encoding import DType, Encoding, Scaling
+from dtrain.data.encoding import DType, Scaling
 from dtrain.data.members import with_values
+from dtrain.data.sampletext import described
 from dtrain.data.tiles import ONE_TILE, Tiles
-from dtrain.data.variable import MISSING_CATEGORY, Categories, Variable
-from dtrain.display import html_table, shown
-from dtrain.errors import InvalidConfig, shortened
+from dtrain.data.variable import MISSING_CATEGORY, Variable
+from dtrain.display import html_table
+from dtrain.errors import InvalidConfig
 
 MissingLabels: TypeAlias = Literal["ignored", "refused", "nan"]
 """A missing label is the ignored class; the same, but a fault unless ``data.non_finite`` is "allow"; or NaN."""
@@ -31,10 +32,6 @@ WHOLE_OBJECT_BYTES = 8 << 20
 """Shards up to this size are read whole; larger shards are split into several units."""
 LISTED_TILES = 1 << 16
 """The fingerprint lists the tiles of a row one by one up to this number, as the first version did."""
-MOST_CLASSES, MOST_LETTERS = 6, 40
-"""Categories whose names are printed, and letters of each."""
-MOST_STORES = 3
-"""Stores that are printed, of the first and of the last ones."""
 SMALL_SHARE = 16
 SMALL_BYTES = 64 << 20
 """A variable is small if it has at most 1 / `SMALL_SHARE` of all bytes, and at most `SMALL_BYTES`."""
@@ -315,33 +312,7 @@ class Samples:
 
     def rows(self) -> list[tuple[str, str]]:
         """Return label and text of each line of the printed table."""
-        lines = [("rows", f"{self.num_rows:,} along {self.sample_dim}")]
-        lines += [("chosen", str(chosen)) for chosen in self.chosen]
-        weights = (self.config.weight,) if self.config.weight else ()
-        for role, names in (("input", self.config.inputs), ("target", self.config.targets), ("weight", weights)):
-            for name in names:
-                v = self.variable(name)
-                shape = tuple(
-                    self.num_rows if self.members and dim == self.sample_dim else n
-                    for dim, n in zip(v.dims, v.shape, strict=True)
-                )
-                lines.append((f"{role} {name}", f"{v.dtype}[{', '.join(v.dims)}] {shape}, {_chunks(v)}"))
-                if v.categories is not None:
-                    lines.append((f"classes {name}", _classes(v.categories)))
-                if v.encoding is not None and v.encoding.ignored == IGNORED_CLASS:
-                    lines.append((f"labels {name}", _ignored(v.encoding)))
-        if self.has_windows or self.config.stride > 1:
-            low, high = self.reach()
-            lines.append(("windows", f"rows {low:+d} to {high:+d} around every multiple of {self.config.stride}"))
-        lines += [("normalize", f"{v.name}: {_means(v)}") for v in self.variables if v.is_standardised]
-        if len(self.tiles) > 1:
-            size = " x ".join(f"{cut.dim} {cut.size}" for cut in self.tiles.cuts)
-            lines.append(("patches", f"{len(self.tiles):,} a row, of {size}"))
-        return [
-            *lines,
-            ("stores", _stores(self.members)) if self.members else ("store", shown(self.path)),
-            *self.store.notes,
-        ]
+        return described(self)
 
     def __repr__(self) -> str:
         return "<dtrain.Samples>\n" + "\n".join(f"  {label:<16} {text}" for label, text in self.rows())
@@ -375,46 +346,6 @@ def _standardised(v: Variable, scaling: Scaling | None) -> Variable:
         return replace(v, mean_axes=scaling.axes)
     was_cast = v.is_standardised and v.encoding is not None and v.encoding.is_cast
     return replace(v, mean_axes=None, encoding=None if was_cast else v.encoding)
-
-
-def _chunks(v: Variable) -> str:
-    """Return how a variable is stored."""
-    if v.sparse is not None:
-        share = v.sparse.count / max(1, v.sparse.rows * v.shape[1 - v.sample_axis])
-        return f"sparse, {v.sparse.count:,} values ({share:.1%}), {_chunks(v.sparse.data)}"
-    stored = "x".join(map(str, v.chunks))
-    if v.has_inner_chunks:
-        stored += " in shards of " + "x".join(map(str, v.objects))
-    return f"chunks {stored}"
-
-
-def _ignored(encoding: Encoding) -> str:
-    """Return what becomes of missing labels."""
-    marks = ", ".join(f"{mark:g}" if isinstance(mark, float) else str(mark) for mark in encoding.missing)
-    why = "losses and metrics leave it out" if encoding.passes else 'refused unless data.non_finite = "allow"'
-    return f"{marks} marks a missing label: it is class {encoding.ignored}, {why}"
-
-
-def _stores(members: Sequence[Samples]) -> str:
-    """Return the number of stores that are one, and the rows of the first and last of them."""
-    texts = [f"{shown(one.path)} {one.num_samples - one.first_row:,}" for one in members]
-    if len(texts) > 2 * MOST_STORES:
-        texts[MOST_STORES:-MOST_STORES] = ["..."]
-    return f"{len(members):,}, one after the other, with their rows: {', '.join(texts)}"
-
-
-def _classes(categories: Categories) -> str:
-    """Return how many categories there are, and the first of them."""
-    shown_names = [shortened(name, MOST_LETTERS) for name in categories.names[:MOST_CLASSES]]
-    more = categories.count - len(shown_names)
-    return f"{categories.count:,}: {', '.join(shown_names)}" + (f" and {more:,} more" if more else "")
-
-
-def _means(v: Variable) -> str:
-    """Return how many means a variable is standardised by."""
-    if not v.mean_axes:
-        return "one mean of all values"
-    return f"one mean for each of the {v.num_means:,} places of {' x '.join(v.mean_dims)}"
 
 
 def _hashed_variable(v: Variable) -> dict[str, Any]:

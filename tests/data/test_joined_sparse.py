@@ -19,6 +19,7 @@ from dtrain.data.load.statistics import merge_moments, partition_moments, scalin
 from dtrain.data.plan.footprint import row_starts_together, scratch_bytes, slot_arrays, tables_bytes
 from dtrain.data.plan.partition import Partition, count_units, eval_partitions, plan_data, train_partitions
 from dtrain.data.plan.summary import describe_plan
+from dtrain.data.plan.units import DataPlan
 from dtrain.data.read import joined
 from dtrain.data.read.inventory import take_inventory
 from dtrain.data.read.joined import open_reader, values_counted
@@ -178,11 +179,8 @@ def test_the_largest_unit_is_counted_over_stores_by_hand(tmp_path: Path) -> None
         assert slot_arrays(samples, plan, x)["X/data"] == ((most,), np.dtype("float32"))
 
 
-def test_where_rows_begin_is_read_once_and_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joined, "KEPT_STORES", 1)
-    paths, _ = write_stores(tmp_path, sizes=(50, 60, 70), chunks={"data": 16, "indices": 16, "indptr": 200})
-    samples = opened(paths, ["X"])
-    plan = planned(samples, unit_rows=20, cell_rows=20)
+def files_read(samples: Samples, plan: DataPlan, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """By store and key: how many times a pass reads from it."""
     seen: Counter[str] = Counter()
     read_file = ReadStore.read_file
 
@@ -193,6 +191,15 @@ def test_where_rows_begin_is_read_once_and_counted_once(tmp_path: Path, monkeypa
     monkeypatch.setattr(ReadStore, "read_file", count)
     (part,) = train_partitions(plan)
     read(samples, part)
+    return seen
+
+
+def test_where_rows_begin_is_read_once_and_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joined, "KEPT_STORES", 1)
+    paths, _ = write_stores(tmp_path, sizes=(50, 60, 70), chunks={"data": 16, "indices": 16, "indptr": 200})
+    samples = opened(paths, ["X"])
+    plan = planned(samples, unit_rows=20, cell_rows=20)
+    seen = files_read(samples, plan, monkeypatch)
     starts = {key: number for key, number in seen.items() if "X/indptr/c/" in key}
     assert (len(starts), set(starts.values())) == (3, {1})
     smaller = opened(paths[:2], ["X"])
@@ -212,16 +219,7 @@ def test_small_stores_are_read_together(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(samples.members) == 40
     plan = planned(samples)
     assert plan.num_units <= count_units(samples) <= 11
-    seen: Counter[str] = Counter()
-    read_file = ReadStore.read_file
-
-    def count(store: ReadStore, key: str, *args: Any) -> Any:
-        seen[f"{store.path} {key}"] += 1
-        return read_file(store, key, *args)
-
-    monkeypatch.setattr(ReadStore, "read_file", count)
-    (part,) = train_partitions(plan)
-    read(samples, part)
+    seen = files_read(samples, plan, monkeypatch)
     counts = [number for key, number in seen.items() if "X/data/c/" in key]
     assert len(counts) == 40
     assert sum(counts) <= 1.3 * 40

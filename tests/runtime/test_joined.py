@@ -15,13 +15,13 @@ import zarr
 from distributed import Client
 
 import dtrain
-from dtrain.config.schema import TrainConfig
 from dtrain.errors import DataChanged, InvalidConfig
-from dtrain.job import Job, job_from_config
+from dtrain.job import Job
 from dtrain.planning import plan_job
 from dtrain.planrecord import plan_record
 from dtrain.plantext import plan_rows
 from dtrain.trainer import train_job
+from tests.runtime.test_store_kinds import job_of
 from tests.training import shas
 
 CUTS = (0, 240, 480, 611)
@@ -50,21 +50,6 @@ def packed(store: Path) -> Path:
             if file.is_file():
                 archive.write(file, file.relative_to(store).as_posix())
     return path
-
-
-def job_of(path: Any, base: Path, rounds: int = 3, **tables: Any) -> Job:
-    data = {"path": path, "inputs": ["x"], "targets": ["y"], **tables.pop("data", {})}
-    config = TrainConfig(
-        **{
-            "model": "tests.runtime.models:small",
-            "data": data,
-            "train": {"loss": "cross_entropy", "rounds": rounds, "batch_size": 16},
-            "average": {"replicas": 2},
-            "cluster": {"scheduler": "serial"},
-            **tables,
-        }
-    )
-    return job_from_config(config, base)
 
 
 NORMALISED = {"normalize": ["x"]}

@@ -80,8 +80,13 @@ def copy_into(path: Path, blobs: Path, factor: float = 1.0, **branch: Any) -> st
     return snapshot
 
 
-def job_of(path: Path, base: Path, rounds: int = 3, **tables: Any) -> Job:
-    data = {"path": str(path), "inputs": ["x"], "targets": ["y"], **tables.pop("data", {})}
+def job_of(path: Any, base: Path, rounds: int = 3, **tables: Any) -> Job:
+    data = {
+        "path": str(path) if isinstance(path, Path) else path,
+        "inputs": ["x"],
+        "targets": ["y"],
+        **tables.pop("data", {}),
+    }
     config = TrainConfig(
         **{
             "model": "tests.runtime.models:small",
