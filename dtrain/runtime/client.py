@@ -21,7 +21,7 @@ from distributed.comm.core import CommClosedError
 from dtrain.config.functions import Function
 from dtrain.errors import ClusterLost, DtrainError, one_line
 from dtrain.runtime.runner import SegmentLost
-from dtrain.runtime.workers import Pauses, check_running
+from dtrain.runtime.workers import Pauses, check_running, request_of_worker
 
 POLL_SECONDS = 0.5
 WORKERS_SECONDS = 1.0
@@ -204,16 +204,21 @@ class TaskClient:
     # Workers ------------------------------------------------------------------------------------------------
 
     def workers(self) -> list[str]:
-        """Return the addresses of the live workers, as of a second ago; wait a while for the first."""
+        """Return the addresses of the live workers, as of a second ago; ask for the first, and wait a while for it."""
         deadline = time.monotonic() + NO_WORKERS_SECONDS
-        while True:
-            self._check_alive(deadline)
-            if self._known and time.monotonic() - self._known_at < WORKERS_SECONDS:
-                return self._known
-            if addresses := self.live():
-                self._known, self._known_at = addresses, time.monotonic()
-                return addresses
-            time.sleep(0.2)
+        with request_of_worker(self.dask) as ask:
+            while True:
+                self._check_alive(deadline)
+                if self._known and time.monotonic() - self._known_at < WORKERS_SECONDS:
+                    return self._known
+                if addresses := self.live():
+                    self._known, self._known_at = addresses, time.monotonic()
+                    return addresses
+                try:
+                    ask()
+                except ClosedClientError as error:
+                    raise self.lost(error) from error
+                time.sleep(0.2)
 
     def live(self) -> list[str]:
         """Return the addresses of the workers that the scheduler knows now."""

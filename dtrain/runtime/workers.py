@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,19 +69,32 @@ def first_workers(client: Client, timeout: float) -> tuple[WorkerState, ...]:
     OutOfMemory
         There are workers, and all of them are paused.
     """
-    started, asked, states = time.monotonic(), list[Future](), worker_states(client)
-    try:
+    started, states = time.monotonic(), worker_states(client)
+    with request_of_worker(client) as ask:
         while not any(worker.running for worker in states):
-            if not states and not asked:
-                asked.append(client.submit(_nothing, key=f"dtrain-ready-{uuid.uuid4().hex[:8]}", pure=False))
+            if not states:
+                ask()
             waited = time.monotonic() - started
             if waited > timeout and (waited > REQUESTED_TIMEOUT or not _has_requested(client)):
                 raise _no_worker(client, states, waited)
             time.sleep(POLL_SECONDS)
             states = worker_states(client)
-    finally:
-        client.cancel(asked)
     return states
+
+
+@contextmanager
+def request_of_worker(client: Client) -> Iterator[Callable[[], None]]:
+    """Give a function that asks for a worker, once, by a task: an adaptive cluster has none where nothing is to do."""
+    asked: list[Future] = []
+
+    def ask() -> None:
+        if not asked:
+            asked.append(client.submit(_nothing, key=f"dtrain-ready-{uuid.uuid4().hex[:8]}", pure=False))
+
+    try:
+        yield ask
+    finally:
+        asked.clear()  # a task that nobody refers to is given up
 
 
 def _nothing() -> None:

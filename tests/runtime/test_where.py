@@ -142,6 +142,14 @@ def test_an_adaptive_cluster_without_workers_grows(train: Callable[..., dtrain.R
         assert train(started, average={"replicas": 3}).plan.replicas == 3
 
 
+def test_an_adaptive_cluster_that_has_shrunk_to_nothing_grows_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may do so between the start of a run and its first task."""
+    monkeypatch.setattr("dtrain.runtime.client.NO_WORKERS_SECONDS", 20.0)
+    with in_threads(0) as started, Client(started) as client:
+        started.adapt(minimum=0, maximum=2, interval="100ms")
+        assert len(task_client.TaskClient(client, "x").workers()) in (1, 2)
+
+
 def test_tasks_that_wait_for_a_worker_are_given_to_the_next_one(
     train: Callable[..., dtrain.Run], own: LocalCluster
 ) -> None:
