@@ -16,8 +16,11 @@ from hypothesis import strategies as st
 import dtrain
 from dtrain.data.given import find_given
 from dtrain.data.load.loader import read_batches
+from dtrain.data.plan.footprint import chunks_of_box
+from dtrain.data.plan.grid import chunks_of
 from dtrain.data.plan.partition import Partition, cell_anchors, plan_data, train_partitions
 from dtrain.data.plan.summary import describe_plan
+from dtrain.data.plan.units import Box, DataPlan, rows_selection
 from dtrain.data.read import joined
 from dtrain.data.read.joined import JoinedReader, open_reader
 from dtrain.data.samples import Samples
@@ -68,6 +71,19 @@ def read(samples: Samples, partition: Partition) -> tuple[np.ndarray, np.ndarray
     return inputs, targets
 
 
+def chunks_by_hand(samples: Samples, plan: DataPlan, number: int) -> int:
+    """The most chunks of the first variable that a unit touches in a store."""
+    store, begin = samples.stores[number], samples.begins[number]
+    v, (low, high), most = store.moving[0], samples.reach(store.moving[0].name), 0
+    for unit in range(plan.num_units):
+        box = plan.unit_box(unit)
+        start = max(box.start + low - begin, store.first_row)
+        stop = min(box.stop + high - begin, store.num_samples)
+        if start < stop:
+            most = max(most, len(list(chunks_of(v.chunks, rows_selection(v, Box(start, stop, box.block))))))
+    return most
+
+
 # The same samples -------------------------------------------------------------------------------------------
 
 
@@ -99,6 +115,10 @@ def test_each_sample_of_each_store_stands_once_with_its_values(
             plan = plan_data(samples, replicas=replicas, seed=3)
         except TooFewSamples:
             assume(False)
+        for number, store in enumerate(samples.stores):
+            wanted_chunks = chunks_by_hand(samples, plan, number)
+            counted, _ = chunks_of_box(samples, store, plan, store.moving[0])
+            assert wanted_chunks <= counted <= 2 * max(1, wanted_chunks)
         parts = [*train_partitions(plan), *(cell_anchors(plan, name) for name in ("val", "test"))]
         seen: list[tuple[int, int]] = []
         window = list(range(1, 4)) if isinstance(offsets, dict) else [offsets] if isinstance(offsets, int) else offsets

@@ -228,7 +228,8 @@ def chunks_of_box(samples: Samples, store: Samples, plan: DataPlan, v: Variable)
     """Return how many chunks of a store a unit touches at most, and True if it covers another dimension in part."""
     axes = {axis.dim: axis for axis in plan.blocks}
     begins = math.gcd(plan.unit_rows, *samples.begins)  # units begin at multiples of it, but for the halo
-    chunks, cut = most_chunks(slot_shape(samples, plan, v)[0], begins, samples.reach(v.name)[0], v.chunk_rows), False
+    rows = most_chunks(slot_shape(samples, plan, v)[0], begins, samples.reach(v.name)[0], v.chunk_rows)
+    chunks, cut = min(rows, math.ceil(v.shape[v.sample_axis] / v.chunk_rows)), False
     for number, (size, (start, stop, step)) in enumerate(zip(v.chunks, v.select, strict=True)):
         if number == v.sample_axis:
             continue
