@@ -24,7 +24,7 @@ from dtrain.errors import ClusterUnreachable, ClusterUnsuitable, DtrainError, In
 from dtrain.runtime import forkserver, versions
 from dtrain.runtime.dashboard import dashboard_link
 from dtrain.runtime.where import check_local_start, no_such_place, scheduler_text, with_protocol
-from dtrain.runtime.workers import first_workers, most_workers
+from dtrain.runtime.workers import ask_workers, first_workers, most_workers
 
 cloudpickle.register_pickle_by_value(versions)  # so that workers without dtrain answer too
 
@@ -178,7 +178,7 @@ def _connection(client: Client, *, started: bool) -> Connection:
     try:
         states = first_workers(client, WORKERS_TIMEOUT)
         if not started:
-            check_versions(client.run(versions.versions))
+            check_versions(ask_workers(client, versions.versions))
     except (OSError, TimeoutError, RuntimeError, AttributeError, asyncio.CancelledError) as error:
         if isinstance(error, DtrainError):
             raise

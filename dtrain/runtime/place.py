@@ -19,6 +19,7 @@ from dtrain.runtime.connect import Connection, check_cluster, open_cluster
 from dtrain.runtime.runner import Runner
 from dtrain.runtime.serial import SerialRunner
 from dtrain.runtime.spec import RunSpec, Source
+from dtrain.runtime.workers import ask_workers
 
 Value = TypeVar("Value")
 Device: TypeAlias = Literal["cpu", "cuda"]
@@ -114,7 +115,7 @@ class ClusterPlace:
     @property
     def device(self) -> Device:
         """``cuda`` if every worker has it, else ``cpu``."""
-        return "cuda" if all(self.connection.client.run(torch.cuda.is_available).values()) else "cpu"
+        return "cuda" if all(ask_workers(self.connection.client, torch.cuda.is_available).values()) else "cpu"
 
     @contextmanager
     def runner(self, spec: RunSpec) -> Iterator[Runner[Any]]:

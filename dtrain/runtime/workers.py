@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from dask.utils import format_bytes
 from distributed import Client, Future
@@ -18,6 +18,7 @@ from dtrain.errors import ClusterUnreachable, OutOfMemory, listed
 REQUESTED_TIMEOUT = 600.0
 """Seconds to wait for it while the cluster says that it is starting workers."""
 POLL_SECONDS = 0.2
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,34 @@ def first_workers(client: Client, timeout: float) -> tuple[WorkerState, ...]:
             time.sleep(POLL_SECONDS)
             states = worker_states(client)
     return states
+
+
+def ask_workers(client: Client, function: Callable[[], Value], timeout: float = 60.0) -> dict[str, Value]:
+    """Call a function in every worker, and return the answers by address: at least one.
+
+    Workers may leave meanwhile, as those of an adaptive cluster do while nothing is to do: then others are waited for.
+
+    Raises
+    ------
+    ClusterUnreachable
+        There is no worker, or each one leaves before it answers.
+    OutOfMemory
+        All workers are paused.
+    """
+    started = time.monotonic()
+    while True:
+        first_workers(client, timeout)
+        answers = client.run(function, on_error="return")
+        found = {address: answer for address, answer in answers.items() if not isinstance(answer, OSError)}
+        if faults := [answer for answer in found.values() if isinstance(answer, Exception)]:
+            raise faults[0]
+        if found:
+            return found
+        if time.monotonic() - started > timeout:
+            raise ClusterUnreachable(
+                f"The workers of the scheduler at {client.scheduler.address} leave before they answer.",
+                "Keep one: cluster.adapt(minimum=1, ...), or see why they end.",
+            )
 
 
 @contextmanager
