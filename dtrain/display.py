@@ -37,6 +37,19 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
+def clock(seconds: float) -> str:
+    """Return seconds as a clock shows them.
+
+    >>> clock(4.4), clock(62), clock(3723), clock(200000)
+    ('0:04', '1:02', '1:02:03', '2 d 7:33')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24} d {hours % 24}:{minutes:02}"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def columns_of(stream: TextIO) -> int | None:
     """Return the columns of the terminal that a stream goes to, or what COLUMNS says; None without a terminal."""
     wanted = os.environ.get("COLUMNS", "")
@@ -93,12 +106,73 @@ def shown(path: Path | str) -> str:
     return os.path.relpath(absolute, here) if absolute.is_relative_to(here) else str(absolute)
 
 
-def html_table(caption: str, rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> str:
-    """Return an HTML table; the first cell of each row is its heading. All text is escaped."""
-    head = f"<tr>{_cells('th', header)}</tr>" if header else ""
-    body = "".join(f"<tr>{_cells('th', row[:1])}{_cells('td', row[1:])}</tr>" for row in rows)
-    return f"<table><caption>{escape(caption)}</caption>{head}{body}</table>"
+# HTML -----------------------------------------------------------------------------------------------------
+# Notebooks show it with their own colours: text inherits its colour, so that it fits light and dark themes, and the
+# rest takes the variables of JupyterLab and VS Code. Style is inline: JupyterLab removes scripts and style elements.
 
 
-def _cells(tag: str, texts: Sequence[str]) -> str:
-    return "".join(f"<{tag} style='text-align:left'>{escape(text)}</{tag}>" for text in texts)
+def html_card(title: str, parts: Iterable[str], aside: str = "") -> str:
+    """Return what stands in a notebook for an object of dtrain: a title and, below it, parts that are HTML.
+
+    Parameters
+    ----------
+    title : str
+        Text; it is escaped.
+    parts : iterable of str
+        HTML; empty ones are left out.
+    aside : str
+        HTML beside the title.
+    """
+    head = f"<div style='{HEAD}'><b>{escape(title)}</b>{f'<span>{aside}</span>' if aside else ''}</div>"
+    return f"<div style='{CARD}'>{head}{''.join(f'<div>{part}</div>' for part in parts if part)}</div>"
+
+
+def html_beside(parts: Iterable[str]) -> str:
+    """Return HTML with parts beside each other, or below where they do not fit; empty ones are left out."""
+    inner = "".join(f"<div>{part}</div>" for part in parts if part)
+    return (
+        f"<div style='display:flex;flex-wrap:wrap;gap:4px 24px;align-items:flex-start'>{inner}</div>" if inner else ""
+    )
+
+
+def html_table(
+    caption: str, rows: Iterable[Sequence[str]], header: Sequence[str] = (), *, numbers: bool = False
+) -> str:
+    """Return an HTML table; the first cell of each row is its heading. All text is escaped.
+
+    Parameters
+    ----------
+    caption : str
+        Empty: none.
+    rows : iterable of sequence of str
+    header : sequence of str
+    numbers : bool
+        Whether the cells are numbers: they are aligned to the right.
+    """
+    side = "right;font-variant-numeric:tabular-nums" if numbers else "left"
+    head = f"<tr>{_cells('th', header, side)}</tr>" if header else ""
+    body = "".join(f"<tr>{_cells('th', row[:1], side)}{_cells('td', row[1:], side)}</tr>" for row in rows)
+    named = f"<caption style='text-align:left;white-space:nowrap'>{escape(caption)}</caption>" if caption else ""
+    return f"<table style='{TABLE}'>{named}{head}{body}</table>"
+
+
+def _cells(tag: str, texts: Sequence[str], side: str) -> str:
+    weight = ";font-weight:500" if tag == "th" else ""
+    style = f"text-align:{side};padding:1px 10px 1px 0;border:0;background:none{weight}"
+    return "".join(f"<{tag} style='{style}'>{escape(text)}</{tag}>" for text in texts)
+
+
+CARD = (
+    "font-family:var(--jp-ui-font-family, var(--vscode-font-family, system-ui, sans-serif));font-size:13px;"
+    "line-height:1.45;border-left:3px solid var(--jp-brand-color1, var(--vscode-charts-blue, #1e88e5));"
+    "padding:2px 0 2px 10px;margin:4px 0"
+)
+TABLE = "border-collapse:collapse;margin:2px 0;font-size:inherit;color:inherit"
+HEAD = "display:flex;flex-wrap:wrap;gap:0 16px"
+COLOURS = (
+    "var(--jp-brand-color1, var(--vscode-charts-blue, #1e88e5))",
+    "var(--jp-warn-color1, var(--vscode-charts-orange, #ef6c00))",
+    "var(--jp-success-color1, var(--vscode-charts-green, #43a047))",
+)
+"""Of curves and bars: they can be told apart on light and on dark ground."""
+FAULT = "color:var(--jp-error-color1, var(--vscode-errorForeground, #e53935))"

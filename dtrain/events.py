@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
 
 from dtrain.stages import Limit
 from dtrain.types import RoundResult
@@ -38,6 +38,12 @@ class RunStarted:
     """Address of Dask's dashboard; empty without one."""
     eval_every: int = 1
     """Rounds between evaluations."""
+    metric: str = "val_loss"
+    """``stop.metric``: by which the best round is marked."""
+    higher: bool = False
+    """Whether larger values of it are better."""
+    rows: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    """The rounds that are already committed, as lines of history.jsonl."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +107,8 @@ class StepsTaken:
     """Finished samples of the task."""
     seconds: float
     """Since the task began."""
+    worker: str = ""
+    """Address of the worker that runs the task; empty without a cluster."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

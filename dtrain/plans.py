@@ -11,7 +11,7 @@ from dtrain.calls import python_job
 from dtrain.config.schema import TrainConfig
 from dtrain.config.values import parse_bandwidth
 from dtrain.data.samples import Samples
-from dtrain.display import html_table, text_table
+from dtrain.display import html_card, html_table, text_table
 from dtrain.events import Reporter
 from dtrain.job import Model, Table
 from dtrain.planning import RunPlan, plan_job
@@ -42,8 +42,8 @@ class Plan(RunPlan):
 
     def _repr_html_(self) -> str:
         cells = cadence_cells(self)
-        table = html_table("local_steps", cells, HEADER[: len(cells[0]) - 1]) if cells else ""
-        return html_table("dtrain.Plan", self.rows) + table
+        table = html_table("", cells, HEADER[: len(cells[0]) - 1], numbers=True) if cells else ""
+        return html_card("dtrain.Plan", [html_table("", self.rows), table])
 
 
 def plan(

@@ -32,13 +32,13 @@ from dtrain.data.read.joined import values_counted
 from dtrain.data.samples import Samples, not_samples
 from dtrain.data.source import describe
 from dtrain.directory import read_config_of, read_resolved
-from dtrain.display import html_table
 from dtrain.errors import InvalidConfig, TooFewSamples, did_you_mean
 from dtrain.job import Job, as_trained, held_out_source, open_sources, source_of, with_scheduler
 from dtrain.prepare import open_runner
 from dtrain.project import RunCode, load_code
 from dtrain.report.history import Row, best_round, read_rows
 from dtrain.report.journal import HISTORY
+from dtrain.report.page import run_html
 from dtrain.resolve import own_stores
 from dtrain.resolved import Resolved
 from dtrain.runtime.module import build_module
@@ -309,12 +309,8 @@ class Run:
 
     def _repr_html_(self) -> str:
         rows = self.rows
-        if not rows:
-            return html_table(repr(self), [])
-        evaluated = [row for row in rows[:-1] if "val_loss" in row] or rows[:-1]
-        names = [name for name in ("round", "train_loss", "val_loss") if any(name in row for row in rows)]
-        cells = ([_cell(row.get(name, "")) for name in names] for row in [*evaluated, rows[-1]][-10:])
-        return html_table(repr(self), cells, names)
+        best = best_round(rows, self.config.stop.metric, higher_is_better(self.config))
+        return run_html(repr(self), rows, self.config.train.rounds, best)
 
 
 EVALUATED = ("model", "train.loss", METRICS, "data.transform")
@@ -349,7 +345,3 @@ def _check_split(split: str) -> None:
             f"split = {json.dumps(split, default=repr)}: allowed are {', '.join(allowed)}"
             f"{did_you_mean(str(split), allowed)}"
         )
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -13,7 +13,7 @@ from typing import Literal
 
 from distributed import Client
 
-from dtrain.algorithm.stop import end_reason
+from dtrain.algorithm.stop import end_reason, higher_is_better
 from dtrain.calls import contradiction, is_given, python_job
 from dtrain.checkpoint import commit_round, committed_rounds, newest_state, prune, sweep
 from dtrain.config.schema import RunConfig, TrainConfig
@@ -193,6 +193,9 @@ def _started(run: Run, state: TrainState, runner: Runner[Held]) -> RunStarted:
         workers=runner.num_workers,
         dashboard=runner.dashboard,
         eval_every=runner.spec.eval_every,
+        metric=run.config.stop.metric,
+        higher=higher_is_better(run.config),
+        rows=tuple(run.rows),
     )
 
 

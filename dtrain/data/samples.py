@@ -21,7 +21,7 @@ from dtrain.data.members import with_values
 from dtrain.data.sampletext import described
 from dtrain.data.tiles import ONE_TILE, Tiles
 from dtrain.data.variable import MISSING_CATEGORY, Variable
-from dtrain.display import html_table
+from dtrain.display import html_card, html_table
 from dtrain.errors import InvalidConfig
 
 MissingLabels: TypeAlias = Literal["ignored", "refused", "nan"]
@@ -318,7 +318,7 @@ class Samples:
         return "<dtrain.Samples>\n" + "\n".join(f"  {label:<16} {text}" for label, text in self.rows())
 
     def _repr_html_(self) -> str:
-        return html_table("dtrain.Samples", self.rows())
+        return html_card("dtrain.Samples", [html_table("", self.rows())])
 
 
 def not_samples(value: object) -> InvalidConfig:

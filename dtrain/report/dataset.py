@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
+from dtrain.display import html_beside
+from dtrain.report.curve import Series, curve_svg, curves_of
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -20,6 +23,20 @@ class History(xr.Dataset):  # type: ignore[no-untyped-call]
     def to_pandas(self) -> pd.DataFrame:
         """Return the values of each round, a row a round; ``history.replica_loss.to_pandas()`` has the replicas'."""
         return self.drop_dims("replica", errors="ignore").to_dataframe()
+
+    def _repr_html_(self) -> str:
+        return html_beside([curve_svg(_curves(self))]) + super()._repr_html_()
+
+
+def _curves(history: xr.Dataset) -> dict[str, Series]:
+    """Return the curves of the losses that a history still has over ``round``."""
+    names = [name for name in ("train_loss", "val_loss") if name in history and history[name].dims == ("round",)]
+    rounds = history["round"].values.tolist() if names else []
+    rows = [{"round": number} for number in rounds]
+    for name in names:
+        for row, value in zip(rows, history[name].values.tolist(), strict=True):
+            row[name] = value
+    return curves_of(rows)
 
 
 def dataset_of(rows: Sequence[Mapping[str, Any]]) -> History:

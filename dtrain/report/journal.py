@@ -6,12 +6,14 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 from dtrain.events import ClusterOpening, Event, RoundFinished, RunFinished, RunStarted, StepsTaken
 from dtrain.files import append_line, write_text
-from dtrain.report.history import read_rows, row_of
+from dtrain.report.history import Row, read_rows, row_of
 
 HISTORY, EVENTS = "history.jsonl", "events.jsonl"
+KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
 
 
 def journal(run: Path, event: Event) -> None:
@@ -27,6 +29,21 @@ def journal(run: Path, event: Event) -> None:
     elif not isinstance(event, ClusterOpening | RunStarted | RunFinished | StepsTaken):
         row = {"event": type(event).__name__, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **asdict(event)}
         append_line(run / EVENTS, json.dumps(row))
+
+
+def read_events(run: Path) -> list[Event]:
+    """Return the events of events.jsonl; those of a later version, which are unknown, are left out."""
+    return [event for row in read_rows(run / EVENTS) if (event := _event_of(row)) is not None]
+
+
+def _event_of(row: Row) -> Event | None:
+    kind = KINDS.get(str(row.get("event")))
+    given = {name: value for name, value in row.items() if name not in ("event", "time")}
+    try:
+        event: Event | None = kind(**given) if kind is not None else None
+    except TypeError:  # of a later version
+        return None
+    return event
 
 
 def cut_history(run: Path, last: int) -> None:

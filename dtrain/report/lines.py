@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from dtrain.display import duration, joined, number, shown
+from dtrain.display import clock, duration, joined, number, shown
 from dtrain.errors import listed, shortened
 from dtrain.events import (
     COUNTING,
@@ -19,6 +20,7 @@ from dtrain.events import (
     SegmentReplayed,
     StepsTaken,
 )
+from dtrain.report.pace import seconds_left, speed
 from dtrain.types import RoundResult
 
 
@@ -78,9 +80,25 @@ def _replicas(events: Sequence[StepsTaken]) -> str:
     return f"{len(events)} replicas at {done[0]:.0%} to {done[-1]:.0%}"
 
 
-def speed_of(recent: Collection[RoundResult]) -> float:
-    """Return samples a second over the last rounds; single rounds end in bursts, as they are submitted ahead."""
-    return sum(result.samples for result in recent) / max(sum(result.seconds for result in recent), 1e-9)
+def waiting_line(steps: Sequence[StepsTaken], finished: int, seconds: float) -> str:
+    """Return what is waited for, after so many seconds without a step."""
+    behind = [e for e in steps if e.step < e.steps]
+    if behind:
+        names = [f"{e.replica} ({e.step} of {e.steps}{f' on {e.worker}' if e.worker else ''})" for e in behind]
+        what = f"replica{'s' if len(behind) > 1 else ''} {listed(names, 3)}"
+    elif steps:
+        what = f"the average and the evaluation of round {steps[-1].round}"
+    else:
+        what = f"the first step of round {finished + 1}: workers open data and build the model, or evaluate"
+    return f"no step for {clock(seconds)}; waiting for {what}"
+
+
+def pace_line(rows: Sequence[Mapping[str, Any]], rounds: int, fraction: float = 0.0) -> str:
+    """Return the speed of a run and the time that is left, as far as they are known."""
+    left = seconds_left(rows, rounds, fraction)
+    if left is None:
+        return ""
+    return f"{speed(rows):,.0f} samples/s, {clock(left)} left"
 
 
 def fault_line(event: ChunksFilled | SamplesLeftOut | SegmentReplayed | ReplicaRejected | RoundDamaged) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
@@ -75,7 +75,8 @@ def topic(run_id: str) -> str:
 def _progress(run_id: str, event: StepsTaken) -> None:
     if is_over(run_id):
         raise RunOver(run_id)  # no further step
-    get_worker().log_event(topic(run_id), {"steps": asdict(event)})  # Dask adds a key
+    worker = get_worker()
+    worker.log_event(topic(run_id), {"steps": asdict(replace(event, worker=worker.address))})  # Dask adds a key
 
 
 # Parts of results -----------------------------------------------------------------------------------------

@@ -6,13 +6,15 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from tests.cli.helpers import blobs, history, kept, last, objects, tree
 
-LIVE = {"event", "run", "state", "round", "rounds", "committed", "best_round", "last", "evaluated", "holder"}
+PACE = {"samples_per_second", "seconds_left", "seconds_since_round", "retried", "rejected"}
+LIVE = {"event", "run", "state", "round", "rounds", "committed", "best_round", "last", "evaluated", "holder", *PACE}
 
 
 @pytest.fixture
@@ -32,6 +34,10 @@ def test_the_status_of_a_run_that_is_done(cli, run):
     assert outcome.code == 0
     assert outcome.err == ""
     (found,) = objects(outcome.out)
+    pace = {name: found.pop(name) for name in PACE}
+    assert pace.pop("samples_per_second") > 0
+    assert pace.pop("seconds_since_round") >= 0
+    assert pace == {"seconds_left": None, "retried": 0, "rejected": 0}
     assert found == {
         "event": "status",
         "run": "job/runs/job",
@@ -168,6 +174,33 @@ def test_watching_a_run_until_it_ends(cli, run):
     driver.join()
     states = [row["state"] for row in objects(outcome.out)]
     assert states == ["running", "done"]
+    assert all(row["samples_per_second"] > 0 for row in objects(outcome.out))
+    assert [row["seconds_left"] is None for row in objects(outcome.out)] == [False, True]
+
+
+def test_watching_prints_the_rounds_and_the_end(cli, run):
+    outcome = cli("status", run, "--watch")
+    lines = outcome.out.splitlines()
+    assert (outcome.code, outcome.err, lines[0]) == (0, "", "job/runs/job: done")
+    assert lines[1].split()[:3] == ["round", "train", "val"]
+    assert [line.split()[0] for line in lines[2:6]] == ["1", "2", "3", "4"]
+    assert sum("*" in line for line in lines[2:6]) >= 1
+    assert lines[6].split()[:2] == ["run", "job/runs/job:"]
+    assert "samples/s" in lines[-1]
+
+
+def test_ctrl_c_stops_watching_and_is_no_fault(cli, run, monkeypatch):
+    from dtrain.lock import locked
+    from dtrain.report import watch
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watch, "time", SimpleNamespace(sleep=interrupt))
+    with locked(run):
+        outcome = cli("status", run, "--watch")
+    assert outcome.code == 0
+    assert "Stopped" not in outcome.err
 
 
 # eval ----------------------------------------------------------------------------------------------------------

@@ -27,7 +27,10 @@ from dtrain.events import (
     StepsTaken,
 )
 from dtrain.report import notebook
-from dtrain.report.notebook import SHOWN_ROUNDS, RunPage, is_notebook
+from dtrain.report.history import row_of
+from dtrain.report.notebook import is_notebook
+from dtrain.report.page import RunPage
+from dtrain.report.view import SHOWN_ROUNDS
 from dtrain.stages import Limit
 from tests.report.helpers import result_of
 from tests.runtime import models
@@ -90,6 +93,7 @@ def test_a_run_has_one_output_that_is_updated(
     html = outputs[0][-1]._repr_html_()
     assert f"{run.rows[-1]['val_loss']:.4f}</td>" in html
     assert ">6 of 6</th>" in html
+    assert html.count("<polyline") == 2  # train and val
     assert "done (rounds): 6 rounds" in html
     assert capsys.readouterr().err == ""
     train(samples, run="run-1")  # complete
@@ -104,7 +108,8 @@ def test_updates_are_few(outputs: list[list[Any]]) -> None:
         clock[0] += 0.01
         reporter(RoundFinished(result_of(number)))
     assert len(sent) == pytest.approx(10 / notebook.UPDATE_SECONDS, abs=2)
-    assert reporter.page.results[-1].round == 1000
+    assert reporter.page.view.finished == 1000
+    assert all(len(curve.points) <= 241 for curve in reporter.page.view.curves.values())
 
 
 def test_what_fails_stays_shown(outputs: list[list[Any]]) -> None:
@@ -135,11 +140,11 @@ def test_elsewhere_there_are_lines(
 # What is shown ----------------------------------------------------------------------------------------------------
 
 
-def page_of(*events: Event) -> RunPage:
+def page_of(*events: Event, at: float = 0.0) -> RunPage:
     page = RunPage()
     for event in events:
-        page = page.after(event)
-    return page
+        page = page.after(event, 0.0)
+    return page.at(at)
 
 
 def test_the_title_says_what_a_run_starts_from() -> None:
@@ -161,6 +166,7 @@ def test_the_page_of_a_run() -> None:
     commit = RoundCommitted(round=3, bytes=9, seconds=0.1)
     html = page_of(opening, STARTED, *many, *faults, commit)._repr_html_()
     assert html.count("<tr>") == SHOWN_ROUNDS + 1
+    assert "30 of 30" in html
     assert "1.000e-07" in html
     assert "<a href='http://h:1/status'" in html
     assert "replica 1 is not finite" in html
@@ -176,13 +182,73 @@ def test_the_table_shows_evaluated_rounds_and_the_last_one() -> None:
         result_of(n, metrics={"val_loss": n / 8} if n % 3 == 0 else {}, samples=n, seconds=1.0) for n in range(1, 39)
     ]
     page = page_of(started, *map(RoundFinished, results))
-    header, rows = page._rows()
-    assert header == ["round", "train_loss", "val_loss"]
-    assert [row[0] for row in rows] == [f"{n} of 40" for n in (*range(12, 37, 3), 38)]
-    assert [row[2] for row in rows] == [f"{n / 8:.4f}" for n in range(12, 37, 3)] + [""]
+    assert [row["round"] for row in page.view.listed] == [*range(12, 37, 3), 38]
+    lines = repr(page).splitlines()[1:11]
+    assert [line.split("  ")[0] for line in lines] == [f"{n} of 40" for n in (*range(12, 37, 3), 38)]
+    assert [line.partition("val_loss ")[2] for line in lines] == [f"{n / 8:.4f}" for n in range(12, 37, 3)] + [""]
     assert "36 samples/s" in repr(page)  # of the last rounds: (33 + ... + 38) / 6 = 35.5
     first = page_of(started, RoundFinished(results[0]), RoundFinished(results[1]))
-    assert first._rows() == (["round", "train_loss"], [["2 of 40", "0.5000"]])
+    assert repr(first).splitlines()[1] == "2 of 40  train_loss 0.5000"
+
+
+def test_the_best_round_is_marked_by_the_metric_of_the_run() -> None:
+    values = {1: 0.5, 2: 0.9, 3: 0.7}
+    results = [RoundFinished(result_of(n, metrics={"val_loss": 1.0, "val_accuracy": v})) for n, v in values.items()]
+    started = replace(STARTED, metric="val_accuracy", higher=True)
+    assert page_of(started, *results).view.table.best_round == 2
+    assert page_of(replace(started, higher=False), *results).view.table.best_round == 1
+    html = page_of(started, *results)._repr_html_()
+    assert html.count(">best<") == 1
+    assert html.index(">0.9000<") < html.index(">best<") < html.index(">0.7000<")
+
+
+def test_a_continued_run_shows_the_rounds_before() -> None:
+    rows = tuple(row_of(result_of(n, train_loss=1 / n)) for n in range(1, 8))
+    page = page_of(replace(STARTED, round=7, rows=rows))
+    assert "continuing after round 7 of 30" in repr(page)
+    assert [x for x, _ in page.view.curves["train"].points] == list(range(1, 8))
+    assert "round 8 of 30" in page._repr_html_()
+
+
+def test_replicas_and_what_limits_are_shown_while_it_trains() -> None:
+    steps = [
+        StepsTaken(round=4, replica=k, step=5, steps=10, samples=50, seconds=0.5, worker=f"tcp://h:{k}")
+        for k in range(2)
+    ]
+    rounds = [RoundFinished(result_of(n, retried=0)) for n in (1, 2, 3)]
+    html = page_of(STARTED, *rounds, *steps)._repr_html_()
+    assert "replica 1" in html
+    assert "tcp://h:1" in html
+    assert "5 of 10 steps, 100 samples/s" in html
+    assert "limited by reduce" in html
+    many = [replace(steps[0], replica=k) for k in range(50)]
+    assert "50 replicas at 50% to 50%" in page_of(replace(STARTED, replicas=50), *many)._repr_html_()
+
+
+def test_a_run_without_a_step_for_long_says_what_it_waits_for() -> None:
+    step = StepsTaken(round=1, replica=0, step=5, steps=10, samples=50, seconds=0.5, worker="tcp://h:1")
+    assert page_of(STARTED, step, at=29.0).waiting == ""
+    text = "no step for 1:30; waiting for replica 0 (5 of 10 on tcp://h:1)"
+    assert page_of(STARTED, step, at=90.0).waiting == text
+    assert text in page_of(STARTED, step, at=90.0)._repr_html_()
+    assert text in repr(page_of(STARTED, step, at=90.0))
+    done = replace(step, step=10)
+    assert "the average and the evaluation of round 1" in page_of(STARTED, done, at=90.0).waiting
+    assert "the first step of round 1" in page_of(STARTED, at=90.0).waiting
+
+
+def test_nothing_is_sent_while_nothing_is_shown_and_a_stall_is() -> None:
+    clock = [0.0]
+    sent: list[RunPage] = []
+    reporter = notebook._Notebook(RunPage(), sent.append, lambda: clock[0])
+    reporter.tick()
+    assert sent == []
+    reporter(STARTED)
+    clock[0] = 100.0
+    reporter.tick()
+    assert "no step for 1:40" in repr(sent[-1])
+    reporter.tick()
+    assert len(sent) == 2  # not before TICK_SECONDS
 
 
 def test_text_is_never_taken_for_html() -> None:

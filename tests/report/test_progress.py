@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from dtrain.events import (
+    ClusterOpening,
     Event,
     ParametersLoaded,
     ReplicaRejected,
@@ -127,20 +130,95 @@ def test_between_evaluations_a_line_comes_now_and_then(
     assert [int(line.split()[1]) for line in lines] == [1, *range(4, 50, 3)]  # PLAIN_SECONDS = 20
 
 
-def test_the_live_line_keeps_the_value_of_the_last_evaluation() -> None:
-    notes: list[str] = []
-    live = SimpleNamespace(
-        disable=False,
-        add_task=lambda *arguments, **options: 0,
-        update=lambda task, **options: notes.append(options["note"]),
-        remove_task=lambda task: None,
-    )
-    console = SimpleNamespace(print=lambda *arguments, **options: None)
-    report = _Terminal(console, live, verbose=False)  # type: ignore[arg-type]
-    report(RunStarted(run="r", round=0, rounds=4, replicas=2, samples=9, workers=2, dashboard="", eval_every=2))
-    for number in (1, 2, 3):
-        report(finished(2) if number == 2 else RoundFinished(result_of(number, metrics={}, train_loss=number)))
-    assert notes == ["train 1.0000", "train 0.5000 val 0.2500", "train 3.0000 val 0.2500"]
+class Clock:
+    """A clock of the module that is tested."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("dtrain.report.progress.time", SimpleNamespace(monotonic=lambda: self.now))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> tuple[_Terminal, io.StringIO]:
+    """A reporter that believes in a terminal of so many columns."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=width, highlight=False, no_color=True)
+    return _Terminal(console, live=True, verbose=False), text
+
+
+def live_text(report: _Terminal) -> list[str]:
+    return [str(line) for line in report.live_lines().renderables]
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_a_terminal_shows_a_table_that_fits(width: int, monkeypatch: pytest.MonkeyPatch, started: RunStarted) -> None:
+    report, text = terminal(width, monkeypatch)
+    names = {"val_accuracy": 0.5, "val_mean_absolute_error": 2.5e-7, "val_auroc": 0.75}
+    report(replace(started, rounds=4, eval_every=2))
+    for n, loss in ((1, None), (2, 0.25), (3, None), (4, 0.5)):
+        metrics = {} if loss is None else {"val_loss": loss, **names}
+        report(RoundFinished(result_of(n, metrics=metrics, samples=10**6 * n, seconds=40.0, retried=int(n == 3))))
+    lines = [line.rstrip() for line in text.getvalue().splitlines()]
+    assert max(map(len, lines)) <= width
+    table = lines[lines.index("Ctrl-C stops; committed rounds are kept") + 1 :]
+    assert table[0].split() == ["round", "train", "samples/s", "time"]
+    assert table[1].split() == ["1", "0.5000", "25,000", "0:40"]
+    if width == 80:
+        assert table[2] == "also in history.jsonl: mean_absolute…"
+        del table[2]
+    head = ["round", "train", "val", "accuracy", *(["mean_absolute…"] if width > 80 else []), "auroc"]
+    assert table[2].split() == [*head, "samples/s", "time"]
+    assert table[3].split()[:3] == ["2", "0.5000", "0.2500*"]
+    assert table[4].endswith("2:00  1 retried")
+    assert "0.5000*" not in table[5]
+    ends = {line.index("samples/s") + 9 for line in (table[2],)} | {
+        line.index(",", 30) + 4 for line in table[3:]
+    }  # one under the other
+    assert len(ends) == 1
+
+
+def test_the_live_lines_show_progress_and_pace(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, started: RunStarted
+) -> None:
+    report, _ = terminal(80, monkeypatch)
+    assert live_text(report) == []
+    report(ClusterOpening(run="runs/a", scheduler="local"))
+    clock.now = 5.0
+    assert live_text(report) == ["runs/a: starting local workers  0:05"]
+    report(StepsTaken(round=0, replica=0, step=5, steps=10, samples=5, seconds=0.5))
+    assert live_text(report)[0].startswith("preparing  " + "━" * 24)
+    report(started)
+    assert live_text(report) == ["round 1 of 3  " + "━" * 24 + "  0:05"]
+    report(finished(1))
+    report(StepsTaken(round=2, replica=1, step=1, steps=2, samples=100, seconds=0.5))
+    assert live_text(report) == [
+        "round 2 of 3  " + "━" * 24 + "  200 samples/s, 0:01 left",
+        "round 2: replica 1 1/2, 200 samples/s",
+    ]
+    clock.now = 100.0
+    assert live_text(report)[1] == "no step for 1:35; waiting for replica 1 (1 of 2)"
+    report(RunFinished(reason="rounds", rounds=3, params_sha256="", val_loss=None, run="runs/a"))
+    assert live_text(report) == []
+
+
+def test_without_a_terminal_a_stall_is_told_of_and_again_after_twice_the_time(
+    clock: Clock, capsys: pytest.CaptureFixture[str], started: RunStarted
+) -> None:
+    report = _Terminal(Console(stderr=True), live=False, verbose=False)
+    report(started)
+    for clock.now in map(float, range(0, 200)):
+        report.tick()
+    clock.now = 200.0
+    report(StepsTaken(round=1, replica=0, step=1, steps=2, samples=1, seconds=0.5))
+    for clock.now in map(float, range(201, 900)):  # silences of 200 s are usual now
+        report.tick()
+    told = [line.split(";")[0] for line in capsys.readouterr().err.splitlines() if line.startswith("no step")]
+    assert told == ["no step for 0:31", "no step for 1:02", "no step for 2:04", "no step for 10:01"]
 
 
 def test_faults_are_always_printed_and_commits_on_request(capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,5 +289,5 @@ def test_the_usual_line_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     events = [RoundFinished(result_of(10, metrics=values, samples=n)) for n in (10, 10**6)]
     assert printed(capsys, *events) == [
         "round 10  train_loss 0.5000  val_loss 0.2500  val_accuracy 0.5000  8/s",
-        "round 10  train_loss 0.5000  val_loss 0.2500  val_accuracy 0.5000  405,004/s",
+        "round 10  train_loss 0.5000  val_loss 0.2500  val_accuracy 0.5000  404,994/s",
     ]
