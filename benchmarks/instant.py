@@ -102,7 +102,7 @@ def usage() -> Usage:
 
 
 def kind_of(key: object) -> str:
-    """Return what a task does by its name: "local" of dtrain-local-r00001-k3-0badcafe-a1."""
+    """Return what a task does by its name: "train" of dtrain-train-r00001-k3-0badcafe-a1."""
     return str(key).split("-")[1]
 
 
@@ -148,7 +148,7 @@ class InstantWorker(Worker):
         if fetched:
             self.batched_send({"op": "add-keys", "keys": list(fetched), "stimulus_id": more["stimulus_id"]})
         value = answer(kind, (self.data[needed] for needed in who_has))
-        seconds = self.local_seconds if kind == "local" else 0.0
+        seconds = self.local_seconds if kind == "train" else 0.0
         asyncio.get_running_loop().call_later(seconds, self.finish, key, value, run_id, more["stimulus_id"])
 
     def finish(self, key: str, value: object, run_id: int, stimulus_id: str) -> None:
@@ -190,7 +190,7 @@ class InstantWorker(Worker):
 
 def answer(kind: str, needed: Iterator[object]) -> object:
     """Return the value of a task; what the driver gathers is as it would be."""
-    if kind in ("local", "replica"):
+    if kind in ("train", "replica"):
         return TRAINED
     if kind == "summary":
         return SUMMARIES[0]

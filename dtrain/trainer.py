@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -39,8 +39,9 @@ from dtrain.initfile import init_path, read_init, with_init
 from dtrain.job import Job, Model, Table, absolute
 from dtrain.lock import locked
 from dtrain.prepare import open_runner
-from dtrain.report.history import limit_of_rows, read_rows
+from dtrain.report.history import Row, limit_of_rows, read_rows
 from dtrain.report.journal import HISTORY, cut_history, journal
+from dtrain.report.messages import messages_of
 from dtrain.report.notebook import is_notebook, notebook_progress
 from dtrain.resolve import filled
 from dtrain.resolved import Resolved
@@ -121,7 +122,8 @@ def _train(
         if state is None:
             state, resolved, loaded = _first_state(runner, resolved, init)
         write_run(opened.directory, job, resolved)
-        tell(_started(opened, state, runner))
+        tell, note = _both(tell, _page_of(runner)), _both(note, _page_of(runner))
+        tell(_started(str(opened.directory), opened.rows, state, runner))
         left_out = (SamplesLeftOut(**asdict(one)) for one in resolved.left_out)
         events: list[Event] = [*loaded, *_filled(runner), *left_out]
         for event in events:
@@ -183,19 +185,30 @@ def _keep(run: Run, result: RoundResult, fingerprint: str, note: Reporter) -> No
         note(RoundCommitted(round=result.round, bytes=written, seconds=time.monotonic() - started))
 
 
-def _started(run: Run, state: TrainState, runner: Runner[Held]) -> RunStarted:
+def _page_of(runner: Runner[Held]) -> Reporter:
+    """Return a reporter that shows a run on its page in Dask's dashboard, where there is one."""
+
+    def show(event: Event) -> None:
+        for message in messages_of(event):
+            runner.publish(message)
+
+    return show
+
+
+def _started(run: str, rows: Sequence[Row], state: TrainState, runner: Runner[Held]) -> RunStarted:
+    config = runner.spec.config
     return RunStarted(
-        run=str(run.directory),
+        run=run,
         round=state.round,
-        rounds=run.config.train.rounds,
+        rounds=config.train.rounds,
         replicas=runner.spec.plan.replicas,
         samples=sum(runner.spec.plan.sizes),
         workers=runner.num_workers,
-        dashboard=runner.dashboard,
+        dashboard=runner.open_dashboard(),
         eval_every=runner.spec.eval_every,
-        metric=run.config.stop.metric,
-        higher=higher_is_better(run.config),
-        rows=tuple(run.rows),
+        metric=config.stop.metric,
+        higher=higher_is_better(config),
+        rows=tuple(rows),
     )
 
 
@@ -350,7 +363,11 @@ def train_rounds(
     job = python_job(model, samples, config, model_args, cluster, train=train, average=average)
     with client_of(cluster) as client, open_runner(job, uuid.uuid4().hex[:8], client=client) as (runner, resolved):
         state, _, _ = _first_state(runner, resolved, init_path(job))
-        yield from rounds(runner, state, job.config, lambda event: None, look_ahead=runner.look_ahead)
+        show = _page_of(runner)
+        show(_started("", (), state, runner))
+        for result in rounds(runner, state, job.config, show, look_ahead=runner.look_ahead):
+            show(RoundFinished(result))
+            yield result
 
 
 def _run_table(config: TrainConfig, run_dir: str | Path | None) -> RunConfig:

@@ -54,8 +54,8 @@ RULES = {
     "server": Rule(
         r"servers?",
         ("dtrain/algorithm", "dtrain/runtime", "dtrain/report"),
-        allowed=r"fork\s+server",
-        reason="In data it holds a remote store; Python's fork server.",
+        allowed=r"fork\s+server|bokeh\.server",
+        reason="In data it holds a remote store; Python's fork server; a folder of Bokeh.",
     ),
     "delta": Rule(r"deltas?", allowed=r"min_delta|Huber loss with delta", reason="A key of [stop]; Huber's parameter."),
     "iteration": Rule(r"iterations?"),

@@ -8,6 +8,7 @@ view.py       events -> what is known of a run while it trains: a pure fold, sho
 page.py       a run as HTML and as text
 notebook.py   events -> one output of a notebook
 progress.py   events -> the terminal
+messages.py   events -> messages to the page in Dask's dashboard
 lines.py      events -> lines of text
 table.py      rounds -> a table that grows
 pace.py       rounds -> speed and time left

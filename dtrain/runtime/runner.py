@@ -6,9 +6,9 @@ looks inside; it may submit a round against handles whose values do not exist ye
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from dtrain.algorithm.evaluate import Sums
 from dtrain.data.load.finite import Seen
@@ -63,8 +63,14 @@ class Runner(Protocol[Held]):
     """Rounds to submit ahead; None: as many as the loop likes. 0 where `submit` itself trains the round."""
     on_progress: Callable[[StepsTaken], None]
     """Called with the progress of local tasks, while a method waits for values."""
-    dashboard: str
-    """Address of Dask's dashboard; empty without one."""
+
+    def open_dashboard(self) -> str:
+        """Add a page for a run to the place's dashboard, and return its address; empty without a dashboard."""
+        ...
+
+    def publish(self, message: Mapping[str, Any]) -> None:
+        """Show a message on that page (`dtrain.report.messages`), without waiting."""
+        ...
 
     def initialise(self, init: InitFile | None = None) -> Initial:
         """Build the model, take the tensors of a file into it, and try it on one batch."""

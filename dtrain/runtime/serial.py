@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dtrain.algorithm.batchnorm import with_statistics
 from dtrain.algorithm.ema import next_ema
@@ -52,12 +53,18 @@ class SerialRunner:
 
     num_workers = 2
     look_ahead: int | None = 0
-    dashboard = ""
 
     def __init__(self, spec: RunSpec) -> None:
         self.spec = spec
         self._resident = Resident(spec)
         self.on_progress: Callable[[StepsTaken], None] = lambda event: None
+
+    def open_dashboard(self) -> str:
+        """Return no address: there is no dashboard."""
+        return ""
+
+    def publish(self, message: Mapping[str, Any]) -> None:
+        """Do nothing: there is no dashboard."""
 
     def initialise(self, init: InitFile | None = None) -> Initial:
         """Build the model, take the tensors of a file into it, and try it on one batch."""

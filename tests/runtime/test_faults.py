@@ -62,10 +62,10 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     "task",
     [
-        "local-r00002",
-        pytest.param("local-r00001", marks=SLOW),
+        "train-r00002",
+        pytest.param("train-r00001", marks=SLOW),
         pytest.param("reduce-r00002", marks=SLOW),
-        pytest.param("evaluate", marks=SLOW),
+        pytest.param("eval", marks=SLOW),
     ],
 )
 def test_a_worker_killed_in_a_task(
@@ -118,13 +118,13 @@ def test_a_client_that_cannot_submit_is_a_lost_segment(
         return submit(self, *arguments, **options)
 
     def refusing_get(self: Client, graph: Any, keys: list[str], **options: Any) -> Any:
-        refuse(keys[0], "local-r00002")
+        refuse(keys[0], "train-r00002")
         return get(self, graph, keys, **options)
 
     monkeypatch.setattr(Client, "submit", refusing_submit)
     monkeypatch.setattr(Client, "get", refusing_get)
     run = start(samples, tmp_path, client, model_calm)
-    assert sorted(refused) == ["local-r00002", "reduce-r00002"]
+    assert sorted(refused) == ["train-r00002", "reduce-r00002"]
     assert [row["params_sha256"] for row in run.rows] == calm
 
 

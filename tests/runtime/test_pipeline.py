@@ -109,7 +109,7 @@ def test_large_results_are_taken_apart_to_the_same_bits(
     monkeypatch.setattr(Client, "submit", watched)
     monkeypatch.setattr(Client, "get", watched_get)
     assert rows(start(samples, tmp_path, client, run={"commit_every": 5})) == calm
-    assert keys == {"initialise", "local", "reduce", "summary", "evaluate", "merge"}
+    assert keys == {"initialise", "train", "reduce", "summary", "eval", "merge"}
     monkeypatch.setattr(handles, "SMALL_BYTES", -1)
     assert rows(start(samples, tmp_path, client, run={"commit_every": 5})) == calm
     assert keys >= {"parameters", "replica", "mixed", "outer"}
@@ -206,7 +206,7 @@ def test_scheduler_tasks_are_bounded_and_no_old_task_runs_again(
 
     class Recorder(SchedulerPlugin):
         def transition(self, key: Any, start: str, finish: str, *arguments: Any, **options: Any) -> None:
-            if finish == "processing" and (found := re.match(r"dtrain-local-r(\d+)", str(key))):
+            if finish == "processing" and (found := re.match(r"dtrain-train-r(\d+)", str(key))):
                 started.append(int(found[1]))
 
     scheduler.add_plugin(Recorder())

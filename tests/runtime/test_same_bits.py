@@ -63,5 +63,5 @@ def test_with_a_worker_killed(
     way: str,
 ) -> None:
     calm = start(samples, tmp_path / "calm", "serial", way, models.slow, model_args={"seconds": 0.0})
-    kill_worker_in(own_client, "local-r00002")
+    kill_worker_in(own_client, "train-r00002")
     assert start(samples, tmp_path / "killed", own_client, way, slow_steps) == calm

@@ -129,7 +129,7 @@ def test_parameters_never_pass_through_the_scheduler_or_a_graph(
     monkeypatch.setattr(Client, "scatter", watched_scatter)
     monkeypatch.setattr(Client, "gather", watched_gather)
     start(samples, tmp_path, client)
-    assert {key.split("-")[1] for key in submitted} >= {"local", "reduce", "summary"}
+    assert {key.split("-")[1] for key in submitted} >= {"train", "reduce", "summary"}
     assert moved
     assert set(moved) == {True}
 
