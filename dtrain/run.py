@@ -32,23 +32,29 @@ from dtrain.data.read.joined import values_counted
 from dtrain.data.samples import Samples, not_samples
 from dtrain.data.source import describe
 from dtrain.directory import read_config_of, read_resolved
+from dtrain.display import clock
 from dtrain.errors import InvalidConfig, TooFewSamples, did_you_mean
 from dtrain.job import Job, as_trained, held_out_source, open_sources, source_of, with_scheduler
 from dtrain.prepare import open_runner
 from dtrain.project import RunCode, load_code
 from dtrain.report.history import Row, best_round, read_rows
 from dtrain.report.journal import HISTORY
+from dtrain.report.pace import speed
 from dtrain.report.page import run_html
 from dtrain.resolve import own_stores
 from dtrain.resolved import Resolved
 from dtrain.runtime.module import build_module
 from dtrain.runtime.place import PLACE_NAMES
+from dtrain.runtime.resident import Resident, Stream
 from dtrain.runtime.spec import Source
 from dtrain.runtime.where import Where, client_of, scheduler_text
 from dtrain.types import History, Parameters
+from dtrain.unitlosses import partitions_of
 
 if TYPE_CHECKING:
     import xarray as xr
+
+    from dtrain.report.partitions import Partitions
 
 LOG = logging.getLogger("dtrain")
 
@@ -232,6 +238,52 @@ class Run:
             raise TooFewSamples(f'The split "{split}" holds no samples.', "Choose another --split.")
         return values(sums, self.config.train.metrics), number, sums.samples
 
+    @cached_property
+    def partitions(self) -> Partitions:
+        """The loss of the last committed round by unit, to find bad data; computed once (`losses_by_unit`)."""
+        return self.losses_by_unit()
+
+    def losses_by_unit(self, *, round: str | int = "last", cluster: Where = "serial") -> Partitions:
+        """Evaluate each unit of the run's data on its own: one pass over all splits, as long as one of evaluation.
+
+        Parameters
+        ----------
+        round : "last", "best" or a number
+        cluster : str, path, distributed.Client or cluster
+            Where it is computed, as of `evaluate`.
+
+        Returns
+        -------
+        Partitions
+            An xarray.Dataset over ``unit``. ``worst()`` are the units with the largest loss, ``plot()`` plots all,
+            ``to_pandas()`` is a table.
+
+        Raises
+        ------
+        RoundNotFound
+            The run does not keep that round.
+        """
+        number = find_round(self.directory, str(round), self.best_round)
+        params = load_params(round_directory(self.directory, number))
+        job, known, _ = self._own("val")
+        job = replace(job, config=with_scheduler(job.config, scheduler_text(cluster, PLACE_NAMES)))
+        with (
+            client_of(cluster) as client,
+            open_runner(job, uuid.uuid4().hex[:8], known=known, client=client, without_lost=True) as (runner, _),
+        ):
+            streams = Resident(runner.spec).by_unit
+            self._say_units(streams)
+            return partitions_of(streams, runner.losses_by_part(params), runner.spec.plan.replicas)
+
+    def _say_units(self, streams: Sequence[Stream]) -> None:
+        """Say how long a pass over all units takes, if it takes long."""
+        units = sum(len(stream.partition.units) for stream in streams)
+        samples = sum(stream.partition.num_samples for stream in streams)
+        if rows := self.rows:
+            seconds = samples / speed(rows)  # of training: an evaluation takes less
+            level = logging.WARNING if seconds > UNITS_SECONDS else logging.INFO
+            LOG.log(level, "%s: evaluating %s units, in %s at most.", self.directory.name, f"{units:,}", clock(seconds))
+
     def _own(self, split: SplitName) -> tuple[Job, Resolved, SplitName]:
         """Return what evaluates a split of the run's own data."""
         data, base = self.config.data, self.base
@@ -313,6 +365,8 @@ class Run:
         return run_html(repr(self), rows, self.config.train.rounds, best)
 
 
+UNITS_SECONDS = 5.0
+"""From so many seconds on it is said how long a pass over all units takes."""
 EVALUATED = ("model", "train.loss", METRICS, "data.transform")
 """Keys of the functions that an evaluation calls."""
 NOT_EVALUATED = {"optimizer": "sgd", "schedule": "constant"}

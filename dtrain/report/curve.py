@@ -73,10 +73,10 @@ def curve_svg(curves: Mapping[str, Series], x_name: str = "round") -> str:
     is_log = min(y for _, y in points) > 0 and max(y for _, y in points) > LOG_RATIO * min(y for _, y in points)
     scaled = {name: [(x, math.log10(y) if is_log else y) for x, y in series] for name, series in named.items()}
     heights = [y for series in scaled.values() for _, y in series]
-    to_x = _Scale(min(x for x, _ in points), max(x for x, _ in points), LEFT, WIDTH - RIGHT)
-    to_y = _Scale(min(heights), max(heights), HEIGHT - BOTTOM, TOP)
+    to_x = Scale(min(x for x, _ in points), max(x for x, _ in points), LEFT, WIDTH - RIGHT)
+    to_y = Scale(min(heights), max(heights), HEIGHT - BOTTOM, TOP)
     drawn = [
-        *_axes(heights, is_log, to_y),
+        *axes(heights, is_log, to_y),
         *_ends(points, x_name, to_x),
         *(
             part
@@ -96,7 +96,7 @@ def svg(parts: Sequence[str], label: str, width: int = WIDTH, height: int = HEIG
     )
 
 
-class _Scale:
+class Scale:
     """Maps numbers from `low` to `high` to pixels."""
 
     def __init__(self, low: float, high: float, start: float, stop: float) -> None:
@@ -105,10 +105,11 @@ class _Scale:
         self._start, self._stop = start, stop
 
     def __call__(self, value: float) -> float:
+        """Return the place of a number."""
         return self._start + (value - self._low) / self._span * (self._stop - self._start)
 
 
-def _axes(heights: Sequence[float], is_log: bool, to_y: _Scale) -> list[str]:
+def axes(heights: Sequence[float], is_log: bool, to_y: Scale) -> list[str]:
     """Return the grid: lines at round numbers between the smallest and the largest value."""
     parts = []
     for tick in ticks(min(heights), max(heights)):
@@ -122,7 +123,7 @@ def _axes(heights: Sequence[float], is_log: bool, to_y: _Scale) -> list[str]:
     return parts
 
 
-def _ends(points: Sequence[Point], x_name: str, to_x: _Scale) -> list[str]:
+def _ends(points: Sequence[Point], x_name: str, to_x: Scale) -> list[str]:
     first, last = min(x for x, _ in points), max(x for x, _ in points)
     y = HEIGHT - 5
     parts = [f"<text x='{to_x(first):.1f}' y='{y}' opacity='.7'>{escape(x_name)} {first:g}</text>"]

@@ -18,7 +18,7 @@ from typing import Any
 
 from distributed import Future
 
-from dtrain.algorithm.evaluate import Sums, merge
+from dtrain.algorithm.evaluate import Sums, Term, merge
 from dtrain.algorithm.pattern import by_replica
 from dtrain.data.load.finite import Seen
 from dtrain.data.load.moments import Moments
@@ -110,6 +110,14 @@ class ClusterRunner:
         sent = self._client.scatter(params, workers)
         sums: Sums = self._gather([self._submit_evaluation((sent,), split, workers, None)])[0]
         return sums
+
+    def losses_by_part(self, params: Parameters) -> list[list[Term]]:
+        """Return, by stream, the loss of each of its parts."""
+        workers, streams = self._client.workers(), self._resident.by_unit
+        sent = self._client.scatter(params, workers)
+        tasks = {f"units-p{number}": (self.spec.run_id, sent, number) for number in range(len(streams))}
+        at = [stream.source.workers or workers[n % len(workers)] for n, stream in enumerate(streams)]
+        return self._gather(self._client.submit_each(remote.losses_by_part, tasks, at=at, resources=RESOURCE))
 
     # Rounds -------------------------------------------------------------------------------------------------
 

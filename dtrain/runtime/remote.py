@@ -18,7 +18,7 @@ from distributed.core import Status
 from dtrain.algorithm.average import AverageFacts, Combined, Mean, Update
 from dtrain.algorithm.batchnorm import Statistics, with_statistics
 from dtrain.algorithm.ema import next_ema
-from dtrain.algorithm.evaluate import Sums
+from dtrain.algorithm.evaluate import Sums, Term
 from dtrain.algorithm.mix import Average
 from dtrain.algorithm.params import with_frozen
 from dtrain.algorithm.pattern import model_of, summarise
@@ -241,6 +241,12 @@ def evaluate_piece(
 ) -> Sums:
     """Evaluate one piece of a split."""
     return tasks.evaluate_piece(resident_of(run_id), whole_model(model, frozen), split, piece)
+
+
+@_unless_over
+def losses_by_part(run_id: str, params: Parameters, number: int) -> list[Term]:
+    """Return the loss of each part of a stream."""
+    return tasks.losses_by_part(resident_of(run_id), params, number)
 
 
 @_unless_over

@@ -187,6 +187,12 @@ class Resident:
             (source, whole, parts) for source, whole in wholes for parts in parts_of(whole, source.plan.eval_pieces)
         )
 
+    @cached_property
+    def by_unit(self) -> tuple[Stream, ...]:
+        """All samples, to be evaluated unit by unit: those of each replica in stored order, then the held-out ones."""
+        replicas = (replace(own, key=("units", own.key[1]), shuffle=False) for own in self.replicas)
+        return (*replicas, *self.pieces("val"), *self.pieces("test"))
+
     # Loaders ------------------------------------------------------------------------------------------------
 
     def reader(self, source: PlannedSource) -> BoxReader:

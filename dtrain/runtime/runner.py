@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from dtrain.algorithm.evaluate import Sums
+from dtrain.algorithm.evaluate import Sums, Term
 from dtrain.data.load.finite import Seen
 from dtrain.data.load.moments import Moments
 from dtrain.data.plan.splits import SplitName
@@ -86,6 +86,10 @@ class Runner(Protocol[Held]):
 
     def evaluate(self, params: Parameters, split: SplitName) -> Sums | None:
         """Evaluate parameters on a split; None if it is empty."""
+        ...
+
+    def losses_by_part(self, params: Parameters) -> list[list[Term]]:
+        """Return, by stream of `Resident.by_unit`, the loss of each of its parts."""
         ...
 
     def place(self, state: TrainState) -> Held:

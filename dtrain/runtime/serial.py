@@ -8,7 +8,7 @@ from typing import Any
 
 from dtrain.algorithm.batchnorm import with_statistics
 from dtrain.algorithm.ema import next_ema
-from dtrain.algorithm.evaluate import Sums, merge
+from dtrain.algorithm.evaluate import Sums, Term, merge
 from dtrain.algorithm.params import with_frozen
 from dtrain.algorithm.pattern import (
     apart,
@@ -85,6 +85,11 @@ class SerialRunner:
         pieces = range(len(self._resident.pieces(split)))
         sums = [tasks.evaluate_piece(self._resident, params, split, piece) for piece in pieces]
         return merge(sums) if sums else None
+
+    def losses_by_part(self, params: Parameters) -> list[list[Term]]:
+        """Return, by stream, the loss of each of its parts."""
+        streams = range(len(self._resident.by_unit))
+        return [tasks.losses_by_part(self._resident, params, number) for number in streams]
 
     def place(self, state: TrainState) -> SerialRound:
         """Return the state: its values are their own handles."""

@@ -15,7 +15,7 @@ from dtrain.algorithm.average import Combined, Mean, Update, average, combine, c
 from dtrain.algorithm.batch import TensorBatch
 from dtrain.algorithm.batchnorm import BATCHES, Statistics, take_statistics
 from dtrain.algorithm.drift import Squares, norm_of
-from dtrain.algorithm.evaluate import Sums, evaluate
+from dtrain.algorithm.evaluate import Sums, Term, evaluate
 from dtrain.algorithm.local import LocalResult, run_local_steps
 from dtrain.algorithm.params import flatten, with_frozen, without_frozen
 from dtrain.algorithm.plan import micro_size, micro_sizes, pass_size, step_sizes
@@ -144,6 +144,27 @@ def evaluate_piece(resident: Resident, params: Parameters, split: SplitName, pie
             memory = stream.source.memory.evaluate
             if memory is None or not memory.kept:
                 resident.release(stream.key)
+
+
+def losses_by_part(resident: Resident, params: Parameters, number: int) -> list[Term]:
+    """Return the loss of each part of a stream of `Resident.by_unit`: its sum, and the number of its terms.
+
+    Samples are prepared as in an evaluation: a transform that augments the training split leaves them as they are.
+    """
+    train, stream = resident.spec.config.train, resident.by_unit[number]
+    with resident.lock, isolated(train.seed, resident.spec.threads), user_code("Evaluating unit by unit"):
+        module = resident.module_with(params)
+        module.to(resident.spec.device)
+        parts = [micro_sizes(int(size), micro_size(train)) for size in stream.partition.part_sizes]
+        sizes = [size for part in parts for size in part]
+        loader = resident.loader_of(stream, sizes)
+        try:
+            read = loader.batches(sizes)
+            batches = prepared(resident, read, "val", number, Cursor(0, 0), stream.partition.num_samples)
+            each = (_taken(batches, len(part)) for part in parts)
+            return [evaluate(module, resident.recipe.loss, {}, part, train.precision).loss for part in each]
+        finally:
+            resident.release(stream.key)
 
 
 def recalibrate(resident: Resident, params: Parameters, replica: int) -> Statistics:
