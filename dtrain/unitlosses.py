@@ -28,7 +28,7 @@ def partitions_of(streams: Sequence[Stream], losses: Sequence[Sequence[Term]], r
         By stream, of each of its parts.
     replicas : int
     """
-    from dtrain.report.partitions import Partitions, deviations
+    from dtrain.report.partitions import Partitions, scores
 
     rows: list[dict[str, Any]] = []
     for number, (stream, terms) in enumerate(zip(streams, losses, strict=True)):
@@ -48,13 +48,13 @@ def partitions_of(streams: Sequence[Stream], losses: Sequence[Sequence[Term]], r
                     "last_row": place.last,
                     "start": place.start,
                     "stop": place.stop,
-                    "block": ", ".join(f"{dim} {start}:{stop}" for dim, start, stop in box.block),
+                    "box": ", ".join(f"{dim} {start}:{stop}" for dim, start, stop in box.block),
                     "object": place.object,
                 }
             )
-    rows.sort(key=lambda row: (row["store"], row["first_row"], row["block"]))
+    rows.sort(key=lambda row: (row["store"], row["first_row"], row["box"]))
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    columns = {"loss": columns["loss"], "deviations": deviations(columns["loss"]), **columns}
+    columns = {"loss": columns["loss"], "score": scores(columns["loss"]), **columns}
     return Partitions({n: ("unit", v) for n, v in columns.items()}, coords={"unit": np.arange(len(rows))})
 
 

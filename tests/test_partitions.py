@@ -16,7 +16,7 @@ from distributed import Client
 
 import dtrain
 from dtrain.errors import InvalidConfig
-from dtrain.report.partitions import Partitions, deviations
+from dtrain.report.partitions import Partitions, scores
 from tests.runtime import models
 
 
@@ -115,11 +115,11 @@ def test_a_bad_chunk_is_found_by_name_and_date(with_bad_chunk: Path, tmp_path: P
 
 def test_units_that_stand_out_do_so_by_robust_numbers() -> None:
     losses = np.array([1.0, 1.1, 0.9, 1.05, 0.95, np.nan, 9.0])
-    found = deviations(losses)
+    found = scores(losses)
     assert np.isinf(found[5])
     assert (found > 6.0).tolist() == [False] * 5 + [True, True]
-    assert deviations(np.array([2.0, 2.0, 2.0])).tolist() == [0.0] * 3
-    assert deviations(np.array([np.nan])).tolist() == [np.inf]
+    assert scores(np.array([2.0, 2.0, 2.0])).tolist() == [0.0] * 3
+    assert scores(np.array([np.nan])).tolist() == [np.inf]
 
 
 # Layouts --------------------------------------------------------------------------------------------------------

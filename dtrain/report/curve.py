@@ -88,11 +88,15 @@ def curve_svg(curves: Mapping[str, Series], x_name: str = "round") -> str:
 
 
 def svg(parts: Sequence[str], label: str, width: int = WIDTH, height: int = HEIGHT) -> str:
-    """Return an SVG element; its text has the colour of the text around it."""
+    """Return an SVG element; its text has the colour of the text around it.
+
+    JupyterLab removes it from a notebook that is not trusted, and keeps its text: then a description is read, which is
+    not drawn, and the numbers after it.
+    """
     return (
         f"<svg role='img' aria-label='{escape(label)}' viewBox='0 0 {width} {height}' width='{width}' "
-        f"height='{height}' "
-        f"style='max-width:100%;font:11px sans-serif;fill:currentColor'>{''.join(parts)}</svg>"
+        f"height='{height}' style='max-width:100%;font:11px sans-serif;fill:currentColor'>"
+        f"<desc>{escape(label)}, drawn in a trusted notebook: </desc>{''.join(parts)}</svg>"
     )
 
 
@@ -118,7 +122,7 @@ def axes(heights: Sequence[float], is_log: bool, to_y: Scale) -> list[str]:
         parts.append(
             f"<line x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{y:.1f}' y2='{y:.1f}' stroke='currentColor' "
             "stroke-opacity='.15'/>"
-            f"<text x='{LEFT - 6}' y='{y + 4:.1f}' text-anchor='end' opacity='.7'>{text}</text>"
+            f"<text x='{LEFT - 6}' y='{y + 4:.1f}' text-anchor='end' opacity='.7'>{text} </text>"
         )
     return parts
 
@@ -126,9 +130,9 @@ def axes(heights: Sequence[float], is_log: bool, to_y: Scale) -> list[str]:
 def _ends(points: Sequence[Point], x_name: str, to_x: Scale) -> list[str]:
     first, last = min(x for x, _ in points), max(x for x, _ in points)
     y = HEIGHT - 5
-    parts = [f"<text x='{to_x(first):.1f}' y='{y}' opacity='.7'>{escape(x_name)} {first:g}</text>"]
+    parts = [f"<text x='{to_x(first):.1f}' y='{y}' opacity='.7'>{escape(x_name)} {first:g} </text>"]
     if last > first:
-        parts.append(f"<text x='{to_x(last):.1f}' y='{y}' text-anchor='end' opacity='.7'>{last:g}</text>")
+        parts.append(f"<text x='{to_x(last):.1f}' y='{y}' text-anchor='end' opacity='.7'>{last:g} </text>")
     return parts
 
 
@@ -142,7 +146,7 @@ def _line(places: Sequence[Point], colour: str, name: str, place: int) -> list[s
     return [
         *parts,
         f"<rect x='{at}' y='6' width='12' height='4' style='fill:{colour}'/>",
-        f"<text x='{at + 17}' y='12'>{escape(name)}</text>",
+        f"<text x='{at + 17}' y='12'>{escape(name)} </text>",
     ]
 
 

@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MAD = 1.4826
-"""The standard deviation of a normal distribution, in median absolute deviations."""
+"""The standard deviation of a normal distribution, by its median distance from the median."""
 STANDS_OUT = 6.0
-"""A unit stands out whose loss is so many deviations above the median."""
+"""A unit stands out whose score is larger."""
 SHOWN = 8
 MOST_DOTS = 1500
 SPLITS = ("train", "val", "test")
 
 
-def deviations(losses: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return by how many deviations each loss is above the median; both are robust: bad units do not change them.
+def scores(losses: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return how far each loss is above the median, in robust standard deviations: bad units do not change them.
 
-    >>> deviations(np.array([1.0, 2.0, 3.0, 100.0])).round(1).tolist()
+    >>> scores(np.array([1.0, 2.0, 3.0, 100.0])).round(1).tolist()
     [-1.0, -0.3, 0.3, 65.8]
     """
     finite = losses[np.isfinite(losses)]
@@ -41,16 +41,16 @@ def deviations(losses: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any,
 class Partitions(xr.Dataset):  # type: ignore[no-untyped-call]
     """The loss by unit (`dtrain.Run.partitions`). A unit that several partitions or splits share has a row for each.
 
-    Variables over ``unit``: ``loss``, ``deviations`` (above the median, by the median absolute deviation), ``samples``,
-    ``split``, ``partition`` (the replica that trains on it; -1 elsewhere), ``store``, ``first_row``, ``last_row``,
-    ``start`` and ``stop`` (the coordinate there), ``block`` (of boxes) and ``object`` (its first stored object).
+    Variables over ``unit``: ``loss``, ``score`` (how far above the median), ``samples``, ``split``, ``partition`` (the
+    replica that trains on it; -1 elsewhere), ``store``, ``first_row``, ``last_row``, ``start`` and ``stop`` (the
+    coordinate there), ``box`` (its patched dimensions) and ``object`` (its first stored object).
     """
 
     __slots__ = ()
 
     def worst(self, count: int = SHOWN) -> Partitions:
         """Return the units with the largest loss, the largest first; losses that are not finite come before."""
-        order = np.argsort(-self.deviations.values, kind="stable")[:count]
+        order = np.argsort(-self.score.values, kind="stable")[:count]
         return self.isel(unit=order)
 
     def to_pandas(self) -> pd.DataFrame:
@@ -59,8 +59,8 @@ class Partitions(xr.Dataset):  # type: ignore[no-untyped-call]
 
     @property
     def standing_out(self) -> Partitions:
-        """The units whose loss is more than `STANDS_OUT` deviations above the median."""
-        return self.isel(unit=np.flatnonzero(self.deviations.values > STANDS_OUT))
+        """The units whose score is more than `STANDS_OUT`."""
+        return self.isel(unit=np.flatnonzero(self.score.values > STANDS_OUT))
 
     def plot(self) -> Any:  # type: ignore[override]
         """Plot the loss of each unit over its first row; units that stand out are named.
@@ -120,25 +120,25 @@ class Partitions(xr.Dataset):  # type: ignore[no-untyped-call]
             [
                 f"{one['split']} {_place(one)}",
                 number(one["loss"]),
-                f"{one['deviations']:+.1f}",
+                f"{one['score']:+.1f}",
                 f"{one['samples']:,}",
                 "" if one["partition"] < 0 else str(one["partition"]),
                 str(one["object"]),
             ]
-            for one in units.to_dataframe().to_dict("records")
+            for one in units.to_dataframe().to_dict("index").values()
         ]
 
 
 NAMES = (
-    *("loss", "deviations", "samples", "split", "partition", "first_row", "last_row"),
-    *("start", "stop", "block", "object"),
+    *("loss", "score", "samples", "split", "partition", "first_row", "last_row"),
+    *("start", "stop", "box", "object"),
 )
-HEADER = ("rows", "loss", "deviations", "samples", "partition", "object")
+HEADER = ("rows", "loss", "score", "samples", "partition", "object")
 
 
 def _place(one: Any) -> str:
     ends = f" ({one['start']} to {one['stop']})" if one["start"] else ""
-    return f"{one['first_row']:,} to {one['last_row']:,}{ends}" + (f" {one['block']}" if one["block"] else "")
+    return f"{one['first_row']:,} to {one['last_row']:,}{ends}" + (f" {one['box']}" if one["box"] else "")
 
 
 def _name(one: xr.Dataset) -> str:
@@ -163,9 +163,9 @@ def _dots(units: Partitions) -> str:
     ]
     names = [
         f"<rect x='{LEFT + 90 * n}' y='6' width='12' height='4' style='fill:{colours[split]}'/>"
-        f"<text x='{LEFT + 90 * n + 17}' y='12'>{split}</text>"
+        f"<text x='{LEFT + 90 * n + 17}' y='12'>{split} </text>"
         for n, split in enumerate(split for split in SPLITS if split in drawn.split.values)
     ]
-    ends = f"<text x='{LEFT}' y='{HEIGHT - 5}' opacity='.7'>row {rows.min():,}</text>"
-    ends += f"<text x='{WIDTH - RIGHT}' y='{HEIGHT - 5}' text-anchor='end' opacity='.7'>{rows.max():,}</text>"
+    ends = f"<text x='{LEFT}' y='{HEIGHT - 5}' opacity='.7'>row {rows.min():,} </text>"
+    ends += f"<text x='{WIDTH - RIGHT}' y='{HEIGHT - 5}' text-anchor='end' opacity='.7'>{rows.max():,} </text>"
     return svg([*axes(losses.tolist(), False, to_y), *dots, *names, ends], "loss by unit over rows")

@@ -66,7 +66,13 @@ def test_losses_that_differ_much_have_a_logarithmic_scale() -> None:
     (points,) = re.findall("points='([^']*)'", curve_svg({"train": series_of((1, 100.0), (2, 1.0), (3, 0.01))}))
     heights = [float(point.split(",")[1]) for point in points.split()]
     assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], abs=0.2)
-    assert ">100<" in curve_svg({"train": series_of((1, 100.0), (2, 1.0), (3, 0.01))})
+    assert ">100 <" in curve_svg({"train": series_of((1, 100.0), (2, 1.0), (3, 0.01))})
+
+
+def test_what_is_left_where_svg_is_removed_can_be_read() -> None:
+    text = curve_svg({"train": series_of((1, 2.0), (9, 1.0)), "val": series_of((9, 1.5))})
+    left = re.sub("<[^>]*>", "", text)
+    assert left == "train and val over round, drawn in a trusted notebook: 1 1.5 2 round 1 9 train val "
 
 
 def test_no_point_is_no_curve() -> None:
