@@ -157,7 +157,7 @@ def html_table(
 
 
 def _cells(tag: str, texts: Sequence[str], side: str) -> str:
-    weight = ";font-weight:500" if tag == "th" else ""
+    weight = ";font-weight:500;white-space:nowrap" if tag == "th" else ""
     style = f"text-align:{side};padding:1px 10px 1px 0;border:0;background:none{weight}"
     return "".join(f"<{tag} style='{style}'>{escape(text)}</{tag}>" for text in texts)
 
