@@ -26,8 +26,8 @@ from dtrain.events import ReplicaRejected, RoundCommitted, RoundFinished, RunFin
 from dtrain.report.history import row_of
 from dtrain.report.messages import MOST_ROUNDS, messages_of
 from dtrain.runtime import dashboard
-from dtrain.runtime.board import plots
 from dtrain.runtime.board import state as states
+from dtrain.runtime.board import texts
 from dtrain.runtime.board.plugin import NAME, BoardPlugin
 from dtrain.runtime.board.state import Board
 from dtrain.runtime.dashboard import Messages, dashboard_link, open_page
@@ -177,7 +177,7 @@ def test_what_others_wrote_is_escaped() -> None:
     board.message({"event": "fault", "run": "aaaa1111", "text": bad})
     board.steps("aaaa1111", {"replica": 1, "round": 4, "step": 3, "steps": 10, "worker": bad})
     state = board.runs["aaaa1111"]
-    for html in (plots._summary_html(state), plots._faults_html(state)):
+    for html in (texts.summary_html(state), texts.faults_html(state)):
         assert "<script" not in html
         assert "&lt;script&gt;" in html
 

@@ -2,6 +2,7 @@
 
 state.py     messages and finished tasks -> what is shown, in bounded memory
 plots.py     what is shown -> Bokeh documents
+texts.py     the text of the page as HTML
 mount.py     pages, panes and JSON -> the scheduler's web application, and out of it again
 plugin.py    the plugin of the scheduler that feeds the first and mounts the others
 

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from html import escape
 from typing import Any
 
 from dtrain.runtime.board.state import ROWS, Board, RunState
+from dtrain.runtime.board.texts import faults_html, speeds, summary_html
 
 UPDATE_MILLISECONDS = 500
-TRAIN, VAL, FAULT, GREY = "#1e88e5", "#ef6c00", "#e53935", "#757575"
+TRAIN, VAL = "#1e88e5", "#ef6c00"
 WORKERS = ("#1e88e5", "#ef6c00", "#43a047", "#8e24aa", "#00acc1", "#c0ca33", "#f06292", "#6d4c41", "#3949ab", "#546e7a")
 """Colours of the timeline, by worker."""
-SHOWN_FAULTS = 20
-SHOWN_REPLICAS = 12
 NEWEST = "newest"
-RECENT = 6
-"""Rounds whose speed is shown as one."""
 
 
 class Plots:
@@ -66,7 +62,7 @@ class Plots:
 
     def throughput(self) -> Any:
         """Return samples a second over rounds."""
-        return self._over_rounds("Throughput of the last rounds", "samples/s", _speeds)
+        return self._over_rounds("Throughput of the last rounds", "samples/s", speeds)
 
     def traffic(self) -> Any:
         """Return the bytes that replicas send in each round, to be averaged."""
@@ -129,11 +125,11 @@ class Plots:
 
     def faults(self) -> Any:
         """Return the last faults; they are text of others, which is escaped."""
-        return self._text(_faults_html)
+        return self._text(faults_html)
 
     def summary(self) -> Any:
         """Return how far the run is, and what its replicas do."""
-        return self._text(_summary_html)
+        return self._text(summary_html)
 
     def _text(self, html: Callable[[RunState], str]) -> Any:
         from bokeh.models import Div
@@ -250,43 +246,3 @@ def _hover(figure: Any, tips: list[tuple[str, str]]) -> None:
 def _points(state: RunState, name: str) -> dict[str, list[Any]]:
     rows = [row for row in state.rounds.items() if row[name] is not None]
     return {"x": [row["round"] for row in rows], "y": [row[name] for row in rows]}
-
-
-def _speeds(rows: list[dict[str, Any]]) -> list[float]:
-    """Return samples a second of each round and those before it: single rounds end in bursts."""
-    around = [rows[max(0, end - RECENT) : end] for end in range(1, len(rows) + 1)]
-    return [sum(r["samples"] for r in own) / max(sum(r["seconds"] for r in own), 1e-9) for own in around]
-
-
-def _summary_html(state: RunState) -> str:
-    facts, last = state.facts, state.rounds.last
-    texts = [
-        f"round {state.round} of {facts.get('rounds', '?')}",
-        f"{facts.get('replicas', '?')} replicas on {facts.get('workers', '?')} workers",
-        f"{_speeds(state.rounds.items()[-RECENT:])[-1]:,.0f} samples/s" if last else "",
-        f"{state.bytes / 1e6:,.1f} MB sent",
-        state.end,
-    ]
-    lines = [" &middot; ".join([f"<b>{escape(state.name)}</b>", *(escape(text) for text in texts if text)])]
-    for steps in [state.steps[k] for k in sorted(state.steps)][:SHOWN_REPLICAS]:
-        done = steps["step"] / max(1, steps["steps"])
-        lines.append(
-            f"<span style='display:inline-flex;width:160px;height:8px;background:#e0e0e0;border-radius:4px'>"
-            f"<span style='width:{min(done, 1.0):.0%};background:{TRAIN};border-radius:4px'></span></span> "
-            f"replica {int(steps['replica'])}: round {int(steps['round'])}, step {int(steps['step'])} of "
-            f"{int(steps['steps'])} <span style='color:{GREY}'>{escape(str(steps.get('worker', '')))}</span>"
-        )
-    return "<br>".join(lines)
-
-
-def _faults_html(state: RunState) -> str:
-    import time
-
-    if not state.faults:
-        return f"<span style='color:{GREY}'>No faults.</span>"
-    lines = [
-        f"<span style='color:{GREY}'>{time.strftime('%H:%M:%S', time.localtime(at))}</span> "
-        f"<span style='color:{FAULT}'>{escape(text)}</span>"
-        for at, text in reversed(list(state.faults)[-SHOWN_FAULTS:])
-    ]
-    return "<br>".join(lines)
