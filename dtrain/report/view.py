@@ -48,14 +48,24 @@ class RunView:
     listed: tuple[Row, ...] = ()
     """Of the last evaluated rounds, and of the last round."""
     curves: Mapping[str, Series] = field(default_factory=lambda: curves_of([]))
-    steps: tuple[StepsTaken, ...] = ()
-    """The last one of each replica, of rounds that are not finished."""
+    latest: Mapping[int, StepsTaken] = field(default_factory=dict)
+    """By replica: its last report, of rounds that are not finished."""
     faults: tuple[str, ...] = ()
     end: str = ""
     heard: float | None = None
     """When the last step or round was reported, on the clock of `after`."""
     silence: float = 0.0
     """The longest time between two such reports, in seconds."""
+
+    @property
+    def steps(self) -> tuple[StepsTaken, ...]:
+        """The last report of each replica, in their order; those that are more than a round behind are left out.
+
+        Before the first round, a pass over the data has nothing to do with the one before it.
+        """
+        newest = max((event.round for event in self.latest.values()), default=0)
+        oldest = newest - 1 if newest > 1 else newest
+        return tuple(self.latest[k] for k in sorted(self.latest) if self.latest[k].round >= oldest)
 
     @property
     def rounds(self) -> int:
@@ -72,10 +82,10 @@ class RunView:
     @property
     def fraction(self) -> float:
         """The part of the next round's steps, or of a pass before the first round, that is done."""
-        if not self.steps:
+        if not self.latest:
             return 0.0
-        last = max(step.round for step in self.steps)
-        of_last = [step for step in self.steps if step.round == last]
+        last = max(step.round for step in self.latest.values())
+        of_last = [step for step in self.latest.values() if step.round == last]
         count = len(of_last) if self.started is None else max(self.started.replicas, len(of_last))
         return min(1.0, sum(step.step / step.steps for step in of_last) / count)
 
@@ -89,9 +99,7 @@ class RunView:
             case ParametersLoaded():
                 return replace(self, title=f"{self.title}, starting from {loaded_line(event)}")
             case StepsTaken():
-                others = {e.replica: e for e in self.steps if e.round >= event.round - 1}
-                latest = {**others, event.replica: event}
-                return replace(self._news(now), steps=tuple(latest[k] for k in sorted(latest)))
+                return replace(self._news(now), latest={**self.latest, event.replica: event})
             case RoundFinished(result):
                 return self._finished(row_of(result), now)
             case ChunksFilled() | SamplesLeftOut() | SegmentReplayed() | ReplicaRejected() | RoundDamaged():
@@ -99,7 +107,7 @@ class RunView:
             case RunFinished(limited_by=limit):
                 title = self.title or f"{shown(event.run)}: complete"
                 end = f"done ({event.reason}): {event.rounds} rounds" + (f", limited by {limit}" if limit else "")
-                return replace(self, title=title, end=end, steps=())
+                return replace(self, title=title, end=end, latest={})
             case _:
                 return self
 
@@ -117,7 +125,7 @@ class RunView:
             rows=rows[-KEPT_ROWS:],
             listed=tuple(row for row in rows if _is_evaluated(row, event))[-SHOWN_ROUNDS:],
             curves=curves_of(rows),
-            steps=(),
+            latest={},
             heard=now,
         )
 
@@ -129,7 +137,7 @@ class RunView:
             rows=(*self.rows, row)[-KEPT_ROWS:],
             listed=(*kept, row)[-SHOWN_ROUNDS:],
             curves=with_row(self.curves, row),
-            steps=tuple(step for step in self.steps if step.round > row["round"]),
+            latest={k: step for k, step in self.latest.items() if step.round > row["round"]},
         )
 
     def _news(self, now: float) -> RunView:
@@ -145,7 +153,7 @@ class RunView:
 
     def ended(self) -> RunView:
         """Return what stays shown after the run has ended, or was stopped."""
-        return replace(self, steps=(), end=self.end or ("stopped" if self.title else ""))
+        return replace(self, latest={}, end=self.end or ("stopped" if self.title else ""))
 
 
 def _is_evaluated(row: Row, event: RunStarted) -> bool:

@@ -210,6 +210,16 @@ def test_a_continued_run_shows_the_rounds_before() -> None:
     assert "round 8 of 30" in page._repr_html_()
 
 
+def test_reports_of_an_earlier_pass_or_round_are_not_shown() -> None:
+    def steps(*rounds: int) -> list[tuple[int, int]]:
+        events = [StepsTaken(round=r, replica=k, step=1, steps=2, samples=1, seconds=1.0) for k, r in enumerate(rounds)]
+        return [(event.replica, event.round) for event in page_of(*events).view.steps]
+
+    assert steps(-1, -1, 0) == [(2, 0)]
+    assert steps(0, 1) == [(1, 1)]
+    assert steps(4, 5, 3) == [(0, 4), (1, 5)]  # of a ring, some replicas are a round ahead
+
+
 def test_replicas_and_what_limits_are_shown_while_it_trains() -> None:
     steps = [
         StepsTaken(round=4, replica=k, step=5, steps=10, samples=50, seconds=0.5, worker=f"tcp://h:{k}")
