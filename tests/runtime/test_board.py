@@ -312,9 +312,9 @@ def test_a_run_on_a_cluster_shows_itself(samples: dtrain.Samples, clean: Client,
     tasks = {(task["what"], task["row"], task["round"]) for task in shown["tasks"]}
     assert tasks >= {("train", k, n) for k in (0, 1) for n in (1, 2, 3, 4)} | {("reduce", -2, 4), ("eval", -1, 4)}
     assert {task["worker"] for task in shown["tasks"]} <= set(clean.nthreads())
-    again = train(samples, clean, tmp_path)  # several runs on one scheduler
-    wait_for(lambda: len(state_of(address)["runs"]) == 2 and state_of(address)["runs"][-1]["end"] != "")
-    assert state_of(address)["runs"][-1]["name"] == again.directory.name
+    again = train(samples, clean, tmp_path).directory.name  # several runs on one scheduler
+    wait_for(lambda: state_of(address)["runs"][-1]["name"] == again and state_of(address)["runs"][-1]["end"] != "")
+    assert [run["name"] for run in state_of(address)["runs"]][-2:] == ["mine", again]
 
 
 def test_the_page_and_the_panes_are_mounted_and_show_the_numbers(clean: Client) -> None:

@@ -124,7 +124,7 @@ def test_a_client_that_cannot_submit_is_a_lost_segment(
     monkeypatch.setattr(Client, "submit", refusing_submit)
     monkeypatch.setattr(Client, "get", refusing_get)
     run = start(samples, tmp_path, client, model_calm)
-    assert sorted(refused) == ["train-r00002", "reduce-r00002"]
+    assert sorted(refused) == ["reduce-r00002", "train-r00002"]
     assert [row["params_sha256"] for row in run.rows] == calm
 
 
