@@ -76,7 +76,7 @@ def test_the_table_of_a_run_shows_evaluated_rounds_and_the_last_one(run: dtrain.
     lines = [{key: value for key, value in row.items() if row["round"] == 2 or key[:3] != "val"} for row in run.rows]
     (run.directory / "history.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in lines))
     html = run._repr_html_()
-    assert [f">{number}</th>" in html for number in (1, 2, 3, 4)] == [False, True, False, True]
+    assert [f">{number} of 4</th>" in html for number in (1, 2, 3, 4)] == [False, True, False, True]
     assert f"{lines[1]['val_loss']:.4g}</td>" in html
     assert "None" not in html
     assert list(run.history.data_vars)[:3] == ["train_loss", "val_loss", "val_accuracy"]
