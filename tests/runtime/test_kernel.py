@@ -117,10 +117,11 @@ def test_an_interrupt_says_two_lines_and_the_kernel_goes_on(kernel: _Kernel, tmp
     assert [output for output in outputs if output["type"] == "stream"] == []
     (after,) = kernel.run("run = dtrain.last_run(); print(len(run.rows) > 0, run.model is not None)")
     assert after["text"] == "True True\n"
-    children = (
-        "import psutil; print(len([p for p in psutil.Process().children(recursive=True) if 'spawn' in p.name()]))"
+    open_clusters = (
+        "from distributed.deploy.spec import SpecCluster; "
+        "print([c.name for c in SpecCluster._instances if c.status.name != 'closed'])"
     )
-    assert kernel.run(children)[-1]["text"] == "0\n"
+    assert kernel.run(open_clusters)[-1]["text"] == "[]\n"
     again = kernel.run(
         "more = dict(table, rounds=len(run.rows) + 2); " + train.replace("table", "more")[:-1] + ", run='run-1')"
     )
