@@ -197,9 +197,13 @@ class TaskClient:
             meanwhile()
 
     def cancel(self) -> None:
-        """Cancel the tasks that somebody still refers to: the run is over, and nobody waits for them."""
-        if left := [future for future in self._submitted if not future.done()]:
-            self.dask.cancel(left)
+        """Give up the tasks that somebody still refers to: the run is over, and nobody waits for them.
+
+        Dask's own `Client.cancel` fails in the scheduler where a task depends on one of them and nobody refers to it.
+        """
+        for future in list(self._submitted):
+            if not future.done():
+                future.release()
 
     # Workers ------------------------------------------------------------------------------------------------
 
