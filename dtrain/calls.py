@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,11 +18,13 @@ from dtrain.job import (
     Job,
     Model,
     Table,
+    Tracker,
     absolute,
     check_names,
     described_with,
     held_out_source,
     load_functions,
+    load_trackers,
     open_sources,
     plain,
     source_of,
@@ -48,6 +50,16 @@ def python_job(
     scheduler = _agreed_scheduler(job.config, cluster)
     is_object = not isinstance(cluster, str | os.PathLike | None)
     return job if is_object else replace(job, config=with_scheduler(job.config, scheduler))
+
+
+def with_trackers(job: Job, config: TrainConfig | None, trackers: Sequence[str | Tracker]) -> Job:
+    """Return a job with the trackers of an argument: names, or objects of Python; `config` must not contradict it."""
+    table = TrainConfig(run={**job.config.run.model_dump(exclude_unset=True), "trackers": trackers})
+    wanted = table.run.trackers
+    if config is not None and is_given(config, "run", "trackers") and wanted != config.run.trackers:
+        raise contradiction("trackers", wanted, config.run.trackers, "run.trackers")
+    placed = job.config.model_copy(update={"run": table.run})
+    return replace(job, config=placed, trackers=load_trackers(placed, job.base, table.functions))
 
 
 def _agreed_scheduler(config: TrainConfig, cluster: Where | None) -> str:
@@ -104,6 +116,7 @@ def job_from_python(
         held_out=held_out_source(resolved.data, Path.cwd()),
         functions=functions,
         base=base,
+        trackers=load_trackers(resolved, base, own),
     )
 
 

@@ -44,6 +44,8 @@ class RunStarted:
     """Whether larger values of it are better."""
     rows: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
     """The rounds that are already committed, as lines of history.jsonl."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The configuration by dotted key, without secrets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

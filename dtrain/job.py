@@ -14,20 +14,24 @@ from dtrain.algorithm.optimizers import optimizer_named
 from dtrain.algorithm.outer import outer_optimizer
 from dtrain.algorithm.recipe import Functions
 from dtrain.algorithm.stop import check_metric
-from dtrain.config.functions import METRICS
+from dtrain.config.functions import METRICS, TRACKERS
 from dtrain.config.names import FUNCTION
 from dtrain.config.schema import DataConfig, Paths, TrainConfig
 from dtrain.config.values import TO_PLAIN
 from dtrain.data.samples import Samples
 from dtrain.data.source import describe
 from dtrain.errors import InvalidConfig
+from dtrain.events import Reporter
+from dtrain.report.tracking import NamedTracker, named_tracker, own_tracker
 from dtrain.runtime.codetext import CODE_RULES, source_sha256
 from dtrain.runtime.module import check_builder, check_loss
 from dtrain.runtime.spec import Source
-from dtrain.runtime.usercode import checked_function, load_function
+from dtrain.runtime.usercode import checked_function, is_unfindable, load_function
 
 Model: TypeAlias = Callable[..., nn.Module] | str
 """A function that builds a module, or its name as ``module:function``."""
+Tracker: TypeAlias = Reporter | Callable[[], Reporter]
+"""What is called with events, or a class of such objects (`dtrain.report.tracking`)."""
 Table: TypeAlias = Mapping[str, Any]
 """A table of the configuration, unchecked."""
 Value = TypeVar("Value")
@@ -46,6 +50,8 @@ class Job:
     """The user's functions by config key."""
     base: Path
     """Directory that relative paths and modules are looked up in."""
+    trackers: tuple[NamedTracker, ...] = ()
+    """Of ``run.trackers``."""
 
     @property
     def samples(self) -> Samples:
@@ -72,7 +78,8 @@ def job_from_config(config: TrainConfig, base: Path) -> Job:
     sources, held_out = open_sources(config.data, base), held_out_source(config.data, base)
     functions = load_functions(config, base)
     check_names(config)
-    return Job(config=config, sources=sources, held_out=held_out, functions=functions, base=base)
+    trackers = load_trackers(config, base)
+    return Job(config=config, sources=sources, held_out=held_out, functions=functions, base=base, trackers=trackers)
 
 
 # Stores ---------------------------------------------------------------------------------------------------
@@ -170,6 +177,30 @@ def load_functions(config: TrainConfig, base: Path, given: Functions | None = No
     named = {key: load_function(key, name, base) for key, name in references.items() if key not in own}
     found = {key: own[key] if key in own else named[key] for key in references}
     return checked(found, config.data.weight)
+
+
+def load_trackers(config: TrainConfig, base: Path, given: Functions | None = None) -> tuple[NamedTracker, ...]:
+    """Return the trackers of ``run.trackers``: given ones, those of the user's that it names, and built-in ones.
+
+    Raises
+    ------
+    InvalidConfig
+        There is no such tracker, its package is not installed, or it cannot be called with an event.
+    """
+    given, trackers = given or {}, []
+    for name in config.run.trackers:
+        if (key := f"{TRACKERS}.{name}") in given:
+            trackers.append(own_tracker(name, given[key]))
+        elif not FUNCTION.match(name):
+            trackers.append(named_tracker(name))
+        elif is_unfindable(name):
+            raise InvalidConfig(
+                f'run.trackers: "{name}" was given in Python; it is not found by name.',
+                "Give it again: dtrain.train(..., trackers=[...]). Or leave it out: trackers=[].",
+            )
+        else:
+            trackers.append(own_tracker(name, load_function(TRACKERS, name, base)))
+    return tuple(trackers)
 
 
 def checked(functions: Functions, weight: str = "") -> Functions:

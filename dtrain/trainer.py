@@ -14,9 +14,12 @@ from typing import Literal
 from distributed import Client
 
 from dtrain.algorithm.stop import end_reason, higher_is_better
-from dtrain.calls import contradiction, is_given, python_job
+from dtrain.calls import contradiction, is_given, python_job, with_trackers
 from dtrain.checkpoint import commit_round, committed_rounds, newest_state, prune, sweep
+from dtrain.config.compare import without_secrets
 from dtrain.config.schema import RunConfig, TrainConfig
+from dtrain.config.values import flat_values
+from dtrain.data.plan.partition import JointPlan
 from dtrain.data.samples import Samples
 from dtrain.directory import made_directory, next_run_directory, read_plan, run_directory, write_run
 from dtrain.display import shown
@@ -36,13 +39,14 @@ from dtrain.events import (
     SamplesLeftOut,
 )
 from dtrain.initfile import init_path, read_init, with_init
-from dtrain.job import Job, Model, Table, absolute
+from dtrain.job import Job, Model, Table, Tracker, absolute
 from dtrain.lock import locked
 from dtrain.prepare import open_runner
 from dtrain.report.history import Row, limit_of_rows, read_rows
 from dtrain.report.journal import HISTORY, cut_history, journal
 from dtrain.report.messages import messages_of
 from dtrain.report.notebook import is_notebook, notebook_progress
+from dtrain.report.tracking import tracking
 from dtrain.resolve import filled
 from dtrain.resolved import Resolved
 from dtrain.rounds import initial_state, rounds
@@ -86,7 +90,15 @@ def train_job(
         As the errors of this package name them.
     """
     check_place(job.config.cluster, job.base, client)
-    tell = report or (lambda event: None)
+    with tracking(job.trackers) as track:
+        return _train_tracked(job, run, report or (lambda event: None), track, client, max_seconds)
+
+
+def _train_tracked(
+    job: Job, run: Path, report: Reporter, track: Reporter, client: Client | None, max_seconds: float | None
+) -> Run:
+    """Train a job as `train_job` does; `track` gives events to its trackers."""
+    tell = _both(report, track)
     note = _both(lambda event: journal(run, event), tell)
     deadline = None if max_seconds is None else time.monotonic() + max_seconds
     opened = Run(run, job.config.with_functions(job.functions), job.base, job.functions)
@@ -95,6 +107,8 @@ def train_job(
         history = opened.stop_history(opened.rows)
         if known is not None and state is not None and end_reason(history, job.config) is not None:
             write_run(run, job, known)
+            if job.trackers:  # what they lack, they take from the history
+                track(_started(opened, state, known.plan))
         else:
             _train(job, opened, known, state, history, client=client, tell=tell, note=note, deadline=deadline)
     tell(_finished(opened, None))
@@ -123,7 +137,7 @@ def _train(
             state, resolved, loaded = _first_state(runner, resolved, init)
         write_run(opened.directory, job, resolved)
         tell, note = _both(tell, _page_of(runner)), _both(note, _page_of(runner))
-        tell(_started(str(opened.directory), opened.rows, state, runner))
+        tell(_started(opened, state, resolved.plan, runner))
         left_out = (SamplesLeftOut(**asdict(one)) for one in resolved.left_out)
         events: list[Event] = [*loaded, *_filled(runner), *left_out]
         for event in events:
@@ -195,20 +209,21 @@ def _page_of(runner: Runner[Held]) -> Reporter:
     return show
 
 
-def _started(run: str, rows: Sequence[Row], state: TrainState, runner: Runner[Held]) -> RunStarted:
-    config = runner.spec.config
+def _started(run: Run, state: TrainState, plan: JointPlan, runner: Runner[Held] | None = None) -> RunStarted:
+    config = run.config
     return RunStarted(
-        run=run,
+        run=str(run.directory),
         round=state.round,
         rounds=config.train.rounds,
-        replicas=runner.spec.plan.replicas,
-        samples=sum(runner.spec.plan.sizes),
-        workers=runner.num_workers,
-        dashboard=runner.open_dashboard(),
-        eval_every=runner.spec.eval_every,
+        replicas=plan.replicas,
+        samples=sum(plan.sizes),
+        workers=0 if runner is None else runner.num_workers,
+        dashboard="" if runner is None else runner.open_dashboard(),
+        eval_every=run.resolved.eval_every,
         metric=config.stop.metric,
         higher=higher_is_better(config),
-        rows=tuple(rows),
+        rows=tuple(run.rows),
+        settings=dict(flat_values(without_secrets(config))),
     )
 
 
@@ -262,6 +277,7 @@ def train(
     run_dir: str | Path | None = None,
     progress: bool = True,
     report: Reporter | None = None,
+    trackers: Sequence[str | Tracker] | None = None,
 ) -> Run:
     """Train a model and return the run.
 
@@ -293,6 +309,9 @@ def train(
         Whether to show progress: lines on stderr; in a notebook, one output that is updated.
     report : callable, optional
         Called with every event (`dtrain.events`), besides the progress.
+    trackers : sequence of str or callable, optional
+        Instead of ``run.trackers``: ``tensorboard``, ``mlflow``, or functions, objects or classes of yours
+        (`dtrain.report.tracking`). Each is called with every event in a thread of its own.
 
     Returns
     -------
@@ -306,6 +325,7 @@ def train(
         A KeyboardInterrupt that says how to go on.
     """
     job = python_job(model, samples, config, model_args, cluster, train=train, average=average, stop=stop)
+    job = job if trackers is None else with_trackers(job, config, trackers)
     placed = replace(job, config=job.config.model_copy(update={"run": _run_table(job.config, run_dir)}))
     directory = next_run_directory(placed, Path.cwd()) if run is None else Path(run_directory(placed, run))
     remember(directory, job.functions)

@@ -59,7 +59,11 @@ RULES = {
     ),
     "delta": Rule(r"deltas?", allowed=r"min_delta|Huber loss with delta", reason="A key of [stop]; Huber's parameter."),
     "iteration": Rule(r"iterations?"),
-    "experiment": Rule(r"experiments?"),
+    "experiment": Rule(
+        r"experiments?",
+        allowed=r"MLFLOW_EXPERIMENT_\w+|\w+_experiment(_by_name)?\b|\bexperiment_id",
+        reason="MLflow's word for runs that belong together.",
+    ),
     "job": Rule(
         r"jobs?",
         ("dtrain/data", "dtrain/algorithm", "dtrain/config", "dtrain/report"),

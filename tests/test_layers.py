@@ -99,10 +99,11 @@ BELOW: dict[str, set[str]] = {
     "statefiles": {"algorithm", "types", "errors"},
     "checkpoint": {"statefiles", "files", "types", "errors"},
     "initfile": {"checkpoint", "statefiles", "resolved", "job", *WORK},
-    "report": {"files", *BASE},
+    "report": {"report/trackers", "files", *BASE},
+    "report/trackers": {"report", "files", *BASE},
     "runtime": {"data", "algorithm", *BASE},
     "batching": WORK,
-    "job": WORK,
+    "job": {"report", *WORK},
     "resolved": {"job", *WORK},
     "resolve": {"resolved", "job", *WORK},
     "counting": {"resolve", "resolved", "job", *WORK},
@@ -140,7 +141,7 @@ BELOW: dict[str, set[str]] = {
 """By layer: the layers it may import. The folders and files of data/ are layers; ``data`` is all of them."""
 
 FENCED = {
-    "torch": {"algorithm", "statefiles", "runtime", "job", "resolved", "run", "trainer"},
+    "torch": {"algorithm", "statefiles", "runtime", "job", "resolved", "run", "trainer", "report/trackers"},
     "zarr": {"data/read", "data/layouts", "data/dimensions", "data/dataset"},
     "dask": {"runtime"},
     "distributed": {"runtime", "prepare", "probe", "planning", "batching", "trainer"},
@@ -155,8 +156,11 @@ def layer(path: Path) -> str:
     return layer_of(path.relative_to(ROOT / "dtrain").with_suffix("").parts)
 
 
-def layer_of(parts: Sequence[str]) -> str:
+def layer_of(given: Sequence[str]) -> str:
     """Return the layer of a module below dtrain, for example ``data/plan`` of data.plan.units."""
+    parts = tuple(given)
+    if parts[:2] == ("report", "trackers"):
+        return "report/trackers"
     return "/".join(parts[:2]) if parts[0] == "data" and len(parts) > 1 else parts[0]
 
 

@@ -8,11 +8,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from dtrain.config.schema import TrainConfig, check_plain
+from dtrain.config.schema import REQUIRED, TrainConfig, check_plain
 from dtrain.config.values import Plain, Tables, value_of
 from dtrain.errors import ConfigFileNotFound, InvalidConfig, UsageError
 
-REQUIRED = ("model", "data.path", "data.inputs", "data.targets", "train.loss")
 PATH_KEYS = ("data.path", "data.val_path", "train.init", "run.dir", "cluster.scheduler")
 TWICE_GIVEN = re.compile(r"Cannot (declare .* twice|overwrite)")
 """In messages of tomllib."""

@@ -16,8 +16,10 @@ Given: TypeAlias = dict[str, Function]
 """By config key, with the name for metrics (``train.metrics.module:function``): a function or callable object."""
 
 KEYS = ("model", "train.loss", "train.optimizer", "train.schedule", "average.outer.schedule", "data.transform")
-"""Keys whose value may be a function; ``train.metrics`` is a list of them."""
-METRICS = "train.metrics"
+"""Keys whose value may be a function."""
+METRICS, TRACKERS = "train.metrics", "run.trackers"
+LISTS = (METRICS, TRACKERS)
+"""Keys whose value is a list that may hold functions."""
 OPTIMIZERS = ("train.optimizer", "average.outer.optimizer")
 """Keys whose value may be a class of ``torch.optim``: it stands for its name."""
 
@@ -28,7 +30,7 @@ def take_functions(tables: Mapping[str, Any]) -> tuple[dict[str, Any], Given]:
     Raises
     ------
     InvalidConfig
-        ``train.metrics`` is a function, not a list.
+        ``train.metrics`` or ``run.trackers`` is a function, not a list.
     """
     named, given = dict(tables), Given()
     for key in OPTIMIZERS:
@@ -38,12 +40,15 @@ def take_functions(tables: Mapping[str, Any]) -> tuple[dict[str, Any], Given]:
     for key in KEYS:
         if callable(value := value_at(named, key)):
             named, given[key] = _with(named, key, name_of(value)), value
-    metrics = value_at(named, METRICS)
-    if callable(metrics):
-        raise InvalidConfig(f"{METRICS} is {described(metrics)}; it is a list.", "Write metrics=[...].")
-    if isinstance(metrics, list | tuple):
-        given |= {f"{METRICS}.{name_of(metric)}": metric for metric in metrics if callable(metric)}
-        named = _with(named, METRICS, tuple(name_of(m) if callable(m) else m for m in metrics))
+    for key in LISTS:
+        values = value_at(named, key)
+        if callable(values):
+            raise InvalidConfig(
+                f"{key} is {described(values)}; it is a list.", f"Write {key.rpartition('.')[2]}=[...]."
+            )
+        if isinstance(values, list | tuple):
+            given |= {f"{key}.{name_of(value)}": value for value in values if callable(value)}
+            named = _with(named, key, tuple(name_of(value) if callable(value) else value for value in values))
     return named, given
 
 

@@ -10,29 +10,29 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import date, time
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    PrivateAttr,
-    Strict,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, PrivateAttr, Strict, ValidationError, model_validator
 
 from dtrain.config.average import AverageConfig, check_average
+from dtrain.config.data import DataConfig as DataConfig
+from dtrain.config.data import Paths as Paths
+from dtrain.config.data import check_data
 from dtrain.config.faults import sentences
 from dtrain.config.functions import Function, Given, take_functions
 from dtrain.config.names import FUNCTION, LOSSES, METRICS, SCHEDULES, metric_key
-from dtrain.config.slices import LabelSelector, Offsets, Selector, Slice
-from dtrain.config.split import SplitConfig
-from dtrain.config.table import Bool, Float, Natural, NonNegative, Positive, Table, without_sgd_defaults
+from dtrain.config.table import (
+    Bool,
+    Float,
+    Natural,
+    NonNegative,
+    Positive,
+    Size,
+    Table,
+    function_or,
+    without_sgd_defaults,
+)
 from dtrain.config.unbuilt import refuse_unbuilt
 from dtrain.config.values import cache_bytes, parse_bytes, plain_value, value_of
 from dtrain.errors import InvalidConfig, did_you_mean
-
-Size = Annotated[str, BeforeValidator(lambda given: str(given) if type(given) is int else given)]
-"""``auto``, or bytes such as ``512MB``; a number counts bytes."""
 
 ClassAxis: TypeAlias = Literal["auto", 1, -1]
 """The axis of the classes in the model's output."""
@@ -41,149 +41,54 @@ FULL_BATCH_MICRO = 1024
 """Samples of a micro-batch where ``train.batch_size`` is ``full`` and ``train.micro_batch`` is 0."""
 
 
-def _one_path(given: Any) -> Any:
-    """Return the path of a list that holds one; refuse an empty list, and paths beside tables."""
-    if not isinstance(given, list | tuple):
-        return given
-    if not given:
-        raise ValueError("is an empty list; give at least one store")
-    if len({isinstance(store, str) for store in given}) > 1:
-        raise ValueError(
-            "holds paths and tables; give paths, of stores that are one, or tables, of stores with own replicas"
-        )
-    return given[0] if len(given) == 1 and isinstance(given[0], str) else given
-
-
-Paths: TypeAlias = Annotated[str | tuple[str, ...], BeforeValidator(_one_path)]
-"""A store, or several that are one: the rows of each follow those of the one before."""
-
-
-class Store(Table):
-    """One of several stores (federated data)."""
-
-    path: Paths
-    workers: tuple[str, ...] = ()
-    replicas: Positive = 1
-
-
-class MinValid(Table):
-    """``data.non_finite = { min_valid = 0.5 }``: samples are kept from that share of finite values on."""
-
-    min_valid: Annotated[float, Strict(), Field(gt=0, le=1)]
-
-
-class DataConfig(Table):
-    """``[data]``: the samples, their split and their partitions."""
-
-    @field_validator("input_offsets", "target_offsets")
-    @classmethod
-    def _not_empty(cls, offsets: Offsets) -> Offsets:
-        if isinstance(offsets, Slice) and offsets.stop <= offsets.start:
-            raise ValueError(f"start = {offsets.start} and stop = {offsets.stop} hold no offset")
-        if offsets == ():
-            raise ValueError("is an empty list; give at least one offset")
-        return offsets
-
-    @model_validator(mode="after")
-    def _has_patches(self) -> Self:
-        if self.split.patches and not self.patch:
-            raise ValueError("split.patches = true cuts splits by patch, and data.patch names no dimension to cut")
-        return self
-
-    @model_validator(mode="after")
-    def _says_once(self) -> Self:
-        if twice := [dim for dim in self.sel if dim in self.isel]:
-            raise ValueError(f"{twice[0]} is in sel, by coordinate, and in isel, by index; give one of them")
-        if self.val_path and "val" in self.split.ranges:
-            raise ValueError("split.val is a range, and val_path a store for validation; give one of them")
-        return self
-
-    path: Annotated[str | tuple[Store | str, ...], BeforeValidator(_one_path)] = ""
-    inputs: tuple[str, ...] = ()
-    targets: tuple[str, ...] = ()
-    storage_options: dict[str, Any] = Field(default={}, repr=False)
-    group: str = ""
-    isel: dict[str, Selector] = {}
-    sel: dict[str, LabelSelector] = {}
-    dims: dict[str, tuple[str, ...]] = {}
-    sample_dim: str = "auto"
-    input_offsets: Offsets = 0
-    target_offsets: Offsets = 0
-    stride: Positive = 1
-    patch: dict[str, Positive] = {}
-    split: SplitConfig = SplitConfig()
-    gaps: Literal["auto", "drop", "error", "allow"] = "auto"
-    split_order: Literal["auto", "random", "sequential"] = "auto"
-    val_path: Paths = ""
-    partition: Literal["stratified", "contiguous"] = "stratified"
-    normalize: tuple[str, ...] | dict[str, tuple[str, ...]] = ()
-    transform: str = ""
-    missing: Literal["auto", "error", "fill", "skip"] = "auto"
-    non_finite: Literal["error", "allow", "skip"] | MinValid = "error"
-    weight: str = ""
-    balance: str = ""
-    shuffle: Bool = True
-    memory: Size = "auto"
-    cache: Size = "auto"
-    reader: Literal["auto", "numcodecs", "zarrs", "zarr"] = "auto"
-
-    @property
-    def stores(self) -> tuple[Store, ...]:
-        """The stores of `path`: several where they are tables, each with its own replicas (federated data)."""
-        if isinstance(self.path, tuple):
-            tables = tuple(store for store in self.path if isinstance(store, Store))
-            return tables or (Store(path=tuple(path for path in self.path if isinstance(path, str))),)
-        return (Store(path=self.path),)
-
-    @property
-    def is_federated(self) -> bool:
-        """Whether `path` lists tables."""
-        return isinstance(self.path, tuple) and isinstance(self.path[0], Store)
-
-    @property
-    def mean_dims(self) -> dict[str, tuple[str, ...]]:
-        """By variable of `normalize`: the dimensions of which each index has its own mean; none: one mean."""
-        if isinstance(self.normalize, dict):
-            return self.normalize
-        return dict.fromkeys(self.normalize, ())
-
-    @property
-    def min_valid(self) -> float | None:
-        """The share of finite values that a sample needs to be kept; None: all are kept, or are a fault."""
-        if isinstance(self.non_finite, MinValid):
-            return self.non_finite.min_valid
-        return 1.0 if self.non_finite == "skip" else None
-
-    @property
-    def fills_inputs(self) -> bool:
-        """Whether samples that are kept may hold non-finite values: inputs become 0, and targets do not count."""
-        return isinstance(self.non_finite, MinValid)
-
-
 class TrainTable(Table):
     """``[train]``: the local steps of a replica in a round."""
 
-    loss: str = ""
-    metrics: tuple[str, ...] = ()
+    loss: Annotated[str, function_or(*LOSSES)] = ""
+    """Required. A name, or "module:function": called with (outputs, targets), returns the mean over the batch or (sum,
+    count)."""
+    metrics: tuple[Annotated[str, function_or(*METRICS)], ...] = ()
+    """Metrics that evaluations report beside the loss: names, or "module:function" as for the loss."""
     rounds: Positive = 20
+    """Rounds of the run. A continued run may have more, where schedules are constant."""
     local_epochs: Positive = 1
+    """Passes over the partition a round; or local_steps, not both."""
     local_steps: Positive | None = None
+    """Full batches a round; the rest of a pass is carried over to the next round. `dtrain plan --probe` helps to
+    choose."""
     sync_rounds: Natural = 0
+    """The first rounds that have one local step each (post-local SGD); with local_steps only."""
     eval_every: Positive | Literal["auto"] = "auto"
+    """Rounds between evaluations; the last round always has one. "auto": at most 0.3 samples are evaluated for each
+    that is trained on."""
     drop_last: Bool = False
+    """Leave out the short batch at the end of a pass."""
     class_axis: ClassAxis = "auto"
+    """The axis of the classes in the model's output, for cross_entropy. "auto" refuses when both fit."""
     freeze: tuple[str, ...] = ()
+    """Patterns of the names of parameters that are neither trained, averaged nor sent, such as "encoder.*"."""
     batch_size: Positive | Literal["full"] = 100
+    """Samples of a local step; "full": one step a pass with the gradient of the whole partition."""
     micro_batch: Natural = 0
+    """Samples of a forward pass: gradients of a batch are accumulated. 0: batch_size, or 1024 with "full"."""
     optimizer: str = "sgd"
+    """The inner optimizer: any name of torch.optim, or "module:function"."""
     optimizer_args: dict[str, Any] = {"lr": 0.01, "momentum": 0.9}
-    schedule: str = "constant"
+    """Arguments of the optimizer. The default is that of sgd; other optimizers have torch's own defaults."""
+    schedule: Annotated[str, function_or(*SCHEDULES)] = "constant"
+    """Factor on the learning rate over local steps; or "module:function", called with (step, total)."""
     warmup_steps: Natural = 0
+    """Local steps over which the learning rate grows linearly."""
     clip_norm: NonNegative = 0.0
+    """Largest norm of a gradient; 0: gradients are not clipped."""
     precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast, with float32 parameters."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model is computed; "auto": cuda if every worker has it."""
     init: str = ""
+    """A safetensors file, or a run's directory, whose parameters the run starts from."""
     seed: Annotated[int, Strict(), Field(ge=0, lt=2**63)] = 0
+    """Seed of the model's initialisation, the splits and the order of samples."""
 
     @model_validator(mode="before")
     @classmethod
@@ -201,38 +106,56 @@ class StopConfig(Table):
     """``[stop]``: the rules that end training early."""
 
     metric: str = "val_loss"
+    """What the rules look at, and what the best round is chosen by: val_loss, val_<metric> or train_loss."""
     mode: Literal["auto", "min", "max"] = "auto"
+    """Whether small or large values are better; "auto": as the metric says."""
     target: Float | None = None
+    """End when the metric has reached it."""
     patience: Positive | None = None
+    """End after that many evaluations without an improvement."""
     min_delta: NonNegative = 0.0
+    """A smaller change is no improvement."""
 
 
 class ClusterConfig(Table):
     """``[cluster]``: where tasks run."""
 
     scheduler: str = "local"
+    """Where: "local" starts workers on this machine, "serial" uses this process; or tcp://host:port, tls://host:port,
+    or the path of a scheduler file."""
     workers: Positive | Literal["auto"] = "auto"
+    """Workers of a local cluster; "auto": one for each core, or for each `threads` cores."""
     threads: Positive = 1
+    """torch threads of a task. They decide bits."""
     memory: Size = "auto"
+    """Bytes of a worker of a local cluster, such as "4GB"; "auto": its share of this machine."""
     allow_plain: Bool = False
+    """Allow tcp:// to other machines: it is not encrypted, and whoever reaches the port can run code as you."""
     slices: Positive | Literal["auto"] = "auto"
+    """Slices of the parameters that are averaged apart, on several workers; "auto": by their size."""
     tls: dict[Literal["ca", "cert", "key"], str] = {}
+    """Files of a TLS cluster: { ca = "", cert = "", key = "" }."""
 
 
 class RunConfig(Table):
-    """``[run]``: the run directory and the rounds kept in it."""
+    """``[run]``: the run directory, the rounds kept in it, and the trackers beside it."""
 
     dir: str = "runs"
+    """The directory that holds runs, relative to this file."""
     commit_every: Positive | Literal["auto"] = "auto"
+    """Rounds between commits, which fall on evaluated rounds; "auto": commits take about 2 % of the time."""
     keep: Positive = 3
+    """Committed rounds that are kept, besides the best one."""
     trackers: tuple[str, ...] = ()
+    """What else gets the values of each round: "tensorboard", "mlflow", or "module:function" or "module:Class" of
+    yours, called with each event. None by default: nothing leaves the machine unless asked."""
 
 
 class TrainConfig(Table):
     """The configuration of a run.
 
-    In Python the values of ``model``, ``train.loss``, ``train.metrics``, ``train.optimizer``, ``train.schedule`` and
-    ``data.transform`` may be functions; numbers may be NumPy's and paths `pathlib.Path`.
+    In Python the values of ``model``, ``train.loss``, ``train.metrics``, ``train.optimizer``, ``train.schedule``,
+    ``data.transform`` and ``run.trackers`` may be functions; numbers may be NumPy's and paths `pathlib.Path`.
 
     Raises
     ------
@@ -243,13 +166,22 @@ class TrainConfig(Table):
     """
 
     model: str = ""
+    """Required. The function that returns the torch.nn.Module, as "module:function": of a file next to this one, or of
+    an installed module."""
     model_args: dict[str, Any] = {}
+    """Keyword arguments of the function."""
     data: DataConfig = DataConfig()
+    """The samples, their split and their partitions."""
     train: TrainTable = TrainTable()
+    """The local steps of a replica in a round."""
     average: AverageConfig = AverageConfig()
+    """How the replicas' parameters become one set of parameters."""
     stop: StopConfig = StopConfig()
+    """The rules that end training early; every rule is off unless given."""
     cluster: ClusterConfig = ClusterConfig()
+    """Where tasks run."""
     run: RunConfig = RunConfig()
+    """The run directory, the rounds kept in it, and the trackers beside it."""
     _functions: Given = PrivateAttr(default_factory=dict)
 
     def __init__(self, /, **tables: Any) -> None:
@@ -291,9 +223,7 @@ def _check_values(config: TrainConfig) -> None:
     if config.data.cache != "auto":
         cache_bytes(config.data.cache)
     _check_name("data.transform", config.data.transform, (), empty=True)
-    _check_dims(config.data)
-    _check_weight(config.data)
-    _check_normalize(config.data)
+    check_data(config.data)
     check_average(config.average)
     _check_name("average.outer.schedule", config.average.outer_schedule, SCHEDULES)
 
@@ -304,40 +234,6 @@ def _check_sync_rounds(train: TrainTable) -> None:
             f"train.sync_rounds = {train.sync_rounds} is for rounds of train.local_steps; without it, a round is "
             f"train.local_epochs = {train.local_epochs}.",
             "Set train.local_steps, or leave sync_rounds out.",
-        )
-
-
-def _check_dims(data: DataConfig) -> None:
-    for name, dims in data.dims.items():
-        _check_known("dims", name, data)
-        if not all(dims):
-            raise InvalidConfig(f"data.dims.{name} = {list(dims)}: a name is empty.", "Name each dimension.")
-        if twice := [dim for dim in dims if dims.count(dim) > 1]:
-            raise InvalidConfig(f'data.dims.{name} names "{twice[0]}" twice.', "Give each dimension its own name.")
-
-
-def _check_normalize(data: DataConfig) -> None:
-    for name, dims in data.mean_dims.items():
-        _check_known("normalize", name, data)
-        if twice := [dim for dim in dims if dims.count(dim) > 1]:
-            raise InvalidConfig(f'data.normalize.{name} names the dimension "{twice[0]}" twice.', "Name it once.")
-
-
-def _check_weight(data: DataConfig) -> None:
-    if data.weight in data.mean_dims:
-        raise InvalidConfig(
-            f'data.normalize names "{data.weight}", which is data.weight: weights are used as they are.',
-            f"Leave {data.weight} out of data.normalize.",
-        )
-
-
-def _check_known(key: str, name: str, data: DataConfig) -> None:
-    known = (*data.inputs, *data.targets)
-    if key == "dims" and name == data.weight:
-        return
-    if known and name not in known:  # Python may name them later
-        raise InvalidConfig(
-            f'data.{key} names "{name}", which is neither an input nor a target{did_you_mean(name, known)}'
         )
 
 
@@ -386,4 +282,6 @@ def _check_plain_value(key: str, value: Any) -> None:
         raise InvalidConfig(f"{key} is {kind}; allowed are text, numbers, booleans, dates, lists and tables.")
 
 
+REQUIRED = ("model", "data.path", "data.inputs", "data.targets", "train.loss")
+"""Keys that every config file gives."""
 DEFAULTS = TrainConfig.model_construct()

@@ -17,8 +17,11 @@ class Slice(BaseModel):
     model_config = FROZEN
 
     start: Int = 0
+    """The first."""
     stop: Int
+    """The end, which is not included."""
     step: Positive = 1
+    """From one to the next."""
 
 
 def _sequence(given: Any) -> Any:
@@ -33,8 +36,11 @@ class DimSlice(BaseModel):
     model_config = FROZEN
 
     start: Int = 0
+    """The first index; a negative one counts from the end."""
     stop: Int | None = None
+    """The end, which is not included; left out: the end of the dimension."""
     step: Positive = 1
+    """From one index to the next."""
     _listed: bool = PrivateAttr(False)
 
     @property
@@ -89,8 +95,11 @@ class LabelSlice(BaseModel):
     model_config = FROZEN
 
     start: Label | None = None
+    """The first value of the coordinate; left out: its beginning."""
     stop: Label | None = None
+    """The last value, which is included; left out: its end."""
     step: Positive = 1
+    """Take every n-th."""
 
 
 def _labels(given: Any) -> Any:
@@ -100,7 +109,9 @@ def _labels(given: Any) -> Any:
 
 Offsets = Annotated[Int | tuple[Int, ...] | Slice, BeforeValidator(_sequence)]
 """Whole numbers along one dimension: one, several, or a slice."""
-Selector = Annotated[Int | DimSlice, BeforeValidator(_selector)]
+Selector = Annotated[
+    Int | DimSlice, BeforeValidator(_selector, json_schema_input_type=Int | DimSlice | tuple[Int, ...])
+]
 """One index of a dimension, or a slice of it."""
 LabelSelector = Annotated[str | Int | Finite | tuple[Label, ...] | LabelSlice, BeforeValidator(_labels)]
 """A value of a dimension's coordinate, several values, or a slice."""

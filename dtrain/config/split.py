@@ -17,10 +17,15 @@ class SplitConfig(Table):
     """What is held out for validation and test."""
 
     val: Share | HeldRange = 0.1
+    """A share of the samples for validation, or a range of a coordinate: { time = "2017" }."""
     test: Share | HeldRange = 0.1
+    """A share of the samples for the test, or a range of a coordinate: { time = { start = "2018" } }."""
     gap: Natural = 0
+    """Rows that are left out on each side of a range."""
     by: str = ""
+    """A variable of groups, such as "donor": all rows of a group lie in one split."""
     patches: Bool = False
+    """Hold out places, in all rows, instead of rows."""
 
     @property
     def shares(self) -> dict[str, float]:

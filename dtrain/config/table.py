@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema
+from pydantic.fields import FieldInfo
 
 Int = Annotated[int, Strict()]
 Natural = Annotated[int, Strict(), Field(ge=0)]
@@ -14,8 +15,20 @@ Finite = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Strict(), Field(ge=0, lt=1)]
 Bool = Annotated[bool, Strict()]
+Size = Annotated[
+    str,
+    BeforeValidator(lambda given: str(given) if type(given) is int else given),
+    WithJsonSchema({"type": ["string", "integer"]}),
+]
+"""``auto``, or bytes such as ``512MB``; a number counts bytes."""
 
-FROZEN = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants", protected_namespaces=())
+FROZEN = ConfigDict(
+    extra="forbid",
+    frozen=True,
+    ser_json_inf_nan="constants",
+    protected_namespaces=(),
+    use_attribute_docstrings=True,  # they are the descriptions of the JSON Schema
+)
 """Of every table of the configuration: it is frozen and refuses unknown keys."""
 
 
@@ -23,6 +36,12 @@ class Table(BaseModel):
     """A table of the configuration: it is frozen and refuses unknown keys."""
 
     model_config = FROZEN
+
+
+def function_or(*names: str) -> FieldInfo:
+    """Return what the JSON Schema says of a text that is one of some names, or names a function of the user's."""
+    info: FieldInfo = Field(json_schema_extra={"anyOf": [{"enum": [*names]}, {"pattern": "^[^:]+:[^:]+$"}]})
+    return info
 
 
 def without_sgd_defaults(given: Any, key: str) -> Any:

@@ -12,7 +12,6 @@ from dtrain.errors import NotSupportedYet
 
 NOT_BUILT: dict[str, str] = {
     "cluster.tls": "TLS clusters",
-    "run.trackers": "trackers",
 }
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": {"RUN", "--data", "--split", "--round", "--scheduler", "--set", "--project", "--trust-code"},
     "config show": {"CONFIG|RUN", "--set"},
     "config schema": set(),
+    "config diff": {"A", "B"},
     "config presets": {"[NAME]"},
 }
 HEAVY = ("torch", "xarray", "zarr", "dask", "distributed", "numpy", "pydantic")

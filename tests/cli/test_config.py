@@ -5,8 +5,9 @@ import tomllib
 
 import pytest
 
-from tests.cli.helpers import last, objects
+from tests.cli.helpers import last, merge, objects
 
+ROUNDS = {"train": {"rounds": 6}}
 AUTO = "auto: resolved when the run starts"
 
 
@@ -104,7 +105,7 @@ def test_the_config_of_a_run(cli, project):
 def test_the_schema_is_json_and_knows_every_key(cli, project):
     outcome = cli("config", "schema")
     assert outcome.code == 0
-    assert outcome.err == ""
+    assert "#:schema ./dtrain.schema.json" in outcome.err
     found = json.loads(outcome.out)
     assert found["type"] == "object"
     assert set(found["properties"]) == {"model", "model_args", "data", "train", "average", "stop", "cluster", "run"}
@@ -115,6 +116,54 @@ def test_the_schema_is_json_and_knows_every_key(cli, project):
 def test_the_schema_as_an_object_a_line(cli):
     (found,) = objects(cli("--json", "config", "schema").out)
     assert "properties" in found
+
+
+def test_keys_that_differ_between_two_files(cli, project):
+    one, two = project(name="one"), project({"train": {"rounds": 9, "seed": 1, "local_steps": 5}}, name="two")
+    outcome = cli("config", "diff", one.config, two.config)
+    assert outcome.code == 0
+    assert outcome.out.splitlines() == [
+        "train.rounds = 2 -> 9               # a continued run may change it",
+        "train.local_steps = not given -> 5  # a new run",
+        "train.seed = 0 -> 1                 # a new run",
+    ]
+    assert outcome.err == "There are 2 keys that a continued run cannot change: train B under another --run NAME.\n"
+    found = last(cli("--json", "config", "diff", one.config, two.config))
+    assert (found["event"], found["a"], found["b"]) == ("diff", str(one.config), str(two.config))
+    assert found["changes"][0] == {"key": "train.rounds", "old": 2, "new": 9, "may_change": True}
+    assert [change["may_change"] for change in found["changes"]] == [True, False, False]
+
+
+def test_no_key_differs_between_a_run_and_its_file(cli, project):
+    job = project()
+    assert cli("-q", "train", job.config).code == 0
+    assert cli("config", "diff", job.config, "job") == (0, "no key differs\n", "")
+    assert last(cli("--json", "config", "diff", "job", job.run))["changes"] == []
+
+
+def test_rounds_of_a_schedule_are_a_new_run(cli, project):
+    cosine = {"train": {"rounds": 5, "schedule": "cosine"}}
+    files = [project(tables, name=name).config for name, tables in (("a", cosine), ("b", merge(cosine, ROUNDS)))]
+    (change,) = last(cli("--json", "config", "diff", *files))["changes"]
+    assert (change["key"], change["may_change"]) == ("train.rounds", False)
+
+
+def test_a_difference_shows_no_secrets(cli, project):
+    def options(secret):
+        return {"data": {"storage_options": {"secret": secret, "anon": secret == "one"}}}
+
+    files = [project(options(secret), name=secret).config for secret in ("one", "two")]
+    outcome = cli("config", "diff", *files)
+    assert outcome.code == 0
+    assert '"secret": "***"' in outcome.out
+    assert "one" not in outcome.out
+    assert "two" not in outcome.out
+
+
+def test_a_file_that_is_not_there_has_no_difference(cli, project):
+    outcome = cli("config", "diff", project().config, "no.toml")
+    assert outcome.code == 2
+    assert "no.toml: no such config file" in outcome.err
 
 
 def test_secrets_are_not_shown(cli, project):

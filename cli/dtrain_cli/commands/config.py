@@ -1,11 +1,11 @@
-"""dtrain config: show a configuration with its defaults, the schema, and presets of averaging."""
+"""dtrain config: show a configuration with its defaults, compare two, print the schema, and presets of averaging."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -41,11 +41,36 @@ def show(
 
 @app.command("schema")
 def schema(ctx: typer.Context) -> None:
-    """Print the JSON Schema of config files."""
-    from dtrain.config.schema import TrainConfig
+    """Print the JSON Schema of config files: an editor with it completes and explains keys."""
+    from dtrain.config.jsonschema import json_schema
 
-    schema = TrainConfig.model_json_schema()
+    schema = json_schema()
     result(ctx.obj, json.dumps(schema, indent=1), schema)
+    say(
+        ctx.obj,
+        "next: dtrain config schema > dtrain.schema.json, and `#:schema ./dtrain.schema.json` as the first line of "
+        "dtrain.toml: editors with Taplo (Even Better TOML) read it.",
+    )
+
+
+@app.command("diff")
+def diff(
+    ctx: typer.Context,
+    first: Annotated[str, typer.Argument(metavar="A", help="A config file, or a run.", show_default=False)],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another one.", show_default=False)],
+) -> None:
+    """Show which keys differ between two configurations, and which of them a continued run may change."""
+    from dtrain.config.compare import differences, may_change, without_secrets
+
+    (old, _), (new, _) = _read(first, ()), _read(second, ())
+    changes = [
+        {"key": key, "old": before, "new": after, "may_change": may_change(key, new)}
+        for key, before, after in differences(without_secrets(old), without_secrets(new))
+    ]
+    result(ctx.obj, _changes_text(changes), {"event": "diff", "a": first, "b": second, "changes": changes})
+    if fixed := [change["key"] for change in changes if not change["may_change"]]:
+        one = "is a key" if len(fixed) == 1 else f"are {len(fixed)} keys"
+        say(ctx.obj, f"There {one} that a continued run cannot change: train B under another --run NAME.")
 
 
 @app.command("presets")
@@ -67,6 +92,20 @@ def presets(
     record = {key: plain(getattr(preset, key)) for key in ("name", "summary", "source", "about", "adapt")}
     text = _document(record, preset.toml)
     result(ctx.obj, text, {"event": "presets", **record, "tables": preset.tables, "toml": text})
+
+
+def _changes_text(changes: list[dict[str, Any]]) -> str:
+    """Return a line ``key = old -> new  # whether a continued run may change it`` for each key that differs."""
+    if not changes:
+        return "no key differs"
+    lines = [f"{one['key']} = {_value(one['old'])} -> {_value(one['new'])}" for one in changes]
+    width = max((len(line) for line in lines if len(line) <= WIDTH), default=0)
+    notes = ["a continued run may change it" if one["may_change"] else "a new run" for one in changes]
+    return "\n".join(f"{line:<{width}}  # {note}" for line, note in zip(lines, notes, strict=True))
+
+
+def _value(value: Plain) -> str:
+    return "not given" if value is None else json.dumps(value)
 
 
 def _document(texts: Mapping[str, str], toml: str) -> str:

@@ -64,6 +64,9 @@ def train(
 
     with _terminable(), progress(options) as show:
         train_job(job, directory, report=report, max_seconds=seconds)
+    for tracker in job.trackers:
+        if tracker.look:
+            say(options, f"{tracker.name}: {tracker.look.format(runs=shown(directory.parent))}")
     say(options, f"next: dtrain eval {shown(directory)}")
 
 

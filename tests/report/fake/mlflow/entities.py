@@ -1,0 +1,4 @@
+from collections import namedtuple
+
+Metric = namedtuple("Metric", "key value timestamp step")
+Param = namedtuple("Param", "key value")
