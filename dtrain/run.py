@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, get_args
 from torch import nn
 
 from dtrain.algorithm.evaluate import values
-from dtrain.algorithm.params import load_into
+from dtrain.algorithm.params import load_into, params_sha256
 from dtrain.algorithm.recipe import Functions
 from dtrain.algorithm.stop import higher_is_better, stop_history
 from dtrain.checkpoint import committed_rounds, find_round, load_params, load_round, round_directory
+from dtrain.config.compare import without_secrets
 from dtrain.config.files import with_setting
 from dtrain.config.functions import METRICS, Function
 from dtrain.config.schema import DataConfig, TrainConfig
@@ -31,9 +32,11 @@ from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.joined import values_counted
 from dtrain.data.samples import Samples, not_samples
 from dtrain.data.source import describe
-from dtrain.directory import read_config_of, read_resolved
+from dtrain.directory import ENV, read_config_of, read_json, read_resolved
 from dtrain.display import clock
 from dtrain.errors import InvalidConfig, TooFewSamples, did_you_mean
+from dtrain.exporting.card import Trained
+from dtrain.exporting.export import Exportable, ExportedFile, export_model
 from dtrain.job import Job, as_trained, held_out_source, open_sources, source_of, with_scheduler
 from dtrain.prepare import open_runner
 from dtrain.project import RunCode, load_code
@@ -143,7 +146,7 @@ class Run:
             The run does not keep that round.
         """
         number = find_round(self.directory, wanted, self.best_round)
-        return self._module(load_params(round_directory(self.directory, number)))
+        return self._module(self._params(number, ema=False))
 
     @cached_property
     def ema_model(self) -> nn.Module:
@@ -154,14 +157,19 @@ class Run:
         InvalidConfig
             The run has none.
         """
-        number = find_round(self.directory, "last", None)
+        return self._module(self._params(find_round(self.directory, "last", None), ema=True))
+
+    def _params(self, number: int, *, ema: bool) -> Parameters:
+        """Return the parameters of a committed round, or its moving average of models."""
+        if not ema:
+            return load_params(round_directory(self.directory, number))
         averaged = load_round(round_directory(self.directory, number))[0].ema
         if averaged is None:
             raise InvalidConfig(
                 f"{self.directory.name} has no moving average of models: its average.ema is 0.",
                 "Use run.model, or train with average.ema, for example 0.9.",
             )
-        return self._module(averaged)
+        return averaged
 
     def _module(self, params: Parameters) -> nn.Module:
         build = self._load_functions(("model",))["model"]
@@ -284,10 +292,53 @@ class Run:
             level = logging.WARNING if seconds > UNITS_SECONDS else logging.INFO
             LOG.log(level, "%s: evaluating %s units, in %s at most.", self.directory.name, f"{units:,}", clock(seconds))
 
-    def _own(self, split: SplitName) -> tuple[Job, Resolved, SplitName]:
-        """Return what evaluates a split of the run's own data."""
+    def export(self, to: str, out: str | Path, *, round: str | int = "last", ema: bool = False) -> ExportedFile:
+        """Write the model to a file that needs no dtrain, with a model card beside it (``out`` and ``.md``).
+
+        It takes decoded values and gives outputs in the target's units: normalisation is inside. The file is loaded,
+        and its outputs on real samples of the run's data are compared with the model's, before it is moved into place.
+
+        Parameters
+        ----------
+        to : {"safetensors", "pt2", "onnx"}
+            The tensors alone; a program of torch.export; a graph for ONNX Runtime (extra ``onnx``).
+        out : path
+            The file.
+        round : "last", "best" or a number
+        ema : bool
+            The moving average of models (``average.ema``) instead of the model.
+
+        Raises
+        ------
+        RoundNotFound
+            The run does not keep that round.
+        InvalidConfig
+            A package is missing, or the run has no moving average.
+        UsageError, OutputExists
+            There is no such format or directory, or such a file already.
+        UnsuitableModel
+            The model cannot be exported to that format, or the file gives other outputs than the model.
+        """
+        number = find_round(self.directory, str(round), self.best_round)
+        params = self._params(number, ema=ema)
+        job, known, _ = self._own("val", ("model", "data.transform"))
+        trained = Trained(
+            name=self.directory.name,
+            round=number,
+            is_average=ema,
+            config=without_secrets(self.config),
+            row=next((row for row in self.rows if row["round"] == number), {}),
+            data=(),
+            versions={name: read_json(self.directory / ENV).get(name, "") for name in VERSIONS},
+            params_sha256=params_sha256(params),
+        )
+        model = Exportable(job=job, resolved=known, build=lambda: self._module(params), trained=trained)
+        return export_model(model, to, Path(out))
+
+    def _own(self, split: SplitName, keys: Sequence[str] | None = None) -> tuple[Job, Resolved, SplitName]:
+        """Return what evaluates a split of the run's own data; `keys` are those of the functions that are needed."""
         data, base = self.config.data, self.base
-        job = self._job(open_sources(data, base), held_out_source(data, base))
+        job = self._job(open_sources(data, base), held_out_source(data, base), keys=keys)
         known = self.resolved
         if data.non_finite != self._recorded.non_finite:
             known = _uncounted(known)
@@ -321,9 +372,16 @@ class Run:
         known = replace(known, plan=joint, held_out=None, contents=(), filled=None, snapshots=())
         return self._job((source_of(samples),), None, samples.transform), known, cut
 
-    def _job(self, sources: tuple[Source, ...], held_out: Source | None, transform: Function | None = None) -> Job:
+    def _job(
+        self,
+        sources: tuple[Source, ...],
+        held_out: Source | None,
+        transform: Function | None = None,
+        keys: Sequence[str] | None = None,
+    ) -> Job:
         """Return what evaluates sources; of the user's functions only those that an evaluation calls are needed."""
-        functions = self._load_functions(EVALUATED, {} if transform is None else {"data.transform": transform})
+        own = {} if transform is None else {"data.transform": transform}
+        functions = self._load_functions(EVALUATED if keys is None else keys, own)
         tables = {
             "train": self.config.train.model_copy(update=NOT_EVALUATED),
             "average": self.config.average.model_copy(update={"outer": None}),
@@ -367,6 +425,8 @@ class Run:
 
 UNITS_SECONDS = 5.0
 """From so many seconds on it is said how long a pass over all units takes."""
+VERSIONS = ("dtrain", "torch", "numpy", "zarr", "distributed", "python")
+"""Of env.json, in a model card."""
 EVALUATED = ("model", "train.loss", METRICS, "data.transform")
 """Keys of the functions that an evaluation calls."""
 NOT_EVALUATED = {"optimizer": "sgd", "schedule": "constant"}

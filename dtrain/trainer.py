@@ -19,7 +19,6 @@ from dtrain.checkpoint import commit_round, committed_rounds, newest_state, prun
 from dtrain.config.compare import without_secrets
 from dtrain.config.schema import RunConfig, TrainConfig
 from dtrain.config.values import flat_values
-from dtrain.data.plan.partition import JointPlan
 from dtrain.data.samples import Samples
 from dtrain.directory import made_directory, next_run_directory, read_plan, run_directory, write_run
 from dtrain.display import shown
@@ -42,7 +41,7 @@ from dtrain.initfile import init_path, read_init, with_init
 from dtrain.job import Job, Model, Table, Tracker, absolute
 from dtrain.lock import locked
 from dtrain.prepare import open_runner
-from dtrain.report.history import Row, limit_of_rows, read_rows
+from dtrain.report.history import limit_of_rows, read_rows
 from dtrain.report.journal import HISTORY, cut_history, journal
 from dtrain.report.messages import messages_of
 from dtrain.report.notebook import is_notebook, notebook_progress
@@ -108,7 +107,7 @@ def _train_tracked(
         if known is not None and state is not None and end_reason(history, job.config) is not None:
             write_run(run, job, known)
             if job.trackers:  # what they lack, they take from the history
-                track(_started(opened, state, known.plan))
+                track(_started(opened, job.config, state, known))
         else:
             _train(job, opened, known, state, history, client=client, tell=tell, note=note, deadline=deadline)
     tell(_finished(opened, None))
@@ -137,7 +136,7 @@ def _train(
             state, resolved, loaded = _first_state(runner, resolved, init)
         write_run(opened.directory, job, resolved)
         tell, note = _both(tell, _page_of(runner)), _both(note, _page_of(runner))
-        tell(_started(opened, state, resolved.plan, runner))
+        tell(_started(opened, job.config, state, resolved, runner))
         left_out = (SamplesLeftOut(**asdict(one)) for one in resolved.left_out)
         events: list[Event] = [*loaded, *_filled(runner), *left_out]
         for event in events:
@@ -209,20 +208,21 @@ def _page_of(runner: Runner[Held]) -> Reporter:
     return show
 
 
-def _started(run: Run, state: TrainState, plan: JointPlan, runner: Runner[Held] | None = None) -> RunStarted:
-    config = run.config
+def _started(
+    run: Run | None, config: TrainConfig, state: TrainState, resolved: Resolved, runner: Runner[Held] | None = None
+) -> RunStarted:
     return RunStarted(
-        run=str(run.directory),
+        run="" if run is None else str(run.directory),
         round=state.round,
         rounds=config.train.rounds,
-        replicas=plan.replicas,
-        samples=sum(plan.sizes),
+        replicas=resolved.plan.replicas,
+        samples=sum(resolved.plan.sizes),
         workers=0 if runner is None else runner.num_workers,
         dashboard="" if runner is None else runner.open_dashboard(),
-        eval_every=run.resolved.eval_every,
+        eval_every=resolved.eval_every,
         metric=config.stop.metric,
         higher=higher_is_better(config),
-        rows=tuple(run.rows),
+        rows=() if run is None else tuple(run.rows),
         settings=dict(flat_values(without_secrets(config))),
     )
 
@@ -384,7 +384,7 @@ def train_rounds(
     with client_of(cluster) as client, open_runner(job, uuid.uuid4().hex[:8], client=client) as (runner, resolved):
         state, _, _ = _first_state(runner, resolved, init_path(job))
         show = _page_of(runner)
-        show(_started("", (), state, runner))
+        show(_started(None, job.config, state, resolved, runner))
         for result in rounds(runner, state, job.config, show, look_ahead=runner.look_ahead):
             show(RoundFinished(result))
             yield result

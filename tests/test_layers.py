@@ -12,13 +12,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-BASE = {"types", "stages", "config", "errors", "events", "display"}
+BASE = {"types", "stages", "config", "errors", "events", "display", "packages"}
 WORK = {"runtime", "data", "algorithm", *BASE}
 CORE = {"data/samples", "data/members", "data/tiles", "data/variable", "data/encoding", "data/sparse"}
 BELOW: dict[str, set[str]] = {
     "errors": set(),
     "types": set(),
     "stages": set(),
+    "packages": set(),
     "config": {"errors"},
     "events": {"types", "stages"},
     "files": {"errors"},
@@ -119,8 +120,10 @@ BELOW: dict[str, set[str]] = {
     "directory": {"resolve", "resolved", "job", "report", "files", *WORK},
     "project": {"resolved", "job", *WORK},
     "unitlosses": {"report", *WORK},
+    "exporting": {"prepare", "resolved", "job", *WORK},
     "run": {
         "unitlosses",
+        "exporting",
         "project",
         "directory",
         "prepare",
@@ -141,7 +144,17 @@ BELOW: dict[str, set[str]] = {
 """By layer: the layers it may import. The folders and files of data/ are layers; ``data`` is all of them."""
 
 FENCED = {
-    "torch": {"algorithm", "statefiles", "runtime", "job", "resolved", "run", "trainer", "report/trackers"},
+    "torch": {
+        "algorithm",
+        "statefiles",
+        "runtime",
+        "job",
+        "resolved",
+        "exporting",
+        "run",
+        "trainer",
+        "report/trackers",
+    },
     "zarr": {"data/read", "data/layouts", "data/dimensions", "data/dataset"},
     "dask": {"runtime"},
     "distributed": {"runtime", "prepare", "probe", "planning", "batching", "trainer"},

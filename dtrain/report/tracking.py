@@ -13,7 +13,6 @@ rounds, since it was killed or its service was gone, can take them from there (`
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import logging
 import pkgutil
@@ -29,6 +28,7 @@ from typing import Any
 from dtrain.config.functions import described
 from dtrain.errors import InvalidConfig, did_you_mean, one_line
 from dtrain.events import Event, Reporter, RoundFinished, RunStarted, StepsTaken
+from dtrain.packages import is_installed
 from dtrain.report import trackers
 
 LOG = logging.getLogger("dtrain")
@@ -100,15 +100,6 @@ def own_tracker(name: str, tracker: Any) -> NamedTracker:
     except ValueError:  # of a function written in C
         pass
     return NamedTracker(name, tracker if is_class else lambda: tracker)
-
-
-def is_installed(package: str) -> bool:
-    """Whether a package can be imported; a folder of that name in the working directory is none."""
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):
-        return False
-    return spec is not None and spec.origin is not None
 
 
 @contextmanager
