@@ -82,15 +82,24 @@ def open_cluster(config: ClusterConfig, base: Path, client: Client | None = None
         The address is not allowed.
     """
     check_cluster(config, base, client)
-    config = config.model_copy(update={"scheduler": with_protocol(config.scheduler)})
     if client is not None:
         yield _connection(client, started=False)
-    elif config.scheduler == "local":
-        with _local_cluster(config) as cluster, Client(cluster, direct_to_workers=True) as local:
-            yield _connection(local, started=True)
     else:
-        with _connected(config, base) as remote:
-            yield _connection(remote, started=False)
+        with open_client(config, base) as own:
+            yield _connection(own, started=config.scheduler == "local")
+
+
+@contextmanager
+def open_client(config: ClusterConfig, base: Path) -> Iterator[Client]:
+    """Connect to a cluster, or start a local one, as `open_cluster`; its workers and versions are not looked at."""
+    check_cluster(config, base)
+    config = config.model_copy(update={"scheduler": with_protocol(config.scheduler)})
+    if config.scheduler == "local":
+        with _local_cluster(config) as cluster, Client(cluster, direct_to_workers=True) as client:
+            yield client
+    else:
+        with _connected(config, base) as client:
+            yield client
 
 
 def check_cluster(config: ClusterConfig, base: Path, client: Client | None = None) -> None:
@@ -154,10 +163,10 @@ def _connected(config: ClusterConfig, base: Path) -> Iterator[Client]:
 
 
 def _check_address(config: ClusterConfig, address: str) -> None:
-    scheme, host = urlsplit(address).scheme, urlsplit(address).hostname or ""
+    scheme = urlsplit(address).scheme
     if scheme != "tcp":
         raise InvalidConfig(f'cluster.scheduler = "{address}": this version connects with tcp:// only.')
-    if not _is_loopback(host) and not config.allow_plain:
+    if not is_loopback(address) and not config.allow_plain:
         raise InvalidConfig(
             f'cluster.scheduler = "{address}" is neither encrypted nor on this machine: whoever reaches that port can '
             "run code as you.",
@@ -165,10 +174,12 @@ def _check_address(config: ClusterConfig, address: str) -> None:
         )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Whether an address is on this machine; a name is not, whatever it resolves to."""
+    host = urlsplit(address).hostname or ""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name, whatever it resolves to
+    except ValueError:  # a name
         return False
 
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "train": {"CONFIG", "--run", "--set", "--scheduler", "--max-time"},
     "status": {"RUN", "--watch"},
     "eval": {"RUN", "--data", "--split", "--round", "--scheduler", "--set", "--project", "--trust-code"},
+    "doctor": {"--scheduler", "--data"},
     "export": {"RUN", "--to", "--out", "--round", "--ema", "--set", "--project", "--trust-code"},
     "config show": {"CONFIG|RUN", "--set"},
     "config schema": set(),

@@ -20,16 +20,16 @@ EXTRA = "onnx"
 TOLERANCE = 1e-4
 
 
-def write(module: ExportedModule, example: tuple[torch.Tensor, ...], facts: Facts, path: Path) -> None:
+def write(module: ExportedModule, inputs: tuple[torch.Tensor, ...], facts: Facts, path: Path) -> None:
     """Trace a module on some samples and write the graph; parameters above 2 GB lie in a second file."""
     batch = torch.export.Dim("batch")
     with _quiet():
         program = torch.onnx.export(
             module,
-            example,
+            inputs,
             input_names=[one.argument for one in facts.inputs],
             output_names=[one.argument for one in facts.outputs],
-            dynamic_shapes=(tuple({0: batch} for _ in example),),
+            dynamic_shapes=(tuple({0: batch} for _ in inputs),),
             dynamo=True,
             verbose=False,
         )

@@ -16,11 +16,11 @@ EXTRA = ""
 TOLERANCE = 1e-5
 
 
-def write(module: ExportedModule, example: tuple[torch.Tensor, ...], facts: Facts, path: Path) -> None:
+def write(module: ExportedModule, inputs: tuple[torch.Tensor, ...], facts: Facts, path: Path) -> None:
     """Trace a module on some samples and write the program."""
     batch = torch.export.Dim("batch")
-    shapes = (tuple({0: batch} for _ in example),)
-    program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+    shapes = (tuple({0: batch} for _ in inputs),)
+    program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
     torch.export.save(program, path, extra_files=facts.metadata)
 
 

@@ -16,7 +16,7 @@ EXTRA = ""
 TOLERANCE = 1e-6
 
 
-def write(module: ExportedModule, example: tuple[torch.Tensor, ...], facts: Facts, path: Path) -> None:
+def write(module: ExportedModule, inputs: tuple[torch.Tensor, ...], facts: Facts, path: Path) -> None:
     """Write the state_dict of a module; tied tensors stand under each of their names."""
     from safetensors.torch import save
 
