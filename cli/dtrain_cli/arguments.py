@@ -8,20 +8,55 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dtrain_cli import completion
+
 if TYPE_CHECKING:
     from dtrain.job import Job
 
-CONFIG = Annotated[Path, typer.Argument(help="The config file (TOML, YAML or JSON).", show_default=False)]
+
+def examples(*pairs: tuple[str, str]) -> str:
+    """Return commands and what they do as the end of a command's help; each fits a line of 78 columns."""
+    lines = (f"{command}   {about}" if about else command for command, about in pairs)
+    return "\n\n".join(["For example:", *(line.replace("[", "\\[") for line in lines)])  # rich takes [ for markup
+
+
+CONFIG = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG",
+        help="The config file (TOML, YAML or JSON).",
+        show_default=False,
+        autocompletion=completion.config_files,
+    ),
+]
+RUN = Annotated[
+    str,
+    typer.Argument(
+        help="A run's directory, or its name; default: the newest.",
+        show_default=False,
+        autocompletion=completion.runs,
+    ),
+]
 SET = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set a key, for example train.rounds=50.", show_default=False),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set a key, for example train.rounds=50.",
+        show_default=False,
+        autocompletion=completion.keys,
+    ),
 ]
 SCHEDULER = Annotated[
     str | None,
-    typer.Option("--scheduler", help="local, serial, tcp://host:port or a scheduler file.", show_default=False),
+    typer.Option(
+        "--scheduler",
+        metavar="WHERE",
+        help="local, serial, tcp://host:port or a scheduler file.",
+        show_default=False,
+        autocompletion=completion.places,
+    ),
 ]
-
-
 PROJECT = Annotated[
     Path | None,
     typer.Option(

@@ -132,7 +132,7 @@ def test_version(cli, script):
         (["train", "x.toml", "--max-tiem", "1s"], ["--max-tiem", "--max-time"]),
         (["status", "a", "b"], ["b"]),
         (["--jsno", "status"], ["--jsno", "--json"]),
-        (["train"], ["config"]),
+        (["train"], ["CONFIG"]),
         (["eval"], ["run"]),
         (["train", "x.toml", "--set"], ["--set"]),
         (["train", "x.toml", "--run"], ["--run"]),

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dtrain_cli.arguments import SET
+from dtrain_cli import completion
+from dtrain_cli.arguments import SET, examples
 from dtrain_cli.output import result, say, table
 
 if TYPE_CHECKING:
@@ -18,13 +19,51 @@ if TYPE_CHECKING:
 
 ORDER = 60
 WIDTH = 80
-app = typer.Typer(name="config", help="Show configurations.", no_args_is_help=True)
+EPILOG = examples(
+    ("dtrain config show my/dtrain.toml", "each key with its value and its origin"),
+    ("dtrain config diff my/dtrain.toml my", "a run against a file"),
+    ("dtrain config presets diloco", "a published way of averaging, as TOML"),
+)
+app = typer.Typer(
+    name="config",
+    help="Show and compare configurations, their schema, and presets of averaging.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+)
 
 
-@app.command("show")
+SHOW = examples(
+    ("dtrain config show my/dtrain.toml", "each key with its value and its origin"),
+    ("dtrain config show my/dtrain.toml --set train.rounds=50", ""),
+    ("dtrain config show my --json", "of a run"),
+)
+SCHEMA = examples(
+    ("dtrain config schema > dtrain.schema.json", "for editors"),
+    ("#:schema ./dtrain.schema.json", "as the first line of dtrain.toml"),
+)
+DIFF = examples(
+    ("dtrain config diff my/dtrain.toml other/dtrain.toml", "two files"),
+    ("dtrain config diff my my/dtrain.toml", "a run and a file"),
+    ("dtrain config diff first second --json", "two runs"),
+)
+PRESET = examples(
+    ("dtrain config presets", "lists them, with their sources"),
+    ("dtrain config presets diloco", "one, as TOML to paste"),
+)
+
+
+@app.command("show", epilog=SHOW)
 def show(
     ctx: typer.Context,
-    source: Annotated[str, typer.Argument(metavar="CONFIG|RUN", help="A config file, or a run.", show_default=False)],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG|RUN",
+            help="A config file, or a run.",
+            show_default=False,
+            autocompletion=completion.config_files_or_runs,
+        ),
+    ],
     settings: SET = None,
 ) -> None:
     """Show every key with its value and its origin."""
@@ -39,7 +78,7 @@ def show(
     result(ctx.obj, _text(values, origins), {"event": "config", "values": record})
 
 
-@app.command("schema")
+@app.command("schema", epilog=SCHEMA)
 def schema(ctx: typer.Context) -> None:
     """Print the JSON Schema of config files: an editor with it completes and explains keys."""
     from dtrain.config.jsonschema import json_schema
@@ -53,11 +92,24 @@ def schema(ctx: typer.Context) -> None:
     )
 
 
-@app.command("diff")
+@app.command("diff", epilog=DIFF)
 def diff(
     ctx: typer.Context,
-    first: Annotated[str, typer.Argument(metavar="A", help="A config file, or a run.", show_default=False)],
-    second: Annotated[str, typer.Argument(metavar="B", help="Another one.", show_default=False)],
+    first: Annotated[
+        str,
+        typer.Argument(
+            metavar="A",
+            help="A config file, or a run.",
+            show_default=False,
+            autocompletion=completion.config_files_or_runs,
+        ),
+    ],
+    second: Annotated[
+        str,
+        typer.Argument(
+            metavar="B", help="Another one.", show_default=False, autocompletion=completion.config_files_or_runs
+        ),
+    ],
 ) -> None:
     """Show which keys differ between two configurations, and which of them a continued run may change."""
     from dtrain.config.compare import differences, may_change, without_secrets
@@ -73,10 +125,13 @@ def diff(
         say(ctx.obj, f"There {one} that a continued run cannot change: train B under another --run NAME.")
 
 
-@app.command("presets")
+@app.command("presets", epilog=PRESET)
 def presets(
     ctx: typer.Context,
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A preset.", show_default=False)] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="A preset.", show_default=False, autocompletion=completion.presets),
+    ] = None,
 ) -> None:
     """List ways of averaging, or print one as TOML to paste, with its source."""
     from dtrain.config.presets import PRESETS, preset_named

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dtrain_cli.arguments import SCHEDULER, absolute_scheduler, start_workers_early
+from dtrain_cli.arguments import SCHEDULER, absolute_scheduler, examples, start_workers_early
 from dtrain_cli.output import Options, result, say, waiting
 
 if TYPE_CHECKING:
@@ -26,7 +26,15 @@ COLUMNS = 9, 13
 app = typer.Typer()
 
 
-@app.command("doctor")
+EPILOG = examples(
+    ("dtrain doctor", "this machine, and a local cluster"),
+    ("dtrain doctor --scheduler tcp://10.0.0.1:8786", "a Dask cluster"),
+    ("dtrain doctor --data s3://bucket/era5.zarr", "reads one chunk"),
+    ("dtrain doctor --scheduler serial --json", ""),
+)
+
+
+@app.command("doctor", epilog=EPILOG)
 def doctor(
     ctx: typer.Context,
     scheduler: SCHEDULER = None,
@@ -37,7 +45,8 @@ def doctor(
 ) -> None:
     """Check versions, CPU, memory, a cluster, one local step and, with --data, the reading of a store.
 
-    Without --scheduler a local cluster is started. Nothing is written, and each check ends within its time limit.
+    Without --scheduler a local cluster is started. Nothing is written, and each
+    check ends within its time limit.
     """
     options: Options = ctx.obj
     place = absolute_scheduler(scheduler) if scheduler is not None else "local"

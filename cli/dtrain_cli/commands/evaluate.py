@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dtrain_cli.arguments import PROJECT, SCHEDULER, SET, TRUST_CODE, absolute_scheduler, start_workers_early
+from dtrain_cli import completion
+from dtrain_cli.arguments import (
+    PROJECT,
+    RUN,
+    SCHEDULER,
+    SET,
+    TRUST_CODE,
+    absolute_scheduler,
+    examples,
+    start_workers_early,
+)
 from dtrain_cli.output import Options, result, say, shown, table, waiting
 
 if TYPE_CHECKING:
@@ -21,12 +31,18 @@ ORDER = 50
 app = typer.Typer()
 
 
-@app.command("eval")
+EPILOG = examples(
+    ("dtrain eval", "the newest run on its test split"),
+    ("dtrain eval my --split val --round best", ""),
+    ("dtrain eval my --data other.zarr", "on another store, all of it"),
+    ("dtrain eval my --scheduler tcp://10.0.0.1:8786 --json", ""),
+)
+
+
+@app.command("eval", epilog=EPILOG)
 def evaluate(
     ctx: typer.Context,
-    run: Annotated[
-        str, typer.Argument(help="A run's directory, or its name. [default: the newest]", show_default=False)
-    ] = "",
+    run: RUN = "",
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -36,10 +52,23 @@ def evaluate(
         ),
     ] = None,
     split: Annotated[
-        str | None, typer.Option("--split", help="val, test or all. [default: test; with --data: all]")
+        str | None,
+        typer.Option(
+            "--split",
+            metavar="SPLIT",
+            help="val, test or all; default: test, with --data all.",
+            autocompletion=completion.splits,
+        ),
     ] = None,
     round: Annotated[
-        str | None, typer.Option("--round", help="last, best or a number. [default: last]", show_default=False)
+        str | None,
+        typer.Option(
+            "--round",
+            metavar="ROUND",
+            help="last, best or a number; default: last.",
+            show_default=False,
+            autocompletion=completion.rounds,
+        ),
     ] = None,
     scheduler: SCHEDULER = None,
     settings: SET = None,

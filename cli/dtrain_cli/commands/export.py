@@ -8,24 +8,45 @@ from typing import Annotated
 
 import typer
 
-from dtrain_cli.arguments import PROJECT, SET, TRUST_CODE
+from dtrain_cli import completion
+from dtrain_cli.arguments import PROJECT, RUN, SET, TRUST_CODE, examples
 from dtrain_cli.output import Options, result, say, shown, table, waiting
 
 ORDER = 56
 app = typer.Typer()
 
 
-@app.command("export")
+def _formats(incomplete: str) -> list[str]:
+    """Complete a format."""
+    return [name for name in ("onnx", "pt2", "safetensors") if name.startswith(incomplete)]
+
+
+EPILOG = examples(
+    ("dtrain export my --to pt2 --out my.pt2", "a program of torch.export"),
+    ("dtrain export my --to onnx --out my.onnx --round best", "for ONNX Runtime"),
+    ("dtrain export my --to safetensors --out my.safetensors", "tensors alone"),
+)
+
+
+@app.command("export", epilog=EPILOG)
 def export(
     ctx: typer.Context,
-    run: Annotated[
-        str, typer.Argument(help="A run's directory, or its name. [default: the newest]", show_default=False)
-    ] = "",
+    run: RUN = "",
     to: Annotated[
-        str, typer.Option("--to", metavar="FORMAT", help="safetensors, pt2 or onnx.", show_default=False)
+        str,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            help="safetensors, pt2 or onnx.",
+            show_default=False,
+            autocompletion=_formats,
+        ),
     ] = ...,  # type: ignore[assignment]
     out: Annotated[Path, typer.Option("--out", metavar="PATH", help="The file to write.", show_default=False)] = ...,  # type: ignore[assignment]
-    round: Annotated[str, typer.Option("--round", help="last, best or a number.")] = "last",
+    round: Annotated[
+        str,
+        typer.Option("--round", metavar="ROUND", help="last, best or a number.", autocompletion=completion.rounds),
+    ] = "last",
     ema: Annotated[bool, typer.Option("--ema", help="Take the moving average of models (average.ema).")] = False,
     settings: SET = None,
     project: PROJECT = None,
@@ -33,8 +54,9 @@ def export(
 ) -> None:
     """Write the model of a run as a file that needs no dtrain, with a model card beside it (PATH.md).
 
-    It takes decoded values and gives outputs in the units of the target: normalisation is inside. Outputs on real
-    samples are compared with those of the model in the run before the file is kept.
+    It takes decoded values and gives outputs in the units of the target:
+    normalisation is inside. Outputs on real samples are compared with those of
+    the model in the run before the file is kept.
     """
     options: Options = ctx.obj
     with waiting(options, "loading PyTorch"):

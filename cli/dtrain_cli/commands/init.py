@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
+from dtrain_cli.arguments import examples
 from dtrain_cli.output import Options, result, say, shown
 
 if TYPE_CHECKING:
@@ -87,17 +88,17 @@ TEMPLATES = {
     "text": Template({"dtrain.toml": "text.toml", "model.py": "text_model.py"}, ("text.zarr",), _text_stores),
 }
 
-EPILOG = """
-For example:
+EPILOG = examples(
+    ("dtrain init digits --template digits", "handwritten digits, with a model"),
+    ("dtrain init cells --template image", "pictures with masks"),
+    ("dtrain init my --data archive.zarr", "a config file for a store of yours"),
+    ("dtrain init my --data s3://bucket/era5.zarr --template forecast", ""),
+)
 
-dtrain init digits --template digits   handwritten digits, with a model
 
-dtrain init cells --template image   pictures with masks (also: forecast, text)
-
-dtrain init my --data archive.zarr   a config file for a store of yours
-
-dtrain init my --data s3://bucket/era5.zarr --template forecast
-"""
+def _templates(incomplete: str) -> list[str]:
+    """Complete a template."""
+    return [name for name in TEMPLATES if name.startswith(incomplete)]
 
 
 @app.command("init", epilog=EPILOG)
@@ -110,7 +111,9 @@ def init(
             "--template",
             help="demo (default), digits, tabular, forecast, image or text; with --data one of the last four "
             "(default: what fits)",
+            metavar="NAME",
             show_default=False,
+            autocompletion=_templates,
         ),
     ] = None,
     data: Annotated[
@@ -118,6 +121,7 @@ def init(
         typer.Option(
             "--data",
             help="Path or URL of a Zarr store of yours: the config file is filled in for it.",
+            metavar="PATH",
             show_default=False,
         ),
     ] = None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dtrain_cli.arguments import RUN, examples
 from dtrain_cli.output import Options, result, shown, table
 
 if TYPE_CHECKING:
@@ -20,21 +21,24 @@ POLL_SECONDS = 1.0
 app = typer.Typer()
 
 
-@app.command("status")
+EPILOG = examples(
+    ("dtrain status", "of the newest run"),
+    ("dtrain status my", "of the run of that name"),
+    ("dtrain status my/runs/my --watch", "follows a run from its files"),
+    ("dtrain status --json", ""),
+)
+
+
+@app.command("status", epilog=EPILOG)
 def status(
     ctx: typer.Context,
-    run: Annotated[
-        str, typer.Argument(help="A run's directory, or its name. [default: the newest]", show_default=False)
-    ] = "",
+    run: RUN = "",
     watch: Annotated[
         bool,
         typer.Option("--watch", help="Follow the run: print each round until the run ends, or until Ctrl-C."),
     ] = False,
 ) -> None:
-    """Show the state of a run, while it trains or after a crash: only its files are read.
-
-    For example: dtrain status, dtrain status demo --watch, dtrain --json status runs/demo.
-    """
+    """Show the state of a run, while it trains or after a crash: only its files are read."""
     from dtrain.directory import find_run
     from dtrain.runs import load_run
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dtrain_cli.arguments import CONFIG, SCHEDULER, SET, load_job, start_workers_early
+from dtrain_cli.arguments import CONFIG, SCHEDULER, SET, examples, load_job, start_workers_early
 from dtrain_cli.output import Options, progress, result, say, shown, waiting
 
 if TYPE_CHECKING:
@@ -24,7 +24,16 @@ ORDER = 30
 app = typer.Typer()
 
 
-@app.command("train")
+EPILOG = examples(
+    ("dtrain train my/dtrain.toml", "trains, or continues"),
+    ("dtrain train my/dtrain.toml --run second --set train.seed=1", ""),
+    ("dtrain train my/dtrain.toml --scheduler cluster.json", "on a Dask cluster"),
+    ("dtrain train my/dtrain.toml --max-time 2h", "exit code 75 if not done by then"),
+    ("dtrain train my/dtrain.toml --json", "a line a round"),
+)
+
+
+@app.command("train", epilog=EPILOG)
 def train(
     ctx: typer.Context,
     config: CONFIG,
@@ -36,7 +45,7 @@ def train(
     scheduler: SCHEDULER = None,
     max_time: Annotated[
         str | None,
-        typer.Option("--max-time", help="Stop after the round in which this time ends: 2h, 90m."),
+        typer.Option("--max-time", metavar="TIME", help="Stop after the round in which this time ends: 2h, 90m."),
     ] = None,
 ) -> None:
     """Train a run, or continue it where its newest committed round ended.
