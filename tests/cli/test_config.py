@@ -72,7 +72,7 @@ def test_a_table_that_the_file_gives(cli, project):
 def test_in_words(cli, project):
     outcome = cli("config", "show", project().config, "--set", "train.rounds=5")
     assert outcome.code == 0
-    assert outcome.err == ""
+    assert outcome.err == "next: dtrain plan job/dtrain.toml\n"
     lines = {line.split(" = ")[0]: line for line in outcome.out.splitlines()}
     assert lines["train.rounds"].split("#")[0].strip() == "train.rounds = 5"
     assert lines["train.rounds"].endswith("# --set")

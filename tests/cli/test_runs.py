@@ -63,7 +63,12 @@ def test_the_status_in_words(cli, run):
         f"val_accuracy {row['val_accuracy']:.4f}"
     )
     assert lines[3].startswith(f"best    round {best(run)}: ")
-    assert outcome.err == ""
+    assert outcome.err == "next: dtrain eval job/runs/job\n"
+
+
+def test_the_next_step_after_a_stop(cli, run):
+    shutil.rmtree(run / "rounds/round-000004")
+    assert cli("status", run).err == "next: dtrain train job/dtrain.toml continues\n"
 
 
 def test_the_status_names_the_last_evaluated_round_beside_the_last(cli, project):
@@ -238,7 +243,7 @@ def test_another_round_that_is_the_best_is_mentioned(cli, run):
         outcome = cli(*output, "eval", run)
         assert (outcome.code, outcome.err) == (0, note)
     for arguments in (("--round", "last"), ("--round", "best"), ("--round", "4")):
-        assert cli("eval", run, *arguments).err == ""
+        assert cli("eval", run, *arguments).err == "next: dtrain export job/runs/job --to pt2 --out job.pt2\n"
     assert cli("-q", "eval", run).err == ""
     assert last(cli("--json", "eval", run, "--round", "best"))["round"] == 2
 

@@ -76,6 +76,8 @@ def show(
     origins = {key: _origin(key, value, given, by_hand) for key, value in values.items()}
     record = {key: {"value": value, "origin": origins[key]} for key, value in values.items()}
     result(ctx.obj, _text(values, origins), {"event": "config", "values": record})
+    if Path(source).is_file():
+        say(ctx.obj, f"next: dtrain plan {source}")
 
 
 @app.command("schema", epilog=SCHEMA)
@@ -123,6 +125,8 @@ def diff(
     if fixed := [change["key"] for change in changes if not change["may_change"]]:
         one = "is a key" if len(fixed) == 1 else f"are {len(fixed)} keys"
         say(ctx.obj, f"There {one} that a continued run cannot change: train B under another --run NAME.")
+    elif changes:
+        say(ctx.obj, "A continued run may change all of them: dtrain train goes on.")
 
 
 @app.command("presets", epilog=PRESET)

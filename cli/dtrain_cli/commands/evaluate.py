@@ -106,7 +106,10 @@ def evaluate(
     rows = [("run", f"{shown(opened.directory)} round {number}"), ("split", f"{chosen}, {count:,} samples")]
     rows += [(name, f"{value:.6g}") for name, value in means.items()]
     result(options, table(rows), {**record, **{k: v if math.isfinite(v) else None for k, v in means.items()}})
-    for line in _notes(opened, samples, " and ".join(data or ()), chosen, number if round is None else None):
+    notes = list(_notes(opened, samples, " and ".join(data or ()), chosen, number if round is None else None))
+    if not notes and not options.json:
+        notes = [f"next: dtrain export {shown(opened.directory)} --to pt2 --out {opened.directory.name}.pt2"]
+    for line in notes:
         say(options, line)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dtrain_cli.arguments import RUN, examples
-from dtrain_cli.output import Options, result, shown, table
+from dtrain_cli.output import Options, result, say, shown, table
 
 if TYPE_CHECKING:
     from dtrain.report.history import Row
@@ -53,6 +53,18 @@ def status(
             rows = opened.rows
             record = _record(opened, rows)
             result(options, table(_lines(record, rows)), record)
+            if not options.json:
+                say(options, _next(opened, record["state"]))
+
+
+def _next(run: Run, state: str) -> str:
+    """Return what one does next with a run in a state."""
+    if state == "running":
+        return f"next: dtrain status {shown(run.directory)} --watch"
+    if state == "done":
+        return f"next: dtrain eval {shown(run.directory)}"
+    config = run.directory.parent.parent / "dtrain.toml"
+    return f"next: dtrain train {shown(config)} continues" if config.is_file() else "next: train it again to continue"
 
 
 def _follow_as_json(options: Options, run: Run) -> None:
