@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import ast
 import inspect
 import pickle
+from pathlib import Path
 
 import cloudpickle
 import pytest
@@ -97,3 +99,63 @@ def test_did_you_mean_names_the_closest_or_nothing():
     assert did_you_mean("roudns", ["rounds", "loss"]) == '; did you mean "rounds"?'
     assert did_you_mean("xyz", ["rounds", "loss"]) == ""
     assert did_you_mean("rounds", []) == ""
+
+
+# Each has a test that shows its text ------------------------------------------------------------------------------
+
+TESTS = sorted(Path(__file__).parent.rglob("test_*.py"))
+
+
+def shown_in(tree):
+    """The names of errors whose text a test shows: `raises(Error, match="...")`, or what was caught is looked at."""
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        looked_at = {
+            node.value.value.id
+            for node in ast.walk(function)
+            if isinstance(node, ast.Attribute)
+            and node.attr in ("message", "hint")
+            and isinstance(node.value, ast.Attribute)
+            and isinstance(node.value.value, ast.Name)
+        }
+        looked_at |= {
+            node.args[0].value.id
+            for node in ast.walk(function)
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("str", "text_of")
+            and node.args
+            and isinstance(node.args[0], ast.Attribute)
+            and isinstance(node.args[0].value, ast.Name)
+        }
+        for item in (item for node in ast.walk(function) if isinstance(node, ast.With) for item in node.items):
+            call = item.context_expr
+            if not (isinstance(call, ast.Call) and ast.unparse(call.func).endswith("raises") and call.args):
+                continue
+            name = ast.unparse(call.args[0]).rpartition(".")[2]
+            matches = [word.value for word in call.keywords if word.arg == "match"]
+            is_caught = isinstance(item.optional_vars, ast.Name) and item.optional_vars.id in looked_at
+            if is_caught or any(not isinstance(text, ast.Constant) or " " in text.value for text in matches):
+                yield name
+
+
+@pytest.fixture(scope="module")
+def shown():
+    return {name for path in TESTS for name in shown_in(ast.parse(path.read_text(encoding="utf-8")))}
+
+
+@pytest.mark.parametrize("kind", [*MISTAKES, errors.Interrupted], ids=lambda kind: kind.__name__)
+def test_every_error_has_a_test_that_shows_its_text(kind, shown):
+    assert kind.__name__ in shown
+
+
+def test_the_search_itself_can_fail():
+    def found(text):
+        return set(shown_in(ast.parse(f"def test():\n    {text}")))
+
+    assert found("with pytest.raises(DiskFull, match='No space left'): pass") == {"DiskFull"}
+    assert found("with pytest.raises(errors.DiskFull, match=text): pass") == {"DiskFull"}
+    assert found("with raises(DiskFull) as e: pass\n    assert e.value.message == 'x'") == {"DiskFull"}
+    assert found("with raises(DiskFull) as e: pass\n    assert 'x' in str(e.value)") == {"DiskFull"}
+    assert found("with raises(DiskFull) as e: pass\n    assert e.value.code == 8") == set()
+    assert found("with pytest.raises(DiskFull): pass") == set()
+    assert found("with pytest.raises(DiskFull, match='full'): pass") == set()
