@@ -58,7 +58,7 @@ def take_trial(job: Job, resolved: Resolved) -> Trial:
     DtrainError
         The data are missing or damaged.
     """
-    job = replace(job, config=with_scheduler(job.config, "serial"))
+    job, resolved = replace(job, config=with_scheduler(job.config, "serial")), replace(resolved, device="cpu")
     with _resident(job, resolved) as resident:
         split = next((split for split in SPLITS if resident.pieces(split)), None)
         if split is None:
