@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
-from dtrain.algorithm.evaluate import values
 from dtrain.algorithm.params import load_into, params_sha256
 from dtrain.algorithm.recipe import Functions
 from dtrain.algorithm.stop import higher_is_better, stop_history
@@ -242,9 +241,9 @@ class Run:
             open_runner(job, run_id, known=known, client=client, without_lost=True) as (runner, _),
         ):
             sums = runner.evaluate(params, cut)
-        if sums is None:
-            raise TooFewSamples(f'The split "{split}" holds no samples.', "Choose another --split.")
-        return values(sums, self.config.train.metrics), number, sums.samples
+            if sums is None:
+                raise TooFewSamples(f'The split "{split}" holds no samples.', "Choose another --split.")
+            return runner.values(sums), number, sums.samples
 
     @cached_property
     def partitions(self) -> Partitions:

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain import rounds as module
-from dtrain.algorithm.evaluate import Sums
+from dtrain.algorithm.evaluate import Sums, values
+from dtrain.algorithm.metrics.named import metric_named
 from dtrain.algorithm.pattern import first_outer
 from dtrain.algorithm.plan import first_position
 from dtrain.algorithm.replica import fresh_replica
@@ -23,6 +24,7 @@ from dtrain.events import SegmentReplayed
 from dtrain.rounds import MAX_COMMIT_EVERY, commit_cadence, first_cadence, initial_state, next_commit, rounds
 from dtrain.runtime.runner import Outcome, SegmentLost
 from dtrain.types import Broadcast, Contribution, Layout, Parameters, Position, RoundPlan, RoundSummary, TrainState
+from tests.algorithm.helpers import means
 
 SIZES = (40, 24)
 
@@ -95,7 +97,10 @@ class Script:
         return Outcome(summary, self._sums(held) if self.evaluates[held] else None)
 
     def _sums(self, held: int) -> Sums | None:
-        return Sums(10, (10 / held, 10), {"accuracy": (held, 10)}) if self.validated else None
+        return means(10, (10 / held, 10), accuracy=(held, 10)) if self.validated else None
+
+    def values(self, sums: Sums) -> dict[str, float]:
+        return values(sums, ["accuracy"], {"accuracy": metric_named("accuracy")})
 
     def evaluate(self, params: Parameters, split: str) -> Sums | None:
         assert split == "val"

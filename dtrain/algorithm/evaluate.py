@@ -1,31 +1,30 @@
-"""Loss and metrics of a model as sums that merge exactly: pieces can be evaluated anywhere and added in order."""
+"""Loss and metrics of a model as states that merge exactly: pieces can be evaluated anywhere and added in order."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import repeat
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import nn
 
-from dtrain.algorithm.batch import Targets, TensorBatch, autocast
-from dtrain.algorithm.losses import Loss, Weight, classes_first, compared, is_count, mae, mean_of_batch, mse
-from dtrain.algorithm.masked import counts_of_finite_targets, of_finite_targets
-from dtrain.algorithm.weighted import sum_of
-from dtrain.config.functions import Function, takes_weight
-from dtrain.config.names import IGNORED_CLASS, metric_key
+from dtrain.algorithm.batch import TensorBatch, autocast
+from dtrain.algorithm.grouped import Box, Ints, Labels, boxes, num_groups, output_axes, part_of
+from dtrain.algorithm.losses import Loss, compared, mean_of_batch
+from dtrain.algorithm.metrics.named import FROM_LOSS
+from dtrain.algorithm.metrics.state import Floats, Metric, Parts, Rule, State, empty_state, merge_parts, merged, ratio
+from dtrain.config.names import metric_key
 from dtrain.config.schema import ClassAxis
-from dtrain.errors import InvalidConfig, ShapesDiffer
 
 Term: TypeAlias = tuple[float, float]
 """The sum of a quantity, and the number of its terms (or the sum of their weights)."""
-Metric: TypeAlias = Callable[..., Term]
-"""(outputs, targets), or (outputs, targets, weight) -> sum over the batch, and the number of its terms."""
 Decode: TypeAlias = Callable[[Any, Any], tuple[Any, Any]]
 """(outputs, targets) of the model -> the same in the units of the decoded data."""
+LOSS = "loss"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +32,61 @@ class Sums:
     """Loss and metrics over some samples."""
 
     samples: int
-    loss: Term
-    metrics: Mapping[str, Term]
-    """By reported name."""
+    states: Mapping[str, State]
+    """``loss``, metrics by reported name, and those of baselines as ``rmse_persistence``; none before a batch."""
+    by_group: Ints
+    """int64[group]: the samples that have values in each group."""
+    units: int = 0
+    """Units that were decoded."""
     seconds: float = field(default=0.0, compare=False)
     """That the evaluation took."""
+
+    @property
+    def loss(self) -> Term:
+        """Of everything."""
+        if LOSS not in self.states:
+            return 0.0, 0.0
+        total, count = self.states[LOSS].parts[0][0].tolist()
+        return total, count
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What an evaluation knows of a batch beside its tensors."""
+
+    labels: tuple[tuple[Labels, ...], ...] = ()
+    """By target: its labels along each grouping."""
+    forecasts: Mapping[str, Any] = field(default_factory=dict)
+    """By baseline: its forecast of the targets, in decoded units."""
+    climate: Any = None
+    """The climatology at the places and times of the targets, in decoded units."""
+
+
+@dataclass(frozen=True, slots=True)
+class Breakdown:
+    """What an evaluation is broken down into; the default is one group of everything."""
+
+    counts: tuple[int, ...] = ()
+    """By grouping: its number of labels."""
+    by_target: bool = False
+    """Whether each target is compared alone with the output of its place."""
+    has_loss: bool = True
+    """Whether the loss is computed by group too."""
+    class_axis: ClassAxis = "auto"
+
+    @property
+    def groups(self) -> int:
+        """Number of groups."""
+        return num_groups(self.counts)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether everything is one group."""
+        return not self.counts and not self.by_target
+
+
+WHOLE = Breakdown()
+NOTHING_KNOWN = Context()
 
 
 def evaluate(
@@ -47,45 +96,127 @@ def evaluate(
     batches: Iterable[TensorBatch],
     precision: str = "float32",
     decode: Decode = lambda outputs, targets: (outputs, targets),
+    contexts: Iterable[Context] | None = None,
+    breakdown: Breakdown = WHOLE,
 ) -> Sums:
-    """Return the sums of loss and metrics over batches.
+    """Return the states of loss and metrics over batches, by group.
 
     Parameters
     ----------
     module : nn.Module
     loss : callable
-    metrics : mapping of str to callable
+    metrics : mapping of str to Metric
     batches : iterable of TensorBatch
     precision : str
         As in `Recipe`.
     decode : callable
         Applied to outputs and targets before metrics are computed; the loss is in the model's units.
+    contexts : iterable of Context, optional
+        By batch.
+    breakdown : Breakdown
     """
     module.eval()
-    sums = Sums(0, (0.0, 0), dict.fromkeys(metrics, (0.0, 0)))
+    collected = _Collected(breakdown.groups)
     with torch.inference_mode():
-        for batch in batches:
+        for batch, context in zip(batches, repeat(NOTHING_KNOWN) if contexts is None else contexts, strict=False):
             with autocast(precision, batch):
                 outputs = module(*batch.inputs)
-                mean = mean_of_batch(compared(loss, outputs, batch.targets, batch.weight), batch.size)
-            outputs, targets = decode(outputs, batch.targets)
-            own = {name: compared(metric, outputs, targets, batch.weight) for name, metric in metrics.items()}
-            sums = merge([sums, Sums(batch.size, (mean.sum, mean.count), own)])
-    return sums
+            decoded, targets = decode(outputs, batch.targets)
+            collected.samples += batch.size
+            for view in _views(outputs, batch, context, breakdown):
+                collected.by_group[view.group] += view.size
+                if breakdown.has_loss:
+                    with autocast(precision, batch):
+                        own = view.output(outputs), view.target(batch.targets), view.target(batch.weight)
+                        mean = mean_of_batch(compared(loss, *own), view.size)
+                    collected.add(LOSS, view.group, (np.array([mean.sum, mean.count]),), ("sum",))
+                weight, climate = view.target(batch.weight), view.target(context.climate)
+                for name, metric in metrics.items():
+                    pair = view.output(decoded), view.target(targets)
+                    collected.add(name, view.group, _of_batch(metric, *pair, weight, climate), metric.rules)
+                    for baseline, forecast in context.forecasts.items():
+                        pair = view.target(forecast), view.target(targets)
+                        parts = _of_batch(metric, *pair, weight, climate)
+                        collected.add(f"{name}_{baseline}", view.group, parts, metric.rules)
+    return Sums(collected.samples, collected.states, collected.by_group)
+
+
+def _of_batch(metric: Metric, outputs: Any, targets: Any, weight: Any, climate: Any) -> Parts:
+    if not metric.needs_climate:
+        parts: Parts = compared(metric.of_batch, outputs, targets, weight)
+        return parts
+    return metric.of_batch(outputs, targets, weight, climate=climate)
+
+
+class _Collected:
+    """The states of all groups, as batches come."""
+
+    def __init__(self, groups: int) -> None:
+        self.samples = 0
+        self.by_group = np.zeros(groups, np.int64)
+        self.states: dict[str, State] = {}
+
+    def add(self, name: str, group: int, parts: Parts, rules: tuple[Rule, ...]) -> None:
+        """Merge the state of a group's values of a batch into its state."""
+        if name not in self.states:
+            self.states[name] = empty_state(parts, rules, len(self.by_group))
+        state = self.states[name]
+        for own, new in zip(state.parts, merge_parts(state.of_group(group), parts, rules), strict=True):
+            own[group] = new
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """The values of a batch that belong to one group."""
+
+    group: int
+    size: int
+    """Number of samples."""
+    box: Box | None = None
+    """None: all values."""
+    number: int | None = None
+    """Of the target, where each is compared alone."""
+    axes: Mapping[int, int] = field(default_factory=dict)
+    """By axis of the target: that of the output."""
+
+    def target(self, values: Any) -> Any:
+        """Return the part of targets, or of what has their shape; None of None."""
+        values = values if self.number is None or values is None else values[self.number]
+        return values if self.box is None or values is None else part_of(values, self.box)
+
+    def output(self, values: Any) -> Any:
+        """Return the part of outputs."""
+        values = values if self.number is None else values[self.number]
+        return values if self.box is None else part_of(values, self.box, self.axes)
+
+
+def _views(outputs: Any, batch: TensorBatch, context: Context, breakdown: Breakdown) -> Iterator[_View]:
+    if breakdown.is_whole:
+        yield _View(0, batch.size)
+        return
+    numbers: Sequence[int | None] = range(len(context.labels)) if breakdown.by_target else [None]
+    for number, labels in zip(numbers, context.labels, strict=False):
+        axes: Mapping[int, int] = {}
+        for box in boxes(labels, batch.size):
+            if box.places and not axes:
+                pair = (outputs, batch.targets) if number is None else (outputs[number], batch.targets[number])
+                axes = output_axes(*pair, breakdown.class_axis, box.by)
+            yield _View(box.group, box.size, box, number, axes)
+
+
+# Merged -----------------------------------------------------------------------------------------------------
 
 
 def merge(pieces: Sequence[Sums]) -> Sums:
-    """Add sums in the order given."""
+    """Merge sums in the order given."""
+    names = dict.fromkeys(name for piece in pieces for name in piece.states)
     return Sums(
         sum(piece.samples for piece in pieces),
-        _added([piece.loss for piece in pieces]),
-        {name: _added([piece.metrics[name] for piece in pieces]) for name in pieces[0].metrics},
+        {name: merged([piece.states[name] for piece in pieces if name in piece.states]) for name in names},
+        np.sum([piece.by_group for piece in pieces], axis=0),
+        sum(piece.units for piece in pieces),
         in_order(piece.seconds for piece in pieces),
     )
-
-
-def _added(terms: Sequence[Term]) -> Term:
-    return in_order(term[0] for term in terms), in_order(term[1] for term in terms)
 
 
 def in_order(values: Iterable[float]) -> float:
@@ -96,96 +227,43 @@ def in_order(values: Iterable[float]) -> float:
     return total
 
 
-def values(sums: Sums, wanted: Sequence[str]) -> dict[str, float]:
-    """Return ``loss`` and the wanted metrics as means; NaN where no term counts."""
-    loss = _mean(sums.loss)
-    chosen = {"loss": loss}
+# Values -----------------------------------------------------------------------------------------------------
+
+
+def values(sums: Sums, wanted: Sequence[str], metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """Return ``loss`` and the wanted metrics of everything; NaN where no term counts.
+
+    Parameters
+    ----------
+    sums : Sums
+        Of one group.
+    wanted : sequence of str
+        As in ``train.metrics``.
+    metrics : mapping of str to Metric
+        By reported name.
+    """
+    return {name: float(column[0]) for name, column in columns(sums, wanted, metrics).items()}
+
+
+def columns(
+    sums: Sums, wanted: Sequence[str], metrics: Mapping[str, Metric], baselines: Sequence[str] = ()
+) -> dict[str, Floats]:
+    """Return ``loss`` and the wanted metrics by group, float64[group], also of baselines (``rmse_persistence``)."""
+    loss = _column(sums, LOSS, lambda pair: ratio(*pair.tolist()))
+    found = {LOSS: loss}
     for name in wanted:
         key = metric_key(name)
-        chosen[key] = FROM_LOSS[name](loss) if name in FROM_LOSS else _mean(sums.metrics[key])
-    return chosen
+        if name in FROM_LOSS:
+            found[key] = np.array([FROM_LOSS[name](one) for one in loss.tolist()])
+            continue
+        for reported in (key, *(f"{key}_{baseline}" for baseline in baselines)):
+            found[reported] = _column(sums, reported, metrics[key].value)
+    return found
 
 
-def _mean(term: Term) -> float:
-    return term[0] / term[1] if term[1] else math.nan
-
-
-# Metrics --------------------------------------------------------------------------------------------------
-
-FROM_LOSS: dict[str, Callable[[float], float]] = {
-    "perplexity": lambda loss: math.inf if loss > 700 else math.exp(loss),
-    "bits_per_byte": lambda loss: loss / math.log(2.0),
-}
-"""Metrics that are functions of the mean loss."""
-
-
-def accuracy(
-    outputs: torch.Tensor, targets: torch.Tensor, weight: Weight = None, *, class_axis: ClassAxis = "auto"
-) -> Term:
-    """Count correct predictions: the class of the largest output; for targets of the outputs' shape, logit > 0.
-
-    Targets of -100 count neither as right nor as wrong.
-    """
-    if targets.is_floating_point() or outputs.shape == targets.shape:
-        if outputs.shape != targets.shape:
-            raise InvalidConfig(
-                f"metric accuracy: the output has shape {list(outputs.shape)}, the target {list(targets.shape)}."
-            )
-        right = (outputs > 0) == (targets > 0.5)
-    else:
-        right = classes_first(outputs, targets, class_axis).argmax(1) == targets
-    counted = targets != IGNORED_CLASS
-    if weight is not None:
-        return sum_of(weight * (right & counted)), sum_of(weight * counted)
-    return float((right & counted).sum().item()), int(counted.sum().item())
-
-
-def mean_metric(function: Callable[..., Any]) -> Metric:
-    """Turn a function that returns the mean over the batch's samples, or (sum, count), into sums.
-
-    It gets the weight of samples as third argument if it takes one (`takes_weight`).
-    """
-    is_weighted = takes_weight(function)
-
-    def metric(outputs: Any, targets: Any, weight: Targets | None = None) -> Term:
-        value = compared(function, outputs, targets, weight if is_weighted else None)
-        if isinstance(value, tuple):
-            if len(value) != 2 or not _is_number(value[0]) or not is_count(value[1]):
-                raise _not_a_metric(function, value)
-            return float(value[0]), float(value[1])
-        if not _is_number(value):
-            raise _not_a_metric(function, value)
-        size = len(targets[0] if isinstance(targets, tuple) else targets)
-        return float(value) * size, size
-
-    return metric
-
-
-def _is_number(value: object) -> bool:
-    try:
-        float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    return not isinstance(value, str)
-
-
-def _not_a_metric(function: Function, value: object) -> ShapesDiffer:
-    return ShapesDiffer(
-        f"The metric {getattr(function, '__name__', 'function')} returned {value!r:.100}; it must return a number, the "
-        "mean over the batch, or (sum, count)."
-    )
-
-
-METRICS: dict[str, Metric] = {"accuracy": accuracy, "mse": mean_metric(mse), "mae": mean_metric(mae)}
-OF_FINITE_TARGETS: dict[str, Metric] = {
-    "mse": mean_metric(of_finite_targets(mse)),
-    "mae": mean_metric(of_finite_targets(mae)),
-}
-
-
-def metric_named(name: str, class_axis: ClassAxis = "auto", finite_targets: bool = False) -> Metric:
-    """Return a built-in metric that is computed batch by batch; with `finite_targets`, of those alone."""
-    if name == "accuracy":
-        metric = partial(accuracy, class_axis=class_axis)
-        return counts_of_finite_targets(metric) if finite_targets else metric
-    return OF_FINITE_TARGETS[name] if finite_targets else METRICS[name]
+def _column(sums: Sums, name: str, value: Callable[..., float]) -> Floats:
+    """Return the values of a metric by group; NaN of groups that nothing belongs to."""
+    state, found = sums.states.get(name), np.full(len(sums.by_group), math.nan)
+    for group in np.flatnonzero(sums.by_group).tolist() if state is not None else ():
+        found[group] = value(*state.of_group(group)) if state is not None else math.nan
+    return found

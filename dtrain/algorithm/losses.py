@@ -93,25 +93,25 @@ def is_count(value: object) -> bool:
 
 def mse(outputs: torch.Tensor, targets: torch.Tensor, weight: Weight = None) -> Value:
     """Mean squared error."""
-    alike = _alike(outputs, targets, "mse")
-    return F.mse_loss(*alike) if weight is None else weighted_terms(F.mse_loss, *alike, weight)
+    pair = alike(outputs, targets, "mse")
+    return F.mse_loss(*pair) if weight is None else weighted_terms(F.mse_loss, *pair, weight)
 
 
 def mae(outputs: torch.Tensor, targets: torch.Tensor, weight: Weight = None) -> Value:
     """Mean absolute error."""
-    alike = _alike(outputs, targets, "mae")
-    return F.l1_loss(*alike) if weight is None else weighted_terms(F.l1_loss, *alike, weight)
+    pair = alike(outputs, targets, "mae")
+    return F.l1_loss(*pair) if weight is None else weighted_terms(F.l1_loss, *pair, weight)
 
 
 def huber(outputs: torch.Tensor, targets: torch.Tensor, weight: Weight = None) -> Value:
     """Huber loss with delta = 1."""
-    alike = _alike(outputs, targets, "huber")
-    return F.huber_loss(*alike) if weight is None else weighted_terms(F.huber_loss, *alike, weight)
+    pair = alike(outputs, targets, "huber")
+    return F.huber_loss(*pair) if weight is None else weighted_terms(F.huber_loss, *pair, weight)
 
 
 def bce(outputs: torch.Tensor, targets: torch.Tensor, weight: Weight = None) -> Value:
     """Binary cross entropy; the outputs are logits; integer targets of -100 are left out."""
-    logits, wanted = _alike(outputs, targets, "bce")
+    logits, wanted = alike(outputs, targets, "bce")
     counted = targets != IGNORED_CLASS
     if weight is not None:
         weight = weight if targets.is_floating_point() else torch.where(counted, weight, 0)
@@ -145,7 +145,9 @@ def loss_named(name: str, class_axis: ClassAxis = "auto") -> Loss:
 # Shapes ---------------------------------------------------------------------------------------------------
 
 
-def classes_first(outputs: torch.Tensor, targets: torch.Tensor, class_axis: ClassAxis = "auto") -> torch.Tensor:
+def classes_first(
+    outputs: torch.Tensor, targets: torch.Tensor, class_axis: ClassAxis = "auto", name: str = "cross_entropy"
+) -> torch.Tensor:
     """Return the outputs with the class axis at 1.
 
     Parameters
@@ -155,6 +157,8 @@ def classes_first(outputs: torch.Tensor, targets: torch.Tensor, class_axis: Clas
     targets : integer tensor
     class_axis : 1, -1 or "auto"
         ``auto``: axis 1, or the last one if only that fits.
+    name : str
+        Of the loss or metric, for errors.
 
     Raises
     ------
@@ -163,19 +167,19 @@ def classes_first(outputs: torch.Tensor, targets: torch.Tensor, class_axis: Clas
     """
     if not isinstance(outputs, torch.Tensor) or not isinstance(targets, torch.Tensor):
         raise ShapesDiffer(
-            f"cross_entropy needs one output and one target tensor, got {described(outputs)} and {described(targets)}.",
+            f"{name} needs one output and one target tensor, got {described(outputs)} and {described(targets)}.",
             "Give several outputs or targets a loss of your own.",
         )
     if targets.is_floating_point():
         raise ShapesDiffer(
-            f"cross_entropy needs integer classes, but the target is {described(targets)}.",
+            f"{name} needs integer classes, but the target is {described(targets)}.",
             "Use bce or mse, or store the classes as integers.",
         )
     is_first = outputs.ndim == targets.ndim + 1 and outputs.shape[:1] + outputs.shape[2:] == targets.shape
     is_last = outputs.ndim == targets.ndim + 1 and outputs.shape[:-1] == targets.shape
     if is_first and is_last and outputs.ndim > 2 and class_axis == "auto":
         raise ShapesDiffer(
-            f"cross_entropy: the model's output is {described(outputs)}, the target {described(targets)}; both axis 1 "
+            f"{name}: the model's output is {described(outputs)}, the target {described(targets)}; both axis 1 "
             "and the last axis of the output can be the classes.",
             "Set train.class_axis = 1, or train.class_axis = -1 if the classes are last.",
         )
@@ -185,7 +189,7 @@ def classes_first(outputs: torch.Tensor, targets: torch.Tensor, class_axis: Clas
         return outputs.movedim(-1, 1)
     where = "as axis 1 or last" if class_axis == "auto" else f"at axis {class_axis} (train.class_axis)"
     raise ShapesDiffer(
-        f"cross_entropy: the model's output is {described(outputs)}, the target {described(targets)}; the output "
+        f"{name}: the model's output is {described(outputs)}, the target {described(targets)}; the output "
         f"needs the target's shape and one class axis more, {where}."
     )
 
@@ -195,7 +199,7 @@ def wide(outputs: torch.Tensor) -> torch.Tensor:
     return outputs.float() if outputs.is_floating_point() and outputs.itemsize < 4 else outputs
 
 
-def _alike(outputs: Any, targets: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def alike(outputs: Any, targets: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return outputs and targets of the same shape in the same dtype."""
     if not isinstance(outputs, torch.Tensor) or not isinstance(targets, torch.Tensor):
         raise ShapesDiffer(

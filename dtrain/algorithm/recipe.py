@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from dtrain.algorithm.evaluate import FROM_LOSS, Metric, mean_metric, metric_named
 from dtrain.algorithm.losses import Loss, loss_named
 from dtrain.algorithm.masked import of_finite_targets
+from dtrain.algorithm.metrics.named import FROM_LOSS, metric_named
+from dtrain.algorithm.metrics.state import Metric, of_sums
+from dtrain.algorithm.metrics.terms import mean_over_batch
 from dtrain.algorithm.optimizers import MakeOptimizer, optimizer_named
 from dtrain.algorithm.schedules import SCHEDULES, Schedule, schedule_named, with_warmup
 from dtrain.config.functions import Function
@@ -77,7 +79,7 @@ def metrics_of(train: TrainTable, own: Functions, finite_targets: bool = False) 
         if name not in FROM_LOSS:
             function = own.get(f"train.metrics.{name}")
             if function:
-                chosen[metric_key(name)] = mean_metric(function)
+                chosen[metric_key(name)] = of_sums(mean_over_batch(function))
             else:
                 chosen[metric_key(name)] = metric_named(name, train.class_axis, finite_targets)
     return chosen

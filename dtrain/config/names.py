@@ -35,12 +35,24 @@ class MetricFacts:
     """It is a function of the mean loss, and needs no pass over the outputs of its own."""
     of_labels: bool = False
     """It leaves out `IGNORED_CLASS`."""
+    refused_losses: tuple[str, ...] = ()
+    """Losses whose outputs it cannot be computed from."""
+    needs_climate: bool = False
+    """It compares anomalies, the differences from a climatology of the training rows."""
 
 
+_OF_LABELS = MetricFacts(higher_is_better=True, of_labels=True, refused_losses=("mse", "mae", "huber"))
 METRICS = {
     "accuracy": MetricFacts(higher_is_better=True, of_labels=True),
+    "f1": _OF_LABELS,
+    "iou": _OF_LABELS,
+    "dice": _OF_LABELS,
+    "auroc": _OF_LABELS,
     "mse": MetricFacts(),
     "mae": MetricFacts(),
+    "rmse": MetricFacts(refused_losses=LABEL_LOSSES),
+    "r2": MetricFacts(higher_is_better=True, refused_losses=LABEL_LOSSES),
+    "anomaly_correlation": MetricFacts(higher_is_better=True, refused_losses=LABEL_LOSSES, needs_climate=True),
     "perplexity": MetricFacts(from_loss=True, of_labels=True),
     "bits_per_byte": MetricFacts(from_loss=True, of_labels=True),
 }

@@ -214,6 +214,7 @@ def _check_values(config: TrainConfig) -> None:
     _check_name("train.loss", config.train.loss, LOSSES, empty=True)
     for name in config.train.metrics:
         _check_name("train.metrics", name, METRICS)
+        _check_kind(name, config.train.loss)
     _check_reported_names(config.train.metrics)
     _check_name("train.schedule", config.train.schedule, SCHEDULES)
     _check_sync_rounds(config.train)
@@ -268,6 +269,19 @@ def check_plain(config: TrainConfig) -> None:
     """Refuse values that config.toml cannot store; they can come from Python, YAML or JSON."""
     for key in ("model_args", "train.optimizer_args", "data.storage_options"):
         _check_plain_value(key, value_of(config, key))
+
+
+def _check_kind(metric: str, loss: str) -> None:
+    """Refuse a metric of labels with a loss of numbers, and one of numbers with a loss of labels."""
+    facts = METRICS.get(metric)
+    if facts is None or loss not in facts.refused_losses:
+        return
+    fitting = ", ".join(name for name, other in METRICS.items() if other.of_labels != facts.of_labels)
+    kinds = ("labels: it takes outputs as logits", "numbers") if facts.of_labels else ("numbers", "labels")
+    raise InvalidConfig(
+        f'train.metrics: {metric} is of {kinds[0]}, and train.loss = "{loss}" is of {kinds[1]}.',
+        f"With this loss there are {fitting}; or write a metric of your own.",
+    )
 
 
 def _check_plain_value(key: str, value: Any) -> None:

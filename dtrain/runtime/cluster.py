@@ -18,7 +18,7 @@ from typing import Any
 
 from distributed import Future
 
-from dtrain.algorithm.evaluate import Sums, Term, merge
+from dtrain.algorithm.evaluate import Sums, Term, merge, values
 from dtrain.algorithm.pattern import by_replica
 from dtrain.data.load.finite import Seen
 from dtrain.data.load.moments import Moments
@@ -118,6 +118,10 @@ class ClusterRunner:
         tasks = {f"units-p{number}": (self.spec.run_id, sent, number) for number in range(len(streams))}
         at = [stream.source.workers or workers[n % len(workers)] for n, stream in enumerate(streams)]
         return self._gather(self._client.submit_each(remote.losses_by_part, tasks, at=at, resources=RESOURCE))
+
+    def values(self, sums: Sums) -> dict[str, float]:
+        """Return ``loss`` and the metrics of ``train.metrics``."""
+        return values(sums, self.spec.config.train.metrics, self._resident.metrics_here)
 
     # Rounds -------------------------------------------------------------------------------------------------
 

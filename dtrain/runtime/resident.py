@@ -21,8 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from dtrain.algorithm.evaluate import Metric
 from dtrain.algorithm.freeze import freeze
+from dtrain.algorithm.metrics.state import Metric
 from dtrain.algorithm.params import load_into
 from dtrain.algorithm.plan import endless_sizes
 from dtrain.algorithm.recipe import Recipe, metrics_of, recipe_of
@@ -108,6 +108,11 @@ class Resident:
     def metrics(self) -> dict[str, Metric]:
         """The metrics that are computed batch by batch."""
         return metrics_of(self.spec.config.train, self.functions, self._finite_targets)
+
+    @cached_property
+    def metrics_here(self) -> dict[str, Metric]:
+        """The same in the process that has sent the functions, to take the values of states: on no device."""
+        return metrics_of(self.spec.config.train, self._live or {}, self._finite_targets)
 
     @property
     def _finite_targets(self) -> bool:

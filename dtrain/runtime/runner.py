@@ -92,6 +92,10 @@ class Runner(Protocol[Held]):
         """Return, by stream of `Resident.by_unit`, the loss of each of its parts."""
         ...
 
+    def values(self, sums: Sums) -> dict[str, float]:
+        """Return ``loss`` and the metrics of ``train.metrics``."""
+        ...
+
     def place(self, state: TrainState) -> Held:
         """Root a segment: turn a state held by the driver into handles."""
         ...

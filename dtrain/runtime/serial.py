@@ -8,7 +8,7 @@ from typing import Any
 
 from dtrain.algorithm.batchnorm import with_statistics
 from dtrain.algorithm.ema import next_ema
-from dtrain.algorithm.evaluate import Sums, Term, merge
+from dtrain.algorithm.evaluate import Sums, Term, merge, values
 from dtrain.algorithm.params import with_frozen
 from dtrain.algorithm.pattern import (
     apart,
@@ -90,6 +90,10 @@ class SerialRunner:
         """Return, by stream, the loss of each of its parts."""
         streams = range(len(self._resident.by_unit))
         return [tasks.losses_by_part(self._resident, params, number) for number in streams]
+
+    def values(self, sums: Sums) -> dict[str, float]:
+        """Return ``loss`` and the metrics of ``train.metrics``."""
+        return values(sums, self.spec.config.train.metrics, self._resident.metrics_here)
 
     def place(self, state: TrainState) -> SerialRound:
         """Return the state: its values are their own handles."""

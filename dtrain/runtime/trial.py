@@ -237,7 +237,7 @@ def _first_loss(resident: Resident, module: nn.Module, batch: TensorBatch) -> tu
         decode = decoder(target_scalings(resident.spec.sources[0].samples, resident.spec.scalings))
         with mismatch:
             for metric in resident.metrics.values():
-                compared(metric, *decode(outputs, batch.targets), batch.weight)
+                compared(metric.of_batch, *decode(outputs, batch.targets), batch.weight)
     return _checked(loss, batch), outputs
 
 

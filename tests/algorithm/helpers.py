@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from dtrain.algorithm.average import Update
 from dtrain.algorithm.batch import TensorBatch
+from dtrain.algorithm.evaluate import Sums, evaluate, values
 from dtrain.algorithm.local import LocalResult
+from dtrain.algorithm.metrics.state import Metric, State
 from dtrain.algorithm.replica import carried, empty_inner_state, pack_inner_state
 from dtrain.types import Broadcast, Contribution, Cursor, Entry, Flat, InnerState, Layout, LocalTask, Parameters
 
@@ -58,6 +61,26 @@ def result(inner: InnerState | None = None, control: Flat | None = None, **more:
 def one_batch(size: int = 1) -> list[tuple[int, list[TensorBatch]]]:
     """A local step on inputs of ones."""
     return [(size, [TensorBatch((torch.ones(size, 1),), torch.zeros(size, 1), size)])]
+
+
+def measured(
+    loss: Any, metrics: dict[str, Metric], batches: Any, wanted: Sequence[str], **more: Any
+) -> dict[str, float]:
+    """The values of an evaluation of a module that returns its input."""
+    return values(evaluate(more.pop("module", nn.Identity()), loss, metrics, batches, **more), wanted, metrics)
+
+
+def means(samples: int, loss: tuple[float, float], **metrics: tuple[float, float]) -> Sums:
+    """Sums of means, from the sum and count of each."""
+    pairs = {"loss": loss, **metrics}
+    states = {name: State((np.array([pair], np.float64),), ("sum",)) for name, pair in pairs.items()}
+    return Sums(samples, states, np.array([samples]))
+
+
+def pair_of(sums: Sums, name: str) -> tuple[float, float]:
+    """Sum and count of a mean."""
+    total, count = sums.states[name].parts[0][0].tolist()
+    return total, count
 
 
 def read_only(broadcast: Broadcast) -> Broadcast:

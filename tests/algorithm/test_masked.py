@@ -7,15 +7,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from dtrain.algorithm.batch import TensorBatch
-from dtrain.algorithm.evaluate import evaluate, metric_named, values
 from dtrain.algorithm.losses import LOSSES, mean_of_batch
 from dtrain.algorithm.masked import of_finite_targets
+from dtrain.algorithm.metrics.named import metric_named
 from dtrain.algorithm.recipe import metrics_of, recipe_of
 from dtrain.config.schema import TrainTable
 from dtrain.errors import ShapesDiffer
+from tests.algorithm.helpers import measured
 
 NAN, INF = math.nan, math.inf
 BY_HAND = {
@@ -71,7 +71,7 @@ def test_batches_add_up_to_the_mean_over_all_finite_targets():
     recipe = recipe_of(TrainTable(loss="mse"), {}, finite_targets=True)
     metrics = metrics_of(TrainTable(loss="mse", metrics=("mse", "mae", "accuracy")), {}, True)
     halves = [TensorBatch((inputs[part],), targets[part], 3) for part in (slice(3), slice(3, 6))]
-    found = values(evaluate(nn.Identity(), recipe.loss, metrics, halves), ("mse", "mae", "accuracy"))
+    found = measured(recipe.loss, metrics, halves, ("mse", "mae", "accuracy"))
     finite = torch.isfinite(targets)
     errors = (inputs - targets)[finite]
     assert found["loss"] == found["mse"] == pytest.approx(float((errors**2).mean()))
@@ -88,7 +88,7 @@ def test_a_loss_of_the_users_and_labels_are_as_they_were():
     logits, labels = torch.randn(4, 3), torch.tensor([0, -100, 2, 1])
     loss = recipe_of(TrainTable(loss="cross_entropy"), {}, finite_targets=True).loss
     assert float(mean_of_batch(loss(logits, labels), 4).value) == pytest.approx(float(F.cross_entropy(logits, labels)))
-    assert metric_named("accuracy", "auto", True)(logits, labels)[1] == 3
+    assert metric_named("accuracy", "auto", True).of_batch(logits, labels)[0][1] == 3
     with pytest.raises(ShapesDiffer, match="mse: the model's output"):
         of_finite_targets(LOSSES["mse"])(torch.zeros(2, 1), torch.full((2,), NAN))
 
@@ -104,5 +104,5 @@ def test_weights_of_targets_that_are_not_finite_are_0():
     total.backward()
     assert outputs.grad.flatten().tolist() == [4.0, 0.0, -4.0, 0.0]
     metrics = metrics_of(TrainTable(loss="mse", metrics=("mae", "accuracy")), {}, True)
-    assert metrics["mae"](outputs.detach(), targets, weight) == (2 * 1.0 + 1 * 2.0, 3.0)
-    assert metrics["accuracy"](outputs.detach(), targets, weight) == (1.0, 3.0)
+    assert metrics["mae"].of_batch(outputs.detach(), targets, weight)[0].tolist() == [2 * 1.0 + 1 * 2.0, 3.0]
+    assert metrics["accuracy"].of_batch(outputs.detach(), targets, weight)[0].tolist() == [1.0, 3.0]

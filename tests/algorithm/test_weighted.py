@@ -9,13 +9,16 @@ import torch
 from torch import nn
 
 from dtrain.algorithm.batch import TensorBatch
-from dtrain.algorithm.evaluate import METRICS, accuracy, evaluate, mean_metric, metric_named, values
 from dtrain.algorithm.local import run_local_steps
 from dtrain.algorithm.losses import LOSSES, bce, cross_entropy, huber, loss_named, mae, mean_of_batch, mse
+from dtrain.algorithm.metrics.named import metric_named
+from dtrain.algorithm.metrics.state import of_sums
+from dtrain.algorithm.metrics.terms import accuracy, mean_over_batch
 from dtrain.algorithm.recipe import recipe_of
 from dtrain.algorithm.replica import empty_inner_state
 from dtrain.config.functions import takes_weight
 from dtrain.config.schema import TrainTable
+from tests.algorithm.helpers import measured
 
 NAN = math.nan
 
@@ -89,14 +92,13 @@ def test_accuracy_by_hand():
 @pytest.mark.parametrize(("name", "expected"), [("mse", (1 * 4 + 3 * 9, 4.0)), ("mae", (1 * 2 + 3 * 3, 4.0))])
 def test_metrics_by_hand(name, expected):
     outputs, targets = floats([2.0], [4.0]).double(), floats([0.0], [1.0]).double()
-    assert metric_named(name)(outputs, targets, floats([1.0], [3.0])) == expected
+    assert tuple(metric_named(name).of_batch(outputs, targets, floats([1.0], [3.0]))[0]) == expected
 
 
 def test_the_metrics_of_the_loss_are_of_the_weighted_mean():
     x, y = pair("cross_entropy", 4)
     batch = TensorBatch((x,), y, 4, weight=floats(1.0, 2.0, 0.0, 1.0))
-    sums = evaluate(nn.Identity(), cross_entropy, {}, [batch])
-    found = values(sums, ["perplexity", "bits_per_byte"])
+    found = measured(cross_entropy, {}, [batch], ["perplexity", "bits_per_byte"])
     terms = nn.functional.cross_entropy(x, y, reduction="none")
     loss = ((terms[0] + 2 * terms[1] + terms[3]) / 4).item()
     assert found == pytest.approx({"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / math.log(2)})
@@ -195,12 +197,13 @@ def test_a_micro_batch_of_weight_0_changes_nothing():
 def test_batches_of_an_evaluation_add_up():
     x, y = pair("mse", 10, (2,))
     weight = torch.rand(10, 2)
-    metrics = {"mae": METRICS["mae"], "bias": mean_metric(bias), "plain": mean_metric(lambda o, t: (o - t).mean())}
+    plain = of_sums(mean_over_batch(lambda o, t: (o - t).mean()))
+    metrics = {"mae": metric_named("mae"), "bias": of_sums(mean_over_batch(bias)), "plain": plain}
 
     def sums(size):
         parts = zip(x.split(size), y.split(size), weight.split(size), strict=True)
         batches = [TensorBatch((a,), b, len(b), weight=w) for a, b, w in parts]
-        return values(evaluate(nn.Identity(), mse, metrics, batches), ["mae", "m:bias", "m:plain"])
+        return measured(mse, metrics, batches, ["mae", "m:bias", "m:plain"])
 
     error = (x - y).double()
     assert sums(3) == pytest.approx(sums(10), rel=1e-6)

@@ -283,6 +283,16 @@ def test_a_misspelt_key_gets_a_guess_or_the_list(tables, said):
         ({"train": {"metrics": ["accurcy"]}}, 'did you mean "accuracy"?'),
         ({"train": {"schedule": "cosin"}}, 'did you mean "cosine"?'),
         ({"train": {"schedule": ":f"}}, 'train.schedule = ":f": allowed are'),
+        (
+            {"train": {"loss": "mse", "metrics": ["mae", "f1"]}},
+            'train.metrics: f1 is of labels: it takes outputs as logits, and train.loss = "mse" is of numbers.\n'
+            "With this loss there are mse, mae, rmse, r2, anomaly_correlation; or write a metric of your own.",
+        ),
+        (
+            {"train": {"loss": "cross_entropy", "metrics": ["r2"]}},
+            'train.metrics: r2 is of numbers, and train.loss = "cross_entropy" is of labels.\n'
+            "With this loss there are accuracy, f1, iou, dice, auroc, perplexity, bits_per_byte; or write",
+        ),
         ({"average": {"max_rejected": 1.1}}, "average.max_rejected"),
         ({"run": {"keep": 0}}, "run.keep = 0: input should be greater than or equal to 1"),
     ],
