@@ -283,22 +283,37 @@ def test_a_misspelt_key_gets_a_guess_or_the_list(tables, said):
         ({"train": {"metrics": ["accurcy"]}}, 'did you mean "accuracy"?'),
         ({"train": {"schedule": "cosin"}}, 'did you mean "cosine"?'),
         ({"train": {"schedule": ":f"}}, 'train.schedule = ":f": allowed are'),
-        (
-            {"train": {"loss": "mse", "metrics": ["mae", "f1"]}},
-            'train.metrics: f1 is of labels: it takes outputs as logits, and train.loss = "mse" is of numbers.\n'
-            "With this loss there are mse, mae, rmse, r2, anomaly_correlation; or write a metric of your own.",
-        ),
-        (
-            {"train": {"loss": "cross_entropy", "metrics": ["r2"]}},
-            'train.metrics: r2 is of numbers, and train.loss = "cross_entropy" is of labels.\n'
-            "With this loss there are accuracy, f1, iou, dice, auroc, perplexity, bits_per_byte; or write",
-        ),
         ({"average": {"max_rejected": 1.1}}, "average.max_rejected"),
         ({"run": {"keep": 0}}, "run.keep = 0: input should be greater than or equal to 1"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(tables, said):
     assert said in refused(**tables)
+
+
+@pytest.mark.parametrize(
+    ("loss", "metric", "said"),
+    [
+        (
+            "mse",
+            "f1",
+            'train.metrics: f1 is of labels: it takes outputs as logits, and train.loss = "mse" is of numbers.\n'
+            "With this loss there are mse, mae, rmse, r2, anomaly_correlation; or write a metric of your own.",
+        ),
+        (
+            "cross_entropy",
+            "r2",
+            'train.metrics: r2 is of numbers, and train.loss = "cross_entropy" is of labels.\n'
+            "With this loss there are accuracy, f1, iou, dice, auroc, perplexity, bits_per_byte; or write a metric of "
+            "your own.",
+        ),
+    ],
+)
+def test_a_metric_of_another_kind_than_the_loss_is_refused(loss, metric, said):
+    with pytest.raises(InvalidConfig) as caught:
+        TrainConfig(train={"loss": loss, "metrics": ["accuracy", metric]})
+    assert str(caught.value) == said
+    TrainConfig(train={"loss": "model:loss", "metrics": ["f1", "r2"]})
 
 
 def test_all_faults_are_named_at_once():
