@@ -28,6 +28,7 @@ from dtrain.job import (
     open_sources,
     plain,
     source_of,
+    with_mode,
     with_scheduler,
 )
 from dtrain.runtime.modules import directory_of
@@ -111,7 +112,7 @@ def job_from_python(
     functions, resolved = load_functions(resolved, base, own), resolved.with_functions({})
     check_names(resolved)
     return Job(
-        config=resolved,
+        config=with_mode(resolved, functions),
         sources=(source_of(samples),) if samples is not None else open_sources(resolved.data, Path.cwd()),
         held_out=held_out_source(resolved.data, Path.cwd()),
         functions=functions,

@@ -10,12 +10,13 @@ from typing import Any, TypeAlias, TypeVar
 
 from torch import nn
 
+from dtrain.algorithm.metrics.torchmetric import direction, torchmetric_of
 from dtrain.algorithm.optimizers import optimizer_named
 from dtrain.algorithm.outer import outer_optimizer
 from dtrain.algorithm.recipe import Functions
 from dtrain.algorithm.stop import check_metric
 from dtrain.config.functions import METRICS, TRACKERS
-from dtrain.config.names import FUNCTION
+from dtrain.config.names import FUNCTION, metric_key
 from dtrain.config.schema import DataConfig, Paths, TrainConfig
 from dtrain.config.values import TO_PLAIN
 from dtrain.data.samples import Samples
@@ -78,7 +79,7 @@ def job_from_config(config: TrainConfig, base: Path) -> Job:
     sources, held_out = open_sources(config.data, base), held_out_source(config.data, base)
     functions = load_functions(config, base)
     check_names(config)
-    trackers = load_trackers(config, base)
+    config, trackers = with_mode(config, functions), load_trackers(config, base)
     return Job(config=config, sources=sources, held_out=held_out, functions=functions, base=base, trackers=trackers)
 
 
@@ -219,6 +220,29 @@ def checked(functions: Functions, weight: str = "") -> Functions:
             check_loss(function, weight)
         checked_function(key, function, weighted=bool(weight))
     return functions
+
+
+def with_mode(config: TrainConfig, functions: Functions) -> TrainConfig:
+    """Return the configuration with ``stop.mode``, where ``stop.metric`` is of torchmetrics, whose classes say it.
+
+    Raises
+    ------
+    InvalidConfig
+        The class does not say it.
+    """
+    stop, metric = config.stop, config.stop.metric.removeprefix("val_").removeprefix("ema_")
+    own = {
+        metric_key(key.removeprefix(f"{METRICS}.")): one for key, one in functions.items() if key.startswith(METRICS)
+    }
+    if stop.mode != "auto" or metric not in own or torchmetric_of(own[metric]) is None:
+        return config
+    higher = direction(own[metric])
+    if higher is None:
+        raise InvalidConfig(
+            f'stop.metric = "{stop.metric}": {metric} does not say whether more is better (higher_is_better is None).',
+            'Set stop.mode = "max" or stop.mode = "min".',
+        )
+    return config.model_copy(update={"stop": stop.model_copy(update={"mode": "max" if higher else "min"})})
 
 
 def references_in(config: TrainConfig) -> dict[str, str]:

@@ -18,6 +18,8 @@ from dtrain.runtime.spec import PlannedSource
 
 STEPS_DIFFER = 1.1
 """Numbers of steps that differ by a larger factor shift the optimum of an average by samples (`fednova`)."""
+LARGE_STATE = 1 << 20
+"""Bytes of a metric's state from which on it is shown."""
 
 
 def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
@@ -45,6 +47,7 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
             f"{_range(plan.steps)} local steps a replica, batch {train.batch_size}: {plan.samples:,} samples, "
             f"{plan.rounds:,} rounds{_short_rounds(job, plan)}{_left_out(job, plan)}",
         ),
+        *_metric_rows(plan),
         ("traffic", _traffic(plan)),
         ("time", f"{_seconds(plan.round_seconds)} of local steps a round on {plan.workers} workers (estimate)"),
         *_averaging_rows(job, plan),
@@ -64,6 +67,14 @@ def _counting_rows(job: Job, plan: RunPlan) -> Iterator[tuple[str, str]]:
         )
     if plan.balance is not None:
         yield ("balance", str(plan.balance))
+
+
+def _metric_rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
+    """Yield the memory of the states of metrics, where it is not small."""
+    large = {name: size for name, size in plan.initial.metric_bytes.items() if size >= LARGE_STATE}
+    if large:
+        sizes = ", ".join(f"{name} {format_bytes(size)}" for name, size in large.items())
+        yield ("metrics", f"{sizes}: the states that each task of an evaluation keeps and sends")
 
 
 def _checksum_name(plan: RunPlan) -> str:

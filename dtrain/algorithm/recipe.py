@@ -11,6 +11,7 @@ from dtrain.algorithm.masked import of_finite_targets
 from dtrain.algorithm.metrics.named import FROM_LOSS, metric_named
 from dtrain.algorithm.metrics.state import Metric, of_sums
 from dtrain.algorithm.metrics.terms import mean_over_batch
+from dtrain.algorithm.metrics.torchmetric import torchmetric, torchmetric_of
 from dtrain.algorithm.optimizers import MakeOptimizer, optimizer_named
 from dtrain.algorithm.schedules import SCHEDULES, Schedule, schedule_named, with_warmup
 from dtrain.config.functions import Function
@@ -79,7 +80,15 @@ def metrics_of(train: TrainTable, own: Functions, finite_targets: bool = False) 
         if name not in FROM_LOSS:
             function = own.get(f"train.metrics.{name}")
             if function:
-                chosen[metric_key(name)] = of_sums(mean_over_batch(function))
+                chosen[metric_key(name)] = _of_function(function, train)
             else:
                 chosen[metric_key(name)] = metric_named(name, train.class_axis, finite_targets)
     return chosen
+
+
+def _of_function(function: Function, train: TrainTable) -> Metric:
+    """Return the metric of a function of the user's, or of a class of torchmetrics."""
+    metric = torchmetric_of(function)
+    if metric is not None:
+        return torchmetric(metric, train.loss, train.class_axis)
+    return of_sums(mean_over_batch(function))

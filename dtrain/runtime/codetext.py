@@ -13,12 +13,14 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from functools import lru_cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
 
+from dtrain.algorithm.metrics.torchmetric import is_torchmetric
 from dtrain.config.functions import Function
 from dtrain.runtime.codestate import is_data, value_text
 from dtrain.runtime.modules import file_in, file_of, is_below, is_installed, is_local
@@ -34,6 +36,8 @@ def source_sha256(function: Function, base: Path, rules: int = CODE_RULES) -> st
     notebook or script: its own text, that of the functions and classes of ``__main__`` that it uses, and of the files
     below `base` that it imports or that define what it uses. Of one without a text, such as a lambda: its bytecode
     and constants.
+
+    To a class of torchmetrics, or an object of one, the version of the package belongs.
 
     Held values are those of closures and of the arguments of partials, the state of callable objects, and of a
     function in a notebook or script also its defaults and the numbers and tensors of ``__main__`` that it uses.
@@ -51,7 +55,8 @@ def source_sha256(function: Function, base: Path, rules: int = CODE_RULES) -> st
         held = code.held(function)
     else:
         held = value_text(function, code.name)
-    texts = {**code.texts, **({"\0held": held} if held else {})}
+    package = {"\0package": f"torchmetrics {version('torchmetrics')}"} if is_torchmetric(function) else {}
+    texts = {**code.texts, **({"\0held": held} if held else {}), **package}
     digest = hashlib.sha256()
     for name in sorted(texts):
         digest.update(f"{name}\0{texts[name]}\0".encode())

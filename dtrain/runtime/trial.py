@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,6 +17,7 @@ from dtrain.algorithm.batch import TensorBatch, autocast, non_finite_values
 from dtrain.algorithm.batchnorm import norm_layers
 from dtrain.algorithm.local import run_local_steps
 from dtrain.algorithm.losses import compared, mean_of_batch
+from dtrain.algorithm.metrics.state import Metric, Parts
 from dtrain.algorithm.params import flatten, layout_of, load_into
 from dtrain.algorithm.plan import first_step, pass_size, smallest_batch
 from dtrain.algorithm.replica import empty_inner_state
@@ -60,6 +61,8 @@ class Initial:
     """Of the state of the inner optimizer after a step."""
     has_batchnorm: bool
     """Whether layers of the model keep running statistics."""
+    metric_bytes: Mapping[str, int] = field(default_factory=dict)
+    """By metric: of its state, which each task of an evaluation keeps and sends."""
     loaded: ParametersLoaded | None = None
     """What was taken from ``train.init``."""
 
@@ -99,7 +102,7 @@ def initialise(resident: Resident, init: InitFile | None = None) -> Initial:
             load_into(module, params)
         batch = _first_batch(resident)
         module.to(spec.device)
-        loss, outputs = _first_loss(resident, module, batch)
+        loss, outputs, state_bytes = _first_loss(resident, module, batch)
         with user_code("The first local step"):
             seconds, inner_bytes = [_timed_step(resident, module, batch) for _ in range(2)][-1]  # the first is slower
         _try_smallest(resident, module, batch)
@@ -113,6 +116,7 @@ def initialise(resident: Resident, init: InitFile | None = None) -> Initial:
             seconds=seconds * len(first_step(resident.replicas[0].partition.num_samples, spec.config.train)),
             inner_bytes=inner_bytes,
             has_batchnorm=has_batchnorm,
+            metric_bytes=state_bytes,
             loaded=loaded,
         )
 
@@ -213,8 +217,11 @@ def _other_batches(sizes: Sequence[int], train: TrainTable) -> str:
     return cure if better is None else f"Set train.drop_last = true, or for example train.batch_size = {better}."
 
 
-def _first_loss(resident: Resident, module: nn.Module, batch: TensorBatch) -> tuple[float, Outputs]:
-    """Return the loss of a batch and the model's outputs; torch's errors about shapes become sentences."""
+def _first_loss(resident: Resident, module: nn.Module, batch: TensorBatch) -> tuple[float, Outputs, Mapping[str, int]]:
+    """Return the loss of a batch, the model's outputs, and by metric the bytes of its state.
+
+    torch's errors about shapes become sentences.
+    """
     config, precision = resident.spec.config.data, resident.spec.config.train.precision
     with torch.no_grad(), user_code("The first batch"), autocast(precision, batch):
         module.train()
@@ -236,9 +243,20 @@ def _first_loss(resident: Resident, module: nn.Module, batch: TensorBatch) -> tu
             loss = mean_of_batch(compared(resident.recipe.loss, outputs, batch.targets, batch.weight), batch.size).value
         decode = decoder(target_scalings(resident.spec.sources[0].samples, resident.spec.scalings))
         with mismatch:
-            for metric in resident.metrics.values():
-                compared(metric.of_batch, *decode(outputs, batch.targets), batch.weight)
-    return _checked(loss, batch), outputs
+            pair = decode(outputs, batch.targets)
+            states = {name: _state_of(metric, *pair, batch.weight) for name, metric in resident.metrics.items()}
+    return _checked(loss, batch), outputs, {name: sum(part.nbytes for part in state) for name, state in states.items()}
+
+
+def _state_of(metric: Metric, outputs: Any, targets: Any, weight: Any) -> Parts:
+    """Return the state of a batch, whose value must be a number; differences from 0 stand for anomalies."""
+    if metric.needs_climate:
+        climate = torch.zeros_like(targets) if isinstance(targets, torch.Tensor) else None
+        state = metric.of_batch(outputs, targets, weight, climate=climate)
+    else:
+        state = compared(metric.of_batch, outputs, targets, weight)
+    metric.value(*state)
+    return state
 
 
 def _checked(loss: torch.Tensor, batch: TensorBatch) -> float:

@@ -14,11 +14,23 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dtrain.config.functions import METRICS, Function, described, takes_weight
+from dtrain.algorithm.metrics.torchmetric import torchmetric_of
+from dtrain.config.functions import METRICS, Function, described, name_of, takes_weight
 from dtrain.config.names import metric_key
-from dtrain.errors import DtrainError, InvalidConfig, OutOfMemory, UserCodeFailed, did_you_mean, one_line, shortened
+from dtrain.errors import (
+    DtrainError,
+    InvalidConfig,
+    OutOfMemory,
+    UserCodeFailed,
+    did_you_mean,
+    listed,
+    one_line,
+    shortened,
+)
 from dtrain.runtime.modules import file_in, is_installed, is_local, is_shadowed
 
+MOST_NAMES = 20
+"""Names that a message lists."""
 _IMPORTED: dict[str, tuple[Path, Path, bytes]] = {}
 """Modules that were imported from next to a config: its directory, the file, and the file's text at that time."""
 
@@ -49,7 +61,10 @@ def load_function(key: str, reference: str, base: Path) -> Function:
         if found is None:
             raise InvalidConfig(
                 f'{key} = "{reference}": there is no {stem.with_suffix(".py")}, and no module {module_name} is '
-                "installed."
+                "installed.",
+                'Install it here and on the workers: pip install "dtrain[metrics]".'
+                if module_name.partition(".")[0] == "torchmetrics"
+                else "",
             )
     with user_code(f'Importing {module_name} for {key} = "{reference}"'):
         module = _import_from(base.resolve(), module_name) if local else importlib.import_module(module_name)
@@ -78,10 +93,12 @@ def _function_in(module: ModuleType, key: str, reference: str) -> Function:
     for part in name.split("."):
         value = getattr(value, part, None)
     if not callable(value):
-        known = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module_name]
+        own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module_name]
+        known = own or list(getattr(module, "__all__", ()))  # a package has those of its modules
         raise InvalidConfig(
-            f'{key} = "{reference}": {module_name} has no function {name}{did_you_mean(name, known)}',
-            f"It has {', '.join(known) or 'no functions'}.",
+            f'{METRICS if key.startswith(METRICS) else key} = "{reference}": {module_name} has no function '
+            f"{name}{did_you_mean(name, known)}",
+            f"It has {listed(known, MOST_NAMES) or 'no functions'}.",
         )
     function: Function = value
     return function
@@ -192,6 +209,8 @@ def checked_function(key: str, function: Function, *, weighted: bool = False) ->
     """
     key = METRICS if key.startswith(METRICS) else key
     call = CALLS.get(key)
+    if key == METRICS and _is_metric_object(function):
+        return function
     if call is None:
         return function
     if weighted and key in COMPARING and takes_weight(function):
@@ -220,6 +239,12 @@ def checked_function(key: str, function: Function, *, weighted: bool = False) ->
             f"It is called as {call}." + _lacks_weight(key, weighted, function),
         ) from None
     return function
+
+
+def _is_metric_object(function: Function) -> bool:
+    """Whether a function given as a metric is a class of torchmetrics, an object, or makes one; refuses unfit ones."""
+    with user_code(f"The metric {metric_key(name_of(function))}"):
+        return torchmetric_of(function) is not None
 
 
 def _lacks_weight(key: str, weighted: bool, function: Function) -> str:
