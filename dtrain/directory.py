@@ -10,9 +10,11 @@ import time
 import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dtrain.climatefile import read_climate, write_climate
 from dtrain.config.compare import differences, may_change, without_secrets
 from dtrain.config.files import to_toml
 from dtrain.config.functions import described
@@ -176,7 +178,10 @@ def read_resolved(run: Path) -> Resolved:
     """
     stored = read_json(run / PLAN)
     try:
-        return from_json(stored)
+        resolved = from_json(stored)
+        if digest := resolved.climatology_sha256:
+            resolved = replace(resolved, climatology=read_climate(run, resolved.plan.fingerprint, digest))
+        return resolved
     except (LookupError, TypeError, AttributeError) as error:
         raise RunDamaged(f"{run / PLAN} cannot be read: {type(error).__name__}: {one_line(error)}") from error
 
@@ -301,6 +306,9 @@ def write_run(run: Path, job: Job, resolved: Resolved) -> None:
     }
     write_text(run / ENV, json.dumps(environment, indent=1) + "\n")
     if not (run / PLAN).exists():
+        if resolved.climatology is not None:
+            digest = write_climate(run, resolved.climatology, resolved.plan.fingerprint)
+            resolved = replace(resolved, climatology_sha256=digest)
         write_text(run / PLAN, json.dumps(to_json(job, resolved), indent=1) + "\n")
 
 

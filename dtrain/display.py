@@ -96,6 +96,32 @@ def text_table(rows: Sequence[tuple[str, str]], width: int = WIDTH) -> str:
     )
 
 
+def columns_table(header: Sequence[str], rows: Sequence[Sequence[str]], keys: int, width: int = WIDTH) -> str:
+    """Return a table of numbers, aligned to the right; columns that do not fit go on below, beside the keys again.
+
+    Parameters
+    ----------
+    header : sequence of str
+    rows : sequence of sequence of str
+    keys : int
+        Columns at the left that say what a row is; they are aligned to the left.
+    width : int
+    """
+    widths = [max(len(row[place]) for row in (header, *rows)) for place in range(len(header))]
+    most, blocks = max(1, width - sum(widths[:keys]) - 2 * keys), [list[int]()]
+    for place in range(keys, len(header)):
+        if blocks[-1] and sum(widths[one] + 2 for one in (*blocks[-1], place)) > most + 2:
+            blocks.append([])
+        blocks[-1].append(place)
+    lines: list[str] = []
+    for block in blocks:
+        lines += [""] if lines else []
+        for row in (header, *rows):
+            cells = [row[place].ljust(widths[place]) for place in range(keys)]
+            lines.append("  ".join([*cells, *(row[place].rjust(widths[place]) for place in block)]).rstrip())
+    return "\n".join(lines)
+
+
 def shown(path: Path | str) -> str:
     """Return a path as a person would type it here; a URL as it is."""
     if "://" in str(path):

@@ -89,8 +89,8 @@ class SamplesLeftOut:
     """The samples left out in which a variable has such values; a sample may count for several."""
 
 
-COUNTING = -1
-"""In the place of a round: the pass that looks for values that are not finite."""
+COUNTING, CLIMATE = -1, -2
+"""In the place of a round: the pass that looks for values that are not finite, and that of a climatology."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,10 +31,21 @@ def write_text(path: Path, text: str) -> None:
     DiskFull
         It could not be written.
     """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file as a whole.
+
+    Raises
+    ------
+    DiskFull
+        It could not be written.
+    """
     temporary = _temporary(path)
     with _disk_errors(path.name, path.parent):
         try:
-            _write_synced(temporary, text.encode())
+            _write_synced(temporary, data)
             os.replace(temporary, path)
             _sync_directory(path.parent)
         except BaseException:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -15,9 +15,10 @@ from dtrain.algorithm.optimizers import optimizer_named
 from dtrain.algorithm.outer import outer_optimizer
 from dtrain.algorithm.recipe import Functions
 from dtrain.algorithm.stop import check_metric
-from dtrain.config.functions import METRICS, TRACKERS
+from dtrain.config.functions import METRICS, TRACKERS, Function, take_functions
 from dtrain.config.names import FUNCTION, metric_key
-from dtrain.config.schema import DataConfig, Paths, TrainConfig
+from dtrain.config.names import METRICS as BUILT_IN
+from dtrain.config.schema import DataConfig, Paths, TrainConfig, check_metrics
 from dtrain.config.values import TO_PLAIN
 from dtrain.data.samples import Samples
 from dtrain.data.source import describe
@@ -243,6 +244,60 @@ def with_mode(config: TrainConfig, functions: Functions) -> TrainConfig:
             'Set stop.mode = "max" or stop.mode = "min".',
         )
     return config.model_copy(update={"stop": stop.model_copy(update={"mode": "max" if higher else "min"})})
+
+
+def with_metrics(job: Job, metrics: Sequence[str | Function]) -> Job:
+    """Return the job of an evaluation with other metrics than those of ``train.metrics``.
+
+    Raises
+    ------
+    InvalidConfig
+        One is neither built in, nor one of the run, of torchmetrics or a function.
+    """
+    named, given = take_functions({"train": {"metrics": tuple(metrics)}})
+    names: tuple[str, ...] = named["train"]["metrics"]
+    train = job.config.train.model_copy(update={"metrics": names})
+    check_metrics(train)
+    functions = {key: function for key, function in job.functions.items() if not key.startswith(METRICS)}
+    for name in names:
+        key = f"{METRICS}.{name}"
+        own = given.get(key) or job.functions.get(key)
+        if own is None and name.startswith("torchmetrics"):
+            own = load_function(key, name, job.base)
+        if own is not None:
+            functions[key] = own
+        elif name not in BUILT_IN:
+            raise InvalidConfig(
+                f'metrics: "{name}" is no metric of the run, and code is taken from nowhere else.',
+                f"Allowed are {', '.join(BUILT_IN)}, those of train.metrics and classes of torchmetrics; in Python "
+                "functions too.",
+            )
+    config = job.config.model_copy(update={"train": train})
+    return replace(job, config=config, functions=checked(functions, config.data.weight))
+
+
+def of_one_target(job: Job) -> Job:
+    """Return the job with the metrics alone that can be computed of one of several targets.
+
+    Raises
+    ------
+    InvalidConfig
+        There are none.
+    """
+    own = {name: job.functions.get(f"{METRICS}.{name}") for name in job.config.train.metrics}
+    kept = [
+        name
+        for name, function in own.items()
+        if (function is None and not BUILT_IN[name].from_loss)
+        or (function is not None and torchmetric_of(function) is not None)
+    ]
+    if not kept:
+        raise InvalidConfig(
+            "by variable: train.metrics has no built-in metric, which could be computed of one target alone: functions "
+            "and the loss take all of them.",
+            'Name others: --metric rmse, in Python metrics=["rmse"].',
+        )
+    return with_metrics(job, kept)
 
 
 def references_in(config: TrainConfig) -> dict[str, str]:

@@ -14,6 +14,7 @@ from dtrain.algorithm.plan import pass_size, samples_a_round, steps_a_round
 from dtrain.algorithm.traffic import Traffic, traffic
 from dtrain.config.values import value_of
 from dtrain.data.balance import Balance
+from dtrain.data.climatology import ClimatePlan
 from dtrain.data.given import SHARES, Found, leakage_note
 from dtrain.data.plan.footprint import format_bytes
 from dtrain.data.plan.missing import absence_of, stands_for
@@ -88,6 +89,8 @@ class RunPlan:
     checksums: dict[str, bool]
     choices: dict[str, Choice]
     """By key that was "auto"."""
+    climatology: ClimatePlan | None = None
+    """Of what anomalies are differences from."""
     balance: Balance | None = None
     """The classes of ``data.balance``."""
     probe: Probe | None = None
@@ -162,6 +165,7 @@ def plan_job(job: Job, *, full: bool = False, client: Client | None = None) -> R
     with opened as (runner, resolved):
         initial = runner.initialise(None if init is None else read_init(init))
         workers, sources, held_out = runner.num_workers, runner.spec.sources, runner.spec.held_out
+        climatology = runner.spec.climate_plan
     train, plan = job.config.train, resolved.plan
     sizes = [pass_size(size, train) for size in plan.sizes]
     steps = tuple(steps_a_round(size, train) for size in sizes)
@@ -193,6 +197,7 @@ def plan_job(job: Job, *, full: bool = False, client: Client | None = None) -> R
         checksums=_checksums(sources[0].samples),
         choices=_choices(job, stores, resolved, workers),
         eval_every=resolved.eval_every,
+        climatology=climatology,
         balance=resolved.balance,
     )
 

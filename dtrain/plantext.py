@@ -75,6 +75,9 @@ def _metric_rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
     if large:
         sizes = ", ".join(f"{name} {format_bytes(size)}" for name, size in large.items())
         yield ("metrics", f"{sizes}: the states that each task of an evaluation keeps and sends")
+    if (climate := plan.climatology) is not None:
+        size = format_bytes(climate.count * climate.places * 4)
+        yield ("climatology", f"{climate.text}; the first start reads these rows once, {size} on each worker")
 
 
 def _checksum_name(plan: RunPlan) -> str:

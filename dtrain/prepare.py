@@ -13,6 +13,7 @@ from distributed import Client
 
 from dtrain.algorithm.plan import micro_size, pass_size
 from dtrain.algorithm.recipe import outer_factors
+from dtrain.asking import Question, needs_climatology, plan_of_climatology, with_asked, with_climatology
 from dtrain.config.schema import TrainTable
 from dtrain.config.values import cache_bytes, parse_bytes
 from dtrain.counting import is_uncounted, with_classes, without_non_finite
@@ -65,6 +66,8 @@ def open_runner(
     count: bool = False,
     without_lost: bool = False,
     leave_out: bool = True,
+    question: Question | None = None,
+    climatology: bool = False,
     on_progress: Callable[[StepsTaken], None] | None = None,
 ) -> Iterator[tuple[Runner[Any], Resolved]]:
     """Open the place that the configuration names, and give a runner with all that decides bits.
@@ -88,6 +91,10 @@ def open_runner(
         Evaluate without the rows that are not stored any more, where ``data.missing`` is ``skip``.
     leave_out : bool
         Look for the samples that ``data.non_finite`` leaves out: a pass over all samples.
+    question : Question, optional
+        What an evaluation is asked for beside the metrics of everything.
+    climatology : bool
+        Compute the climatology that it needs, if it is not known: a pass over the training rows.
     on_progress : callable, optional
         Called with the progress of the passes for ``data.non_finite`` and ``data.normalize``.
 
@@ -127,7 +134,14 @@ def open_runner(
                     runner.on_progress = tell
                     scalings = scalings_of(runner.moments(most_units), job.samples.variables)
                 resolved = replace(resolved, scalings=scalings)
-            with place.runner(_spec(job, resolved, run_id, planned, code)) as runner:
+            spec = _spec(job, resolved, run_id, planned, code)
+            is_missing = climatology and resolved.climatology is None
+            if (is_missing or most_units is not None) and needs_climatology(job, question):
+                spec = replace(spec, climate_plan=plan_of_climatology(job, resolved, place))
+                resolved = with_climatology(job, resolved, spec, place, tell) if is_missing else resolved
+            if most_units is None:
+                spec = with_asked(job, resolved, spec, place, question)
+            with place.runner(spec) as runner:
                 yield runner, resolved
 
 

@@ -10,6 +10,7 @@ import torch
 
 from dtrain.data.balance import Balance
 from dtrain.data.categories import categories_from, categories_table
+from dtrain.data.climatology import Climatology
 from dtrain.data.encoding import Scaling
 from dtrain.data.given import Found
 from dtrain.data.load.finite import LeftOut
@@ -72,6 +73,10 @@ class Resolved:
     """By categorical: what its codes stand for."""
     genes: Mapping[str, str] = field(default_factory=dict)
     """By matrix of AnnData: a digest of the names of its genes (`dtrain.data.genes`)."""
+    climatology: Climatology | None = None
+    """What anomalies of ``train.metrics`` are differences from; a file beside plan.json keeps it."""
+    climatology_sha256: str = ""
+    """Of that file; empty in runs that are trained without it."""
     snapshots: tuple[str, ...] = ()
     """By store of `Job.all_sources`: the snapshot of a repository; empty for other stores."""
 
@@ -97,6 +102,7 @@ def to_json(job: Job, resolved: Resolved) -> dict[str, Any]:
         "init": resolved.init,
         **({"categories": categories_table(resolved.categories)} if resolved.categories else {}),
         **({"genes": dict(resolved.genes)} if resolved.genes else {}),
+        **({"climatology": resolved.climatology_sha256} if resolved.climatology_sha256 else {}),
         "snapshots": list(resolved.snapshots),
         "torch": torch.__version__,
         "code": dict(resolved.code),
@@ -134,6 +140,7 @@ def from_json(values: Mapping[str, Any]) -> Resolved:
         init=values.get("init", ""),
         categories=categories_from(values.get("categories", {})),
         genes=values.get("genes", {}),
+        climatology_sha256=values.get("climatology", ""),
         snapshots=tuple(values.get("snapshots", ())),
         code=values["code"],
         code_rules=values.get("code_rules", 0),

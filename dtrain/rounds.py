@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import replace
 
-from dtrain.algorithm.evaluate import Sums, in_order
+from dtrain.algorithm.evaluate import Sums, in_order, values
+from dtrain.algorithm.metrics.state import Metric
 from dtrain.algorithm.pattern import first_outer
 from dtrain.algorithm.plan import first_position, is_evaluated, pass_size, plan_round, position_after
 from dtrain.algorithm.replica import fresh_replica
@@ -133,7 +134,9 @@ def _segment(
         reached, handles = pending.popleft()
         outcome = runner.collect(handles)
         seconds, finished = time.monotonic() - finished, time.monotonic()
-        result = replace(_result(runner, reached.round, outcome, config, history), seconds=seconds, retried=replays)
+        metrics = _metrics(outcome.sums, outcome.ema_sums, config, runner.metrics)
+        result = _result(reached.round, outcome, metrics, config, history)
+        result = replace(result, seconds=seconds, retried=replays)
         if result.stop is not None or reached.round == end or ends_with(reached.round):
             result = _ended(result, runner.gather(handles, reached), runner, config)
         history = (*history, result.stop_metric)
@@ -149,18 +152,24 @@ def _ended(result: RoundResult, state: TrainState, runner: Runner[Held], config:
     """
     if not is_evaluated(result.round, runner.spec.eval_every, config.train):
         ema_sums = None if state.ema is None else runner.evaluate(state.ema, "val")
-        result = replace(result, metrics=_metrics(runner, runner.evaluate(state.model, "val"), ema_sums))
+        sums = runner.evaluate(state.model, "val")
+        result = replace(result, metrics=_metrics(sums, ema_sums, config, runner.metrics))
     return replace(result, state=state)
 
 
-def _metrics(runner: Runner[Held], sums: Sums | None, ema_sums: Sums | None) -> dict[str, float]:
+def _metrics(
+    sums: Sums | None, ema_sums: Sums | None, config: TrainConfig, metrics: Mapping[str, Metric]
+) -> dict[str, float]:
     """Return loss and metrics of the model, and of the moving average of models."""
-    own = runner.values(sums) if sums is not None else {}
-    ema = runner.values(ema_sums) if ema_sums is not None else {}
+    wanted = config.train.metrics
+    own = values(sums, wanted, metrics) if sums is not None else {}
+    ema = values(ema_sums, wanted, metrics) if ema_sums is not None else {}
     return {f"val_{name}": value for name, value in own.items()} | {f"val_ema_{name}": v for name, v in ema.items()}
 
 
-def _result(runner: Runner[Held], number: int, outcome: Outcome, config: TrainConfig, history: History) -> RoundResult:
+def _result(
+    number: int, outcome: Outcome, metrics: dict[str, float], config: TrainConfig, history: History
+) -> RoundResult:
     """Return what a round gave, and why it is the last one, if it is."""
     summary, each = outcome.summary, outcome.summary.contributions
     _check_finite(number, summary, config.average.max_rejected)
@@ -172,7 +181,6 @@ def _result(runner: Runner[Held], number: int, outcome: Outcome, config: TrainCo
             "Name a variable with positive values.",
         )
     train_loss = _ratio(in_order(c.loss_sum for c in averaged), in_order(c.loss_count for c in averaged))
-    metrics = _metrics(runner, outcome.sums, outcome.ema_sums)
     stop_metric = metric_of({"train_loss": train_loss, **metrics}, config)
     return RoundResult(
         round=number,

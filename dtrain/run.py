@@ -16,11 +16,14 @@ from torch import nn
 from dtrain.algorithm.params import load_into, params_sha256
 from dtrain.algorithm.recipe import Functions
 from dtrain.algorithm.stop import higher_is_better, stop_history
+from dtrain.asking import Question, needs_climatology, with_wanted
 from dtrain.checkpoint import committed_rounds, find_round, load_params, load_round, round_directory
+from dtrain.climatefile import read_climate, write_climate
 from dtrain.config.compare import without_secrets
 from dtrain.config.files import with_setting
 from dtrain.config.functions import METRICS, Function
 from dtrain.config.schema import DataConfig, TrainConfig
+from dtrain.data.climatology import Climatology
 from dtrain.data.coordinate import find_gaps
 from dtrain.data.given import find_given
 from dtrain.data.plan.evaluation import StoreOfRun, plan_evaluation
@@ -33,7 +36,8 @@ from dtrain.data.samples import Samples, not_samples
 from dtrain.data.source import describe
 from dtrain.directory import ENV, read_config_of, read_json, read_resolved
 from dtrain.display import clock
-from dtrain.errors import InvalidConfig, TooFewSamples, did_you_mean
+from dtrain.errors import DataNotFound, DiskFull, InvalidConfig, OutOfMemory, TooFewSamples, did_you_mean
+from dtrain.events import Reporter
 from dtrain.exporting.card import Trained
 from dtrain.exporting.export import Exportable, ExportedFile, export_model
 from dtrain.job import Job, as_trained, held_out_source, open_sources, source_of, with_scheduler
@@ -50,6 +54,7 @@ from dtrain.runtime.place import PLACE_NAMES
 from dtrain.runtime.resident import Resident, Stream
 from dtrain.runtime.spec import Source
 from dtrain.runtime.where import Where, client_of, scheduler_text
+from dtrain.scores import Scores, scores_of
 from dtrain.types import History, Parameters
 from dtrain.unitlosses import partitions_of
 
@@ -192,7 +197,11 @@ class Run:
         split: SplitName = "test",
         round: str | int = "last",
         cluster: Where = "serial",
-    ) -> dict[str, float]:
+        by: str | Sequence[str] = (),
+        metrics: Sequence[str | Function] | None = None,
+        baselines: bool = True,
+        all_times: bool = False,
+    ) -> dict[str, float] | xr.Dataset:
         """Evaluate a committed round.
 
         Parameters
@@ -206,11 +215,27 @@ class Run:
         cluster : str, path, distributed.Client or cluster
             Where it is computed: ``serial`` (in this process), ``local``, an address, a scheduler file, a client, or a
             cluster.
+        by : str or list of str
+            What to break the figures down by, in one pass over the data: ``lead`` (the steps of the target's window),
+            ``variable`` (each target alone), a dimension of the target, a coordinate of one dimension, or a part of a
+            date such as ``time.month``.
+        metrics : list of str or callable, optional
+            In place of ``train.metrics``: names of built-in metrics and of those of the run, classes of torchmetrics,
+            and functions.
+        baselines : bool
+            Whether persistence (the newest input) and climatology (the mean of the training rows at each place, by
+            month where there are dates enough) stand beside forecasts of variables that are inputs too. The first time,
+            the training rows are read once; the run's directory keeps the climatology.
+        all_times : bool
+            Score each lead at all of its valid times. By default leads are scored at those that all of them share: the
+            valid times of long leads begin and end later than those of short ones.
 
         Returns
         -------
-        dict
-            ``loss`` and the metrics of ``train.metrics``.
+        dict or xarray.Dataset
+            ``loss`` and the metrics of ``train.metrics``; with `by` over what they are broken down by, beside
+            ``samples``, the number of samples that have values there. Beside forecasts also ``rmse``, the same of each
+            baseline as ``rmse_persistence``, and ``skill_persistence``, which is 1 - rmse / rmse_persistence.
 
         Raises
         ------
@@ -221,29 +246,82 @@ class Run:
         InvalidConfig
             There is no such split, or rows of it may have been trained on.
         """
-        means = self.evaluation(samples, split=split, round=str(round), cluster=cluster)[0]
+        names = (by,) if isinstance(by, str) else tuple(by)
+        wanted = None if metrics is None else tuple(metrics)
+        question = Question(split=split, by=names, metrics=wanted, baselines=baselines, all_times=all_times)
+        scores = self.scores(samples, question, round=str(round), cluster=cluster)
         if round == "last":
             self._say_best()
-        return means
+        return scores.dataset() if names else scores.values
 
-    def evaluation(
-        self, samples: Samples | None, *, split: SplitName, round: str, cluster: Where
-    ) -> tuple[dict[str, float], int, int]:
-        """Return the values of `evaluate`, the round's number, and the number of samples."""
+    def scores(
+        self,
+        samples: Samples | None,
+        question: Question,
+        *,
+        round: str,
+        cluster: Where,
+        report: Reporter | None = None,
+    ) -> Scores:
+        """Return the figures of `evaluate`; `report` gets the progress of a pass over the training rows."""
+        split = question.split
         _check_split(split)
         number = find_round(self.directory, round, self.best_round)
         params = load_params(round_directory(self.directory, number))
         job, known, cut = self._own(split) if samples is None else self._given(samples, split)
+        job = with_wanted(job, question)
         job = replace(job, config=with_scheduler(job.config, scheduler_text(cluster, PLACE_NAMES)))
+        if needs_climatology(job, question):
+            found = self._climatology(job, question, cluster, report)
+            if isinstance(found, str):
+                question = replace(question, no_climatology=found)
+            else:
+                known = replace(known, climatology=found)
         run_id = uuid.uuid4().hex[:8]
         with (
             client_of(cluster) as client,
-            open_runner(job, run_id, known=known, client=client, without_lost=True) as (runner, _),
+            open_runner(
+                job, run_id, known=known, client=client, without_lost=True, question=replace(question, split=cut)
+            ) as (runner, _),
         ):
             sums = runner.evaluate(params, cut)
             if sums is None:
                 raise TooFewSamples(f'The split "{split}" holds no samples.', "Choose another --split.")
-            return runner.values(sums), number, sums.samples
+            return scores_of(runner, sums, number, job.config.train.metrics)
+
+    def _climatology(self, job: Job, question: Question, cluster: Where, report: Reporter | None) -> Climatology | str:
+        """Return the climatology of the run: as it was trained with, or kept since, or computed and kept now.
+
+        Where it would take too much memory, or the run's data are not there any more, return why there is none.
+        """
+        fingerprint = self.resolved.plan.fingerprint
+        kept = self.resolved.climatology or read_climate(self.directory, fingerprint)
+        if kept is not None and all(name in kept.means for name in job.samples.config.targets):
+            return kept
+        try:
+            own, known, _ = self._own("test")
+            own = replace(own, config=job.config, functions=job.functions)
+            with (
+                client_of(cluster) as client,
+                open_runner(
+                    own,
+                    uuid.uuid4().hex[:8],
+                    known=known,
+                    client=client,
+                    question=replace(question, by=()),
+                    climatology=True,
+                    on_progress=report,
+                ) as (_, resolved),
+            ):
+                computed = resolved.climatology
+        except (OutOfMemory, DataNotFound) as error:
+            return f"{error.message[0].lower()}{error.message[1:].removesuffix('.')}"
+        assert computed is not None
+        try:
+            write_climate(self.directory, computed, fingerprint)
+        except DiskFull as error:
+            LOG.warning("The climatology is not kept: %s", error.message)
+        return computed
 
     @cached_property
     def partitions(self) -> Partitions:

@@ -130,7 +130,9 @@ def _train(
     init = None if state is not None else init_path(job)
     scheduler = job.config.cluster.scheduler if client is None else str(client.scheduler.address)
     tell(ClusterOpening(run=str(opened.directory), scheduler=scheduler))
-    with open_runner(job, uuid.uuid4().hex[:8], known=known, client=client, on_progress=tell) as (runner, resolved):
+    with open_runner(
+        job, uuid.uuid4().hex[:8], known=known, client=client, climatology=known is None, on_progress=tell
+    ) as (runner, resolved):
         loaded: tuple[ParametersLoaded, ...] = ()
         if state is None:
             state, resolved, loaded = _first_state(runner, resolved, init)
@@ -381,7 +383,10 @@ def train_rounds(
     ...         break
     """
     job = python_job(model, samples, config, model_args, cluster, train=train, average=average)
-    with client_of(cluster) as client, open_runner(job, uuid.uuid4().hex[:8], client=client) as (runner, resolved):
+    with (
+        client_of(cluster) as client,
+        open_runner(job, uuid.uuid4().hex[:8], client=client, climatology=True) as (runner, resolved),
+    ):
         state, _, _ = _first_state(runner, resolved, init_path(job))
         show = _page_of(runner)
         show(_started(None, job.config, state, resolved, runner))

@@ -20,6 +20,7 @@ from dtrain.planrecord import plan_record
 from dtrain.plantext import plan_rows
 from dtrain.trainer import train_job
 from tests.runtime import models
+from tests.training import evaluated
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_the_plan_is_what_the_run_does(job: Job, planned: RunPlan, tmp_path: Pat
     assert (sum(planned.steps), planned.samples) == (first.steps, first.samples)
     assert planned.traffic.sent == planned.reduced_bytes == first.bytes_reduced
     assert planned.commit_bytes == first.bytes_reduced // 3
-    val = run.evaluation(None, split="val", round="last", cluster="serial")[2]
+    val = evaluated(run, None, "val")[2]
     assert planned.stores[0].counts["val_samples"] == val
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain import rounds as module
-from dtrain.algorithm.evaluate import Sums, values
+from dtrain.algorithm.evaluate import Sums
 from dtrain.algorithm.metrics.named import metric_named
 from dtrain.algorithm.pattern import first_outer
 from dtrain.algorithm.plan import first_position
@@ -99,8 +99,7 @@ class Script:
     def _sums(self, held: int) -> Sums | None:
         return means(10, (10 / held, 10), accuracy=(held, 10)) if self.validated else None
 
-    def values(self, sums: Sums) -> dict[str, float]:
-        return values(sums, ["accuracy"], {"accuracy": metric_named("accuracy")})
+    metrics = MappingProxyType({"accuracy": metric_named("accuracy")})
 
     def evaluate(self, params: Parameters, split: str) -> Sums | None:
         assert split == "val"

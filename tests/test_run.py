@@ -25,6 +25,7 @@ from dtrain.directory import find_run, next_run_directory, run_directory
 from dtrain.errors import InvalidConfig, RoundNotFound, RunDamaged, RunNotFound, TooFewSamples, UsageError
 from dtrain.runs import load_run
 from tests.runtime import models
+from tests.training import evaluated
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_the_validation_split_gives_the_figures_of_the_history(run: dtrain.Run, 
     values = run.evaluate(split="val", round="last")
     assert values["loss"] == run.rows[-1]["val_loss"]
     assert values["accuracy"] == run.rows[-1]["val_accuracy"]
-    whole, number, count = run.evaluation(samples, split="all", round="last", cluster="serial")
+    whole, number, count = evaluated(run, samples, "all")
     assert (number, count) == (4, 611)
     assert whole.keys() == {"loss", "accuracy"}
 
@@ -113,7 +114,7 @@ def test_samples_without_a_split_have_none(run: dtrain.Run, blobs: Path) -> None
             TooFewSamples, match=f'"{split}" holds no samples: they were opened with data.split.{split}'
         ):
             run.evaluate(without, split=split)  # type: ignore[arg-type]
-    assert run.evaluation(without, split="all", round="last", cluster="serial")[2] == 611
+    assert evaluated(run, without, "all")[2] == 611
 
 
 @pytest.mark.parametrize(
@@ -219,9 +220,9 @@ def test_the_runs_own_store_has_the_runs_own_splits(
         "dots": f"../{noise.parent.name}/./noise.zarr",
         "moved": tmp_path / "moved.zarr",  # another path, and the rows that were trained on
     }
-    own = learnt.evaluation(None, split=split, round="last", cluster="serial")
+    own = evaluated(learnt, None, split)
     given = open_noise(paths[spelling])
-    assert learnt.evaluation(given, split=split, round="last", cluster="serial") == own
+    assert evaluated(learnt, given, split) == own
     assert (own[0]["loss"] > 0.7) == (split != "all")
 
 
@@ -231,8 +232,8 @@ def test_a_copy_in_other_chunks_keeps_the_splits(
 ) -> None:
     copy = write_noise(tmp_path / "copy.zarr", write_store, chunk=50)
     assert open_noise(copy).fingerprint != open_noise(noise).fingerprint
-    own = learnt.evaluation(None, split=split, round="last", cluster="serial")
-    found = learnt.evaluation(open_noise(copy), split=split, round="last", cluster="serial")
+    own = evaluated(learnt, None, split)
+    found = evaluated(learnt, open_noise(copy), split)
     assert found[2] == own[2]
     assert found[0]["loss"] == pytest.approx(own[0]["loss"], rel=1e-6)
 
@@ -244,7 +245,7 @@ def test_another_store_is_cut_with_the_shares_of_the_run(
     for data in ({}, {"split": {"val": 0.5}}, {"split": {"val": 0.3, "test": 0.01}}, {"shuffle": False}):
         for split, count in (("val", 30), ("test", 60), ("all", 300)):
             given = open_noise(other, **data)
-            found = learnt.evaluation(given, split=split, round="last", cluster="serial")  # type: ignore[arg-type]
+            found = evaluated(learnt, given, split)  # type: ignore[arg-type]
             assert found[2] == pytest.approx(count, rel=0.1)
 
 
@@ -259,7 +260,7 @@ def test_other_rows_of_the_runs_own_store_are_not_cut_anew(learnt: dtrain.Run, n
     for split in ("val", "test"):
         with pytest.raises(InvalidConfig, match="rows 0 to 199; the samples hold rows 20 to 119.*trained on"):
             learnt.evaluate(few, split=split)  # type: ignore[arg-type]
-    assert learnt.evaluation(few, split="all", round="last", cluster="serial")[2] == 100
+    assert evaluated(learnt, few, "all")[2] == 100
 
 
 def test_keys_that_samples_leave_out_are_the_runs(
@@ -276,11 +277,11 @@ def test_keys_that_samples_leave_out_are_the_runs(
     )
     other = write_noise(tmp_path / "other.zarr", write_store, rows=300, seed=9)
     for split in ("val", "test", "all"):
-        own = run.evaluation(None, split=split, round="last", cluster="serial")  # type: ignore[arg-type]
-        assert run.evaluation(open_noise(noise), split=split, round="last", cluster="serial") == own  # type: ignore[arg-type]
-    whole = run.evaluation(open_noise(other), split="all", round="last", cluster="serial")
+        own = evaluated(run, None, split)  # type: ignore[arg-type]
+        assert evaluated(run, open_noise(noise), split) == own  # type: ignore[arg-type]
+    whole = evaluated(run, open_noise(other), "all")
     assert whole[2] == len(range(0, 298, 3))  # the run's offsets and stride, and not its rows
-    part = run.evaluation(open_noise(other, isel={"n": {"stop": 30}}), split="all", round="last", cluster="serial")
+    part = evaluated(run, open_noise(other, isel={"n": {"stop": 30}}), "all")
     assert part[2] == len(range(0, 28, 3))
     for data, said in (
         ({"normalize": ["y"]}, r'samples have data\.normalize = \["y"\], and the run was trained with \["x"\]'),
@@ -297,8 +298,8 @@ def halved(batch: Any, generator: Any) -> Any:
 
 def test_the_same_rows_seen_through_another_window_keep_their_splits(learnt: dtrain.Run, noise: Path) -> None:
     later = open_noise(noise, target_offsets=1)
-    own = learnt.evaluation(None, split="test", round="last", cluster="serial")
-    found = learnt.evaluation(later, split="test", round="last", cluster="serial")
+    own = evaluated(learnt, None, "test")
+    found = evaluated(learnt, later, "test")
     assert 0 < found[2] < own[2]  # samples that reach beyond the split are dropped
     assert found[0]["loss"] > 0.5
 
@@ -308,9 +309,9 @@ def test_a_store_of_the_validation_is_all_validation(
 ) -> None:
     held_out = write_noise(tmp_path / "val.zarr", write_store, rows=90, seed=6)
     run = learn(noise, tmp_path, val_path=str(held_out), split={"val": 0.0, "test": 0.1})
-    own = run.evaluation(None, split="val", round="last", cluster="serial")
+    own = evaluated(run, None, "val")
     for split in ("val", "all"):
-        assert run.evaluation(open_noise(held_out), split=split, round="last", cluster="serial") == own  # type: ignore[arg-type]
+        assert evaluated(run, open_noise(held_out), split) == own  # type: ignore[arg-type]
     with pytest.raises(InvalidConfig, match=r"validation store of the run \(data\.val_path\): it has no test split"):
         run.evaluate(open_noise(held_out), split="test")
     assert run.evaluate(open_noise(noise), split="test") == run.evaluate(split="test")
@@ -331,9 +332,9 @@ def test_each_store_of_a_run_with_several_keeps_its_splits(
         progress=False,
     )
     for split in ("val", "test", "all"):
-        loss, _, count = run.evaluation(None, split=split, round="last", cluster="serial")  # type: ignore[arg-type]
+        loss, _, count = evaluated(run, None, split)  # type: ignore[arg-type]
         parts = [
-            run.evaluation(open_noise(path), split=split, round="last", cluster="serial")  # type: ignore[arg-type]
+            evaluated(run, open_noise(path), split)  # type: ignore[arg-type]
             for path in (noise, second)
         ]
         assert sum(number for _, _, number in parts) == count

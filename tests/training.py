@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import dtrain
+from dtrain.asking import Question
 
 
 def shas(run: dtrain.Run) -> list[str]:
@@ -17,6 +18,14 @@ def shas(run: dtrain.Run) -> list[str]:
 def bits(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The lines of a history without what may differ from one time to the next."""
     return [{k: v for k, v in row.items() if k != "retried" and not k.startswith("seconds")} for row in rows]
+
+
+def evaluated(
+    run: dtrain.Run, samples: dtrain.Samples | None, split: Any, cluster: Any = "serial"
+) -> tuple[dict[str, float], int, int]:
+    """The figures of the last round without baselines, its number, and the number of samples."""
+    scores = run.scores(samples, Question(split=split, baselines=False), round="last", cluster=cluster)
+    return scores.values, scores.round, scores.samples
 
 
 def trained(

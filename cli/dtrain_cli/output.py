@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from dtrain.events import Reporter
 
 WAITING_SECONDS = 1.0
+UNBROKEN = 1 << 20
+"""Columns of lines that go to no terminal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,13 @@ def table(rows: list[tuple[str, str]]) -> str:
     from dtrain.display import text_table, width_of
 
     return text_table(rows, width_of(sys.stdout))
+
+
+def columns(header: list[str], rows: list[list[str]], keys: int) -> str:
+    """Return a table of numbers that fits the terminal, however wide that is; without one it is not broken."""
+    from dtrain.display import columns_of, columns_table
+
+    return columns_table(header, rows, keys, columns_of(sys.stdout) or UNBROKEN)
 
 
 def shown(path: Path | str) -> str:

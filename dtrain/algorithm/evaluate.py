@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,12 +18,17 @@ from dtrain.algorithm.metrics.named import FROM_LOSS
 from dtrain.algorithm.metrics.state import Floats, Metric, Parts, Rule, State, empty_state, merge_parts, merged, ratio
 from dtrain.config.names import metric_key
 from dtrain.config.schema import ClassAxis
+from dtrain.errors import OutOfMemory
 
 Term: TypeAlias = tuple[float, float]
 """The sum of a quantity, and the number of its terms (or the sum of their weights)."""
 Decode: TypeAlias = Callable[[Any, Any], tuple[Any, Any]]
 """(outputs, targets) of the model -> the same in the units of the decoded data."""
 LOSS = "loss"
+MOST_BYTES = 256 << 20
+"""That the states of a metric of all groups may take."""
+PERSISTENCE, CLIMATOLOGY = "persistence", "climatology"
+"""Baselines of forecasts: everything stays as it is now, or is as it was on average in the training rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +40,6 @@ class Sums:
     """``loss``, metrics by reported name, and those of baselines as ``rmse_persistence``; none before a batch."""
     by_group: Ints
     """int64[group]: the samples that have values in each group."""
-    units: int = 0
-    """Units that were decoded."""
     seconds: float = field(default=0.0, compare=False)
     """That the evaluation took."""
 
@@ -73,6 +75,8 @@ class Breakdown:
     has_loss: bool = True
     """Whether the loss is computed by group too."""
     class_axis: ClassAxis = "auto"
+    finite_targets: bool = False
+    """Whether targets that are not finite do not count."""
 
     @property
     def groups(self) -> int:
@@ -96,7 +100,7 @@ def evaluate(
     batches: Iterable[TensorBatch],
     precision: str = "float32",
     decode: Decode = lambda outputs, targets: (outputs, targets),
-    contexts: Iterable[Context] | None = None,
+    context_of: Callable[[TensorBatch], Context] | None = None,
     breakdown: Breakdown = WHOLE,
 ) -> Sums:
     """Return the states of loss and metrics over batches, by group.
@@ -111,14 +115,15 @@ def evaluate(
         As in `Recipe`.
     decode : callable
         Applied to outputs and targets before metrics are computed; the loss is in the model's units.
-    contexts : iterable of Context, optional
-        By batch.
+    context_of : callable, optional
+        Called with each batch, in order.
     breakdown : Breakdown
     """
     module.eval()
     collected = _Collected(breakdown.groups)
     with torch.inference_mode():
-        for batch, context in zip(batches, repeat(NOTHING_KNOWN) if contexts is None else contexts, strict=False):
+        for batch in batches:
+            context = NOTHING_KNOWN if context_of is None else context_of(batch)
             with autocast(precision, batch):
                 outputs = module(*batch.inputs)
             decoded, targets = decode(outputs, batch.targets)
@@ -135,10 +140,17 @@ def evaluate(
                     pair = view.output(decoded), view.target(targets)
                     collected.add(name, view.group, _of_batch(metric, *pair, weight, climate), metric.rules)
                     for baseline, forecast in context.forecasts.items():
-                        pair = view.target(forecast), view.target(targets)
+                        if metric.needs_climate and baseline == CLIMATOLOGY:
+                            continue  # it has no anomalies
+                        pair = _compared(view.target(forecast), view.target(targets), breakdown.finite_targets)
                         parts = _of_batch(metric, *pair, weight, climate)
                         collected.add(f"{name}_{baseline}", view.group, parts, metric.rules)
     return Sums(collected.samples, collected.states, collected.by_group)
+
+
+def _compared(forecast: torch.Tensor, targets: torch.Tensor, finite: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a forecast and targets: with `finite`, what a baseline does not know counts as little as a target."""
+    return forecast, torch.where(torch.isfinite(forecast), targets, math.nan) if finite else targets
 
 
 def _of_batch(metric: Metric, outputs: Any, targets: Any, weight: Any, climate: Any) -> Parts:
@@ -159,10 +171,22 @@ class _Collected:
     def add(self, name: str, group: int, parts: Parts, rules: tuple[Rule, ...]) -> None:
         """Merge the state of a group's values of a batch into its state."""
         if name not in self.states:
+            _check_size(name, parts, len(self.by_group))
             self.states[name] = empty_state(parts, rules, len(self.by_group))
         state = self.states[name]
         for own, new in zip(state.parts, merge_parts(state.of_group(group), parts, rules), strict=True):
             own[group] = new
+
+
+def _check_size(name: str, parts: Parts, groups: int) -> None:
+    """Refuse states that would take too much memory: they are kept by each task, sent and merged."""
+    size = sum(part.nbytes for part in parts) * groups
+    if size > MOST_BYTES:
+        raise OutOfMemory(
+            f"The state of {name} takes {size >> 20:,} MB for {groups:,} groups; at most {MOST_BYTES >> 20} MB are "
+            "used.",
+            "Break the evaluation down into fewer groups, or compute other metrics: --metric rmse.",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +238,6 @@ def merge(pieces: Sequence[Sums]) -> Sums:
         sum(piece.samples for piece in pieces),
         {name: merged([piece.states[name] for piece in pieces if name in piece.states]) for name in names},
         np.sum([piece.by_group for piece in pieces], axis=0),
-        sum(piece.units for piece in pieces),
         in_order(piece.seconds for piece in pieces),
     )
 
@@ -248,7 +271,10 @@ def values(sums: Sums, wanted: Sequence[str], metrics: Mapping[str, Metric]) -> 
 def columns(
     sums: Sums, wanted: Sequence[str], metrics: Mapping[str, Metric], baselines: Sequence[str] = ()
 ) -> dict[str, Floats]:
-    """Return ``loss`` and the wanted metrics by group, float64[group], also of baselines (``rmse_persistence``)."""
+    """Return ``loss`` and the wanted metrics by group, float64[group].
+
+    Of each baseline too, as ``rmse_persistence``; and the model's skill beside it: 1 - rmse / rmse_persistence.
+    """
     loss = _column(sums, LOSS, lambda pair: ratio(*pair.tolist()))
     found = {LOSS: loss}
     for name in wanted:
@@ -256,8 +282,14 @@ def columns(
         if name in FROM_LOSS:
             found[key] = np.array([FROM_LOSS[name](one) for one in loss.tolist()])
             continue
-        for reported in (key, *(f"{key}_{baseline}" for baseline in baselines)):
-            found[reported] = _column(sums, reported, metrics[key].value)
+        found[key] = _column(sums, key, metrics[key].value)
+    for baseline in baselines:
+        for name in (metric_key(name) for name in wanted if name not in FROM_LOSS):
+            if (reported := f"{name}_{baseline}") in sums.states:
+                found[reported] = _column(sums, reported, metrics[name].value)
+        if (rmse := f"rmse_{baseline}") in found:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                found[f"skill_{baseline}"] = 1 - found["rmse"] / found[rmse]
     return found
 
 

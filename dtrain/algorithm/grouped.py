@@ -43,6 +43,9 @@ class Labels:
     """int64[sample or 1, place or 1], from 0 on; -1: the value belongs to no group."""
     count: int
     """Number of labels of the grouping."""
+    differs: bool = False
+    """Whether samples have different numbers of places in a group: then each place is a box of its own, since a mean
+    counts samples, however many values of each it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,8 @@ def boxes(labels: Sequence[Labels], size: int) -> Iterator[Box]:
         if group < 0:
             continue
         index = _index(samples, size)
-        axes = [[(axis, code, at) for code, at in _by_code(codes)] for axis, codes in places.items()]
+        apart = {one.axis for one in labels if one.differs}
+        axes = [[(axis, code, at) for code, at in _by_code(codes, axis in apart)] for axis, codes in places.items()]
         for chosen in itertools.product(*axes):
             number = group + sum(code for _, code, _ in chosen)
             yield Box(number, len(samples), index, {axis: at for axis, _, at in chosen}, by)
@@ -107,8 +111,11 @@ def _alike(labels: Sequence[Labels], size: int) -> Iterator[Ints]:
     yield from np.split(order, np.flatnonzero(np.diff(kind.ravel()[order])) + 1)
 
 
-def _by_code(codes: Ints) -> Iterator[tuple[int, Index]]:
-    """Yield each code that occurs along an axis, and its places."""
+def _by_code(codes: Ints, apart: bool) -> Iterator[tuple[int, Index]]:
+    """Yield each code that occurs along an axis, and its places: together, or apart."""
+    if apart:
+        yield from ((code, slice(at, at + 1)) for at, code in enumerate(codes.tolist()) if code >= 0)
+        return
     for code in np.unique(codes[codes >= 0]).tolist():
         yield code, _index(np.flatnonzero(codes == code), len(codes))
 

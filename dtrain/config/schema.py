@@ -212,10 +212,7 @@ class TrainConfig(Table):
 
 def _check_values(config: TrainConfig) -> None:
     _check_name("train.loss", config.train.loss, LOSSES, empty=True)
-    for name in config.train.metrics:
-        _check_name("train.metrics", name, METRICS)
-        _check_kind(name, config.train.loss)
-    _check_reported_names(config.train.metrics)
+    check_metrics(config.train)
     _check_name("train.schedule", config.train.schedule, SCHEDULES)
     _check_sync_rounds(config.train)
     for key in ("data.memory", "cluster.memory"):
@@ -227,6 +224,14 @@ def _check_values(config: TrainConfig) -> None:
     check_data(config.data)
     check_average(config.average)
     _check_name("average.outer.schedule", config.average.outer_schedule, SCHEDULES)
+
+
+def check_metrics(train: TrainTable) -> None:
+    """Refuse metrics that are not known, do not fit the loss, or would be reported under one name."""
+    for name in train.metrics:
+        _check_name("train.metrics", name, METRICS)
+        _check_kind(name, train.loss)
+    _check_reported_names(train.metrics)
 
 
 def _check_sync_rounds(train: TrainTable) -> None:

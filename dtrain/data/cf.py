@@ -104,6 +104,38 @@ def texts_of(name: str, values: Array, attributes: Attributes) -> list[str]:
     return [text.removesuffix(" 00:00:00") for text in texts] if decoded.dtype.kind == "O" else texts
 
 
+def decoded_times(name: str, values: Array, attributes: Attributes) -> Array | None:
+    """Return stored values of a coordinate as dates: datetime64, or objects of cftime; None if they are none."""
+    if values.dtype.kind == "M":
+        return values
+    if values.dtype.kind not in "iuf" or " since " not in str(attributes.get("units", "")):
+        return None
+    import xarray as xr
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of dates that numpy does not hold
+        try:
+            decoded = xr.conventions.decode_cf_variable(name, xr.Variable(("n",), values, dict(attributes))).values
+        except Exception:  # a calendar for which a package is missing, or units that nobody knows
+            return None
+    return decoded if decoded.dtype.kind in "MO" else None
+
+
+def missing_times(times: Array) -> Array:
+    """Return where dates are missing."""
+    return (
+        np.isnat(times) if times.dtype.kind == "M" else np.array([time is None or time != time for time in times], bool)
+    )
+
+
+def date_part(times: Array, part: str) -> Array:
+    """Return a part of each date, such as its month, as integers."""
+    import xarray as xr
+
+    found: Array = getattr(xr.DataArray(times, dims="n").dt, part).values
+    return found
+
+
 def step_text(step: float, dtype: DType, attributes: Attributes) -> str:
     """Return the difference of two stored values of a coordinate, with its unit."""
     if dtype.kind in "mM":

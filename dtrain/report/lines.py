@@ -8,6 +8,7 @@ from typing import Any
 from dtrain.display import clock, duration, joined, number, shown
 from dtrain.errors import listed, shortened
 from dtrain.events import (
+    CLIMATE,
     COUNTING,
     ChunksFilled,
     ClusterOpening,
@@ -66,7 +67,11 @@ def round_line(result: RoundResult, rounds: int, speed: float, width: int) -> st
 
 def steps_line(events: Sequence[StepsTaken]) -> str:
     """Return how far the replicas are in a round, or in a pass before the first one."""
-    passes = {COUNTING: "looking for non-finite values, units", 0: "mean and standard deviation, units"}
+    passes = {
+        COUNTING: "looking for non-finite values, units",
+        CLIMATE: "climatology, units",
+        0: "mean and standard deviation, units",
+    }
     label = passes.get(events[0].round, f"round {events[0].round}")
     speed = sum(e.samples / e.seconds for e in events)
     return f"{label}: {_replicas(events)}, {speed:,.0f} samples/s"

@@ -16,10 +16,14 @@ from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from distributed import Future
 
-from dtrain.algorithm.evaluate import Sums, Term, merge, values
+from dtrain.algorithm.evaluate import Sums, Term, merge
+from dtrain.algorithm.metrics.state import Metric
 from dtrain.algorithm.pattern import by_replica
+from dtrain.data.load.climate import add_sums
 from dtrain.data.load.finite import Seen
 from dtrain.data.load.moments import Moments
 from dtrain.data.load.statistics import merge_moments
@@ -95,6 +99,18 @@ class ClusterRunner:
         )[0]
         return merged
 
+    def place_means(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Return, by variable of ``RunSpec.climate_plan``, the means of the training rows at each place."""
+        self._placed(self.spec.plan.replicas)
+        parts = self._by_replica(remote.take_places, "climatology", lambda k: (self.spec.run_id, k))
+        whole, at = parts[0], self._places[0]
+        for number, part in enumerate(parts[1:], start=1):  # one after the other: each may be large
+            whole = self._client.submit(add_sums, f"climatology-sum-k{number}", whole, part, at=at)
+        means: dict[str, npt.NDArray[np.float32]] = self._gather(
+            [self._client.submit(remote.place_means, "climatology", whole, at=at)]
+        )[0]
+        return means
+
     def seen(self) -> list[Seen]:
         """Return, by piece, which samples hold values that are not finite: one pass over all."""
         pieces, workers = self._resident.counted, self._client.workers()
@@ -119,9 +135,10 @@ class ClusterRunner:
         at = [stream.source.workers or workers[n % len(workers)] for n, stream in enumerate(streams)]
         return self._gather(self._client.submit_each(remote.losses_by_part, tasks, at=at, resources=RESOURCE))
 
-    def values(self, sums: Sums) -> dict[str, float]:
-        """Return ``loss`` and the metrics of ``train.metrics``."""
-        return values(sums, self.spec.config.train.metrics, self._resident.metrics_here)
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """The metrics that are computed batch by batch, to take the values of their states."""
+        return self._resident.metrics_here
 
     # Rounds -------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,8 @@ from dataclasses import asdict, replace
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
+import numpy as np
+import numpy.typing as npt
 from distributed import WorkerPlugin, get_worker
 from distributed.core import Status
 
@@ -24,6 +26,7 @@ from dtrain.algorithm.params import with_frozen
 from dtrain.algorithm.pattern import model_of, summarise
 from dtrain.algorithm.slices import Slice, cut_update, join_broadcast, join_params
 from dtrain.config.average import AverageConfig, CodecConfig
+from dtrain.data.load.climate import PlaceSums
 from dtrain.data.load.finite import Seen
 from dtrain.data.load.moments import Moments
 from dtrain.data.plan.splits import SplitName
@@ -253,6 +256,17 @@ def losses_by_part(run_id: str, params: Parameters, number: int) -> list[Term]:
 def take_moments(run_id: str, replica: int, most_units: int | None) -> dict[str, Moments]:
     """Return the moments of the rows of a replica."""
     return tasks.take_moments(resident_of(run_id), replica, most_units, partial(_progress, run_id))
+
+
+@_unless_over
+def take_places(run_id: str, replica: int) -> dict[str, PlaceSums]:
+    """Return the sums of the training rows of a replica at each place."""
+    return tasks.take_places(resident_of(run_id), replica, partial(_progress, run_id))
+
+
+def place_means(sums: dict[str, PlaceSums]) -> dict[str, npt.NDArray[np.float32]]:
+    """Return the means at each place of the training rows of all replicas."""
+    return {name: own.means for name, own in sums.items()}
 
 
 @_unless_over

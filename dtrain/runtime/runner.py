@@ -10,7 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from dtrain.algorithm.evaluate import Sums, Term
+from dtrain.algorithm.metrics.state import Metric
 from dtrain.data.load.finite import Seen
 from dtrain.data.load.moments import Moments
 from dtrain.data.plan.splits import SplitName
@@ -80,6 +84,10 @@ class Runner(Protocol[Held]):
         """Return the moments of ``data.normalize``, from one pass over the training rows."""
         ...
 
+    def place_means(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Return, by variable of ``RunSpec.climate_plan``, the means of the training rows at each place."""
+        ...
+
     def seen(self) -> list[Seen]:
         """Return, by piece (`Resident.counted`), which samples hold values that are not finite: one pass over all."""
         ...
@@ -92,8 +100,9 @@ class Runner(Protocol[Held]):
         """Return, by stream of `Resident.by_unit`, the loss of each of its parts."""
         ...
 
-    def values(self, sums: Sums) -> dict[str, float]:
-        """Return ``loss`` and the metrics of ``train.metrics``."""
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """The metrics that are computed batch by batch, to take the values of their states."""
         ...
 
     def place(self, state: TrainState) -> Held:

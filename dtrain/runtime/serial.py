@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from dtrain.algorithm.batchnorm import with_statistics
 from dtrain.algorithm.ema import next_ema
-from dtrain.algorithm.evaluate import Sums, Term, merge, values
+from dtrain.algorithm.evaluate import Sums, Term, merge
+from dtrain.algorithm.metrics.state import Metric
 from dtrain.algorithm.params import with_frozen
 from dtrain.algorithm.pattern import (
     apart,
@@ -20,6 +25,7 @@ from dtrain.algorithm.pattern import (
     summarise,
     together,
 )
+from dtrain.data.load.climate import add_sums
 from dtrain.data.load.finite import Seen
 from dtrain.data.load.moments import Moments
 from dtrain.data.load.statistics import merge_moments
@@ -75,6 +81,12 @@ class SerialRunner:
         replicas = range(self.spec.plan.replicas)
         return merge_moments([tasks.take_moments(self._resident, k, most_units, self.on_progress) for k in replicas])
 
+    def place_means(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Return, by variable of ``RunSpec.climate_plan``, the means of the training rows at each place."""
+        replicas = range(self.spec.plan.replicas)
+        sums = reduce(add_sums, (tasks.take_places(self._resident, k, self.on_progress) for k in replicas))
+        return {name: own.means for name, own in sums.items()}
+
     def seen(self) -> list[Seen]:
         """Return, by piece, which samples hold values that are not finite."""
         pieces = range(len(self._resident.counted))
@@ -91,9 +103,10 @@ class SerialRunner:
         streams = range(len(self._resident.by_unit))
         return [tasks.losses_by_part(self._resident, params, number) for number in streams]
 
-    def values(self, sums: Sums) -> dict[str, float]:
-        """Return ``loss`` and the metrics of ``train.metrics``."""
-        return values(sums, self.spec.config.train.metrics, self._resident.metrics_here)
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """The metrics that are computed batch by batch, to take the values of their states."""
+        return self._resident.metrics_here
 
     def place(self, state: TrainState) -> SerialRound:
         """Return the state: its values are their own handles."""

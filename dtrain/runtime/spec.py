@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from dtrain.config.schema import DataConfig, TrainConfig
+from dtrain.data.by import Grouping
+from dtrain.data.climatology import ClimatePlan, Climatology, Periods
 from dtrain.data.encoding import Scaling
 from dtrain.data.plan.memory import MemoryBudget
 from dtrain.data.plan.missing import AbsentChunks
@@ -59,6 +64,39 @@ class PlannedSource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What an evaluation tells beside the metrics of everything."""
+
+    groupings: tuple[Grouping, ...] = ()
+    """What it is broken down by."""
+    shared: tuple[npt.NDArray[np.bool_], ...] = ()
+    """By store: the rows that are valid times of all leads; empty: all count."""
+    baselines: tuple[str, ...] = ()
+    """Forecasts that stand beside the model's."""
+    notes: tuple[str, ...] = ()
+    """Sentences about what counts."""
+
+    @property
+    def names(self) -> str:
+        """What it is broken down by, for messages."""
+        return ", ".join(one.name for one in self.groupings)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether metrics of everything are all that is asked for."""
+        return not self.groupings and not self.baselines
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Climate:
+    """A climatology, and the period of each row that is evaluated."""
+
+    climatology: Climatology
+    periods: tuple[Periods, ...]
+    """By store, that of ``data.val_path`` last."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunSpec:
     """All that is fixed during a run: plain values and bytes, sent to each worker once."""
 
@@ -78,6 +116,12 @@ class RunSpec:
     """``cpu`` or ``cuda``."""
     eval_every: int = 1
     """Rounds between evaluations."""
+    asked: Asked = Asked()
+    """Of an evaluation."""
+    climate: Climate | None = None
+    """What anomalies are differences from."""
+    climate_plan: ClimatePlan | None = None
+    """Of the pass that computes a climatology."""
     outer_factors: tuple[float, ...] = ()
     """By round: the factor on the learning rate of the outer optimizer; empty without a schedule of it."""
 

@@ -21,13 +21,15 @@ from dtrain.algorithm.params import flatten, with_frozen, without_frozen
 from dtrain.algorithm.plan import micro_size, micro_sizes, pass_size, step_sizes
 from dtrain.algorithm.scaffold import ControlledSteps, Controls
 from dtrain.config.average import AverageConfig
+from dtrain.data.load.climate import PlaceSums, partition_sums
 from dtrain.data.load.finite import Seen, pass_over
 from dtrain.data.load.gather import Batch, target_scalings
 from dtrain.data.load.loader import Loader
 from dtrain.data.load.moments import Moments
 from dtrain.data.load.statistics import partition_moments
 from dtrain.data.plan.splits import SplitName
-from dtrain.events import COUNTING, StepsTaken
+from dtrain.events import CLIMATE, COUNTING, StepsTaken
+from dtrain.runtime.contexts import breakdown_of, context_maker
 from dtrain.runtime.module import isolated
 from dtrain.runtime.resident import Resident
 from dtrain.runtime.stopwatch import Measured, Stopwatch, process_name
@@ -138,7 +140,16 @@ def evaluate_piece(resident: Resident, params: Parameters, split: SplitName, pie
         batches = prepared(resident, loader.batches(sizes), split, piece, Cursor(0, 0), total)
         try:
             decode = decoder(target_scalings(stream.source.samples, resident.spec.scalings))
-            sums = evaluate(module, resident.recipe.loss, resident.metrics, batches, train.precision, decode)
+            sums = evaluate(
+                module,
+                resident.recipe.loss,
+                resident.metrics,
+                batches,
+                train.precision,
+                decode,
+                context_of=context_maker(resident.spec, stream.source, stream.partition, sizes, decode),
+                breakdown=breakdown_of(resident.spec),
+            )
             return replace(sums, seconds=time.monotonic() - started)
         finally:
             memory = stream.source.memory.evaluate
@@ -227,6 +238,16 @@ def take_moments(resident: Resident, replica: int, most_units: int | None, progr
     units = len(names) * min(len(stream.partition.units), most_units or len(stream.partition.units))
     on_unit = _at_intervals(progress, 0, replica, units)
     return partition_moments(resident.reader(stream.source), stream.partition, names, most_units, on_unit)
+
+
+def take_places(resident: Resident, replica: int, progress: Progress) -> dict[str, PlaceSums]:
+    """Return the sums of the training rows of a replica at each place, for a climatology."""
+    stream, plan = resident.replicas[replica], resident.spec.climate_plan
+    assert plan is not None
+    units, store = len(plan.names) * len(stream.partition.units), resident.spec.plan.stores[replica]
+    on_unit = _at_intervals(progress, CLIMATE, replica, units)
+    reader = resident.reader(stream.source)
+    return partition_sums(reader, stream.partition, plan.names, plan.periods[store], plan.count, on_unit)
 
 
 def take_seen(resident: Resident, piece: int, progress: Progress) -> Seen:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from dtrain.algorithm.batch import Targets, TensorBatch
@@ -30,6 +32,11 @@ def as_tensors(batches: Iterator[Batch], split: str) -> Iterator[TensorBatch]:
             split=split,
             weight=_as_one(weights) if weights else None,
         )
+
+
+def float64_tensor(values: npt.NDArray[np.float32]) -> torch.Tensor:
+    """Return an array as a tensor of float64."""
+    return torch.from_numpy(values).double()
 
 
 def transformed(

@@ -17,7 +17,10 @@ COMMANDS = {
     "plan": {"CONFIG", "--set", "--scheduler", "--full", "--probe", "--bandwidth"},
     "train": {"CONFIG", "--run", "--set", "--scheduler", "--max-time"},
     "status": {"RUN", "--watch"},
-    "eval": {"RUN", "--data", "--split", "--round", "--scheduler", "--set", "--project", "--trust-code"},
+    "eval": {
+        *("RUN", "--data", "--split", "--round", "--by", "--metric", "--baselines", "--all-times"),
+        *("--scheduler", "--set", "--project", "--trust-code"),
+    },
     "doctor": {"--scheduler", "--data"},
     "export": {"RUN", "--to", "--out", "--round", "--ema", "--set", "--project", "--trust-code"},
     "config show": {"CONFIG|RUN", "--set"},

@@ -22,7 +22,7 @@ from dtrain.report.lines import fault_line, steps_line
 from dtrain.report.progress import terminal_progress
 from dtrain.trainer import train_job
 from tests.runtime.test_averaging import lose_rounds
-from tests.training import bits
+from tests.training import bits, evaluated
 
 COUNT = 400
 Write = Callable[..., Path]
@@ -133,17 +133,17 @@ def test_other_stores_are_counted_when_they_are_evaluated(write_store: Write, tm
     run = train(store, tmp_path, "a", "serial", non_finite="skip")
     for path in (store, other):
         samples = dtrain.open_samples(path, inputs=["x"], targets=["y"])
-        _, _, count = run.evaluation(samples, split="all", round="last", cluster="serial")
+        _, _, count = evaluated(run, samples, "all")
         assert count == COUNT - 40
     strided = dtrain.open_samples(store, inputs=["x"], targets=["y"], stride=2)
-    assert run.evaluation(strided, split="all", round="last", cluster="serial")[2] == (COUNT - 40) // 2
+    assert evaluated(run, strided, "all")[2] == (COUNT - 40) // 2
     clean = store_of(write_store, tmp_path / "clean.zarr", 2, bad=False)
-    assert run.evaluation(run.other_samples(str(clean)), split="all", round="last", cluster="serial")[2] == COUNT
+    assert evaluated(run, run.other_samples(str(clean)), "all")[2] == COUNT
     own = dtrain.load_run(run.directory, model=build, settings=("data.non_finite=error",))
     with pytest.raises(NonFiniteData):
         own.evaluate(split="all")
     most = dtrain.load_run(run.directory, model=build, settings=("data.non_finite={ min_valid = 0.7 }",))
-    assert most.evaluation(None, split="all", round="last", cluster="serial")[2] == COUNT - 5  # both are bad: 3 of 5
+    assert evaluated(most, None, "all")[2] == COUNT - 5  # both are bad: 3 of 5
 
 
 def test_val_path_and_several_stores_are_counted_too(write_store: Write, tmp_path: Path, client: Client) -> None:

@@ -39,7 +39,7 @@ from dtrain.runtime.tensors import apply_transform
 from dtrain.trainer import train_job
 from dtrain.types import Cursor
 from tests.runtime import models
-from tests.training import shas
+from tests.training import evaluated, shas
 
 
 @pytest.fixture
@@ -330,7 +330,7 @@ def test_several_stores_each_with_its_replicas(
         part.num_samples for plan in run.plan.plans for part in train_partitions(plan)
     ]
     held_out = sum(piece.num_samples for _, piece in run.plan.pieces("test"))
-    assert run.evaluation(None, split="test", round="last", cluster="serial")[2] == held_out == 30 + 50
+    assert evaluated(run, None, "test")[2] == held_out == 30 + 50
     assert shas(run) == shas(start("cluster", client, **both))
     start("cut", train={"rounds": 1}, **both)
     assert shas(start("cut", **both)) == shas(run)
@@ -458,7 +458,7 @@ def test_samples_of_missing_chunks_of_the_store_for_validation_are_skipped_too(
     run = start("skip", data={"val_path": str(path), "missing": "skip"})
     assert run.resolved.held_out is not None
     assert run.resolved.held_out.absent == ((60, 80),)
-    assert run.evaluation(None, split="val", round="last", cluster="serial")[2] == 180
+    assert evaluated(run, None, "val")[2] == 180
 
 
 # A loop of one's own -------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from dtrain.planrecord import plan_record
 from dtrain.plantext import plan_rows
 from dtrain.resolved import from_json
 from dtrain.trainer import train_job
+from tests.training import evaluated
 
 
 class Last(nn.Module):
@@ -147,9 +148,9 @@ def test_a_store_for_validation_and_other_data_are_looked_at_too(
     with pytest.raises(CoordinateJumps, match="time jumps 89 times in 809 steps"):
         train_job(job(data={"path": str(complete), "val_path": str(weekly)}), tmp_path / "refused")
     other = dtrain.open_samples(broken, **WINDOWS)
-    assert run.evaluation(other, split="all", round="last", cluster="serial")[2] == 700 - 2 - 2
+    assert evaluated(run, other, "all")[2] == 700 - 2 - 2
     with pytest.raises(CoordinateJumps, match="time jumps 89 times"):
-        run.evaluation(dtrain.open_samples(weekly, **WINDOWS), split="test", round="last", cluster="serial")
+        evaluated(run, dtrain.open_samples(weekly, **WINDOWS), "test")
     with pytest.raises(CoordinateJumps, match="time jumps 89 times"):
         next(dtrain.batches(dtrain.open_samples(weekly, **WINDOWS)))
 

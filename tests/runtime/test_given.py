@@ -21,7 +21,7 @@ from dtrain.planning import plan_job
 from dtrain.planrecord import plan_record
 from dtrain.trainer import train_job
 from tests.runtime.test_averaging import lose_rounds
-from tests.training import bits
+from tests.training import bits, evaluated
 
 COUNT = 365 * 3
 DAYS = {"units": "days since 2017-01-01"}
@@ -81,7 +81,7 @@ def test_a_copy_is_evaluated_by_the_splits_of_the_run_and_another_store_by_its_o
     run = train(store_of(write_store, tmp_path / "s.zarr"), tmp_path, "dates", "serial", BY_DATE)
     copy = dtrain.open_samples(store_of(write_store, tmp_path / "copy.zarr"), inputs=["x"], targets=["y"])
     more = dtrain.open_samples(store_of(write_store, tmp_path / "more.zarr", COUNT + 30), inputs=["x"], targets=["y"])
-    counts = [run.evaluation(s, split="test", round="last", cluster="serial")[2] for s in (None, copy, more)]
+    counts = [evaluated(run, s, "test")[2] for s in (None, copy, more)]
     assert counts == [365, 365, 395]
     expected = pytest.approx(run.evaluate(split="test", cluster="serial"), rel=1e-6)  # it is summed in other pieces
     assert run.evaluate(copy, split="test", cluster="serial") == expected
@@ -94,7 +94,7 @@ def test_groups_are_known_in_copies_alone(write_store: Callable[..., Path], tmp_
     assert run.evaluate(copy, split="test", cluster="serial") == run.evaluate(split="test", cluster="serial")
     with pytest.raises(InvalidConfig, match="groups of donor in its split test may have been trained on"):
         run.evaluate(more, split="test", cluster="serial")
-    assert run.evaluation(more, split="all", round="last", cluster="serial")[2] == COUNT + 30
+    assert evaluated(run, more, "all")[2] == COUNT + 30
 
 
 @pytest.fixture

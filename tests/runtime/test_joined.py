@@ -22,7 +22,7 @@ from dtrain.planrecord import plan_record
 from dtrain.plantext import plan_rows
 from dtrain.trainer import train_job
 from tests.runtime.test_store_kinds import job_of
-from tests.training import shas
+from tests.training import evaluated, shas
 
 CUTS = (0, 240, 480, 611)
 
@@ -195,7 +195,7 @@ def test_validation_stores_that_are_one_are_counted_in_their_order(
     # of rows 0, 7, 20, 27 ... 24 lie in the first store and 22 in the second one, which has the same shape
     for paths, wanted in (([first, second], 414), ([second, first], 414), ([second], 208), ([first], 206)):
         samples = dtrain.open_samples([str(tmp_path / name) for name in paths], **keys)
-        means, _, count = run.evaluation(samples, split="val", round="last", cluster="serial")
+        means, _, count = evaluated(run, samples, "val")
         assert count == wanted
         assert np.isfinite(means["loss"])
 

@@ -29,7 +29,7 @@ from dtrain.prepare import open_runner
 from dtrain.runs import load_run
 from dtrain.trainer import train_job
 from tests.runtime import models
-from tests.training import shas, trained
+from tests.training import evaluated, shas, trained
 
 ROWS, CHUNK = 400, 20
 LABELS = (np.arange(ROWS) // 7) % 3
@@ -330,7 +330,7 @@ def test_rows_of_the_validation_store_are_left_out(
     assert run.resolved.held_out is not None
     assert run.resolved.held_out.absent == ((40, 60), (140, 160), (380, 400))
     assert shas(run) == shas(start(samples, "cluster", client))
-    values, _, count = run.evaluation(None, split="val", round="last", cluster="serial")
+    values, _, count = evaluated(run, None, "val")
     assert (count, values["loss"]) == (340, run.rows[-1]["val_loss"])
     record, lines, _ = planned(samples)
     assert record["held_out_samples"] == 340
@@ -351,16 +351,13 @@ def test_rows_of_other_data_are_left_out(
     with pytest.raises(ChunkMissing):
         run.evaluate(samples_of(other), split="all", cluster=place)
     samples = samples_of(other, missing="skip")
-    values, _, count = run.evaluation(samples, split="all", round="last", cluster=place)
+    values, _, count = evaluated(run, samples, "all", place)
     assert count == 380
     parts = [{"start": 0, "stop": 40}, {"start": 60, "stop": ROWS}]
-    halves = [
-        run.evaluation(samples_of(other, isel={"n": part}), split="all", round="last", cluster="serial")
-        for part in parts
-    ]
+    halves = [evaluated(run, samples_of(other, isel={"n": part}), "all") for part in parts]
     expected = sum(found["loss"] * n for found, _, n in halves) / 380
     assert values["loss"] == pytest.approx(expected, rel=1e-6)
-    assert 0 < run.evaluation(samples, split="test", round="last", cluster=place)[2] <= 40
+    assert 0 < evaluated(run, samples, "test", place)[2] <= 40
 
 
 def test_rows_of_a_runs_own_data_that_were_lost_later_are_left_out_of_each_split(
@@ -369,13 +366,13 @@ def test_rows_of_a_runs_own_data_that_were_lost_later_are_left_out_of_each_split
     path = store(sparse=False)
     run = start(samples_of(path, split={"val": 0.2, "test": 0.2}))
     plan = run.plan.plans[0]
-    before = {split: run.evaluation(None, split=split, round="last", cluster="serial")[2] for split in ("val", "test")}
+    before = {split: evaluated(run, None, split)[2] for split in ("val", "test")}
     for chunk in (2, 9, 15):
         (path / f"x/c/{chunk}/0").unlink()
     with pytest.raises(ChunkMissing):
         run.evaluate(split="test")
     skipping = load_run(run.directory, model=models.small, settings=("data.missing=skip",))
-    after = {split: skipping.evaluation(None, split=split, round="last", cluster="serial")[2] for split in before}
+    after = {split: evaluated(skipping, None, split)[2] for split in before}
     gone = {row for chunk in (2, 9, 15) for row in range(chunk * CHUNK, (chunk + 1) * CHUNK)}
     for split in ("val", "test"):
         part = cell_anchors(plan, split)

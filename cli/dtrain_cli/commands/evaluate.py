@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,14 +21,18 @@ from dtrain_cli.arguments import (
     examples,
     start_workers_early,
 )
-from dtrain_cli.output import Options, result, say, shown, table, waiting
+from dtrain_cli.output import Options, columns, result, say, shown, table, waiting
 
 if TYPE_CHECKING:
     from dtrain.data.plan.splits import SplitName
     from dtrain.data.samples import Samples
+    from dtrain.events import Event, Reporter
     from dtrain.run import Run
+    from dtrain.scores import Scores
 
 ORDER = 50
+PASS_SECONDS = 5.0
+"""Between two lines about a pass over the training rows."""
 app = typer.Typer()
 
 
@@ -71,6 +76,30 @@ def evaluate(
         ),
     ] = None,
     scheduler: SCHEDULER = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--by",
+            metavar="lead|variable|NAME",
+            help="Break the figures down: by lead, by target, by a dimension of the target, by a coordinate of one "
+            "dimension (also time.month and other parts of dates). Several: --by lead --by lat.",
+        ),
+    ] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            help="In place of the run's metrics: a built-in one, one of the run, or a class of torchmetrics. Several: "
+            "--metric rmse --metric r2.",
+        ),
+    ] = None,
+    baselines: Annotated[
+        bool,
+        typer.Option(help="Persistence and climatology beside forecasts; the first time, training rows are read once."),
+    ] = True,
+    all_times: Annotated[
+        bool, typer.Option("--all-times", help="With --by lead: each lead at all of its valid times, shared or not.")
+    ] = False,
     settings: SET = None,
     project: PROJECT = None,
     trust_code: TRUST_CODE = False,
@@ -82,6 +111,7 @@ def evaluate(
     options: Options = ctx.obj
     start_workers_early(Path(run) / "config.toml", settings, scheduler, trains=False)
     with waiting(options, "loading PyTorch"):
+        from dtrain.asking import Question
         from dtrain.directory import find_run
         from dtrain.errors import UsageError, did_you_mean
         from dtrain.runs import is_view, open_run
@@ -97,20 +127,64 @@ def evaluate(
     samples = opened.other_samples(tuple(data) if data else None, view) if data or view else None
     cluster = absolute_scheduler(scheduler) if scheduler is not None else opened.config.cluster.scheduler
     with waiting(options, f"evaluating on {chosen}"):
-        means, number, count = opened.evaluation(
-            samples, split=chosen, round="last" if round is None else round, cluster=cluster
+        asked_metrics = tuple(metrics) if metrics else None
+        question = Question(
+            split=chosen, by=tuple(by or ()), metrics=asked_metrics, baselines=baselines, all_times=all_times
         )
+        wanted = "last" if round is None else round
+        scores = opened.scores(samples, question, round=wanted, cluster=cluster, report=_passes(options))
+    number, count = scores.round, scores.samples
     record = {"event": "eval", "run": shown(opened.directory), "round": number, "split": chosen, "samples": count}
     chosen_by = {} if samples is None else samples.config.model_dump(mode="json", include={"isel", "sel"})
     record |= {key: table for key, table in chosen_by.items() if table}
     rows = [("run", f"{shown(opened.directory)} round {number}"), ("split", f"{chosen}, {count:,} samples")]
-    rows += [(name, f"{value:.6g}") for name, value in means.items()]
-    result(options, table(rows), {**record, **{k: v if math.isfinite(v) else None for k, v in means.items()}})
+    if by:
+        _show_groups(options, scores, table(rows), record)
+    else:
+        finite = {name: value if math.isfinite(value) else None for name, value in scores.values.items()}
+        beside = scores.beside()
+        shown_alone = ["loss"] if beside is not None else list(finite)
+        rows += [(name, f"{scores.values[name]:.6g}") for name in shown_alone]
+        text = table(rows) if beside is None else f"{table(rows)}\n\n{columns(*beside)}"
+        result(options, text, {**record, **finite})
+    for note in scores.asked.notes:
+        say(options, f"{note[0].upper()}{note[1:]}.")
     notes = list(_notes(opened, samples, " and ".join(data or ()), chosen, number if round is None else None))
     if not notes and not options.json:
         notes = [f"next: dtrain export {shown(opened.directory)} --to pt2 --out {opened.directory.name}.pt2"]
     for line in notes:
         say(options, line)
+
+
+def _passes(options: Options) -> Reporter:
+    """Return what says now and then how far a pass over the training rows is."""
+    from dtrain.events import StepsTaken
+    from dtrain.report.lines import steps_line
+
+    latest: dict[int, StepsTaken] = {}
+    said = time.monotonic()
+
+    def tell(event: Event) -> None:
+        nonlocal said
+        if isinstance(event, StepsTaken):
+            latest[event.replica] = event
+            if time.monotonic() - said > PASS_SECONDS:
+                said = time.monotonic()
+                say(options, steps_line([latest[replica] for replica in sorted(latest)]))
+
+    return tell
+
+
+def _show_groups(options: Options, scores: Scores, head: str, record: dict[str, Any]) -> None:
+    """Print a table for people, or an object for each group; sentences about what counts go beside."""
+    from dtrain.scores import rows_of, texts_of
+
+    dataset = scores.dataset()
+    if options.json:
+        for row in rows_of(dataset):
+            result(options, "", {**record, **row})
+    else:
+        result(options, f"{head}\n\n{columns(*texts_of(dataset, scores.asked.baselines))}", {})
 
 
 def _notes(run: Run, samples: Samples | None, data: str, split: SplitName, last: int | None) -> Iterator[str]:

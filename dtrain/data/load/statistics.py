@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from dtrain.data.encoding import Array, Scaling, holds_integers
 from dtrain.data.load.moments import Moments, moments_of, sparse_moments
@@ -74,6 +75,17 @@ def _owned_rows(reader: BoxReader, partition: Partition, variable: Variable) -> 
     if variable.is_static:
         yield _of_patches(variable, partition, Box(0, 1), reader.statics[variable.name][None])
         return
+    for box, is_owned, rows in owned_boxes(reader, partition, variable):
+        if isinstance(rows, SparseRows):
+            yield rows if is_owned.all() else rows.chosen(is_owned)
+        else:
+            yield _of_patches(variable, partition, box, rows if is_owned.all() else rows[is_owned])
+
+
+def owned_boxes(
+    reader: BoxReader, partition: Partition, variable: Variable
+) -> Iterator[tuple[Box, npt.NDArray[np.bool_], Array | SparseRows]]:
+    """Yield, unit by unit, the box of a partition's rows, which of them it owns, and the stored rows of a variable."""
     plan = partition.plan
     starts, stops = cell_bounds(plan, partition.cells)
     unit_of_cell = partition.cells // plan.cells_per_unit
@@ -86,11 +98,7 @@ def _owned_rows(reader: BoxReader, partition: Partition, variable: Variable) -> 
         is_owned = np.zeros(len(rows), bool)
         for start, stop in zip(starts[cells].tolist(), stops[cells].tolist(), strict=True):
             is_owned[start - first : stop - first] = True
-        is_owned &= plan.is_of(partition.split, first, last)
-        if isinstance(rows, SparseRows):
-            yield rows if is_owned.all() else rows.chosen(is_owned)
-        else:
-            yield _of_patches(variable, partition, box, rows if is_owned.all() else rows[is_owned])
+        yield box, is_owned & plan.is_of(partition.split, first, last), rows
 
 
 def _of_patches(variable: Variable, partition: Partition, box: Box, rows: Array) -> Array:
