@@ -13,7 +13,7 @@ from distributed import Client
 
 from dtrain.algorithm.plan import micro_size, pass_size
 from dtrain.algorithm.recipe import outer_factors
-from dtrain.asking import Question, needs_climatology, plan_of_climatology, with_asked, with_climatology
+from dtrain.asking import Question, has_anomalies, plan_of_climatology, with_asked, with_climatology
 from dtrain.config.schema import TrainTable
 from dtrain.config.values import cache_bytes, parse_bytes
 from dtrain.counting import is_uncounted, with_classes, without_non_finite
@@ -94,7 +94,7 @@ def open_runner(
     question : Question, optional
         What an evaluation is asked for beside the metrics of everything.
     climatology : bool
-        Compute the climatology that it needs, if it is not known: a pass over the training rows.
+        Compute the climatology of the targets, if it is not known: a pass over the training rows.
     on_progress : callable, optional
         Called with the progress of the passes for ``data.non_finite`` and ``data.normalize``.
 
@@ -136,7 +136,7 @@ def open_runner(
                 resolved = replace(resolved, scalings=scalings)
             spec = _spec(job, resolved, run_id, planned, code)
             is_missing = climatology and resolved.climatology is None
-            if (is_missing or most_units is not None) and needs_climatology(job, question):
+            if is_missing or (most_units is not None and has_anomalies(job)):
                 spec = replace(spec, climate_plan=plan_of_climatology(job, resolved, place))
                 resolved = with_climatology(job, resolved, spec, place, tell) if is_missing else resolved
             if most_units is None:

@@ -18,12 +18,10 @@ from dtrain.algorithm.recipe import Functions
 from dtrain.algorithm.stop import higher_is_better, stop_history
 from dtrain.asking import Question, needs_climatology, with_wanted
 from dtrain.checkpoint import committed_rounds, find_round, load_params, load_round, round_directory
-from dtrain.climatefile import read_climate, write_climate
 from dtrain.config.compare import without_secrets
 from dtrain.config.files import with_setting
 from dtrain.config.functions import METRICS, Function
 from dtrain.config.schema import DataConfig, TrainConfig
-from dtrain.data.climatology import Climatology
 from dtrain.data.coordinate import find_gaps
 from dtrain.data.given import find_given
 from dtrain.data.plan.evaluation import StoreOfRun, plan_evaluation
@@ -36,7 +34,7 @@ from dtrain.data.samples import Samples, not_samples
 from dtrain.data.source import describe
 from dtrain.directory import ENV, read_config_of, read_json, read_resolved
 from dtrain.display import clock
-from dtrain.errors import DataNotFound, DiskFull, InvalidConfig, OutOfMemory, TooFewSamples, did_you_mean
+from dtrain.errors import InvalidConfig, TooFewSamples, did_you_mean
 from dtrain.events import Reporter
 from dtrain.exporting.card import Trained
 from dtrain.exporting.export import Exportable, ExportedFile, export_model
@@ -49,6 +47,7 @@ from dtrain.report.pace import speed
 from dtrain.report.page import run_html
 from dtrain.resolve import own_stores
 from dtrain.resolved import Resolved
+from dtrain.runclimate import climatology_of
 from dtrain.runtime.module import build_module
 from dtrain.runtime.place import PLACE_NAMES
 from dtrain.runtime.resident import Resident, Stream
@@ -272,11 +271,11 @@ class Run:
         job = with_wanted(job, question)
         job = replace(job, config=with_scheduler(job.config, scheduler_text(cluster, PLACE_NAMES)))
         if needs_climatology(job, question):
-            found = self._climatology(job, question, cluster, report)
-            if isinstance(found, str):
-                question = replace(question, no_climatology=found)
+            kept = climatology_of(self.directory, self.resolved, job, lambda: self._own("test")[:2], cluster, report)
+            if isinstance(kept, str):
+                question = replace(question, no_climatology=kept)
             else:
-                known = replace(known, climatology=found)
+                known = replace(known, climatology=kept)
         run_id = uuid.uuid4().hex[:8]
         with (
             client_of(cluster) as client,
@@ -288,40 +287,6 @@ class Run:
             if sums is None:
                 raise TooFewSamples(f'The split "{split}" holds no samples.', "Choose another --split.")
             return scores_of(runner, sums, number, job.config.train.metrics)
-
-    def _climatology(self, job: Job, question: Question, cluster: Where, report: Reporter | None) -> Climatology | str:
-        """Return the climatology of the run: as it was trained with, or kept since, or computed and kept now.
-
-        Where it would take too much memory, or the run's data are not there any more, return why there is none.
-        """
-        fingerprint = self.resolved.plan.fingerprint
-        kept = self.resolved.climatology or read_climate(self.directory, fingerprint)
-        if kept is not None and all(name in kept.means for name in job.samples.config.targets):
-            return kept
-        try:
-            own, known, _ = self._own("test")
-            own = replace(own, config=job.config, functions=job.functions)
-            with (
-                client_of(cluster) as client,
-                open_runner(
-                    own,
-                    uuid.uuid4().hex[:8],
-                    known=known,
-                    client=client,
-                    question=replace(question, by=()),
-                    climatology=True,
-                    on_progress=report,
-                ) as (_, resolved),
-            ):
-                computed = resolved.climatology
-        except (OutOfMemory, DataNotFound) as error:
-            return f"{error.message[0].lower()}{error.message[1:].removesuffix('.')}"
-        assert computed is not None
-        try:
-            write_climate(self.directory, computed, fingerprint)
-        except DiskFull as error:
-            LOG.warning("The climatology is not kept: %s", error.message)
-        return computed
 
     @cached_property
     def partitions(self) -> Partitions:

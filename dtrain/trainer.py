@@ -14,6 +14,7 @@ from typing import Literal
 from distributed import Client
 
 from dtrain.algorithm.stop import end_reason, higher_is_better
+from dtrain.asking import has_anomalies
 from dtrain.calls import contradiction, is_given, python_job, with_trackers
 from dtrain.checkpoint import commit_round, committed_rounds, newest_state, prune, sweep
 from dtrain.config.compare import without_secrets
@@ -130,9 +131,9 @@ def _train(
     init = None if state is not None else init_path(job)
     scheduler = job.config.cluster.scheduler if client is None else str(client.scheduler.address)
     tell(ClusterOpening(run=str(opened.directory), scheduler=scheduler))
-    with open_runner(
-        job, uuid.uuid4().hex[:8], known=known, client=client, climatology=known is None, on_progress=tell
-    ) as (runner, resolved):
+    anew = known is None and has_anomalies(job)
+    opened_at = open_runner(job, uuid.uuid4().hex[:8], known=known, client=client, climatology=anew, on_progress=tell)
+    with opened_at as (runner, resolved):
         loaded: tuple[ParametersLoaded, ...] = ()
         if state is None:
             state, resolved, loaded = _first_state(runner, resolved, init)
@@ -385,7 +386,7 @@ def train_rounds(
     job = python_job(model, samples, config, model_args, cluster, train=train, average=average)
     with (
         client_of(cluster) as client,
-        open_runner(job, uuid.uuid4().hex[:8], client=client, climatology=True) as (runner, resolved),
+        open_runner(job, uuid.uuid4().hex[:8], client=client, climatology=has_anomalies(job)) as (runner, resolved),
     ):
         state, _, _ = _first_state(runner, resolved, init_path(job))
         show = _page_of(runner)

@@ -141,14 +141,15 @@ BELOW: dict[str, set[str]] = {
     "unitlosses": {"report", *WORK},
     "exporting": {"prepare", "resolved", "job", *WORK},
     "run": {
-        *("asking", "checkpoint", "climatefile", "directory", "exporting", "job", "prepare", "project"),
-        *("report", "resolve", "resolved", "scores", "unitlosses"),
+        *("asking", "checkpoint", "directory", "exporting", "job", "prepare", "project", "report"),
+        *("resolve", "resolved", "runclimate", "scores", "unitlosses"),
         *WORK,
     },
+    "runclimate": {"climatefile", "prepare", "resolved", "job", *WORK},
     "scores": WORK,
     "runs": {"run", "project", "directory", *WORK},
     "trainer": {
-        *("calls", "runs", "run", "directory", "rounds", "prepare", "resolve", "resolved", "initfile", "job"),
+        *("asking", "calls", "runs", "run", "directory", "rounds", "prepare", "resolve", "resolved", "initfile", "job"),
         *("lock", "checkpoint", "climatefile", "report", *WORK),
     },
     "__init__": {"trainer", "plans", "runs", "run", "batching", "data", *BASE},

@@ -109,7 +109,7 @@ def plan_climatology(samples: Samples, names: Sequence[str], plans: Sequence[Dat
         raise OutOfMemory(
             f"A climatology of {', '.join(names)} has {places:,} places and takes {size >> 20:,} MB; at most "
             f"{MOST_BYTES >> 20} MB are used.",
-            "Select fewer places (data.isel, data.sel), or leave out what needs it: anomaly_correlation, --baselines.",
+            "Select fewer places (data.isel, data.sel), or leave out anomaly_correlation.",
         )
     count = MONTHS if by_month else 1
     mean = "the mean of the training rows at each place"

@@ -18,7 +18,7 @@ COMMANDS = {
     "train": {"CONFIG", "--run", "--set", "--scheduler", "--max-time"},
     "status": {"RUN", "--watch"},
     "eval": {
-        *("RUN", "--data", "--split", "--round", "--by", "--metric", "--baselines", "--all-times"),
+        *("RUN", "--data", "--split", "--round", "--by", "--metric", "--no-baselines", "--all-times"),
         *("--scheduler", "--set", "--project", "--trust-code"),
     },
     "doctor": {"--scheduler", "--data"},

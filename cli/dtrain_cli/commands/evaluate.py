@@ -80,7 +80,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--by",
-            metavar="lead|variable|NAME",
+            metavar="NAME",
             help="Break the figures down: by lead, by target, by a dimension of the target, by a coordinate of one "
             "dimension (also time.month and other parts of dates). Several: --by lead --by lat.",
         ),
@@ -89,14 +89,14 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--metric",
+            metavar="NAME",
             help="In place of the run's metrics: a built-in one, one of the run, or a class of torchmetrics. Several: "
             "--metric rmse --metric r2.",
         ),
     ] = None,
-    baselines: Annotated[
-        bool,
-        typer.Option(help="Persistence and climatology beside forecasts; the first time, training rows are read once."),
-    ] = True,
+    no_baselines: Annotated[
+        bool, typer.Option("--no-baselines", help="Forecasts without persistence and climatology beside them.")
+    ] = False,
     all_times: Annotated[
         bool, typer.Option("--all-times", help="With --by lead: each lead at all of its valid times, shared or not.")
     ] = False,
@@ -129,7 +129,7 @@ def evaluate(
     with waiting(options, f"evaluating on {chosen}"):
         asked_metrics = tuple(metrics) if metrics else None
         question = Question(
-            split=chosen, by=tuple(by or ()), metrics=asked_metrics, baselines=baselines, all_times=all_times
+            split=chosen, by=tuple(by or ()), metrics=asked_metrics, baselines=not no_baselines, all_times=all_times
         )
         wanted = "last" if round is None else round
         scores = opened.scores(samples, question, round=wanted, cluster=cluster, report=_passes(options))
