@@ -114,6 +114,38 @@ class StepsTaken:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PredictionStarted:
+    """A store is about to be predicted (`Run.predict_to`)."""
+
+    out: str
+    """Where predictions are written."""
+    samples: int
+    """Samples that are predicted, with those that were written before."""
+    done: int
+    """Samples that were written before."""
+    workers: int
+    nbytes: int
+    """Of all predictions, before they are compressed."""
+    budget: str
+    """The memory that a worker needs, with its terms."""
+    dashboard: str = ""
+    """Address of Dask's dashboard; empty without one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplesPredicted:
+    """Samples have been predicted. Sent a few times a second at most."""
+
+    done: int
+    """With those that were written before."""
+    samples: int
+    new: int
+    """Of this call."""
+    seconds: float
+    """Since the first unit was begun."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoundsMeasured:
     """Some rounds have been measured; nothing of them is kept (`dtrain.plan` with ``probe=True``)."""
 
@@ -184,6 +216,8 @@ Event: TypeAlias = (
     | ChunksFilled
     | SamplesLeftOut
     | StepsTaken
+    | PredictionStarted
+    | SamplesPredicted
     | RoundsMeasured
     | RoundFinished
     | ReplicaRejected

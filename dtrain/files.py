@@ -45,9 +45,9 @@ def write_bytes(path: Path, data: bytes) -> None:
     temporary = _temporary(path)
     with _disk_errors(path.name, path.parent):
         try:
-            _write_synced(temporary, data)
+            write_synced(temporary, data)
             os.replace(temporary, path)
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -62,7 +62,7 @@ def append_line(path: Path, text: str) -> None:
         It could not be written.
     """
     with _disk_errors(path.name, path.parent):
-        _write_synced(path, f"{text}\n".encode(), os.O_APPEND)
+        write_synced(path, f"{text}\n".encode(), os.O_APPEND)
 
 
 def write_directory(path: Path, files: Iterable[tuple[str, bytes]], label: str) -> None:
@@ -92,10 +92,10 @@ def write_directory(path: Path, files: Iterable[tuple[str, bytes]], label: str) 
             path.parent.mkdir(exist_ok=True)
             temporary.mkdir()
             for name, data in files:
-                _write_synced(temporary / name, data)
-            _sync_directory(temporary)
+                write_synced(temporary / name, data)
+            sync_directory(temporary)
             _move_into_place(temporary, path)
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -134,7 +134,8 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
 
 
-def _write_synced(path: Path, data: bytes, flag: int = os.O_EXCL) -> None:
+def write_synced(path: Path, data: bytes, flag: int = os.O_EXCL) -> None:
+    """Write a new file, or append to one with `os.O_APPEND`, and sync it."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | flag, 0o666)
     try:
         view = memoryview(data)
@@ -145,7 +146,8 @@ def _write_synced(path: Path, data: bytes, flag: int = os.O_EXCL) -> None:
         os.close(descriptor)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Sync the names in a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -162,11 +162,11 @@ def plain(value: object) -> str:
     return json.dumps(TO_PLAIN.dump_python(value, mode="json"))
 
 
-def absolute(path: Paths) -> Paths:
-    """Return paths relative to the working directory as absolute ones; URLs as they are."""
+def absolute(path: Paths, base: Path | None = None) -> Paths:
+    """Return paths relative to a directory, by default the working directory, as absolute ones; URLs as they are."""
     if not isinstance(path, str):
-        return tuple(str(absolute(one)) for one in path)
-    return path if "://" in path else str(Path(path).expanduser().absolute())
+        return tuple(str(absolute(one, base)) for one in path)
+    return path if "://" in path else str(Path(base or Path.cwd(), Path(path).expanduser()).absolute())
 
 
 # Names ----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypedDict
 
@@ -35,18 +35,30 @@ class Holder(TypedDict):
 
 
 @contextlib.contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Hold the lock of a run's directory.
+def locked(
+    directory: Path,
+    doing: str = "",
+    cure: str = "Wait for it, or train under another --run NAME.",
+) -> Iterator[None]:
+    """Hold the lock of a run's directory, or of another one that one process at a time may write to.
+
+    Parameters
+    ----------
+    directory : Path
+    doing : str
+        Begins the message if another process holds it; by default it says that the run is being trained.
+    cure : str
+        What can be done about that.
 
     Raises
     ------
     RunLocked
-        Another process trains the run; the message names its host, process id and start.
+        Another process holds it; the message names its host, process id and start.
     DiskFull
         The lock cannot be written.
     """
-    path = run / "LOCK"
-    descriptor = _acquire(path)
+    path = directory / "LOCK"
+    descriptor = _acquire(path, lambda text: _conflict(doing or f"{directory} is being trained by", text, cure))
     done = threading.Event()
     beat = threading.Thread(target=_beat, args=(path, done), name="dtrain-lock", daemon=True)
     try:
@@ -87,7 +99,7 @@ def _parsed(text: bytes) -> Holder:
     return holder
 
 
-def _acquire(path: Path) -> int:
+def _acquire(path: Path, conflict: Callable[[bytes], RunLocked]) -> int:
     tries = TRIES
     while True:
         with _writing(path):
@@ -99,7 +111,7 @@ def _acquire(path: Path) -> int:
             os.close(descriptor)
             tries -= 1
             if not tries:
-                raise _conflict(path, text) from None
+                raise conflict(text) from None
             time.sleep(0.05)
             continue
         text = os.pread(descriptor, 4096, 0)
@@ -108,7 +120,7 @@ def _acquire(path: Path) -> int:
             continue
         if _held_elsewhere(text, os.fstat(descriptor).st_mtime):
             os.close(descriptor)
-            raise _conflict(path, text)
+            raise conflict(text)
         return descriptor
 
 
@@ -138,12 +150,12 @@ def _held_elsewhere(text: bytes, beaten: float) -> bool:
     return False
 
 
-def _conflict(path: Path, text: bytes) -> RunLocked:
+def _conflict(doing: str, text: bytes, cure: str) -> RunLocked:
     process = "another process"
     with contextlib.suppress(ValueError, KeyError, TypeError):
         holder = json.loads(text)
         process = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-    return RunLocked(f"{path.parent} is being trained by {process}.", "Wait for it, or train under another --run NAME.")
+    return RunLocked(f"{doing} {process}.", cure)
 
 
 def _beat(path: Path, done: threading.Event) -> None:

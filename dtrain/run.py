@@ -38,7 +38,7 @@ from dtrain.errors import InvalidConfig, TooFewSamples, did_you_mean
 from dtrain.events import Reporter
 from dtrain.exporting.card import Trained
 from dtrain.exporting.export import Exportable, ExportedFile, export_model
-from dtrain.job import Job, as_trained, held_out_source, open_sources, source_of, with_scheduler
+from dtrain.job import Job, absolute, as_trained, held_out_source, open_sources, source_of, with_scheduler
 from dtrain.prepare import open_runner
 from dtrain.project import RunCode, load_code
 from dtrain.report.history import Row, best_round, read_rows
@@ -60,6 +60,9 @@ from dtrain.unitlosses import partitions_of
 if TYPE_CHECKING:
     import xarray as xr
 
+    from dtrain.predict.entry import Call, Data
+    from dtrain.predict.request import OtherData
+    from dtrain.predict.write import Written
     from dtrain.report.partitions import Partitions
 
 LOG = logging.getLogger("dtrain")
@@ -431,6 +434,154 @@ class Run:
         config = self.config.model_copy(update=tables).with_functions({})
         return Job(config=config, sources=sources, held_out=held_out, functions=functions, base=self.base)
 
+    def predict(
+        self,
+        samples: Data | None = None,
+        *,
+        round: str | int = "last",
+        values: str = "auto",
+        overlap: float = 0.25,
+    ) -> xr.Dataset:
+        """Return predictions that are computed when they are asked for: ``.sel``, ``.plot()``, ``.to_zarr(...)``.
+
+        Every anchor whose input window is complete is predicted. Variables are dask arrays with a chunk for each unit
+        of the inputs; whichever scheduler Dask uses computes them, also the current client of a notebook, to the bits
+        of `predict_to`.
+
+        Parameters
+        ----------
+        samples : Samples, path or list of paths, optional
+            Data to predict, with or without the targets; by default the run's own. Of a path, and for keys of
+            ``[data]`` that samples leave out, the run's keys are used.
+        round : "last", "best" or a number
+        values : {"auto", "classes", "probabilities", "raw"}
+            ``auto``: targets in their own units; of classes, the class and its probability. ``raw``: what the model
+            returns.
+        overlap : float
+            Of patches: share of a patch that the next one covers too, from 0 to 0.9. Predictions of a place are blended
+            by a smooth weight.
+
+        Returns
+        -------
+        xarray.Dataset
+            With the coordinates of the inputs; forecasts have ``lead`` and ``valid_time``.
+
+        Raises
+        ------
+        RoundNotFound
+            The run does not keep that round.
+        DtrainError
+            The store does not fit the run.
+
+        Examples
+        --------
+        >>> run.predict("2024.zarr").t2m.sel(time="2024-07").mean("time").compute()  # doctest: +SKIP
+        """
+        from dtrain.predict.entry import lazy
+        from dtrain.predict.prepare import Options
+
+        predictions = lazy(self._call(samples, str(round)), Options(values=values, overlap=overlap))
+        if round == "last":
+            self._say_best()
+        return predictions
+
+    def predict_to(
+        self,
+        out: str | Path,
+        samples: Data | OtherData | None = None,
+        *,
+        round: str | int = "last",
+        values: str = "auto",
+        overlap: float = 0.25,
+        cluster: Where = "serial",
+        resume: bool = False,
+        report: Reporter | None = None,
+    ) -> Written:
+        """Write predictions to Zarr, on a cluster; ``dtrain predict`` does the same.
+
+        Parameters
+        ----------
+        out : path
+            A directory, a URL, or an icechunk repository (``NAME.icechunk``, or one that is there), which gets one
+            commit. Nothing that is there is overwritten.
+        samples, round, values, overlap
+            As of `predict`.
+        cluster : str, path, distributed.Client or cluster
+            As of `evaluate`.
+        resume : bool
+            Go on with predictions that were interrupted.
+        report : callable, optional
+            Called with the events of the progress.
+
+        Returns
+        -------
+        Written
+            What has been written.
+
+        Raises
+        ------
+        OutputExists, RunConflict
+            There is something at `out`, or it was begun with other settings.
+        DtrainError
+            As of `predict`; or a worker or the disk fails.
+        """
+        from dtrain.predict.entry import written
+        from dtrain.predict.prepare import Options
+
+        call = self._call(samples, str(round))
+        options = Options(values=values, overlap=overlap)
+        tell = report or (lambda event: None)
+        done = written(call, options, str(out), cluster=cluster, goes_on=resume, tell=tell)
+        if round == "last":
+            self._say_best()
+        return done
+
+    def _call(self, samples: Data | OtherData | None, round: str) -> Call:
+        """Return the run, at a round, with the data that are to be predicted."""
+        from dtrain.predict.entry import FUNCTIONS, Call, data_paths
+        from dtrain.predict.prepare import RunFacts
+        from dtrain.predict.request import OtherData
+
+        number = find_round(self.directory, round, self.best_round)
+        given = samples
+        if not isinstance(given, Samples | OtherData | None):
+            given = self.other_data(data_paths(given))
+        own = {"data.transform": given.transform} if isinstance(given, Samples) and given.transform else {}
+        return Call(
+            facts=RunFacts(
+                directory=self.directory,
+                base=self.base,
+                config=self.config,
+                resolved=self.resolved,
+                round=number,
+                params=load_params(round_directory(self.directory, number)),
+            ),
+            functions=self._load_functions(FUNCTIONS, own),
+            given=given,
+        )
+
+    def other_data(self, data: str | tuple[str, ...] | None, settings: tuple[str, ...] = ()) -> OtherData:
+        """Return data to predict: a store, or several that are one, or the run's own with other settings."""
+        from dtrain.predict.request import OtherData
+
+        selects = any(setting.startswith(("data.isel", "data.sel")) for setting in settings)
+        return OtherData(self._table(data, settings), all_rows=not selects)
+
+    def _table(self, data: str | tuple[str, ...] | None, settings: tuple[str, ...] = ()) -> DataConfig:
+        """Return the run's table ``[data]`` with another path, and with keys that differ from the run's.
+
+        Paths that are relative to the working directory, and the run's own, become absolute.
+        """
+        own = self.config.data
+        if data is not None:
+            own = own.model_copy(update={"path": absolute(data)})
+        elif not own.is_federated:
+            own = own.model_copy(update={"path": absolute(own.stores[0].path, self.base)})
+        tables: dict[str, Any] = {"data": own.model_dump(mode="json")}
+        for setting in settings:
+            tables = with_setting(tables, setting)
+        return TrainConfig(**tables).data
+
     def other_samples(self, data: str | tuple[str, ...] | None, settings: tuple[str, ...] = ()) -> Samples:
         """Describe samples with the run's table ``[data]``.
 
@@ -446,15 +597,9 @@ class Run:
         InvalidConfig
             A setting is wrong, or the run has several stores of its own.
         """
-        table = self.config.data
-        if data is None and table.is_federated:
+        if data is None and self.config.data.is_federated:
             raise InvalidConfig("The run has several stores.", "Name the one to evaluate with --data.")
-        if data is not None:
-            table = table.model_copy(update={"path": data})
-        tables: dict[str, Any] = {"data": table.model_dump(mode="json")}
-        for setting in settings:
-            tables = with_setting(tables, setting)
-        return describe(TrainConfig(**tables).data, self.base if data is None else Path.cwd())
+        return describe(self._table(data, settings), self.base)
 
     def __repr__(self) -> str:
         return f"<dtrain.Run {self.directory} {len(self.rows)} of {self.config.train.rounds} rounds>"

@@ -75,6 +75,13 @@ BELOW: dict[str, set[str]] = {
         "config",
         "errors",
     },
+    "data/write": {"data/read", "data/plan", *CORE, "files", "lock", "errors"},
+    "data/outcoords": {
+        *("data/cf", "data/column", "data/dataset", "data/layouts", "data/plan", "data/read"),
+        *CORE,
+        "errors",
+    },
+    "data/lead": {"data/cf", "data/outcoords", "data/plan", *CORE},
     "data/weight": {"data/column", "data/dataset", "data/read", *CORE, "config", "errors"},
     "data/climatology": {
         *("data/by", "data/cf", "data/column", "data/distinct", "data/load", "data/paths", "data/plan", "data/read"),
@@ -140,8 +147,9 @@ BELOW: dict[str, set[str]] = {
     "project": {"resolved", "job", *WORK},
     "unitlosses": {"report", *WORK},
     "exporting": {"prepare", "resolved", "job", *WORK},
+    "predict": {"resolve", "resolved", "job", *WORK},
     "run": {
-        *("asking", "checkpoint", "directory", "exporting", "job", "prepare", "project", "report"),
+        *("asking", "checkpoint", "directory", "exporting", "job", "predict", "prepare", "project", "report"),
         *("resolve", "resolved", "runclimate", "scores", "unitlosses"),
         *WORK,
     },
@@ -168,10 +176,10 @@ FENCED = {
         "trainer",
         "report/trackers",
     },
-    "zarr": {"data/read", "data/layouts", "data/dimensions", "data/dataset"},
+    "zarr": {"data/read", "data/write", "data/layouts", "data/dimensions", "data/dataset"},
     "dask": {"runtime", "checkup"},
-    "distributed": {"runtime", "checkup", "prepare", "probe", "planning", "batching", "trainer"},
-    "xarray": {"data/cf", "data/places", "report", "run", "scores"},
+    "distributed": {"runtime", "checkup", "predict", "prepare", "probe", "planning", "batching", "trainer"},
+    "xarray": {"data/cf", "data/places", "report", "predict", "run", "scores"},
     "rich": {"report"},
     "typer": set(),
 }

@@ -31,12 +31,13 @@ def test_the_commands_and_the_python_block(digits: Path, capsys: pytest.CaptureF
     assert len(commands()) == 6
     for command in commands():
         words = command.split()[1:]
-        if words[0] in ("plan", "train", "eval"):
+        if words[0] in ("plan", "train", "eval", "predict"):
             words += ["--scheduler", "serial"]
         assert run(words) == 0, capsys.readouterr().err
     assert "accuracy" in capsys.readouterr().out
-    train, functions, loop = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    for block, said in ((train, "'loss'"), (functions, "val_accuracy"), ("import dtrain\n" + loop, "")):
+    train, functions, predict, loop = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    said_by = {train: "'loss'", functions: "val_accuracy", predict: "0.", "import dtrain\n" + loop: ""}
+    for block, said in said_by.items():
         (digits / "block.py").write_text(block)
         done = subprocess.run([sys.executable, "-W", "error", "block.py"], capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr

@@ -27,6 +27,8 @@ GLOBAL_FLAGS = {
     "--debug": "debug",
 }
 INTERRUPTED = 130
+KEPT = {"predict": "What is written stays: the same command with --continue goes on."}
+"""By command: what is said after Ctrl-C, if it is not that committed rounds are kept."""
 JOINED = re.compile(r"^-[qv]{2,}$")
 
 
@@ -100,7 +102,9 @@ def run(arguments: list[str]) -> int:
     except Exception as fault:
         return _report(options, fault)
     if code == INTERRUPTED:  # typer turns Ctrl-C into this code
-        error(options, code, "Stopped by Ctrl-C.", "Committed rounds are kept; the same command continues.")
+        name = next((text for text in rest if not text.startswith("-")), "")
+        kept = KEPT.get(name, "Committed rounds are kept; the same command continues.")
+        error(options, code, "Stopped by Ctrl-C.", kept)
     return code or 0
 
 

@@ -244,3 +244,71 @@ def _bounds(dtype: DType) -> tuple[int, int]:
         return 0, 1
     info = np.iinfo(dtype)
     return int(info.min), int(info.max)
+
+
+# Coordinates that are written -------------------------------------------------------------------------------
+
+NANOSECONDS = {
+    "day": 86_400 * 10**9,
+    "hour": 3_600 * 10**9,
+    "minute": 60 * 10**9,
+    "second": 10**9,
+    "millisecond": 10**6,
+    "microsecond": 10**3,
+    "nanosecond": 1,
+    "d": 86_400 * 10**9,
+    "h": 3_600 * 10**9,
+    "hr": 3_600 * 10**9,
+    "min": 60 * 10**9,
+    "s": 10**9,
+    "sec": 10**9,
+    "ms": 10**6,
+    "us": 10**3,
+    "ns": 1,
+}
+"""By unit of time, in the singular."""
+NUMPY_UNITS = {**{key: f"{word}" for key, word in TIME_UNITS.items()}, "ns": "nanoseconds"}
+EPOCH = "1970-01-01"
+
+
+def unit_nanoseconds(units: object) -> int | None:
+    """Return the nanoseconds of the unit of a time, ``hours since 2000-01-01``; None if it is none of equal length."""
+    word, since, _ = str(units).partition(" since ")
+    unit = word.strip().lower()
+    return NANOSECONDS.get(unit, NANOSECONDS.get(unit.removesuffix("s"))) if since else None
+
+
+def dates_as_numbers(values: Array) -> tuple[Array, dict[str, Any]]:
+    """Return dates or times of numpy as integers, and the CF attributes that say what they mean."""
+    unit, count = np.datetime_data(values.dtype)
+    if unit not in NUMPY_UNITS or count != 1:
+        values, unit = values.astype(f"{values.dtype.kind}8[ns]"), "ns"
+    numbers = values.astype(values.dtype.newbyteorder("=")).view(np.int64)
+    if values.dtype.kind == "m":
+        return numbers, {"units": NUMPY_UNITS[unit], "dtype": f"timedelta64[{unit}]"}
+    return numbers, {"units": f"{NUMPY_UNITS[unit]} since {EPOCH}", "calendar": "proleptic_gregorian"}
+
+
+def in_units(values: Array, attributes: Attributes, wanted: Attributes) -> Array:
+    """Return times of one CF unit as numbers of another one, float64.
+
+    Raises
+    ------
+    ValueError
+        xarray understands one of them not.
+    """
+    import xarray as xr
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of dates that numpy does not hold
+        decoded = xr.conventions.decode_cf_variable("time", xr.Variable(("n",), values, dict(attributes)))
+        encoding = {key: wanted[key] for key in TIME_ATTRIBUTES if key in wanted}
+        decoded.encoding = {**encoding, "dtype": np.dtype(np.float64)}
+        return np.asarray(xr.conventions.encode_cf_variable(decoded).values, np.float64)
+
+
+def stored_mark(value: float, dtype: DType) -> Any:
+    """Return a ``_FillValue`` as xarray writes it into Zarr v3."""
+    if dtype.kind == "f":
+        return base64.standard_b64encode(struct.pack("<d", value)).decode()
+    return int(value)

@@ -15,6 +15,7 @@ import numpy as np
 
 from dtrain.config.names import cosine_of
 from dtrain.config.schema import DataConfig
+from dtrain.config.split import SplitConfig
 from dtrain.data.cf import encoding_of, float_encoding
 from dtrain.data.choose import choose_dims
 from dtrain.data.coordinate import coordinate_of
@@ -104,6 +105,22 @@ def describe(config: DataConfig, base: Path, snapshot: str = "") -> Samples:
             "data.inputs and data.targets must each name at least one variable.",
             'Write the names of arrays of the group, for example inputs = ["image"].',
         )
+    return _described(config, base, snapshot)
+
+
+def describe_inputs(config: DataConfig, base: Path, snapshot: str = "") -> Samples:
+    """Describe the inputs of samples alone: targets, weights and splits need not be there.
+
+    Raises
+    ------
+    DtrainError
+        As `open_samples`.
+    """
+    alone = {"targets": (), "weight": "", "balance": "", "val_path": "", "split": SplitConfig(val=0.0, test=0.0)}
+    return _described(config.model_copy(update=alone), base, snapshot)
+
+
+def _described(config: DataConfig, base: Path, snapshot: str) -> Samples:
     if isinstance(config.path, str):
         return _describe(config, base, snapshot, all_rows=False)[0]
     paths = [kind_of(str(path)).locate(str(path), base) for path in config.path]

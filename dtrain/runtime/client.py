@@ -32,6 +32,8 @@ HOLDERS = 16
 """Workers that a value is sent to. Dask names all holders with each task that needs it: 1,000 would be 25 kB a task."""
 SCATTERED_AT_ONCE = 16
 """Values on their way to workers of their own."""
+GATHERED_AT_ONCE = 16
+"""Values that come back together, where each is used at once."""
 KEPT_MESSAGES = 10
 """Messages to the scheduler that Dask's client keeps, to be looked at: with its 1,000, those of 1,000 replicas would
 take a gigabyte of the driver's memory."""
@@ -175,8 +177,23 @@ class TaskClient:
                 raise
             raise self.lost(error) from error
 
-    def _wait(self, futures: Sequence[Future], meanwhile: Callable[[], None]) -> None:
-        """Wait until all futures are done.
+    def first_done(self, futures: Sequence[Future], meanwhile: Callable[[], None]) -> list[tuple[Future, Any]]:
+        """Wait until one of some futures is done at least; return some that are, with their values."""
+        try:
+            self._wait(futures, meanwhile, 1)
+            done = [future for future in futures if future.done()][:GATHERED_AT_ONCE]
+            return list(zip(done, self.dask.gather(done, direct=self._direct), strict=True))
+        except DtrainError:
+            raise
+        except GONE as error:
+            raise self.lost(error) from error
+        except RuntimeError as error:
+            if CLOSING not in str(error):  # of a task
+                raise
+            raise self.lost(error) from error
+
+    def _wait(self, futures: Sequence[Future], meanwhile: Callable[[], None], count: int | None = None) -> None:
+        """Wait until all futures are done, or so many of them.
 
         Not by `distributed.wait` with a timeout: its errors and their frames refer to each other, so that futures stay
         alive, and their values on the workers, until the garbage collector comes.
@@ -184,9 +201,9 @@ class TaskClient:
         done = Semaphore(0)
         for future in futures:
             future.add_done_callback(lambda _: done.release())
-        left, deadline = len(futures), time.monotonic() + NO_WORKERS_SECONDS
+        left, deadline = len(futures) if count is None else count, time.monotonic() + NO_WORKERS_SECONDS
         pauses = Pauses(self.dask, NO_WORKERS_SECONDS)
-        while left:
+        while left > 0:
             if done.acquire(timeout=POLL_SECONDS):
                 left -= 1
             else:

@@ -8,13 +8,14 @@ they are, and what the user changes in a notebook is seen by the next run.
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Any
 
 import cloudpickle
@@ -79,6 +80,8 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     dispatch_table = cloudpickle.Pickler.dispatch_table.new_child({CodeType: _reduce_code})
 
     def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, ModuleType) and type(obj) is not ModuleType and obj.__name__ in sys.modules:
+            return importlib.import_module, (obj.__name__,)  # torch.classes, if an attribute is called so
         reduced = super().reducer_override(obj)
         if isinstance(reduced, tuple) and reduced[0].__name__ in ("_make_skeleton_class", "_make_skeleton_enum"):
             build, (*described, _, extra), *rest = reduced

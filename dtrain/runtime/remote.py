@@ -46,22 +46,39 @@ RESOURCE = {"dtrain": 1}
 """Asked for by every task that runs the user's code, so that one runs at a time in a process."""
 
 
-class RunPlugin(WorkerPlugin):  # type: ignore[misc]
-    """Gives each worker, also those that join late, the resident of a run and the resource `dtrain`."""
+class SlotPlugin(WorkerPlugin):  # type: ignore[misc]
+    """Gives each worker, also those that join late, the resource `dtrain`.
 
-    def __init__(self, spec: RunSpec) -> None:
-        self.name = topic(spec.run_id)
-        self.spec = spec
+    Parameters
+    ----------
+    run_id : str
+    """
+
+    def __init__(self, run_id: str) -> None:
+        self.name = topic(run_id)
+        self.run_id = run_id
 
     async def setup(self, worker: Any) -> None:
         """Prepare a worker."""
-        install(self.spec)
         is_new = not RESOURCE.keys() <= worker.state.total_resources.keys()
         await worker.set_resources(**RESOURCE)
         if is_new and worker.status == Status.running:
             # the scheduler gives tasks that found no worker to one that begins to run, not to one that gets resources
             worker.status = Status.paused
             worker.status = Status.running
+
+
+class RunPlugin(SlotPlugin):
+    """Gives each worker the resident of a run too."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        super().__init__(spec.run_id)
+        self.spec = spec
+
+    async def setup(self, worker: Any) -> None:
+        """Prepare a worker."""
+        install(self.spec)
+        await super().setup(worker)
 
     async def teardown(self, worker: Any) -> None:
         """Forget the run, and wait a while for its loaders to be closed."""

@@ -129,7 +129,7 @@ def decoder(scalings: Sequence[tuple[Floats, Floats] | None]) -> Decode:
     scalings : sequence of (mean, std) or None
         By target (`target_scalings`).
     """
-    arrays = [scaling and tuple(map(torch.from_numpy, scaling)) for scaling in scalings]
+    arrays = [scaling and scaling_tensors(scaling) for scaling in scalings]
 
     def decode(outputs: Any, targets: Any) -> tuple[Any, Any]:
         if isinstance(targets, tuple):
@@ -140,6 +140,12 @@ def decoder(scalings: Sequence[tuple[Floats, Floats] | None]) -> Decode:
         return _decoded(outputs, targets, arrays[0]) if len(arrays) == 1 else (outputs, targets)
 
     return decode
+
+
+def scaling_tensors(scaling: tuple[Floats, Floats]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation as tensors."""
+    mean, std = map(torch.from_numpy, scaling)
+    return mean, std
 
 
 def _decoded(output: Any, target: torch.Tensor, scaling: tuple[torch.Tensor, ...] | None) -> tuple[Any, torch.Tensor]:

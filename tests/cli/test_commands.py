@@ -21,6 +21,10 @@ COMMANDS = {
         *("RUN", "--data", "--split", "--round", "--by", "--metric", "--no-baselines", "--all-times"),
         *("--scheduler", "--set", "--project", "--trust-code"),
     },
+    "predict": {
+        *("RUN", "--data", "--out", "--continue", "--round", "--values", "--overlap", "--scheduler", "--set"),
+        *("--project", "--trust-code"),
+    },
     "doctor": {"--scheduler", "--data"},
     "export": {"RUN", "--to", "--out", "--round", "--ema", "--set", "--project", "--trust-code"},
     "config show": {"CONFIG|RUN", "--set"},

@@ -59,12 +59,13 @@ def commands(job):
         "again": ("train", job.config),
         "status": ("status", job.run),
         "eval": ("eval", job.run),
+        "predict": ("predict", job.run, "--out", "predicted.zarr"),
         "show": ("config", "show", job.config),
         "schema": ("config", "schema"),
     }
 
 
-NAMES = ("init", "plan", "train", "again", "status", "eval", "show", "schema")
+NAMES = ("init", "plan", "train", "again", "status", "eval", "predict", "show", "schema")
 
 
 @pytest.mark.parametrize("name", NAMES)

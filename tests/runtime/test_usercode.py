@@ -318,6 +318,22 @@ def test_a_torch_module_travels_and_gives_the_same_numbers(write, tmp_path):
         assert said == str(load(base)()(torch.ones(1, 2)).tolist())
 
 
+def test_a_name_that_torch_has_too_is_no_obstacle(write):
+    base = write(
+        model="""
+            import torch
+            class Net(torch.nn.Module):
+                def __init__(self):
+                    super().__init__()
+                    self.classes = self.ops = 3
+                def forward(self, x):
+                    return torch.zeros(self.classes, self.ops)
+            def build(): return Net()
+        """
+    )
+    assert pickle_functions({"model": load(base)}, base)
+
+
 def test_installed_functions_travel_by_name(write):
     import statistics
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dtrain_cli.arguments import CONFIG, SCHEDULER, SET, examples, load_job, start_workers_early
 from dtrain_cli.output import Options, progress, result, say, shown, waiting
+from dtrain_cli.signals import terminable
 
 if TYPE_CHECKING:
     from dtrain.events import Event, RunFinished
@@ -71,7 +68,7 @@ def train(
         if isinstance(event, RunFinished):
             result(options, _done(event), {"event": "done", **asdict(event)})
 
-    with _terminable(), progress(options) as show:
+    with terminable(), progress(options) as show:
         train_job(job, directory, report=report, max_seconds=seconds)
     for tracker in job.trackers:
         if tracker.look:
@@ -94,24 +91,3 @@ def _done(event: RunFinished) -> str:
 
     loss = f", val_loss {number(event.val_loss)}" if event.val_loss is not None else ""
     return f"done ({event.reason}): {event.rounds} rounds{loss}\nrun {event.run}\nparams_sha256 {event.params_sha256}"
-
-
-class _Terminated(BaseException):
-    """SIGTERM has come. Like KeyboardInterrupt it is no Exception, so that no handler of faults catches it."""
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM end the command as Ctrl-C does: the cluster is closed, committed rounds are kept."""
-    from dtrain.errors import Stopped
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except _Terminated:
-        raise Stopped("Stopped by SIGTERM.", "Committed rounds are kept; the same command continues.") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)

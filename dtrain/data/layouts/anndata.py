@@ -79,12 +79,30 @@ def gene_names(hierarchy: Hierarchy, path: str) -> ArrayLike | None:
     place = _place(hierarchy, path)
     match place[1] if place is not None else []:
         case ["X"] | ["layers", _]:
-            frame = "var"
+            return row_names(hierarchy, path, GENE)
         case ["raw", "X"]:
-            frame = "raw/var"
-        case _:
-            return None
-    frame = posixpath.join(place[0], frame) if place is not None else frame
+            return row_names(hierarchy, path, RAW_GENE)
+    return None
+
+
+FRAMES = {CELL: "obs", GENE: "var", RAW_GENE: "raw/var"}
+"""By axis: the data frame that describes it."""
+
+
+def row_names(hierarchy: Hierarchy, path: str, axis: str) -> ArrayLike | None:
+    """Return the array that names the places of an axis: cells or genes; None if AnnData names none.
+
+    Parameters
+    ----------
+    hierarchy : Hierarchy
+    path : str
+        Of an array that has the axis, from the root of the store.
+    axis : str
+    """
+    place = _place(hierarchy, path)
+    if place is None or axis not in FRAMES:
+        return None
+    frame = posixpath.join(place[0], FRAMES[axis])
     names = hierarchy.node(posixpath.join(frame, str(hierarchy.attributes(frame).get(INDEX, INDEX))))
     return names if isinstance(names, zarr.Array) and names.ndim == 1 else None
 

@@ -178,7 +178,7 @@ class BatchGatherer:
     def __init__(
         self, samples: Samples, statics: Mapping[str, Array], scalings: Scalings, blocks: Blocks = WHOLE_ROWS
     ) -> None:
-        gatherers = [_gatherer(samples, field, scalings.get(field.name), blocks) for field in samples.fields]
+        gatherers = [gatherer_of(samples, field, scalings.get(field.name), blocks) for field in samples.fields]
         decoded = [_decoded(gatherer, statics) for gatherer in gatherers]
         self._num_inputs = len(samples.config.inputs)
         self._num_unweighted = self._num_inputs + len(samples.config.targets)
@@ -216,9 +216,10 @@ class BatchGatherer:
         )
 
 
-def _gatherer(
-    samples: Samples, field: Field, scaling: Scaling | None, blocks: Blocks
+def gatherer_of(
+    samples: Samples, field: Field, scaling: Scaling | None, blocks: Blocks = WHOLE_ROWS
 ) -> FieldGatherer | SparseGatherer:
+    """Return what copies a field of samples out of the arena."""
     sparse = samples.variable(field.name).sparse
     if sparse is not None:
         return SparseGatherer(samples, field, scaling, sparse)

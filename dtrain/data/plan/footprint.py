@@ -119,13 +119,13 @@ def _scratch_of(samples: Samples, store: Samples, plan: DataPlan, streamed: Set[
         if v.sparse is not None:
             most = most_values(samples, plan, samples.variable(v.name))
             parts = ((array, min(most, array.shape[0]) // array.chunks[0] + 2) for array in v.arrays[1:])
-            needed += [_decoding_bytes(array, chunks, True, readers[array.name][0]) for array, chunks in parts]
+            needed += [decoding_bytes(array, chunks, True, readers[array.name][0]) for array, chunks in parts]
             continue
         is_copied = plan.grid.is_ragged or differ((v, samples.variable(v.name)))
         copied = math.prod(slot_shape(samples, plan, v)) * v.kept_dtype.itemsize if is_copied else 0
         (chunks, cut), reader = chunks_of_box(samples, store, plan, v), readers[v.name][0]
         others = chunks > 1 and reader != "numcodecs"  # malloc keeps as much as one chunk more
-        needed.append(_decoding_bytes(v, chunks + others, cut, reader) + copied)
+        needed.append(decoding_bytes(v, chunks + others, cut, reader) + copied)
     return max(needed)
 
 
@@ -201,7 +201,7 @@ def _row_starts_bytes(samples: Samples) -> int:
         kept += ROW_START_BYTES * (store.num_samples - store.first_row + 1) * len(store.sparse)
         for indptr in (v.arrays[0] for v in store.sparse):
             chunks = math.ceil(min(row_starts_together(indptr), indptr.shape[0]) / indptr.chunks[0]) + 1
-            decoding = _decoding_bytes(indptr, chunks, True, readers[indptr.name][0])
+            decoding = decoding_bytes(indptr, chunks, True, readers[indptr.name][0])
             reading.append(decoding + PIECE_VALUE_BYTES * PIECE_VALUES)
     return kept + max(reading)
 
@@ -211,7 +211,8 @@ def row_starts_together(indptr: Variable) -> int:
     return indptr.object_rows * math.ceil(LEAST_STARTS / indptr.object_rows)
 
 
-def _decoding_bytes(v: Variable, chunks: int, cut: bool, reader: str) -> int:
+def decoding_bytes(v: Variable, chunks: int, cut: bool, reader: str) -> int:
+    """Return the bytes that decoding some chunks of a variable needs; `cut`: a shard is read in part."""
     if reader == "numcodecs" and not has_fine_shards(v):  # else zarrs may read it, where that is installed
         if not v.has_inner_chunks:
             return 2 * v.chunk_bytes  # one chunk after the other

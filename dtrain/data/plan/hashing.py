@@ -21,7 +21,7 @@ COMPACT_BELOW = 1 << 30
 SLICE = 1 << 16
 """Long arrays are computed in slices of this length, so that intermediate results stay small."""
 
-SPLIT, DEAL, PART, ROW, CACHE, TRANSFORM, GROUP = range(7)
+SPLIT, DEAL, PART, ROW, CACHE, TRANSFORM, GROUP, UNIT = range(8)
 """The purpose of a draw is one of its keys, so that no two draws are the same."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

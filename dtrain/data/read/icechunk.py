@@ -93,16 +93,16 @@ class SnapshotStore(WrapperStore[Store]):
         try:
             return await self._store.get(key, prototype, byte_range)
         except Exception as error:
-            said = _said(error)
+            said = text_of(error)
             if "not found" in said.lower():
                 raise ChunkMissing(
                     f"{self.path}: {key} is in snapshot {self.snapshot}, but not in the repository: {said}",
                     "Restore the repository from a copy.",
                 ) from None
-            raise _of_a_server(said, f"{self.path}: {key}") or Undecodable(said) from error
+            raise server_fault(said, f"{self.path}: {key}") or Undecodable(said) from error
 
 
-def _said(error: Exception) -> str:
+def text_of(error: Exception) -> str:
     """Return what icechunk says of an error and of its cause, without where in its code that was."""
     first, *lines = str(error).splitlines() or [one_line(error)]
     first = first.strip().removeprefix("x ")
@@ -110,7 +110,7 @@ def _said(error: Exception) -> str:
     return ": ".join([first, *causes])
 
 
-def _of_a_server(said: str, what: str) -> DtrainError | None:
+def server_fault(said: str, what: str) -> DtrainError | None:
     """Return the error of a server that refuses or fails; None if that is not what has been said."""
     if any(word in said.lower() for word in FORBIDDEN):
         return StoreForbidden(
@@ -135,10 +135,11 @@ def repository_at(store: ReadStore) -> str:
     return PREFIX + store.path
 
 
-def _matches(path: str) -> bool:
+def is_repository(path: str) -> bool:
+    """Return True for the path of a directory that holds a repository, and for a URL that is marked as one."""
     if not is_local_path(path):
         return path.startswith(PREFIX)
-    folder = _plain(path)
+    folder = plain_path(path)
     if not os.path.isdir(os.path.join(folder, "snapshots")):
         return False
     repository, group = (
@@ -147,21 +148,22 @@ def _matches(path: str) -> bool:
     return repository and not group
 
 
-def _plain(path: str) -> str:
+def plain_path(path: str) -> str:
+    """Return the path of a file URL; another path as it is."""
     return unquote(path.removeprefix("file://")) if path.startswith("file://") else path
 
 
 def _locate(path: str, base: Path) -> str:
     if path.startswith(PREFIX):
         return PREFIX + locate_url(path.removeprefix(PREFIX), base)
-    return local_path(_plain(path), base)
+    return local_path(plain_path(path), base)
 
 
 # Opening ----------------------------------------------------------------------------------------------------
 
 
 def _open(path: str, storage_options: StorageOptions) -> SnapshotStore:
-    icechunk = _icechunk(path)
+    icechunk = icechunk_module(path)
     chosen, options = split_versions({key: value for key, value in storage_options.items() if value != REDACTED})
     if len(chosen) > 1:
         raise InvalidConfig(
@@ -184,7 +186,7 @@ async def _count_chunks(repository: Any, snapshot: str) -> int:
     return sum(manifest.num_chunk_refs for manifest in manifests)
 
 
-def _icechunk(path: str) -> Any:
+def icechunk_module(path: str) -> Any:
     """Return the module of icechunk, which must not write its warnings to standard output."""
     try:
         import icechunk
@@ -201,7 +203,7 @@ def _icechunk(path: str) -> Any:
 def _repository(icechunk: Any, path: str, options: dict[str, Any]) -> Any:
     """Return an opened repository."""
     try:
-        return icechunk.Repository.open(_storage(icechunk, path.removeprefix(PREFIX), options))
+        return icechunk.Repository.open(storage_of(icechunk, path.removeprefix(PREFIX), options))
     except DtrainError:
         raise
     except (TypeError, ValueError) as error:
@@ -213,8 +215,8 @@ def _repository(icechunk: Any, path: str, options: dict[str, Any]) -> Any:
                 f"{path} is a repository of format 2; icechunk {icechunk.__version__} reads format 1 alone.",
                 f"It needs {needs}, here and on the workers.",
             ) from None
-        raise _of_a_server(_said(error), path) or NotZarr(
-            f"{path}: no icechunk repository can be opened: {_said(error)}", "Look at data.path."
+        raise server_fault(text_of(error), path) or NotZarr(
+            f"{path}: no icechunk repository can be opened: {text_of(error)}", "Look at data.path."
         ) from None
 
 
@@ -223,11 +225,11 @@ def _session(path: str, repository: Any, key: str, name: str) -> Any:
     try:
         return repository.readonly_session(**{"snapshot_id" if key == "snapshot" else key: name})
     except Exception as error:
-        if fault := _of_a_server(_said(error), path):
+        if fault := server_fault(text_of(error), path):
             raise fault from None
         if key == "snapshot":
             raise DataNotFound(
-                f"{path}: snapshot {name} cannot be read: {_said(error)}",
+                f"{path}: snapshot {name} cannot be read: {text_of(error)}",
                 "It may have expired. Choose another one, a tag or a branch in data.storage_options.",
             ) from None
         known = sorted(repository.list_branches() if key == "branch" else repository.list_tags())
@@ -236,7 +238,7 @@ def _session(path: str, repository: Any, key: str, name: str) -> Any:
         ) from None
 
 
-def _storage(icechunk: Any, url: str, options: dict[str, Any]) -> Any:
+def storage_of(icechunk: Any, url: str, options: dict[str, Any]) -> Any:
     """Return the storage of icechunk for a path or URL."""
     if is_local_path(url):
         return icechunk.local_filesystem_storage(url)
@@ -290,4 +292,4 @@ def _facts(store: SnapshotStore) -> StoreFacts:
     )
 
 
-ICECHUNK = StoreKind(matches=_matches, open=_open, facts=_facts, locate=_locate, nothing_there=_nothing_there)
+ICECHUNK = StoreKind(matches=is_repository, open=_open, facts=_facts, locate=_locate, nothing_there=_nothing_there)

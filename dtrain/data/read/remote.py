@@ -47,6 +47,7 @@ class RemoteStore(WrapperStore[FsspecStore]):
         super().__init__(store)
         self._path, self._masked = path, masked
         self._retries = Retries(path, self._refresh, masked)
+        self._writes = Retries(path, self._refresh, masked, "written")
 
     def _with_store(self, store: FsspecStore) -> RemoteStore:
         return type(self)(store, self._path, self._masked)
@@ -72,6 +73,10 @@ class RemoteStore(WrapperStore[FsspecStore]):
         if isinstance(byte_range, SuffixByteRequest) and value and len(value) > byte_range.suffix:
             return value[len(value) - byte_range.suffix :]
         return value
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Write an object, of a store that was opened for it."""
+        await self._writes.call(key, lambda: self._store.set(key, value))
 
     async def exists(self, key: str) -> bool:
         """Return True if an object is there, by reading a byte: fsspec takes a failing HTTP server for a no."""
@@ -116,7 +121,9 @@ class HttpStore(RemoteStore):
                 yield name.rstrip("/")
 
 
-def _open(store_class: type[RemoteStore], path: str, storage_options: StorageOptions) -> RemoteStore:
+def _open(
+    store_class: type[RemoteStore], path: str, storage_options: StorageOptions, *, read_only: bool = True
+) -> RemoteStore:
     """Open a URL through fsspec.
 
     Raises
@@ -136,7 +143,7 @@ def _open(store_class: type[RemoteStore], path: str, storage_options: StorageOpt
         options = {**options, **storage_options}
         store = (
             _opening_thread(os.getpid())
-            .submit(FsspecStore.from_url, path, options, read_only=True, allowed_exceptions=is_missing)
+            .submit(FsspecStore.from_url, path, options, read_only=read_only, allowed_exceptions=is_missing)
             .result()
         )
         if hasattr(store.fs, "retries"):
@@ -186,6 +193,17 @@ def _nothing_there(path: str) -> DtrainError:
 def open_url(url: str, storage_options: StorageOptions) -> RemoteStore:
     """Open a URL; raise InvalidConfig if its protocol or the options cannot be used."""
     return _open(HttpStore if url.startswith(HTTP_URLS) else RemoteStore, url, storage_options)
+
+
+def open_for_writing(url: str) -> RemoteStore:
+    """Open a URL to write objects; credentials come from the environment.
+
+    Raises
+    ------
+    InvalidConfig
+        Its protocol cannot be used.
+    """
+    return _open(RemoteStore, url, {}, read_only=False)
 
 
 FSSPEC = StoreKind(

@@ -45,12 +45,17 @@ class Retries:
         Looks for credentials once more.
     masked : tuple of str
         Storage options that a run has not kept, named where access is refused.
+    doing : str
+        What is done with objects, for errors.
     """
 
-    def __init__(self, path: str, refresh: Callable[[], Awaitable[object]], masked: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, path: str, refresh: Callable[[], Awaitable[object]], masked: tuple[str, ...] = (), doing: str = "read"
+    ) -> None:
         self._path = path
         self._refresh = refresh
         self._masked = masked
+        self._doing = doing
         self._warned = self._given_up = -math.inf
         self._lock = threading.Lock()
 
@@ -93,7 +98,7 @@ class Retries:
                     self._given_up = time.monotonic()
                     raise self._unavailable(key, reason, began, attempt) from None
                 pause = BACKOFF_SECONDS * 2 ** (attempt - 1) * JITTER.uniform(0.5, 1.5)
-                self._warn(f"{self._path}: {key} could not be read: {reason}", began, pause, attempt)
+                self._warn(f"{self._path}: {key} could not be {self._doing}: {reason}", began, pause, attempt)
                 await asyncio.sleep(pause)
         raise AssertionError("unreachable")
 
@@ -115,7 +120,7 @@ class Retries:
     def _unavailable(self, key: str, reason: str, began: float, attempts: int) -> StoreUnavailable:
         times = f"{attempts} attempt{'s' if attempts > 1 else ''} over {time.monotonic() - began:.0f} s"
         return StoreUnavailable(
-            f"{self._path}: {key} could not be read in {times}: {reason}",
+            f"{self._path}: {key} could not be {self._doing} in {times}: {reason}",
             "Look at data.path and the network. Run the same command again to continue; committed rounds are safe.",
         )
 
