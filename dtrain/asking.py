@@ -42,8 +42,8 @@ class Question:
     by: tuple[str, ...] = ()
     metrics: tuple[str | Function, ...] | None = None
     """In place of ``train.metrics``."""
-    baselines: bool = True
-    """Whether persistence and climatology stand beside forecasts."""
+    baselines: bool | str = True
+    """Whether persistence and climatology stand beside forecasts; a text: why they cannot."""
     no_climatology: str = ""
     """Why there is none."""
     all_times: bool = False
@@ -59,10 +59,16 @@ def with_wanted(job: Job, question: Question) -> Job:
         One is not known, or none can be computed of one target alone.
     """
     job = job if question.metrics is None else with_metrics(job, question.metrics)
-    job = of_one_target(job) if VARIABLE in question.by and len(job.samples.config.targets) > 1 else job
+    job = of_one_target(job) if VARIABLE in question.by and len(targets_of(job)) > 1 else job
     if forecasts(job, question) is True and "rmse" not in job.config.train.metrics:
         job = with_metrics(job, (*job.config.train.metrics, "rmse"))
     return job
+
+
+def targets_of(job: Job) -> tuple[str, ...]:
+    """Return the targets that are evaluated."""
+    samples = job.sources[0].samples
+    return job.config.data.targets if samples is None else samples.config.targets
 
 
 def forecasts(job: Job, question: Question) -> bool | str:
@@ -71,6 +77,8 @@ def forecasts(job: Job, question: Question) -> bool | str:
     Targets are then variables that are inputs too, of floats, all of whose leads lie beyond the newest input; and they
     are compared with outputs of their shape.
     """
+    if isinstance(question.baselines, str):
+        return question.baselines
     samples, train = job.samples, job.config.train
     targets = target_fields(samples)
     own = [

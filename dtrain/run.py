@@ -271,6 +271,8 @@ class Run:
         number = find_round(self.directory, round, self.best_round)
         params = load_params(round_directory(self.directory, number))
         job, known, cut = self._own(split) if samples is None else self._given(samples, split)
+        if job.sources[0].samples is None:
+            question = replace(question, baselines="no baselines: the run's stores are seen by their own workers alone")
         job = with_wanted(job, question)
         job = replace(job, config=with_scheduler(job.config, scheduler_text(cluster, PLACE_NAMES)))
         if needs_climatology(job, question):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from dtrain.asking import targets_of
 from dtrain.climatefile import read_climate, write_climate
 from dtrain.data.climatology import Climatology
 from dtrain.errors import DataNotFound, DiskFull, OutOfMemory
@@ -49,7 +50,7 @@ def climatology_of(
     """
     fingerprint = resolved.plan.fingerprint
     kept = resolved.climatology or read_climate(run, fingerprint)
-    if kept is not None and all(name in kept.means for name in job.samples.config.targets):
+    if kept is not None and all(name in kept.means for name in targets_of(job)):
         return kept
     try:
         computed = _computed(job, own, cluster, report)

@@ -153,7 +153,7 @@ BELOW: dict[str, set[str]] = {
         *("resolve", "resolved", "runclimate", "scores", "unitlosses"),
         *WORK,
     },
-    "runclimate": {"climatefile", "prepare", "resolved", "job", *WORK},
+    "runclimate": {"asking", "climatefile", "prepare", "resolved", "job", *WORK},
     "scores": WORK,
     "runs": {"run", "project", "directory", *WORK},
     "trainer": {

@@ -183,7 +183,7 @@ def _check_size(name: str, parts: Parts, groups: int) -> None:
     size = sum(part.nbytes for part in parts) * groups
     if size > MOST_BYTES:
         raise OutOfMemory(
-            f"The state of {name} takes {size >> 20:,} MB for {groups:,} groups; at most {MOST_BYTES >> 20} MB are "
+            f"The state of {name} takes {-(-size >> 20):,} MB for {groups:,} groups; at most {MOST_BYTES >> 20} MB are "
             "used.",
             "Break the evaluation down into fewer groups, or compute other metrics: --metric rmse.",
         )

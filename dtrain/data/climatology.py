@@ -107,7 +107,7 @@ def plan_climatology(samples: Samples, names: Sequence[str], plans: Sequence[Dat
         text = f"not by calendar month: {why}"
     if size > MOST_BYTES:
         raise OutOfMemory(
-            f"A climatology of {', '.join(names)} has {places:,} places and takes {size >> 20:,} MB; at most "
+            f"A climatology of {', '.join(names)} has {places:,} places and takes {-(-size >> 20):,} MB; at most "
             f"{MOST_BYTES >> 20} MB are used.",
             "Select fewer places (data.isel, data.sel), or leave out anomaly_correlation.",
         )

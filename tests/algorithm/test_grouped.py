@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from dtrain.algorithm import evaluate as evaluation
 from dtrain.algorithm.batch import TensorBatch
 from dtrain.algorithm.evaluate import Breakdown, Context, columns, evaluate, merge, values
 from dtrain.algorithm.grouped import Labels, boxes, num_groups, output_axes, part_of
-from dtrain.algorithm.losses import cross_entropy, mse
+from dtrain.algorithm.losses import bce, cross_entropy, mse
 from dtrain.algorithm.metrics.named import metric_named
-from dtrain.errors import ShapesDiffer
+from dtrain.errors import OutOfMemory, ShapesDiffer
 
 
 def labels_of(rng, shape, axis, count, *, by_sample):
@@ -189,3 +190,12 @@ def test_outputs_without_the_axes_of_the_target_are_refused():
     assert part_of({"a": [torch.arange(2)]}, box)["a"][0].tolist() == [0]
     with pytest.raises(ShapesDiffer, match="str cannot be cut into groups"):
         part_of("text", box)
+
+
+def test_states_of_too_many_groups_are_refused(monkeypatch):
+    monkeypatch.setattr(evaluation, "MOST_BYTES", 3 << 20)
+    labels = [Labels("site", 0, np.zeros((1, 1), int), 300)]
+    x, y = torch.randn(5, 4), torch.randint(0, 2, (5, 4))
+    with pytest.raises(OutOfMemory, match="state of auroc takes 4 MB for 500 groups; at most 3 MB are used") as caught:
+        evaluated(nn.Identity(), bce, ["auroc"], batches_of(x, y, 5), labels, (500,))
+    assert "fewer groups" in caught.value.hint

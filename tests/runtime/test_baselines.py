@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,14 @@ from distributed import Client
 from torch import nn
 
 import dtrain
-from dtrain import run as run_module
+from dtrain import runclimate
+from dtrain.calls import job_from_python
 from dtrain.data import climatology
 from dtrain.data.climatology import train_rows
 from dtrain.errors import DiskFull, InvalidConfig, OutOfMemory, RunDamaged
+from dtrain.job import with_scheduler
+from dtrain.planning import plan_job
+from dtrain.plantext import plan_rows
 from dtrain.runtime import tasks
 from tests.training import bits, trained
 
@@ -394,10 +399,22 @@ def test_a_climatology_that_takes_too_much_memory(path: Path, tmp_path: Path, mo
     monkeypatch.setattr(climatology, "MOST_BYTES", 6)
     found = run.evaluate(by="lead")
     assert "rmse_persistence" in found
-    note = "no climatology: a climatology of t has 6 places and takes 0 MB; at most 0 MB are used"
+    note = "no climatology: a climatology of t has 6 places and takes 1 MB; at most 0 MB are used"
     assert note in found.attrs["notes"]
-    with pytest.raises(OutOfMemory, match="A climatology of t has 6 places and takes 0 MB; at most 0 MB are used"):
+    with pytest.raises(OutOfMemory, match="A climatology of t has 6 places and takes 1 MB; at most 0 MB are used"):
         start(path, tmp_path / "b", train={"metrics": ["anomaly_correlation"]})
+
+
+def test_a_plan_says_what_a_climatology_is_of_and_computes_none(path: Path, passes: list[int]) -> None:
+    tables = {"train": {"loss": "mse", "metrics": ["anomaly_correlation"]}, "average": {"replicas": 2}}
+    job = job_from_python(Ahead, opened(path), tables, None, {"leads": 2})
+    job = replace(job, config=with_scheduler(job.config, "serial"))
+    shown = dict(plan_rows(job, plan_job(job)))["climatology"]
+    assert shown == (
+        "the mean of the training rows at each place, by calendar month: each month is in 3 to 4 years of them; the "
+        "first start reads these rows once, 288 B on each worker"
+    )
+    assert passes == []
 
 
 def test_anomalies_of_labels_are_refused(path: Path, tmp_path: Path, write_store: Callable[..., Path]) -> None:
@@ -422,6 +439,6 @@ def test_where_the_run_cannot_be_written_to_it_is_not_kept(
         raise DiskFull("climatology.safetensors could not be written.")
 
     caplog.handler.setLevel(logging.NOTSET)  # a cluster of another test may have raised it
-    monkeypatch.setattr(run_module, "write_climate", full)
+    monkeypatch.setattr(runclimate, "write_climate", full)
     assert "rmse_climatology" in run.evaluate()
     assert "The climatology is not kept: climatology.safetensors could not be written." in caplog.text

@@ -376,3 +376,19 @@ def test_a_transform_that_cuts_targets_is_refused(path: Path, tmp_path: Path) ->
     assert run.evaluate()["mae"] > 0
     with pytest.raises(ShapesDiffer, match=r"data.transform makes targets of shape \[3, 2\] of t, whose samples have"):
         run.evaluate(by="level")
+
+
+def test_stores_that_only_their_workers_see(path: Path, tmp_path: Path, client: Client) -> None:
+    """Coordinates are read where the store is; baselines are not there, and a note says so."""
+    workers = list(client.scheduler_info(n_workers=-1)["workers"])[:1]
+    store = {"path": str(path), "workers": workers, "replicas": 2}
+    data = {"path": [store], "inputs": ["t"], "targets": ["t"], "normalize": ["t"], "target_offsets": [1, 2, 3]}
+    tables = {"data": {**data, "split": {"val": 0.2, "test": 0.3}}, "train": TABLE, "model_args": {"leads": 3}}
+    config = dtrain.TrainConfig(**tables)
+    run = dtrain.train(Ahead, config=config, cluster=client, run_dir=tmp_path, progress=False)
+    found = run.evaluate(by=["lead", "region"], cluster=client)
+    assert found.region.values.tolist() == ["north", "south", "tropics"]
+    assert found.attrs["notes"][0] == "no baselines: the run's stores are seen by their own workers alone"
+    anomalies = run.evaluate(metrics=["anomaly_correlation"], cluster=client)
+    assert -1 <= anomalies["anomaly_correlation"] <= 1
+    assert (run.directory / "climatology.safetensors").exists()
