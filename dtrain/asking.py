@@ -11,7 +11,7 @@ import numpy as np
 from dtrain.algorithm.evaluate import CLIMATOLOGY, PERSISTENCE
 from dtrain.config.functions import Function
 from dtrain.config.names import LABEL_LOSSES, LOSSES, METRICS
-from dtrain.data.by import VARIABLE, Each, find_groupings
+from dtrain.data.by import VARIABLE, Each, cuts_samples, find_groupings
 from dtrain.data.climatology import (
     ClimatePlan,
     Climatology,
@@ -199,18 +199,22 @@ def _find_asked(
         The target has no such dimension or coordinate, or there are too many groups.
     """
     groupings = find_groupings(job.samples, question.by, _each(job, place)) if question.by else ()
-    asked = _with_baselines(Asked(groupings=groupings), forecasts(job, question), climate)
+    asked = _with_baselines(Asked(groupings=groupings), job, question, climate)
+    if job.config.train.loss not in LOSSES and cuts_samples(job.samples, groupings):
+        asked = replace(asked, notes=(*asked.notes, "the loss is a function of whole samples, and not broken down"))
     if question.all_times or not any(one.kind == "lead" and one.count > 1 for one in groupings):
         return asked
     evaluated = [held_out] if question.split == "val" and held_out is not None else list(sources)
     return _with_shared(asked, [*sources, held_out], evaluated, question.split)
 
 
-def _with_baselines(asked: Asked, forecasts: bool | str, climate: Climate | str) -> Asked:
+def _with_baselines(asked: Asked, job: Job, question: Question, climate: Climate | str) -> Asked:
     """Return what is asked with the baselines of forecasts, and how they were computed."""
-    if forecasts is not True:
-        return replace(asked, notes=(forecasts,) if forecasts else ())
-    notes = ["persistence: each lead is as the newest input"]
+    possible = forecasts(job, question)
+    if possible is not True:
+        return replace(asked, notes=(possible,) if possible else ())
+    fill = "; where that is missing, as the mean" if job.samples.config.fills_inputs else ""
+    notes = [f"persistence: each lead is as the newest input{fill}"]
     if isinstance(climate, str):
         return replace(asked, baselines=(PERSISTENCE,), notes=(*notes, f"no climatology: {climate}"))
     notes.append(f"climatology: {climate.climatology.text}")

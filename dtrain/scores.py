@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dtrain.algorithm.evaluate import LOSS, Sums, columns
+from dtrain.algorithm.metrics.named import FROM_LOSS
 from dtrain.algorithm.metrics.state import Floats
 from dtrain.data.encoding import Array
 from dtrain.runtime.runner import Runner
@@ -79,7 +80,8 @@ def scores_of(runner: Runner[Any], sums: Sums, number: int, wanted: Sequence[str
     """Return the figures of the sums of an evaluation of round `number`."""
     found = columns(sums, wanted, runner.metrics, runner.spec.asked.baselines)
     if LOSS not in sums.states and sums.samples:
-        del found[LOSS]  # it is none of the parts of a sample
+        for name in (LOSS, *(name for name in FROM_LOSS if name in wanted)):
+            del found[name]  # it is none of the parts of a sample
     return Scores(
         round=number,
         samples=sums.samples,

@@ -6,7 +6,7 @@ A new loss, metric or schedule is one entry here and one function in `dtrain.alg
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _PART = r"(?:[^\W\d]\w*|<lambda>)"
 FUNCTION = re.compile(rf"^[^\W\d][\w.-]*:{_PART}(?:\.{_PART})*(?:\(\))?$")
@@ -39,22 +39,30 @@ class MetricFacts:
     """Losses whose outputs it cannot be computed from."""
     needs_climate: bool = False
     """It compares anomalies, the differences from a climatology of the training rows."""
+    floats: int = 2
+    """Numbers of its state, 8 bytes each: a sum and a count, or what it needs; 0 if it has none of its own."""
+    floats_by_class: int = 0
+    """Numbers of its state for each class; a mask has one."""
 
 
-_OF_LABELS = MetricFacts(higher_is_better=True, of_labels=True, refused_losses=("mse", "mae", "huber"))
+_BY_CLASS = MetricFacts(
+    higher_is_better=True, of_labels=True, refused_losses=("mse", "mae", "huber"), floats=0, floats_by_class=3
+)
+_OF_NUMBERS = MetricFacts(refused_losses=LABEL_LOSSES)
+_OF_LOSS = MetricFacts(from_loss=True, of_labels=True, floats=0)
 METRICS = {
     "accuracy": MetricFacts(higher_is_better=True, of_labels=True),
-    "f1": _OF_LABELS,
-    "iou": _OF_LABELS,
-    "dice": _OF_LABELS,
-    "auroc": _OF_LABELS,
+    "f1": _BY_CLASS,
+    "iou": _BY_CLASS,
+    "dice": _BY_CLASS,
+    "auroc": replace(_BY_CLASS, floats_by_class=2 * 512),
     "mse": MetricFacts(),
     "mae": MetricFacts(),
-    "rmse": MetricFacts(refused_losses=LABEL_LOSSES),
-    "r2": MetricFacts(higher_is_better=True, refused_losses=LABEL_LOSSES),
-    "anomaly_correlation": MetricFacts(higher_is_better=True, refused_losses=LABEL_LOSSES, needs_climate=True),
-    "perplexity": MetricFacts(from_loss=True, of_labels=True),
-    "bits_per_byte": MetricFacts(from_loss=True, of_labels=True),
+    "rmse": _OF_NUMBERS,
+    "r2": replace(_OF_NUMBERS, higher_is_better=True, floats=4),
+    "anomaly_correlation": replace(_OF_NUMBERS, higher_is_better=True, needs_climate=True, floats=3),
+    "perplexity": _OF_LOSS,
+    "bits_per_byte": _OF_LOSS,
 }
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from dtrain.algorithm.losses import LOSSES as LOSS_FUNCTIONS
@@ -38,6 +40,25 @@ def test_losses_and_metrics_of_labels_leave_out_the_ignored_class():
             whole, part = metric.of_batch(numbers, labels), metric.of_batch(numbers[:2], labels[:2])
             is_alike = all(np.array_equal(*arrays) for arrays in zip(whole, part, strict=True))
             assert is_alike == facts.of_labels
+
+
+@pytest.mark.parametrize("classes", [1, 7])
+def test_states_have_as_many_numbers_as_the_facts_say(classes):
+    table = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    for name, facts in METRICS.items():
+        row = next(line for line in table.splitlines() if line.startswith("| `") and f"`{name}`" in line.split("|")[1])
+        said = facts.floats_by_class or facts.floats
+        assert row.split("|")[-2].strip() == (f"{said:,} a class" if facts.floats_by_class else str(said))
+        assert row.split("|")[-3].strip() == ("more" if facts.higher_is_better else "less")
+        if facts.from_loss:
+            continue
+        if facts.of_labels and classes > 1:
+            pair = torch.zeros(5, classes), torch.zeros(5, dtype=torch.int64)
+        else:
+            pair = torch.zeros(5, 2), torch.zeros(5, 2)
+        more = {"climate": torch.zeros(5, 2)} if facts.needs_climate else {}
+        numbers = sum(part.size for part in metric_named(name).of_batch(*pair, **more))
+        assert numbers == facts.floats + facts.floats_by_class * classes
 
 
 def test_every_schedule_has_a_function_and_every_function_is_a_schedule():

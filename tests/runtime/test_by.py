@@ -112,7 +112,7 @@ def check(found: xr.Dataset, expected: dict[tuple[Any, ...], np.ndarray], dims: 
 
 
 def test_by_lead_at_the_valid_times_that_all_leads_share(run: dtrain.Run, path: Path) -> None:
-    found = run.evaluate(opened(path, target_offsets=[1, 2, 3]), split="all", by="lead")
+    found = run.evaluate(opened(path, target_offsets=[1, 2, 3]), split="all", by="lead", baselines=False)
     valid = ALL[:, None] + np.arange(1, 4)
     shared = (valid >= 3) & (valid <= ROWS - 3)
     own = errors(run, path, ALL)
@@ -120,14 +120,16 @@ def test_by_lead_at_the_valid_times_that_all_leads_share(run: dtrain.Run, path: 
     check(found, {(day,): own[shared[:, n], n] for n, day in enumerate(days)}, ["lead"])
     assert found.samples.values.tolist() == [ROWS - 5] * 3
     assert found.attrs["notes"] == ["leads are scored at the 67 of 71 valid times that all 3 leads share"]
-    every = run.evaluate(opened(path, target_offsets=[1, 2, 3]), split="all", by=["lead"], all_times=True)
+    every = run.evaluate(
+        opened(path, target_offsets=[1, 2, 3]), split="all", by=["lead"], all_times=True, baselines=False
+    )
     check(every, {(day,): own[:, n] for n, day in enumerate(days)}, ["lead"])
     assert every.attrs["notes"] == []
 
 
 def test_anchors_of_a_stride_may_share_no_valid_time(path: Path, tmp_path: Path) -> None:
     run = start(path, tmp_path, stride=3)
-    found = run.evaluate(by="lead")
+    found = run.evaluate(by="lead", baselines=False)
     note = "no valid time is shared by all 3 leads: each lead is scored at its own valid times"
     assert found.attrs["notes"] == [note]
     assert len(set(found.samples.values.tolist())) == 1
@@ -145,7 +147,7 @@ def test_anchors_of_a_stride_may_share_no_valid_time(path: Path, tmp_path: Path)
 def test_by_a_dimension_or_a_coordinate_of_one(
     run: dtrain.Run, path: Path, by: str, dim: str, axis: int, label: list[Any]
 ) -> None:
-    found = run.evaluate(opened(path, target_offsets=[1, 2, 3]), split="all", by=by)
+    found = run.evaluate(opened(path, target_offsets=[1, 2, 3]), split="all", by=by, baselines=False)
     own = np.moveaxis(errors(run, path, ALL), axis, 0)
     keys = list(dict.fromkeys(one for one in label if one is not None))
     check(found, {(key,): own[[one == key for one in label]] for key in keys}, [dim])
@@ -164,7 +166,7 @@ def test_by_a_dimension_or_a_coordinate_of_one(
 def test_a_coordinate_of_the_rows_is_that_of_the_valid_time(
     run: dtrain.Run, path: Path, by: str, dim: str, label: np.ndarray
 ) -> None:
-    found = run.evaluate(opened(path, target_offsets=[1, 2, 3]), split="all", by=by)
+    found = run.evaluate(opened(path, target_offsets=[1, 2, 3]), split="all", by=by, baselines=False)
     own, of_value = errors(run, path, ALL), label[ALL[:, None] + np.arange(1, 4)]
     if by == "time.season":  # December is the first month of the winter
         months = TIMES.astype("M8[M]").astype(int) % 12 + 1
@@ -174,7 +176,7 @@ def test_a_coordinate_of_the_rows_is_that_of_the_valid_time(
 
 def test_by_several_at_once(run: dtrain.Run, path: Path) -> None:
     samples = opened(path, target_offsets=[1, 2, 3])
-    found = run.evaluate(samples, split="all", by=["region", "lead", "site"], all_times=True)
+    found = run.evaluate(samples, split="all", by=["region", "lead", "site"], all_times=True, baselines=False)
     own, site = errors(run, path, ALL), np.array(SITES)[(ALL[:, None] + np.arange(1, 4)) % 3]
     expected = {}
     for region, (lead, name) in itertools.product(np.unique(REGION), itertools.product(range(3), SITES)):
@@ -185,7 +187,7 @@ def test_by_several_at_once(run: dtrain.Run, path: Path) -> None:
 
 def test_samples_without_windows(path: Path, tmp_path: Path) -> None:
     run = start(path, tmp_path, leads=0)
-    found = run.evaluate(opened(path), split="all", by=["site", "level"])
+    found = run.evaluate(opened(path), split="all", by=["site", "level"], baselines=False)
     scaling = run.resolved.scalings["t"]
     t = xr.open_zarr(path).t.values.astype("float64") - scaling.mean[0]
     own = (run.model.factor[0].item() - 1) * t
@@ -196,7 +198,7 @@ def test_samples_without_windows(path: Path, tmp_path: Path) -> None:
     }
     check(found, expected, ["site", "level"])
     assert found.samples.values.tolist() == [[ROWS // 3] * 3] * 3
-    lead = run.evaluate(opened(path), split="all", by="lead")
+    lead = run.evaluate(opened(path), split="all", by="lead", baselines=False)
     assert lead.lead.values.tolist() == [0]
     assert lead.samples.values.tolist() == [ROWS]
 
@@ -204,7 +206,9 @@ def test_samples_without_windows(path: Path, tmp_path: Path) -> None:
 def test_patches_know_their_places(path: Path, tmp_path: Path) -> None:
     """Patches of 3 of 4 latitudes: the second one begins earlier, so that two latitudes come twice."""
     run = start(path, tmp_path, patch={"lat": 3})
-    found = run.evaluate(opened(path, target_offsets=[1, 2, 3], patch={"lat": 3}), split="all", by="lat")
+    found = run.evaluate(
+        opened(path, target_offsets=[1, 2, 3], patch={"lat": 3}), split="all", by="lat", baselines=False
+    )
     own = errors(run, path, ALL)
     check(found, {(lat,): own[..., number] for number, lat in enumerate(LAT)}, ["lat"])
     assert found.samples.values.tolist() == [len(ALL), 2 * len(ALL), 2 * len(ALL), len(ALL)]
@@ -212,10 +216,10 @@ def test_patches_know_their_places(path: Path, tmp_path: Path) -> None:
 
 def test_the_runs_own_split_and_isel(path: Path, tmp_path: Path) -> None:
     run = start(path, tmp_path, isel={"level": {"start": 1, "stop": 3}, "lat": {"start": 0, "stop": 4, "step": 3}})
-    found = run.evaluate(split="val", by=["level", "lat"])
+    found = run.evaluate(split="val", by=["level", "lat"], baselines=False)
     assert found.level.values.tolist() == [500, 200]
     assert found.lat.values.tolist() == [60, -60]
-    whole = run.evaluate(split="val")
+    whole = run.evaluate(split="val", baselines=False)
     assert float(found.mae.mean()) == pytest.approx(whole["mae"], rel=1e-6)
     assert float((found.rmse**2).mean()) == pytest.approx(whole["rmse"] ** 2, rel=1e-6)
 
@@ -239,18 +243,18 @@ def test_groups_cost_no_further_pass_over_the_data(run: dtrain.Run, monkeypatch:
     before = list(taken)
     for by in (("lead", "lat", "site"), ("time.month",), ("level",)):
         taken.clear()
-        run.evaluate(by=by)
+        run.evaluate(by=by, baselines=False)
         assert taken == before
 
 
 def test_a_cluster_gives_the_same_bits(run: dtrain.Run, client: Client) -> None:
     for by in (["lead", "site"], ["time.month"], ["lat"]):
-        serial, cluster = (run.evaluate(by=by, cluster=at) for at in ("serial", client))
+        serial, cluster = (run.evaluate(by=by, cluster=at, baselines=False) for at in ("serial", client))
         xr.testing.assert_identical(serial, cluster)
 
 
 def test_one_group_is_the_whole_to_the_bit(run: dtrain.Run) -> None:
-    found, whole = run.evaluate(by="variable"), run.evaluate()
+    found, whole = run.evaluate(by="variable", baselines=False), run.evaluate(baselines=False)
     assert found["variable"].values.tolist() == ["t"]
     assert {name: float(found[name][0]) for name in whole} == whole
 
@@ -282,7 +286,7 @@ def test_several_stores_share_labels(tmp_path: Path) -> None:
     federated = dtrain.train(Ahead, config=config, cluster="serial", run_dir=tmp_path / "federated", progress=False)
     for own in (run, federated):
         scaling, factor = own.resolved.scalings["t"], own.model.factor[0].item()
-        found = own.evaluate(opened(paths) if own is run else None, split="all", by="site")
+        found = own.evaluate(opened(paths) if own is run else None, split="all", by="site", baselines=False)
         t, site = np.concatenate([one for one, _ in kept]), np.concatenate([names for _, names in kept])
         error = (factor - 1) * (t.astype("float64") - scaling.mean[0])
         check(found, {(name,): error[site == name] for name in SITES}, ["site"])
@@ -305,19 +309,19 @@ def test_several_targets_are_compared_one_by_one(path: Path, tmp_path: Path) -> 
     samples = dtrain.open_samples(path, inputs=["t", "u"], targets=["t", "u"], target_offsets=[1], normalize=["t"])
     run = trained(Both, samples, tmp_path, {**TABLE, "loss": both, "metrics": [both]})
     with pytest.raises(InvalidConfig, match="by lead, lat: there are 2 targets") as caught:
-        run.evaluate(by=["lead", "lat"])
+        run.evaluate(by=["lead", "lat"], baselines=False)
     assert caught.value.hint == "Evaluate each target alone: --by variable beside it."
-    by_site = run.evaluate(by="site")  # whole samples: functions of the user's get tuples
+    by_site = run.evaluate(by="site", baselines=False)  # whole samples: functions of the user's get tuples
     assert list(by_site.data_vars) == ["samples", "loss", "both"]
     with pytest.raises(
         InvalidConfig, match=r"train.metrics has no built-in metric, which could be computed of one target"
     ) as caught:
-        run.evaluate(by="variable")
+        run.evaluate(by="variable", baselines=False)
     assert "metrics" in caught.value.hint
-    found = run.evaluate(by=["variable", "lat"], metrics=["mae", "rmse"])
+    found = run.evaluate(by=["variable", "lat"], metrics=["mae", "rmse"], baselines=False)
     assert found["variable"].values.tolist() == ["t", "u"]
     assert list(found.data_vars) == ["samples", "mae", "rmse"]
-    whole = run.evaluate(by="variable", metrics=["mae"])
+    whole = run.evaluate(by="variable", metrics=["mae"], baselines=False)
     assert found.mae.mean("lat").values == pytest.approx(whole.mae.values, rel=1e-6)
     assert 5 < float(whole.mae[0]) < 20  # in kelvin
     assert 0.5 < float(whole.mae[1]) < 3
@@ -338,7 +342,7 @@ def test_several_targets_are_compared_one_by_one(path: Path, tmp_path: Path) -> 
 )
 def test_what_cannot_be_broken_down_is_named(run: dtrain.Run, by: Any, text: str, hint: str) -> None:
     with pytest.raises(InvalidConfig) as caught:
-        run.evaluate(by=by)
+        run.evaluate(by=by, baselines=False)
     assert text in caught.value.message
     assert hint in caught.value.hint
 
@@ -358,9 +362,9 @@ def flat(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def test_outputs_of_another_shape_are_not_cut(path: Path, tmp_path: Path) -> None:
     run = trained(Flat, opened(path), tmp_path, {**TABLE, "loss": flat, "metrics": [flat]})
-    assert list(run.evaluate(by="site").data_vars) == ["samples", "loss", "flat"]
+    assert list(run.evaluate(by="site", baselines=False).data_vars) == ["samples", "loss", "flat"]
     with pytest.raises(ShapesDiffer, match=r"which part of the output belongs to each lat is not known"):
-        run.evaluate(by="lat")
+        run.evaluate(by="lat", baselines=False)
 
 
 def halved(batch: Any, generator: torch.Generator) -> Any:
@@ -375,7 +379,7 @@ def test_a_transform_that_cuts_targets_is_refused(path: Path, tmp_path: Path) ->
     run = trained(Ahead, samples, tmp_path, TABLE, model_args={"leads": 0})
     assert run.evaluate()["mae"] > 0
     with pytest.raises(ShapesDiffer, match=r"data.transform makes targets of shape \[3, 2\] of t, whose samples have"):
-        run.evaluate(by="level")
+        run.evaluate(by="level", baselines=False)
 
 
 def test_stores_that_only_their_workers_see(path: Path, tmp_path: Path, client: Client) -> None:
