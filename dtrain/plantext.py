@@ -51,6 +51,7 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
         ("traffic", _traffic(plan)),
         ("time", f"{_seconds(plan.round_seconds)} of local steps a round on {plan.workers} workers (estimate)"),
         *_averaging_rows(job, plan),
+        *([("trackers", ", ".join(tracker.name for tracker in job.trackers))] if job.trackers else []),
         *probe_rows(job, plan),
         *((f"auto {key}", f"{value} ({why})") for key, (value, why) in plan.choices.items()),
     ]

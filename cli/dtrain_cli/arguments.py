@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dtrain.job import Job
 
 
-def examples(*pairs: tuple[str, str]) -> str:
+def epilog(*pairs: tuple[str, str]) -> str:
     """Return commands and what they do as the end of a command's help; each fits a line of 78 columns."""
     lines = (f"{command}   {about}" if about else command for command, about in pairs)
     return "\n\n".join(["For example:", *(line.replace("[", "\\[") for line in lines)])  # rich takes [ for markup

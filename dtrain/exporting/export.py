@@ -105,6 +105,10 @@ def export_model(model: Exportable, to: str, out: Path) -> ExportedFile:
     """
     chosen = _format(to)
     card = out.with_name(f"{out.name}.md")
+    if not out.name.endswith(chosen.SUFFIX):
+        raise UsageError(
+            f"--out {out}: the name of a {to} file ends with {chosen.SUFFIX}.", f"Write --out {out}{chosen.SUFFIX}"
+        )
     _check_place(out, card)
     trial = take_trial(model.job, model.resolved)
     with user_code("Calling the model"), torch.no_grad():

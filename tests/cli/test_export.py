@@ -32,10 +32,10 @@ def test_what_is_missing_or_wrong(cli, job):
         ("export", "job", "--to", "pt2"): (2, "--out"),
         ("export", "job", "--to", "pt", "--out", "m"): (2, 'allowed are onnx, pt2, safetensors; did you mean "pt2"?'),
         ("export", "jb", "--to", "pt2", "--out", "m"): (2, 'did you mean "job"?'),
-        ("export", "job", "--to", "pt2", "--out", "m", "--round", "9"): (2, 'keeps no round "9"'),
+        ("export", "job", "--to", "onnx", "--out", "m", "--round", "9"): (2, 'keeps no round "9"'),
         ("export", "job", "--to", "pt2", "--out", "there.pt2"): (4, "there.pt2 exists."),
-        ("export", "job", "--to", "pt2", "--out", "m", "--ema"): (3, "no moving average"),
-        ("export", "job", "--to", "pt2", "--out", "m", "--set", "train.rounds=3"): (3, "it cannot be set"),
+        ("export", "job", "--to", "onnx", "--out", "m", "--ema"): (3, "no moving average"),
+        ("export", "job", "--to", "onnx", "--out", "m", "--set", "train.rounds=3"): (3, "it cannot be set"),
     }
     for arguments, (code, words) in calls.items():
         outcome = cli(*arguments, "--json")

@@ -274,6 +274,9 @@ def test_no_such_format_or_directory(runs: Runs, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no directory"):
         runs("gaps").export("pt2", tmp_path / "no/such/m.pt2")
     assert sorted(format_names()) == sorted(FORMATS)
+    with pytest.raises(UsageError) as caught:
+        runs("gaps").export("pt2", tmp_path / "m.pt")
+    assert caught.value.message == f"--out {tmp_path / 'm.pt'}: the name of a pt2 file ends with .pt2."
 
 
 def test_a_package_that_is_missing_names_the_extra(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,7 +324,7 @@ def test_a_model_that_draws_at_random(table: Path, tmp_path: Path) -> None:
 def test_a_model_that_cannot_be_traced(table: Path, tmp_path: Path, to: str) -> None:
     run = small(table, nets.Branches)
     with pytest.raises(UnsuitableModel, match=f"The model cannot be exported to {to}: ") as caught:
-        run.export(to, tmp_path / "m")
+        run.export(to, tmp_path / f"m.{to}")
     assert "must not branch on values" in caught.value.hint
     assert len(caught.value.message) < 500
     assert list(tmp_path.iterdir()) == []

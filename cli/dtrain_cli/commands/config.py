@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dtrain_cli import completion
-from dtrain_cli.arguments import SET, examples
+from dtrain_cli.arguments import SET, epilog
 from dtrain_cli.output import result, say, table
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ORDER = 60
 WIDTH = 80
-EPILOG = examples(
+EPILOG = epilog(
     ("dtrain config show my/dtrain.toml", "each key with its value and its origin"),
     ("dtrain config diff my/dtrain.toml my", "a run against a file"),
     ("dtrain config presets diloco", "a published way of averaging, as TOML"),
@@ -32,21 +32,21 @@ app = typer.Typer(
 )
 
 
-SHOW = examples(
+SHOW = epilog(
     ("dtrain config show my/dtrain.toml", "each key with its value and its origin"),
     ("dtrain config show my/dtrain.toml --set train.rounds=50", ""),
     ("dtrain config show my --json", "of a run"),
 )
-SCHEMA = examples(
+SCHEMA = epilog(
     ("dtrain config schema > dtrain.schema.json", "for editors"),
     ("#:schema ./dtrain.schema.json", "as the first line of dtrain.toml"),
 )
-DIFF = examples(
+DIFF = epilog(
     ("dtrain config diff my/dtrain.toml other/dtrain.toml", "two files"),
     ("dtrain config diff my my/dtrain.toml", "a run and a file"),
     ("dtrain config diff first second --json", "two runs"),
 )
-PRESET = examples(
+PRESET = epilog(
     ("dtrain config presets", "lists them, with their sources"),
     ("dtrain config presets diloco", "one, as TOML to paste"),
 )

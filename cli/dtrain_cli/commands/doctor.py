@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dtrain_cli.arguments import SCHEDULER, absolute_scheduler, examples, start_workers_early
+from dtrain_cli.arguments import SCHEDULER, absolute_scheduler, epilog, start_workers_early
 from dtrain_cli.output import Options, result, say, waiting
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ COLUMNS = 9, 13
 app = typer.Typer()
 
 
-EPILOG = examples(
+EPILOG = epilog(
     ("dtrain doctor", "this machine, and a local cluster"),
     ("dtrain doctor --scheduler tcp://10.0.0.1:8786", "a Dask cluster"),
     ("dtrain doctor --data s3://bucket/era5.zarr", "reads one chunk"),

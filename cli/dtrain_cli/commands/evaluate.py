@@ -18,7 +18,7 @@ from dtrain_cli.arguments import (
     SET,
     TRUST_CODE,
     absolute_scheduler,
-    examples,
+    epilog,
     start_workers_early,
 )
 from dtrain_cli.output import Options, columns, result, say, shown, table, waiting
@@ -36,7 +36,7 @@ PASS_SECONDS = 5.0
 app = typer.Typer()
 
 
-EPILOG = examples(
+EPILOG = epilog(
     ("dtrain eval", "the newest run on its test split"),
     ("dtrain eval my --split val --round best", ""),
     ("dtrain eval my --data other.zarr", "on another store, all of it"),

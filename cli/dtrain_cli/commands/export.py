@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,7 @@ from typing import Annotated
 import typer
 
 from dtrain_cli import completion
-from dtrain_cli.arguments import PROJECT, RUN, SET, TRUST_CODE, examples
+from dtrain_cli.arguments import PROJECT, RUN, SET, TRUST_CODE, epilog
 from dtrain_cli.output import Options, result, say, shown, table, waiting
 
 ORDER = 56
@@ -17,11 +18,14 @@ app = typer.Typer()
 
 
 def _formats(incomplete: str) -> list[str]:
-    """Complete a format."""
-    return [name for name in ("onnx", "pt2", "safetensors") if name.startswith(incomplete)]
+    """Complete a format: the modules of their folder, whose packages are not imported."""
+    from dtrain.exporting import formats
+
+    names = sorted(module.name for module in pkgutil.iter_modules(formats.__path__))
+    return [name for name in names if name.startswith(incomplete)]
 
 
-EPILOG = examples(
+EPILOG = epilog(
     ("dtrain export my --to pt2 --out my.pt2", "a program of torch.export"),
     ("dtrain export my --to onnx --out my.onnx --round best", "for ONNX Runtime"),
     ("dtrain export my --to safetensors --out my.safetensors", "tensors alone"),

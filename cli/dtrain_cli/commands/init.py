@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
-from dtrain_cli.arguments import examples
+from dtrain_cli.arguments import epilog
 from dtrain_cli.output import Options, result, say, shown
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ TEMPLATES = {
     "text": Template({"dtrain.toml": "text.toml", "model.py": "text_model.py"}, ("text.zarr",), _text_stores),
 }
 
-EPILOG = examples(
+EPILOG = epilog(
     ("dtrain init digits --template digits", "handwritten digits, with a model"),
     ("dtrain init cells --template image", "pictures with masks"),
     ("dtrain init my --data archive.zarr", "a config file for a store of yours"),

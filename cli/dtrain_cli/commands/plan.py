@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from dtrain_cli.arguments import CONFIG, SCHEDULER, SET, examples, load_job, start_workers_early
+from dtrain_cli.arguments import CONFIG, SCHEDULER, SET, epilog, load_job, start_workers_early
 from dtrain_cli.output import Options, progress, result, say, table, waiting
 
 ORDER = 20
 app = typer.Typer()
 
 
-EPILOG = examples(
+EPILOG = epilog(
     ("dtrain plan my/dtrain.toml", "the numbers, before anything is trained"),
     ("dtrain plan my/dtrain.toml --probe", "measures how many local steps pay"),
     ("dtrain plan my/dtrain.toml --probe --bandwidth 200Mbit", "for slow links"),

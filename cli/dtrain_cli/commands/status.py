@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dtrain_cli.arguments import RUN, examples
+from dtrain_cli.arguments import RUN, epilog
 from dtrain_cli.output import Options, result, say, shown, table
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ POLL_SECONDS = 1.0
 app = typer.Typer()
 
 
-EPILOG = examples(
+EPILOG = epilog(
     ("dtrain status", "of the newest run"),
     ("dtrain status my", "of the run of that name"),
     ("dtrain status my/runs/my --watch", "follows a run from its files"),

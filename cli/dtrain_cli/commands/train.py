@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dtrain_cli.arguments import CONFIG, SCHEDULER, SET, examples, load_job, start_workers_early
+from dtrain_cli.arguments import CONFIG, SCHEDULER, SET, epilog, load_job, start_workers_early
 from dtrain_cli.output import Options, progress, result, say, shown, waiting
 from dtrain_cli.signals import terminable
 
@@ -21,7 +21,7 @@ ORDER = 30
 app = typer.Typer()
 
 
-EPILOG = examples(
+EPILOG = epilog(
     ("dtrain train my/dtrain.toml", "trains, or continues"),
     ("dtrain train my/dtrain.toml --run second --set train.seed=1", ""),
     ("dtrain train my/dtrain.toml --scheduler cluster.json", "on a Dask cluster"),

@@ -17,6 +17,7 @@ from dtrain.exporting.module import ExportedModule
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 EXTRA = "onnx"
+SUFFIX = ""
 TOLERANCE = 1e-4
 
 

@@ -13,6 +13,7 @@ from dtrain.exporting.module import ExportedModule
 
 PACKAGES = ("torch",)
 EXTRA = ""
+SUFFIX = ".pt2"
 TOLERANCE = 1e-5
 
 

@@ -13,6 +13,7 @@ from dtrain.exporting.module import ExportedModule
 
 PACKAGES = ("safetensors",)
 EXTRA = ""
+SUFFIX = ""
 TOLERANCE = 1e-6
 
 
