@@ -8,32 +8,35 @@ from typing import Annotated
 
 import typer
 
-from dtrain_cli.arguments import PROJECT, SCHEDULER, SET, TRUST_CODE, absolute_scheduler, start_workers_early
+from dtrain_cli import completion
+from dtrain_cli.arguments import (
+    PROJECT,
+    RUN,
+    SCHEDULER,
+    SET,
+    TRUST_CODE,
+    absolute_scheduler,
+    epilog,
+    start_workers_early,
+)
 from dtrain_cli.output import Options, result, say, shown, table, waiting
 from dtrain_cli.signals import terminable
 
 ORDER = 55
 KEPT = "What is written stays: the same command with --continue goes on."
-EPILOG = """
-For example:
-
-  dtrain predict storms --data 2024.zarr --out predicted.zarr
-
-  dtrain predict storms --data 2024.zarr --out predicted.zarr --continue
-
-  dtrain predict cells --out types.icechunk --round best --values classes
-
-  dtrain predict nuclei --data s3://bucket/image.zarr --out masks.zarr
-"""
+EPILOG = epilog(
+    ("dtrain predict storms --data 2024.zarr --out predicted.zarr", ""),
+    ("dtrain predict storms --data 2024.zarr --out predicted.zarr --continue", ""),
+    ("dtrain predict cells --out types.icechunk --round best --values classes", ""),
+    ("dtrain predict nuclei --data s3://bucket/image.zarr --out masks.zarr", ""),
+)
 app = typer.Typer()
 
 
 @app.command("predict", epilog=EPILOG)
 def predict(
     ctx: typer.Context,
-    run: Annotated[
-        str, typer.Argument(help="A run's directory, or its name. [default: the newest]", show_default=False)
-    ] = "",
+    run: RUN = "",
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -57,7 +60,8 @@ def predict(
         typer.Option("--continue", help="Go on with predictions that were interrupted; only what lacks is written."),
     ] = False,
     round: Annotated[
-        str, typer.Option("--round", help="last, best or a number. [default: last]", show_default=False)
+        str,
+        typer.Option("--round", metavar="ROUND", help="last, best or a number.", autocompletion=completion.rounds),
     ] = "last",
     values: Annotated[
         str,
