@@ -28,7 +28,7 @@ def commands() -> list[str]:
 
 
 def test_the_commands_and_the_python_block(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(commands()) == 6
+    assert len(commands()) == 7
     for command in commands():
         words = command.split()[1:]
         if words[0] in ("plan", "train", "eval", "predict"):

@@ -42,7 +42,7 @@ def predict(
         typer.Option(
             "--data",
             help="Path or URL of a store with the run's inputs; the targets need not be there. Several are read as "
-            "one, in this order. [default: the run's own data]",
+            "one, in this order. Default: the run's own data.",
             show_default=False,
         ),
     ] = None,
