@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -17,9 +16,8 @@ import numpy.typing as npt
 from dtrain.data.by import Each
 from dtrain.data.cf import date_part, missing_times
 from dtrain.data.column import NUMBERS, describe_column, find_coordinate
-from dtrain.data.distinct import dates_along, whole_column
+from dtrain.data.distinct import dates_along, store_of, whole_column
 from dtrain.data.load.climate import BYTES_A_PLACE, NO_PERIOD
-from dtrain.data.paths import locate
 from dtrain.data.plan.parts import cell_anchors
 from dtrain.data.plan.units import DataPlan, cell_bounds
 from dtrain.data.read.inventory import of_each
@@ -180,7 +178,7 @@ def places_digest(samples: Samples, name: str) -> str:
     """
     one = samples.stores[0]
     variable, digest = one.variable(name), hashlib.sha256()
-    store = locate(one.path, Path.cwd(), one.config.storage_options)
+    store = store_of(one)
     for axis in variable.row_axes:
         dim, part = variable.dims[axis], slice(*variable.select[axis])
         found = find_coordinate(store, one.config.group, [name], dim, variable.shape[axis])

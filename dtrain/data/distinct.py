@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -13,9 +12,10 @@ from dtrain.data.cf import date_part, decoded_times, missing_times
 from dtrain.data.column import DATES, NUMBERS, TEXTS, ColumnReader, describe_column, find_coordinate, groups_above
 from dtrain.data.dataset import NamedArray, find_named, list_named
 from dtrain.data.encoding import Array, is_missing, unpack
-from dtrain.data.paths import locate
 from dtrain.data.plan.hashing import Ints
 from dtrain.data.read.inventory import of_each
+from dtrain.data.read.kind import at_snapshot
+from dtrain.data.read.open import open_store
 from dtrain.data.read.store import ReadStore
 from dtrain.data.samples import Coordinate, Field, Samples
 from dtrain.errors import InvalidConfig, did_you_mean, listed
@@ -55,6 +55,12 @@ def newest_input(samples: Samples, target: Field) -> tuple[int, int | None]:
     return number, field.offsets.index(max(field.offsets)) if field.window else None
 
 
+def store_of(samples: Samples) -> ReadStore:
+    """Open the store of samples, a repository at the snapshot that they were described at."""
+    options = at_snapshot(samples.config.storage_options, samples.store.snapshot)
+    return open_store(samples.path, options, samples.store)
+
+
 def joined(columns: Sequence[Distinct]) -> tuple[Array, tuple[Ints, ...]]:
     """Return the values of several columns as one list, and the labels of each column in it."""
     if len(columns) == 1:
@@ -86,7 +92,7 @@ def read_distinct(samples: Samples, name: str) -> Distinct:
         return _of_stores(samples, of_each(samples, partial(read_distinct, name=name)))
     base, part = _parted(name)
     dims = _dims(samples)
-    store = locate(samples.path, Path.cwd(), samples.config.storage_options)
+    store = store_of(samples)
     if base in dims:
         names = [v.name for v in samples.variables if base in v.dims]
         found = find_coordinate(store, samples.config.group, names, base, dims[base])
@@ -231,7 +237,7 @@ def _values(samples: Samples, path: str, named: NamedArray, name: str, part: str
 
 def dates_along(samples: Samples, dim: str, length: int) -> Array | None:
     """Return the dates of a dimension's coordinate; None if it has none."""
-    store = locate(samples.path, Path.cwd(), samples.config.storage_options)
+    store = store_of(samples)
     names = [v.name for v in samples.variables if dim in v.dims]
     found = find_coordinate(store, samples.config.group, names, dim, length)
     column = found if isinstance(found, str) else describe_column(samples.path, *found)

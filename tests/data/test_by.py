@@ -159,3 +159,21 @@ def test_a_chunk_of_a_coordinate_that_is_not_there(tmp_path):
     (path / "height" / "2").unlink()
     with pytest.raises(ChunkMissing, match="height"):
         read_distinct(opened(path, missing="error"), "height")
+
+
+def test_a_repository_is_read_at_the_snapshot_of_its_samples(tmp_path):
+    icechunk = pytest.importorskip("icechunk")
+    repository = icechunk.Repository.create(icechunk.local_filesystem_storage(str(tmp_path / "repo")))
+
+    def commit(site):
+        session = repository.writable_session("main")
+        dataset(time=days(), site=("time", np.array(site)[np.arange(ROWS) % 2])).to_zarr(
+            session.store, mode="w", zarr_format=3, consolidated=False
+        )
+        session.commit("x")
+
+    commit([1, 2])
+    samples = opened(tmp_path / "repo")
+    commit([3, 4])
+    assert read_distinct(samples, "site").values.tolist() == [1, 2]
+    assert read_distinct(opened(tmp_path / "repo"), "site").values.tolist() == [3, 4]
