@@ -161,7 +161,7 @@ def write_predictions(
                 writer = payload.writer.fresh()
                 writer.put(span.objects)
                 sink.settle(writer.receipt())
-            elif span.receipt:
+            elif span.receipt is not None:
                 sink.settle(span.receipt)
 
         def on_samples(samples: int) -> None:
@@ -290,7 +290,7 @@ def _write_coordinates(
                 continue
             low, high = (region[0].start, region[0].stop) if region else (0, 0)
             writer.put(dict(encode(spec, region, prepared.values_of(one, low, high))))
-    if receipt := writer.receipt():
+    if (receipt := writer.receipt()) is not None:
         sink.settle(receipt)
 
 

@@ -61,7 +61,8 @@ class SpanDone:
     """Bytes."""
     written: int
     """Bytes of encoded chunks."""
-    receipt: bytes
+    receipt: Any
+    """What the driver settles, if there is something to settle."""
     objects: Objects | None
     """The chunks, where the task does not reach what the driver writes to."""
     worker: str = ""
@@ -89,7 +90,7 @@ def predict_span(
     left_out, decoded = predict_units(predictor, payload.work, numbers, put, ahead=payload.ahead, on_unit=on_unit)
     plan = payload.work.plan
     samples = sum(plan.samples_in(unit) for unit in map(plan.unit, numbers))
-    receipt = writer.receipt() if objects is None else b""
+    receipt = writer.receipt() if objects is None else None
     return SpanDone(span, samples, left_out, decoded, written, receipt, objects)
 
 

@@ -9,7 +9,7 @@ Sessions can be forked only where they hold no changes: the arrays are committed
 
 from __future__ import annotations
 
-import pickle
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -51,8 +51,7 @@ class IcechunkWriter:
 
     def fresh(self) -> IcechunkWriter:
         """Return a writer for one task, with a fork of its own."""
-        writer: IcechunkWriter = pickle.loads(pickle.dumps(self))
-        return writer
+        return IcechunkWriter(self.path, copy.copy(self._fork), self._token)
 
     def is_reached(self) -> bool:
         """Return True if the repository is the one that the driver has."""
@@ -64,9 +63,9 @@ class IcechunkWriter:
             for key, data in objects.items():
                 sync(self._fork.store.set(key, buffer(data)))
 
-    def receipt(self) -> bytes:
+    def receipt(self) -> Any:
         """Return the fork, which knows what was written."""
-        return pickle.dumps(self._fork)
+        return self._fork
 
 
 class IcechunkSink:
@@ -156,10 +155,10 @@ class IcechunkSink:
         """Return what tasks write with."""
         return IcechunkWriter(self.path, self._session.fork(), self._token)
 
-    def settle(self, receipt: bytes) -> None:
+    def settle(self, receipt: Any) -> None:
         """Merge what a task has written."""
         with _faults(self.path):
-            self._session.merge(pickle.loads(receipt))
+            self._session.merge(receipt)
 
     def commit(self, message: str) -> None:
         """Commit what is merged, and move branch main to it.

@@ -33,8 +33,8 @@ class Writer(Protocol):
         """
         ...
 
-    def receipt(self) -> bytes:
-        """Return what the driver needs to settle what was written."""
+    def receipt(self) -> Any:
+        """Return what the driver needs to settle what was written; None if nothing."""
         ...
 
 
@@ -81,7 +81,7 @@ class Sink(Protocol):
         """Return what tasks write with, after `create`."""
         ...
 
-    def settle(self, receipt: bytes) -> None:
+    def settle(self, receipt: Any) -> None:
         """Take note of what a task has written."""
         ...
 
