@@ -26,13 +26,18 @@ from dtrain.data.samples import Samples
 from dtrain.initfile import init_path, read_init
 from dtrain.job import Job
 from dtrain.prepare import ESTIMATE_UNITS, open_runner
-from dtrain.probe import Probe, limit_of
+from dtrain.probe import Probe, limit_of, num_processes
 from dtrain.resolved import Resolved
 from dtrain.runtime.handles import SMALL_BYTES
 from dtrain.runtime.reducing import reducer_slices
 from dtrain.runtime.spec import PlannedSource
 from dtrain.runtime.trial import Initial
 from dtrain.stages import Limit
+
+ROUND_SECONDS = 0.02
+"""What a round of a small model costs beside steps and evaluation (benchmarks/rounds.py: 13 ms, and commits)."""
+BYTE_SECONDS = 1.6e-9
+"""The same for each byte of parameters (170 ms for 100 MB)."""
 
 
 class Choice(NamedTuple):
@@ -82,6 +87,8 @@ class RunPlan:
     eval_every: int
     """Rounds between evaluations."""
     workers: int
+    processes: int
+    """That train: the workers, or one where replicas are trained in turn in this process."""
     traffic: Traffic
     """Bytes of a round."""
     commit_bytes: int
@@ -100,13 +107,35 @@ class RunPlan:
 
     @property
     def in_turn(self) -> int:
-        """Replicas that the busiest worker trains in turn."""
-        return math.ceil(self.data.replicas / self.workers)
+        """Replicas that the busiest process trains in turn."""
+        return math.ceil(self.data.replicas / self.processes)
+
+    @property
+    def steps_seconds(self) -> float:
+        """Estimate of the local steps of a round."""
+        return self.initial.seconds * max(self.steps) * self.in_turn
+
+    @property
+    def validation_samples(self) -> int:
+        """Samples that an evaluation takes."""
+        of_stores = sum(store.counts["val_samples"] for store in self.stores)
+        return of_stores if self.held_out_samples is None else self.held_out_samples
+
+    @property
+    def evaluate_seconds(self) -> float:
+        """Estimate of what evaluating adds to a round, on average."""
+        return self.initial.evaluate_seconds * self.validation_samples / self.eval_every / self.processes
 
     @property
     def round_seconds(self) -> float:
-        """Estimate of the local steps of a round, without reading."""
-        return self.initial.seconds * max(self.steps) * self.in_turn
+        """Estimate of a round: steps, evaluation, and what a round costs beside them; reading goes on meanwhile."""
+        beside = ROUND_SECONDS + BYTE_SECONDS * self.initial.params.nbytes
+        return self.steps_seconds + self.evaluate_seconds + beside
+
+    @property
+    def worker_bytes(self) -> int:
+        """Estimate of the memory of a worker at its peak: the process in a step, its data, the replicas' states."""
+        return self.initial.process_bytes + self.resident_bytes + self.in_turn * self.initial.inner_bytes
 
     @property
     def costs(self) -> Costs | None:
@@ -126,9 +155,8 @@ class RunPlan:
         """The stage that limits rounds as they are configured; None without a probe."""
         if self.probe is None or self.costs is None:
             return None
-        of_stores = sum(store.counts["val_samples"] for store in self.stores)
-        validation = of_stores if self.held_out_samples is None else self.held_out_samples
-        return limit_of(self.probe, self.costs, max(self.steps), validation / self.eval_every / self.samples)
+        evaluated = self.validation_samples / self.eval_every / self.samples
+        return limit_of(self.probe, self.costs, max(self.steps), evaluated)
 
     @property
     def reduced_bytes(self) -> int:
@@ -165,7 +193,7 @@ def plan_job(job: Job, *, full: bool = False, client: Client | None = None) -> R
     with opened as (runner, resolved):
         initial = runner.initialise(None if init is None else read_init(init))
         workers, sources, held_out = runner.num_workers, runner.spec.sources, runner.spec.held_out
-        climatology = runner.spec.climate_plan
+        climatology, processes = runner.spec.climate_plan, num_processes(runner)
     train, plan = job.config.train, resolved.plan
     sizes = [pass_size(size, train) for size in plan.sizes]
     steps = tuple(steps_a_round(size, train) for size in sizes)
@@ -192,6 +220,7 @@ def plan_job(job: Job, *, full: bool = False, client: Client | None = None) -> R
         held_out_gaps=resolved.gaps[-1] if resolved.held_out is not None else "",
         rounds=train.rounds,
         workers=workers,
+        processes=processes,
         traffic=_traffic(job, initial, plan.replicas, workers),
         commit_bytes=initial.params.nbytes,
         checksums=_checksums(sources[0].samples),

@@ -42,6 +42,7 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
         "received_bytes": plan.traffic.received,
         "commit_bytes": plan.commit_bytes,
         "round_seconds": round(plan.round_seconds, 3),
+        "worker_bytes": plan.worker_bytes,
         "checksums": plan.checksums,
         "absent_chunks": absent_record(first.source),
         "normalize": {

@@ -8,7 +8,7 @@ from typing import Any
 from dtrain.algorithm.plan import pass_size
 from dtrain.data.plan.footprint import format_bytes
 from dtrain.data.plan.missing import absence_of, stands_for
-from dtrain.display import number
+from dtrain.display import clock, duration, number
 from dtrain.job import Job, plain
 from dtrain.planning import RunPlan, StorePlan
 from dtrain.prepare import ESTIMATE_UNITS
@@ -49,7 +49,8 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
         ),
         *_metric_rows(plan),
         ("traffic", _traffic(plan)),
-        ("time", f"{_seconds(plan.round_seconds)} of local steps a round on {plan.workers} workers (estimate)"),
+        ("time", _time(plan)),
+        ("worker memory", _worker_memory(plan)),
         *_averaging_rows(job, plan),
         *([("trackers", ", ".join(tracker.name for tracker in job.trackers))] if job.trackers else []),
         *probe_rows(job, plan),
@@ -189,8 +190,24 @@ def _estimated(job: Job) -> str:
     return f" (normalised by the first {ESTIMATE_UNITS} units of each partition)"
 
 
-def _seconds(seconds: float) -> str:
-    return f"about {seconds:.1f} s" if seconds >= 0.1 else "less than 0.1 s"
+def _time(plan: RunPlan) -> str:
+    where = "in this process" if plan.processes < plan.workers else _count(plan.workers, "worker")
+    return (
+        f"about {duration(plan.round_seconds)} a round, of which local steps {duration(plan.steps_seconds)} and "
+        f"evaluation {duration(plan.evaluate_seconds)}; about {clock(plan.rounds * plan.round_seconds)} for "
+        f"{_count(plan.rounds, 'round')}, {where} (estimate, if no other program needs the cores)"
+    )
+
+
+def _worker_memory(plan: RunPlan) -> str:
+    return (
+        f"about {format_bytes(plan.worker_bytes)} at its peak: {format_bytes(plan.initial.process_bytes)} as measured "
+        "in a step of the model, and the data as above (estimate)"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
 def _splits(plan: RunPlan, store: StorePlan) -> str:

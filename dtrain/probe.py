@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from distributed import Client
 
@@ -27,6 +27,7 @@ from dtrain.events import Reporter, RoundsMeasured
 from dtrain.job import Job
 from dtrain.prepare import ESTIMATE_UNITS, open_runner
 from dtrain.rounds import initial_state, rounds
+from dtrain.runtime.runner import Runner
 from dtrain.stages import Limit, StageSeconds, limiting_stage
 from dtrain.types import Parameters, RoundResult
 
@@ -112,8 +113,12 @@ def probe_job(
             report(RoundsMeasured(rounds=len(measured), local_steps=local_steps, seconds=_seconds(measured)))
             return measured
 
-        processes = 1 if runner.look_ahead == 0 else runner.num_workers  # 0: a round is trained where it is submitted
-        return measured_by(measure, math.ceil(replicas / processes))
+        return measured_by(measure, math.ceil(replicas / num_processes(runner)))
+
+
+def num_processes(runner: Runner[Any]) -> int:
+    """Return the number of processes that train replicas at once."""
+    return 1 if runner.look_ahead == 0 else runner.num_workers  # 0: a round is trained where it is submitted
 
 
 def probed(config: TrainConfig) -> TrainConfig:

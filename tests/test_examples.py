@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -41,7 +42,15 @@ def test_says_how_to_run_it_in_its_first_line(path: Path) -> None:
 
 
 def test_digits_reaches_95_percent_on_held_out_images(tmp_path: Path) -> None:
-    assert load("digits").main(tmp_path, cluster="serial") >= 0.95
+    example = load("digits")
+    run, samples = example.main(tmp_path, cluster="serial")
+    accuracy = run.evaluate(split="test")["accuracy"]
+    images, labels = example.read(samples, "test")  # the run's own split
+    with torch.inference_mode():
+        said = run.model(torch.from_numpy(images)).argmax(1).numpy()
+    assert (said == labels).mean() == pytest.approx(accuracy)
+    assert accuracy >= 0.95
+    assert example.logistic_regression(samples) >= 0.93
 
 
 def test_the_original_example_learns(tmp_path: Path) -> None:
@@ -59,12 +68,20 @@ def test_the_original_example_runs_as_a_script_on_a_local_cluster() -> None:
 
 def test_the_language_model_learns_and_writes(tmp_path: Path) -> None:
     example = load("language_model")
-    run = example.main(tmp_path, cluster="serial", rounds=4, num_bytes=200_000)
+    run, samples = example.main(tmp_path, cluster="serial", rounds=4, num_bytes=200_000)
     bits = run.history.val_bits_per_byte.values
     assert bits[-1] < bits[0] < 8.0
     text = example.generate(run.model, "def ", length=10)
     assert text.startswith("def ")
     assert len(text.encode()) >= 14
+    counting = example.bits_of_counting(samples, most=2)
+    frequent = np.bincount(example.text_of(samples, "train")[:, 1:].ravel(), minlength=256)
+    found = example.text_of(samples, "val")[:, 1:].ravel()
+    n, t = frequent.sum(), (frequent > 0).sum()
+    by_hand = -np.log2((frequent[found] + t / 256) / (n + t)).mean()
+    assert counting[0] == pytest.approx(by_hand)
+    assert counting[2] < counting[1] < counting[0] < 8
+    assert 0 < example.bits_of_xz(samples) < 8
 
 
 def test_by_hand_runs_as_a_script() -> None:

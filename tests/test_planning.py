@@ -166,3 +166,25 @@ def test_the_lines_and_the_record_say_the_same(job: Job, planned: RunPlan) -> No
     assert f"{record['first_loss']:.4f}" in lines["first loss"]
     assert record["resident_bytes"] == record["memory"]["total"]
     assert {key for key in lines if key.startswith("auto ")} == {f"auto {key}" for key in record["resolved"]}
+
+
+def test_a_round_takes_its_steps_its_evaluation_and_what_is_beside(planned: RunPlan) -> None:
+    numbers = {"seconds": 0.5, "evaluate_seconds": 0.01, "process_bytes": 300_000_000, "inner_bytes": 1000}
+    known = replace(planned, initial=replace(planned.initial, **numbers), steps=(4, 3, 3), eval_every=2)
+    serial, three, two = (replace(known, processes=count, workers=max(2, count)) for count in (1, 3, 2))
+    evaluation = 0.01 * known.validation_samples / 2
+    assert known.validation_samples == planned.stores[0].counts["val_samples"] > 0
+    assert [plan.steps_seconds for plan in (serial, two, three)] == [6.0, 4.0, 2.0]  # 3, 2 and 1 replicas in turn
+    assert serial.evaluate_seconds == pytest.approx(evaluation)
+    assert three.evaluate_seconds == pytest.approx(evaluation / 3)
+    beside = 0.02 + 1.6e-9 * known.initial.params.nbytes
+    assert three.round_seconds == pytest.approx(2.0 + evaluation / 3 + beside)
+    assert serial.worker_bytes == 300_000_000 + serial.resident_bytes + 3 * 1000
+    assert three.worker_bytes == 300_000_000 + three.resident_bytes + 1000
+
+
+def test_replicas_of_a_serial_run_are_trained_in_turn(job: Job, planned: RunPlan) -> None:
+    assert (planned.processes, planned.in_turn) == (1, 3)
+    text = dict(plan_rows(job, planned))
+    assert "2 rounds, in this process" in text["time"]
+    assert " at its peak: " in text["worker memory"]

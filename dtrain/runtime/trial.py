@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -29,6 +30,7 @@ from dtrain.data.load.loader import read_batches
 from dtrain.errors import DtrainError, FirstLossNotFinite, InvalidConfig, ShapesDiffer, one_line
 from dtrain.events import ParametersLoaded
 from dtrain.runtime.module import isolated
+from dtrain.runtime.peak import PeakMemory
 from dtrain.runtime.resident import Resident
 from dtrain.runtime.tasks import prepared
 from dtrain.runtime.tensors import decoder
@@ -37,6 +39,8 @@ from dtrain.types import Cursor, InitFile, Parameters
 
 DTYPE_WORDS = ("dtype", "scalar type", "Input type", "Long", "not implemented for")
 """Words of torch's errors about dtypes."""
+MEASURED_SECONDS, MOST_MEASURED = 0.2, 9
+"""A step is measured until this time is over, or so many have been."""
 Outputs: TypeAlias = Any
 """Whatever the user's module returns."""
 
@@ -57,6 +61,10 @@ class Initial:
     """Frozen ones among them."""
     seconds: float
     """Of one local step."""
+    evaluate_seconds: float
+    """Of evaluating one sample, by a model that has been called before."""
+    process_bytes: int
+    """Memory of the process that tried the model, at its peak."""
     inner_bytes: int
     """Of the state of the inner optimizer after a step."""
     has_batchnorm: bool
@@ -103,8 +111,10 @@ def initialise(resident: Resident, init: InitFile | None = None) -> Initial:
         batch = _first_batch(resident)
         module.to(spec.device)
         loss, outputs, state_bytes = _first_loss(resident, module, batch)
-        with user_code("The first local step"):
-            seconds, inner_bytes = [_timed_step(resident, module, batch) for _ in range(2)][-1]  # the first is slower
+        with user_code("The first local step"), PeakMemory() as peak:
+            inner_bytes = _timed_step(resident, module, batch)[1]  # the first step is slower, and not measured
+            seconds = _median_seconds(lambda: _timed_step(resident, module, batch)[0])
+            evaluate_seconds = _median_seconds(lambda: _timed_evaluation(resident, module, batch)) / batch.size
         _try_smallest(resident, module, batch)
         return Initial(
             params=params,
@@ -114,6 +124,8 @@ def initialise(resident: Resident, init: InitFile | None = None) -> Initial:
             num_params=layout.num_params + layout.num_frozen,
             num_frozen=layout.num_frozen,
             seconds=seconds * len(first_step(resident.replicas[0].partition.num_samples, spec.config.train)),
+            evaluate_seconds=evaluate_seconds,
+            process_bytes=peak.bytes,
             inner_bytes=inner_bytes,
             has_batchnorm=has_batchnorm,
             metric_bytes=state_bytes,
@@ -173,6 +185,25 @@ def _timed_step(resident: Resident, module: nn.Module, batch: TensorBatch) -> tu
     steps = [(batch.size, [batch])]
     local = run_local_steps(module, resident.recipe, empty_inner_state(), steps, first_step=0, total_steps=1)
     return time.monotonic() - started, local.inner.nbytes
+
+
+def _timed_evaluation(resident: Resident, module: nn.Module, batch: TensorBatch) -> float:
+    """Return the seconds that a batch takes without a gradient."""
+    started = time.monotonic()
+    module.eval()
+    with torch.inference_mode(), autocast(resident.spec.config.train.precision, batch):
+        outputs = module(*batch.inputs)
+        compared(resident.recipe.loss, outputs, batch.targets, batch.weight)
+    module.train()
+    return time.monotonic() - started
+
+
+def _median_seconds(measure: Callable[[], float]) -> float:
+    """Return the median of some measurements: of one that takes long, else of several."""
+    seconds = [measure()]
+    while len(seconds) < MOST_MEASURED and sum(seconds) < MEASURED_SECONDS:
+        seconds.append(measure())
+    return median(seconds)
 
 
 def _try_smallest(resident: Resident, module: nn.Module, batch: TensorBatch) -> None:

@@ -37,6 +37,7 @@ KEYS = {
     "received_bytes",
     "commit_bytes",
     "round_seconds",
+    "worker_bytes",
     "checksums",
     "probe",
     "cadence",
@@ -50,7 +51,9 @@ def test_the_numbers_as_an_object(cli, project):
     (found,) = objects(outcome.out)
     assert set(found) >= KEYS
     params = (3 * 5 + 5) + (5 * 4 + 4)
-    assert {key: found[key] for key in KEYS - {"fingerprint", "first_loss", "round_seconds", "resolved"}} == {
+    assert {
+        key: found[key] for key in KEYS - {"fingerprint", "first_loss", "round_seconds", "worker_bytes", "resolved"}
+    } == {
         "event": "plan",
         "units": 3,
         "unit_rows": 20,
@@ -90,6 +93,7 @@ def test_the_numbers_as_an_object(cli, project):
     )
     assert found["first_loss"] == pytest.approx(1.4, abs=0.4)
     assert found["round_seconds"] >= 0
+    assert found["worker_bytes"] > found["resident_bytes"] + found["commit_bytes"]
     assert all(set(value) == {"value", "why"} for value in found["resolved"].values())
     assert found["resolved"]["average.replicas"]["value"] == 2
     assert found["resolved"]["data.sample_dim"]["value"] == "sample"
@@ -211,7 +215,8 @@ def test_a_probe_as_an_object(cli, project):
     by_steps = {row["local_steps"]: row for row in cadence["table"]}
     assert {1, 4, 1000, cadence["recommended"]} <= by_steps.keys()
     assert by_steps[cadence["recommended"]]["share"] >= 0.9 - 1e-9
-    assert by_steps[4]["share"] == pytest.approx(4 * probe["step_seconds"] / by_steps[4]["seconds"])
+    in_turn = 2  # replicas, in this process
+    assert by_steps[4]["share"] == pytest.approx(4 * in_turn * probe["step_seconds"] / by_steps[4]["seconds"])
 
 
 def test_a_bandwidth_without_a_probe_is_an_estimate(cli, project):
