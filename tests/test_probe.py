@@ -248,10 +248,10 @@ def job(samples: dtrain.Samples) -> Job:
 
 @pytest.fixture(scope="module")
 def planned(job: Job) -> RunPlan:
-    """A plan whose busiest link carries 250 kB a round."""
+    """A plan of two workers, whose busiest link carries 250 kB a round."""
     traffic = Traffic(sent=500_000, received=125_000, busiest=250_000, all_reduce=200_000)
     plan = plan_job(job)
-    return replace(plan, traffic=traffic, initial=replace(plan.initial, seconds=0.02))
+    return replace(plan, traffic=traffic, processes=2, initial=replace(plan.initial, seconds=0.02))
 
 
 def test_a_plan_alone_says_nothing_of_rounds(job: Job, planned: RunPlan) -> None:

@@ -12,7 +12,7 @@ INTERVAL = 0.005
 
 
 class PeakMemory:
-    """Looks at the resident memory of this process until its `with` statement ends; `bytes` is the most that it has seen."""
+    """Looks at the resident memory of this process until its `with` statement ends; `bytes` is the most it has seen."""
 
     def __init__(self) -> None:
         self.bytes = 0
