@@ -2,60 +2,46 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from dtrain.algorithm.params import load_into, params_sha256
 from dtrain.algorithm.recipe import Functions
 from dtrain.algorithm.stop import higher_is_better, stop_history
-from dtrain.asking import Question, needs_climatology, with_wanted
+from dtrain.asking import Question
 from dtrain.checkpoint import committed_rounds, find_round, load_params, load_round, round_directory
 from dtrain.config.compare import without_secrets
-from dtrain.config.files import with_setting
-from dtrain.config.functions import METRICS, Function
-from dtrain.config.schema import DataConfig, TrainConfig
-from dtrain.data.coordinate import find_gaps
-from dtrain.data.given import find_given
-from dtrain.data.plan.evaluation import StoreOfRun, plan_evaluation
-from dtrain.data.plan.labels import BY_SHARE, GivenSplits
+from dtrain.config.functions import Function
+from dtrain.config.schema import TrainConfig
 from dtrain.data.plan.partition import JointPlan
 from dtrain.data.plan.splits import SplitName
-from dtrain.data.plan.units import DataPlan
-from dtrain.data.read.joined import values_counted
-from dtrain.data.samples import Samples, not_samples
+from dtrain.data.samples import Samples
 from dtrain.data.source import describe
-from dtrain.directory import ENV, read_config_of, read_json, read_resolved
+from dtrain.directory import ENV, read_json, read_resolved
 from dtrain.display import clock
-from dtrain.errors import InvalidConfig, TooFewSamples, did_you_mean
+from dtrain.errors import InvalidConfig
+from dtrain.evaluation import Committed, losses_by_unit, scores
 from dtrain.events import Reporter
 from dtrain.exporting.card import Trained
 from dtrain.exporting.export import Exportable, ExportedFile, export_model
-from dtrain.job import Job, absolute, as_trained, held_out_source, open_sources, source_of, with_scheduler
-from dtrain.prepare import open_runner
 from dtrain.project import RunCode, load_code
 from dtrain.report.history import Row, best_round, read_rows
 from dtrain.report.journal import HISTORY
 from dtrain.report.pace import speed
 from dtrain.report.page import run_html
-from dtrain.resolve import own_stores
 from dtrain.resolved import Resolved
-from dtrain.runclimate import climatology_of
+from dtrain.rundata import RunData, data_table
 from dtrain.runtime.module import build_module
-from dtrain.runtime.place import PLACE_NAMES
-from dtrain.runtime.resident import Resident, Stream
-from dtrain.runtime.spec import Source
-from dtrain.runtime.where import Where, client_of, scheduler_text
-from dtrain.scores import Scores, scores_of
+from dtrain.runtime.resident import Stream
+from dtrain.runtime.where import Where
+from dtrain.scores import Scores
 from dtrain.types import History, Parameters
-from dtrain.unitlosses import partitions_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -136,6 +122,16 @@ class Run:
         """All that was resolved at the first start: plan.json."""
         return read_resolved(self.directory)
 
+    @property
+    def _data(self) -> RunData:
+        return RunData(
+            directory=self.directory,
+            config=self.config,
+            base=self.base,
+            resolved=self.resolved,
+            load_functions=self._load_functions,
+        )
+
     @cached_property
     def model(self) -> nn.Module:
         """The module with the parameters of the last committed round, in eval mode; `model_of` gives other rounds."""
@@ -164,6 +160,11 @@ class Run:
             The run has none.
         """
         return self._module(self._params(find_round(self.directory, "last", None), ema=True))
+
+    def _committed(self, wanted: str) -> Committed:
+        """Return round ``best``, ``last`` or a number, to evaluate it."""
+        number = find_round(self.directory, wanted, self.best_round)
+        return Committed(number, self._params(number, ema=False))
 
     def _params(self, number: int, *, ema: bool) -> Parameters:
         """Return the parameters of a committed round, or its moving average of models."""
@@ -266,32 +267,7 @@ class Run:
         report: Reporter | None = None,
     ) -> Scores:
         """Return the figures of `evaluate`; `report` gets the progress of a pass over the training rows."""
-        split = question.split
-        _check_split(split)
-        number = find_round(self.directory, round, self.best_round)
-        params = load_params(round_directory(self.directory, number))
-        job, known, cut = self._own(split) if samples is None else self._given(samples, split)
-        if job.sources[0].samples is None:
-            question = replace(question, baselines="no baselines: the run's stores are seen by their own workers alone")
-        job = with_wanted(job, question)
-        job = replace(job, config=with_scheduler(job.config, scheduler_text(cluster, PLACE_NAMES)))
-        if needs_climatology(job, question):
-            kept = climatology_of(self.directory, self.resolved, job, lambda: self._own("test")[:2], cluster, report)
-            if isinstance(kept, str):
-                question = replace(question, no_climatology=kept)
-            else:
-                known = replace(known, climatology=kept)
-        run_id = uuid.uuid4().hex[:8]
-        with (
-            client_of(cluster) as client,
-            open_runner(
-                job, run_id, known=known, client=client, without_lost=True, question=replace(question, split=cut)
-            ) as (runner, _),
-        ):
-            sums = runner.evaluate(params, cut)
-            if sums is None:
-                raise TooFewSamples(f'The split "{split}" holds no samples.', "Choose another --split.")
-            return scores_of(runner, sums, number, job.config.train.metrics)
+        return scores(self._data, self._committed(round), samples, question, cluster, report)
 
     @cached_property
     def partitions(self) -> Partitions:
@@ -318,17 +294,7 @@ class Run:
         RoundNotFound
             The run does not keep that round.
         """
-        number = find_round(self.directory, str(round), self.best_round)
-        params = load_params(round_directory(self.directory, number))
-        job, known, _ = self._own("val")
-        job = replace(job, config=with_scheduler(job.config, scheduler_text(cluster, PLACE_NAMES)))
-        with (
-            client_of(cluster) as client,
-            open_runner(job, uuid.uuid4().hex[:8], known=known, client=client, without_lost=True) as (runner, _),
-        ):
-            streams = Resident(runner.spec).by_unit
-            self._say_units(streams)
-            return partitions_of(streams, runner.losses_by_part(params), runner.spec.plan.replicas)
+        return losses_by_unit(self._data, self._committed(str(round)), cluster, self._say_units)
 
     def _say_units(self, streams: Sequence[Stream]) -> None:
         """Say how long a pass over all units takes, if it takes long."""
@@ -368,7 +334,7 @@ class Run:
         """
         number = find_round(self.directory, str(round), self.best_round)
         params = self._params(number, ema=ema)
-        job, known, _ = self._own("val", ("model", "data.transform"))
+        job, known, _ = self._data.own("val", ("model", "data.transform"))
         trained = Trained(
             name=self.directory.name,
             round=number,
@@ -381,60 +347,6 @@ class Run:
         )
         model = Exportable(job=job, resolved=known, build=lambda: self._module(params), trained=trained)
         return export_model(model, to, Path(out))
-
-    def _own(self, split: SplitName, keys: Sequence[str] | None = None) -> tuple[Job, Resolved, SplitName]:
-        """Return what evaluates a split of the run's own data; `keys` are those of the functions that are needed."""
-        data, base = self.config.data, self.base
-        job = self._job(open_sources(data, base), held_out_source(data, base), keys=keys)
-        known = self.resolved
-        if data.non_finite != self._recorded.non_finite:
-            known = _uncounted(known)
-        # data that were modified since the start may be evaluated: their contents are not compared
-        return job, replace(known, contents=(), filled=None), split
-
-    @property
-    def _recorded(self) -> DataConfig:
-        """The table ``[data]`` that the run was trained with, without the settings of an evaluation."""
-        return read_config_of(self.directory).data
-
-    def _given(self, samples: Samples, split: SplitName) -> tuple[Job, Resolved, SplitName]:
-        """Return what evaluates a split of given samples."""
-        if not isinstance(samples, Samples):
-            raise not_samples(samples)
-        known, own = self.resolved, own_stores(self.config.data, self.base)
-        store, given = own.find(samples), samples.config
-        is_given = store != "held_out" and "split" in given.model_fields_set
-        if is_given and split != "all" and not given.split.holds_out(split):
-            raise TooFewSamples(
-                f'The split "{split}" holds no samples: they were opened with data.split.{split} = 0.',
-                "Leave split out of open_samples: the run's is used. Or evaluate all of them (split all).",
-            )
-        samples = as_trained(samples, self.config.data, own=store is not None)
-        plans, jumps = known.plan.plans, find_gaps(samples).jumps
-        splits = BY_SHARE if split == "all" or store == "held_out" else _given_splits(samples, plans, store)
-        plan, cut = plan_evaluation(samples, split, plans, known.held_out, store, jumps=jumps, given=splits)
-        if not own.holds(samples) or samples.config.non_finite != self._recorded.non_finite:
-            plan = replace(plan, multiplicity="")  # a copy may hold other values
-        joint = JointPlan((values_counted(samples, plan),))
-        known = replace(known, plan=joint, held_out=None, contents=(), filled=None, snapshots=())
-        return self._job((source_of(samples),), None, samples.transform), known, cut
-
-    def _job(
-        self,
-        sources: tuple[Source, ...],
-        held_out: Source | None,
-        transform: Function | None = None,
-        keys: Sequence[str] | None = None,
-    ) -> Job:
-        """Return what evaluates sources; of the user's functions only those that an evaluation calls are needed."""
-        own = {} if transform is None else {"data.transform": transform}
-        functions = self._load_functions(EVALUATED if keys is None else keys, own)
-        tables = {
-            "train": self.config.train.model_copy(update=NOT_EVALUATED),
-            "average": self.config.average.model_copy(update={"outer": None}),
-        }
-        config = self.config.model_copy(update=tables).with_functions({})
-        return Job(config=config, sources=sources, held_out=held_out, functions=functions, base=self.base)
 
     def predict(
         self,
@@ -567,22 +479,7 @@ class Run:
         from dtrain.predict.request import OtherData
 
         selects = any(setting.startswith(("data.isel", "data.sel")) for setting in settings)
-        return OtherData(self._table(data, settings), all_rows=not selects)
-
-    def _table(self, data: str | tuple[str, ...] | None, settings: tuple[str, ...] = ()) -> DataConfig:
-        """Return the run's table ``[data]`` with another path, and with keys that differ from the run's.
-
-        Paths that are relative to the working directory, and the run's own, become absolute.
-        """
-        own = self.config.data
-        if data is not None:
-            own = own.model_copy(update={"path": absolute(data)})
-        elif not own.is_federated:
-            own = own.model_copy(update={"path": absolute(own.stores[0].path, self.base)})
-        tables: dict[str, Any] = {"data": own.model_dump(mode="json")}
-        for setting in settings:
-            tables = with_setting(tables, setting)
-        return TrainConfig(**tables).data
+        return OtherData(data_table(self.config, self.base, data, settings), all_rows=not selects)
 
     def other_samples(self, data: str | tuple[str, ...] | None, settings: tuple[str, ...] = ()) -> Samples:
         """Describe samples with the run's table ``[data]``.
@@ -601,7 +498,7 @@ class Run:
         """
         if data is None and self.config.data.is_federated:
             raise InvalidConfig("The run has several stores.", "Name the one to evaluate with --data.")
-        return describe(self._table(data, settings), self.base)
+        return describe(data_table(self.config, self.base, data, settings), self.base)
 
     def __repr__(self) -> str:
         return f"<dtrain.Run {self.directory} {len(self.rows)} of {self.config.train.rounds} rounds>"
@@ -616,35 +513,3 @@ UNITS_SECONDS = 5.0
 """From so many seconds on it is said how long a pass over all units takes."""
 VERSIONS = ("dtrain", "torch", "numpy", "zarr", "distributed", "python")
 """Of env.json, in a model card."""
-EVALUATED = ("model", "train.loss", METRICS, "data.transform")
-"""Keys of the functions that an evaluation calls."""
-NOT_EVALUATED = {"optimizer": "sgd", "schedule": "constant"}
-"""Keys of ``[train]`` that play no part in an evaluation: their functions need not be there."""
-
-
-def _uncounted(resolved: Resolved) -> Resolved:
-    """Return what is resolved, with plans of which all samples count until they are counted anew."""
-    plans = tuple(replace(plan, multiplicity="") for plan in resolved.plan.plans)
-    held_out = resolved.held_out and replace(resolved.held_out, multiplicity="")
-    return replace(resolved, plan=JointPlan(plans), held_out=held_out)
-
-
-def _given_splits(samples: Samples, plans: tuple[DataPlan, ...], store: StoreOfRun) -> GivenSplits:
-    """Return the splits that ``data.split`` gives in samples; of groups, where they may be a copy of the run's."""
-    like = next((plan for plan in plans if plan.num_samples == samples.num_samples), None)
-    if samples.config.split.by and (store is not None or like is None):
-        return BY_SHARE
-    return find_given(samples, plans[0].seed, like.absent if like is not None else ()).splits
-
-
-def _check_split(split: str) -> None:
-    allowed = [name for name in get_args(SplitName) if name != "train"]
-    if split == "train":
-        raise InvalidConfig(
-            'split = "train": the training split is not evaluated.', "The loss of each round is history.train_loss."
-        )
-    if split not in allowed:
-        raise InvalidConfig(
-            f"split = {json.dumps(split, default=repr)}: allowed are {', '.join(allowed)}"
-            f"{did_you_mean(str(split), allowed)}"
-        )

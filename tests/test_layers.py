@@ -148,9 +148,11 @@ BELOW: dict[str, set[str]] = {
     "unitlosses": {"report", *WORK},
     "exporting": {"prepare", "resolved", "job", *WORK},
     "predict": {"resolve", "resolved", "job", *WORK},
+    "rundata": {"directory", "job", "resolve", "resolved", *WORK},
+    "evaluation": {"asking", "job", "prepare", "runclimate", "rundata", "scores", "unitlosses", "report", *WORK},
     "run": {
-        *("asking", "checkpoint", "directory", "exporting", "job", "predict", "prepare", "project", "report"),
-        *("resolve", "resolved", "runclimate", "scores", "unitlosses"),
+        *("asking", "checkpoint", "directory", "evaluation", "exporting", "predict", "project", "report", "resolved"),
+        *("rundata", "scores"),
         *WORK,
     },
     "runclimate": {"asking", "climatefile", "prepare", "resolved", "job", *WORK},
