@@ -34,12 +34,12 @@ lint: $(VENV)/.installed
 # Two processes, a file at a time, so that a module's servers and a process's cluster start once. Tests that start
 # clusters run after the others, for which they would leave no time.
 test: lint
-	$(BIN)/python -m pytest -m "not alone and not slow" -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m "alone and not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not alone and not slow and not extra" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "alone and not slow and not extra" -n 2 --dist loadfile
 
 test-all: lint
-	$(BIN)/python -m pytest -m "not alone and not slow" -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m "alone or slow"
+	DTRAIN_THOROUGH=1 $(BIN)/python -m pytest -m "not alone and not slow" -n 2 --dist loadfile
+	DTRAIN_THOROUGH=1 $(BIN)/python -m pytest -m "alone or slow"
 
 $(NEWEST)/.installed: pyproject.toml
 	@test -n "$(PYTHON_NEWEST)" || { echo "make test-newest needs Python 3.12 or 3.13: make test-newest PYTHON_NEWEST=..."; exit 2; }

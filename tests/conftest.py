@@ -16,12 +16,16 @@ import pytest
 import zarr
 from hypothesis import settings
 
+from tests.sampling import examples, mark_extra
+
 if TYPE_CHECKING:  # the tests of the data layer run without Dask
     from distributed import Client, LocalCluster
 
     from dtrain.data.samples import Samples
 
-settings.register_profile("dtrain", deadline=None, max_examples=60, derandomize=True, database=None)
+settings.register_profile("base", deadline=None, derandomize=True, database=None)
+settings.load_profile("base")
+settings.register_profile("dtrain", examples(60))
 settings.load_profile("dtrain")
 
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it: what is printed would be wrapped
@@ -35,6 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if {"cluster", "client"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.alone)
+    mark_extra(items)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -456,6 +456,7 @@ def calls_of(monkeypatch, run, before):
     return disk.calls
 
 
+@pytest.mark.sampled(4)
 @STARTS
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
 def test_a_failing_disk_loses_no_round(tmp_path, monkeypatch, before, error):

@@ -189,6 +189,7 @@ def test_a_port_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(there, "CLUSTER_SECONDS", 0.5)
     monkeypatch.setattr(there, "WORKER_SECONDS", 0.1)
+    monkeypatch.setattr("dtrain.runtime.connect.CONNECT_TIMEOUT", 1.0)  # the test ends when this does
     with socket.create_server(("127.0.0.1", 0)) as server:
         (check,) = place_checks(f"tcp://127.0.0.1:{server.getsockname()[1]}")
     assert (check.name, check.status, check.code) == ("cluster", "error", 6)

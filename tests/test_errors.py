@@ -143,6 +143,7 @@ def shown():
     return {name for path in TESTS for name in shown_in(ast.parse(path.read_text(encoding="utf-8")))}
 
 
+@pytest.mark.sampled(21)
 @pytest.mark.parametrize("kind", [*MISTAKES, errors.Interrupted], ids=lambda kind: kind.__name__)
 def test_every_error_has_a_test_that_shows_its_text(kind, shown):
     assert kind.__name__ in shown

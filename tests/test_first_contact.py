@@ -150,6 +150,7 @@ def scripted() -> nn.Module:
         return torch.jit.script(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)))  # type: ignore[no-any-return]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("model", [normed, parametrised, Computed, scripted])
 def test_models_that_cannot_be_copied_are_built_anew(samples: dtrain.Samples, tmp_path: Path, model: Any) -> None:
     whole = train(samples, tmp_path, model, train={"rounds": 4})

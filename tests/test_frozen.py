@@ -62,6 +62,7 @@ def sizes(state: InnerState) -> set[int]:
     return {int(np.prod(slot.shape)) for slot in state.slots if slot.dtype and slot.shape}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("average", AVERAGES.values(), ids=AVERAGES)
 def test_no_method_moves_or_keeps_what_is_frozen(samples: dtrain.Samples, average: dict[str, Any]) -> None:
     result = rounds(samples, average=average, optimizer="adam", optimizer_args={"lr": 0.01}, replicas=4)[-1]

@@ -40,6 +40,7 @@ def nuclei(count: int = 48) -> tuple[np.ndarray, np.ndarray]:
     return image.astype("uint16"), mask.astype("uint8")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
 @pytest.mark.parametrize("channel", [True, False], ids=["labels with a channel", "labels without"])
 def test_a_conv_net_on_an_image_and_its_labels(tmp_path: Path, version: str, channel: bool) -> None:
@@ -129,6 +130,7 @@ def test_codes_mean_the_same_in_every_store_of_a_run(store: Any, tmp_path: Path)
         start(path, tmp_path, rounds=6)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("how", FORMATS)
 def test_columns_are_the_same_genes_in_all_that_a_run_evaluates(store: Any, tmp_path: Path, how: str) -> None:
     path, other = store(how), store(how, name="other.zarr")

@@ -49,6 +49,7 @@ def test_the_plan_is_what_the_run_does(job: Job, planned: RunPlan, tmp_path: Pat
 ADAMW = {"train": {"optimizer": "adamw"}}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "tables",
     [

@@ -201,6 +201,7 @@ def open_noise(path: Any, **data: Any) -> Samples:
     return dtrain.open_samples(path, inputs=["x"], targets=["y"], **data)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("split", ["val", "test", "all"])
 @pytest.mark.parametrize("spelling", ["plain", "relative", "link", "link above", "file", "slash", "dots", "moved"])
 def test_the_runs_own_store_has_the_runs_own_splits(

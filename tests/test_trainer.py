@@ -211,6 +211,7 @@ STOPS: list[tuple[dict[str, Any], dict[str, Any], int]] = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("stop", "train", "last"), STOPS)
 def test_a_run_in_pieces_ends_on_the_same_round_with_the_same_bits(
     samples: Samples, tmp_path: Path, stop: Any, train: Any, last: int

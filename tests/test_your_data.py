@@ -45,6 +45,7 @@ def test_every_kind_of_user_is_there() -> None:
     assert sorted(KINDS[store_of(text)] for _, text in USERS) == sorted(STORES)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("title", "text"), USERS, ids=[title for title, _ in USERS])
 def test_the_commands_of_a_user(capsys: pytest.CaptureFixture[str], title: str, text: str) -> None:
     name = store_of(text)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import cloudpickle
 import dask
 from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster
+from distributed.comm import connect
 from distributed.system import MEMORY_LIMIT
 
 from dtrain.config.schema import ClusterConfig
@@ -148,18 +150,35 @@ def _local_cluster(config: ClusterConfig) -> Iterator[LocalCluster]:
 @contextmanager
 def _connected(config: ClusterConfig, base: Path) -> Iterator[Client]:
     address = config.scheduler
-    options: dict[str, Any] = {"address": address}
-    if "://" not in address:
-        options = {"scheduler_file": str(Path(base, address).expanduser())}
     try:
-        client = Client(**options, timeout=CONNECT_TIMEOUT)
+        if "://" not in address:
+            address = json.loads(Path(base, address).expanduser().read_text(encoding="utf-8"))["address"]
+        _wait_for_answer(address)
+        client = Client(address, timeout=CONNECT_TIMEOUT)
     except (OSError, TimeoutError, ValueError, TypeError, KeyError, AssertionError) as error:  # of a half-written file
         raise ClusterUnreachable(
-            f"No Dask scheduler answers at {address} ({type(error).__name__} within {CONNECT_TIMEOUT:.0f} s).",
+            f"No Dask scheduler answers at {config.scheduler} ({type(error).__name__} within {CONNECT_TIMEOUT:.0f} s).",
             "Start one with `dask scheduler` and `dask worker ADDRESS`, or use --scheduler local.",
         ) from error
     with client:
         yield client
+
+
+def _wait_for_answer(address: str) -> None:
+    """Exchange the first messages with a scheduler: a client waits for them without a time limit.
+
+    Raises
+    ------
+    OSError, TimeoutError
+        Nothing answers within `CONNECT_TIMEOUT` seconds, or something else than a scheduler does.
+    """
+
+    async def greet() -> None:
+        comm = await asyncio.wait_for(connect(address, timeout=CONNECT_TIMEOUT), CONNECT_TIMEOUT)
+        await comm.close()
+
+    with ThreadPoolExecutor(1) as pool:  # the caller's thread may have a running event loop, as in a notebook
+        pool.submit(asyncio.run, greet()).result()
 
 
 def _check_address(config: ClusterConfig, address: str) -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -17,6 +17,7 @@ from dtrain.algorithm.metrics.terms import accuracy, mean_over_batch
 from dtrain.config.names import metric_key
 from dtrain.errors import InvalidConfig, ShapesDiffer
 from tests.algorithm.helpers import means, measured, pair_of
+from tests.sampling import examples
 
 ACCURACY = {"accuracy": metric_named("accuracy")}
 
@@ -38,7 +39,7 @@ def batches(x, y, size):
 # Pieces and the whole -------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=5), st.integers(3, 12))
 def test_pieces_give_what_one_pass_gives(pieces, size):
     x, y = samples(sum(pieces))

@@ -178,6 +178,7 @@ def test_every_preset_has_a_case() -> None:
     assert set(CASES) == set(PRESETS)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CASES)
 def test_a_preset_by_hand(name: str, tmp_path: Path, write_store: Callable[..., Path]) -> None:
     case = CASES[name]

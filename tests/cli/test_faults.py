@@ -1,8 +1,12 @@
 """Bad input: the exit code, and an error in at most four lines that names what was given."""
 
+import http.server
+import json
 import math
 import os
 import shutil
+import socket
+import threading
 
 import numpy as np
 import pytest
@@ -294,6 +298,7 @@ def test_data_that_are_not_finite(cli, project, value):
 # The model, the loss, the optimizer -----------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize(
     ("tables", "model", "words"),
     [
@@ -390,6 +395,27 @@ def test_a_scheduler_that_does_not_answer(cli, project, monkeypatch):
     monkeypatch.setattr("dtrain.runtime.connect.CONNECT_TIMEOUT", 0.5)
     address = "tcp://127.0.0.1:1"
     fails(cli, ("train", project().config, "--scheduler", address), 6, [address, "dask scheduler"])
+
+
+def test_a_port_that_takes_connections_and_never_answers(cli, project, monkeypatch, tmp_path):
+    """Such as a tunnel whose far end is gone."""
+    monkeypatch.setattr("dtrain.runtime.connect.CONNECT_TIMEOUT", 0.5)
+    config = project().config
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        fails(cli, ("train", config, "--scheduler", address), 6, [address, "dask scheduler"])
+        (tmp_path / "scheduler.json").write_text(json.dumps({"address": address}))
+        fails(cli, ("train", config, "--scheduler", "scheduler.json"), 6, ["scheduler.json"])
+
+
+def test_a_port_where_something_else_answers(cli, project, monkeypatch):
+    monkeypatch.setattr("dtrain.runtime.connect.CONNECT_TIMEOUT", 0.5)
+    monkeypatch.setattr(http.server.BaseHTTPRequestHandler, "log_message", lambda *arguments: None)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"tcp://127.0.0.1:{server.server_port}"
+        fails(cli, ("train", project().config, "--scheduler", address), 6, [address, "dask scheduler"])
+        server.shutdown()
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def plan_and_train(cli, config, *more):
     return last(planned), objects(trained.out)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("template", FILES)
 def test_a_template_is_written_and_trains(cli, tmp_path, template):
     outcome = cli("--json", "init", "new/here", "--template", template)
@@ -220,6 +221,7 @@ def test_a_float_target_becomes_a_regression(cli, write_store, tmp_path, numbere
     plan_and_train(cli, tmp_path / "elsewhere/dtrain.toml")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("dtype", "shape", "loss", "outputs"),
     [

@@ -389,6 +389,7 @@ TABLES = {
 }
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("layout", [*FORECASTS, *IMAGES, *TABLES])
 def test_a_layout_is_recognised_and_trains(cli: Any, tmp_path: Path, layout: str) -> None:
     wanted = {**FORECASTS, **IMAGES, **TABLES}[layout]
@@ -421,6 +422,7 @@ def accepted(cli: Any, *more: str) -> None:
         assert outcome.code == 0, outcome.err
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("seed", [*range(12), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(12, 120))])
 def test_any_store_is_planned_or_refused(cli: Any, tmp_path: Path, seed: int) -> None:
     anything(tmp_path / "s.zarr", seed)
@@ -437,6 +439,7 @@ def test_any_store_is_planned_or_refused(cli: Any, tmp_path: Path, seed: int) ->
 # Zarr formats and writers -----------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", STORES)
 @pytest.mark.parametrize("options", [{"zarr_format": 2}, {"consolidated": False}], ids=["v2", "unconsolidated"])
 def test_both_formats_say_the_same(cli: Any, tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
@@ -481,6 +484,7 @@ def test_an_array_named_as_its_dimension(cli: Any, tmp_path: Path) -> None:
 # Text -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("dtype", "length", "context", "vocabulary"),
     [("uint8", 6000, 128, 256), ("uint16", 6000, 128, 300), ("int32", 1000, 16, 300), ("int64", 400, 8, 300)],
@@ -688,6 +692,7 @@ def test_several_groups_are_named(cli: Any, tmp_path: Path) -> None:
     accepted(cli)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("template", "kind", "code", "target"),
     [
@@ -711,6 +716,7 @@ def test_a_template_that_is_asked_for(
         accepted(cli)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("fault", ["codec", "dtype", "broken", "length", "no dimensions"])
 def test_one_odd_array_does_not_spoil_the_store(cli: Any, tmp_path: Path, fault: str) -> None:
     arrays = {"x": (("n", "k"), normal(60, 3)), "y": (("n",), normal(60)), "odd": (("n",), normal(60))}

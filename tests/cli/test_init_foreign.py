@@ -79,6 +79,7 @@ LABELS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
 @pytest.mark.parametrize("kind", LABELS)
 def test_a_label_image_is_foreground_and_background(cli: Any, kind: str, version: str) -> None:
@@ -155,6 +156,7 @@ def test_of_a_plate_the_first_image_is_read_and_named(cli: Any) -> None:
     accepted(cli)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
 @pytest.mark.parametrize("marked", [False, True])
 def test_of_several_images_the_first_is_read_and_the_others_are_listed(cli: Any, version: str, marked: bool) -> None:
@@ -201,6 +203,7 @@ def test_sides_of_patches_divide_chunks() -> None:
 # AnnData ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("how", FORMATS)
 @pytest.mark.parametrize("group", ["", "rna"])
 def test_cells_have_types(cli: Any, how: str, group: str) -> None:
@@ -328,6 +331,7 @@ def an_image(path: Path) -> None:
     write_ome(path, picture(6, 2, 64, 64), "tcyx", labels={"nuclei": (objects(6, 64, 64), "tyx")})
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", [as_zip, as_references, as_repository])
 @pytest.mark.parametrize("make", [an_image, write_anndata, counted])
 def test_archives_references_and_repositories(cli: Any, make: Callable[..., Any], kind: Callable[..., Path]) -> None:

@@ -42,6 +42,7 @@ def test_the_functions_of_the_project_are_used(cli, own, monkeypatch):
     assert last(cli("--json", "eval", ".", "--split", "val"))["loss"] == found["loss"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("old", "new", "key"),
     [("hidden=5", "hidden=6", "model"), ("return 2 *", "return 3 *", "train.loss"), ("square", "abs", "train.metrics")],

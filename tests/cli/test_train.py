@@ -290,6 +290,7 @@ def test_the_same_command_again_says_the_same_and_touches_no_cluster(cli, projec
         }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("tables", [{}, {"train": {"local_steps": 4}}, {"train": {"batch_size": "full"}}])
 def test_more_rounds_continue_as_if_there_had_been_no_break(cli, project, trained, tables):
     job = project(tables)
@@ -370,6 +371,7 @@ def test_a_schedule_over_the_whole_run_fixes_its_rounds(cli, project):
     assert cli("-q", "train", job.config).code == 0
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "setting",
     [

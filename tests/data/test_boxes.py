@@ -13,7 +13,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.config.schema import TrainConfig
@@ -34,6 +34,7 @@ from dtrain.data.samples import Samples
 from dtrain.data.source import open_samples
 from dtrain.errors import InvalidConfig, TooFewSamples
 from tests.data.helpers import Spy, batches, one_pass, reader_of, readers, same_bits
+from tests.sampling import examples
 
 SPLITS = ("train", "val", "test")
 
@@ -187,7 +188,7 @@ def test_patches_need_a_dimension_to_cut() -> None:
 # Everything once ------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(st.data())
 def test_every_patch_once_and_no_value_in_two_splits(write_store: Callable[..., Path], data: st.DataObject) -> None:
     draw = data.draw

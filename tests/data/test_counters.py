@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from zarr.codecs import ZstdCodec
 
@@ -38,6 +38,7 @@ from tests.data.helpers import (
     reader_of,
     vector,
 )
+from tests.sampling import examples
 
 
 class Counted:
@@ -84,6 +85,7 @@ STORED = {
 }
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("which", ["zarr", "numcodecs"])
 @pytest.mark.parametrize("rows", [96, 100, 97, 11])
 @pytest.mark.parametrize("kind", STORED)
@@ -197,6 +199,7 @@ def small_shards(write_store, tmp_path, monkeypatch):
     return write
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("ragged", [0, 1, 13])
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_units_of_a_shard_have_one_owner_where_there_are_enough_shards(small_shards, blocks, ragged):
@@ -311,7 +314,7 @@ def test_chunks_of_a_shard_that_are_dense_are_read_together_without_zarr(write_s
 # Windows ----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=18)
+@examples(18)
 @given(
     st.integers(150, 400),
     st.tuples(st.integers(1, 30), st.integers(1, 30)),
@@ -402,6 +405,7 @@ def test_units_do_not_grow_beyond_32_mib_nor_below_20_a_replica():
 # Cache ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kept", [0, 5, 10, 15, 20])
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("kind", ["v2", "sharded"])

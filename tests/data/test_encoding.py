@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from xarray.backends.zarr import FillValueCoder
 
@@ -25,6 +25,7 @@ from tests.data.helpers import (
     reader_of,
     vector,
 )
+from tests.sampling import examples
 
 INTEGERS = ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
 FLOATS = ["float16", "float32", "float64"]
@@ -100,7 +101,7 @@ def is_packed(attributes):
 
 
 @pytest.mark.filterwarnings("error")  # numpy warns of casts that differ from processor to processor
-@settings(max_examples=200)
+@examples(200)
 @given(packed())
 @example((3, np.array([-1, 0, 5], "int8"), {"_FillValue": -1, "_Unsigned": "true"}))
 @example((2, np.array([200, 0, 255], "uint8"), {"missing_value": 255, "_Unsigned": "false"}))
@@ -154,7 +155,7 @@ def test_a_mark_that_the_dtype_cannot_hold_marks_nothing(write_store, tmp_path, 
     assert np.isfinite(found).all()
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(packed())
 def test_a_missing_value_is_refused_by_name_unless_it_is_allowed(write_store, drawn):
     zarr_format, values, attributes = drawn

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import dtrain
@@ -36,6 +36,7 @@ from dtrain.errors import (
 )
 from tests.data.helpers import START, WHOLE
 from tests.data.layouts.fixtures import NAMES, write_anndata
+from tests.sampling import examples
 
 Write = Callable[..., Path]
 YEARS = (365, 366, 365, 365)
@@ -87,7 +88,7 @@ def chunks_by_hand(samples: Samples, plan: DataPlan, number: int) -> int:
 # The same samples -------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 45)), min_size=2, max_size=6),
     offsets=st.sampled_from([0, [-1, 0], [-3, 2], {"start": 1, "stop": 4}, 2]),
@@ -141,7 +142,7 @@ def test_each_sample_of_each_store_stands_once_with_its_values(
             assert window == [2] or sorted(seen) == sorted(wanted)
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(
     rows=st.lists(st.integers(1, 12), min_size=2, max_size=4),
     chunk=st.integers(1, 6),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import dtrain
@@ -31,6 +31,7 @@ from dtrain.data.samples import Samples
 from dtrain.errors import InvalidConfig, TooFewSamples, UnsuitableVariable
 from tests.data.helpers import WHOLE
 from tests.data.layouts.fixtures import write, write_anndata
+from tests.sampling import examples
 
 Write = Callable[..., Path]
 NAN, INF = np.nan, np.inf
@@ -84,7 +85,7 @@ def counted(samples: Samples, pieces: int = 1, **changes: Any) -> tuple[DataPlan
 # Store by store ---------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 35)), min_size=2, max_size=5),
     offsets=st.sampled_from([0, 0, [-1, 0], {"start": 1, "stop": 3}]),
@@ -170,6 +171,7 @@ def bits_of(samples: Samples, split: str, epochs: int = 1, **keys: Any) -> list[
     ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("keys", KEYS)
 def test_batches_are_those_of_one_store_in_the_same_order(
@@ -194,6 +196,7 @@ def test_batches_are_those_of_one_store_in_the_same_order(
     assert rest == bits_of(alone, "train", epochs=2)[9 : 9 + len(rest)]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("keys", [{**KEYS[name], "normalize": []} for name in KEYS], ids=KEYS)
 def test_padding_between_stores_is_no_sample(write_store: Write, tmp_path: Path, keys: dict[str, Any]) -> None:
     """Units of any rows: the same samples follow each other in stored order."""

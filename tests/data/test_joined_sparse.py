@@ -81,6 +81,7 @@ def read(samples: Samples, part: Partition, reader: str = "auto", **keys: Any) -
 # Rows -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("unit_rows", [1, 24, 64, 400])
 @pytest.mark.parametrize("dtypes", [("float32",) * 4, ("float32", "float64", "int32", "uint8")])
 @pytest.mark.parametrize("reader", ["numcodecs", "zarr"])
@@ -96,6 +97,7 @@ def test_each_cell_stands_once_with_its_values(tmp_path: Path, unit_rows: int, d
     assert sorted(seen) == list(range(sum(SIZES)))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("offsets", [[-2, 0], [0, 3], {"start": 1, "stop": 4}, {"start": -4, "stop": -1}])
 @pytest.mark.parametrize("unit_rows", [1, 16, 100])
 def test_windows_do_not_leave_a_store(tmp_path: Path, offsets: Any, unit_rows: int) -> None:

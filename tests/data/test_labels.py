@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dtrain.config.names import IGNORED_CLASS
@@ -17,6 +17,7 @@ from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
 from dtrain.errors import NonFiniteData, UnsuitableVariable
 from tests.data.helpers import WHOLE, batches, only_partition, reader_of, vector
+from tests.sampling import examples
 
 DTYPES = ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "bool"]
 FORMATS = pytest.mark.parametrize("zarr_format", [2, 3])
@@ -80,7 +81,7 @@ def labelled(draw):
     return zarr_format, values, attributes, marks
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(labelled())
 @example((3, np.array([0, 255, 7], "uint8"), {"_FillValue": 255}, {255}))
 @example((2, np.array([0, -1, 7], "int16"), {"_FillValue": -1}, {-1}))

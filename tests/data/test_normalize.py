@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dtrain.data.encoding import Scaling
@@ -22,6 +22,7 @@ from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
 from dtrain.errors import InvalidConfig, LengthsDiffer, NonFiniteData
 from tests.data.helpers import WHOLE, batches, index_of, one_pass, only_partition, vector
+from tests.sampling import examples
 
 SIZES = {"n": 24, "level": 4, "lat": 6, "lon": 5}
 
@@ -208,7 +209,7 @@ def native(values):
     return values.astype(values.dtype.newbyteorder("="))
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(
     st.sampled_from(list(KINDS)),
     st.sampled_from([(), ("level",), ("lat",), ("level", "lat")]),
@@ -232,7 +233,7 @@ def test_values_are_those_of_exact_arithmetic_rounded_once(write_store, kind, by
         assert_close(place[:1], exactly(rows[:1], axes))
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(
     st.sampled_from([kind for kind in KINDS if "all" not in kind]),
     st.sampled_from([0, -1, [-1, 0], [0, 2, 3], {"start": 0, "stop": 3}]),

@@ -136,6 +136,7 @@ DATES = {
 }
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("block", [1, 4, 10_000])
 @pytest.mark.parametrize("kind", DATES)
 def test_parts_of_dates(kind: str, block: int) -> None:
@@ -199,6 +200,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.sampled(21)
 @pytest.mark.parametrize("block", [1, 2, 10_000])
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_is_refused_says_what_is_there(kind: str, block: int) -> None:

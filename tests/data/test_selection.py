@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.data.load.loader import read_batches
@@ -36,6 +36,7 @@ from tests.data.helpers import (
     readers,
     vector,
 )
+from tests.sampling import examples
 
 SPLITS = ("train", "val", "test")
 
@@ -143,7 +144,7 @@ def patch_of(values, dims, tile):
 offsets = st.sampled_from([0, 0, 2, [-1, 0], {"start": 0, "stop": 3, "step": 1}, [0, 3, 1]])
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(st.data())
 def test_samples_are_what_numpy_selects(write_store, data):
     draw = data.draw
@@ -405,7 +406,7 @@ def test_a_dimension_that_isel_drops_cannot_be_patched(store):
 # missing = "skip" -------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(st.data())
 def test_samples_of_missing_chunks_are_left_out_and_no_other_value_changes(write_store, chunk_files, data):
     draw = data.draw

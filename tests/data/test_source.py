@@ -442,6 +442,7 @@ CODECS = {
 }
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3 specification")
 @pytest.mark.parametrize("codec", CODECS)
 def test_checksums_says_whether_a_flipped_bit_is_found(write_store, tmp_path, chunk_files, codec):

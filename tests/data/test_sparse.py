@@ -103,6 +103,7 @@ def one_pass(samples, parts: tuple[Partition, ...], reader, limits=None):
 # Chunks -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("which", ["numcodecs", "zarr"])
 @pytest.mark.parametrize("indices", [1.0, 0.45])
 @pytest.mark.parametrize("kind", LENGTHS)
@@ -126,6 +127,7 @@ def test_a_pass_decodes_a_quarter_more_chunks_than_there_are_at_most(tmp_path, m
     assert sum(seen.of("data").values()) == 2 * first
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["even", "unequal", "a heavy part"])
 def test_splits_and_replicas_together_decode_hardly_more(tmp_path, monkeypatch, kind):
     matrix = matrix_of(kind, rows=6000)
@@ -154,6 +156,7 @@ def test_of_shards_inner_chunks_count(tmp_path, monkeypatch, reader):
         assert sum(counts) <= 1.25 * len(counts) + 1
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", LENGTHS)
 def test_the_amplification_that_the_plan_says_is_nearly_that_of_the_pass(tmp_path, monkeypatch, kind):
     matrix = matrix_of(kind)
@@ -289,6 +292,7 @@ def test_the_terms_of_the_budget_by_hand(tmp_path):
         plan_memory(reading(samples, plan, train_partitions(plan)), None, 399, "memory")
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("kind", LENGTHS)
 @pytest.mark.parametrize("index", ["int32", "int64"])
 def test_a_loader_allocates_no_more_than_the_budget_says(tmp_path, kind, index):
@@ -349,6 +353,7 @@ def check_budget(path, reader, data):
     assert found["used"] >= 0.4 * found["law"]  # and the budget is no guess
 
 
+@pytest.mark.sampled(2)
 @LINUX
 @pytest.mark.parametrize("reader", ["numcodecs", "zarrs", "zarr"])
 @pytest.mark.parametrize("data", [{}, {"normalize": {"X": ["gene"]}, "isel": {"gene": {"start": 0, "step": 2}}}])

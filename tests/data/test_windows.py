@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.data.load.loader import read_batches
@@ -22,6 +22,7 @@ from dtrain.data.source import open_samples
 from dtrain.errors import InvalidConfig, TooFewSamples
 from dtrain.types import Cursor
 from tests.data.helpers import Spy
+from tests.sampling import examples
 
 START = Cursor(0, 0)
 SPLITS = ("train", "val", "test")
@@ -74,7 +75,7 @@ def listed(value):
     return list(range(value["start"], value["stop"], value["step"])) if isinstance(value, dict) else value
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(
     st.integers(60, 160),
     st.tuples(st.integers(1, 40), st.integers(1, 40)),

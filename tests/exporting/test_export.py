@@ -79,6 +79,7 @@ print(json.dumps({"shapes": [list(one.shape) for one in all_outputs], "values": 
 """
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("case", "to"), EVERY)
 def test_round_trip_and_the_lines_of_the_card(runs: Runs, tmp_path: Path, case: str, to: str) -> None:
     run = runs(case)
@@ -205,6 +206,7 @@ def test_metadata_and_names(runs: Runs, tmp_path: Path) -> None:
     assert [one.name for one in graph.graph.output] == ["obs_kind_output"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("to", FORMATS)
 def test_any_number_of_samples_at_once(runs: Runs, tmp_path: Path, to: str) -> None:
     run = runs("cells")

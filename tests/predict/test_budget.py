@@ -34,6 +34,7 @@ def budgets(monkeypatch: pytest.MonkeyPatch) -> list[PredictionBudget]:
     return made
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("shape", "chunks", "data", "ahead"),
     [

@@ -44,6 +44,7 @@ def patched(path: Path, inputs: str, target: str, **more: object) -> dtrain.Samp
     return dtrain.open_samples(path, inputs=[inputs], targets=[target], **{"patch": {"y": 8, "x": 6}, **more})
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("overlap", "cut"), [(0, False), (0.25, True), (0.9, True)])
 def test_every_place_is_predicted_once_and_exactly(
     store: Path,

@@ -8,13 +8,14 @@ from functools import reduce
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.algorithm.metrics.curve import auroc_error, auroc_value
 from dtrain.algorithm.metrics.named import metric_named
 from dtrain.algorithm.metrics.state import Metric, add_moments, empty_state, merge_parts, merged
 from dtrain.errors import ShapesDiffer
+from tests.sampling import examples
 
 NUMBERS = ("mse", "mae", "rmse", "r2", "anomaly_correlation")
 CLASSES = ("accuracy", "f1", "iou", "dice", "auroc")
@@ -118,7 +119,7 @@ def area(scores, labels, weights):
     return (order * pairs).sum() / pairs.sum()
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.integers(5, 400), st.integers(0, 10**6), st.floats(0.1, 30))
 def test_auroc_is_exact_to_within_its_bound(count, seed, spread):
     rng = np.random.default_rng(seed)
@@ -131,7 +132,7 @@ def test_auroc_is_exact_to_within_its_bound(count, seed, spread):
     assert auroc_error(*parts) < 0.2
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(st.integers(20, 200), st.integers(0, 10**6))
 def test_metrics_of_several_classes_are_means_of_each_against_the_rest(count, seed):
     logits, labels = classes(count, seed)
@@ -151,7 +152,7 @@ def test_metrics_of_several_classes_are_means_of_each_against_the_rest(count, se
     assert abs(auroc_value(*parts) - np.mean(areas)) <= auroc_error(*parts) + 1e-9
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(0, 10**6))
 def test_moments_merge_to_those_of_the_whole(sizes, seed):
     values = np.random.default_rng(seed).normal(loc=1e6, size=sum(sizes))

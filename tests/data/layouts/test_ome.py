@@ -47,6 +47,7 @@ def rows(samples, reader="auto"):
 # Dimensions -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(11)
 @VERSIONS
 @pytest.mark.parametrize("consolidated", [False, True])
 @pytest.mark.parametrize("level", ["0", "1"])

@@ -17,7 +17,7 @@ import icechunk
 import numpy as np
 import pytest
 import zarr
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
@@ -41,6 +41,7 @@ from dtrain.errors import (
 )
 from tests.data.helpers import WHOLE, batches, one_pass, only_partition
 from tests.data.layouts.fixtures import encoding, frame, write, write_anndata, write_cells, write_sparse
+from tests.sampling import examples
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # zarr's own, of strings that version 3 does not specify
 READERS = ["numcodecs", "zarrs", "zarr"]
@@ -115,7 +116,7 @@ def matrices(draw):
     return matrix, {"data": matrix.data.astype(dtype), "indices": matrix.indices.astype(index)}
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(
     matrices(),
     st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 70)),
@@ -165,6 +166,7 @@ def test_every_row_once_and_as_scipy_has_it(
 SLICE = ("start", "stop", "step")
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("how", ["v2", "v3", "legacy"])
 @pytest.mark.parametrize("name", ["X", "layers/thin", "raw/X", "obsm/regions", "mod/rna/X"])
 def test_wherever_anndata_keeps_a_matrix(tmp_path, how, name):
@@ -231,6 +233,7 @@ def test_windows_of_sparse_rows(store, offsets):
     np.testing.assert_array_equal(x, np.stack([matrix.toarray()[y + offset] for offset in listed], axis=1))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("shape", [(5, 3), (1, 1), (300_000, 2)])
 def test_a_matrix_without_values(store, shape):
     path = store(sparse.csr_matrix(shape, dtype="float32"), y_chunk=100_000)

@@ -7,7 +7,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import dtrain
@@ -20,6 +20,7 @@ from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
 from dtrain.errors import InvalidConfig, NonFiniteData, TooFewSamples
 from tests.data.helpers import WHOLE, vector
+from tests.sampling import examples
 
 NAN, INF = np.nan, np.inf
 
@@ -110,7 +111,7 @@ def test_a_patch_holds_its_own_values(write_store, tmp_path, units):
     assert left_out.samples == 3
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(st.data())
 def test_what_the_pass_finds_is_what_the_batches_hold(write_store, tmp_path_factory, data):
     draw = data.draw

@@ -6,7 +6,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.config.schema import TrainConfig
@@ -17,6 +17,7 @@ from dtrain.data.load.slots import Rows
 from dtrain.data.samples import Samples
 from dtrain.data.tiles import Cut, Tiles
 from dtrain.data.variable import Variable
+from tests.sampling import examples
 
 SLOTS, SLOT_ROWS, CHANNELS, WIDTH = 3, 12, 3, 4
 PACKED = Encoding(dtype="float32", scale=0.5, offset=1.0, missing=(-9.0,))
@@ -75,7 +76,7 @@ def standardised(row, scaling, channels):
     return ((row - mean[channels][:, None]) / std[channels][:, None]).astype("float32")
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(
     st.sampled_from(["float32", "int16", "uint8", "bool", "packed"]),
     st.sampled_from([0, -2, [-1, 0], {"start": -1, "stop": 2}, [0, 3, 1], [0, 2, 4]]),

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.data.encoding import Scaling
@@ -50,6 +50,7 @@ from tests.data.helpers import (
     vector,
 )
 from tests.data.load.simulation import Simulation, stream_of
+from tests.sampling import examples
 
 some_limits = st.builds(
     Limits,
@@ -112,7 +113,7 @@ def held_back(reader, gates=None):
 # A pass -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(
     stores(),
     st.integers(1, 9),
@@ -145,7 +146,7 @@ def test_each_sample_comes_exactly_once_a_pass_with_its_values(
         assert sorted(seen) == list(range(samples.num_samples))
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(stores(), st.integers(1, 4), st.integers(1, 9), st.booleans(), some_limits, st.data())
 def test_batches_are_the_stream_that_the_schedule_is_tested_for(
     write_store, store, replicas, window, shuffle, limits, data
@@ -165,7 +166,7 @@ def test_batches_are_the_stream_that_the_schedule_is_tested_for(
         assert same_bits(found, endless[: len(sizes)])
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(stores(), st.integers(1, 3))
 def test_train_val_and_test_together_hold_each_sample_once(write_store, store, replicas):
     with tempfile.TemporaryDirectory() as folder:
@@ -230,7 +231,7 @@ def test_a_batch_of_another_size_than_asked_for_is_a_bug(numbers):
 # The same bits, whatever it may use ---------------------------------------------------------------------------
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(
     stores(),
     st.integers(1, 3),
@@ -257,7 +258,7 @@ def test_limits_and_readers_do_not_change_a_bit(
         assert same_bits(plain, other)
 
 
-@settings(max_examples=12)
+@examples(12)
 @given(st.floats(0, 2.99), st.integers(1, 9), st.booleans(), st.integers(1, 9), readers)
 def test_a_stream_cut_at_random_goes_on_bit_by_bit(cut_store, share, batch, shuffle, window, which):
     samples, plan = cut_store
@@ -315,7 +316,7 @@ def test_the_memory_of_a_worker_changes_what_is_kept_but_not_a_bit(cut_store):
 # Memory: slots ------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=12)
+@examples(12)
 @given(stores(), st.integers(1, 3), st.integers(1, 6), st.booleans(), some_limits, st.integers(1, 4))
 def test_the_arena_has_the_slots_of_the_schedule_and_no_more_threads_read_than_allowed(
     write_store, store, replicas, window, shuffle, limits, passes
@@ -477,7 +478,7 @@ def bits_of(kept):
     return np.asarray(kept["array"] if isinstance(kept, dict) else kept).tobytes()
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(
     st.lists(st.sampled_from(list(HOW_KEPT)), min_size=150, max_size=150),
     st.sampled_from([1, 2, 8, 32]),
@@ -532,6 +533,7 @@ def watched_loader(reader, partition, buffers):
     return loader, made
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("buffers", [2, 4])
 @pytest.mark.parametrize("bundle", [1, 32])
 def test_buffers_are_used_again_once_nobody_refers_to_them(numbers_of_60, monkeypatch, buffers, bundle):
@@ -759,7 +761,7 @@ def test_what_a_model_writes_into_a_static_input_does_not_reach_other_batches(wi
 # Standardised -------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=8)
+@examples(8)
 @given(st.data())
 def test_variables_are_standardised_on_the_way(write_store, data):
     draw = data.draw
@@ -799,7 +801,7 @@ def test_variables_are_standardised_on_the_way(write_store, data):
 # Ends: closed, abandoned, failed --------------------------------------------------------------------------------
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(st.integers(0, 12), st.integers(1, 40), some_limits, st.booleans())
 def test_a_loader_can_be_closed_at_any_time(numbers_of_60, steps, batch, limits, shuffle):
     samples, _, partition = numbers_of_60

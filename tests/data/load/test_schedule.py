@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import dtrain.data.load.schedule
@@ -46,8 +46,9 @@ from tests.data.load.simulation import (
     stream_of,
     whole_partition,
 )
+from tests.sampling import examples
 
-MANY = settings(max_examples=250)
+MANY = examples(250)
 
 limits = st.builds(
     Limits,

@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import zarr
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
@@ -26,6 +26,7 @@ from dtrain.data.sparse import SparseRows, pieces
 from dtrain.errors import NonFiniteData
 from tests.data.helpers import WHOLE, batches, one_pass
 from tests.data.layouts.fixtures import encoding, frame, write, write_sparse
+from tests.sampling import examples
 
 
 def of_scipy(matrix):
@@ -42,7 +43,7 @@ def exact(columns):
     return found
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(
     st.integers(1, 40),
     st.integers(1, 8),
@@ -127,6 +128,7 @@ def both(tmp_path):
     return write_both
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", ["float32", "float64", "uint8", "int64"])
 @pytest.mark.parametrize("dims", [[], ["gene"]])

@@ -10,7 +10,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.data.encoding import Encoding, Scaling
@@ -24,6 +24,7 @@ from dtrain.data.read.units import UnitReader
 from dtrain.data.source import open_samples
 from dtrain.errors import NonFiniteData
 from tests.data.helpers import WHOLE, only_partition, open_all, variable, vector
+from tests.sampling import examples
 
 
 def rows_of_train(plan):
@@ -35,7 +36,7 @@ DIMS = [("n",), ("n", "f"), ("n", "y", "x"), ("n", "channel", "y", "x"), ("y", "
 SIZES = {"f": 5, "y": 3, "x": 2, "channel": 4, "band": 2}
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(st.data(), st.integers(30, 120), st.integers(1, 12), st.integers(1, 4), st.integers(0, 5))
 def test_moments_are_those_of_numpy_over_the_training_rows(write_store, data, rows, chunk, replicas, seed):
     dims = data.draw(st.sampled_from(DIMS))
@@ -87,7 +88,7 @@ def exactly(values):
     return mean, sum((number - mean) ** 2 for number in numbers) / len(numbers)
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(
     st.sampled_from(
         ["float64 1e7", "float64 1e9", "float32 1e7", "int64 ns", "uint64 top", "int64 all", "float64 0 first"]

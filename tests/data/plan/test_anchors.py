@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from dtrain.data.plan.anchors import count_samples
 from dtrain.data.plan.partition import JointPlan, cell_anchors, eval_partitions, plan_data, train_partitions
@@ -16,8 +16,9 @@ from dtrain.data.tiles import Cut, Tiles
 from dtrain.errors import TooFewSamples
 from tests.data.helpers import make_samples
 from tests.data.plan.helpers import NEXT_BLOCK, anchors_by_hand, joined, samples_of, small_problems
+from tests.sampling import examples
 
-MANY = settings(max_examples=200)
+MANY = examples(200)
 SPLITS = ("train", "val", "test")
 
 
@@ -84,7 +85,7 @@ def test_what_a_partition_says_of_its_parts_is_what_its_anchors_say(problem):
         assert partition.nbytes >= partition.cells.nbytes + partition.first.nbytes + partition.count.nbytes
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(small_problems(), small_problems())
 def test_every_store_of_several_is_dealt_to_its_own_replicas(first, second):
     try:

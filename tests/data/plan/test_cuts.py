@@ -6,15 +6,16 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 
 from dtrain.data.plan.partition import count_units, plan_data
 from dtrain.data.plan.units import cell_bounds
 from tests.data.helpers import make_samples
 from tests.data.plan.helpers import plan_or_none, problems, walk_cells
+from tests.sampling import examples
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(problems())
 @example((make_samples(5, 7), 1, 0))
 @example((make_samples(3000, 200, 199, row=(300, 300)), 3, 0))

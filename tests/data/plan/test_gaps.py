@@ -10,13 +10,14 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.data.plan import gaps
 from dtrain.data.plan.gaps import as_text, jumps_of, largest_step, middle_steps, steps_between, too_many
+from tests.sampling import examples
 
-MANY = settings(max_examples=150)
+MANY = examples(150)
 int64s = st.integers(-(2**63), 2**63 - 1)
 integers = st.lists(st.integers(-4, 40) | int64s, max_size=60)
 floats = st.lists(st.floats(-100, 100) | st.floats() | st.sampled_from([0.0, 0.25, 0.5]), max_size=60)

@@ -304,6 +304,7 @@ KINDS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("cached", [0, 3, 40])
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.data.load.slots import SlotTable
@@ -22,6 +22,7 @@ from dtrain.data.tiles import Cut, Tiles
 from dtrain.errors import TooFewSamples
 from tests.data.helpers import make_samples
 from tests.data.plan.helpers import small_problems
+from tests.sampling import examples
 
 SPLITS = ("train", "val", "test", "all")
 
@@ -78,7 +79,7 @@ def wanted(plan, values, split):
     return Counter({key: times for key, times in found.items() if times})
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(small_problems(), st.integers(0, 2**32), st.integers(1, 5))
 def test_each_sample_comes_as_often_as_its_multiplicity_and_resumes_anywhere(problem, seed, window):
     plan = planned(problem)
@@ -108,7 +109,7 @@ def test_each_sample_comes_as_often_as_its_multiplicity_and_resumes_anywhere(pro
         assert count_samples(plan, split).samples == sum(own.values()) == cell_anchors(plan, split).num_samples
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(small_problems(), st.integers(1, 5))
 def test_multiplicities_of_one_change_nothing(problem, window):
     bare = planned(problem)

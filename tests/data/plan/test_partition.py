@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.data.plan.partition import JointPlan, Partition, eval_partitions, plan_data, train_partitions
@@ -18,11 +18,12 @@ from dtrain.data.plan.units import Box
 from dtrain.errors import TooFewSamples
 from tests.data.helpers import make_samples
 from tests.data.plan.helpers import joined, plan_from, plan_or_none, problems, ragged_plans, samples_of, walk_cells
+from tests.sampling import examples
 
 # Who owns what ----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(problems())
 def test_every_sample_belongs_to_one_partition_or_held_out_split(problem):
     plan = plan_or_none(problem)
@@ -38,7 +39,7 @@ def test_every_sample_belongs_to_one_partition_or_held_out_split(problem):
     assert joined(map(samples_of, eval_partitions(plan, "train"))) == sorted(joined(owned))
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(problems())
 def test_parts_are_what_walking_along_the_cells_gives(problem):
     plan = plan_or_none(problem)
@@ -61,14 +62,14 @@ def test_parts_are_what_walking_along_the_cells_gives(problem):
         assert partition.num_samples == sum(map(len, parts.values()))
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(ragged_plans())
 def test_stratified_partitions_are_equal_to_within_one_cell(plan):
     counts = [p.num_samples for p in train_partitions(plan)]
     assert max(counts) - min(counts) <= plan.cell_rows
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(ragged_plans())
 def test_contiguous_partitions_are_runs_of_the_train_split_as_equal_as_cells_allow(plan):
     partitions = train_partitions(replace(plan, contiguous=True))
@@ -111,7 +112,7 @@ def test_the_deal_never_changes():
     ]
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(ragged_plans())
 def test_an_evaluation_is_cut_into_runs_none_of_them_empty(plan):
     for name in ("train", "val", "test", "all"):
@@ -122,7 +123,7 @@ def test_an_evaluation_is_cut_into_runs_none_of_them_empty(plan):
         assert joined(p.cells.tolist() for p in partitions) == cells.tolist()
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(problems(shares=((0.0, 0.0), (0.2, 0.1))), st.floats(0, 0.95), st.data())
 def test_rows_that_are_not_used_belong_to_nobody_and_every_replica_has_something(problem, before, data):
     samples, replicas, seed = problem
@@ -194,7 +195,7 @@ def test_a_split_of_less_than_one_sample(shares, name):
 # The plan as a thing ----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(problems())
 def test_the_same_arguments_give_the_same_plan(problem):
     plan = plan_or_none(problem)
@@ -207,7 +208,7 @@ def test_the_same_arguments_give_the_same_plan(problem):
         assert all(a.cells.tolist() == b.cells.tolist() for a, b in pairs)
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(problems(), st.sampled_from([{"path": "/else/where.zarr"}, {"memory": "64MB"}, {"missing": "fill"}]))
 def test_a_plan_does_not_depend_on_path_or_memory(problem, change):
     samples, replicas, seed = problem

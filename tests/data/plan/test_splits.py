@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 
 from dtrain.data.plan.partition import eval_partitions, plan_data
 from dtrain.data.plan.splits import split_cells
 from tests.data.helpers import make_samples
 from tests.data.plan.helpers import joined, plan_or_none, problems, samples_of
+from tests.sampling import examples
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(problems(shares=[(0.1, 0.1), (0.3, 0.0), (0.0, 0.02), (0.45, 0.45)]))
 def test_splits_get_their_shares(problem):
     plan = plan_or_none(problem)
@@ -24,7 +25,7 @@ def test_splits_get_their_shares(problem):
         assert (got > 0) == (share > 0)
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(problems())
 def test_sequential_splits_are_train_then_val_then_test(problem):
     plan = plan_or_none(problem)

@@ -67,6 +67,7 @@ def decoded(array, select, out, scratch=scratch):
     return out
 
 
+@pytest.mark.sampled(51)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "int16", "uint8", "bool"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunks_are_decoded_to_the_same_bits_as_by_zarr(create, kind, dtype):

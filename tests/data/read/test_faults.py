@@ -105,6 +105,7 @@ DAMAGE = {
 HARMLESS = ("garbage", "zeros")  # without a codec any bytes of that length are numbers
 
 
+@pytest.mark.sampled(6)
 @READERS
 @pytest.mark.parametrize("kind", ALL)
 def test_a_damaged_object_stops_reading_by_name(write_store, tmp_path, kind, which):
@@ -152,6 +153,7 @@ def test_each_reader_reads_what_it_is_said_to_read(write_store, tmp_path):
         assert (reader_of(samples, "zarrs").readers["v0"][0] == "zarrs") == (kind not in NOT_ZARRS), kind
 
 
+@pytest.mark.sampled(15)
 @READERS
 @pytest.mark.parametrize("kind", ALL)
 def test_a_flipped_bit_is_found_where_there_is_a_checksum_and_never_crashes(write_store, tmp_path, kind, which):
@@ -181,6 +183,7 @@ def test_a_flipped_bit_is_found_where_there_is_a_checksum_and_never_crashes(writ
     assert not checksums or not silent
 
 
+@pytest.mark.sampled(6)
 @READERS
 @pytest.mark.parametrize("dims", [("n", "k"), ("k", "n")])
 @pytest.mark.parametrize("sharded", [False, True])

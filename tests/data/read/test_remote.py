@@ -184,6 +184,7 @@ def read_after(samples, log, prefix):
 # S3 ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @CONSOLIDATED
 @EVERY_KIND
 @pytest.mark.filterwarnings("ignore:Consolidated metadata")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dtrain.data.plan.units import Box
@@ -24,9 +24,10 @@ from tests.data.helpers import (
     stores,
     vector,
 )
+from tests.sampling import examples
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(
     stores(),
     readers,
