@@ -10,6 +10,7 @@ import pkgutil
 import re
 import sys
 import threading
+from functools import cache
 from typing import Annotated, Any
 
 import typer
@@ -71,6 +72,12 @@ def build_app() -> typer.Typer:
     return app
 
 
+@cache
+def _command(folders: tuple[str, ...]) -> Any:
+    """Return the command line of the commands in folders."""
+    return typer.main.get_command(build_app())
+
+
 def split_flags(arguments: list[str]) -> tuple[Options, list[str]]:
     """Take the global flags out of the arguments, wherever they stand; flags after ``--`` are not ours."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
@@ -89,7 +96,7 @@ def run(arguments: list[str]) -> int:
     if not options.color:
         os.environ.update(NO_COLOR="1", TERM="dumb")  # rich and typer read them
     try:
-        command = typer.main.get_command(build_app())
+        command = _command(tuple(commands.__path__))
         code: int | None = command.main(args=rest, prog_name="dtrain", standalone_mode=False, obj=options)
         sys.stdout.flush()
     except KeyboardInterrupt:

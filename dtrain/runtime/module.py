@@ -96,7 +96,7 @@ def isolated(seed: int, threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        _seed_torch(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.set_num_threads(threads)
@@ -106,3 +106,10 @@ def isolated(seed: int, threads: int) -> Iterator[None]:
             torch.set_num_threads(before)
             random.setstate(states[0])
             np.random.set_state(states[1])
+
+
+def _seed_torch(seed: int) -> None:
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        torch.manual_seed(seed)
+    else:  # torch.manual_seed keeps a call, with its stack, for each accelerator that may be initialised later
+        torch.default_generator.manual_seed(seed)

@@ -51,7 +51,7 @@ def _is_users(module: ModuleType) -> bool:
     file, name = getattr(module, "__file__", None), str(getattr(module, "__name__", ""))
     if not file or name == "__main__" or name.partition(".")[0] in _OURS:
         return False
-    return not is_installed(Path(file))
+    return not _lies_installed(str(file))
 
 
 def is_below(base: Path, file: Path) -> bool:
@@ -61,6 +61,9 @@ def is_below(base: Path, file: Path) -> bool:
 
 def is_installed(file: Path) -> bool:
     """Whether a file belongs to the standard library or an installed package."""
-    if str(file).startswith(_INSTALLED):  # most of the many modules, without a look at the disk
-        return True
-    return str(file.resolve()).startswith(_INSTALLED)
+    return _lies_installed(str(file))
+
+
+def _lies_installed(file: str) -> bool:
+    # as text: a process has thousands of modules, and most need no look at the disk
+    return file.startswith(_INSTALLED) or os.path.realpath(file).startswith(_INSTALLED)
