@@ -111,5 +111,5 @@ def isolated(seed: int, threads: int) -> Iterator[None]:
 def _seed_torch(seed: int) -> None:
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         torch.manual_seed(seed)
-    else:  # torch.manual_seed keeps a call, with its stack, for each accelerator that may be initialised later
+    else:  # torch.manual_seed collects a stack for each accelerator that may be there later: 5 ms
         torch.default_generator.manual_seed(seed)
