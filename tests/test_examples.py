@@ -59,6 +59,7 @@ def test_the_original_example_learns(tmp_path: Path) -> None:
     assert found["loss"] < 0.06
 
 
+@pytest.mark.slow
 def test_the_original_example_runs_as_a_script_on_a_local_cluster() -> None:
     (path,) = [path for path in EXAMPLES if path.stem == "original_example"]
     done = subprocess.run([sys.executable, "-W", "error", str(path)], capture_output=True, text=True, timeout=200)

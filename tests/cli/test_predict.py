@@ -106,6 +106,7 @@ def slow(out: Path, scheduler: str = "serial") -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.alone
 @pytest.mark.parametrize(
     ("number", "code", "scheduler"),

@@ -36,6 +36,7 @@ SERIAL = {}
 LOCAL = {"cluster": {"scheduler": "local", "workers": 2}}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("number", "code", "tables"),
     [(signal.SIGTERM, 75, SERIAL), (signal.SIGINT, 130, LOCAL), (signal.SIGKILL, -9, SERIAL)],

@@ -58,6 +58,7 @@ def batch_job(script: str, job: Project, rounds_before_term: int | None = None) 
         return running.wait(timeout=200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train.sbatch", pytest.param("nodes.sbatch", marks=pytest.mark.slow)])
 def test_a_job_that_reaches_its_time_limit_is_queued_again_and_goes_on(
     script: str, slurm: Path, project: Callable[..., Project], cli: Callable[..., Any]

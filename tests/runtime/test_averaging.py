@@ -107,6 +107,7 @@ def ways(names: Iterable[str]) -> list[Any]:
     return [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("way", ways(WAYS))
 def test_serial_equals_cluster_equals_resumed(samples: Samples, tmp_path: Path, client: Client, way: str) -> None:
     serial = start(samples, tmp_path / "serial", "serial", 4, WAYS[way])
@@ -133,6 +134,7 @@ SLICED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("way", ways(SLICED))
 def test_slices_change_no_bit(samples: Samples, tmp_path: Path, client: Client, way: str) -> None:
     serial = start(samples, tmp_path / "serial", "serial", 4, SLICED[way], models.wide)

@@ -50,6 +50,7 @@ def test_serial_equals_cluster(train: Callable[..., dtrain.Run], client: Client)
     assert without_timings(train(client)) == without_timings(train())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -90,6 +91,7 @@ def test_frozen_parameters_reach_each_worker_and_no_average(
     assert {name for name in after if torch.equal(after[name], before[name])} >= {"0.weight", "0.bias"}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("workers", "ahead", "every"), [(1, 2, 3), (2, 0, 10), (3, 1, 1)])
 def test_the_number_of_workers_changes_nothing(
     train: Callable[..., dtrain.Run], monkeypatch: pytest.MonkeyPatch, workers: int, ahead: int, every: int

@@ -68,6 +68,7 @@ KEYS = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("data", KEYS, ids=["skip", "min_valid", "balance"])
 def test_serial_equals_cluster_equals_resumed(
     write_store: Write, tmp_path: Path, client: Client, data: dict[str, Any]

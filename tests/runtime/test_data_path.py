@@ -100,6 +100,7 @@ def halving(batch: Any, generator: torch.Generator) -> Any:
 # Speed changes no bit -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "data",
     [{"memory": "2MB"}, {"cache": "0"}, {"cache": "5kB"}, {"reader": "zarr"}, {"reader": "zarrs", "memory": "1GB"}],

@@ -187,6 +187,7 @@ def test_too_many_of_them_stop_the_run(samples: Samples, tmp_path: Path) -> None
         )
 
 
+@pytest.mark.slow
 def test_the_driver_is_killed_and_the_same_command_continues(blobs: Path, tmp_path: Path, calm: list[str]) -> None:
     (tmp_path / "model.py").write_text(Path(models.__file__).read_text())
     (tmp_path / "dtrain.toml").write_text(

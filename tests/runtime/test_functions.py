@@ -153,6 +153,7 @@ def kinds() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", kinds())
 def test_functions_and_objects_give_the_same_bits_everywhere(
     train: Callable[..., dtrain.Run], in_this_process: Client, client: Client, kind: str
@@ -423,6 +424,7 @@ def script(interrupted: Path, tmp_path: Path, blobs: Path) -> Script:
     return lambda *arguments, **changes: run_script(tmp_path / "script", blobs, *arguments, **changes)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("place", ["serial", "local"])
 def test_a_run_goes_on_in_a_new_process_with_the_same_functions(script: Script, place: str) -> None:
     again, whole = script(place, "cut", 0, seed="2"), script("serial", "whole", 0)
@@ -430,6 +432,7 @@ def test_a_run_goes_on_in_a_new_process_with_the_same_functions(script: Script, 
     assert again.stdout == whole.stdout != ""
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("old", "new", "key"),
     [

@@ -166,6 +166,7 @@ def test_every_store_of_several_has_jumps_of_its_own(
     assert record["stores"][0]["gaps"].startswith("none in 499 steps")
 
 
+@pytest.mark.slow
 def test_a_coordinate_that_only_a_worker_sees_is_read_there(
     store: Callable[..., Path], job: Callable[..., Any], tmp_path: Path, own_client: Client
 ) -> None:

@@ -201,6 +201,7 @@ def large_batches(
     return list(model.state_dict().values()), clipped
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("precision", "most"), [("float32", 1e-6), ("bfloat16", 1e-2)])
 @pytest.mark.parametrize("replicas", [2, 4])
 def test_the_preset_data_parallel_is_adamw_on_large_batches(

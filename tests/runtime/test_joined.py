@@ -136,6 +136,7 @@ def counted_job(path: Any, base: Path, rounds: int = 3, **tables: Any) -> Job:
     return job_of(path, base, train=train, **tables)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("split", [BY_SHARE, BY_COORDINATE], ids=["share", "coordinate"])
 @pytest.mark.parametrize("keys", COUNTED)
 def test_runs_that_count_samples_have_the_bits_of_a_run_on_one_store(

@@ -115,8 +115,8 @@ def test_an_interrupt_says_two_lines_and_the_kernel_goes_on(kernel: _Kernel, tmp
     assert "dtrain.train(..., run='run-1'). Look at it: dtrain.last_run()" in error["traceback"][1]
     assert "stopped" in shown[-1]
     assert [output for output in outputs if output["type"] == "stream"] == []
-    (after,) = kernel.run("run = dtrain.last_run(); print(len(run.rows) > 0, run.model is not None)")
-    assert after["text"] == "True True\n"
+    after = kernel.run("run = dtrain.last_run(); print(len(run.rows) > 0, run.model is not None)")
+    assert "True True\n" in [output["text"] for output in after]  # perhaps beside a sentence: another round is the best
     open_clusters = (
         "from distributed.deploy.spec import SpecCluster; "
         "print([c.name for c in SpecCluster._instances if c.status.name != 'closed'])"

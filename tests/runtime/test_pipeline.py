@@ -45,6 +45,7 @@ def calm(samples: Samples, tmp_path_factory: pytest.TempPathFactory) -> list[dic
     return rows(start(samples, tmp_path_factory.mktemp("calm"), "serial"))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("ahead", [0, 1, 2])
 @pytest.mark.parametrize("every", [1, 3, 10])
 def test_look_ahead_and_commits_change_no_bit(
@@ -68,6 +69,7 @@ def test_look_ahead_and_commits_change_no_bit(
     assert committed == sorted({*range(every, 13, every), 12})
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("ahead", [0, 1, 2])
 @pytest.mark.parametrize("every", [1, 10])
 def test_a_stop_rule_gives_the_same_last_round(

@@ -39,6 +39,7 @@ def start(samples: Samples, where: Path, place: Any, name: str) -> dtrain.Run:
 SHORT = ("data_parallel", "post_local_sgd", "fednova", "fedadam", "diloco", "hierarchical", "scaffold")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name", [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS]
 )

@@ -70,6 +70,7 @@ def train(path: Any, run: Path, client: Client | None = None, replicas: Any = 2,
     return train_job(job_from_config(config, run.parent), run, client=client)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("replicas", [1, 2, 4])
 def test_serial_equals_cluster_equals_resumed(cells: Path, tmp_path: Path, client: Client, replicas: int) -> None:
     serial = train(str(cells), tmp_path / "serial", replicas=replicas)

@@ -118,6 +118,7 @@ def test_workers_read_it_by_themselves(
     assert shas(run) == shas(train_job(job_of(convert("directory"), tmp_path), tmp_path / "there"))
 
 
+@pytest.mark.sampled(2)
 @EVERY
 def test_a_run_that_is_cut_goes_on(convert: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
     path = convert(kind)

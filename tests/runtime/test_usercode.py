@@ -499,6 +499,7 @@ def script(write):
     return script
 
 
+@pytest.mark.slow
 def test_the_sha256_of_a_script_covers_what_its_function_uses(script):
     before = script()
     assert len(before) == 64

@@ -294,6 +294,7 @@ def test_pauses_count_from_the_last_time_that_a_worker_ran(own: LocalCluster) ->
 # Clusters that go away ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("what", ["cluster", "client"])
 @pytest.mark.parametrize("processes", [True, False])
 def test_a_cluster_that_is_closed_while_a_run_is_trained(
@@ -356,6 +357,7 @@ def test_a_script_without_a_guard_gets_one_sentence(tmp_path: Path, blobs: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
 
 
+@pytest.mark.slow
 def test_a_script_with_a_guard_trains(tmp_path: Path, blobs: Path) -> None:
     text = textwrap.dedent(SCRIPT).replace("\nmain()\n", '\nif __name__ == "__main__":\n    main()\n')
     done = run_script(tmp_path, blobs, text)
@@ -363,6 +365,7 @@ def test_a_script_with_a_guard_trains(tmp_path: Path, blobs: Path) -> None:
     assert "1 of 1 rounds" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_worker_that_runs_the_script_again_is_refused_too(tmp_path: Path, blobs: Path) -> None:
     """The guard is one that no look at the text finds: the condition is a function's."""
     hidden = 'def here():\n    return True\n\nif here() or __name__ == "":\n    main()\n'
