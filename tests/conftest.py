@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -65,6 +66,13 @@ def _own_log_level() -> Iterator[None]:
     level = logger.level
     yield
     logger.setLevel(level)  # a command with --quiet raises it
+
+
+@pytest.fixture(autouse=True)
+def _own_modules() -> Iterator[None]:
+    own = {name: module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "tests"}
+    yield
+    sys.modules.update(own)  # a function of tests that is loaded by name is imported anew, with its neighbours
 
 
 @pytest.fixture(scope="session")
