@@ -34,6 +34,8 @@ CONNECT_TIMEOUT = 15.0
 """Seconds to wait for a scheduler."""
 WORKERS_TIMEOUT = 60.0
 """Seconds to wait for its first worker."""
+KNOWN_BY_SCHEDULER = ("python", "dtrain", "distributed")
+"""Packages of which a scheduler needs the version that is here; it only needs to have the others."""
 
 OWNED = {
     # spilled parameters would help nobody; a worker that torch's own memory has paused never resumes
@@ -208,6 +210,7 @@ def _connection(client: Client, *, started: bool) -> Connection:
     try:
         states = first_workers(client, WORKERS_TIMEOUT)
         if not started:
+            check_scheduler(address, client.run_on_scheduler(versions.versions))
             check_versions(ask_workers(client, versions.versions))
     except (OSError, TimeoutError, RuntimeError, AttributeError, asyncio.CancelledError) as error:
         if isinstance(error, DtrainError):
@@ -224,6 +227,20 @@ def _connection(client: Client, *, started: bool) -> Connection:
     )
 
 
+def check_scheduler(address: str, there: dict[str, str]) -> None:
+    """Compare a scheduler's versions with those here: it imports the functions of tasks, and computes none of them.
+
+    Raises
+    ------
+    ClusterUnsuitable
+        Names the package, what the scheduler has and what is needed.
+    """
+    for package, version in versions.versions().items():
+        has = there.get(package, "")
+        if not has or (package in KNOWN_BY_SCHEDULER and has != version):
+            raise _other_version(f"The scheduler {address}", package, has, version)
+
+
 def check_versions(by_worker: dict[str, dict[str, str]]) -> None:
     """Compare the versions of all workers with those here.
 
@@ -236,8 +253,12 @@ def check_versions(by_worker: dict[str, dict[str, str]]) -> None:
     for address, there in sorted(by_worker.items()):
         for package, version in here.items():
             if there.get(package, "") != version:
-                has = f"has {package} {there[package]}" if there.get(package) else f"lacks {package}"
-                raise ClusterUnsuitable(
-                    f"Worker {address} {has}; this process has {package} {version}.",
-                    "Install the same versions on client, scheduler and workers; the bits depend on them.",
-                )
+                raise _other_version(f"Worker {address}", package, there.get(package, ""), version)
+
+
+def _other_version(process: str, package: str, has: str, needed: str) -> ClusterUnsuitable:
+    what = f"has {package} {has}" if has else f"lacks {package}"
+    return ClusterUnsuitable(
+        f"{process} {what}; this process has {package} {needed}.",
+        "Install the same versions on client, scheduler and workers; the bits depend on them.",
+    )

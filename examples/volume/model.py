@@ -53,9 +53,3 @@ class UNet(nn.Module):
 def build(classes: int = 3, width: int = 8, steps: int = 8) -> nn.Module:
     """Return the module."""
     return UNet(classes, width, steps)
-
-
-def dice(outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return twice the voxels of tissue that outputs and targets share, and the sum of both."""
-    said = outputs.argmax(1)
-    return 2 * ((said == targets) & (targets > 0)).sum(), (said > 0).sum() + (targets > 0).sum()

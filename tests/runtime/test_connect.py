@@ -14,7 +14,7 @@ from distributed import Client
 from dtrain.config.schema import ClusterConfig
 from dtrain.errors import ClusterUnreachable, ClusterUnsuitable
 from dtrain.runtime import connect
-from dtrain.runtime.connect import check_versions, local_worker_memory, local_workers, open_cluster
+from dtrain.runtime.connect import check_scheduler, check_versions, local_worker_memory, local_workers, open_cluster
 from dtrain.runtime.versions import versions
 
 
@@ -38,6 +38,20 @@ def test_a_worker_with_others_is_named(package: str, version: str, words: str) -
     with pytest.raises(ClusterUnsuitable, match=words) as caught:
         check_versions(found)
     assert caught.value.code == 6
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "words"),
+    [
+        ("dtrain", "", "The scheduler tcp://127.0.0.1:1 lacks dtrain; this process has dtrain"),
+        ("torch", "", "lacks torch"),
+        ("distributed", "2023.1.0", r"has distributed 2023\.1\.0"),
+    ],
+)
+def test_a_scheduler_needs_what_tasks_import(package: str, version: str, words: str) -> None:
+    check_scheduler("tcp://127.0.0.1:1", {**versions(), "torch": "2.4.0"})  # it computes nothing
+    with pytest.raises(ClusterUnsuitable, match=words):
+        check_scheduler("tcp://127.0.0.1:1", {**versions(), package: version})
 
 
 def test_versions_are_told_where_dtrain_is_not_installed() -> None:
