@@ -49,7 +49,8 @@ class Values:
         if is_mark:
             why = ", which marks a missing value"
         elif why and variable.encoding is not None and variable.encoding.is_packed:
-            why = f", unpacked {float(unpack(value, variable.encoding)):g}{why}"
+            with np.errstate(over="ignore"):
+                why = f", unpacked {float(unpack(value, variable.encoding)):g}{why}"
         hint = 'Leave such samples out (data.non_finite = "skip"), repair the data, or set data.non_finite = "allow".'
         if is_mark and variable.encoding is not None and variable.encoding.ignored is not None:
             is_label = variable.name in self._samples.config.targets
