@@ -4,6 +4,7 @@ Needs matplotlib, scipy, and predicted.zarr (README.md). The baseline: two thres
 best ones of the training places; it sees the same patches.
 """
 
+import io
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import zarr
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 import dtrain
@@ -95,7 +97,9 @@ def draw(directory, chosen, plane=75):
     for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
         axis.imshow(picture[25:210, 22:176], cmap="gray", origin="lower", interpolation="nearest")
         axis.set(title=title, xticks=[], yticks=[])
-    figure.savefig(Path(directory, "volume.png"), dpi=58)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=58)
+    Image.open(drawn).convert("L").save(Path(directory, "volume.png"), optimize=True)  # all of it is grey
 
 
 if __name__ == "__main__":
