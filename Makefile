@@ -11,8 +11,8 @@ NEWEST := .venv-newest
 
 help:
 	@echo "make demo      install into .venv, write demo/ and train on it"
-	@echo "make test      install into .venv, lint, then the test suite: two processes, then the cluster tests in one"
-	@echo "make test-all  the same with the slow tests"
+	@echo "make test      install into .venv, lint, then the tests, without slow ones and with a part of the cases"
+	@echo "make test-all  the same with the slow tests and all cases"
 	@echo "make test-newest  tests/data with the newest zarr, on Python 3.12 or 3.13 (PYTHON_NEWEST=...)"
 	@echo "make lint      ruff and mypy"
 

@@ -1,12 +1,30 @@
-"""Print what the two ways of fine-tuning have reached, sent and written. Run: python compare.py"""
+"""Print and draw what the two ways of fine-tuning have reached, sent and written. Run: python compare.py
+
+Draws lora.png where matplotlib is installed.
+"""
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 
 def lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def draw(directory, path):
+    """Draw the bits per byte of held-out texts over the bytes that have been averaged."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
+    for name, label in (("full", "all parameters"), ("lora", "adapters of rank 8")):
+        rows = lines(Path(directory, "runs", name, "history.jsonl"))
+        sent = [row["bytes_reduced"] * row["round"] / 1e6 for row in rows]
+        axis.semilogx(sent, [row["val_bits_per_byte"] for row in rows], "o-", markersize=3, label=label)
+    axis.set(xlabel="MB averaged", ylabel="bits per byte, held-out texts")
+    axis.legend(fontsize="small")
+    figure.savefig(path, dpi=80)
 
 
 def main(directory):
@@ -23,4 +41,7 @@ def main(directory):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent)
+    place = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent
+    main(place)
+    if find_spec("matplotlib"):
+        draw(place, Path(place, "lora.png"))
