@@ -488,6 +488,7 @@ def test_a_failing_disk_loses_no_round(tmp_path, monkeypatch, before, error):
     assert ends == {number, old.round if old else None}
 
 
+@pytest.mark.sampled(2)
 @STARTS
 def test_a_killed_process_loses_no_round(tmp_path, monkeypatch, before):
     (tmp_path / "counted").mkdir()

@@ -102,6 +102,7 @@ def lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return Path("README.md").read_text()
 
 
+@pytest.mark.slow
 def test_fine_tuning_with_adapters_sends_a_tenth(lora: str, capsys: pytest.CaptureFixture[str]) -> None:
     commands = [line.split("#")[0].split() for line in lora.splitlines() if line.startswith("$ dtrain")]
     assert len(commands) == 4

@@ -79,6 +79,7 @@ def test_no_method_moves_or_keeps_what_is_frozen(samples: dtrain.Samples, averag
         assert all(torch.equal(tensors_of(result.state.ema)[name], before[name]) for name in ("0.weight", "1.bias"))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("average", "update"),
     [

@@ -98,6 +98,7 @@ def start(path: Path, tmp_path: Path, name: str = "r", rounds: int = 4, **data: 
     return trained(linear, samples, tmp_path / "runs", {**TABLE, "rounds": rounds}, run=name)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("how", FORMATS)
 def test_a_linear_model_of_the_cell_type(store: Any, tmp_path: Path, how: str) -> None:
     run = start(store(how), tmp_path)

@@ -135,6 +135,7 @@ class Pixels(torch.nn.Module):
         return out
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layout", [{"shards": (10, 1, 16, 16)}, {"zarr_format": 2}, {"several": True}])
 def test_boxes_shards_and_several_stores(
     layout: dict[str, Any], tmp_path: Path, write_store: Callable[..., Path]

@@ -163,6 +163,7 @@ def job_of(samples: dtrain.Samples, **tables: Any) -> Job:
     return job_from_python(models.small, samples, {}, with_scheduler(config, "serial"))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "tables",
     [

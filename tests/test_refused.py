@@ -59,6 +59,7 @@ REFUSED: list[tuple[Any, dict[str, Any], type[DtrainError]]] = [
 ]
 
 
+@pytest.mark.sampled(13)
 @pytest.mark.parametrize("run", [None, "named"])
 @pytest.mark.parametrize(("model", "tables", "error"), REFUSED)
 def test_python(

@@ -102,7 +102,7 @@ def run_of(blobs: Path, where: Path, events: list[Event], val: float, rounds: in
     return trained(models.small, samples, where, table, report=events.append, **more)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_slow_stage_is_named_at_the_end(
     stage: Stage, blobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

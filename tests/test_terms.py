@@ -69,6 +69,7 @@ def test_validation_is_over_the_targets_that_count(labelled: Path, tmp_path: Pat
     assert all(row["train_loss"] is not None and None not in row["replica_loss"] for row in run.rows)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("micro_batch", [1, 7, 10])
 def test_micro_batches_change_neither_weights_nor_losses(labelled: Path, tmp_path: Path, micro_batch: int) -> None:
     samples = dtrain.open_samples(labelled, inputs=["x"], targets=["y"])
@@ -172,6 +173,7 @@ def first_mse(outputs: Any, targets: Any) -> torch.Tensor:
     return nn.functional.mse_loss(*pair)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("data", [{}, {"patch": {"lat": 2}}, {"input_offsets": [-1, 0], "target_offsets": [0, 1]}])
 def test_metrics_are_in_the_units_of_the_data_and_the_loss_is_not(
     physical: Path, tmp_path: Path, data: dict[str, Any]

@@ -142,7 +142,7 @@ def test_a_changed_job_is_refused_with_the_difference(run: Path, samples: Sample
         train_job(other, run)
 
 
-@pytest.mark.parametrize("where", ["serial", "cluster"])
+@pytest.mark.parametrize("where", ["serial", pytest.param("cluster", marks=pytest.mark.slow)])
 def test_when_the_time_is_over_the_round_being_trained_is_the_last_and_is_committed(
     samples: Samples, tmp_path: Path, where: str, request: pytest.FixtureRequest, lines: Callable[[Path], list[Any]]
 ) -> None:

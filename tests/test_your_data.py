@@ -77,6 +77,7 @@ def test_the_keys_that_the_text_shows_are_those_that_are_written(title: str, tex
         assert {key: written.get(key) for key in keys} == keys
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("chunk", [1, 24, 120])
 @pytest.mark.parametrize("packed", [True, False])
 def test_climate_in_chunks_of_any_length_gives_the_same_config_file(chunk: int, packed: bool) -> None:

@@ -72,6 +72,7 @@ def linear_after_warmup(step):
 SCHEDULES = {"constant": (constant, lambda step: 1.0), "linear": (schedule_named("linear", 4), linear_after_warmup)}
 
 
+@pytest.mark.sampled(11)
 @pytest.mark.parametrize("kind", [SGD, ADAM], ids=["sgd", "adam"])
 @pytest.mark.parametrize(("schedule", "by_hand"), SCHEDULES.values(), ids=SCHEDULES.keys())
 @pytest.mark.parametrize("clip_norm", [0.0, 0.05])

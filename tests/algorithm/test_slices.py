@@ -321,6 +321,7 @@ def on_slices(
     ]
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_round_on_slices_is_the_round_on_the_whole(way: str) -> None:
     config = AverageConfig.model_validate(WAYS[way])

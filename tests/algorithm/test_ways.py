@@ -190,6 +190,7 @@ def bits(broadcast: Broadcast) -> list[bytes | None]:
     return [None if array is None else array.tobytes() for array in arrays]
 
 
+@pytest.mark.sampled(38)
 @pytest.mark.parametrize(
     ("way", "poison"),
     [*((way, poison) for way in WAYS for poison in POISONS.values()), *MORE],

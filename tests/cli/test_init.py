@@ -78,6 +78,7 @@ def test_without_a_name_this_directory(cli, tmp_path):
     assert outcome.out == "wrote dtrain.toml\nwrote model.py\nwrote digits.zarr\n"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("template", FILES)
 def test_data_of_a_template_has_checksums_and_all_its_chunks(cli, tmp_path, template):
     with zarr.config.set({"array.write_empty_chunks": False}):  # as it is outside of the tests

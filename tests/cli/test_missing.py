@@ -23,6 +23,7 @@ def label_of_zeros(job, chunk=1):
     return whole
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("suffix", ["toml", "yaml", "json"])
 def test_labels_that_a_writer_left_out(cli, project, suffix):
     job = project()

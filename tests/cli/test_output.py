@@ -68,6 +68,7 @@ def commands(job):
 NAMES = ("init", "plan", "train", "again", "status", "eval", "predict", "show", "schema")
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", NAMES)
 def test_with_json_stdout_holds_an_object_a_line(cli, job, name):
     outcome = cli("--json", *commands(job)[name])
@@ -79,6 +80,7 @@ def test_with_json_stdout_holds_an_object_a_line(cli, job, name):
     assert "{" not in outcome.err
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", NAMES)
 def test_quiet_silences_narration_but_not_results(cli, job, name):
     outcome = cli("-q", *commands(job)[name])

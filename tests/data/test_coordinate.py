@@ -221,6 +221,7 @@ STORED = {
 }
 
 
+@pytest.mark.sampled(15)
 @pytest.mark.parametrize("kind", STORED)
 @pytest.mark.parametrize("block", [64, 1 << 18])
 def test_coordinates_of_every_dtype_and_layout(timed, kind, block):

@@ -199,7 +199,7 @@ def small_shards(write_store, tmp_path, monkeypatch):
     return write
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("ragged", [0, 1, 13])
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_units_of_a_shard_have_one_owner_where_there_are_enough_shards(small_shards, blocks, ragged):

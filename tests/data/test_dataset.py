@@ -84,6 +84,7 @@ def does_no_harm(path):
 BASE64_ONE = base64.standard_b64encode(struct.pack("<d", 1.0)).decode()
 
 
+@pytest.mark.sampled(22)
 @FORMATS
 @pytest.mark.parametrize("key", ["_FillValue", "missing_value"])
 @pytest.mark.parametrize(

@@ -132,6 +132,7 @@ def test_values_are_those_of_xarray(write_store, drawn):
             np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("dtype", "mark"),
     [

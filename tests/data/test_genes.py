@@ -20,6 +20,7 @@ def genes(path, inputs=("X",), **data):
     return genes_of(open_samples(path, inputs=list(inputs), targets=["obs/age"], **data))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("how", ["v2", "v3", "legacy"])
 @pytest.mark.parametrize("group", ["", "mod/rna"])
 def test_dense_sparse_and_raw(tmp_path, how, group):

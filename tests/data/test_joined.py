@@ -224,6 +224,7 @@ def test_years_in_one_chunk_each_are_units(write_store: Write, tmp_path: Path) -
     assert describe_plan(samples, plan)["partition_samples"] == [1461]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("keys", [{}, {"input_offsets": [-3, 0]}, {"input_offsets": [-3, 0], "stride": 4}])
 @pytest.mark.parametrize("chunks", [YEARS, (30, 30, 60, 400), (100, 50, 25, 10)])
 def test_each_chunk_is_requested_once_a_pass(

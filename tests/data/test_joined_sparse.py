@@ -115,6 +115,7 @@ def test_windows_do_not_leave_a_store(tmp_path: Path, offsets: Any, unit_rows: i
     assert sorted(cells.tolist()) == wanted
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("isel", [{"gene": {"start": 1, "step": 3}}, {"gene": 5}, {"cell": {"start": 30, "stop": 200}}])
 def test_some_genes_and_some_cells(tmp_path: Path, isel: dict[str, Any]) -> None:
     paths, dense = write_stores(tmp_path, dtypes=("float32", "float64", "float32", "float32"))
@@ -214,6 +215,7 @@ def test_where_rows_begin_is_read_once_and_counted_once(tmp_path: Path, monkeypa
     assert scratch_bytes(samples, plan) == scratch_bytes(smaller, own)
 
 
+@pytest.mark.slow
 def test_small_stores_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store of one chunk each: units hold four of them, so that few chunks lie in two units."""
     paths, _ = write_stores(tmp_path, sizes=tuple(range(60, 100)), dtypes=("float32",) * 40, chunks=10**5, y_chunk=1)

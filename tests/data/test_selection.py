@@ -557,6 +557,7 @@ ABSENT = {
 }
 
 
+@pytest.mark.sampled(35)
 @pytest.mark.parametrize("which", ["zarr", "zarrs", "auto"])
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("kind", ABSENT)

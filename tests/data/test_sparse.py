@@ -140,6 +140,7 @@ def test_splits_and_replicas_together_decode_hardly_more(tmp_path, monkeypatch, 
     assert sum(seen.of("data").values()) <= 1.3 * samples.variable("X/data").num_objects
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("reader", ["numcodecs", "zarrs", "zarr"])
 def test_of_shards_inner_chunks_count(tmp_path, monkeypatch, reader):
     matrix = matrix_of("unequal")
@@ -353,7 +354,7 @@ def check_budget(path, reader, data):
     assert found["used"] >= 0.4 * found["law"]  # and the budget is no guess
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @LINUX
 @pytest.mark.parametrize("reader", ["numcodecs", "zarrs", "zarr"])
 @pytest.mark.parametrize("data", [{}, {"normalize": {"X": ["gene"]}, "isel": {"gene": {"start": 0, "step": 2}}}])
@@ -361,6 +362,7 @@ def test_a_process_keeps_to_its_budget(large, reader, data):
     check_budget(large, reader, data)
 
 
+@pytest.mark.slow
 @LINUX
 def test_a_process_that_reads_an_archive_keeps_to_its_budget(large, tmp_path):
     check_budget(shutil.make_archive(str(tmp_path / "large.zarr"), "zip", large), "auto", {})

@@ -207,6 +207,7 @@ def test_resume_in_a_pass_of_windows(write_store, tmp_path):
         np.testing.assert_array_equal(stream(Cursor(0, position), [total]), whole[position : position + total])
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("offsets", [0, [-2, 0, 1], {"start": 0, "stop": 6, "step": 2}])
 @pytest.mark.parametrize("stride", [2, 3, 7])

@@ -34,7 +34,7 @@ def budgets(monkeypatch: pytest.MonkeyPatch) -> list[PredictionBudget]:
     return made
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "chunks", "data", "ahead"),
     [

@@ -106,6 +106,7 @@ def test_other_settings_are_refused_with_the_difference(
     assert contents(tmp_path / "calm.zarr") == calm
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("damage", ["gone", "cut", "flipped", "empty"])
 def test_chunks_that_are_not_whole_are_written_anew(
     run: dtrain.Run, calm: dict[str, bytes], tmp_path: Path, damage: str

@@ -61,6 +61,7 @@ def train(volume: Path, tmp_path: Path, name: str, cluster: Any, **data: Any) ->
     )
 
 
+@pytest.mark.slow
 def test_serial_equals_cluster_equals_resumed(volume: Path, tmp_path: Path, client: Client) -> None:
     serial = train(volume, tmp_path, "serial", "serial")
     (plan,) = serial.plan.plans

@@ -360,6 +360,7 @@ def test_parameters_travel_and_data_stay(
     assert shas(run) == shas(start("open", data={"path": open_to_all}, average={}))
 
 
+@pytest.mark.slow
 def test_chunks_that_only_a_worker_sees_are_looked_for_before_training(
     start: Callable[..., dtrain.Run],
     private_stores: tuple[list[Path], list[dict[str, Any]]],

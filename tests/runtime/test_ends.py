@@ -61,6 +61,7 @@ def everywhere(client: Client, function: Callable[[], Any]) -> list[Any]:
     return [value for values in client.run(function).values() for value in values]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("ahead", [1, 2])
 def test_a_stop_rule_leaves_no_loader_on_the_workers(
     start: Callable[..., dtrain.Run], client: Client, monkeypatch: pytest.MonkeyPatch, ahead: int

@@ -140,6 +140,7 @@ def test_a_segment_that_is_always_lost_ends_the_run(
         start(samples, tmp_path, client, model_calm)
 
 
+@pytest.mark.slow
 def test_the_scheduler_goes_away(samples: Samples, tmp_path: Path, own_client: Client) -> None:
     def close(event: Event) -> None:
         if getattr(getattr(event, "result", None), "round", 0) == 1:

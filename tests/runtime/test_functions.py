@@ -424,7 +424,7 @@ def script(interrupted: Path, tmp_path: Path, blobs: Path) -> Script:
     return lambda *arguments, **changes: run_script(tmp_path / "script", blobs, *arguments, **changes)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["serial", "local"])
 def test_a_run_goes_on_in_a_new_process_with_the_same_functions(script: Script, place: str) -> None:
     again, whole = script(place, "cut", 0, seed="2"), script("serial", "whole", 0)
@@ -450,6 +450,7 @@ def test_changed_functions_are_refused(script: Script, old: str, new: str, key: 
     assert f"other code of {key}" in again.stderr
 
 
+@pytest.mark.slow
 def test_what_is_beside_them_changes_nothing(script: Script) -> None:
     again = script("serial", "cut", 0, old="if __name__", new="# a remark\n\nUNUSED = 3\n\nif __name__")
     assert again.returncode == 0, again.stderr

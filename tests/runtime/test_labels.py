@@ -85,6 +85,7 @@ def start(tmp_path: Path) -> Callable[..., dtrain.Run]:
     return run
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("dtype", "mark"), [("uint8", 255), ("int16", -1), ("int64", -9999)])
 def test_missing_labels_are_left_out_like_those_that_are_stored_as_ignored(
     store: Callable[..., Path], start: Callable[..., dtrain.Run], client: Client, dtype: str, mark: int

@@ -89,6 +89,7 @@ def by_hand(run: dtrain.Run, kind: str, weight: bool = False) -> dict[str, float
     return found
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weight", ["", "area"])
 def test_a_run_reports_metrics_of_the_whole_split(path: Path, tmp_path: Path, kind: str, weight: str) -> None:
@@ -100,6 +101,7 @@ def test_a_run_reports_metrics_of_the_whole_split(path: Path, tmp_path: Path, ki
     assert list(run.history.data_vars)[1:3] == ["val_loss", f"val_{KINDS[kind]['metrics'][0]}"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cluster_gives_the_same_bits(path: Path, tmp_path: Path, kind: str, client: Client) -> None:
     serial, cluster = (start(path, tmp_path / name, kind, at) for name, at in (("s", "serial"), ("c", client)))

@@ -206,6 +206,7 @@ def test_inner_chunks_of_shards_are_filled_and_counted(
         assert found.tolist() == expected.tolist()
 
 
+@pytest.mark.slow
 def test_of_several_stores_each_is_judged_by_itself(
     store: Callable[..., Path], tmp_path: Path, own_client: Client
 ) -> None:

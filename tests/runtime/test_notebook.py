@@ -87,6 +87,7 @@ def width(run: dtrain.Run) -> int:
     return bias.shape[0]
 
 
+@pytest.mark.sampled(2)
 def test_each_run_sees_the_notebook_as_it_is_then(
     notebook: dict[str, Any], start: Callable[..., dtrain.Run], where: Any
 ) -> None:
@@ -151,6 +152,7 @@ FUNCTIONS = """
 """
 
 
+@pytest.mark.sampled(2)
 def test_loss_metric_optimizer_and_transform_are_left_as_they_are(
     start: Callable[..., dtrain.Run], where: Any, tmp_path: Path, blobs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

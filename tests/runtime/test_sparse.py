@@ -86,6 +86,7 @@ def test_serial_equals_cluster_equals_resumed(cells: Path, tmp_path: Path, clien
         train(str(cells), tmp_path / "serial", replicas=replicas, isel={"gene": {"start": 1}})
 
 
+@pytest.mark.slow
 def test_reader_cache_and_kind_of_store_change_no_bit(cells: Path, tmp_path: Path) -> None:
     plain = shas(train(str(cells), tmp_path / "plain"))
     packed = shutil.make_archive(str(tmp_path / "cells.zarr"), "zip", cells)
@@ -107,6 +108,7 @@ def test_stores_of_several_sites(cells: Path, tmp_path: Path, client: Client) ->
     assert bits(train(both, tmp_path / "cluster", client, "auto").rows) == bits(serial.rows)
 
 
+@pytest.mark.slow
 def test_several_stores_as_one(tmp_path: Path, client: Client) -> None:
     paths = [str(write(tmp_path / f"{rows}.zarr", rows, seed=rows)) for rows in (1900, 2000, 700)]
     serial = train(paths, tmp_path / "serial", replicas=2)

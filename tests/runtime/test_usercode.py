@@ -518,6 +518,7 @@ def test_the_sha256_of_a_script_covers_what_its_function_uses(script):
     assert len({before, *changed}) == 8
 
 
+@pytest.mark.slow
 def test_the_sha256_of_what_was_typed_covers_its_constants():
     typed = "\n".join(
         [

@@ -294,7 +294,7 @@ def test_pauses_count_from_the_last_time_that_a_worker_ran(own: LocalCluster) ->
 # Clusters that go away ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("what", ["cluster", "client"])
 @pytest.mark.parametrize("processes", [True, False])
 def test_a_cluster_that_is_closed_while_a_run_is_trained(

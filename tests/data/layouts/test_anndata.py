@@ -100,6 +100,7 @@ ARRAYS = {
 }
 
 
+@pytest.mark.sampled(8)
 @EVERY
 @pytest.mark.parametrize("consolidated", [False, True])
 @pytest.mark.parametrize("group", ["", "mod/rna"])
@@ -318,6 +319,7 @@ def test_a_group_says_which_arrays_it_holds(store, how):
     assert caught.value.hint == f"It holds {names}."
 
 
+@pytest.mark.sampled(6)
 @EVERY
 @pytest.mark.parametrize("wrong", ["obs/celltype", "obs/cell_typ", "cell_type"])
 def test_a_misspelt_path_is_named_with_the_closest_one(store, how, wrong):

@@ -78,6 +78,7 @@ def test_without_names_in_the_arrays_those_of_the_group_count(store):
     assert named.fingerprint == silent.fingerprint
 
 
+@pytest.mark.sampled(19)
 @pytest.mark.parametrize("axes", ["".join(axes) for n in (2, 3, 4, 5) for axes in itertools.combinations("tczyx", n)])
 @pytest.mark.parametrize("version", ["0.4", "0.5"])
 def test_an_image_may_have_any_of_the_axes(tmp_path, version, axes):

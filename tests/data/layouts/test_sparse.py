@@ -233,7 +233,7 @@ def test_windows_of_sparse_rows(store, offsets):
     np.testing.assert_array_equal(x, np.stack([matrix.toarray()[y + offset] for offset in listed], axis=1))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(5, 3), (1, 1), (300_000, 2)])
 def test_a_matrix_without_values(store, shape):
     path = store(sparse.csr_matrix(shape, dtype="float32"), y_chunk=100_000)
@@ -306,6 +306,7 @@ def test_samples_travel(store):
     np.testing.assert_array_equal(rows_of(again), random().toarray())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("reader", READERS)
 def test_a_small_matrix_beside_large_arrays_is_read_once(tmp_path, reader):
     path = write_anndata(tmp_path / "s.zarr", x=np.ones((30, 600), "float32"))
@@ -449,6 +450,7 @@ def test_arrays_of_other_dtypes_are_refused(store, part, dtype):
 # Faults -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("zarr_format", [2, 3])
 @pytest.mark.parametrize("part", ["indptr", "indices", "data"])
@@ -548,6 +550,7 @@ def changed(values, place, value):
     return values
 
 
+@pytest.mark.sampled(13)
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize(
     ("part", "place", "value", "said"),

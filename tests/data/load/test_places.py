@@ -49,6 +49,7 @@ CASES = {
 }
 
 
+@pytest.mark.sampled(18)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("pieces", [1, 3])
 @pytest.mark.parametrize("is_counted", [False, True])

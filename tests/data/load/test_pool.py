@@ -233,6 +233,7 @@ def test_the_loaders_of_many_replicas_share_threads_and_give_the_same_bits(
 # Bundles --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("row", [(1,), (50_000,), (2_000_000,)])
 def test_the_first_bundles_are_small(row: tuple[int, ...]) -> None:
     samples: Any = make_samples(100, 5, row=row)

@@ -385,6 +385,7 @@ NARROW = {
 }
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("kind", NARROW)
 def test_what_a_loader_of_narrow_rows_takes_is_in_the_budget(kind, shuffle):

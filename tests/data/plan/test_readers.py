@@ -112,6 +112,7 @@ def read_zarr(path):
     return zarr.open_group(path, mode="r")["v0"][...]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("chunk", "shard", "which"), [(2, 512, "zarrs"), (2, 256, "numcodecs"), (4000, 8000, "numcodecs")]
 )

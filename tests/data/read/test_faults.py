@@ -347,6 +347,7 @@ def pair_of(write_store, folder, *, zarr_format=3, group="", values=None, **opti
     return write_store(Path(folder, "s.zarr"), {"v0": v0, "index": index}, zarr_format=zarr_format, group=group)
 
 
+@pytest.mark.sampled(8)
 @READERS
 @pytest.mark.parametrize("kind", MISSING)
 def test_a_missing_object_stops_reading_by_name(write_store, tmp_path, kind, which):
@@ -385,6 +386,7 @@ def test_a_fill_value_beyond_float32_warns_of_nothing(write_store, tmp_path, kin
     assert np.isinf(read_all(path, which, missing="fill")[6:9, 2:4]).all()
 
 
+@pytest.mark.sampled(8)
 @READERS
 @pytest.mark.parametrize("location", ["start", "end"])
 @pytest.mark.parametrize("codec", ["none", "zstd"])

@@ -384,6 +384,7 @@ def test_requests_to_s3_are_retried_by_one_layer_only(serve, local, fault):
     assert len(server.requests("x/c/2/0$")) - begin == ATTEMPTS
 
 
+@pytest.mark.sampled(3)
 @CONSOLIDATED
 @EVERY_KIND
 def test_a_bucket_that_may_be_read_but_not_listed(serve, local, kind, consolidated):
@@ -531,6 +532,7 @@ def test_headers_are_sent_and_not_shown(serve, local):
 # Servers that fail ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("fault", [500, 502, 503, 504, 429, 408, "short", "drop"])
 @pytest.mark.parametrize("kind", ["v2", "sharded"])
 def test_requests_to_a_server_that_fails_twice_an_object_are_retried(serve, local, kind, fault):

@@ -53,6 +53,7 @@ def swept(samples: Samples, plan: PredictionPlan, numbers: Any = None) -> tuple[
     return reader, seen
 
 
+@pytest.mark.sampled(33)
 @pytest.mark.parametrize("chunks", [1, 3, 7, 50])
 @pytest.mark.parametrize("offsets", [(0,), (-2, 0), (0, 5), (-9, -4)])
 @pytest.mark.parametrize("shards", [False, True])

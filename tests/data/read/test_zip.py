@@ -79,6 +79,7 @@ def open_xy(path, **data):
 # Reading ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(8)
 @READERS
 @METHODS
 @EVERY
