@@ -1,6 +1,6 @@
 """Write yearly air temperature over North America in two scenarios as two Zarr stores. Run: python data.py
 
-Needs the files that iris-sample-data ships: pip install iris-sample-data h5netcdf; and "dtrain[calendars]", since years
+Needs the files that iris-sample-data ships: pip install iris-sample-data h5netcdf h5py; and "dtrain[calendars]", since years
 have 360 days. Met Office Unified Model; UK Open Government Licence.
 """
 
