@@ -1,7 +1,7 @@
 """Write yearly air temperature over North America in two scenarios as two Zarr stores. Run: python data.py
 
-Needs the files that iris-sample-data ships: pip install iris-sample-data h5netcdf h5py; and "dtrain[calendars]", since years
-have 360 days. Met Office Unified Model; UK Open Government Licence.
+Needs the files that iris-sample-data ships: pip install iris-sample-data h5netcdf h5py; and "dtrain[calendars]", since
+years have 360 days. Met Office Unified Model; UK Open Government Licence.
 """
 
 import sys

@@ -65,7 +65,8 @@ def tried(name: str, tmp_path: Path, environment: dict[str, str]) -> tuple[Path,
 
 def row(table: str, start: str) -> list[float]:
     """Return the numbers of the row that begins with a text, without those after ±."""
-    (line,) = [line for line in table.splitlines() if line.lstrip("| *").lower().startswith(start.lower())]
+    lines = [line for line in table.splitlines() if NUMBER.search(line)]
+    (line,) = [line for line in lines if line.lstrip("| *").lower().startswith(start.lower())]
     return [float(number) for number in NUMBER.findall(re.sub(r"(±|\+-) \d\.\d+", "", line))]
 
 
