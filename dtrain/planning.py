@@ -34,8 +34,9 @@ from dtrain.runtime.spec import PlannedSource
 from dtrain.runtime.trial import Initial
 from dtrain.stages import Limit
 
-ROUND_SECONDS = 0.02
-"""What a round of a small model costs beside steps and evaluation (benchmarks/rounds.py: 13 ms, and commits)."""
+ROUND_SECONDS = 0.05
+"""What a round of a small model costs beside steps and evaluation: 13 ms of its own (benchmarks/rounds.py), and
+commits, and that driver and scheduler take time of the workers' cores (benchmarks/planned.py)."""
 BYTE_SECONDS = 1.6e-9
 """The same for each byte of parameters (170 ms for 100 MB)."""
 
