@@ -19,7 +19,7 @@ def draw(directory, path):
 
     figure, axis = plt.subplots(figsize=(5, 3), layout="constrained")
     for name, label in (("full", "all parameters"), ("lora", "adapters of rank 8")):
-        rows = lines(Path(directory, "runs", name, "history.jsonl"))
+        rows = [row for row in lines(Path(directory, "runs", name, "history.jsonl")) if "val_bits_per_byte" in row]
         sent = [row["bytes_reduced"] * row["round"] / 1e6 for row in rows]
         axis.semilogx(sent, [row["val_bits_per_byte"] for row in rows], "o-", markersize=3, label=label)
     axis.set(xlabel="MB averaged", ylabel="bits per byte, held-out texts")

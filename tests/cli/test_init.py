@@ -196,7 +196,7 @@ def test_integer_labels_become_classes(cli, write_store, tmp_path, numbered):
     assert sorted(p.name for p in (tmp_path / "job").iterdir()) == ["dtrain.toml", "model.py"]
     written = tomllib.loads((tmp_path / "job/dtrain.toml").read_text())
     assert written["train"]["loss"] == "cross_entropy"
-    assert written["train"]["metrics"] == ["accuracy"]
+    assert written["train"]["metrics"] == ["accuracy", "f1"]
     assert written["model_args"] == {"features": 3, "outputs": [7]}
     assert written["data"] == {"path": "../given.zarr", "inputs": ["x"], "targets": ["label"]}
     plan_and_train(cli, "job/dtrain.toml")

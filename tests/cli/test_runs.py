@@ -243,7 +243,7 @@ def test_another_round_that_is_the_best_is_mentioned(cli, run):
         outcome = cli(*output, "eval", run)
         assert (outcome.code, outcome.err) == (0, note)
     for arguments in (("--round", "last"), ("--round", "best"), ("--round", "4")):
-        assert cli("eval", run, *arguments).err == "next: dtrain export job/runs/job --to pt2 --out job.pt2\n"
+        assert cli("eval", run, *arguments).err == "next: dtrain predict job/runs/job --out job-predicted.zarr\n"
     assert cli("-q", "eval", run).err == ""
     assert last(cli("--json", "eval", run, "--round", "best"))["round"] == 2
 

@@ -151,7 +151,8 @@ def evaluate(
         say(options, f"{note[0].upper()}{note[1:]}.")
     notes = list(_notes(opened, samples, " and ".join(data or ()), chosen, number if round is None else None))
     if not notes and not options.json:
-        notes = [f"next: dtrain export {shown(opened.directory)} --to pt2 --out {opened.directory.name}.pt2"]
+        store = " --data STORE" if opened.config.data.is_federated else ""
+        notes = [f"next: dtrain predict {shown(opened.directory)}{store} --out {opened.directory.name}-predicted.zarr"]
     for line in notes:
         say(options, line)
 

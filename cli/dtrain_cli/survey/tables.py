@@ -187,14 +187,15 @@ def batch_size(most: int, sample_bytes: int, count: int) -> int:
 
 def _goal(draft: Draft, *, skips_target: bool) -> Keys:
     """Return loss and metrics."""
-    loss, metric, why = "mse", "mae", ""
+    loss, metrics, why = "mse", ["mae"], ""
     if draft.vocabulary:
-        loss, metric = draft.loss or "cross_entropy", "bits_per_byte" if draft.vocabulary == 256 else "perplexity"
-    elif draft.classes:
-        loss, metric = "cross_entropy", "accuracy"
+        loss = draft.loss or "cross_entropy"
+        metrics = ["bits_per_byte" if draft.vocabulary == 256 else "perplexity"]
+    elif draft.classes:  # of which some are rare, as cells beside their background
+        loss, metrics = "cross_entropy", ["accuracy", "iou" if draft.template == "image" else "f1"]
     elif skips_target:
-        loss, metric, why = "model:mse", "model:mae", f"mse without the missing values of {draft.target}"
-    return NONE.also("train.loss", loss, why).also("train.metrics", [metric])
+        loss, metrics, why = "model:mse", ["model:mae"], f"mse without the missing values of {draft.target}"
+    return NONE.also("train.loss", loss, why).also("train.metrics", metrics)
 
 
 def _class_axis(draft: Draft, samples: Samples) -> int | None:
