@@ -221,6 +221,7 @@ def _live(document: Any, plots: Plots, root: Any) -> None:
 
 
 def _figure(title: str, x: str, y: str = "", **options: Any) -> Any:
+    from bokeh.models import BasicTicker
     from bokeh.plotting import figure
 
     made = figure(
@@ -234,6 +235,8 @@ def _figure(title: str, x: str, y: str = "", **options: Any) -> Any:
         **options,
     )
     made.toolbar.logo = None
+    if x == "round":  # whole numbers, also of the first rounds
+        made.xaxis.ticker = BasicTicker(min_interval=1, num_minor_ticks=0)
     return made
 
 
