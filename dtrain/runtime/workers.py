@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 import uuid
@@ -18,6 +19,9 @@ from dtrain.errors import ClusterUnreachable, OutOfMemory, listed
 REQUESTED_TIMEOUT = 600.0
 """Seconds to wait for it while the cluster says that it is starting workers."""
 POLL_SECONDS = 0.2
+SAY_SECONDS = 10.0
+"""After so long it is said that no worker runs yet, and each time that it has become twice as long."""
+LOG = logging.getLogger("dtrain")
 Value = TypeVar("Value")
 
 
@@ -70,7 +74,7 @@ def first_workers(client: Client, timeout: float) -> tuple[WorkerState, ...]:
     OutOfMemory
         There are workers, and all of them are paused.
     """
-    started, states = time.monotonic(), worker_states(client)
+    started, states, next_words = time.monotonic(), worker_states(client), SAY_SECONDS
     with request_of_worker(client) as ask:
         while not any(worker.running for worker in states):
             if not states:
@@ -78,6 +82,9 @@ def first_workers(client: Client, timeout: float) -> tuple[WorkerState, ...]:
             waited = time.monotonic() - started
             if waited > timeout and (waited > REQUESTED_TIMEOUT or not _has_requested(client)):
                 raise _no_worker(client, states, waited)
+            if waited > next_words:
+                next_words *= 2
+                LOG.warning("No worker runs yet, after %.0f s. Still waiting: jobs may be in a queue.", waited)
             time.sleep(POLL_SECONDS)
             states = worker_states(client)
     return states
