@@ -59,11 +59,12 @@ def _check_cluster(scheduler: str, stack: ExitStack) -> Iterator[Check | Client]
     seconds, count = time.monotonic() - started, f"{len(states)} worker{'s' if len(states) != 1 else ''}"
     what = f"a local one starts, with {count}," if scheduler == "local" else f"{scheduler} answers, with {count},"
     yield Check(name="cluster", status="ok", text=f"{what} in {seconds:.1f} s")
-    if "://" in scheduler and not is_loopback(scheduler):
+    address = client.scheduler.address
+    if scheduler != "local" and not is_loopback(address):
         yield Check(
             name="network",
             status="warning",
-            text=f"{scheduler} is neither encrypted nor on this machine: whoever reaches that port can run code as you",
+            text=f"{address} is neither encrypted nor on this machine: whoever reaches that port can run code as you",
             cure="If the network is yours alone, set cluster.allow_plain = true; train refuses it otherwise.",
         )
     yield from _check_processes(client)

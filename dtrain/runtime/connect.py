@@ -113,7 +113,7 @@ def check_cluster(config: ClusterConfig, base: Path, client: Client | None = Non
     elif config.scheduler == "local":
         check_local_start()
     elif "://" in (address := with_protocol(config.scheduler)):
-        _check_address(config, address)
+        _check_address(config, address, f'cluster.scheduler = "{address}"')
     elif not Path(base, config.scheduler).expanduser().is_file():
         raise no_such_place(config.scheduler)
 
@@ -152,18 +152,26 @@ def _local_cluster(config: ClusterConfig) -> Iterator[LocalCluster]:
 @contextmanager
 def _connected(config: ClusterConfig, base: Path) -> Iterator[Client]:
     address = config.scheduler
-    try:
-        if "://" not in address:
-            address = json.loads(Path(base, address).expanduser().read_text(encoding="utf-8"))["address"]
+    if "://" not in address:
+        with _unreachable(config):
+            address = str(json.loads(Path(base, address).expanduser().read_text(encoding="utf-8"))["address"])
+        _check_address(config, with_protocol(address), f'cluster.scheduler = "{config.scheduler}" leads to {address}')
+    with _unreachable(config):
         _wait_for_answer(address)
         client = Client(address, timeout=CONNECT_TIMEOUT)
+    with client:
+        yield client
+
+
+@contextmanager
+def _unreachable(config: ClusterConfig) -> Iterator[None]:
+    try:
+        yield
     except (OSError, TimeoutError, ValueError, TypeError, KeyError, AssertionError) as error:  # of a half-written file
         raise ClusterUnreachable(
             f"No Dask scheduler answers at {config.scheduler} ({type(error).__name__} within {CONNECT_TIMEOUT:.0f} s).",
             "Start one with `dask scheduler` and `dask worker ADDRESS`, or use --scheduler local.",
         ) from error
-    with client:
-        yield client
 
 
 def _wait_for_answer(address: str) -> None:
@@ -183,14 +191,14 @@ def _wait_for_answer(address: str) -> None:
         pool.submit(asyncio.run, greet()).result()
 
 
-def _check_address(config: ClusterConfig, address: str) -> None:
+def _check_address(config: ClusterConfig, address: str, named: str) -> None:
+    """Refuse an address; `named` says where it stands."""
     scheme = urlsplit(address).scheme
     if scheme != "tcp":
-        raise InvalidConfig(f'cluster.scheduler = "{address}": this version connects with tcp:// only.')
+        raise InvalidConfig(f"{named}: this version connects with tcp:// only.")
     if not is_loopback(address) and not config.allow_plain:
         raise InvalidConfig(
-            f'cluster.scheduler = "{address}" is neither encrypted nor on this machine: whoever reaches that port can '
-            "run code as you.",
+            f"{named}, which is neither encrypted nor on this machine: whoever reaches that port can run code as you.",
             "If the network is yours alone, set cluster.allow_plain = true.",
         )
 

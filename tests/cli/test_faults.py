@@ -450,6 +450,13 @@ def test_a_scheduler_file_that_leads_nowhere(cli, project, monkeypatch, tmp_path
     fails(cli, ("train", project().config, "--scheduler", "scheduler.json"), 6, ["scheduler.json"])
 
 
+@pytest.mark.parametrize("address", ["tcp://203.0.113.7:8786", "tls://127.0.0.1:8786", "203.0.113.7:8786"])
+def test_a_scheduler_file_that_leads_where_an_address_may_not(cli, project, tmp_path, address):
+    (tmp_path / "scheduler.json").write_text(json.dumps({"address": address}))
+    words = [f'scheduler.json" leads to {address}', "tcp://" if address.startswith("tls") else "cluster.allow_plain"]
+    fails(cli, ("train", project().config, "--scheduler", "scheduler.json"), 3, words)
+
+
 def test_a_scheduler_file_in_a_setting_is_relative_to_the_working_directory(cli, project, monkeypatch, tmp_path):
     monkeypatch.setattr("dtrain.runtime.connect.CONNECT_TIMEOUT", 0.5)
     (tmp_path / "scheduler.json").write_text('{"address": "tcp://127.0.0.1:1"}')
