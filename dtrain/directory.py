@@ -27,7 +27,7 @@ from dtrain.resolve import check_kind, pinned
 from dtrain.resolved import Resolved, from_json, to_json
 from dtrain.runtime.versions import versions
 
-NAME = re.compile(r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 FROM_HERE = {
     "train.rounds",
     "train.schedule",
@@ -57,8 +57,10 @@ def run_directory(job: Job, name: str | os.PathLike[str] | None) -> Path:
     if not isinstance(name, str | os.PathLike):
         raise UsageError(f"run is {described(name)}; a name is needed.", 'Give text, such as run="first".')
     name = os.fspath(name)
-    if not NAME.match(name):
-        raise UsageError(f'run "{name}": a run\'s name has letters, digits, ".", "_" and "-", at most 64.')
+    if not NAME.fullmatch(name):
+        raise UsageError(
+            f'run {json.dumps(name, ensure_ascii=False)}: a run\'s name has letters, digits, ".", "_" and "-", at most 64.'
+        )
     return Path(job.base, job.config.run.dir).expanduser() / name
 
 

@@ -118,7 +118,8 @@ def _acquire(path: Path, conflict: Callable[[bytes], RunLocked]) -> int:
         if not _is_still(path, descriptor):  # its holder has removed it since
             os.close(descriptor)
             continue
-        if _held_elsewhere(text, os.fstat(descriptor).st_mtime):
+        beaten = os.fstat(descriptor).st_mtime
+        if _held_elsewhere(text, beaten) and (not _is_ahead(beaten) or _is_beaten(path, beaten)):
             os.close(descriptor)
             raise conflict(text)
         return descriptor
@@ -147,6 +148,27 @@ def _held_elsewhere(text: bytes, beaten: float) -> bool:
     with contextlib.suppress(ValueError, AttributeError):
         host = json.loads(text).get("host")
         return host != socket.gethostname() and time.time() - beaten < STALE_SECONDS
+    return False
+
+
+def _is_ahead(beaten: float) -> bool:
+    """Return True if a file was touched in the future: another clock is wrong, or the file is a copy."""
+    return beaten - time.time() > STALE_SECONDS
+
+
+def _is_beaten(path: Path, before: float) -> bool:
+    """Return True if the file is touched within two beats, or goes."""
+    deadline = time.monotonic() + 2 * BEAT_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(BEAT_SECONDS / 10)
+        try:
+            with path.open(
+                "rb"
+            ) as file:  # opened anew, since a shared file system caches what it knows of an open file
+                if os.fstat(file.fileno()).st_mtime != before:
+                    return True
+        except FileNotFoundError:
+            return True
     return False
 
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 
@@ -126,6 +127,29 @@ def test_a_stale_lock_of_another_machine_is_taken_over(tmp_path):
     with locked(tmp_path):
         assert json.loads((tmp_path / "LOCK").read_text())["pid"] == os.getpid()
     assert not (tmp_path / "LOCK").exists()
+
+
+def test_a_lock_of_another_machine_with_a_date_in_the_future_is_watched(tmp_path, monkeypatch):
+    """Of a machine whose clock is wrong, or of a run that was copied with its dates."""
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.2)
+    path = write_lock(tmp_path, "elsewhere", age=-86_400)
+    ahead = path.stat().st_mtime
+    done = threading.Event()
+
+    def beat():
+        while not done.wait(0.1):
+            os.utime(path, (ahead, path.stat().st_mtime + 1))
+
+    holder = threading.Thread(target=beat)
+    holder.start()
+    try:
+        with pytest.raises(RunLocked, match="process 77 on elsewhere"), locked(tmp_path):
+            pass
+    finally:
+        done.set()
+        holder.join()
+    with locked(tmp_path):  # nobody touches it any more
+        assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
 def test_a_lock_of_this_machine_that_nobody_holds_is_taken_however_fresh(tmp_path):
