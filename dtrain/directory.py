@@ -58,9 +58,8 @@ def run_directory(job: Job, name: str | os.PathLike[str] | None) -> Path:
         raise UsageError(f"run is {described(name)}; a name is needed.", 'Give text, such as run="first".')
     name = os.fspath(name)
     if not NAME.fullmatch(name):
-        raise UsageError(
-            f'run {json.dumps(name, ensure_ascii=False)}: a run\'s name has letters, digits, ".", "_" and "-", at most 64.'
-        )
+        shown = json.dumps(name, ensure_ascii=False)
+        raise UsageError(f'run {shown}: a run\'s name has letters, digits, ".", "_" and "-", at most 64.')
     return Path(job.base, job.config.run.dir).expanduser() / name
 
 

@@ -392,8 +392,9 @@ def test_names_of_runs(run: dtrain.Run, samples: Samples, monkeypatch: pytest.Mo
         find_run("blob")
     job = job_from_python(models.small, samples, {"train": {"loss": "mse"}}, None)
     assert run_directory(job, "a.b-1").name == "a.b-1"
-    with pytest.raises(UsageError, match="a run's name has letters"):
-        run_directory(job, "../up")
+    for name in ("../up", "r\n", "", "a b", ".hidden", "x" * 65):
+        with pytest.raises(UsageError, match="a run's name has letters"):
+            run_directory(job, name)
     root = run.directory.parents[1]
     (root / "runs/run-1").mkdir()
     assert next_run_directory(job, root).name == "run-2"
