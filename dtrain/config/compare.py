@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from dtrain.config.names import VERSION_OPTIONS
+from dtrain.config.names import HARMLESS_OPTIONS, VERSION_OPTIONS
 from dtrain.config.schema import TrainConfig
-from dtrain.config.values import REDACTED, Plain, flat_values
-
-SECRET = re.compile(r"key|secret|token|passw|auth|cookie|credential|signature|connection_string", re.IGNORECASE)
+from dtrain.config.values import REDACTED, Plain, flat_values, without_credentials
 
 
 def without_secrets(config: TrainConfig) -> TrainConfig:
-    """Return a configuration that may be stored: secret values of ``data.storage_options`` are replaced by ``***``."""
-    kept = _redacted(config.data.storage_options)
+    """Return a configuration that may be stored: of ``data.storage_options`` only what is known to be harmless.
+
+    Other values become ``***``: texts and numbers of keys that `HARMLESS_OPTIONS` does not have, also in lists and
+    nested tables, and the user, password and query of URLs.
+    """
+    kept = {key: _redacted(value, key) for key, value in config.data.storage_options.items()}
     return config.model_copy(update={"data": config.data.model_copy(update={"storage_options": kept})})
 
 
-def _redacted(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: _redacted(value)
-        if isinstance(value, Mapping)
-        else REDACTED
-        if isinstance(value, str) and SECRET.search(key)
-        else value
-        for key, value in options.items()
-    }
+def _redacted(value: Any, key: str) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _redacted(own, name) for name, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_redacted(own, key) for own in value]
+    if value is None or isinstance(value, bool):
+        return value
+    if key not in HARMLESS_OPTIONS:
+        return REDACTED
+    return without_credentials(value) if isinstance(value, str) else value
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[tuple[str, Plain, Plain]]:

@@ -18,6 +18,28 @@ IGNORED_CLASS = -100
 """A target of this class counts neither in the loss nor in metrics, as in torch."""
 
 VERSION_OPTIONS = ("branch", "tag", "snapshot")
+HARMLESS_OPTIONS = frozenset(
+    {
+        *VERSION_OPTIONS,
+        *(
+            "account_name",
+            "addressing_style",
+            "allow_http",
+            "anon",
+            "anonymous",
+            "asynchronous",
+            "block_size",
+            "bucket",
+        ),
+        *("cache_regions", "connect_timeout", "container", "default_block_size", "default_cache_type", "endpoint"),
+        *("endpoint_url", "force_path_style", "from_env", "listings_expiry_time", "location", "max_attempts"),
+        *("max_concurrency", "max_pool_connections", "mode", "prefix", "profile", "project", "protocol", "proto"),
+        *("read_timeout", "region", "region_name", "remote_protocol", "requester_pays", "retries", "signature_version"),
+        *("skip_instance_cache", "target_protocol", "timeout", "tcp_keepalive", "use_ssl", "use_listings_cache"),
+        *("verify", "version_aware"),
+    }
+)
+"""Keys of ``data.storage_options``, at any depth, whose values a run keeps: none of them is ever a secret."""
 """The keys of ``data.storage_options`` that choose a version of an icechunk repository."""
 
 LOSSES = ("mse", "mae", "huber", "cross_entropy", "bce")

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from datetime import date, time
 from typing import Any, TypeAlias
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ByteSize, ConfigDict, TypeAdapter, ValidationError
 
@@ -113,3 +114,31 @@ def parse_bandwidth(text: str) -> float:
             "Give the speed of a worker's link; bit are bits and B bytes.",
         )
     return float(match[1]) * PREFIXES[match[2]] / (1 if match[3].startswith("B") else 8)
+
+
+def without_credentials(url: str) -> str:
+    """Return a URL without user, password, query and fragment, which may hold credentials; another text as it is.
+
+    >>> without_credentials("https://me:secret@host:9000/a?sig=1"), without_credentials("eu-west-1")
+    ('https://host:9000/a', 'eu-west-1')
+    """
+    if "://" not in url:
+        return url
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+def without_redacted(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options without those that a run has not kept, at any depth.
+
+    >>> without_redacted({"anon": False, "key": "***", "client_kwargs": {"token": "***", "verify": True}})
+    {'anon': False, 'client_kwargs': {'verify': True}}
+    """
+    kept = {key: value for key, value in options.items() if not _is_redacted(value)}
+    return {key: without_redacted(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
+
+
+def _is_redacted(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_is_redacted, value))
+    return isinstance(value, str) and REDACTED in value

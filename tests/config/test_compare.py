@@ -4,7 +4,7 @@ import pytest
 
 from dtrain.config.compare import differences, may_change, without_secrets
 from dtrain.config.schema import TrainConfig
-from dtrain.config.values import flat_values
+from dtrain.config.values import flat_values, without_redacted
 from dtrain.errors import InvalidConfig
 from tests.config.helpers import SMALLEST, merged
 
@@ -77,6 +77,40 @@ def test_a_run_keeps_no_secrets():
         "client_kwargs": {"endpoint_url": "http://h", "token": "***"},
     }
     assert "xyz" not in repr(config)
+
+
+SHAPES = [
+    {"pwd": "hush"}, {"sas": "hush"}, {"jwt": "hush"}, {"bearer": "hush"}, {"pin": 4711}, {"account": "hush"},
+    {"s3": {"secret": "hush"}}, {"client_kwargs": {"aws": {"session": "hush"}}}, {"headers": {"X-Api": "hush"}},
+    {"headers": [["X-Api", "hush"]]}, {"credentials": ["a", "hush"]}, {"credentials": [{"id": "hush"}]},
+    {"token": {"refresh": "hush", "expiry": 4711}}, {"endpoint_url": "https://me:hush@host"},
+    {"endpoint_url": "https://host/?sig=hush"}, {"endpoint_url": "https://host/#hush"}, {"KEY": "hush"},
+    {"remote_options": {"password": "hush"}}, {"target_options": {"auth": ["me", "hush"]}}, {"cookies": {"id": "hush"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", SHAPES, ids=str)
+def test_whatever_shape_a_secret_has_a_run_does_not_keep_it(options):
+    kept = without_secrets(TrainConfig(data={"path": "s3://b/a.zarr", "storage_options": options}))
+    assert "hush" not in str(kept.data.storage_options)
+    assert "4711" not in str(kept.data.storage_options)
+    assert without_redacted(kept.data.storage_options).keys() <= options.keys()
+
+
+def test_what_names_the_server_is_kept():
+    options = {
+        "anon": True,
+        "endpoint_url": "https://host:9000",
+        "branch": "main",
+        "client_kwargs": {"region_name": "eu-west-1", "verify": False, "timeout": 3.5},
+        "config_kwargs": {"s3": {"addressing_style": "path"}, "retries": {"max_attempts": 2}},
+    }
+    kept = without_secrets(TrainConfig(data={"path": "s3://b/a.zarr", "storage_options": options}))
+    assert kept.data.storage_options == options
+    assert without_redacted(kept.data.storage_options) == options
+
+
+def test_storage_options_that_are_a_text_are_not_shown():
     with pytest.raises(InvalidConfig) as caught:
         TrainConfig(data={"storage_options": "secret"})
     assert "secret" not in caught.value.message

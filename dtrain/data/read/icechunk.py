@@ -17,7 +17,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.core.sync import sync
 from zarr.storage import WrapperStore
 
-from dtrain.config.values import REDACTED
+from dtrain.config.values import without_redacted
 from dtrain.data.read.codecs import Undecodable
 from dtrain.data.read.kind import METADATA_FILES, StorageOptions, StoreKind, is_local_path, local_path, split_versions
 from dtrain.data.read.remote import locate_url
@@ -164,7 +164,7 @@ def _locate(path: str, base: Path) -> str:
 
 def _open(path: str, storage_options: StorageOptions) -> SnapshotStore:
     icechunk = icechunk_module(path)
-    chosen, options = split_versions({key: value for key, value in storage_options.items() if value != REDACTED})
+    chosen, options = split_versions(without_redacted(storage_options))
     if len(chosen) > 1:
         raise InvalidConfig(
             f"data.storage_options have {' and '.join(chosen)}: one of them chooses what is read.",

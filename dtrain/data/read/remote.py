@@ -15,7 +15,7 @@ from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.storage import FsspecStore, WrapperStore
 from zarr.storage._fsspec import ALLOWED_EXCEPTIONS
 
-from dtrain.config.values import REDACTED
+from dtrain.config.values import without_redacted
 from dtrain.data.read.kind import METADATA_FILES, StorageOptions, StoreKind
 from dtrain.data.read.retry import Retries
 from dtrain.data.samples import StoreFacts
@@ -133,8 +133,8 @@ def _open(
     """
     protocol = path.partition("://")[0]
     # a run does not keep secrets: evaluated from its directory, it takes them from the environment
-    masked = tuple(key for key, value in storage_options.items() if value == REDACTED)
-    storage_options = {key: value for key, value in storage_options.items() if value != REDACTED}
+    given, storage_options = storage_options, without_redacted(storage_options)
+    masked = tuple(key for key in given if key not in storage_options)
     options: dict[str, Any] = {"use_listings_cache": False}  # a cache would hide a repair
     if protocol in ("s3", "s3a"):  # one request an object, not one more for its size; `Retries` alone retries it
         options |= {"max_concurrency": 1, "config_kwargs": {"retries": {"max_attempts": 0}}}
