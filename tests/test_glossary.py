@@ -72,8 +72,8 @@ RULES = {
     "block": Rule(
         r"blocks?",
         ("dtrain/config", "dtrain/report", "dtrain/runtime"),
-        allowed=r"the block ends",
-        reason="A block of Python code; in data, a block of chunks; in algorithm, numbers that are added at once.",
+        allowed=r"the block ends|block_size",
+        reason="A block of Python code; an option of fsspec; in data, of chunks; in algorithm, numbers added at once.",
     ),
     "asked again": Rule(r"asked\s+again"),
     "cut short": Rule(r"cut\s+short"),
