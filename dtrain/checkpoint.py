@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ from dtrain.types import Parameters, TrainState
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+TEMPORARY = re.compile(r"\.(config\.toml|plan\.json|env\.json|history\.jsonl|climatology\.safetensors)-[0-9a-f]{8}")
+"""The names of files of a run while they are written (`dtrain.files.write_bytes`)."""
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, safetensors.SafetensorError)
 """The errors that damaged files lead to."""
 
@@ -143,9 +146,13 @@ def prune(run: Path, keep: int, best: int | None) -> None:
 
 
 def sweep(run: Path) -> None:
-    """Delete temporary directories that a killed process left behind. Only under the run's lock."""
+    """Delete temporary files and directories that a killed process left behind. Only under the run's lock."""
     for left in (run / "rounds").glob(".round-*"):
         shutil.rmtree(left, ignore_errors=True)
+    for left in run.glob(".*-*"):
+        if TEMPORARY.fullmatch(left.name):
+            with contextlib.suppress(OSError):  # what stays does no harm
+                left.unlink()
 
 
 def find_round(run: Path, wanted: str, best: int | None) -> int:

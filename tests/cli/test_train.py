@@ -483,9 +483,15 @@ def test_what_a_killed_process_left_is_swept_up(cli, project):
     left = job.run / "rounds/.round-000003-0a1b2c3d"
     left.mkdir()
     (left / "params.safetensors").write_bytes(b"half")
+    files = [job.run / f".{name}-0a1b2c3d" for name in ("config.toml", "plan.json", "env.json", "history.jsonl")]
+    mine = [job.run / name for name in (".nfs-0a1b2c3d", ".config.toml-mine", "config.toml-0a1b2c3d")]
+    for file in (*files, *mine):
+        file.write_bytes(b"half")
     (job.run / "LOCK").write_text('{"host": "', "utf-8")
     assert cli("-q", "train", job.config, "--set", "train.rounds=3").code == 0
     assert not left.exists()
+    assert not any(file.exists() for file in files)
+    assert all(file.exists() for file in mine)
     assert not (job.run / "LOCK").exists()
 
 
