@@ -10,6 +10,7 @@ import pkgutil
 import re
 import sys
 import threading
+from contextlib import nullcontext
 from functools import cache
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ import typer
 
 from dtrain_cli import commands
 from dtrain_cli.output import Options, error
+from dtrain_cli.signals import terminable
 
 GLOBAL_FLAGS = {
     "--json": "json",
@@ -28,8 +30,9 @@ GLOBAL_FLAGS = {
     "--debug": "debug",
 }
 INTERRUPTED = 130
-KEPT = {"predict": "What is written stays: the same command with --continue goes on."}
-"""By command: what is said after Ctrl-C, if it is not that committed rounds are kept."""
+ROUNDS_KEPT = "Committed rounds are kept; the same command continues."
+KEPT = {"train": ROUNDS_KEPT, "predict": "What is written stays: the same command with --continue goes on."}
+"""By command that can go on later: what is said after Ctrl-C and SIGTERM."""
 JOINED = re.compile(r"^-[qv]{2,}$")
 
 
@@ -95,10 +98,12 @@ def run(arguments: list[str]) -> int:
         logging.getLogger("dtrain").setLevel(logging.ERROR)
     if not options.color:
         os.environ.update(NO_COLOR="1", TERM="dumb")  # rich and typer read them
+    name = next((text for text in rest if not text.startswith("-")), "")
     try:
-        command = _command(tuple(commands.__path__))
-        code: int | None = command.main(args=rest, prog_name="dtrain", standalone_mode=False, obj=options)
-        sys.stdout.flush()
+        with terminable(KEPT[name]) if name in KEPT else nullcontext():
+            command = _command(tuple(commands.__path__))
+            code: int | None = command.main(args=rest, prog_name="dtrain", standalone_mode=False, obj=options)
+            sys.stdout.flush()
     except KeyboardInterrupt:
         code = INTERRUPTED
     except (BrokenPipeError, SystemExit) as left:
@@ -109,9 +114,7 @@ def run(arguments: list[str]) -> int:
     except Exception as fault:
         return _report(options, fault)
     if code == INTERRUPTED:  # typer turns Ctrl-C into this code
-        name = next((text for text in rest if not text.startswith("-")), "")
-        kept = KEPT.get(name, "Committed rounds are kept; the same command continues.")
-        error(options, code, "Stopped by Ctrl-C.", kept)
+        error(options, code, "Stopped by Ctrl-C.", KEPT.get(name, ROUNDS_KEPT))
     return code or 0
 
 

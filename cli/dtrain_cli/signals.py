@@ -13,17 +13,19 @@ class _Terminated(BaseException):
 
 
 @contextmanager
-def terminable(kept: str = "Committed rounds are kept; the same command continues.") -> Iterator[None]:
+def terminable(kept: str) -> Iterator[None]:
     """Let SIGTERM end the command as Ctrl-C does: the cluster is closed; `kept` says what is kept."""
-    from dtrain.errors import Stopped
 
     def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would end what the first one closes
         raise _Terminated
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except _Terminated:
+        from dtrain.errors import Stopped  # not before: the signal may come while modules are imported
+
         raise Stopped("Stopped by SIGTERM.", kept) from None
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -85,6 +85,27 @@ def test_a_signal_in_the_users_code_is_no_fault_of_that_code(cli, project, name,
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
 
 
+def test_a_signal_while_modules_are_imported(project):
+    job = project()
+    driver = subprocess.Popen([SCRIPT, "train", str(job.config)], stderr=subprocess.PIPE, text=True)
+    assert driver.stderr.readline().startswith("loading PyTorch")
+    driver.send_signal(signal.SIGTERM)
+    said = driver.communicate(timeout=60)[1]
+    assert driver.returncode == 75, said
+    assert "error: Stopped by SIGTERM." in said
+    assert "Traceback" not in said
+
+
+def test_a_second_signal_does_not_disturb_the_first(cli, project, monkeypatch):
+    from dtrain import lock
+
+    job = project(model=SIGNALLING.replace("{number}", str(int(signal.SIGTERM))))
+    monkeypatch.setattr(lock.Path, "unlink", lambda path, missing_ok=False: os.kill(os.getpid(), signal.SIGTERM))
+    outcome = cli("--json", "train", job.config)
+    assert outcome.code == last(outcome)["code"] == 75, outcome.err
+    assert "Traceback" not in outcome.err
+
+
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGINT", 130)])
 def test_a_signal_while_data_are_read_is_no_fault_of_the_data(cli, project, monkeypatch, name, code):
     from dtrain.data.read.store import ReadStore

@@ -20,10 +20,8 @@ from dtrain_cli.arguments import (
     start_workers_early,
 )
 from dtrain_cli.output import Options, result, say, shown, table, waiting
-from dtrain_cli.signals import terminable
 
 ORDER = 55
-KEPT = "What is written stays: the same command with --continue goes on."
 EPILOG = epilog(
     ("dtrain predict storms --data 2024.zarr --out predicted.zarr", ""),
     ("dtrain predict storms --data 2024.zarr --out predicted.zarr --continue", ""),
@@ -98,7 +96,7 @@ def predict(
     own = tuple(setting for setting in settings or () if setting not in view)
     opened = open_run(find_run(run), project=project, trusted=trust_code, settings=own, imported=False)
     cluster = absolute_scheduler(scheduler) if scheduler is not None else opened.config.cluster.scheduler
-    with terminable(KEPT), prediction_progress(quiet=options.quiet, color=options.color) as tell:
+    with prediction_progress(quiet=options.quiet, color=options.color) as tell:
         written = opened.predict_to(
             out,
             opened.other_data(tuple(data) if data else None, view) if data or view else None,

@@ -12,7 +12,6 @@ import typer
 
 from dtrain_cli.arguments import CONFIG, SCHEDULER, SET, epilog, load_job, start_workers_early
 from dtrain_cli.output import Options, progress, result, say, shown, waiting
-from dtrain_cli.signals import terminable
 
 if TYPE_CHECKING:
     from dtrain.events import Event, RunFinished
@@ -68,7 +67,7 @@ def train(
         if isinstance(event, RunFinished):
             result(options, _done(event), {"event": "done", **asdict(event)})
 
-    with terminable(), progress(options) as show:
+    with progress(options) as show:
         train_job(job, directory, report=report, max_seconds=seconds)
     for tracker in job.trackers:
         if tracker.look:
