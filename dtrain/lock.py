@@ -161,10 +161,8 @@ def _is_beaten(path: Path, before: float) -> bool:
     deadline = time.monotonic() + 2 * BEAT_SECONDS
     while time.monotonic() < deadline:
         time.sleep(BEAT_SECONDS / 10)
-        try:
-            with path.open(
-                "rb"
-            ) as file:  # opened anew, since a shared file system caches what it knows of an open file
+        try:  # opened anew each time: a shared file system caches the dates of an open file
+            with path.open("rb") as file:
                 if os.fstat(file.fileno()).st_mtime != before:
                     return True
         except FileNotFoundError:

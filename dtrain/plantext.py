@@ -252,8 +252,9 @@ def _given_splits(plan: RunPlan, store: StorePlan) -> str:
 
 def _unit(counts: Mapping[str, Any]) -> str:
     """Return what a unit holds: rows, or the rows of a block."""
-    rows = f"{counts['unit_rows']:,} row{'s' if counts['unit_rows'] != 1 else ''}"
-    return " x ".join([rows, *(f"{dim} {length:,}" for dim, length in counts["unit_block"].items())])
+    return " x ".join(
+        [_count(counts["unit_rows"], "row"), *(f"{dim} {length:,}" for dim, length in counts["unit_block"].items())]
+    )
 
 
 def _held_whole(store: StorePlan) -> str:

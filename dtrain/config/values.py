@@ -122,10 +122,17 @@ def without_credentials(url: str) -> str:
     >>> without_credentials("https://me:secret@host:9000/a?sig=1"), without_credentials("eu-west-1")
     ('https://host:9000/a', 'eu-west-1')
     """
-    if "://" not in url:
-        return url
+    return urlsplit(without_password(url))._replace(query="", fragment="").geturl() if "://" in url else url
+
+
+def without_password(url: str) -> str:
+    """Return a URL without user and password, which no file of a run keeps.
+
+    >>> without_password("https://me:secret@host:5000/path"), without_password("file:///tmp/mlruns")
+    ('https://host:5000/path', 'file:///tmp/mlruns')
+    """
     parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else url
 
 
 def without_redacted(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def _is_users(module: ModuleType) -> bool:
     file, name = getattr(module, "__file__", None), str(getattr(module, "__name__", ""))
     if not file or name == "__main__" or name.partition(".")[0] in _OURS:
         return False
-    return not _lies_installed(str(file))
+    return not is_installed(file)
 
 
 def is_below(base: Path, file: Path) -> bool:
@@ -59,11 +59,7 @@ def is_below(base: Path, file: Path) -> bool:
     return not is_installed(file) and file.resolve().is_relative_to(base.resolve())
 
 
-def is_installed(file: Path) -> bool:
+def is_installed(file: str | Path) -> bool:
     """Whether a file belongs to the standard library or an installed package."""
-    return _lies_installed(str(file))
-
-
-def _lies_installed(file: str) -> bool:
-    # as text: a process has thousands of modules, and most need no look at the disk
-    return file.startswith(_INSTALLED) or os.path.realpath(file).startswith(_INSTALLED)
+    text = str(file)  # a process has thousands of modules: most need neither a path object nor a look at the disk
+    return text.startswith(_INSTALLED) or os.path.realpath(text).startswith(_INSTALLED)

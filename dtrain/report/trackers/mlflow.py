@@ -14,8 +14,8 @@ from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
+from dtrain.config.values import without_password
 from dtrain.events import Event, RoundFinished, RunFinished, RunStarted
 from dtrain.files import write_text
 from dtrain.report.history import Row, row_of
@@ -166,16 +166,6 @@ def _known_run(directory: Path, uri: str) -> str | None:
         return str(stored["run_id"]) if stored["tracking_uri"] == uri else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
-
-
-def without_password(uri: str) -> str:
-    """Return a URI without user and password, which no file of a run keeps.
-
-    >>> without_password("https://me:secret@host:5000/path"), without_password("file:///tmp/mlruns")
-    ('https://host:5000/path', 'file:///tmp/mlruns')
-    """
-    parts = urlsplit(uri)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
 
 
 def _pieces(items: Sequence[Item], most: int) -> Iterator[list[Item]]:

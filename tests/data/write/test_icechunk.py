@@ -5,15 +5,14 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
+import icechunk
 import numpy as np
 import pytest
 import zarr
 
-icechunk = pytest.importorskip("icechunk")
-
-from dtrain.data.write.documents import ArraySpec, documents, encode  # noqa: E402
-from dtrain.data.write.icechunk import IcechunkSink  # noqa: E402
-from dtrain.errors import OutputExists  # noqa: E402
+from dtrain.data.write.documents import ArraySpec, documents, encode
+from dtrain.data.write.icechunk import IcechunkSink
+from dtrain.errors import OutputExists
 
 SPEC = ArraySpec(name="p", dims=("t",), shape=(12,), chunks=(4,), dtype="f4", fill_value=float("nan"))
 VALUES = np.arange(12, dtype="f4")
