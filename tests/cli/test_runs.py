@@ -14,7 +14,10 @@ import pytest
 from tests.cli.helpers import blobs, history, kept, last, objects, tree
 
 PACE = {"samples_per_second", "seconds_left", "seconds_since_round", "retried", "rejected"}
-LIVE = {"event", "run", "state", "round", "rounds", "committed", "best_round", "last", "evaluated", "holder", *PACE}
+LIVE = {
+    *("event", "run", "state", "round", "rounds", "committed", "best_round", "best_seen_round", "last", "evaluated"),
+    *("holder", *PACE),
+}
 
 
 @pytest.fixture
@@ -46,6 +49,7 @@ def test_the_status_of_a_run_that_is_done(cli, run):
         "rounds": 4,
         "committed": [1, 2, 3, 4],
         "best_round": best(run),
+        "best_seen_round": best(run),
         "last": history(run)[-1],
         "evaluated": history(run)[-1],
         "holder": None,
@@ -364,6 +368,15 @@ def test_a_round_that_is_damaged(cli, run):
     assert outcome.code == 5
     assert "round-000004/params.safetensors" in last(outcome)["message"]
     assert cli("-q", "eval", run, "--round", "3").code == 0
+
+
+def test_status_says_that_a_round_that_is_not_kept_was_better(cli, run):
+    rows = history(run)
+    shutil.rmtree(run / f"rounds/round-{best(run):06d}")
+    found = last(cli("--json", "status", run))
+    of_kept = min((row for row in rows if row["round"] in kept(run)), key=lambda row: row["val_loss"])["round"]
+    assert (found["best_round"], found["best_seen_round"]) == (of_kept, best(run))
+    assert f"of the rounds that are kept; round {best(run)} was better" in cli("status", run).out
 
 
 def test_a_best_round_that_is_not_kept_gives_way_to_the_last(cli, run):

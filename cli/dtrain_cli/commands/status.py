@@ -106,8 +106,10 @@ def _follow(options: Options, run: Run) -> None:
 
 
 def _record(run: Run, rows: list[Row]) -> dict[str, Any]:
+    from dtrain.algorithm.stop import higher_is_better
     from dtrain.checkpoint import committed_rounds
     from dtrain.lock import holder
+    from dtrain.report.history import best_round
     from dtrain.report.pace import seconds_left, speed
 
     state = _state(run, rows)
@@ -120,6 +122,7 @@ def _record(run: Run, rows: list[Row]) -> dict[str, Any]:
         "rounds": run.config.train.rounds,
         "committed": committed_rounds(run.directory),
         "best_round": run.best_round,
+        "best_seen_round": best_round(rows, run.config.stop.metric, higher_is_better(run.config)),
         "last": rows[-1] if rows else None,
         "evaluated": next((row for row in reversed(rows) if "val_loss" in row), None),
         "holder": holder(run.directory),
@@ -164,6 +167,8 @@ def _lines(record: dict[str, Any], rows: list[Row]) -> list[tuple[str, str]]:
     last, evaluated = record["last"], record["evaluated"]
     shown_rows = {"last": last, "evaluated": evaluated if evaluated is not last else None, "best": best}
     lines += [(label, _losses(row)) for label, row in shown_rows.items() if row]
+    if best is not None and (seen := record["best_seen_round"]) != best["round"]:
+        lines.append(("", f"of the rounds that are kept; round {seen} was better"))
     if rows:
         lines.append(("pace", _pace(record)))
     if record["retried"] or record["rejected"]:
