@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from dtrain.data.encoding import Array
 from dtrain.data.plan.grid import Chunk
-from dtrain.data.read.codecs import INTO, STAGES, Undecodable, check_size, chunk_format, plain_name
+from dtrain.data.read.codecs import INTO, STAGES, Undecodable, check_size, chunk_format, encoded_most, plain_name
 from dtrain.data.read.local import Scratch
 from dtrain.data.read.shards import ArrayLike
 from dtrain.errors import one_line
@@ -36,8 +36,13 @@ class Decoder:
         self.fill = np.zeros((), self.dtype) if array.fill_value is None else np.asarray(array.fill_value, self.dtype)
         codecs = [name for name in map(plain_name, chunk_format(array).codecs) if name != "bytes"]
         self._into = INTO.get(codecs[0]) if codecs else None
-        stages = [STAGES[name] for name in reversed(codecs)]
-        self._stages = stages[:-1] if self._into else stages
+        most = [
+            self.nbytes,
+            *[encoded_most(self.nbytes)] * len(codecs),
+        ]  # the first codec encodes the values themselves
+        stages = [(STAGES[name], size) for name, size in zip(codecs, most, strict=False)]
+        self._stages = stages[:0:-1] if self._into else stages[::-1]
+        """What undoes the codecs, one after the other, and the most bytes that each may give."""
 
     def decode(self, stored: memoryview, chunk: Chunk, out: Array, scratch: Scratch) -> None:
         """Write the selected part of a stored chunk into ``out[chunk.target]``.
@@ -71,8 +76,8 @@ class Decoder:
 
     def _decode(self, stored: memoryview, out: npt.NDArray[np.uint8]) -> None:
         try:
-            for stage in self._stages:
-                stored = stage(stored)
+            for stage, most in self._stages:
+                stored = stage(stored, most)
             if self._into is not None:
                 self._into(stored, out)
             else:

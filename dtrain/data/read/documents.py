@@ -11,10 +11,28 @@ from collections.abc import Callable, Iterable
 from zarr.core.buffer import Buffer
 
 from dtrain.data.read.local import Version
+from dtrain.errors import NotZarr
 
 NAMES = frozenset({"zarr.json", ".zgroup", ".zarray", ".zattrs", ".zmetadata"})
 ROOT_DOCUMENTS = (".zmetadata", "zarr.json", ".zgroup")
 REMEMBERED_STORES = 16
+MOST_BYTES = 64 << 20
+"""Of a document: text of that length becomes up to 25 times as many bytes in memory. Real ones have some kilobytes, and
+consolidated metadata of 10,000 arrays 20 MB."""
+
+
+def check_document(path: str, key: str, size: int) -> None:
+    """Refuse a metadata document that is too large to be one.
+
+    Raises
+    ------
+    NotZarr
+    """
+    if size > MOST_BYTES:
+        raise NotZarr(
+            f"{path}: {key} has {size:,} bytes; a metadata document of at most {MOST_BYTES:,} is read.",
+            "Restore it from a copy of the store; keep what is no metadata in arrays, not in attributes.",
+        )
 
 
 class Documents:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dtrain.data.encoding import Array
+from dtrain.data.plan.footprint import format_bytes
 from dtrain.data.plan.missing import absence_of, stands_for
 from dtrain.data.read.codecs import TRUNCATED
 from dtrain.data.read.local import Version
@@ -25,6 +26,7 @@ from dtrain.errors import (
     ChunkUndecodable,
     DataChanged,
     NonFiniteData,
+    OutOfMemory,
     UnsuitableVariable,
     one_line,
 )
@@ -143,6 +145,16 @@ class Faults:
         return ChunkUndecodable(
             f"{self._samples.path}: chunk {key} of {variable.name} cannot be decoded: {reason}",
             "Restore it from a copy of the store.",
+        )
+
+    def no_memory(self, variable: Variable, select: Select, key: str = "") -> OutOfMemory:
+        """Return the error for an object, or a selection of several, that there is no memory to decode."""
+        size = f"; a chunk should have {format_bytes(variable.chunk_bytes)}"
+        return OutOfMemory(
+            f"{self._samples.path}: no memory for {variable.name}{rows_text(variable, select)}"
+            f"{f', in chunk {key}' if key else ''}{size}.",
+            "Give the workers more memory (cluster.memory), or store smaller chunks. A chunk that needs far more than "
+            "it should is damaged: restore it from a copy of the store.",
         )
 
     def vanished(self, variable: Variable, key: str) -> ChunkMissing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from dataclasses import dataclass
 from dtrain.data.encoding import Array
 from dtrain.data.plan.grid import Chunk, ShardPart, chunks_of, shards_of
 from dtrain.data.plan.readers import MIN_DENSITY
-from dtrain.data.read.codecs import TRUNCATED, Undecodable
+from dtrain.data.read.bounded import object_most
+from dtrain.data.read.codecs import TRUNCATED, Undecodable, check_stored
 from dtrain.data.read.decode import Decoder
 from dtrain.data.read.faults import DAMAGED_INDEX, Faults
 from dtrain.data.read.local import Scratch, Version
@@ -48,6 +50,7 @@ class FilesReader:
         self._faults = faults
         self._layouts = {name: shard_layout(array) for name, array in arrays.items()}
         self._decoders = {name: Decoder(array) for name, array in arrays.items()}
+        self._most = {name: object_most(array) for name, array in arrays.items()}
         self._buffers = threading.local()
 
     def read(self, variable: Variable, select: Select, out: Array) -> None:
@@ -134,7 +137,10 @@ class FilesReader:
         self, variable: Variable, key: str, start: int = 0, stop: int | None = None
     ) -> tuple[memoryview | None, Version | None]:
         try:
-            return self._store.read_file(key, self._scratch("stored"), start, stop) or (None, None)
+            return self._store.read_file(key, self._scratch("stored", self._most[variable.name]), start, stop) or (
+                None,
+                None,
+            )
         except OverflowError as error:  # a place in a shard that no file reaches
             raise self._faults.undecodable(variable, key, TRUNCATED) from error
         except OSError as error:
@@ -154,10 +160,14 @@ class FilesReader:
     def _key(self, variable: Variable, place: tuple[int, ...]) -> str:
         return key_of(self._arrays[variable.name], place)
 
-    def _scratch(self, name: str) -> Scratch:
-        """Return a function that gives the calling thread's scratch buffer of that name: the same memory each time."""
+    def _scratch(self, name: str, most: int = sys.maxsize) -> Scratch:
+        """Return a function that gives the calling thread's scratch buffer of that name: the same memory each time.
+
+        It raises Undecodable if it is asked for more than `most` bytes.
+        """
 
         def give(size: int) -> memoryview:
+            check_stored(size, most)
             memory: bytearray = getattr(self._buffers, name, bytearray())
             if len(memory) < size:
                 memory = bytearray(size)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import zarr
 
+from dtrain.data.read.bounded import bounded
 from dtrain.data.read.documents import REMEMBERED_STORES, Documents
 from dtrain.data.read.icechunk import ICECHUNK
 from dtrain.data.read.kerchunk import KERCHUNK
@@ -138,14 +139,18 @@ def node_in(store: ReadStore, group: zarr.Group, name: str) -> ArrayLike | zarr.
     if name.strip("/") != name or not {"", ".", ".."}.isdisjoint(name.split("/")):
         return None
     try:
-        return group[name]
+        return _read_safely(group[name])
     except KeyError:
         path = f"{group.path}/{name}".lstrip("/")
         documents = ("zarr.json",) if group.metadata.zarr_format == 3 else (".zarray", ".zgroup")
         if not any(store.has_document(f"{path}/{document}") for document in documents):
             return None
         plain = zarr.open_group(store, path=group.path or None, mode="r", use_consolidated=False)
-        return plain[name]
+        return _read_safely(plain[name])
+
+
+def _read_safely(node: ArrayLike | zarr.Group) -> ArrayLike | zarr.Group:
+    return bounded(node) if isinstance(node, zarr.Array) else node
 
 
 def array_in(store: ReadStore, group: zarr.Group, name: str) -> ArrayLike:

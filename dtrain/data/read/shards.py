@@ -32,6 +32,8 @@ Index: TypeAlias = npt.NDArray[np.uint64]
 """Offset and length of each chunk of a shard, uint64[*counts, 2]; both are `NO_CHUNK` where there is no chunk."""
 
 NO_CHUNK = 2**64 - 1
+FAR = 2**60
+"""No file is that long: two such numbers can be added."""
 Stored: TypeAlias = tuple[int, int, Chunk]
 """Offset and length of a chunk that a shard has, and the chunk."""
 
@@ -169,11 +171,17 @@ def runs_of(stored: Iterable[Stored], density: float) -> list[tuple[int, int, li
     return runs
 
 
+def stored_entries(index: Index, part: ShardPart) -> npt.NDArray[np.int64]:
+    """Return offset and length of each touched chunk that a shard has; where they are beyond any file, they are -1."""
+    wanted = index[np.ix_(*part.inside)].reshape(-1, 2)
+    wanted = wanted[wanted[:, 0] != NO_CHUNK]
+    return np.where(wanted < FAR, wanted, np.uint64(NO_CHUNK)).astype(np.int64)
+
+
 def dense_run(index: Index, part: ShardPart, density: float) -> tuple[int, int] | None:
     """Return first byte and end of a run that holds all stored chunks of a part; None if that would read too much."""
-    wanted = index[np.ix_(*part.inside)].reshape(-1, 2)
-    wanted = wanted[wanted[:, 0] != NO_CHUNK].astype(np.int64)
-    if len(wanted) < 2:
+    wanted = stored_entries(index, part)
+    if len(wanted) < 2 or wanted.min() < 0:
         return None
     begin, end = int(wanted[:, 0].min()), int(wanted.sum(axis=1).max())
     return (begin, end) if wanted[:, 1].sum() >= density * (end - begin) else None

@@ -20,9 +20,10 @@ from zarr.core.sync import sync
 from zarr.storage import WrapperStore
 
 from dtrain.data.plan.grid import touched
+from dtrain.data.read.bounded import object_most
 from dtrain.data.read.clock import fetching
-from dtrain.data.read.codecs import Undecodable, ends_in_blosc, is_truncated_blosc
-from dtrain.data.read.documents import Documents
+from dtrain.data.read.codecs import Undecodable, check_stored, ends_in_blosc, is_truncated_blosc
+from dtrain.data.read.documents import Documents, check_document
 from dtrain.data.read.local import Scratch, Version, new_buffer, read_part, version_of
 from dtrain.data.read.shards import ArrayLike, Index, IndexCache, ShardLayout, shard_layout, view_of
 from dtrain.data.samples import StoreFacts
@@ -55,6 +56,7 @@ class ReadStore(WrapperStore[Store]):
         self._absent: set[str] = set()
         self._truncated: set[str] = set()
         self._watched: dict[str, tuple[ShardLayout | None, bool]] = {}
+        self._most: dict[str, int] = {}
         self._indices = IndexCache()
         self._held: dict[str, list[tuple[int, Buffer]]] = {}
         self._lock, self._reading_index = threading.Lock(), threading.Lock()
@@ -69,13 +71,16 @@ class ReadStore(WrapperStore[Store]):
         if byte_range is None and Documents.holds(key):
             if key not in self.documents:
                 version = self.version(key)
+                check_document(self.path, key, 0 if version is None else version[0])
                 with fetching():
                     value = await self._store.get(key, prototype)
+                check_document(self.path, key, 0 if value is None else len(value))
                 answer = self._noted(key, None, value)
                 self.documents.put(key, answer, version)
             return self.documents[key]
         if (held := self._held_part(key, byte_range)) is not None:
             return held
+        self._check_stored(key, byte_range)
         with fetching():
             value = await self._store.get(key, prototype, byte_range)
         return self._noted(key, byte_range, value)
@@ -86,6 +91,7 @@ class ReadStore(WrapperStore[Store]):
         """Return the same without the event loop: zarr 3.3 and later ask a local store so."""
         if (held := self._held_part(key, byte_range)) is not None:
             return held
+        self._check_stored(key, byte_range)
         local: Any = self._store
         with fetching():
             value = local.get_sync(key, prototype=prototype, byte_range=byte_range)
@@ -169,10 +175,12 @@ class ReadStore(WrapperStore[Store]):
     def watch(self, array: ArrayLike) -> None:
         """Look at the objects of an array as they pass: there are two truncations that zarr does not notice.
 
-        An empty file of a sharded array reads as the fill value, and blosc reads beyond its input.
+        An empty file of a sharded array reads as the fill value, and blosc reads beyond its input. An object that is
+        larger than its chunks can be is refused before it is read, where its size is known.
         """
         prefix = f"{array.path}/" if array.path else ""
         self._watched[prefix] = (shard_layout(array), ends_in_blosc(array))
+        self._most[prefix] = object_most(array)
 
     def is_absent(self, key: str) -> bool:
         """Return True if an object was not there when it was last requested."""
@@ -181,6 +189,12 @@ class ReadStore(WrapperStore[Store]):
     def is_truncated(self, key: str) -> bool:
         """Return True if an object is truncated in a way that zarr does not notice."""
         return key in self._truncated
+
+    def _check_stored(self, key: str, byte_range: ByteRequest | None) -> None:
+        """Raise Undecodable for an object that is larger than its chunks can be, where its size is known."""
+        most = next((most for prefix, most in self._most.items() if key.startswith(prefix)), None)
+        if most is not None and byte_range is None and (version := self.version(key)) is not None:
+            check_stored(version[0], most)
 
     def _watching(self, key: str) -> tuple[ShardLayout | None, bool]:
         return next((watched for prefix, watched in self._watched.items() if key.startswith(prefix)), (None, False))

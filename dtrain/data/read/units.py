@@ -11,7 +11,7 @@ from dtrain.data.encoding import Array
 from dtrain.data.plan.readers import choose_readers
 from dtrain.data.plan.units import Box, DataPlan, box_slices, rows_selection
 from dtrain.data.read.boxes import BoxReader
-from dtrain.data.read.faults import Faults, rows_text
+from dtrain.data.read.faults import Faults
 from dtrain.data.read.files import FilesReader
 from dtrain.data.read.kept import Kept
 from dtrain.data.read.open import open_arrays
@@ -22,7 +22,7 @@ from dtrain.data.read.zarr import ZarrReader, ZarrsReader, best_settings, open_w
 from dtrain.data.samples import Samples
 from dtrain.data.sparse import SparseRows, Starts
 from dtrain.data.variable import Select, Variable
-from dtrain.errors import InvalidConfig, OutOfMemory
+from dtrain.errors import InvalidConfig
 
 
 class UnitReader(BoxReader):
@@ -87,9 +87,10 @@ class UnitReader(BoxReader):
                     )
                 self.readers[name] = ("zarr", f"zarrs refuses it: {why}")
         by_numcodecs = {name: self.arrays[name] for name, (chosen, _) in self.readers.items() if chosen == "numcodecs"}
+        by_zarr = ZarrReader(self.store, self.arrays, self.faults)
         readers: dict[str, ChunkReader] = {
-            "zarr": ZarrReader(self.store, self.arrays, self.faults),
-            "zarrs": ZarrsReader(self.store, by_zarrs, self.faults),
+            "zarr": by_zarr,
+            "zarrs": ZarrsReader(self.store, by_zarrs, self.faults, by_zarr),
             "numcodecs": FilesReader(self.store, by_numcodecs, self.faults),
         }
         return {name: readers[chosen] for name, (chosen, _) in self.readers.items()}
@@ -157,10 +158,7 @@ class UnitReader(BoxReader):
         try:
             self._chunk_readers[variable.name].read(variable, select, out)
         except MemoryError as error:
-            raise OutOfMemory(
-                f"{self.samples.path}: no memory for {variable.name}{rows_text(variable, select)}.",
-                "Give the workers more memory (cluster.memory), or store smaller chunks.",
-            ) from error
+            raise self.faults.no_memory(variable, select) from error
 
     def _check(self, variable: Variable, select: Select, values: Array) -> None:
         self._values.check_integers(variable, select, values)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -23,13 +24,14 @@ from dtrain.data.plan.missing import absence_of
 from dtrain.data.plan.readers import MIN_DENSITY
 from dtrain.data.read.codecs import ends_in_blosc, is_truncated_blosc
 from dtrain.data.read.faults import DAMAGED_INDEX, Faults, Observation
+from dtrain.data.read.heads import Claims
 from dtrain.data.read.local import new_buffer, read_part
 from dtrain.data.read.rows import as_stored
-from dtrain.data.read.shards import ArrayLike, ShardLayout, dense_run, missing_chunks, shard_layout
+from dtrain.data.read.shards import ArrayLike, ShardLayout, dense_run, missing_chunks, shard_layout, stored_entries
 from dtrain.data.read.store import ReadStore, key_of, objects_of
 from dtrain.data.samples import Samples
 from dtrain.data.variable import Select, Variable
-from dtrain.errors import ChunkUndecodable, DtrainError, one_line
+from dtrain.errors import DtrainError, one_line
 
 _OPENING = threading.Lock()  # zarr's configuration belongs to the whole process
 
@@ -44,6 +46,8 @@ class _Selection:
     select: Select
     objects: tuple[tuple[tuple[int, ...], str], ...]
     """Place and key of each."""
+    guard: ArrayLike | None = None
+    """The same array, bounded: where a fault is looked for, it reads an object before `array` does."""
 
 
 class ZarrReader:
@@ -60,14 +64,14 @@ class ZarrReader:
 
     def __init__(self, store: ReadStore, arrays: Mapping[str, ArrayLike], faults: Faults) -> None:
         self._store = store
-        self._arrays = arrays
+        self.arrays = arrays
         self._faults = faults
         self._layouts = {name: shard_layout(array) for name, array in arrays.items()}
 
     def read(self, variable: Variable, select: Select, out: Array) -> None:
         """Fill `out` with a selection (`ChunkReader.read`)."""
         name = variable.name
-        selection = _selection(self._arrays[name], self._layouts[name], variable, select)
+        selection = _selection(self.arrays[name], self._layouts[name], variable, select)
         observe = partial(self._observe, selection)
         with _named(selection, self._faults, observe), self._store.holding(_dense_parts(self._store, selection)):
             decode(selection.array, variable, select, out)
@@ -92,13 +96,17 @@ class ZarrsReader:
     arrays : mapping of str to zarr.Array
         By variable, opened by `open_with_zarrs`.
     faults : Faults
+    by_zarr : ZarrReader
+        Reads chunks of which zarrs would not notice that they hold something else, before it has memory for that.
     """
 
-    def __init__(self, store: ReadStore, arrays: Mapping[str, ArrayLike], faults: Faults) -> None:
+    def __init__(self, store: ReadStore, arrays: Mapping[str, ArrayLike], faults: Faults, by_zarr: ZarrReader) -> None:
         self._store = store
         self._arrays = arrays
         self._faults = faults
+        self._by_zarr = by_zarr
         self._layouts = {name: shard_layout(array) for name, array in arrays.items()}
+        self._claims = {name: Claims(array) for name, array in arrays.items()}
         self._blosc = {name: ends_in_blosc(array) for name, array in arrays.items()}
 
     def read(self, variable: Variable, select: Select, out: Array) -> None:
@@ -106,9 +114,33 @@ class ZarrsReader:
         name = variable.name
         selection = _selection(self._arrays[name], self._layouts[name], variable, select)
         before = [self._look_at(variable, key) for _, key in selection.objects]
+        if not self._is_right(selection, before):
+            self._by_zarr.read(variable, select, out)
+            return
+        selection = replace(selection, guard=self._by_zarr.arrays[name])
         with _named(selection, self._faults, partial(self._observe, selection, before)):
             decode(selection.array, variable, select, out)
         _check_inner_chunks(self._store, selection, self._faults)
+
+    def _is_right(self, selection: _Selection, before: Sequence[tuple[bool, bool]]) -> bool:
+        """Return True if the chunks of a selection that are there are known to decode to their size."""
+        variable, layout, claims = selection.variable, selection.layout, self._claims[selection.variable.name]
+        parts = shards_of(variable, selection.select) if variable.has_inner_chunks else itertools.repeat(None)
+        for part, (_, key), (is_absent, is_truncated) in zip(parts, selection.objects, before, strict=False):
+            if is_absent or is_truncated:  # said afterwards
+                continue
+            size, _ = self._store.version(key) or (0, 0)
+            entries = np.array([[0, size]], np.int64)
+            if part is not None:
+                index = None if layout is None else self._store.index(key, layout)
+                if index is None:
+                    return False
+                entries = stored_entries(index, part)
+                if len(entries) and entries.sum(axis=1).max() > size:
+                    return False
+            if not claims.are_right(os.path.join(self._store.path, key), entries):
+                return False
+        return True
 
     def _look_at(self, variable: Variable, key: str) -> tuple[bool, bool]:
         """Return two flags: the file is absent; it is truncated in a way that zarrs does not notice."""
@@ -153,23 +185,31 @@ def _named(selection: _Selection, faults: Faults, observe: Callable[[], list[Obs
     """Name the object at fault, if reading a selection in this context fails or an observation is a fault."""
     try:
         yield
-    except (DtrainError, MemoryError):
+    except DtrainError:
         raise
+    except MemoryError as error:
+        key = selection.objects[0][1] if len(selection.objects) == 1 else ""
+        raise faults.no_memory(selection.variable, selection.select, key) from error
     except Exception as error:
         faults.check(selection.variable, observe())
         raise _undecodable(selection, faults, error) from error
     faults.check(selection.variable, observe())
 
 
-def _undecodable(selection: _Selection, faults: Faults, error: Exception) -> ChunkUndecodable:
+def _undecodable(selection: _Selection, faults: Faults, error: Exception) -> DtrainError:
     """Find the object that cannot be decoded by reading them one by one, with the reader that failed."""
-    variable, array = selection.variable, selection.array
+    variable, readers = selection.variable, [selection.array]
+    if selection.guard is not None:
+        readers.insert(0, selection.guard)
     for place, key in selection.objects:
-        starts = [i * size for i, size in zip(place, variable.objects, strict=True)]
+        whole = tuple(slice(i * size, (i + 1) * size) for i, size in zip(place, variable.objects, strict=True))
         try:
-            array[tuple(slice(start, start + size) for start, size in zip(starts, variable.objects, strict=True))]
+            for array in readers:
+                array[whole]
         except DtrainError:
             raise
+        except MemoryError:
+            return faults.no_memory(variable, selection.select, key)
         except Exception as cause:
             return faults.undecodable(variable, key, one_line(cause))
     return faults.unreliable(variable, selection.select, error)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 import threading
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -279,7 +279,7 @@ def test_no_memory_is_not_taken_for_a_damaged_chunk(write_store, tmp_path, monke
         raise MemoryError
 
     monkeypatch.setattr(codecs, "_ZSTD", SimpleNamespace(decode=no_memory))
-    monkeypatch.setattr(gzip, "decompress", no_memory)
+    monkeypatch.setattr(zlib, "decompressobj", no_memory)
     with pytest.raises(OutOfMemory, match=r"no memory for v0\[0:6\]") as caught:
         reader.read(Box(0, 6))
     assert caught.value.code == 8
@@ -291,7 +291,7 @@ def test_no_memory_to_read_into_is_said_with_its_own_code(write_store, tmp_path,
     def no_memory(size):
         raise MemoryError
 
-    monkeypatch.setattr(FilesReader, "_scratch", lambda self, name: no_memory)
+    monkeypatch.setattr(FilesReader, "_scratch", lambda self, name, most=0: no_memory)
     with pytest.raises(OutOfMemory, match=r"no memory for v0\[0:6\]"):
         reader.read(Box(0, 6))
 
