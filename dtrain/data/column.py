@@ -10,15 +10,16 @@ import numpy as np
 from dtrain.data.cf import CF_ATTRIBUTES, TIME_ATTRIBUTES, encoding_of
 from dtrain.data.dataset import NamedArray, find_named
 from dtrain.data.encoding import Array
+from dtrain.data.extent import MOST_COLUMN_BYTES, check_grid
 from dtrain.data.read.faults import Faults, chunk_missing
 from dtrain.data.read.open import open_arrays
-from dtrain.data.read.presence import absent_chunks
+from dtrain.data.read.presence import absent_chunks, some_absent
 from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import ReadStore
 from dtrain.data.read.zarr import ZarrReader, best_settings
 from dtrain.data.samples import Coordinate, Samples
 from dtrain.data.variable import Variable
-from dtrain.errors import ChunkMissing, DtrainError, StoreUnavailable, UnsuitableVariable, one_line
+from dtrain.errors import ChunkMissing, ChunkTooLarge, DtrainError, StoreUnavailable, UnsuitableVariable, one_line
 
 BLOCK_ROWS = 1 << 18
 """About so many values are read at once."""
@@ -57,7 +58,7 @@ def find_coordinate(
         if named is not None and (named.shape != (size,) or named.dims != (dim,)):
             return f"{name} has no coordinate of one dimension"
         if named is not None:
-            return name, named
+            return claims_too_much(store.path, name, named) or (name, named)
     return f"{dim} has no coordinate"
 
 
@@ -73,11 +74,24 @@ def groups_above(names: Iterable[str], wanted: str) -> list[str]:
     return list(dict.fromkeys(map("/".join, places)))
 
 
+def claims_too_much(path: str, name: str, named: NamedArray) -> str:
+    """Return why a column is larger than any that is read; empty if it is not."""
+    array = named.array
+    sizes = array.shape, array.chunks, array.shards or array.chunks
+    try:
+        check_grid(path, name, *sizes, np.dtype(array.dtype).itemsize, most=MOST_COLUMN_BYTES)
+    except (UnsuitableVariable, ChunkTooLarge) as error:
+        return one_line(error)
+    return ""
+
+
 def describe_column(path: str, name: str, named: NamedArray) -> Coordinate | str:
     """Describe an array of one dimension, or return why its attributes cannot be understood."""
     array, dtype = named.array, np.dtype(named.array.dtype)
     known = (*CF_ATTRIBUTES, *TIME_ATTRIBUTES) if dtype.kind in NUMBERS else ()
     attributes = {key: named.attributes[key] for key in known if key in named.attributes}
+    if why := claims_too_much(path, name, named):
+        return why
     try:
         encoding = encoding_of(path, name, attributes, dtype, zarr_format=array.metadata.zarr_format)
     except UnsuitableVariable as error:
@@ -161,6 +175,9 @@ class ColumnReader:
 
 def _check_presence(samples: Samples, store: ReadStore, arrays: Mapping[str, ArrayLike], variable: Variable) -> None:
     """Raise for a missing chunk of more than one row; of one row, zarr leaves it out if it holds the fill value."""
+    looks = samples.store.is_local and variable.object_rows > 1
+    if looks and (gone := some_absent(samples, arrays[variable.name], variable)) is not None:
+        raise gone
     for chunk in absent_chunks(samples, store, arrays, variable, full=True):
         if chunk.stop - chunk.start <= 1:
             continue

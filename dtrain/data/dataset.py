@@ -40,9 +40,6 @@ from dtrain.errors import (
     one_line,
 )
 
-UNSUPPORTED = ("nknown codec", "codec not available", "No Zarr data type", "An implementation for codec")
-"""How zarr says that it lacks a codec, or knows no such dtype."""
-
 Dims: TypeAlias = Mapping[str, tuple[str, ...]]
 """``data.dims``: by array, the names of dimensions that the store does not name."""
 NO_DIMS: Dims = MappingProxyType({})
@@ -178,8 +175,15 @@ def _readable(store: ReadStore) -> Iterator[None]:
 
 
 def hierarchy_of(store: ReadStore) -> Hierarchy:
-    """Return the groups of a store."""
-    return Hierarchy(store, any_group(store, ""))
+    """Return the groups of a store.
+
+    Raises
+    ------
+    NotZarr
+        There are none, or the metadata of its root cannot be read.
+    """
+    with _readable(store):
+        return Hierarchy(store, any_group(store, ""))
 
 
 def _open_group(store: ReadStore, name: str) -> _Opened:
@@ -224,12 +228,6 @@ def _node(opened: _Opened, name: str, dims: Sequence[str] | None = None) -> Name
         raise
     except Exception as error:
         settle()
-        if any(text in str(error) for text in UNSUPPORTED):
-            raise UnsuitableVariable(
-                f"{store.path}: {name} cannot be read here: {one_line(error)}",
-                "If it is a codec: install the package that has it, here and on the workers. Else write the "
-                "variable with a dtype of numbers.",
-            ) from None
         raise unreadable_metadata(store.path, name, error) from None
     path = _below(opened.group, array.path)
     if stored is None:

@@ -5,7 +5,6 @@ Later everything is read through zarr or its files, by integer ranges.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from dtrain.data.cf import encoding_of, float_encoding
 from dtrain.data.choose import choose_dims
 from dtrain.data.coordinate import coordinate_of
 from dtrain.data.dataset import NamedArray, open_named, sizes_of
+from dtrain.data.extent import check_grid
 from dtrain.data.given import row_column, split_column
 from dtrain.data.joined import Member, check_once, describe_all, shared_coordinates
 from dtrain.data.layouts.stored import Matrix
@@ -35,9 +35,6 @@ from dtrain.data.selection import Selected, mean_axes, sample_dim, select_dims, 
 from dtrain.data.variable import Sparse, Variable
 from dtrain.data.weight import as_cosine, check_weight, cosine_array
 from dtrain.errors import InvalidConfig, UnsuitableVariable
-
-MOST_CHUNKS = 10**8
-"""Stored objects of an array, and chunks of a shard, at most: to look for each of them takes minutes by then."""
 
 
 def open_samples(
@@ -189,7 +186,7 @@ def _variable(
         )
     shape = tuple(int(n) for n in array.shape)
     chunks, objects = (tuple(int(n) for n in sizes) for sizes in (array.chunks, array.shards or array.chunks))
-    _check_grid(path, name, shape, chunks, objects)
+    check_grid(path, name, shape, chunks, objects, dtype.itemsize)
     _check_dims(path, name, dims, shape, sample_dim)
     whole = [selected.get(dim, ((0, n, 1), False)) for dim, n in zip(dims, shape, strict=True)]
     encoding = encoding_of(path, name, named.attributes, dtype, zarr_format=array.metadata.zarr_format)
@@ -252,25 +249,6 @@ def _fill_value(array: ArrayLike) -> float | None:
     """Return the fill value as a plain number, None for NaN; a Zarr v2 array without one is filled with zeros."""
     value: float = np.asarray(0 if array.fill_value is None else array.fill_value, array.dtype).item()
     return value if value == value else None
-
-
-def _check_grid(
-    path: str, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], objects: tuple[int, ...]
-) -> None:
-    """Refuse chunks without values, and more of them than can be looked for."""
-    if 0 in (*chunks, *objects):
-        raise UnsuitableVariable(
-            f"{path}: {name} has chunks of shape {list(chunks)}, which hold no values.",
-            "Its metadata are damaged, or it was never written: write it again with chunks of at least 1.",
-        )
-    stored = math.prod(-(-n // size) for n, size in zip(shape, objects, strict=True))
-    inner = math.prod(size // chunk for size, chunk in zip(objects, chunks, strict=True))
-    for count, text in ((stored, "stored objects"), (inner, "chunks in each shard")):
-        if count > MOST_CHUNKS:
-            raise UnsuitableVariable(
-                f"{path}: {name} of shape {list(shape)} has {count:,} {text}; at most {MOST_CHUNKS:,} can be read.",
-                f"Write {name} again with larger chunks.",
-            )
 
 
 def _check_dims(path: str, name: str, dims: tuple[str, ...], shape: tuple[int, ...], sample_dim: str) -> None:

@@ -8,10 +8,11 @@ from typing import Any, TypeAlias
 
 import zarr
 
-from dtrain.data.read.open import node_in
+from dtrain.data.read.open import node_in, unreadable_metadata
+from dtrain.data.read.retry import settle
 from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import ReadStore
-from dtrain.errors import StoreForbidden
+from dtrain.errors import DtrainError, StoreForbidden
 
 Attributes: TypeAlias = Mapping[str, Any]
 
@@ -39,13 +40,18 @@ class Hierarchy:
 
         Raises
         ------
-        Exception
-            Whatever zarr raises for metadata that it cannot read.
+        NotZarr, UnsuitableVariable
+            Its metadata cannot be read.
         """
         try:
             return node_in(self.store, self.root, path) if path else self.root
         except StoreForbidden:  # a bucket that may not be listed also forbids what is not there
             return None
+        except DtrainError:
+            raise
+        except Exception as error:
+            settle()
+            raise unreadable_metadata(self.store.path, path, error) from None
 
     def attributes(self, path: str) -> Attributes:
         """Return the attributes of a group; none if there is no group at the path."""

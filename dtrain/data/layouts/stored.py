@@ -9,12 +9,13 @@ from typing import Protocol
 import numpy as np
 import zarr
 
+from dtrain.data.extent import MOST_COLUMN_BYTES, check_grid
 from dtrain.data.layouts.hierarchy import Hierarchy
 from dtrain.data.read.retry import settle
 from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import key_of
 from dtrain.data.variable import Categories
-from dtrain.errors import ChunkMissing, ChunkUndecodable, DtrainError, NotZarr, one_line
+from dtrain.errors import ChunkMissing, ChunkUndecodable, DtrainError, NotZarr, OutOfMemory, one_line
 
 MOST_NAMES = 4096
 """Names of categories that are kept; they travel with the samples."""
@@ -91,15 +92,22 @@ def read_names(hierarchy: Hierarchy, array: ArrayLike, most: int, what: str) -> 
 
     Raises
     ------
-    ChunkMissing, ChunkUndecodable
+    ChunkMissing, ChunkUndecodable, UnsuitableVariable, ChunkTooLarge, OutOfMemory
     """
     count, store = min(most, int(array.shape[0])), hierarchy.store
     if not count:
         return ()
+    sizes = array.shape, array.chunks, array.shards or array.chunks
+    check_grid(store.path, array.path, *sizes, np.dtype(array.dtype).itemsize, most=MOST_COLUMN_BYTES)
     try:
         values: list[object] = np.asarray(array[:count]).tolist()
-    except (DtrainError, MemoryError):
+    except DtrainError:
         raise
+    except MemoryError as error:
+        raise OutOfMemory(
+            f"{store.path}: no memory for {array.path}, {what}.",
+            "Use a machine with more memory. If they should be short, restore them from a copy of the store.",
+        ) from error
     except Exception as error:
         settle()
         raise ChunkUndecodable(

@@ -21,13 +21,15 @@ MOST_BYTES = 64 << 20
 consolidated metadata of 10,000 arrays 20 MB."""
 
 
-def check_document(path: str, key: str, size: int) -> None:
-    """Refuse a metadata document that is too large to be one.
+def check_document(path: str, key: str, size: int, *, is_file: bool = True) -> None:
+    """Refuse a metadata document that is too large to be one, or that is no file.
 
     Raises
     ------
     NotZarr
     """
+    if not is_file:
+        raise NotZarr(f"{path}: {key} is no file.", "Restore it from a copy of the store.")
     if size > MOST_BYTES:
         raise NotZarr(
             f"{path}: {key} has {size:,} bytes; a metadata document of at most {MOST_BYTES:,} is read.",

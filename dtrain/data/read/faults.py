@@ -228,6 +228,15 @@ def chunk_missing(
     )
 
 
+def some_missing(samples: Samples, variable: Variable, key: str, missing: int, looked: int, count: int) -> ChunkMissing:
+    """Return the error for a variable of very many stored objects, of which some were looked for."""
+    return ChunkMissing(
+        f"{samples.path}: chunk {key} of {variable.name} is missing: its metadata claim {count:,} stored objects, and "
+        f"of {looked} that were looked for {missing} are missing.",
+        ways(samples, variable),
+    )
+
+
 def ways(samples: Samples, variable: Variable) -> str:
     """Say what to do about a chunk that is not stored."""
     if absence_of(samples, variable) == "skip":

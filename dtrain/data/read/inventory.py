@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from dtrain.data.plan.missing import AbsentChunks
 from dtrain.data.plan.splits import Runs
-from dtrain.data.read.presence import absent_rows, check_presence, chunks_read, look_up
+from dtrain.data.read.presence import absent_rows, check_presence, check_some, chunks_read, look_up
 from dtrain.data.samples import Samples
 
 TOGETHER = 16
@@ -64,6 +64,8 @@ def _added(samples: Samples, name: str, absent: Sequence[AbsentChunks]) -> Absen
 
 
 def _take(samples: Samples, *, full: bool, digests: bool, presence: bool) -> Inventory:
+    if presence:
+        check_some(samples)
     found, missing = look_up(samples) if digests else ({}, {})
     return Inventory(found, check_presence(samples, full=full, missing=missing) if presence else {})
 

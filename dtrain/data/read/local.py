@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import stat
 import time
 import zipfile
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -39,7 +40,7 @@ class DirectoryStore(LocalStore):
 def read_part(path: str, scratch: Scratch, start: int, stop: int | None) -> tuple[memoryview, Version] | None:
     """Return the bytes ``start:stop`` of a file, as far as it goes, and its version; None if there is no file."""
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb", buffering=0, opener=_at_once) as file:
             facts = os.fstat(file.fileno())
             end = facts.st_size if stop is None else min(stop, facts.st_size)
             value = scratch(max(0, end - start))
@@ -51,6 +52,20 @@ def read_part(path: str, scratch: Scratch, start: int, stop: int | None) -> tupl
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
     return value[:done], (facts.st_size, facts.st_mtime_ns)
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open a file; a named pipe too, which nobody writes to: it ends at once."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def is_no_file(path: str) -> bool:
+    """Return True for what is there and is neither a file nor a directory: to read a named pipe would wait for ever."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def new_buffer(size: int) -> memoryview:

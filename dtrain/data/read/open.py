@@ -21,8 +21,10 @@ from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import ReadStore
 from dtrain.data.read.zip import ZIP
 from dtrain.data.samples import Samples, StoreFacts
-from dtrain.errors import DataNotFound, DtrainError, NotZarr, one_line
+from dtrain.errors import DataNotFound, DtrainError, NotZarr, UnsuitableVariable, one_line
 
+UNSUPPORTED = ("nknown codec", "codec not available", "No Zarr data type", "An implementation for codec")
+"""How zarr says that it lacks a codec, or knows no such dtype."""
 KINDS: list[StoreKind] = [ZIP, KERCHUNK, ICECHUNK, DIRECTORY, HTTP, FSSPEC]
 """The first kind that matches a path opens it."""
 
@@ -158,7 +160,7 @@ def array_in(store: ReadStore, group: zarr.Group, name: str) -> ArrayLike:
 
     Raises
     ------
-    DataNotFound, NotZarr
+    DataNotFound, NotZarr, UnsuitableVariable
         It is not there any more, or its metadata cannot be read.
     """
     try:
@@ -177,8 +179,14 @@ def array_gone(path: str, name: str) -> DataNotFound:
     return DataNotFound(f"{path}: {name} is not there any more.", "Restore it from a copy.")
 
 
-def unreadable_metadata(path: str, name: str, error: Exception) -> NotZarr:
-    """Return the error for an array whose metadata are damaged."""
+def unreadable_metadata(path: str, name: str, error: Exception) -> DtrainError:
+    """Return the error for an array whose metadata are damaged, or say something that this zarr does not know."""
+    if any(text in str(error) for text in UNSUPPORTED):
+        return UnsuitableVariable(
+            f"{path}: {name} cannot be read here: {one_line(error)}",
+            "If it is a codec: install the package that has it, here and on the workers. Else write the "
+            "variable with a dtype of numbers.",
+        )
     return NotZarr(
         f"{path}: the metadata of {name} cannot be read: {one_line(error)}", "Restore it from a copy of the store."
     )

@@ -19,7 +19,7 @@ from zarr.core.sync import sync
 from dtrain.data.plan.grid import chunks_touched, shards_of, touched
 from dtrain.data.plan.missing import AbsentChunks, absence_of
 from dtrain.data.plan.splits import Runs
-from dtrain.data.read.faults import chunk_missing
+from dtrain.data.read.faults import chunk_missing, some_missing
 from dtrain.data.read.local import facts_of
 from dtrain.data.read.open import array_gone, open_arrays
 from dtrain.data.read.shards import ArrayLike, missing_chunks, shard_layout
@@ -28,8 +28,10 @@ from dtrain.data.read.tree import kind_at
 from dtrain.data.read.units import UnitReader
 from dtrain.data.samples import Samples
 from dtrain.data.variable import Select, Variable
-from dtrain.errors import StoreForbidden
+from dtrain.errors import ChunkMissing, StoreForbidden
 
+MANY_OBJECTS, SOME_OBJECTS = 100_000, 256
+"""Of so many objects, some are looked for first."""
 CONCURRENT_REQUESTS = 32
 LINES_TOGETHER = 1024
 """Lines of a digest that are hashed at once."""
@@ -91,6 +93,38 @@ def check_presence(
         if chunks == counts[variable.name].of and kind_at(store, arrays[variable.name].path) is None:
             raise array_gone(samples.path, variable.name)
     return counts
+
+
+def check_some(samples: Samples) -> None:
+    """Refuse a local store of very many objects, if one of some of them is not there and that is a fault.
+
+    To look for all of them takes minutes, also where metadata only claim that there are so many.
+
+    Raises
+    ------
+    ChunkMissing
+    """
+    if not samples.store.is_local:
+        return
+    for variable in samples.stored:
+        if variable.num_objects > MANY_OBJECTS and _is_fault(samples, variable):
+            array = open_arrays(samples)[1][variable.name]
+            if (gone := some_absent(samples, array, variable)) is not None:
+                raise gone
+
+
+def some_absent(samples: Samples, array: ArrayLike, variable: Variable) -> ChunkMissing | None:
+    """Return the error for very many objects of a local store, if one of some of them is not there."""
+    select = variable.select if variable.part_of else variable.selection(samples.first_row, samples.num_samples)
+    along = touched(variable.objects, select)
+    count = math.prod(map(len, along))
+    if count <= MANY_OBJECTS:
+        return None
+    places = [place_of(along, i * (count - 1) // (SOME_OBJECTS - 1)) for i in range(SOME_OBJECTS)]
+    names = (str(array.metadata.encode_chunk_key(place)) for place in places)
+    found = list(facts_of(os.path.join(samples.path, array.path), names))
+    gone = [place for place, seen in zip(places, found, strict=True) if seen is None]
+    return some_missing(samples, variable, key_of(array, gone[0]), len(gone), len(found), count) if gone else None
 
 
 def chunks_read(samples: Samples, variable: Variable) -> int:

@@ -27,8 +27,16 @@ JSON_BYTES = 300
 """Bytes in memory of a reference that was written as JSON, besides those of its text."""
 PARQUET_BYTES = 20
 """Bytes in memory of a reference that was written as Parquet."""
-ABSENT, INLINE = -1, -2
-"""In place of the number of a file."""
+MOST_LETTERS = 1 << 16
+"""Of the name of a file: templates could make gigabytes of some letters."""
+MOST_CHUNKS = 10**8
+"""Of an array whose references are written as Parquet: there is memory for each of them, stored or not."""
+MOST_FILES = 20_000
+"""Of the references of an array: each is looked for."""
+UNREADABLE = (ValueError, LookupError, TypeError, ArithmeticError, RecursionError)
+"""What Python raises for documents that hold something else than they should."""
+ABSENT, INLINE = 0, -1
+"""In place of the number of a file, which are counted from 1: memory that is all zeros costs nothing."""
 
 
 class Reference(NamedTuple):
@@ -114,7 +122,7 @@ class JsonReferences:
                 refs[key] = _parsed(value, templates)
         except NotZarr:
             raise
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (*UNREADABLE, AttributeError) as error:
             raise NotZarr(
                 f'{path} holds no kerchunk references ("refs"): {type(error).__name__}: {one_line(error)}',
                 "data.path is the directory of a Zarr group, or a reference file as kerchunk or VirtualiZarr write it.",
@@ -152,7 +160,10 @@ def _parsed(value: Any, templates: Mapping[str, str]) -> bytes | Reference:
     if not isinstance(url, str) or not url:
         raise ValueError(f"a reference without a file: {value}")
     for name, text in templates.items() if "{{" in url else ():
-        url = url.replace(f"{{{{{name}}}}}", text)
+        place = f"{{{{{name}}}}}"
+        if len(url) + url.count(place) * len(text) > MOST_LETTERS:
+            raise ValueError(f"a file of which the name has more than {MOST_LETTERS:,} letters")
+        url = url.replace(place, text)
     if "{{" in url:
         raise ValueError(f"a template that is not defined: {url}")
     start, size = map(int, part) if part else (0, -1)
@@ -186,7 +197,7 @@ class _Field:
         if file == INLINE:
             return self.inline[number]
         start, size = int(self.starts[number]), int(self.sizes[number])
-        return Reference(self.names[file], start, start + size if start or size else None)
+        return Reference(self.names[file - 1], start, start + size if start or size else None)
 
 
 class ParquetReferences:
@@ -212,9 +223,11 @@ class ParquetReferences:
             table = json.loads(document or b"")
             self._metadata: dict[str, Any] = table["metadata"]
             self._together = int(table["record_size"])
+            if self._together < 1:
+                raise ValueError(f"record_size is {self._together}")
             arrays = (key for key in self._metadata if key.rpartition("/")[2] == ".zarray")
-            self._grids = {key.rpartition("/")[0]: _grid(self._metadata[key]) for key in arrays}
-        except (ValueError, LookupError, TypeError) as error:
+            self._grids = {key.rpartition("/")[0]: _grid(self._metadata[key], self._together) for key in arrays}
+        except (*UNREADABLE, AttributeError) as error:
             raise NotZarr(
                 f"{path} is no directory of kerchunk references: its .zmetadata cannot be read: {one_line(error)}",
                 "data.path is a directory as kerchunk.df.refs_to_dataframe or VirtualiZarr writes it.",
@@ -231,7 +244,14 @@ class ParquetReferences:
                 if name not in self._fields:
                     numbers = range(math.ceil(math.prod(self._grids[name]) / self._together))
                     contents = await self._read_files([f"{name}/refs.{number}.parq" for number in numbers])
-                    self._fields[name] = await asyncio.to_thread(self._field, name, contents)
+                    try:
+                        self._fields[name] = await asyncio.to_thread(self._field, name, contents)
+                    except UNREADABLE as error:
+                        raise NotZarr(
+                            f"{self._path}: the references of {name} cannot be read: {type(error).__name__}: "
+                            f"{one_line(error)}",
+                            "Restore them from a copy.",
+                        ) from None
 
     def find(self, key: str) -> Found:
         """Return what a key refers to."""
@@ -269,7 +289,7 @@ class ParquetReferences:
         count = math.prod(self._grids[name])
         names: dict[str, int] = {}
         inline: dict[int, bytes] = {}
-        files = np.full(count, ABSENT, np.int32)
+        files = np.zeros(count, np.int32)
         starts, sizes = np.zeros(count, np.int64), np.zeros(count, np.int64)
         for number, content in enumerate(contents):
             if content is None:  # no chunk of it is stored
@@ -303,11 +323,18 @@ class ParquetReferences:
         return {name: table[name].to_numpy() for name in table.columns}
 
 
-def _grid(document: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return how many chunks an array has along each dimension."""
-    return tuple(math.ceil(n / size) for n, size in zip(document["shape"], document["chunks"], strict=True))
+def _grid(document: Mapping[str, Any], together: int) -> tuple[int, ...]:
+    """Return how many chunks an array has along each dimension; `together` is how many references a file has."""
+    shape, chunks = document["shape"], document["chunks"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, *chunks)) or 0 in chunks:
+        raise ValueError(f"an array of shape {shape} in chunks of {chunks}")
+    grid = tuple(-(-n // size) for n, size in zip(shape, chunks, strict=True))
+    most = min(MOST_CHUNKS, MOST_FILES * together)
+    if math.prod(grid) > most:
+        raise ValueError(f"an array of {math.prod(grid):,} chunks; at most {most:,} can be read")
+    return grid
 
 
 def _file_numbers(paths: Sequence[Any], names: dict[str, int]) -> list[int]:
     """Return the numbers of files by their names, which new ones are added to."""
-    return [names.setdefault(path, len(names)) if isinstance(path, str) and path else ABSENT for path in paths]
+    return [names.setdefault(path, len(names) + 1) if isinstance(path, str) and path else ABSENT for path in paths]

@@ -24,7 +24,7 @@ from dtrain.data.read.bounded import object_most
 from dtrain.data.read.clock import fetching
 from dtrain.data.read.codecs import Undecodable, check_stored, ends_in_blosc, is_truncated_blosc
 from dtrain.data.read.documents import Documents, check_document
-from dtrain.data.read.local import Scratch, Version, new_buffer, read_part, version_of
+from dtrain.data.read.local import Scratch, Version, is_no_file, new_buffer, read_part, version_of
 from dtrain.data.read.shards import ArrayLike, Index, IndexCache, ShardLayout, shard_layout, view_of
 from dtrain.data.samples import StoreFacts
 from dtrain.data.variable import Select, Variable
@@ -71,7 +71,7 @@ class ReadStore(WrapperStore[Store]):
         if byte_range is None and Documents.holds(key):
             if key not in self.documents:
                 version = self.version(key)
-                check_document(self.path, key, 0 if version is None else version[0])
+                check_document(self.path, key, 0 if version is None else version[0], is_file=not self._is_no_file(key))
                 with fetching():
                     value = await self._store.get(key, prototype)
                 check_document(self.path, key, 0 if value is None else len(value))
@@ -193,8 +193,15 @@ class ReadStore(WrapperStore[Store]):
     def _check_stored(self, key: str, byte_range: ByteRequest | None) -> None:
         """Raise Undecodable for an object that is larger than its chunks can be, where its size is known."""
         most = next((most for prefix, most in self._most.items() if key.startswith(prefix)), None)
-        if most is not None and byte_range is None and (version := self.version(key)) is not None:
+        if most is None or byte_range is not None:
+            return
+        if self._is_no_file(key):
+            raise Undecodable("it is no file")
+        if (version := self.version(key)) is not None:
             check_stored(version[0], most)
+
+    def _is_no_file(self, key: str) -> bool:
+        return self.facts.is_local and is_no_file(os.path.join(self.path, key))
 
     def _watching(self, key: str) -> tuple[ShardLayout | None, bool]:
         return next((watched for prefix, watched in self._watched.items() if key.startswith(prefix)), (None, False))
