@@ -62,9 +62,8 @@ def check_grid(
                 f"{path}: {name} of shape {list(shape)} has {count:,} {text}; at most {MOST_CHUNKS:,} can be read.",
                 f"Write {name} again with larger chunks.",
             )
-    if (size := math.prod(chunks) * itemsize) > most:
+    if math.prod(chunks) * itemsize > most:
         raise ChunkTooLarge(
-            f"{path}: one chunk of {name} {chunks} decodes to {format_bytes(size)}; at most {format_bytes(most)} is "
-            "read.",
+            f"{path}: one chunk of {name} {chunks} decodes to more than {format_bytes(most)}, the most that is read.",
             "Store it in smaller chunks. If it should have others, its metadata are damaged: restore them from a copy.",
         )

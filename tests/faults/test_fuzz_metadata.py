@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 
 from dtrain.data.coordinate import find_gaps
+from dtrain.data.genes import genes_of
 from dtrain.data.given import find_given
 from dtrain.data.plan.memory import Reading, plan_memory
 from dtrain.data.plan.partition import plan_data, train_partitions
@@ -233,6 +234,7 @@ def go_all_the_way(path: Path, data: dict[str, Any]) -> None:
     """Open samples, plan them, and read the first unit."""
     samples = open_samples(path, **{"split": {"val": 0.2, "test": 0.0}, **data})
     repr(samples)
+    genes_of(samples)
     take_inventory(samples, full=False, digests=True, presence=samples.config.missing in ("auto", "error"))
     given = find_given(samples, 0, ()).splits
     plan = plan_data(samples, replicas=2, seed=0, jumps=find_gaps(samples).jumps, given=given)
@@ -280,7 +282,13 @@ def outcome(path: Path, data: dict[str, Any], way: Callable[[Path, dict[str, Any
 
 # Tests --------------------------------------------------------------------------------------------------------
 
-FOUND: dict[int, str] = {}
+FOUND: dict[int, str] = {
+    1004: "TypeError: a group above an image, when the names of genes are looked for",
+    1050: "JSONDecodeError: the same, its attributes",
+    1066: "TypeError: the array that names genes",
+    1081: "ValueError: the dtype of that array",
+    2836: "OverflowError: a chunk of 10^400 values has no size in TB",
+}
 """Seeds that once ended otherwise, and how."""
 
 

@@ -121,6 +121,8 @@ def _entry(file: BinaryIO, shift: int) -> Entry:
     extra = file.read(of_extra)
     file.seek(of_comment, os.SEEK_CUR)
     size, packed, offset = _long(extra, size, packed, offset)
+    if offset + shift < 0:
+        raise ValueError("a member that begins before the file")
     return Entry(name, flags, method, crc, packed, size, offset + shift)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from zarr.core.buffer import Buffer
 
 from dtrain.data.read.local import Version
-from dtrain.errors import NotZarr
+from dtrain.errors import NotZarr, one_line
 
 NAMES = frozenset({"zarr.json", ".zgroup", ".zarray", ".zattrs", ".zmetadata"})
 ROOT_DOCUMENTS = (".zmetadata", "zarr.json", ".zgroup")
@@ -35,6 +35,11 @@ def check_document(path: str, key: str, size: int, *, is_file: bool = True) -> N
             f"{path}: {key} has {size:,} bytes; a metadata document of at most {MOST_BYTES:,} is read.",
             "Restore it from a copy of the store; keep what is no metadata in arrays, not in attributes.",
         )
+
+
+def unreadable_document(path: str, key: str, error: Exception) -> NotZarr:
+    """Return the error for a metadata document that is there and cannot be read."""
+    return NotZarr(f"{path}: {key} cannot be read: {one_line(error)}", "Restore it from a copy of the store.")
 
 
 class Documents:

@@ -25,6 +25,7 @@ from dtrain.errors import (
     ChunkMissing,
     ChunkUndecodable,
     DataChanged,
+    DtrainError,
     NonFiniteData,
     OutOfMemory,
     UnsuitableVariable,
@@ -195,9 +196,14 @@ class Faults:
     def stored(self, variable: Variable, place: list[int]) -> tuple[str, Array]:
         """Return a sentence that names a value and its chunk, and the stored value: in memory it may be rounded."""
         array = self._arrays[variable.name]
-        value = np.asarray(array[tuple(place)])
-        value = value.astype(value.dtype.newbyteorder("="))
         key = key_of(array, tuple(i // size for i, size in zip(place, variable.objects, strict=True)))
+        try:
+            value = np.asarray(array[tuple(place)])
+        except DtrainError:
+            raise
+        except Exception as error:  # zarrs looks at less of a chunk than zarr
+            raise self.undecodable(variable, key, one_line(error)) from error
+        value = value.astype(value.dtype.newbyteorder("="))
         return f"{self._samples.path}: {variable.name}{place} in chunk {key} is {value}", value
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dtrain.data.read.documents import NAMES
-from dtrain.errors import InvalidConfig, NotZarr, one_line
+from dtrain.errors import DtrainError, InvalidConfig, NotZarr, one_line
 
 JSON_BYTES = 300
 """Bytes in memory of a reference that was written as JSON, besides those of its text."""
@@ -246,6 +246,8 @@ class ParquetReferences:
                     contents = await self._read_files([f"{name}/refs.{number}.parq" for number in numbers])
                     try:
                         self._fields[name] = await asyncio.to_thread(self._field, name, contents)
+                    except DtrainError:
+                        raise
                     except UNREADABLE as error:
                         raise NotZarr(
                             f"{self._path}: the references of {name} cannot be read: {type(error).__name__}: "

@@ -174,7 +174,7 @@ def runs_of(stored: Iterable[Stored], density: float) -> list[tuple[int, int, li
 def stored_entries(index: Index, part: ShardPart) -> npt.NDArray[np.int64]:
     """Return offset and length of each touched chunk that a shard has; where they are beyond any file, they are -1."""
     wanted = index[np.ix_(*part.inside)].reshape(-1, 2)
-    wanted = wanted[wanted[:, 0] != NO_CHUNK]
+    wanted = wanted[(wanted != NO_CHUNK).any(axis=1)]
     return np.where(wanted < FAR, wanted, np.uint64(NO_CHUNK)).astype(np.int64)
 
 

@@ -23,7 +23,7 @@ from dtrain.data.plan.grid import touched
 from dtrain.data.read.bounded import object_most
 from dtrain.data.read.clock import fetching
 from dtrain.data.read.codecs import Undecodable, check_stored, ends_in_blosc, is_truncated_blosc
-from dtrain.data.read.documents import Documents, check_document
+from dtrain.data.read.documents import Documents, check_document, unreadable_document
 from dtrain.data.read.local import Scratch, Version, is_no_file, new_buffer, read_part, version_of
 from dtrain.data.read.shards import ArrayLike, Index, IndexCache, ShardLayout, shard_layout, view_of
 from dtrain.data.samples import StoreFacts
@@ -70,13 +70,7 @@ class ReadStore(WrapperStore[Store]):
         """Return an object or a part of it; None if it is not there."""
         if byte_range is None and Documents.holds(key):
             if key not in self.documents:
-                version = self.version(key)
-                check_document(self.path, key, 0 if version is None else version[0], is_file=not self._is_no_file(key))
-                with fetching():
-                    value = await self._store.get(key, prototype)
-                check_document(self.path, key, 0 if value is None else len(value))
-                answer = self._noted(key, None, value)
-                self.documents.put(key, answer, version)
+                await self._read_document(key, prototype)
             return self.documents[key]
         if (held := self._held_part(key, byte_range)) is not None:
             return held
@@ -84,6 +78,17 @@ class ReadStore(WrapperStore[Store]):
         with fetching():
             value = await self._store.get(key, prototype, byte_range)
         return self._noted(key, byte_range, value)
+
+    async def _read_document(self, key: str, prototype: BufferPrototype) -> None:
+        version = self.version(key)
+        check_document(self.path, key, 0 if version is None else version[0], is_file=not self._is_no_file(key))
+        try:
+            with fetching():
+                value = await self._store.get(key, prototype)
+        except Undecodable as error:
+            raise unreadable_document(self.path, key, error) from error
+        check_document(self.path, key, 0 if value is None else len(value))
+        self.documents.put(key, self._noted(key, None, value), version)
 
     def get_sync(
         self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
@@ -193,7 +198,11 @@ class ReadStore(WrapperStore[Store]):
     def _check_stored(self, key: str, byte_range: ByteRequest | None) -> None:
         """Raise Undecodable for an object that is larger than its chunks can be, where its size is known."""
         most = next((most for prefix, most in self._most.items() if key.startswith(prefix)), None)
-        if most is None or byte_range is not None:
+        if most is None:
+            return
+        if isinstance(byte_range, RangeByteRequest):
+            check_stored(byte_range.end - byte_range.start, most)  # Python reserves memory for what it asks for
+        if byte_range is not None:
             return
         if self._is_no_file(key):
             raise Undecodable("it is no file")

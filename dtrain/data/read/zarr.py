@@ -118,7 +118,7 @@ class ZarrsReader:
             self._by_zarr.read(variable, select, out)
             return
         selection = replace(selection, guard=self._by_zarr.arrays[name])
-        with _named(selection, self._faults, partial(self._observe, selection, before)):
+        with _named(selection, self._faults, partial(self._observe, selection, before)), _panics_are_errors():
             decode(selection.array, variable, select, out)
         _check_inner_chunks(self._store, selection, self._faults)
 
@@ -158,6 +158,17 @@ class ZarrsReader:
     def _observe(self, selection: _Selection, before: Sequence[tuple[bool, bool]]) -> list[Observation]:
         pairs = zip(selection.objects, before, strict=True)
         return [Observation(place, key, *seen, self._store.version(key)) for (place, key), seen in pairs]
+
+
+@contextmanager
+def _panics_are_errors() -> Iterator[None]:
+    """Turn what Rust panics with, which is no Exception, into one, in this context."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":
+            raise RuntimeError(f"zarrs gave up: {one_line(error)}") from None
+        raise
 
 
 def _selection(array: ArrayLike, layout: ShardLayout | None, variable: Variable, select: Select) -> _Selection:
@@ -205,7 +216,8 @@ def _undecodable(selection: _Selection, faults: Faults, error: Exception) -> Dtr
         whole = tuple(slice(i * size, (i + 1) * size) for i, size in zip(place, variable.objects, strict=True))
         try:
             for array in readers:
-                array[whole]
+                with _panics_are_errors():
+                    array[whole]
         except DtrainError:
             raise
         except MemoryError:

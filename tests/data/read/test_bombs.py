@@ -9,6 +9,7 @@ import tracemalloc
 import warnings
 import zipfile
 
+import google_crc32c
 import numcodecs
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from zarr.codecs import numcodecs as old
 
 from dtrain.data.plan.grid import chunks_of
 from dtrain.data.plan.units import Box
+from dtrain.data.read import zarr as through_zarr
 from dtrain.data.read.bounded import bounded, most_bytes, object_most
 from dtrain.data.read.codecs import SPARE, Undecodable
 from dtrain.data.read.decode import Decoder
@@ -25,7 +27,7 @@ from dtrain.data.read.frames import BLOCK
 from dtrain.data.read.heads import Claims
 from dtrain.data.read.units import UnitReader
 from dtrain.data.read.zarr import ZarrReader
-from dtrain.errors import ChunkUndecodable, OutOfMemory
+from dtrain.errors import ChunkMissing, ChunkUndecodable, NonFiniteData, OutOfMemory
 from tests.data.helpers import open_all, vector
 from tests.data.read.helpers import KINDS, numbers
 
@@ -248,7 +250,7 @@ def test_a_frame_that_lies_is_refused_by_every_reader(write_store, tmp_path, nam
 
 def write_pair(write_store, tmp_path, kind, **changes):
     """Write v0 of one kind, and what `open_all` needs beside it."""
-    zarr_format, options = ALL[kind]
+    zarr_format, options = ALL.get(kind) or KINDS[kind]
     arrays = {
         "v0": {"dims": ("n", "k"), "values": numbers((9, 2)), "chunks": (3, 2), "fill_value": 0, **options, **changes}
     }
@@ -286,8 +288,6 @@ def test_a_bomb_in_a_store_is_named_by_every_reader(write_store, tmp_path, bomb_
     bomb = bomb_of(kind)
     if shards:
         index = np.array([[0, len(bomb)]] * 3, "<u8").tobytes()
-        import google_crc32c
-
         bomb += index + google_crc32c.value(index).to_bytes(4, "little")
     (path / key).write_bytes(bomb)
     samples = open_all(path, ["v0"])
@@ -344,6 +344,53 @@ def test_the_most_bytes_of_a_stored_object(create):
         folder = array.store.root
         sizes = [len(p.read_bytes()) for p in folder.rglob("*") if p.is_file() and p.suffix != ".json"]
         assert max(sizes) < object_most(array)
+
+
+NO_CHUNK = 2**64 - 1
+ENTRIES = [(0, 2**62), (2**62, 40), (2**63, 2**63), (2**64 - 2, 3), (NO_CHUNK, 40), (0, NO_CHUNK), (0, 1 << 40), (5, 1)]
+
+
+@pytest.mark.sampled(8)
+@pytest.mark.parametrize("entry", ENTRIES, ids=str)
+@pytest.mark.parametrize("kind", ["sharded none", "sharded zstd", "sharded gzip"])
+def test_an_entry_of_an_index_that_lies_is_refused_by_every_reader(write_store, tmp_path, kind, entry, chunk_files):
+    path = write_pair(write_store, tmp_path, kind, shards=(3, 2), chunks=(1, 2))
+    file = path / sorted(chunk_files(path, "v0"))[1]
+    stored = file.read_bytes()
+    index = np.frombuffer(stored[-52:-4], "<u8").copy()
+    index[2:4] = entry
+    file.write_bytes(stored[:-52] + index.tobytes() + google_crc32c.value(index.tobytes()).to_bytes(4, "little"))
+    for reader in ("numcodecs", "zarrs", "zarr"):
+        for rows in ((0, 9), (3, 6), (4, 5)):
+            with pytest.raises(
+                (ChunkUndecodable, ChunkMissing), match=f"chunk {file.relative_to(path)}|in shard v0"
+            ) as one:
+                UnitReader(open_all(path, ["v0"], missing="error"), reader).read(Box(*rows))
+            assert one.value.code == 5
+
+
+def test_a_panic_of_rust_is_an_error(write_store, tmp_path, monkeypatch):
+    path = write_pair(write_store, tmp_path, "v3 zstd")
+    units = UnitReader(open_all(path, ["v0"]), "zarrs")
+    panic = type("PanicException", (BaseException,), {})
+
+    def decode(*args):
+        raise panic("index out of bounds")
+
+    monkeypatch.setattr(through_zarr, "decode", decode)
+    with pytest.raises(ChunkUndecodable, match=r"v0\[0:9\] could not be read: zarrs gave up: index out of bounds"):
+        units.read(Box(0, 9))
+
+
+def test_a_value_in_a_chunk_with_a_wrong_checksum_is_named(write_store, tmp_path):
+    values = np.full((9, 2), np.nan, "float32")
+    path = write_pair(write_store, tmp_path, "v3 zstd crc32c", values=values)
+    file = path / "v0" / "c" / "1" / "0"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    for reader in ("numcodecs", "zarrs", "zarr"):
+        with pytest.raises((ChunkUndecodable, NonFiniteData), match="chunk v0/c/1/0") as caught:
+            UnitReader(open_all(path, ["v0"]), reader).read(Box(4, 5))
+        assert caught.value.code == 5
 
 
 # zarrs ----------------------------------------------------------------------------------------------------------

@@ -236,6 +236,13 @@ NO_REFERENCES = {
     "a negative offset": '{"refs": {"x/0": ["a", -1, 5]}}',
     "no file": '{"refs": {"x/0": [null, 1, 5]}}',
     "an unknown template": '{"refs": {"x/0": ["{{u}}/a", 1, 5]}}',
+    "a place beyond all numbers": '{"refs": {"x/0": ["a", Infinity, 5]}}',
+    "a place that is no number": '{"refs": {"x/0": ["a", NaN, 5]}}',
+    "lists in lists": '{"refs": ' + "[" * 100_000,
+    "tables in tables": '{"refs":' * 50_000,
+    "a template that makes gigabytes": json.dumps(
+        {"templates": {"u": "x" * 100_000}, "refs": {"x/0": ["{{u}}" * 100_000, 1, 5]}}
+    ),
 }
 
 
@@ -465,6 +472,59 @@ def test_faults_of_parquet(folder, tmp_path):
     (path / ".zmetadata").unlink()
     with pytest.raises(NotZarr, match="is no directory of kerchunk references"):
         open_xy(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"shape": [10**13, 6]}, "an array of 2,500,000,000,000 chunks; at most 80,000 can be read"),
+        ({"shape": [2**62, 6], "chunks": [1, 1]}, "an array of .* chunks; at most 80,000"),
+        ({"chunks": [0, 3]}, "an array of shape .* in chunks of"),
+        ({"shape": [1e400, 6]}, "an array of shape .* in chunks of"),
+        ({"shape": ["48", 6]}, "an array of shape .* in chunks of"),
+        ({"shape": [-48, 6]}, "an array of shape .* in chunks of"),
+        ({"shape": None}, "cannot be read"),
+    ],
+    ids=str,
+)
+def test_parquet_that_claims_what_cannot_be(folder, tmp_path, changes, said):
+    path = write_parquet(tmp_path / "refs.parq", references_to(folder("v2"), tmp_path / "data.bin"))
+    table = json.loads((path / ".zmetadata").read_text())
+    table["metadata"]["x/.zarray"].update(changes)
+    (path / ".zmetadata").write_text(json.dumps(table))
+    with pytest.raises(NotZarr, match=said):
+        open_xy(path)
+
+
+@pytest.mark.parametrize("record", [0, -1, None, "a", 1e400, [4]], ids=str)
+def test_parquet_with_a_strange_number_of_references_a_file(folder, tmp_path, record):
+    path = write_parquet(tmp_path / "refs.parq", references_to(folder("v2"), tmp_path / "data.bin"))
+    table = json.loads((path / ".zmetadata").read_text())
+    (path / ".zmetadata").write_text(json.dumps({**table, "record_size": record}))
+    with pytest.raises(NotZarr, match=r"its \.zmetadata cannot be read"):
+        open_xy(path)
+
+
+def test_parquet_with_columns_of_something_else(folder, tmp_path):
+    import pandas as pd
+
+    path = write_parquet(tmp_path / "refs.parq", references_to(folder("v2"), tmp_path / "data.bin"))
+    file = path / "x" / "refs.0.parq"
+    table = pd.read_parquet(file)
+    for wrong in (table.drop(columns=["offset"]), table.assign(offset=["a"] * len(table))):
+        wrong.to_parquet(file)
+        with pytest.raises(NotZarr, match=r"refs\.parq: the references of x cannot be read: "):
+            open_xy(path)
+
+
+def test_a_named_pipe_is_not_waited_for(referred, tmp_path):
+    _, path = referred()
+    os.mkfifo(tmp_path / "pipe")
+    table = json.loads(path.read_text())
+    table["refs"]["x/1.0"] = [str(tmp_path / "pipe")]
+    samples = open_xy(write_json(path, table["refs"]))
+    with pytest.raises(ChunkUndecodable, match=r"chunk x/1\.0 of x cannot be decoded"):
+        UnitReader(samples).read(Box(8, 10))
 
 
 def test_parquet_without_its_package(folder, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 import subprocess
 import sys
 import zipfile
@@ -20,6 +21,7 @@ from dtrain.errors import (
     ChunkUndecodable,
     DataChanged,
     DataNotFound,
+    DtrainError,
     InvalidConfig,
     NotZarr,
     UnknownVariable,
@@ -204,8 +206,50 @@ def test_a_flipped_bit_is_seen_without_a_checksum_of_zarr(folder, tmp_path, layo
 def test_damaged_metadata_are_named(folder, tmp_path):
     packed = pack(folder("v3"), tmp_path / "a.zip")
     flip(packed, content_at(packed, "x/zarr.json") + 20)
-    with pytest.raises(NotZarr, match="the metadata of x cannot be read: its CRC-32 in the archive is wrong"):
+    with pytest.raises(NotZarr, match="x/zarr.json cannot be read: its CRC-32 in the archive is wrong"):
         open_xy(packed)
+
+
+def test_a_damaged_document_at_the_root_is_named(folder, tmp_path):
+    packed = pack(folder("v3"), tmp_path / "a.zip")
+    flip(packed, content_at(packed, "zarr.json") + 20)
+    with pytest.raises(
+        NotZarr, match=r"a\.zip: zarr.json cannot be read: its CRC-32 in the archive is wrong"
+    ) as caught:
+        open_xy(packed)
+    assert caught.value.code == 5
+
+
+def test_a_member_that_begins_before_the_archive(folder, tmp_path):
+    packed = pack(folder("v3"), tmp_path / "a.zip")
+    data = bytearray(packed.read_bytes())
+    end = data.rfind(b"PK\5\6")
+    data[end + 16 : end + 20] = (2**31).to_bytes(4, "little")  # where the central directory should lie
+    packed.write_bytes(data)
+    with pytest.raises(NotZarr, match="is no zip archive, or its end is missing"):
+        open_xy(packed)
+
+
+@pytest.mark.parametrize("first", range(0, 60, 20))
+def test_a_damaged_archive_ends_with_an_error_or_a_result(folder, tmp_path, first):
+    path = folder("v3")
+    whole = [pack(path, tmp_path / f"{method}.zip", method).read_bytes() for method in (0, zipfile.ZIP_DEFLATED)]
+    for seed in range(first, first + 20):
+        draw = random.Random(seed)
+        data = bytearray(draw.choice(whole))
+        end = data.rfind(b"PK\5\6")
+        start = int.from_bytes(data[end + 16 : end + 20], "little")
+        for _ in range(draw.choice([1, 1, 2, 5])):
+            at = draw.choice([draw.randrange(start, end), draw.randrange(end, len(data)), draw.randrange(len(data))])
+            width = draw.choice([1, 2, 4, 8])
+            data[at : at + width] = draw.choice([b"\xff" * width, bytes(width), draw.randbytes(width)])
+        (tmp_path / f"{seed}.zip").write_bytes(data[: draw.choice([len(data)] * 9 + [draw.randrange(len(data))])])
+        try:
+            samples = open_xy(tmp_path / f"{seed}.zip")
+            check_presence(samples)
+            UnitReader(samples).read(Box(0, ROWS))
+        except DtrainError as error:
+            assert error.code == 5, seed  # noqa: PT017
 
 
 @READERS
