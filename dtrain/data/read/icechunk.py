@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -101,6 +102,37 @@ class SnapshotStore(WrapperStore[Store]):
                 ) from None
             raise server_fault(said, f"{self.path}: {key}") or Undecodable(said) from error
 
+    async def exists(self, key: str) -> bool:
+        """Return True if the snapshot has an object."""
+        try:
+            return await self._store.exists(key)
+        except Exception as error:
+            raise damaged(self.path, error) from error
+
+    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        """Yield the keys that begin so."""
+        try:
+            async for key in self._store.list_prefix(prefix):
+                yield key
+        except Exception as error:
+            raise damaged(self.path, error) from error
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        """Yield the names in a group."""
+        try:
+            async for name in self._store.list_dir(prefix):
+                yield name
+        except Exception as error:
+            raise damaged(self.path, error) from error
+
+
+def damaged(path: str, error: Exception) -> DtrainError:
+    """Return the error for a repository of which icechunk cannot read a file."""
+    said = text_of(error)
+    return server_fault(said, path) or NotZarr(
+        f"{path}: the icechunk repository cannot be read: {said}", "Restore the repository from a copy."
+    )
+
 
 def text_of(error: Exception) -> str:
     """Return what icechunk says of an error and of its cause, without where in its code that was."""
@@ -173,7 +205,10 @@ def _open(path: str, storage_options: StorageOptions) -> SnapshotStore:
     repository = _repository(icechunk, path, options)
     ((key, name),) = (chosen or {"branch": "main"}).items()
     session = _session(path, repository, key, str(name))
-    chunks = sync(_count_chunks(repository, session.snapshot_id))
+    try:
+        chunks = sync(_count_chunks(repository, session.snapshot_id))
+    except Exception as error:
+        raise damaged(path, error) from error
     return SnapshotStore(session.store, path, session.snapshot_id, "" if key == "snapshot" else f"{key} {name}", chunks)
 
 

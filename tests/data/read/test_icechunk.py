@@ -263,6 +263,18 @@ def test_a_truncated_object_is_named(repository, layout, version):
     assert "\n" not in caught.value.message
 
 
+@FORMATS
+@pytest.mark.parametrize("part", ["snapshots", "manifests"])
+@pytest.mark.parametrize("damage", [b"", b"\0" * 8, b"\xff" * 5000], ids=["empty", "zeros", "ones"])
+def test_a_damaged_file_of_the_repository_is_named(repository, part, damage, version):
+    _, path = repository("chunks", version)
+    for file in (path / part).iterdir():
+        file.write_bytes(damage)
+    with pytest.raises((NotZarr, ChunkUndecodable, DataNotFound)) as caught:
+        check_presence(open_xy(path))
+    assert caught.value.code == 5
+
+
 def test_a_flipped_bit_is_silent_and_the_samples_say_so(repository):
     _, path = repository()
     for file in objects_of_x(path):
