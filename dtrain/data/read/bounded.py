@@ -84,14 +84,16 @@ def bounded(array: ArrayLike) -> ArrayLike:
 
 def _bounded(given: tuple[Codec, ...], shape: tuple[int, ...], dtype: DType) -> tuple[Codec, ...]:
     """Return codecs of Zarr v3 with the known compressors bounded, also of the chunks in shards."""
-    if given and isinstance(given[0], ShardingCodec):
-        inner: Any = given[0]
-        return (replace(inner, codecs=_bounded(inner.codecs, inner.chunk_shape, dtype)), *given[1:])
-    decodes = zip(given, _decodes(given, shape, dtype), strict=True)
-    return tuple(
-        codec if decode is None or not isinstance(codec, BytesBytesCodec) else Bounded(codec, decode)
-        for codec, decode in decodes
-    )
+    own: list[Codec] = []
+    for codec, decode in zip(given, _decodes(given, shape, dtype), strict=True):
+        if isinstance(codec, ShardingCodec):
+            inner: Any = codec
+            own.append(replace(inner, codecs=_bounded(inner.codecs, inner.chunk_shape, dtype)))
+        elif decode is not None and isinstance(codec, BytesBytesCodec):
+            own.append(Bounded(codec, decode))
+        else:
+            own.append(codec)
+    return tuple(own)
 
 
 def _decodes(codecs: Sequence[Any], shape: tuple[int, ...], dtype: DType) -> list[Decode | None]:

@@ -37,7 +37,7 @@ class Undecodable(Exception):
 
 def chunk_format(array: ArrayLike) -> ChunkFormat:
     """Return how the chunks of an array are encoded, from its metadata."""
-    described = _described_codecs(array)
+    described, shards = _described_codecs(array), _levels_of_shards(array)
     prefix = "numcodecs." if array.metadata.zarr_format == 2 else ""
     endian = next((options.get("endian") for name, options in described if name == "bytes"), None)
     return ChunkFormat(
@@ -45,8 +45,18 @@ def chunk_format(array: ArrayLike) -> ChunkFormat:
         endian=str(endian or ""),
         order=array.metadata.order if array.metadata.zarr_format == 2 else "C",
         has_fill_value=array.fill_value is not None,
-        has_plain_index=array.shards is None or shard_layout(array) is not None,
+        has_plain_index=shards == 0 or (shards == 1 and shard_layout(array) is not None),
     )
+
+
+def _levels_of_shards(array: ArrayLike) -> int:
+    """Return how many times the chunks of an array are put into shards."""
+    levels, codecs = 0, list(getattr(array.metadata, "codecs", ()))
+    while codecs:
+        codec = codecs.pop()
+        if hasattr(codec, "codecs"):
+            levels, codecs = levels + 1, [*codecs, *codec.codecs]
+    return levels
 
 
 def has_checksums(array: ArrayLike) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numcodecs
 import pytest
 import zarr
-from zarr.codecs import BytesCodec, Crc32cCodec, TransposeCodec, ZstdCodec
+from zarr.codecs import BytesCodec, Crc32cCodec, GzipCodec, ShardingCodec, TransposeCodec, ZstdCodec
 from zarr.codecs import numcodecs as old
 
+from dtrain.data.read.bounded import bounded
 from dtrain.data.read.codecs import chunk_format
 from dtrain.data.variable import ChunkFormat
 from tests.data.read.helpers import numbers, numcodecs_obstacle_of, sharded
@@ -72,6 +73,25 @@ def test_shards_of_which_the_index_is_encoded_in_a_rare_way_are_left_to_others()
     assert numcodecs_obstacle_of(sharded(inner=[BytesCodec(endian="big")])) == "its byte order is big"
     assert numcodecs_obstacle_of(sharded(inner=[TransposeCodec(order=(1, 0)), BytesCodec()])) == "codec transpose"
     assert numcodecs_obstacle_of(sharded("uint8")) == ""
+
+
+@pytest.mark.filterwarnings("ignore:Combining a `sharding_indexed`")
+def test_shards_that_are_compressed_or_in_shards_are_left_to_others():
+    rare = "the index of its shards is encoded in a rare way"
+    chunks = ShardingCodec(chunk_shape=(3, 2), codecs=[BytesCodec()])
+    for codecs in ([chunks, GzipCodec()], [ShardingCodec(chunk_shape=(6, 2), codecs=[chunks])]):
+        array = zarr.create(
+            store=zarr.storage.MemoryStore(),
+            shape=(6, 4),
+            chunk_shape=(6, 4),
+            dtype="float32",
+            codecs=codecs,
+            fill_value=0,
+            zarr_format=3,
+        )
+        array[...] = numbers((6, 4))
+        assert numcodecs_obstacle_of(array) == rare
+        assert bounded(array)[...].tolist() == numbers((6, 4)).tolist()
 
 
 def test_a_byte_has_no_order(create):
