@@ -22,6 +22,8 @@ from dtrain.errors import NotZarr, UnsuitableVariable
 
 AXES: Mapping[object, int] = {"csr_matrix": 0, "csc_matrix": 1}
 """By encoding: the axis of which each place has its values side by side."""
+MOST = 2**63
+"""Columns are numbered by int64."""
 PARTS = ("indptr", "indices", "data")
 
 
@@ -67,7 +69,9 @@ def _check_marked(hierarchy: Hierarchy, node: zarr.Group) -> None:
 
 def _shape(given: Any) -> tuple[int, int] | None:
     """Return the shape of a matrix; None if it is none."""
-    is_shape = isinstance(given, list | tuple) and len(given) == 2 and all(type(n) is int and n >= 0 for n in given)
+    is_shape = (
+        isinstance(given, list | tuple) and len(given) == 2 and all(type(n) is int and 0 <= n < MOST for n in given)
+    )
     return (given[0], given[1]) if is_shape else None
 
 

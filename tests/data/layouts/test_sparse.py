@@ -415,6 +415,7 @@ def test_a_wrong_name_lists_the_matrix_by_its_group(store):
             r"X is a sparse matrix of shape \[41, 9\], and its arrays do not fit",
         ),
         (lambda x: x.attrs.update(shape="40x9"), "of shape 40x9"),
+        (lambda x: x.attrs.update(shape=[40, 10**30]), "of shape .*, and its arrays do not fit"),
         (lambda x: x["data"].resize((3,)), "indptr 41, indices 108, data 3 values"),
         (lambda x: x.__delitem__("indptr"), "X/indptr, a part of a sparse matrix, .* there is none"),
     ],
