@@ -10,7 +10,7 @@ import numpy as np
 from dtrain.data.cf import CF_ATTRIBUTES, TIME_ATTRIBUTES, encoding_of
 from dtrain.data.dataset import NamedArray, find_named
 from dtrain.data.encoding import Array
-from dtrain.data.extent import MOST_COLUMN_BYTES, check_grid
+from dtrain.data.read.extent import MOST_COLUMN_BYTES, check_grid
 from dtrain.data.read.faults import Faults, chunk_missing
 from dtrain.data.read.open import open_arrays
 from dtrain.data.read.presence import absent_chunks, some_absent

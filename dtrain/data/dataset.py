@@ -29,6 +29,7 @@ from dtrain.data.read.tree import nodes_in
 from dtrain.data.variable import MISSING_CATEGORY, Categories
 from dtrain.errors import (
     ChunkMissing,
+    ChunkTooLarge,
     ChunkUndecodable,
     DtrainError,
     InvalidConfig,
@@ -148,7 +149,7 @@ def list_named(store: ReadStore, group: str = "") -> tuple[dict[str, NamedArray]
                 node = _node(opened, name)
                 if isinstance(node, NamedArray):
                     arrays[name] = node
-            except (UnsuitableVariable, NotZarr, ChunkMissing, ChunkUndecodable) as error:
+            except (UnsuitableVariable, NotZarr, ChunkMissing, ChunkUndecodable, ChunkTooLarge) as error:
                 strange[name] = error
     return arrays, strange
 

@@ -15,11 +15,10 @@ from dtrain.config.schema import DataConfig
 from dtrain.data.column import find_coordinate
 from dtrain.data.dataset import hierarchy_of
 from dtrain.data.encoding import Array
-from dtrain.data.extent import MOST_COLUMN_BYTES
 from dtrain.data.layouts.anndata import gene_names
 from dtrain.data.matrix import rows_together
 from dtrain.data.members import KEPT_STORES, LONGEST_UNIT_BYTES, check_alike, joined_variable
-from dtrain.data.plan.footprint import format_bytes
+from dtrain.data.read.extent import check_whole
 from dtrain.data.read.retry import settle
 from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import ReadStore
@@ -170,13 +169,7 @@ def shared_coordinates(samples: Samples, store: ReadStore) -> Shared:
 
 
 def _values(store: ReadStore, array: ArrayLike, part: tuple[int, int, int]) -> Array:
-    size = len(range(*part)) * np.dtype(array.dtype).itemsize
-    if size > MOST_COLUMN_BYTES:
-        raise UnsuitableVariable(
-            f"{store.path}: {array.path}, which is compared between stores, would have {format_bytes(size)}; at most "
-            f"{format_bytes(MOST_COLUMN_BYTES)} are.",
-            "Choose a part of it (data.isel). If it should be shorter, its metadata are damaged: restore them.",
-        )
+    check_whole(store.path, array.path, len(range(*part)) * np.dtype(array.dtype).itemsize)
     try:
         return np.asarray(array[slice(*part)])
     except DtrainError:

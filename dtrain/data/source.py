@@ -19,13 +19,13 @@ from dtrain.data.cf import encoding_of, float_encoding
 from dtrain.data.choose import choose_dims
 from dtrain.data.coordinate import coordinate_of
 from dtrain.data.dataset import NamedArray, open_named, sizes_of
-from dtrain.data.extent import check_grid
 from dtrain.data.given import row_column, split_column
 from dtrain.data.joined import Member, check_once, describe_all, shared_coordinates
 from dtrain.data.layouts.stored import Matrix
 from dtrain.data.matrix import check_order, check_sparse, rows_together
 from dtrain.data.paths import identity, locate
 from dtrain.data.read.codecs import chunk_format, has_checksums
+from dtrain.data.read.extent import check_grid
 from dtrain.data.read.kind import at_snapshot
 from dtrain.data.read.open import kind_of, remember
 from dtrain.data.read.shards import ArrayLike

@@ -17,7 +17,7 @@ from dtrain.data.layouts.hierarchy import Hierarchy
 from dtrain.data.paths import locate, single_array
 from dtrain.data.read.open import any_group, group_in
 from dtrain.data.read.store import ReadStore
-from dtrain.errors import DtrainError, NotZarr, TooFewSamples, UsageError, listed
+from dtrain.errors import DtrainError, NotZarr, TooFewSamples, UnsuitableVariable, UsageError, listed
 from dtrain_cli.survey.roles import BOUNDS, ArrayFacts, Attributes, Contents, has_word, natural, words
 
 KINDS = {"O": "objects", "S": "strings", "U": "strings", "T": "strings", "M": "dates", "m": "times", "c": "complex"}
@@ -64,9 +64,7 @@ def layout_of(place: Place, group: str) -> str:
     """Return the name of a group's layout; empty if it has none that is known."""
     try:
         return layout_at(place.hierarchy, group)
-    except DtrainError:
-        raise
-    except Exception:  # metadata that zarr cannot read
+    except (NotZarr, UnsuitableVariable):  # metadata that zarr cannot read
         return ""
 
 
@@ -119,12 +117,21 @@ def _variables(store: ReadStore, group: zarr.Group) -> tuple[dict[str, NamedArra
     }
 
 
+def _has_arrays(root: zarr.Group) -> bool:
+    try:
+        return any(True for _ in root.array_keys())
+    except DtrainError:
+        raise
+    except Exception:  # metadata that zarr cannot read
+        return True
+
+
 def _nothing_named(path: str, store: ReadStore, root: zarr.Group, groups: list[str]) -> DtrainError:
     """Return the error for a group in which there are no named dimensions, with what to do."""
     if groups:
         return UsageError(f"{path} holds several groups of variables: {listed(groups)}.", f"{AT} {path}/{groups[0]}.")
     images = 'xr.Dataset({"image": (("n", "y", "x"), images)}).to_zarr("new.zarr")'
-    if any(True for _ in root.array_keys()):
+    if _has_arrays(root):
         return NotZarr(f"{path}: its arrays have no named dimensions.", f"Write the store with xarray: {images}.")
     if not store.facts.can_list:
         return NotZarr(

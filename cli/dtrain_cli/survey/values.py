@@ -12,6 +12,8 @@ import numpy as np
 import zarr
 
 from dtrain.data.encoding import Array, Encoding, is_missing, unpack
+from dtrain.data.read.bounded import bounded
+from dtrain.data.read.extent import check_grid
 from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import ReadStore, key_of
 from dtrain.errors import ChunkUndecodable, DtrainError, one_line
@@ -86,11 +88,16 @@ class Sampler:
         ------
         ChunkUndecodable
             One of its chunks cannot be decoded.
+        UnsuitableVariable, ChunkTooLarge
+            It claims what cannot be.
         """
         if (name, closely) not in self._seen:
             facts = self._contents.arrays[name]
             array = self._group[facts.at or name]
             assert isinstance(array, zarr.Array)
+            array = bounded(array)
+            sizes = array.shape, array.chunks, array.shards or array.chunks
+            check_grid(self._contents.path, name, *sizes, facts.itemsize)
             most = MANY_CHUNKS if closely else few_chunks(math.prod(array.chunks) * facts.itemsize)
             most = most if self._chunks < ALL_CHUNKS else 1
             places = sample_places(array.shape, array.chunks, facts.itemsize, most)

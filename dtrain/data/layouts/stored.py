@@ -9,8 +9,8 @@ from typing import Protocol
 import numpy as np
 import zarr
 
-from dtrain.data.extent import MOST_COLUMN_BYTES, check_grid
 from dtrain.data.layouts.hierarchy import Hierarchy
+from dtrain.data.read.extent import MOST_COLUMN_BYTES, check_grid
 from dtrain.data.read.retry import settle
 from dtrain.data.read.shards import ArrayLike
 from dtrain.data.read.store import key_of

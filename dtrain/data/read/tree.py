@@ -12,6 +12,7 @@ from zarr.core.sync import sync
 
 from dtrain.data.read.documents import NAMES
 from dtrain.data.read.store import ReadStore
+from dtrain.errors import NotZarr
 
 Kind: TypeAlias = Literal["array", "group"]
 
@@ -75,7 +76,10 @@ def _kinds(store: ReadStore, paths: Sequence[str]) -> dict[str, Kind]:
 
 async def _kind(store: ReadStore, path: str) -> Kind | None:
     prototype = default_buffer_prototype()
-    document = await store.get(f"{path}/zarr.json", prototype)
+    try:
+        document = await store.get(f"{path}/zarr.json", prototype)
+    except NotZarr:  # far too large, or no file: it is named where it is used
+        return "array"
     if document is not None:
         return "group" if _parsed(document).get("node_type") == "group" else "array"
     if await store.get(f"{path}/.zarray", prototype) is not None:
@@ -106,7 +110,7 @@ def _parsed(document: Buffer | None) -> Mapping[str, Any]:
     """Return a metadata document; nothing if it is not there or damaged."""
     try:
         return _table(json.loads(document.to_bytes())) if document is not None else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
 
 

@@ -392,7 +392,7 @@ def test_a_categorical_that_lacks_a_part_is_damaged(store, part):
 def test_damaged_attributes_of_a_group_are_named_where_they_matter(store):
     path = store("v2")
     (path / "obs" / ".zattrs").write_text("{")
-    with pytest.raises(NotZarr, match="the metadata of obs/n_counts cannot be read"):
+    with pytest.raises(NotZarr, match="the metadata of obs cannot be read"):
         opened(path, targets=["obs/n_counts"])
 
 

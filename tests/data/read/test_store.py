@@ -68,7 +68,7 @@ def test_a_system_that_reads_less_than_requested_is_called_again(store, monkeypa
         def readinto(self, memory):
             return super().readinto(memoryview(memory)[:most])
 
-    monkeypatch.setattr(module, "open", lambda path, mode, buffering: Slow(path, mode), raising=False)
+    monkeypatch.setattr(module, "open", lambda path, mode, buffering, opener: Slow(path, mode), raising=False)
     for start, stop in ((0, None), (5, 90)):
         value, _ = store.read_file("a/b/c", Scratch(), start, stop)
         assert bytes(value) == BYTES[start:stop]

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from dtrain.data.coordinate import find_gaps
-from dtrain.data.extent import MOST_CHUNKS, check_grid
 from dtrain.data.genes import genes_of
 from dtrain.data.read import presence
 from dtrain.data.read.documents import MOST_BYTES
+from dtrain.data.read.extent import MOST_CHUNKS, MOST_COLUMN_BYTES, check_grid, check_whole
 from dtrain.data.read.inventory import take_inventory
 from dtrain.data.source import open_samples
 from dtrain.errors import ChunkMissing, ChunkTooLarge, DtrainError, NotZarr, UnsuitableVariable
@@ -65,6 +65,12 @@ def test_what_can_be_is_not_refused():
     check_grid("s.zarr", "x", (10**12, 3), (10**6, 3), (10**6, 3), 4)
     with pytest.raises(ChunkTooLarge, match=r"decodes to more than 3.0 kB"):
         check_grid("s.zarr", "x", (1000,), (1000,), (1000,), 4, most=3000)
+
+
+def test_a_column_that_is_read_whole_is_not_endless():
+    check_whole("s.zarr", "lat", MOST_COLUMN_BYTES)
+    with pytest.raises(UnsuitableVariable, match=r"lat would have 8.0 TB; a column of at most 2.1 GB is read whole"):
+        check_whole("s.zarr", "lat", 8 * 10**12)
 
 
 # Stores ---------------------------------------------------------------------------------------------------------

@@ -67,3 +67,18 @@ def check_grid(
             f"{path}: one chunk of {name} {chunks} decodes to more than {format_bytes(most)}, the most that is read.",
             "Store it in smaller chunks. If it should have others, its metadata are damaged: restore them from a copy.",
         )
+
+
+def check_whole(path: str, name: str, size: int) -> None:
+    """Refuse a column of so many bytes that is read whole.
+
+    Raises
+    ------
+    UnsuitableVariable
+    """
+    if size > MOST_COLUMN_BYTES:
+        raise UnsuitableVariable(
+            f"{path}: {name} would have {format_bytes(size)}; a column of at most {format_bytes(MOST_COLUMN_BYTES)} is "
+            "read whole.",
+            "Choose a part of it (data.isel). If it should be shorter, its metadata are damaged: restore them.",
+        )
