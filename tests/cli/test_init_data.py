@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+import tracemalloc
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from numcodecs import Zstd
 
 from tests.cli.helpers import last, tree
 from tests.foreign import STORES, anything, cells, climate, nuclei, table, tokens, write
@@ -754,3 +756,34 @@ def test_remote_stores(cli: Any, tmp_path: Path) -> None:
     Path("job").rename("first")
     written_for(cli, "memory://init-tokens.zarr")
     accepted(cli)
+
+
+# Stores that claim too much ---------------------------------------------------------------------------------
+
+
+def test_a_chunk_that_decodes_to_far_more_than_a_chunk_is_named(cli: Any, tmp_path: Path, write_store: Any) -> None:
+    arrays = {
+        "x": {"dims": ("n", "k"), "values": normal(40, 3).astype("float32"), "chunks": (10, 3)},
+        "y": {"dims": ("n",), "values": whole(3, 40), "chunks": (10,)},
+    }
+    path = write_store(tmp_path / "s.zarr", arrays)
+    (path / "x" / "c" / "0" / "0").write_bytes(Zstd().encode(bytes(1 << 26)))
+    tracemalloc.start()
+    made = cli("init", tmp_path / "job", "--data", path)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    tracemalloc.stop()
+    assert (made.code, made.out) == (5, "")
+    assert "x[0:10, 0:3]" in made.err
+    assert "it holds 67,108,864 bytes; a chunk has at most 120" in made.err
+
+
+def test_an_array_of_more_chunks_than_there_can_be_is_refused(cli: Any, tmp_path: Path, write_store: Any) -> None:
+    arrays = {"x": {"dims": ("n", "k"), "values": normal(40, 3).astype("float32"), "chunks": (10, 3)}}
+    path = write_store(tmp_path / "s.zarr", arrays)
+    document = path / "x" / "zarr.json"
+    text = document.read_text()
+    for rows in (10**14, 10**30):
+        document.write_text(text.replace(" 40,", f" {rows},"))
+        made = cli("init", tmp_path / "job", "--data", path)
+        assert made.code == 3, made.err
+        assert "x" in made.err
