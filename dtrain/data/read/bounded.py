@@ -162,6 +162,10 @@ class Bounded(BytesBytesCodec):
         value: Buffer = chunk_spec.prototype.buffer.from_bytes(decoded)
         return value
 
+    def _encode_sync(self, chunk_bytes: Buffer, chunk_spec: Any) -> Buffer | None:
+        """Refuse: stores are read only. A newer zarr decodes in one thread what could encode so too."""
+        raise NotImplementedError
+
     async def _decode_single(self, chunk_bytes: Buffer, chunk_spec: Any) -> Buffer:
         return await asyncio.to_thread(self._decode_sync, chunk_bytes, chunk_spec)
 
