@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dtrain.config.compare import has_redacted
 from dtrain.config.functions import Function, described, name_of
 from dtrain.config.schema import DataConfig, TrainConfig
 from dtrain.config.split import SplitConfig
@@ -34,6 +35,7 @@ from dtrain.job import (
 from dtrain.runtime.modules import directory_of
 from dtrain.runtime.place import PLACE_NAMES
 from dtrain.runtime.where import Where, full_address, scheduler_text
+from dtrain.urls import redacted_in
 
 Value = TypeVar("Value")
 
@@ -211,7 +213,11 @@ def _flat(config: DataConfig) -> dict[str, Any]:
 def _is_same(key: str, own: object, theirs: object, samples: Samples) -> bool:
     if key == "path":
         own = samples.location
-    return own == theirs or (key in ("path", "val_path") and _identities(own) == _identities(theirs))
+    if own == theirs or key not in ("path", "val_path"):
+        return own == theirs
+    if has_redacted(theirs):  # the configuration of a run
+        own = redacted_in(own)
+    return _identities(own) == _identities(theirs)
 
 
 def _identities(paths: Any) -> list[str]:

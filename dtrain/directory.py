@@ -259,7 +259,7 @@ def _with_old_default(run: Path, new: TrainConfig) -> TrainConfig:
 
 def _check_config(run: Path, old: TrainConfig, job: Job) -> None:
     new = job.config
-    blocked = [d for d in differences(old, without_secrets(new)) if not may_change(d[0], new)]
+    blocked = [d for d in differences(without_secrets(old), without_secrets(new)) if not may_change(d[0], new)]
     if blocked:
         keys = {key for key, _, _ in blocked}
         cure = "Train under another --run NAME, or undo the change."

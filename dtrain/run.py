@@ -19,6 +19,7 @@ from dtrain.checkpoint import committed_rounds, find_round, load_params, load_ro
 from dtrain.config.compare import without_secrets
 from dtrain.config.functions import Function
 from dtrain.config.schema import TrainConfig
+from dtrain.data.plan.evaluation import StoreOfRun
 from dtrain.data.plan.partition import JointPlan
 from dtrain.data.plan.splits import SplitName
 from dtrain.data.samples import Samples
@@ -256,6 +257,10 @@ class Run:
         if round == "last":
             self._say_best()
         return scores.dataset() if names else scores.values
+
+    def find_store(self, samples: Samples) -> StoreOfRun:
+        """Return which of the run's stores the samples' is, or None."""
+        return self._data.find_store(samples)
 
     def scores(
         self,

@@ -56,6 +56,7 @@ from dtrain.runtime.place import check_place
 from dtrain.runtime.runner import Held, Runner
 from dtrain.runtime.where import Where, client_of
 from dtrain.types import History, RoundResult, TrainState
+from dtrain.urls import redacted_url
 
 
 def train_job(
@@ -130,7 +131,7 @@ def _train(
     """Train the rounds after `state`; `note` also writes events to the run's files, `tell` does not."""
     init = None if state is not None else init_path(job)
     scheduler = job.config.cluster.scheduler if client is None else str(client.scheduler.address)
-    tell(ClusterOpening(run=str(opened.directory), scheduler=scheduler))
+    tell(ClusterOpening(run=str(opened.directory), scheduler=redacted_url(scheduler)))
     anew = known is None and has_anomalies(job)
     opened_at = open_runner(job, uuid.uuid4().hex[:8], known=known, client=client, climatology=anew, on_progress=tell)
     with opened_at as (runner, resolved):
@@ -236,7 +237,9 @@ def _filled(runner: Runner[Held]) -> Iterator[ChunksFilled]:
     for store in stores:
         for name, one in filled(store.source, store.absent).items():
             of = store.absent[name].of
-            yield ChunksFilled(path=store.samples.path, variable=name, chunks=one.chunks, of=of, value=one.value)
+            yield ChunksFilled(
+                path=redacted_url(store.samples.path), variable=name, chunks=one.chunks, of=of, value=one.value
+            )
 
 
 def _finished(run: Run, reason: Literal["max_time"] | None) -> RunFinished:

@@ -12,18 +12,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-BASE = {"types", "stages", "config", "errors", "events", "display", "packages"}
+BASE = {"types", "stages", "config", "urls", "errors", "events", "display", "packages"}
 WORK = {"runtime", "data", "algorithm", *BASE}
 CORE = {"data/samples", "data/members", "data/tiles", "data/variable", "data/encoding", "data/sparse"}
 BELOW: dict[str, set[str]] = {
-    "errors": set(),
+    "urls": set(),
+    "errors": {"urls"},
     "types": set(),
     "stages": set(),
     "packages": set(),
-    "config": {"errors"},
+    "config": {"errors", "urls"},
     "events": {"types", "stages"},
     "files": {"errors"},
-    "display": set(),
+    "display": {"urls"},
     "data/encoding": {"errors"},
     "data/variable": {"data/encoding"},
     "data/tiles": {"data/variable"},
@@ -42,10 +43,10 @@ BELOW: dict[str, set[str]] = {
     },
     "data/selection": {*CORE, "config", "errors"},
     "data/plan": {*CORE, "config", "errors"},
-    "data/read": {"data/plan", *CORE, "config", "errors"},
-    "data/load": {"data/read", "data/plan", *CORE, "types", "config", "errors"},
+    "data/read": {"data/plan", *CORE, "config", "errors", "urls"},
+    "data/load": {"data/read", "data/plan", *CORE, "types", "config", "errors", "urls"},
     "data/cf": {"data/encoding", "errors"},
-    "data/paths": {"data/read", *CORE, "errors"},
+    "data/paths": {"data/read", *CORE, "errors", "urls"},
     "data/layouts": {"data/read", *CORE, "errors"},
     "data/dimensions": {"data/layouts", "data/read", "errors"},
     "data/names": {"data/layouts", "data/read", "errors"},
@@ -68,6 +69,7 @@ BELOW: dict[str, set[str]] = {
         *("data/column", "data/dataset", "data/groups", "data/paths", "data/places", "data/plan", "data/read"),
         *CORE,
         "errors",
+        "urls",
     },
     "data/joined": {
         *("data/column", "data/dataset", "data/layouts", "data/matrix", "data/read", "data/selection"),

@@ -123,11 +123,12 @@ def _report(options: Options, fault: Exception) -> int:
         error(options, 2, fault.format_message() or "no command", _usage(fault))
         return 2
     from dtrain.errors import DtrainError
+    from dtrain.urls import redacted
 
     if options.debug:
         import traceback
 
-        traceback.print_exception(fault)
+        print(redacted("".join(traceback.format_exception(fault))), end="", file=sys.stderr)
     if isinstance(fault, DtrainError):
         error(options, fault.code, fault.message, fault.hint)
         return fault.code

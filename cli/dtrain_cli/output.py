@@ -1,4 +1,4 @@
-"""Print results to stdout, narration to stderr, and errors in at most four lines."""
+"""Print results to stdout, narration to stderr, and errors in at most four lines; URLs without what may be secret."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dtrain.urls import redacted, redacted_in
 
 if TYPE_CHECKING:
     from dtrain.events import Reporter
@@ -33,15 +35,15 @@ class Options:
 def result(options: Options, text: str, record: dict[str, Any]) -> None:
     """Print a result: text for people, or one JSON object a line."""
     if options.json:
-        print(json.dumps(record), flush=True)
+        print(json.dumps(redacted_in(record)), flush=True)
     else:
-        print(text, flush=True)
+        print(redacted(text), flush=True)
 
 
 def say(options: Options, text: str) -> None:
     """Print narration."""
     if not options.quiet:
-        print(_fitted(text), file=sys.stderr, flush=True)
+        print(_fitted(redacted(text)), file=sys.stderr, flush=True)
 
 
 def _fitted(text: str) -> str:
@@ -59,7 +61,7 @@ def waiting(options: Options, what: str) -> Iterator[None]:
     def tell() -> None:
         if done.wait(WAITING_SECONDS) or options.quiet:
             return
-        print(f"{what} ...", end="" if live else "\n", file=sys.stderr, flush=True)
+        print(f"{redacted(what)} ...", end="" if live else "\n", file=sys.stderr, flush=True)
         if live:
             done.wait()
             print("\r\033[2K", end="", file=sys.stderr, flush=True)
@@ -84,6 +86,7 @@ def progress(options: Options) -> AbstractContextManager[Reporter]:
 
 def error(options: Options, code: int, message: str, hint: str = "", log: str = "") -> None:
     """Print an error."""
+    message, hint, log = redacted(message), redacted(hint), redacted(log)
     lines = [f"error: {' '.join(message.split())}", *(f"  {' '.join(text.split())}" for text in (hint, log) if text)]
     lines = [_fitted(line) for line in lines]
     if options.color and sys.stderr.isatty():

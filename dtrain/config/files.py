@@ -94,8 +94,10 @@ def _parse(suffix: str, text: str) -> Any:
         Loader.add_implicit_resolver("tag:yaml.org,2002:float", YAML_FLOAT, list("-+.0123456789"))
         try:
             return yaml.load(text, Loader)
-        except yaml.YAMLError as error:
-            raise ValueError(str(error)) from None
+        except yaml.YAMLError as error:  # its text quotes the lines of the file, which may hold a secret
+            place = getattr(error, "problem_mark", None)
+            where = f"line {place.line + 1}, column {place.column + 1}: " if place is not None else ""
+            raise ValueError(f"{where}{getattr(error, 'problem', None) or type(error).__name__}") from None
     if suffix == ".json":
         return json.loads(text)
     return tomllib.loads(text)

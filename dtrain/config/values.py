@@ -7,19 +7,16 @@ import re
 from collections.abc import Iterator, Mapping
 from datetime import date, time
 from typing import Any, TypeAlias
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ByteSize, ConfigDict, TypeAdapter, ValidationError
 
 from dtrain.errors import InvalidConfig, UsageError
+from dtrain.urls import REDACTED
 
 Plain: TypeAlias = "str | int | float | bool | date | time | list[Plain] | dict[str, Plain] | None"
 """A value that a config file can hold."""
 Tables: TypeAlias = dict[str, Plain]
 """Nested tables of keys."""
-
-REDACTED = "***"
-"""Shown in place of a secret."""
 
 TO_PLAIN: TypeAdapter[Any] = TypeAdapter(Any, config=ConfigDict(ser_json_inf_nan="constants"))
 
@@ -114,25 +111,6 @@ def parse_bandwidth(text: str) -> float:
             "Give the speed of a worker's link; bit are bits and B bytes.",
         )
     return float(match[1]) * PREFIXES[match[2]] / (1 if match[3].startswith("B") else 8)
-
-
-def without_credentials(url: str) -> str:
-    """Return a URL without user, password, query and fragment, which may hold credentials; another text as it is.
-
-    >>> without_credentials("https://me:secret@host:9000/a?sig=1"), without_credentials("eu-west-1")
-    ('https://host:9000/a', 'eu-west-1')
-    """
-    return urlsplit(without_password(url))._replace(query="", fragment="").geturl() if "://" in url else url
-
-
-def without_password(url: str) -> str:
-    """Return a URL without user and password, which no file of a run keeps.
-
-    >>> without_password("https://me:secret@host:5000/path"), without_password("file:///tmp/mlruns")
-    ('https://host:5000/path', 'file:///tmp/mlruns')
-    """
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else url
 
 
 def without_redacted(options: Mapping[str, Any]) -> dict[str, Any]:

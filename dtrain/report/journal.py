@@ -11,6 +11,7 @@ from typing import get_args
 from dtrain.events import ClusterOpening, Event, RoundFinished, RunFinished, RunStarted, StepsTaken
 from dtrain.files import append_line, write_text
 from dtrain.report.history import Row, read_rows, row_of
+from dtrain.urls import redacted_in
 
 HISTORY, EVENTS = "history.jsonl", "events.jsonl"
 KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
@@ -28,7 +29,7 @@ def journal(run: Path, event: Event) -> None:
         append_line(run / HISTORY, json.dumps(row_of(event.result), allow_nan=False))
     elif not isinstance(event, ClusterOpening | RunStarted | RunFinished | StepsTaken):
         row = {"event": type(event).__name__, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **asdict(event)}
-        append_line(run / EVENTS, json.dumps(row))
+        append_line(run / EVENTS, json.dumps(redacted_in(row)))
 
 
 def read_events(run: Path) -> list[Event]:

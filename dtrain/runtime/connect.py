@@ -27,6 +27,7 @@ from dtrain.runtime import forkserver, versions
 from dtrain.runtime.dashboard import dashboard_link
 from dtrain.runtime.where import check_local_start, no_such_place, scheduler_text, with_protocol
 from dtrain.runtime.workers import ask_workers, first_workers, most_workers
+from dtrain.urls import has_user
 
 cloudpickle.register_pickle_by_value(versions)  # so that workers without dtrain answer too
 
@@ -193,6 +194,11 @@ def _wait_for_answer(address: str) -> None:
 
 def _check_address(config: ClusterConfig, address: str, named: str) -> None:
     """Refuse an address; `named` says where it stands."""
+    if has_user(address):
+        raise InvalidConfig(
+            f"{named}: the address of a scheduler has no user or password.",
+            "Certificates say who may connect: tls://host:port with cluster.tls (`dtrain certs DIR`).",
+        )
     scheme = urlsplit(address).scheme
     if scheme != "tcp":
         raise InvalidConfig(f"{named}: this version connects with tcp:// only.")

@@ -22,8 +22,8 @@ ALLOWED_IN_PYTHON = (
     'Allowed are "local", "serial", an address such as tcp://127.0.0.1:8786, a scheduler file, a distributed.Client, '
     "or a cluster such as LocalCluster(n_workers=4)."
 )
-BARE_ADDRESS = re.compile(r"^[\w.-]+:\d{1,5}$|^\[[0-9a-fA-F:.]+\]:\d{1,5}$")
-"""``host:port``."""
+BARE_ADDRESS = re.compile(r"^(?:[^/\s]*@)?(?:[\w.-]+|\[[0-9a-fA-F:.]+\]):\d{1,5}$")
+"""``host:port``; a user before it is refused where addresses are, and not taken for the path of a file."""
 
 
 @runtime_checkable
