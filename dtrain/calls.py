@@ -50,9 +50,19 @@ def python_job(
 ) -> Job:
     """Return the job of the arguments of `train`; they and the configuration must not contradict each other."""
     job = job_from_python(model, samples, tables, config, model_args)
+    job = replace(job, config=with_absolute_tls(job.config))
     scheduler = _agreed_scheduler(job.config, cluster)
     is_object = not isinstance(cluster, str | os.PathLike | None)
     return job if is_object else replace(job, config=with_scheduler(job.config, scheduler))
+
+
+def with_absolute_tls(config: TrainConfig) -> TrainConfig:
+    """Return a configuration whose ``cluster.tls`` has absolute paths: in Python they are relative to the process."""
+    tls = config.cluster.tls
+    if not tls.is_given:
+        return config
+    tls = tls.model_copy(update={name: absolute(getattr(tls, name)) for name in ("ca", "cert", "key")})
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"tls": tls})})
 
 
 def with_trackers(job: Job, config: TrainConfig | None, trackers: Sequence[str | Tracker]) -> Job:

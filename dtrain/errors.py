@@ -75,10 +75,6 @@ class NothingSelected(InvalidConfig):
     """A coordinate has none of the values that are chosen."""
 
 
-class NotSupportedYet(InvalidConfig):
-    """A declared key asks for a feature that this version does not have."""
-
-
 class UnknownVariable(DtrainError, LookupError):
     """The Zarr group has no variable of that name."""
 

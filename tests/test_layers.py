@@ -121,6 +121,7 @@ BELOW: dict[str, set[str]] = {
     "data/located": {"data/cf", "data/column", "data/plan", "data/read", *CORE},
     "data/__init__": set(),
     "lock": {"errors"},
+    "certs": {"packages", "errors"},
     "algorithm": {"types", "config", "errors"},
     "statefiles": {"algorithm", "types", "errors"},
     "checkpoint": {"statefiles", "files", "types", "errors"},
@@ -186,6 +187,7 @@ FENCED = {
     "xarray": {"data/cf", "data/places", "report", "predict", "run", "scores"},
     "rich": {"report"},
     "typer": set(),
+    "cryptography": {"certs"},
 }
 """By third-party package: the layers that may import it."""
 

@@ -52,7 +52,7 @@ SCHEDULER = Annotated[
     typer.Option(
         "--scheduler",
         metavar="WHERE",
-        help="local, serial, tcp://host:port or a scheduler file.",
+        help="local, serial, tcp://host:port, tls://host:port or a scheduler file.",
         show_default=False,
         autocompletion=completion.places,
     ),

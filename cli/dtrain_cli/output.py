@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from dtrain.urls import redacted, redacted_in
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from dtrain.events import Reporter
 
+Value = TypeVar("Value")
 WAITING_SECONDS = 1.0
 UNBROKEN = 1 << 20
 """Columns of lines that go to no terminal."""
@@ -35,15 +34,23 @@ class Options:
 def result(options: Options, text: str, record: dict[str, Any]) -> None:
     """Print a result: text for people, or one JSON object a line."""
     if options.json:
-        print(json.dumps(redacted_in(record)), flush=True)
+        print(json.dumps(_public(record)), flush=True)
     else:
-        print(redacted(text), flush=True)
+        print(_public(text), flush=True)
+
+
+def _public(value: Value) -> Value:
+    """Return a text or a record without what may be secret in its URLs."""
+    from dtrain.urls import redacted_in
+
+    public: Value = redacted_in(value)
+    return public
 
 
 def say(options: Options, text: str) -> None:
     """Print narration."""
     if not options.quiet:
-        print(_fitted(redacted(text)), file=sys.stderr, flush=True)
+        print(_fitted(_public(text)), file=sys.stderr, flush=True)
 
 
 def _fitted(text: str) -> str:
@@ -61,7 +68,7 @@ def waiting(options: Options, what: str) -> Iterator[None]:
     def tell() -> None:
         if done.wait(WAITING_SECONDS) or options.quiet:
             return
-        print(f"{redacted(what)} ...", end="" if live else "\n", file=sys.stderr, flush=True)
+        print(f"{_public(what)} ...", end="" if live else "\n", file=sys.stderr, flush=True)
         if live:
             done.wait()
             print("\r\033[2K", end="", file=sys.stderr, flush=True)
@@ -86,7 +93,7 @@ def progress(options: Options) -> AbstractContextManager[Reporter]:
 
 def error(options: Options, code: int, message: str, hint: str = "", log: str = "") -> None:
     """Print an error."""
-    message, hint, log = redacted(message), redacted(hint), redacted(log)
+    message, hint, log = _public(message), _public(hint), _public(log)
     lines = [f"error: {' '.join(message.split())}", *(f"  {' '.join(text.split())}" for text in (hint, log) if text)]
     lines = [_fitted(line) for line in lines]
     if options.color and sys.stderr.isatty():

@@ -12,7 +12,8 @@ from dtrain.config.schema import REQUIRED, TrainConfig, check_plain
 from dtrain.config.values import Plain, Tables, value_of
 from dtrain.errors import ConfigFileNotFound, InvalidConfig, UsageError
 
-PATH_KEYS = ("data.path", "data.val_path", "train.init", "run.dir", "cluster.scheduler")
+TLS_KEYS = ("cluster.tls.ca", "cluster.tls.cert", "cluster.tls.key")
+PATH_KEYS = ("data.path", "data.val_path", "train.init", "run.dir", "cluster.scheduler", *TLS_KEYS)
 TWICE_GIVEN = re.compile(r"Cannot (declare .* twice|overwrite)")
 """In messages of tomllib."""
 TWICE = "A table or key is given twice: keep one, and put the keys of both tables into it."
@@ -112,6 +113,8 @@ def with_setting(tables: Tables, setting: str) -> Tables:
     value = _toml_value(text.strip())
     if key in PATH_KEYS:
         value = [_absolute(one) for one in value] if isinstance(value, list) else _absolute(value)
+    if key == "cluster.tls" and isinstance(value, dict):
+        value = {name: _absolute(one) for name, one in value.items()}
     return _replaced(tables, key.split("."), value, key)
 
 

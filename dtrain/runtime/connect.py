@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import cloudpickle
 import dask
 from dask.system import CPU_COUNT
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Security
 from distributed.comm import connect
 from distributed.system import MEMORY_LIMIT
 
@@ -25,6 +25,7 @@ from dtrain.config.values import parse_bytes
 from dtrain.errors import ClusterUnreachable, ClusterUnsuitable, DtrainError, InvalidConfig, one_line
 from dtrain.runtime import forkserver, versions
 from dtrain.runtime.dashboard import dashboard_link
+from dtrain.runtime.tls import security_for, tls_fault
 from dtrain.runtime.where import check_local_start, no_such_place, scheduler_text, with_protocol
 from dtrain.runtime.workers import ask_workers, first_workers, most_workers
 from dtrain.urls import has_user
@@ -115,6 +116,7 @@ def check_cluster(config: ClusterConfig, base: Path, client: Client | None = Non
         check_local_start()
     elif "://" in (address := with_protocol(config.scheduler)):
         _check_address(config, address, f'cluster.scheduler = "{address}"')
+        security_for(address, config, base)
     elif not Path(base, config.scheduler).expanduser().is_file():
         raise no_such_place(config.scheduler)
 
@@ -154,28 +156,32 @@ def _local_cluster(config: ClusterConfig) -> Iterator[LocalCluster]:
 def _connected(config: ClusterConfig, base: Path) -> Iterator[Client]:
     address = config.scheduler
     if "://" not in address:
-        with _unreachable(config):
+        with _unreachable(config, address):
             address = str(json.loads(Path(base, address).expanduser().read_text(encoding="utf-8"))["address"])
         _check_address(config, with_protocol(address), f'cluster.scheduler = "{config.scheduler}" leads to {address}')
-    with _unreachable(config):
-        _wait_for_answer(address)
-        client = Client(address, timeout=CONNECT_TIMEOUT)
+    security = security_for(address, config, base)
+    with _unreachable(config, address):
+        _wait_for_answer(address, security)
+        client = Client(address, timeout=CONNECT_TIMEOUT, security=security)
     with client:
         yield client
 
 
 @contextmanager
-def _unreachable(config: ClusterConfig) -> Iterator[None]:
+def _unreachable(config: ClusterConfig, address: str) -> Iterator[None]:
     try:
         yield
     except (OSError, TimeoutError, ValueError, TypeError, KeyError, AssertionError) as error:  # of a half-written file
+        if fault := tls_fault(address, error):
+            raise fault from None
         raise ClusterUnreachable(
             f"No Dask scheduler answers at {config.scheduler} ({type(error).__name__} within {CONNECT_TIMEOUT:.0f} s).",
-            "Start one with `dask scheduler` and `dask worker ADDRESS`, or use --scheduler local.",
+            "Start one with `dask scheduler` and `dask worker ADDRESS`, or use --scheduler local. "
+            "One that speaks TLS is reached by tls:// alone.",
         ) from error
 
 
-def _wait_for_answer(address: str) -> None:
+def _wait_for_answer(address: str, security: Security | None) -> None:
     """Exchange the first messages with a scheduler: a client waits for them without a time limit.
 
     Raises
@@ -185,7 +191,8 @@ def _wait_for_answer(address: str) -> None:
     """
 
     async def greet() -> None:
-        comm = await asyncio.wait_for(connect(address, timeout=CONNECT_TIMEOUT), CONNECT_TIMEOUT)
+        arguments = {} if security is None else security.get_connection_args("client")
+        comm = await asyncio.wait_for(connect(address, timeout=CONNECT_TIMEOUT, **arguments), CONNECT_TIMEOUT)
         await comm.close()
 
     with ThreadPoolExecutor(1) as pool:  # the caller's thread may have a running event loop, as in a notebook
@@ -200,12 +207,15 @@ def _check_address(config: ClusterConfig, address: str, named: str) -> None:
             "Certificates say who may connect: tls://host:port with cluster.tls (`dtrain certs DIR`).",
         )
     scheme = urlsplit(address).scheme
-    if scheme != "tcp":
-        raise InvalidConfig(f"{named}: this version connects with tcp:// only.")
-    if not is_loopback(address) and not config.allow_plain:
+    if scheme not in ("tcp", "tls"):
+        raise InvalidConfig(
+            f"{named}: allowed are tcp:// and tls://.", "Start the scheduler with --protocol tls, or tcp."
+        )
+    if scheme == "tcp" and not is_loopback(address) and not config.allow_plain:
         raise InvalidConfig(
             f"{named}, which is neither encrypted nor on this machine: whoever reaches that port can run code as you.",
-            "If the network is yours alone, set cluster.allow_plain = true.",
+            "Use tls:// with certificates (`dtrain certs DIR`); or, if the network is yours alone, set "
+            "cluster.allow_plain = true.",
         )
 
 

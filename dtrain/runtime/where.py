@@ -17,7 +17,7 @@ from dtrain.config.functions import described
 from dtrain.errors import ClusterUnreachable, InvalidConfig, did_you_mean, one_line
 from dtrain.runtime.script import unguarded_line
 
-ALLOWED = 'Allowed are "local", "serial", an address such as tcp://127.0.0.1:8786, or a scheduler file.'
+ALLOWED = 'Allowed are "local", "serial", an address (tcp://127.0.0.1:8786, tls://...), or a scheduler file.'
 ALLOWED_IN_PYTHON = (
     'Allowed are "local", "serial", an address such as tcp://127.0.0.1:8786, a scheduler file, a distributed.Client, '
     "or a cluster such as LocalCluster(n_workers=4)."

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -85,10 +86,14 @@ def test_a_local_cluster_listens_on_the_loopback_interface_only(tmp_path: Path) 
         assert connection.num_workers == 1
         assert connection.worker_memory == 10**9
         family = [psutil.Process(os.getpid()), *psutil.Process(os.getpid()).children(recursive=True)]
-        listening = {
-            c.laddr.ip for process in family for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN
-        }
-    assert listening == {"127.0.0.1"}
+        connections = [c for process in family for c in process.net_connections("inet")]
+        listening = [c.laddr for c in connections if c.status == psutil.CONN_LISTEN]
+        info = connection.client.scheduler_info()
+        ((address, worker),) = info["workers"].items()
+        known = {info["services"]["dashboard"], worker["services"]["dashboard"]}
+        known |= {urlsplit(one).port for one in (info["address"], address, worker["nanny"])}
+    assert {place.ip for place in listening} == {"127.0.0.1"}
+    assert known <= {place.port for place in listening}  # of the scheduler, the nanny, the worker, and their pages
 
 
 def test_threads_decide_how_many_local_workers_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
