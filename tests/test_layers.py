@@ -118,7 +118,7 @@ BELOW: dict[str, set[str]] = {
         "config",
         "errors",
     },
-    "data/located": {"data/cf", "data/column", "data/plan", "data/read", *CORE},
+    "data/located": {"data/cf", "data/column", "data/plan", "data/read", *CORE, "urls"},
     "data/__init__": set(),
     "lock": {"errors"},
     "certs": {"packages", "errors"},

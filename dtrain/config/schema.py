@@ -116,7 +116,7 @@ class StopConfig(Table):
 
 
 class TlsConfig(Table):
-    """``cluster.tls``: the files that a client of a TLS cluster shows and trusts."""
+    """``cluster.tls``: the certificates that this process shows to a TLS cluster, and trusts."""
 
     ca: str = ""
     """Certificate of the cluster's private CA, in PEM, relative to this file; `dtrain certs` makes one."""

@@ -84,15 +84,15 @@ def check_certificates(ca: Path, certificate: Path, key: Path) -> None:
     InvalidConfig
         Names the file, what is wrong with it and what to do.
     """
-    server = _context(ssl.PROTOCOL_TLS_SERVER, certificate, key)
-    server.verify_mode = ssl.CERT_REQUIRED
+    listener = _context(ssl.PROTOCOL_TLS_SERVER, certificate, key)
+    listener.verify_mode = ssl.CERT_REQUIRED
     try:
-        server.load_verify_locations(ca)
+        listener.load_verify_locations(ca)
     except (ssl.SSLError, ValueError) as error:
         raise InvalidConfig(f"cluster.tls.ca: {ca} is no certificate in PEM: {one_line(error)}.", MAKE) from None
     client = _context(ssl.PROTOCOL_TLS_CLIENT, certificate, key)
     client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
-    if fault := _fault_of_handshake(client, server):
+    if fault := _fault_of_handshake(client, listener):
         raise InvalidConfig(f"cluster.tls.cert: {certificate} is refused by cluster.tls.ca, {ca}: {fault}.", AGAIN)
 
 
@@ -119,10 +119,10 @@ def _context(protocol: int, certificate: Path, key: Path) -> ssl.SSLContext:
     return context
 
 
-def _fault_of_handshake(client: ssl.SSLContext, server: ssl.SSLContext) -> str:
-    """Return why a server of these certificates refuses a client with them; empty if it does not. Nothing is sent."""
-    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-    sides = [client.wrap_bio(to_client, to_server), server.wrap_bio(to_server, to_client, server_side=True)]
+def _fault_of_handshake(client: ssl.SSLContext, listener: ssl.SSLContext) -> str:
+    """Return why a listener with these certificates refuses a client with them; empty if not. Nothing is sent."""
+    to_listener, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    sides = [client.wrap_bio(to_client, to_listener), listener.wrap_bio(to_listener, to_client, server_side=True)]
     for _ in range(4):  # each side waits for the other
         for side in sides:
             try:

@@ -214,7 +214,33 @@ def test_an_evaluation_says_that_the_run_has_not_kept_them_and_how_to_give_them(
     clean(cli("predict", at.run, "--data", server.get(), "--out", "new.zarr"))
     assert secrets_in(files_of(Path("new.zarr"))) == []
     clean(cli("export", at.run, "--set", f"data.path={server.get()}", "--to", "safetensors", "--out", "new.st"))
-    assert secrets_in(Path("new.st.md").read_text() if Path("new.st.md").exists() else files_of(Path())[:0]) == []
+    (card,) = Path().glob("new.st*.md")
+    assert "/get?***" in card.read_text()
+    assert secrets_in(card.read_text()) == []
+
+
+def test_predictions_go_on_with_a_renewed_secret(cli, at, server):
+    clean(cli("train", at.config))
+    predict = ("predict", at.run, "--out", "new.zarr")
+    clean(cli(*predict, "--data", server.get()))
+    next(Path("new.zarr/label/c").iterdir()).unlink()
+    clean(cli(*predict, "--continue", "--data", server.get(signature="hushnew")))
+    refused = clean(cli(*predict, "--continue", "--data", server.get("b")), 4)
+    assert "begun with other settings" in refused.err
+
+
+def test_a_configuration_that_is_written_for_such_a_url_is_said_to_hold_it(cli, server):
+    outcome = clean(cli("init", "new", "--data", server.get()))
+    assert "holds the whole URL" in " ".join(outcome.err.split())
+    assert server.get() in Path("new/dtrain.toml").read_text()
+
+
+@pytest.mark.alone
+def test_workers_of_a_local_cluster_say_nothing_of_them(script, at, server):
+    clean(script("train", at.config, "--scheduler", "local", "--set", "cluster.workers=2", timeout=200))
+    server.fail("x/c/1", 403)
+    failed = script("train", at.config, "--scheduler", "local", "--run", "second", timeout=200)
+    assert "/get?***: access to x/c/1" in clean(failed, 5).err
 
 
 def test_other_data_behind_another_query_is_evaluated_as_such(cli, at, server):
@@ -250,6 +276,7 @@ def test_what_python_prints(at, server, monkeypatch):
     texts += [one._repr_html_() for one in (samples, plan, run)]
     assert [secrets_in(text) for text in texts] == [[]] * len(texts)
     assert np.isfinite(run.evaluate(split="test")["loss"])  # this process still knows them
+    assert secrets_in(f"{run.partitions} {run.partitions.to_pandas().to_csv()}") == []
     opened = dtrain.load_run(run.directory)
     with pytest.raises(dtrain.errors.InvalidConfig, match="a run keeps no user, query or fragment"):
         opened.evaluate(split="test")
