@@ -21,6 +21,8 @@ from dtrain.errors import ClusterUnreachable, InvalidConfig, one_line
 LOG = logging.getLogger("dtrain")
 MAKE = "`dtrain certs DIR` makes a CA and certificates, and prints the lines that use them."
 AGAIN = "Make new ones for the whole cluster, `dtrain certs DIR`, and start scheduler and workers with them."
+TALKS_FIRST = "cannot convert to SSL"
+"""What Tornado says where a scheduler without TLS has sent its greeting before the connection is encrypted."""
 OTHERS = stat.S_IRWXG | stat.S_IRWXO
 """The rights of others than a file's owner."""
 
@@ -150,27 +152,38 @@ def _warn_of_readers(key: Path) -> None:
 
 def tls_fault(address: str, error: BaseException) -> ClusterUnreachable | None:
     """Return the error for a connection that failed for its certificates, or for the lack of TLS; None for others."""
-    causes = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in causes:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
     if not address.startswith("tls://"):
         return None
+    causes = _causes(error)
     if refused := next((one for one in causes if isinstance(one, ssl.SSLCertVerificationError)), None):
         return ClusterUnreachable(
             f"The scheduler at {address} shows a certificate that cluster.tls.ca refuses: {refused.verify_message}.",
             "It is another cluster's, or has expired: name the ca.pem that the scheduler was started with.",
         )
-    fault = next((one for one in causes if isinstance(one, ssl.SSLError)), None)
-    if fault is not None and fault.reason in ("WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL"):
+    fault = next(
+        (one for one in causes if isinstance(one, (ssl.SSLError, ConnectionResetError, BrokenPipeError))), None
+    )
+    reason = getattr(fault, "reason", None)
+    if reason in ("WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL") or any(TALKS_FIRST in str(one) for one in causes):
         return ClusterUnreachable(
             f"The scheduler at {address} speaks no TLS.",
             "Start it with --tls-ca-file, --tls-cert and --tls-key. " + MAKE,
         )
     if fault is not None:
         return ClusterUnreachable(
-            f"The scheduler at {address} refuses the certificate of cluster.tls: {fault.reason or one_line(fault)}.",
+            f"The scheduler at {address} refuses the certificate of cluster.tls: {reason or one_line(fault)}.",
             "Name a certificate of the CA that the scheduler was started with (--tls-ca-file).",
         )
     return None
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """Return an exception and all that led to it; Dask and Tornado name causes in three ways."""
+    found: list[BaseException] = []
+    left: list[BaseException | None] = [error]
+    while left:
+        one = left.pop()
+        if one is not None and not any(one is other for other in found):
+            found.append(one)
+            left += [one.__cause__, one.__context__, getattr(one, "real_error", None)]
+    return found

@@ -11,6 +11,7 @@ from urllib.parse import parse_qs
 
 import numpy as np
 import pytest
+import torch
 import zarr
 
 import dtrain
@@ -193,6 +194,35 @@ def test_a_run_does_not_go_on_with_other_data_behind_another_query(cli, at, serv
     assert kept(at.run)[-1] == 2
 
 
+def test_references_whose_signatures_are_renewed(cli, project, server, tmp_path):
+    """Their files may be renewed too, and other ones are noticed."""
+
+    def refer(url: str) -> None:
+        root = tmp_path / "served/a"
+        files = [path for path in root.rglob("*") if path.is_file()]
+        refs: dict[str, Any] = {
+            str(path.relative_to(root)): path.read_text()
+            if path.name == "zarr.json"
+            else [f"{url}/{path.relative_to(root)}"]
+            for path in files
+        }
+        Path("refs.json").write_text(json.dumps({"version": 1, "refs": refs}))
+
+    refer(server.get(user=""))
+    job = project({"data": {"path": str(Path("refs.json").absolute())}})
+    clean(cli("plan", job.config))
+    clean(cli("train", job.config))
+    assert secrets_in(files_of(job.run)) == []
+    refer(server.get(user="", signature="hushnew"))
+    clean(cli("train", job.config, "--set", "train.rounds=3"))
+    refer(server.get("b", user=""))
+    clean(cli("train", job.config, "--set", "train.rounds=4"), 5)
+    refer(server.get("gone", user="", signature="hushnew"))
+    clean(cli("train", job.config, "--set", "train.rounds=4"), 5)
+    refer(server.get())
+    clean(cli("plan", job.config), 3)
+
+
 def test_a_run_does_not_go_on_at_another_host_or_path(cli, at, server):
     clean(cli("train", at.config))
     _with_path(at, server.get("a"), server.get("a").replace("/get?", "/got?"))
@@ -264,20 +294,21 @@ def test_an_argument_of_the_model(cli, project, server):
 # Python -------------------------------------------------------------------------------------------------------------
 
 
-def test_what_python_prints(at, server, monkeypatch):
+def test_what_python_prints(server):
     samples = dtrain.open_samples(server.get(), inputs=["x"], targets=["label"])
     tables: dict[str, Any] = {"train": {"loss": "cross_entropy", "rounds": 1}, "cluster": "serial", "run_dir": "py"}
-    monkeypatch.syspath_prepend(at.dir)
-    import model
 
-    plan = dtrain.plan(model.build, samples, train=tables["train"], cluster="serial")
-    run = dtrain.train(model.build, samples, progress=False, **tables)
+    def build() -> torch.nn.Module:
+        return torch.nn.Linear(3, 4)
+
+    plan = dtrain.plan(build, samples, train=tables["train"], cluster="serial")
+    run = dtrain.train(build, samples, progress=False, **tables)
     texts = [f"{one!r} {one}" for one in (samples, samples.config, plan, run, run.config, run.config.data)]
     texts += [one._repr_html_() for one in (samples, plan, run)]
     assert [secrets_in(text) for text in texts] == [[]] * len(texts)
     assert np.isfinite(run.evaluate(split="test")["loss"])  # this process still knows them
     assert secrets_in(f"{run.partitions} {run.partitions.to_pandas().to_csv()}") == []
-    opened = dtrain.load_run(run.directory)
+    opened = dtrain.load_run(run.directory, model=build)
     with pytest.raises(dtrain.errors.InvalidConfig, match="a run keeps no user, query or fragment"):
         opened.evaluate(split="test")
     assert opened.evaluate(samples, split="test") == run.evaluate(split="test")
