@@ -25,7 +25,7 @@ from dtrain.config.values import parse_bytes
 from dtrain.errors import ClusterUnreachable, ClusterUnsuitable, DtrainError, InvalidConfig, one_line
 from dtrain.runtime import forkserver, versions
 from dtrain.runtime.dashboard import dashboard_link
-from dtrain.runtime.tls import security_for, tls_fault
+from dtrain.runtime.tls import security_for, tls_fault, try_tls
 from dtrain.runtime.where import check_local_start, no_such_place, scheduler_text, with_protocol
 from dtrain.runtime.workers import ask_workers, first_workers, most_workers
 from dtrain.urls import has_user
@@ -161,6 +161,8 @@ def _connected(config: ClusterConfig, base: Path) -> Iterator[Client]:
         _check_address(config, with_protocol(address), f'cluster.scheduler = "{config.scheduler}" leads to {address}')
     security = security_for(address, config, base)
     with _unreachable(config, address):
+        if security is not None:
+            try_tls(address, security, CONNECT_TIMEOUT)
         _wait_for_answer(address, security)
         client = Client(address, timeout=CONNECT_TIMEOUT, security=security)
     with client:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import ssl
 import stat
 from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from distributed import Security
 
@@ -21,8 +23,6 @@ from dtrain.errors import ClusterUnreachable, InvalidConfig, one_line
 LOG = logging.getLogger("dtrain")
 MAKE = "`dtrain certs DIR` makes a CA and certificates, and prints the lines that use them."
 AGAIN = "Make new ones for the whole cluster, `dtrain certs DIR`, and start scheduler and workers with them."
-TALKS_FIRST = "cannot convert to SSL"
-"""What Tornado says where a scheduler without TLS has sent its greeting before the connection is encrypted."""
 OTHERS = stat.S_IRWXG | stat.S_IRWXO
 """The rights of others than a file's owner."""
 
@@ -150,6 +150,25 @@ def _warn_of_readers(key: Path) -> None:
 # Connections that fail --------------------------------------------------------------------------------------
 
 
+def try_tls(address: str, security: Security, seconds: float) -> None:
+    """Make an encrypted connection to a scheduler, which greets first; one that is not there yet is left to Dask.
+
+    Dask's own connection says in many ways that it was refused, and leaves a socket open where nothing speaks TLS.
+
+    Raises
+    ------
+    OSError
+        The connection was refused for its certificates, or is not encrypted.
+    """
+    place, context = urlsplit(address), security.get_connection_args("client")["ssl_context"]
+    try:
+        plain = socket.create_connection((place.hostname or "", place.port or 0), seconds)
+    except OSError:
+        return
+    with plain, context.wrap_socket(plain) as encrypted:
+        encrypted.recv(1)  # with TLS 1.3 a certificate is refused after the handshake
+
+
 def tls_fault(address: str, error: BaseException) -> ClusterUnreachable | None:
     """Return the error for a connection that failed for its certificates, or for the lack of TLS; None for others."""
     if not address.startswith("tls://"):
@@ -164,7 +183,7 @@ def tls_fault(address: str, error: BaseException) -> ClusterUnreachable | None:
         (one for one in causes if isinstance(one, (ssl.SSLError, ConnectionResetError, BrokenPipeError))), None
     )
     reason = getattr(fault, "reason", None)
-    if reason in ("WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL") or any(TALKS_FIRST in str(one) for one in causes):
+    if reason in ("WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL"):
         return ClusterUnreachable(
             f"The scheduler at {address} speaks no TLS.",
             "Start it with --tls-ca-file, --tls-cert and --tls-key. " + MAKE,
