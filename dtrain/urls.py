@@ -16,6 +16,8 @@ REDACTED = "***"
 MARK = "://"
 URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>]*")
 """A URL in a sentence ends where a space or a quotation mark stands."""
+AS_A_PATH = re.compile(r"\b(https?|ftp|sftp|s3a?|gs|gcs|abfss?|az):/(?!/)([^\s\"'<>]*)")
+"""A URL that was taken for the path of a file has lost a slash."""
 NEXT_IN_CHAIN = re.compile(r"::(?=[A-Za-z][A-Za-z0-9+.-]*(?:://|::))")
 """Between the URLs that fsspec chains: ``zip://a.zarr::https://host/b.zip``."""
 HOST = re.compile(r"(?:[^:\[\]]*|\[[^\[\]]*\])(?::\d*)?")
@@ -32,9 +34,12 @@ def redacted(text: str) -> str:
     >>> redacted("https://me:secret@host/a.zarr?sig=1: no Zarr group there")
     'https://***@host/a.zarr?***: no Zarr group there'
     """
-    if MARK not in text:
+    if ":/" not in text:
         return text
-    return URL_IN_TEXT.sub(lambda found: redacted_url(found[0], sentence=True), text)
+    text = URL_IN_TEXT.sub(lambda found: redacted_url(found[0], sentence=True), text)
+    return AS_A_PATH.sub(
+        lambda found: redacted_url(f"{found[1]}{MARK}{found[2]}", sentence=True).replace(MARK, ":/", 1), text
+    )
 
 
 def redacted_url(url: str, *, sentence: bool = False) -> str:

@@ -57,6 +57,11 @@ def test_other_urls_and_paths_are_shown_as_they_are(url: str) -> None:
     assert not has_secret(url)
 
 
+def test_a_url_that_was_taken_for_a_path_is_shown_without_it_too() -> None:
+    assert redacted("/home/https:/me:hush@host/a?b=hush: no.") == "/home/https:/***@host/a?***: no."
+    assert redacted("C:/me@host/a?b: no, a:/b@c") == "C:/me@host/a?b: no, a:/b@c"
+
+
 def test_users_and_passwords_are_found_in_each_url_of_a_chain() -> None:
     assert has_user("zip://::https://me@host/a.zip")
     assert not has_password("zip://::https://me@host/a.zip")

@@ -84,7 +84,8 @@ def files_of(run: Path) -> str:
 
 
 def test_no_file_and_no_output_of_a_run_has_them(cli, at):
-    for arguments in (["plan"], ["plan", "--json"], ["train", "-v"], ["train", "--json"]):
+    assert "the first bytes are, behind a URL" in " ".join(cli("plan", at.config).out.split())
+    for arguments in (["plan", "--json"], ["train", "-v"], ["train", "--json"]):
         clean(cli(*arguments, at.config))
     assert secrets_in(files_of(at.run)) == []
     assert "/get?***" in (at.run / "config.toml").read_text()
@@ -152,6 +153,19 @@ def test_a_value_of_the_wrong_kind_is_shown_without_them(cli, project):
     (Path("job") / "a.yaml").write_text(f"data:\n  path: {long}\n  x: : : {long}\n")
     outcome = clean(cli("plan", "job/a.yaml"), 3)
     assert "line 3" in outcome.err
+
+
+def test_a_retry_is_told_without_them(cli, at, server, monkeypatch, caplog):
+    monkeypatch.setattr("dtrain.data.read.retry.WARN_SECONDS", 0.0)
+    monkeypatch.setattr("dtrain.data.read.retry.BACKOFF_SECONDS", 0.01)
+    server.fail("x/", 503, times=2)
+    clean(cli("train", at.config))
+    assert "/get?***: x/" in caplog.text
+    assert secrets_in(caplog.text) == []
+
+
+def test_a_url_in_the_place_of_a_config_file(cli):
+    clean(cli("train", "https://hushuser:hushword@host/dtrain.toml?sig=hushsig"), 2)
 
 
 def test_doctor_reads_behind_such_a_url(cli, server, tmp_path):

@@ -46,8 +46,8 @@ class RemoteStore(WrapperStore[FsspecStore]):
     def __init__(self, store: FsspecStore, path: str, masked: tuple[str, ...] = ()) -> None:
         super().__init__(store)
         self._path, self._masked = redacted_url(path), masked
-        self._retries = Retries(path, self._refresh, masked)
-        self._writes = Retries(path, self._refresh, masked, "written")
+        self._retries = Retries(self._path, self._refresh, masked)
+        self._writes = Retries(self._path, self._refresh, masked, "written")
 
     def _with_store(self, store: FsspecStore) -> RemoteStore:
         return type(self)(store, self._path, self._masked)
