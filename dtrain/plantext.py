@@ -183,7 +183,7 @@ def _compared(plan: RunPlan) -> str:
     """Return what is compared of the data when the run continues, and what is not."""
     compared = dict.fromkeys(store.source.samples.store.compared for store in plan.stores)
     hidden = any(has_secret(one.path) for store in plan.stores for one in store.source.samples.stores)
-    return "; ".join([*compared, *(["the first bytes are, behind a URL that is not kept whole"] if hidden else [])])
+    return "; ".join([*compared, *(["the first bytes are, behind a URL that a run keeps in part"] if hidden else [])])
 
 
 def _estimated(job: Job) -> str:
