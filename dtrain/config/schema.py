@@ -31,7 +31,7 @@ from dtrain.config.table import (
     without_sgd_defaults,
 )
 from dtrain.config.unbuilt import refuse_unbuilt
-from dtrain.config.values import cache_bytes, parse_bytes, plain_value, value_of
+from dtrain.config.values import cache_bytes, check_size, parse_bytes, plain_value, value_of
 from dtrain.errors import InvalidConfig, did_you_mean
 
 ClassAxis: TypeAlias = Literal["auto", 1, -1]
@@ -185,6 +185,7 @@ class TrainConfig(Table):
     _functions: Given = PrivateAttr(default_factory=dict)
 
     def __init__(self, /, **tables: Any) -> None:
+        check_size(tables)
         named, functions = take_functions(plain_value(tables))
         try:
             super().__init__(**named)
