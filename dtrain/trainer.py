@@ -145,7 +145,7 @@ def _train(
         events: list[Event] = [*loaded, *_filled(runner), *left_out]
         for event in events:
             note(event)
-        runner.on_progress = tell
+        runner.on_progress, runner.on_evicted = tell, note
 
         def is_over() -> bool:
             return deadline is not None and time.monotonic() > deadline
