@@ -24,7 +24,7 @@ from dtrain.data.plan.partition import JointPlan
 from dtrain.data.plan.splits import SplitName
 from dtrain.data.samples import Samples
 from dtrain.data.source import describe
-from dtrain.directory import ENV, read_json, read_resolved
+from dtrain.directory import read_env, read_resolved
 from dtrain.display import clock
 from dtrain.errors import InvalidConfig
 from dtrain.evaluation import Committed, losses_by_unit, scores
@@ -33,7 +33,6 @@ from dtrain.exporting.card import Trained
 from dtrain.exporting.export import Exportable, ExportedFile, export_model
 from dtrain.project import RunCode, load_code
 from dtrain.report.history import Row, best_round, read_rows
-from dtrain.report.journal import HISTORY
 from dtrain.report.pace import speed
 from dtrain.report.page import run_html
 from dtrain.resolved import Resolved
@@ -78,7 +77,7 @@ class Run:
     @property
     def rows(self) -> list[Row]:
         """The lines of history.jsonl."""
-        return read_rows(self.directory / HISTORY)
+        return read_rows(self.directory)
 
     @property
     def history(self) -> xr.Dataset:
@@ -347,7 +346,7 @@ class Run:
             config=without_secrets(self.config),
             row=next((row for row in self.rows if row["round"] == number), {}),
             data=(),
-            versions={name: read_json(self.directory / ENV).get(name, "") for name in VERSIONS},
+            versions={name: read_env(self.directory).get(name, "") for name in VERSIONS},
             params_sha256=params_sha256(params),
         )
         model = Exportable(job=job, resolved=known, build=lambda: self._module(params), trained=trained)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.algorithm.recipe import Functions
+from dtrain.checkpoint import check_history
 from dtrain.config.compare import keys_not_kept, without_secrets
 from dtrain.config.files import with_setting
 from dtrain.config.functions import Function, value_at
 from dtrain.config.schema import TrainConfig
-from dtrain.directory import ENV, newest_run, read_config_of, read_json, read_tables_of
+from dtrain.directory import newest_run, read_config_of, read_env, read_tables_of
 from dtrain.errors import InvalidConfig
 from dtrain.project import RunCode, given_functions
 from dtrain.run import Run
@@ -138,9 +139,10 @@ def open_run(
 ) -> Run:
     """Open a run as `load_run` does; without `imported`, only a dtrain.toml names functions."""
     config = read_config_of(directory)
+    check_history(directory)
     if settings:
         config = _with_settings(read_tables_of(directory), settings)
-    base = Path(read_json(directory / ENV).get("base", directory))
+    base = Path(read_env(directory)["base"])
     functions = given_functions(config, **(given or {}))
     code = RunCode(
         run=directory,

@@ -29,7 +29,7 @@ from dtrain.config.table import (
     function_or,
     without_sgd_defaults,
 )
-from dtrain.config.values import cache_bytes, parse_bytes, plain_value, value_of
+from dtrain.config.values import cache_bytes, check_size, parse_bytes, plain_value, value_of
 from dtrain.errors import InvalidConfig, did_you_mean
 
 ClassAxis: TypeAlias = Literal["auto", 1, -1]
@@ -205,6 +205,7 @@ class TrainConfig(Table):
     _functions: Given = PrivateAttr(default_factory=dict)
 
     def __init__(self, /, **tables: Any) -> None:
+        check_size(tables)
         named, functions = take_functions(plain_value(tables))
         try:
             super().__init__(**named)

@@ -18,6 +18,9 @@ Plain: TypeAlias = "str | int | float | bool | date | time | list[Plain] | dict[
 Tables: TypeAlias = dict[str, Plain]
 """Nested tables of keys."""
 
+MOST_DEPTH, MOST_VALUES = 64, 1_000_000
+"""Of a configuration: levels of nesting, and values in all."""
+
 TO_PLAIN: TypeAdapter[Any] = TypeAdapter(Any, config=ConfigDict(ser_json_inf_nan="constants"))
 
 
@@ -49,6 +52,35 @@ def value_of(config: BaseModel, key: str) -> Any:
     for part in key.split("."):
         value = getattr(value, part)
     return value
+
+
+def check_size(tables: Mapping[Any, Any]) -> None:
+    """Refuse tables that are nested too deeply or hold too many values, as aliases of YAML can make them.
+
+    Raises
+    ------
+    InvalidConfig
+        They do.
+    """
+    try:
+        count, depth = _count(tables, {})
+    except RecursionError:
+        count, depth = 0, MOST_DEPTH + 1
+    if depth > MOST_DEPTH:
+        raise InvalidConfig(f"The configuration is nested too deeply; at most {MOST_DEPTH} levels are allowed.")
+    if count > MOST_VALUES:
+        raise InvalidConfig(f"The configuration holds {count:,} values; at most {MOST_VALUES:,} are allowed.")
+
+
+def _count(value: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Return the values inside a value and its depth; a value that stands in several places is counted in each."""
+    if not isinstance(value, Mapping | list | tuple):
+        return 1, 0
+    if id(value) not in known:
+        known[id(value)] = (0, MOST_DEPTH)  # what refers to itself has no end
+        inside = [_count(one, known) for one in (value.values() if isinstance(value, Mapping) else value)]
+        known[id(value)] = (1 + sum(n for n, _ in inside), 1 + max((depth for _, depth in inside), default=0))
+    return known[id(value)]
 
 
 def flat_values(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Plain]]:

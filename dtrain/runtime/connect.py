@@ -27,7 +27,7 @@ from dtrain.runtime import forkserver, versions
 from dtrain.runtime.dashboard import dashboard_link
 from dtrain.runtime.tls import security_for, tls_fault, try_tls
 from dtrain.runtime.where import check_local_start, no_such_place, scheduler_text, with_protocol
-from dtrain.runtime.workers import ask_workers, first_workers, most_workers
+from dtrain.runtime.workers import ask_workers, check_base_memory, first_workers, most_workers
 from dtrain.urls import has_user
 
 cloudpickle.register_pickle_by_value(versions)  # so that workers without dtrain answer too
@@ -62,6 +62,8 @@ class Connection:
     worker_memory: int
     """Bytes: the smallest memory limit of a worker."""
     dashboard: str
+    started: int = 0
+    """Workers that dtrain has started; 0 for other clusters."""
     most_workers: int = 0
     """Workers that an adaptive cluster may grow to; 0 if that is not known."""
 
@@ -235,7 +237,9 @@ def _connection(client: Client, *, started: bool) -> Connection:
     address = client.scheduler.address
     try:
         states = first_workers(client, WORKERS_TIMEOUT)
-        if not started:
+        if started:
+            check_base_memory(states)
+        else:
             check_scheduler(address, client.run_on_scheduler(versions.versions))
             check_versions(ask_workers(client, versions.versions))
     except (OSError, TimeoutError, RuntimeError, AttributeError, asyncio.CancelledError) as error:
@@ -249,6 +253,7 @@ def _connection(client: Client, *, started: bool) -> Connection:
         num_workers=len(states),
         worker_memory=min(state.limit or int(MEMORY_LIMIT) for state in states),
         dashboard=dashboard_link(client),
+        started=len(states) if started else 0,
         most_workers=most_workers(client),
     )
 

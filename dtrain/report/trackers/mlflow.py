@@ -15,10 +15,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dtrain.errors import RunDamaged
 from dtrain.events import Event, RoundFinished, RunFinished, RunStarted
 from dtrain.files import write_text
 from dtrain.report.history import Row, row_of
 from dtrain.report.points import LAST, points, rows_between, settings_of
+from dtrain.runfiles import parse_json, read_file
 from dtrain.urls import bare_url
 
 PACKAGE = "mlflow"
@@ -162,9 +164,9 @@ class _MlflowRun:
 def _known_run(directory: Path, uri: str) -> str | None:
     """Return the id that mlflow.json has for a tracking URI, if it has one."""
     try:
-        stored = json.loads((directory / FILE).read_text(encoding="utf-8"))
+        stored = parse_json(directory / FILE, read_file(directory / FILE))
         return str(stored["run_id"]) if stored["tracking_uri"] == uri else None
-    except (OSError, ValueError, LookupError, TypeError):
+    except (RunDamaged, LookupError):
         return None
 
 
