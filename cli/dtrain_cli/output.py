@@ -7,9 +7,9 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from dtrain.events import Reporter
@@ -29,14 +29,21 @@ class Options:
     verbose: bool = False
     color: bool = True
     debug: bool = False
+    out: TextIO = field(default_factory=lambda: sys.stdout)
+    """Where results go. With ``json``, all else that is printed goes to stderr, also by code of the user's."""
 
 
 def result(options: Options, text: str, record: dict[str, Any]) -> None:
     """Print a result: text for people, or one JSON object a line."""
     if options.json:
-        print(json.dumps(_public(record)), flush=True)
+        emit(options, record)
     else:
         print(_public(text), flush=True)
+
+
+def emit(options: Options, record: dict[str, Any]) -> None:
+    """Print a JSON object."""
+    print(json.dumps(_public(record)), file=options.out, flush=True)
 
 
 def _public(value: Value) -> Value:
@@ -100,7 +107,7 @@ def error(options: Options, code: int, message: str, hint: str = "", log: str = 
         lines[0] = lines[0].replace("error:", "\033[31merror:\033[0m", 1)
     print("\n".join(lines), file=sys.stderr, flush=True)
     if options.json:
-        print(json.dumps({"event": "error", "code": code, "message": message, "hint": hint}), flush=True)
+        emit(options, {"event": "error", "code": code, "message": message, "hint": hint})
 
 
 def table(rows: list[tuple[str, str]]) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import json
 import logging
 from collections.abc import Iterator
+from concurrent.futures import CancelledError as FuturesCancelled
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +19,22 @@ import cloudpickle
 import dask
 from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster, Security
+from distributed.client import ClosedClientError
 from distributed.comm import connect
+from distributed.comm.core import CommClosedError
 from distributed.system import MEMORY_LIMIT
 
 from dtrain.config.schema import ClusterConfig
 from dtrain.config.values import parse_bytes
-from dtrain.errors import ClusterUnreachable, ClusterUnsuitable, DtrainError, InvalidConfig, one_line
+from dtrain.errors import (
+    ClusterLost,
+    ClusterUnreachable,
+    ClusterUnsuitable,
+    DiskFull,
+    DtrainError,
+    InvalidConfig,
+    one_line,
+)
 from dtrain.runtime import forkserver, versions
 from dtrain.runtime.dashboard import dashboard_link
 from dtrain.runtime.tls import security_for, tls_fault, try_tls
@@ -86,15 +98,38 @@ def open_cluster(config: ClusterConfig, base: Path, client: Client | None = None
         No scheduler answers, or it has no worker.
     ClusterUnsuitable
         A worker has other versions, or lacks a package.
+    ClusterLost
+        It goes away.
     InvalidConfig
         The address is not allowed.
     """
     check_cluster(config, base, client)
     if client is not None:
-        yield _connection(client, started=False)
+        with _lost_cluster():
+            yield _connection(client, started=False)
     else:
-        with open_client(config, base) as own:
+        with open_client(config, base) as own, _lost_cluster():
             yield _connection(own, started=config.scheduler == "local")
+
+
+@contextmanager
+def _lost_cluster() -> Iterator[None]:
+    """Turn what Dask raises when a cluster goes away, wherever it is used, into one error.
+
+    Raises
+    ------
+    ClusterLost
+        The same command may find it again.
+    """
+    try:
+        yield
+    except DtrainError:
+        raise
+    except (CommClosedError, ClosedClientError, TimeoutError, asyncio.CancelledError, FuturesCancelled) as error:
+        raise ClusterLost(
+            f"Lost the cluster: {one_line(error)}. Committed rounds are safe.",
+            "Run the same command again to continue.",
+        ) from error
 
 
 @contextmanager
@@ -139,7 +174,7 @@ def local_worker_memory(config: ClusterConfig) -> int:
 def _local_cluster(config: ClusterConfig) -> Iterator[LocalCluster]:
     forkserver.start()
     method = {"distributed.worker.multiprocessing-method": forkserver.METHOD} if forkserver.is_available() else {}
-    with dask.config.set({**OWNED, **method}):
+    with dask.config.set({**OWNED, **method}), _not_started():
         cluster = LocalCluster(
             n_workers=local_workers(config),
             threads_per_worker=2,  # one trains (resource dtrain), one reduces and answers
@@ -152,6 +187,33 @@ def _local_cluster(config: ClusterConfig) -> Iterator[LocalCluster]:
         )
     with cluster:
         yield cluster
+
+
+@contextmanager
+def _not_started() -> Iterator[None]:
+    """Name what keeps local workers from being started.
+
+    Raises
+    ------
+    DiskFull
+        A file system is full: Python's processes share semaphores in /dev/shm.
+    ClusterUnreachable
+        It is something else.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError, TimeoutError) as error:
+        reason: BaseException | None = error
+        while reason is not None and not (isinstance(reason, OSError) and reason.errno == errno.ENOSPC):
+            reason = reason.__cause__ or reason.__context__
+        if reason is not None:
+            raise DiskFull(
+                "Local workers cannot be started: no space is left on a file system that processes share.",
+                "Free some in /dev/shm and in the temporary directory (df -h), or use --scheduler serial.",
+            ) from error
+        raise ClusterUnreachable(
+            f"Local workers cannot be started: {one_line(error)}", "Use --scheduler serial, or see --debug."
+        ) from error
 
 
 @contextmanager

@@ -15,10 +15,10 @@ from torch import nn
 class Mine(nn.Module):
     """Does something at its call of a number, in each process."""
 
-    def __init__(self, act: Callable[[], object], at: int, trains: bool) -> None:
+    def __init__(self, act: Callable[[], object], at: int, trains: bool, token: str) -> None:
         super().__init__()
         self.linear = nn.Linear(6, 3)
-        self.act, self.at, self.trains = act, at, trains
+        self.act, self.at, self.trains, self.token = act, at, trains, token
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training == self.trains:
@@ -26,12 +26,13 @@ class Mine(nn.Module):
         return self.linear(x)
 
     def count(self) -> None:
-        COUNTS[self.trains] = COUNTS.get(self.trains, 0) + 1
-        if COUNTS[self.trains] >= self.at:
+        COUNTS[self.token] = COUNTS.get(self.token, 0) + 1
+        if COUNTS[self.token] >= self.at:
             self.act()
 
 
-COUNTS: dict[bool, int] = {}
+COUNTS: dict[str, int] = {}
+"""Calls in this process, by test."""
 
 
 def fill() -> None:
@@ -72,9 +73,9 @@ ACTS: dict[str, Callable[[], object]] = {
 }
 
 
-def acting(act: str, at: int = 30, trains: bool = True) -> nn.Module:
-    """Return a model that acts at its call of a number."""
-    return Mine(ACTS[act], at, trains)
+def acting(act: str, token: str, at: int = 40, trains: bool = True) -> nn.Module:
+    """Return a model that acts at its call of a number; a token names the test."""
+    return Mine(ACTS[act], at, trains, token)
 
 
 def built(act: str) -> nn.Module:

@@ -47,12 +47,12 @@ def test_an_exception_that_would_end_a_process_is_one_of_the_users_code(
     samples: Samples, tmp_path: Path, client: Client, act: str
 ) -> None:
     with pytest.raises(UserCodeFailed, match=r"Round \d, replica \d raised .*models\.py"):
-        start(samples, tmp_path, client, models.acting, model_args={"act": act})
+        start(samples, tmp_path, client, models.acting, model_args={"act": act, "token": act})
     with pytest.raises(UserCodeFailed, match="The function given as model raised"):
         start(samples, tmp_path, client, models.built, model_args={"act": act})
     if act != "KeyboardInterrupt":  # in this process it is Ctrl-C
         with pytest.raises(UserCodeFailed, match=r"Round \d, replica \d raised .*models\.py"):
-            start(samples, tmp_path, "serial", models.acting, model_args={"act": act, "at": 50})
+            start(samples, tmp_path, "serial", models.acting, model_args={"act": act, "token": f"{act} here", "at": 50})
 
 
 def test_a_model_that_ends_its_process_when_it_is_built(samples: Samples, tmp_path: Path) -> None:
@@ -78,7 +78,9 @@ def test_a_model_that_ends_its_process_is_named_with_its_place(
         Client(cluster) as client,
         pytest.raises(UserCodeFailed, match=named),
     ):
-        start(samples, tmp_path, client, models.acting, model_args={"act": act, "at": at, "trains": trains})
+        start(
+            samples, tmp_path, client, models.acting, model_args={"act": act, "token": "", "at": at, "trains": trains}
+        )
 
 
 @pytest.mark.slow
@@ -88,7 +90,7 @@ def test_a_model_that_fills_the_memory_is_named_with_it(samples: Samples, tmp_pa
         Client(cluster) as client,
         pytest.raises(OutOfMemory, match="ran out of memory|their memory was full|want of memory"),
     ):
-        start(samples, tmp_path, client, models.acting, model_args={"act": "fill"})
+        start(samples, tmp_path, client, models.acting, model_args={"act": "fill", "token": ""})
 
 
 @pytest.mark.slow
@@ -102,7 +104,7 @@ def test_a_model_that_freezes_its_process_is_named(
         Client(cluster) as client,
         pytest.raises(UserCodeFailed, match="2 workers that ran it did not answer any more"),
     ):
-        start(samples, tmp_path, client, models.acting, model_args={"act": "hold the lock", "at": 20})
+        start(samples, tmp_path, client, models.acting, model_args={"act": "hold the lock", "token": "", "at": 20})
 
 
 def test_a_frozen_worker_is_given_up_and_its_tasks_run_elsewhere(
