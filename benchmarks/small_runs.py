@@ -25,7 +25,7 @@ import zarr
 from torch import nn
 
 import dtrain
-from dtrain.errors import InvalidConfig, NotSupportedYet
+from dtrain.errors import InvalidConfig
 
 Ints = npt.NDArray[np.int64]
 Table = Mapping[str, Any]
@@ -99,7 +99,7 @@ def config_of(stores: Sequence[Table], train: Table, average: Table, model_args:
 
     Raises
     ------
-    NotSupportedYet, InvalidConfig
+    InvalidConfig
         This version of dtrain does not have what the tables ask for.
     """
     return dtrain.TrainConfig(
@@ -115,7 +115,7 @@ def refusal(train: Table, average: Table) -> str | None:
     """Return why this version of dtrain does not train so, or None if it does."""
     try:
         config_of([{"path": "unused.zarr"}], train, average)
-    except (NotSupportedYet, InvalidConfig) as error:
+    except InvalidConfig as error:
         return str(error).splitlines()[0]
     return None
 

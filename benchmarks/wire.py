@@ -55,7 +55,7 @@ from wire_peer import (
 )
 
 import dtrain
-from dtrain.errors import NotSupportedYet
+from dtrain.errors import InvalidConfig
 
 STEP, LINK_BYTES = 0.0262, 2 * 3 / 4 * 4 * 30_846_720
 PUBLISHED = {  # % by wire in Mbit/s; 0: DDP, else DiLoCo's H
@@ -158,7 +158,7 @@ def codecs(wanted: list[str], data: Path) -> list[str]:
         try:
             configured(1, 1, data, codec)
             built.append(codec)
-        except NotSupportedYet as error:
+        except InvalidConfig as error:
             say(f"{codec}: left out: {error.message}")
     return built
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dtrain.config.compare import has_redacted
 from dtrain.config.functions import Function, described, name_of
 from dtrain.config.schema import DataConfig, TrainConfig
 from dtrain.config.split import SplitConfig
@@ -34,6 +35,7 @@ from dtrain.job import (
 from dtrain.runtime.modules import directory_of
 from dtrain.runtime.place import PLACE_NAMES
 from dtrain.runtime.where import Where, full_address, scheduler_text
+from dtrain.urls import redacted_in
 
 Value = TypeVar("Value")
 
@@ -48,9 +50,19 @@ def python_job(
 ) -> Job:
     """Return the job of the arguments of `train`; they and the configuration must not contradict each other."""
     job = job_from_python(model, samples, tables, config, model_args)
+    job = replace(job, config=with_absolute_tls(job.config))
     scheduler = _agreed_scheduler(job.config, cluster)
     is_object = not isinstance(cluster, str | os.PathLike | None)
     return job if is_object else replace(job, config=with_scheduler(job.config, scheduler))
+
+
+def with_absolute_tls(config: TrainConfig) -> TrainConfig:
+    """Return a configuration whose ``cluster.tls`` has absolute paths: in Python they are relative to the process."""
+    tls = config.cluster.tls
+    if not tls.is_given:
+        return config
+    tls = tls.model_copy(update={name: absolute(getattr(tls, name)) for name in ("ca", "cert", "key")})
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"tls": tls})})
 
 
 def with_trackers(job: Job, config: TrainConfig | None, trackers: Sequence[str | Tracker]) -> Job:
@@ -211,7 +223,11 @@ def _flat(config: DataConfig) -> dict[str, Any]:
 def _is_same(key: str, own: object, theirs: object, samples: Samples) -> bool:
     if key == "path":
         own = samples.location
-    return own == theirs or (key in ("path", "val_path") and _identities(own) == _identities(theirs))
+    if own == theirs or key not in ("path", "val_path"):
+        return own == theirs
+    if has_redacted(theirs):  # the configuration of a run
+        own = redacted_in(own)
+    return _identities(own) == _identities(theirs)
 
 
 def _identities(paths: Any) -> list[str]:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from dtrain.data.climatology import Climatology
 from dtrain.errors import RunDamaged, one_line
 from dtrain.files import write_bytes
+from dtrain.runfiles import RESTORE, check_seal, read_if_there, sealed, sha256
 
 CLIMATE = "climatology.safetensors"
+MOST_BYTES = 2**40
+"""A larger file is not read."""
 
 
 def climate_bytes(climatology: Climatology, fingerprint: str) -> bytes:
     """Return the content of the file; `fingerprint` is that of the plan whose training rows it is of."""
     facts = {"plan": fingerprint, "text": climatology.text, "places": dict(climatology.places)}
+    facts = sealed({**facts, "means": sha256(save(dict(climatology.means)))})
     data: bytes = save(dict(climatology.means), {"dtrain": json.dumps(facts, sort_keys=True)})  # keys have no order
     return data
 
@@ -33,7 +36,7 @@ def write_climate(run: Path, climatology: Climatology, fingerprint: str) -> str:
     """
     data = climate_bytes(climatology, fingerprint)
     write_bytes(run / CLIMATE, data)
-    return hashlib.sha256(data).hexdigest()
+    return sha256(data)
 
 
 def read_climate(run: Path, fingerprint: str, digest: str = "") -> Climatology | None:
@@ -53,21 +56,21 @@ def read_climate(run: Path, fingerprint: str, digest: str = "") -> Climatology |
         It is not the file that the run was trained with, or cannot be read.
     """
     path = run / CLIMATE
-    if not path.is_file():
+    data = read_if_there(path, MOST_BYTES)
+    if data is None:
         if digest:
             raise RunDamaged(f"{path} is missing.", RESTORE)
         return None
-    if digest and hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+    if digest and sha256(data) != digest:
         raise RunDamaged(f"{path} has been modified since the run was started.", RESTORE)
     try:
-        with safe_open(path, framework="np") as file:
-            facts = json.loads((file.metadata() or {})["dtrain"])
-            means = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        facts, means = json.loads(header["__metadata__"]["dtrain"]), load(data)
+        check_seal(path, facts)
+        if sha256(save(means)) != facts["means"]:
+            raise RunDamaged(f"{path} has been modified.")
         if facts["plan"] != fingerprint:
             return None
         return Climatology(means, facts["places"], facts["text"])
-    except (SafetensorError, LookupError, ValueError, OSError) as error:
+    except (SafetensorError, LookupError, TypeError, ValueError, RecursionError, RunDamaged) as error:
         raise RunDamaged(f"{path} cannot be read: {one_line(error)}", "Remove it: it is computed anew.") from error
-
-
-RESTORE = "Restore it from a copy of the run, or train under another --run NAME."

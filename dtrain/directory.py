@@ -14,17 +14,33 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dtrain.checkpoint import check_plan, committed_rounds
 from dtrain.climatefile import read_climate, write_climate
 from dtrain.config.compare import differences, may_change, without_secrets
 from dtrain.config.files import to_toml
 from dtrain.config.functions import described
 from dtrain.config.schema import TrainConfig
+from dtrain.config.values import flat_values
 from dtrain.errors import DiskFull, RunConflict, RunDamaged, RunNotFound, UsageError, did_you_mean, one_line
 from dtrain.files import write_text
 from dtrain.job import Job
-from dtrain.report.journal import HISTORY
 from dtrain.resolve import check_kind, pinned
-from dtrain.resolved import Resolved, from_json, to_json
+from dtrain.resolved import VERSION, Resolved, from_json, to_json
+from dtrain.runfiles import (
+    CONFIG,
+    ENV,
+    HISTORY,
+    PLAN,
+    RESTORE,
+    SEAL,
+    check_seal,
+    other_version,
+    parse_json,
+    read_file,
+    read_if_there,
+    sealed,
+    sha256,
+)
 from dtrain.runtime.versions import versions
 
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
@@ -38,7 +54,6 @@ FROM_HERE = {
     "average.outer.schedule",
 }
 """Keys that change how training goes on: a new run can start from the old one's parameters."""
-CONFIG, PLAN, ENV = "config.toml", "plan.json", "env.json"
 
 
 # Names ----------------------------------------------------------------------------------------------------
@@ -132,40 +147,54 @@ def read_tables_of(run: Path) -> dict[str, Any]:
     RunNotFound, RunDamaged
         There is no run, or the file cannot be read.
     """
-    if not (run / CONFIG).is_file():
+    data = read_if_there(run / CONFIG)
+    if data is None:
         raise RunNotFound(f"{run} is not a run: it has no {CONFIG}.", "A run's directory is runs/NAME.")
     try:
-        return tomllib.loads((run / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunDamaged(f"{run / CONFIG} cannot be read: {one_line(error)}") from error
+        return tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise RunDamaged(f"{run / CONFIG} cannot be read: {one_line(error)}", RESTORE) from error
 
 
 def read_config_of(run: Path) -> TrainConfig:
-    """Return a run's configuration.
+    """Return a run's configuration, once plan.json is known to be that of its rounds.
 
     Raises
     ------
     RunNotFound, RunDamaged
-        There is no run, or its configuration cannot be read.
+        There is no run, or its configuration cannot be read or has been modified.
+    RunConflict
+        Another version of dtrain has trained it.
     """
+    tables = read_tables_of(run)
+    check_plan(run)
     try:
-        return TrainConfig(**read_tables_of(run))
-    except ValueError as error:
-        raise RunDamaged(f"{run / CONFIG} cannot be read: {one_line(error)}") from error
+        config = TrainConfig(**tables)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RunDamaged(f"{run / CONFIG} cannot be read: {one_line(error)}", RESTORE) from error
+    stored = _read_plan_file(run)
+    started = {} if stored is None else stored.get("config", {})
+    now = dict(flat_values(config))
+    for key in started.keys() & now.keys():
+        if now[key] != started[key] and not may_change(key, config):
+            raise RunDamaged(
+                f"{run / CONFIG} has been modified: {key} was {_shown(started[key])} when the run was started, and is "
+                f"{_shown(now[key])}.",
+                RESTORE,
+            )
+    return config
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file of a run.
+def read_env(run: Path) -> dict[str, Any]:
+    """Return the content of a run's env.json.
 
     Raises
     ------
     RunDamaged
-        It cannot be read.
+        It cannot be read, or has been modified.
     """
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunDamaged(f"{path} cannot be read: {one_line(error)}") from error
+    content = parse_json(run / ENV, read_file(run / ENV))
+    check_seal(run / ENV, content)
     return content
 
 
@@ -175,16 +204,42 @@ def read_resolved(run: Path) -> Resolved:
     Raises
     ------
     RunDamaged
-        It cannot be read, or lacks a key.
+        It cannot be read, or has been modified.
+    RunConflict
+        Another version of dtrain has written it.
     """
-    stored = read_json(run / PLAN)
-    try:
-        resolved = from_json(stored)
-        if digest := resolved.climatology_sha256:
-            resolved = replace(resolved, climatology=read_climate(run, resolved.plan.fingerprint, digest))
-        return resolved
-    except (LookupError, TypeError, AttributeError) as error:
-        raise RunDamaged(f"{run / PLAN} cannot be read: {type(error).__name__}: {one_line(error)}") from error
+    stored = _read_plan_file(run)
+    if stored is None:
+        raise RunDamaged(f"{run / PLAN} is missing.", RESTORE)
+    resolved = from_json(stored)
+    if digest := resolved.climatology_sha256:
+        resolved = replace(resolved, climatology=read_climate(run, resolved.plan.fingerprint, digest))
+    return resolved
+
+
+def _read_plan_file(run: Path) -> dict[str, Any] | None:
+    """Return the content of plan.json, which is as it was written; None if there is none."""
+    data = read_if_there(run / PLAN)
+    if data is None:
+        return None
+    stored = parse_json(run / PLAN, data)
+    version = stored.get("version")
+    if SEAL in stored or version not in (1, 2):  # plans of versions 1 and 2 have no digest
+        check_seal(run / PLAN, stored)
+    if version != VERSION:
+        raise other_version(run, f"its plan has version {version}, this one reads {VERSION}")
+    return stored
+
+
+def plan_sha256(run: Path) -> str:
+    """Return the SHA-256 of a run's plan.json, which the manifest of each round has.
+
+    Raises
+    ------
+    RunDamaged
+        It cannot be read.
+    """
+    return sha256(read_file(run / PLAN))
 
 
 # Starting and continuing ----------------------------------------------------------------------------------
@@ -226,10 +281,15 @@ def read_plan(run: Path, job: Job) -> Resolved | None:
     DataChanged
         The store is another one.
     """
-    if not (run / PLAN).is_file():
+    if not os.path.lexists(run / CONFIG):
+        if not committed_rounds(run):
+            return None  # its first start was killed
+        raise RunDamaged(f"{run / CONFIG} is missing.", RESTORE)
+    old = read_config_of(run)
+    if not (run / PLAN).exists():
         return None
-    _check_config(run, _with_old_default(run, job.config), job)
-    read_json(run / ENV)  # it is not compared, but a run with a damaged file is not continued
+    _check_config(run, old, job)
+    read_env(run)  # it is not compared, but a run with a damaged file is not continued
     resolved = read_resolved(run)
     changed = [key for key, digest in job.code_by(resolved.code_rules).items() if resolved.code.get(key) != digest]
     if changed:
@@ -246,20 +306,9 @@ def read_plan(run: Path, job: Job) -> Resolved | None:
     return resolved
 
 
-def _with_old_default(run: Path, new: TrainConfig) -> TrainConfig:
-    """Return a run's configuration; ``data.missing`` was "error" by default in runs that know of no filled chunks.
-
-    Such a run goes on under "auto": its plan.json says that no chunk may be filled.
-    """
-    old = read_config_of(run)
-    if (old.data.missing, new.data.missing) != ("error", "auto") or "filled" in read_json(run / PLAN):
-        return old
-    return old.model_copy(update={"data": old.data.model_copy(update={"missing": "auto"})})
-
-
 def _check_config(run: Path, old: TrainConfig, job: Job) -> None:
     new = job.config
-    blocked = [d for d in differences(old, without_secrets(new)) if not may_change(d[0], new)]
+    blocked = [d for d in differences(without_secrets(old), without_secrets(new)) if not may_change(d[0], new)]
     if blocked:
         keys = {key for key, _, _ in blocked}
         cure = "Train under another --run NAME, or undo the change."
@@ -289,15 +338,19 @@ def _shown(value: Any) -> str:
     return "not given" if value is None else json.dumps(value)
 
 
-def write_run(run: Path, job: Job, resolved: Resolved) -> None:
-    """Write what describes a run: config.toml, env.json and, at the first start, plan.json.
+def write_run(run: Path, job: Job, resolved: Resolved, *, is_new: bool) -> None:
+    """Write what describes a run: at its first start plan.json; env.json; and last config.toml, which makes it a run.
 
     Raises
     ------
     DiskFull
         It cannot be written.
     """
-    write_text(run / CONFIG, to_toml(without_secrets(job.config)))
+    if is_new:
+        if resolved.climatology is not None:
+            digest = write_climate(run, resolved.climatology, resolved.plan.fingerprint)
+            resolved = replace(resolved, climatology_sha256=digest)
+        write_text(run / PLAN, json.dumps(sealed(to_json(job, resolved)), indent=1) + "\n")
     environment = {
         **versions(),
         "platform": platform.platform(),
@@ -305,12 +358,8 @@ def write_run(run: Path, job: Job, resolved: Resolved) -> None:
         "base": str(job.base.resolve()),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    write_text(run / ENV, json.dumps(environment, indent=1) + "\n")
-    if not (run / PLAN).exists():
-        if resolved.climatology is not None:
-            digest = write_climate(run, resolved.climatology, resolved.plan.fingerprint)
-            resolved = replace(resolved, climatology_sha256=digest)
-        write_text(run / PLAN, json.dumps(to_json(job, resolved), indent=1) + "\n")
+    write_text(run / ENV, json.dumps(sealed(environment), indent=1) + "\n")
+    write_text(run / CONFIG, to_toml(without_secrets(job.config)))
 
 
 def _cpu_model() -> str:

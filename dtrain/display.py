@@ -9,6 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import TextIO
 
+from dtrain.urls import redacted_url
+
 WIDTH = 80
 """Columns of lines that do not go to a terminal."""
 NARROWEST = 20
@@ -123,9 +125,9 @@ def columns_table(header: Sequence[str], rows: Sequence[Sequence[str]], keys: in
 
 
 def shown(path: Path | str) -> str:
-    """Return a path as a person would type it here; a URL as it is."""
+    """Return a path as a person would type it here; a URL without what may be a secret."""
     if "://" in str(path):
-        return str(path)
+        return redacted_url(str(path))
     absolute, here = Path(path).absolute(), Path.cwd()
     if ".." in absolute.parts:
         absolute = absolute.resolve()

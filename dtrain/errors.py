@@ -1,13 +1,16 @@
 """The classes of errors and their exit codes; the message and the hint stand where an error is raised.
 
 There is one class for each mistake or fault that a user can meet. Any other exception is a bug of dtrain (exit code 1).
-A message names what was given and what is allowed; the hint says what to do.
+A message names what was given and what is allowed; the hint says what to do. Both are printed, logged and kept: of URLs
+in them, also in what other packages say, user, password, query and fragment are left out (`dtrain.urls`).
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+
+from dtrain.urls import redacted
 
 
 class DtrainError(Exception):
@@ -25,9 +28,8 @@ class DtrainError(Exception):
     """Exit code of the command line."""
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message, hint)
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = redacted(message), redacted(hint)
+        super().__init__(self.message, self.hint)
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message
@@ -71,10 +73,6 @@ class InvalidConfig(DtrainError, ValueError):
 
 class NothingSelected(InvalidConfig):
     """A coordinate has none of the values that are chosen."""
-
-
-class NotSupportedYet(InvalidConfig):
-    """A declared key asks for a feature that this version does not have."""
 
 
 class UnknownVariable(DtrainError, LookupError):
@@ -300,12 +298,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an exception in one line, or its type if it has no message.
+    """Return the message of an exception in one line, or its type if it has no message; its URLs are redacted.
 
     >>> one_line(ValueError("of  two   lines")), one_line(KeyError())
     ('of two lines', 'KeyError')
     """
-    return " ".join(str(error).split()) or type(error).__name__
+    return redacted(" ".join(str(error).split())) or type(error).__name__
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:

@@ -189,6 +189,16 @@ class SegmentReplayed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerEvicted:
+    """A worker did not answer for long; its tasks run elsewhere."""
+
+    worker: str
+    """Its address."""
+    seconds: float
+    """Of silence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoundDamaged:
     """A committed round does not verify; the one before it is used."""
 
@@ -223,6 +233,7 @@ Event: TypeAlias = (
     | ReplicaRejected
     | RoundCommitted
     | SegmentReplayed
+    | WorkerEvicted
     | RoundDamaged
     | RunFinished
 )

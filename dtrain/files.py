@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dtrain.errors import DiskFull, DtrainError
+from dtrain.runfiles import check_regular
 
 HINTS = {
     errno.ENOSPC: "Free some space",
@@ -43,7 +44,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         It could not be written.
     """
     temporary = _temporary(path)
-    with _disk_errors(path.name, path.parent):
+    with disk_errors(path.name, path.parent):
         try:
             write_synced(temporary, data)
             os.replace(temporary, path)
@@ -60,8 +61,12 @@ def append_line(path: Path, text: str) -> None:
     ------
     DiskFull
         It could not be written.
+    RunDamaged
+        There is something else than a regular file, such as a link.
     """
-    with _disk_errors(path.name, path.parent):
+    with disk_errors(path.name, path.parent):
+        with contextlib.suppress(FileNotFoundError):
+            check_regular(path)
         write_synced(path, f"{text}\n".encode(), os.O_APPEND)
 
 
@@ -87,7 +92,7 @@ def write_directory(path: Path, files: Iterable[tuple[str, bytes]], label: str) 
     Replacing takes two renames. A process killed between them leaves the old directory under a hidden name.
     """
     temporary = _temporary(path)
-    with _disk_errors(label, path.parent):
+    with disk_errors(label, path.parent):
         try:
             path.parent.mkdir(exist_ok=True)
             temporary.mkdir()
@@ -107,16 +112,24 @@ def remove_directory(path: Path) -> None:
     Raises
     ------
     OSError
-        It could not be renamed, or not all of it could be removed.
+        It could not be renamed.
     """
     aside = _temporary(path)
     path.rename(aside)
-    shutil.rmtree(aside)
+    remove(aside)
+
+
+def remove(path: Path) -> None:
+    """Remove a directory with all that is in it, a file, or a link; what cannot be removed stays."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+        return
+    shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _disk_errors(label: str, directory: Path) -> Iterator[None]:
-    """Turn an `OSError` into `DiskFull`, with a hint for what often goes wrong."""
+def disk_errors(label: str, directory: Path) -> Iterator[None]:
+    """Turn an `OSError` into `DiskFull`, with a hint for what often goes wrong; `label` names what is written."""
     try:
         yield
     except DtrainError:
@@ -136,7 +149,7 @@ def _temporary(path: Path) -> Path:
 
 def write_synced(path: Path, data: bytes, flag: int = os.O_EXCL) -> None:
     """Write a new file, or append to one with `os.O_APPEND`, and sync it."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | flag, 0o666)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | flag, 0o666)
     try:
         view = memoryview(data)
         while view:  # a write may be short
@@ -156,7 +169,7 @@ def sync_directory(path: Path) -> None:
 
 
 def _move_into_place(temporary: Path, final: Path) -> None:
-    if not final.exists():
+    if not os.path.lexists(final):
         temporary.rename(final)
         return
     aside = _temporary(final)
@@ -166,4 +179,4 @@ def _move_into_place(temporary: Path, final: Path) -> None:
     except BaseException:
         aside.rename(final)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import TypedDict
 
 from dtrain.errors import DiskFull, RunLocked
+from dtrain.runfiles import LOCK, check_regular
 
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
+REMOVE = "Remove it: only a process that trains writes it."
 TRIES = 5
 """`holder` locks the file for an instant to look at it, so one refusal proves nothing."""
 
@@ -56,8 +58,10 @@ def locked(
         Another process holds it; the message names its host, process id and start.
     DiskFull
         The lock cannot be written.
+    RunDamaged
+        LOCK is no regular file.
     """
-    path = directory / "LOCK"
+    path = directory / LOCK
     descriptor = _acquire(path, lambda text: _conflict(doing or f"{directory} is being trained by", text, cure))
     done = threading.Event()
     beat = threading.Thread(target=_beat, args=(path, done), name="dtrain-lock", daemon=True)
@@ -79,8 +83,18 @@ def locked(
 
 
 def holder(run: Path) -> Holder | None:
-    """Return the process that trains a run, or None. The lock is not taken, and nothing is waited for."""
-    path = run / "LOCK"
+    """Return the process that trains a run, or None. The lock is not taken, and nothing is waited for.
+
+    Raises
+    ------
+    RunDamaged
+        LOCK is no regular file.
+    """
+    path = run / LOCK
+    try:
+        check_regular(path, REMOVE)
+    except FileNotFoundError:
+        return None
     try:
         with path.open("rb") as file:
             text = file.read(4096)
@@ -94,16 +108,23 @@ def holder(run: Path) -> Holder | None:
         return None
 
 
-def _parsed(text: bytes) -> Holder:
-    holder: Holder = json.loads(text)
-    return holder
+def _parsed(text: bytes) -> Holder | None:
+    """Return what a LOCK says; None if it says nothing that `locked` writes."""
+    try:
+        found = json.loads(text)
+        parsed = Holder(host=str(found["host"]), pid=int(found["pid"]), since=str(found["since"]))
+        return parsed if f"{parsed['host']}{parsed['since']}".isprintable() else None
+    except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
+        return None
 
 
 def _acquire(path: Path, conflict: Callable[[bytes], RunLocked]) -> int:
     tries = TRIES
     while True:
+        with contextlib.suppress(FileNotFoundError):
+            check_regular(path, REMOVE)
         with _writing(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -145,10 +166,8 @@ def _is_still(path: Path, descriptor: int) -> bool:
 
 def _held_elsewhere(text: bytes, beaten: float) -> bool:
     """Return True if another machine holds the lock and has touched it recently."""
-    with contextlib.suppress(ValueError, AttributeError):
-        host = json.loads(text).get("host")
-        return host != socket.gethostname() and time.time() - beaten < STALE_SECONDS
-    return False
+    found = _parsed(text)
+    return found is not None and found["host"] != socket.gethostname() and time.time() - beaten < STALE_SECONDS
 
 
 def _is_ahead(beaten: float) -> bool:
@@ -171,10 +190,8 @@ def _is_beaten(path: Path, before: float) -> bool:
 
 
 def _conflict(doing: str, text: bytes, cure: str) -> RunLocked:
-    process = "another process"
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        holder = json.loads(text)
-        process = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    found = _parsed(text)
+    process = f"process {found['pid']} on {found['host']} since {found['since']}" if found else "another process"
     return RunLocked(f"{doing} {process}.", cure)
 
 

@@ -12,6 +12,7 @@ from dtrain.data.plan.memory import MemoryBudget
 from dtrain.data.plan.missing import absence_of
 from dtrain.planning import RunPlan, StorePlan
 from dtrain.runtime.spec import PlannedSource
+from dtrain.urls import redacted_url
 
 MOST_NAMES = 100
 """Names of categories that the object holds, of each categorical."""
@@ -69,7 +70,7 @@ def plan_record(plan: RunPlan) -> dict[str, Any]:
     if len(plan.stores) > 1:
         record["stores"] = [
             {
-                "path": store.source.samples.path,
+                "path": redacted_url(store.source.samples.path),
                 "workers": list(store.source.workers),
                 **store.counts,
                 "splits": splits_record(store),

@@ -15,6 +15,7 @@ from dtrain.prepare import ESTIMATE_UNITS
 from dtrain.probetext import probe_rows
 from dtrain.report.lines import loaded_line
 from dtrain.runtime.spec import PlannedSource
+from dtrain.urls import has_secret, redacted_url
 
 STEPS_DIFFER = 1.1
 """Numbers of steps that differ by a larger factor shift the optimum of an average by samples (`fednova`)."""
@@ -127,7 +128,7 @@ def _absent_rows(plan: RunPlan) -> Iterator[str]:
     """Yield, by store and variable, how many chunks are not stored, and what becomes of them."""
     stores = [*(store.source for store in plan.stores), *([plan.held_out] if plan.held_out is not None else [])]
     for store in stores:
-        where = f" of {store.samples.path}" if len(stores) > 1 else ""
+        where = f" of {redacted_url(store.samples.path)}" if len(stores) > 1 else ""
         for name, count in store.absent.items():
             yield f"{count.chunks:,} of {count.of:,} chunks of {name}{where} {_becomes(store, name)}"
 
@@ -181,7 +182,8 @@ def _store_rows(job: Job, plan: RunPlan, store: StorePlan) -> list[tuple[str, st
 def _compared(plan: RunPlan) -> str:
     """Return what is compared of the data when the run continues, and what is not."""
     compared = dict.fromkeys(store.source.samples.store.compared for store in plan.stores)
-    return "; ".join(compared)
+    hidden = any(has_secret(one.path) for store in plan.stores for one in store.source.samples.stores)
+    return "; ".join([*compared, *(["the first bytes are, behind a URL that a run keeps in part"] if hidden else [])])
 
 
 def _estimated(job: Job) -> str:

@@ -34,6 +34,7 @@ from dtrain.events import StepsTaken
 from dtrain.job import Job
 from dtrain.resolve import (
     absent_rows_of,
+    changed_contents,
     check_filled,
     check_kind,
     described,
@@ -198,8 +199,7 @@ def _compared(
 
 def _check_contents(source: Source, before: Mapping[str, str], now: Inventory) -> None:
     """Refuse a store that has been modified since the run's first start."""
-    changed = [name for name, digest in before.items() if now.digests.get(name, digest) != digest]
-    if changed:
+    if changed := changed_contents(before, now.digests):
         members = source.described.members
         path, what = (members[int(changed[0])].path, "") if members else (source.described.path, ", ".join(changed))
         raise DataChanged(

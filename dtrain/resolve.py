@@ -38,6 +38,7 @@ from dtrain.resolved import Filled, Resolved
 from dtrain.runtime.codetext import CODE_RULES
 from dtrain.runtime.place import Place
 from dtrain.runtime.spec import Source
+from dtrain.urls import redacted_url
 
 
 def described(job: Job, place: Place, snapshots: Sequence[str] = ()) -> Job:
@@ -284,6 +285,11 @@ def check_rows(samples: Samples, plan: DataPlan) -> None:
             )
 
 
+def changed_contents(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Return the variables, or the numbers of stores, whose contents have another digest; unknown ones are alike."""
+    return [name for name, digest in before.items() if now.get(name, digest) != digest]
+
+
 def check_kind(samples: Samples, plan: DataPlan) -> None:
     """Refuse data of other metadata than a plan was made for."""
     check_rows(samples, plan)
@@ -321,7 +327,8 @@ class OwnStores:
 
 
 Names: TypeAlias = tuple[tuple[str, str], ...]
-"""Of a store, or of each of several that are one: `identity` and group."""
+"""Of a store, or of each of several that are one: `identity` and group. Of a URL it has what a run keeps: a renewed
+signature makes no other store."""
 
 
 def own_stores(config: DataConfig, base: Path) -> OwnStores:
@@ -333,4 +340,5 @@ def own_stores(config: DataConfig, base: Path) -> OwnStores:
 
 
 def _names(paths: Paths, group: str, base: Path) -> Names:
-    return tuple((identity(path, base), group.strip("/")) for path in ([paths] if isinstance(paths, str) else paths))
+    kept = map(redacted_url, [paths] if isinstance(paths, str) else paths)
+    return tuple((identity(path, base), group.strip("/")) for path in kept)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from dtrain.config.compare import without_secrets
+from dtrain.config.values import flat_values
 from dtrain.data.balance import Balance
 from dtrain.data.categories import categories_from, categories_table
 from dtrain.data.climatology import Climatology
@@ -19,10 +21,9 @@ from dtrain.data.plan.table import plan_from, plan_table
 from dtrain.data.plan.units import DataPlan
 from dtrain.data.samples import MissingLabels
 from dtrain.data.variable import Categories
-from dtrain.errors import RunConflict
 from dtrain.job import Job
 
-VERSION = 2
+VERSION = 3
 """Of plan.json. A key that is added later is optional, with the behaviour of before as its default; a change that an
 older dtrain would misread raises the version."""
 
@@ -68,7 +69,7 @@ class Resolved:
     filled: tuple[Mapping[str, Filled], ...] | None = ()
     """By store and variable: the missing chunks that ``data.missing = "auto"`` fills; None: they are not compared."""
     init: str = ""
-    """SHA-256 of the file of ``train.init``; empty without it, and in runs of before."""
+    """SHA-256 of the file of ``train.init``; empty without it."""
     categories: Mapping[str, Categories] = field(default_factory=dict)
     """By categorical: what its codes stand for."""
     genes: Mapping[str, str] = field(default_factory=dict)
@@ -85,7 +86,10 @@ class Resolved:
 
 
 def to_json(job: Job, resolved: Resolved) -> dict[str, Any]:
-    """Return the content of plan.json."""
+    """Return the content of plan.json, without its digest.
+
+    ``config`` has the configuration of the first start: a config.toml that says something else has been modified.
+    """
     plans = [plan_table(plan) for plan in resolved.plan.plans]
     return {
         "version": VERSION,
@@ -100,54 +104,39 @@ def to_json(job: Job, resolved: Resolved) -> dict[str, Any]:
         "eval_every": resolved.eval_every,
         "filled": [{name: asdict(one) for name, one in store.items()} for store in resolved.filled or ()],
         "init": resolved.init,
-        **({"categories": categories_table(resolved.categories)} if resolved.categories else {}),
-        **({"genes": dict(resolved.genes)} if resolved.genes else {}),
-        **({"climatology": resolved.climatology_sha256} if resolved.climatology_sha256 else {}),
+        "categories": categories_table(resolved.categories),
+        "genes": dict(resolved.genes),
+        "climatology": resolved.climatology_sha256,
         "snapshots": list(resolved.snapshots),
         "torch": torch.__version__,
         "code": dict(resolved.code),
         "code_rules": resolved.code_rules,
+        "config": dict(flat_values(without_secrets(job.config))),
     }
 
 
 def from_json(values: Mapping[str, Any]) -> Resolved:
-    """Return what `to_json` has written.
-
-    Raises
-    ------
-    RunConflict
-        A newer dtrain has written it.
-    """
-    if values.get("version", VERSION) > VERSION:
-        raise RunConflict(
-            f"The run was started by a newer dtrain: its plan has version {values['version']}, this one reads "
-            f"{VERSION}.",
-            "Install that version of dtrain to continue it.",
-        )
-    data = values["data"]
+    """Return what `to_json` has written."""
+    data, held_out = values["data"], values["held_out"]
     plans = tuple(plan_from(plan) for plan in (data if isinstance(data, list) else [data]))
-    scalings = {name: _scaling_from(scaling) for name, scaling in values.get("normalize", {}).items()}
-    held_out = values.get("held_out")
     return Resolved(
         plan=JointPlan(plans),
         held_out=None if held_out is None else plan_from(held_out),
-        scalings=scalings,
+        scalings={name: _scaling_from(scaling) for name, scaling in values["normalize"].items()},
         device=values["device"],
-        contents=tuple(values.get("contents", ())),
-        labels=values.get("labels", "nan"),
-        eval_every=values.get("eval_every", 1),
-        filled=tuple({name: Filled(**one) for name, one in store.items()} for store in values.get("filled", ())),
-        init=values.get("init", ""),
-        categories=categories_from(values.get("categories", {})),
-        genes=values.get("genes", {}),
-        climatology_sha256=values.get("climatology", ""),
-        snapshots=tuple(values.get("snapshots", ())),
+        contents=tuple(values["contents"]),
+        labels=values["labels"],
+        eval_every=values["eval_every"],
+        filled=tuple({name: Filled(**one) for name, one in store.items()} for store in values["filled"]),
+        init=values["init"],
+        categories=categories_from(values["categories"]),
+        genes=values["genes"],
+        climatology_sha256=values["climatology"],
+        snapshots=tuple(values["snapshots"]),
         code=values["code"],
-        code_rules=values.get("code_rules", 0),
+        code_rules=values["code_rules"],
     )
 
 
 def _scaling_from(values: Mapping[str, Any]) -> Scaling:
-    """Return a scaling; version 1 had at most one axis, and no `rest`."""
-    axes = values["axes"] if "axes" in values else [] if values["axis"] is None else [values["axis"]]
-    return Scaling(tuple(values["mean"]), tuple(values["std"]), tuple(axes), tuple(values.get("rest", ())))
+    return Scaling(*(tuple(values[name]) for name in ("mean", "std", "axes", "rest")))

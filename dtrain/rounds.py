@@ -15,13 +15,17 @@ from dtrain.algorithm.plan import first_position, is_evaluated, pass_size, plan_
 from dtrain.algorithm.replica import fresh_replica
 from dtrain.algorithm.stop import end_reason, metric_of
 from dtrain.config.schema import TrainConfig
-from dtrain.errors import ClusterLost, Diverged, OutOfMemory, UnsuitableVariable
+from dtrain.errors import Diverged, UnsuitableVariable
 from dtrain.events import Reporter, SegmentReplayed
-from dtrain.runtime.runner import Held, Outcome, Runner, SegmentLost
+from dtrain.runtime.runner import Held, Outcome, Runner, SegmentLost, given_up
 from dtrain.types import Broadcast, History, Parameters, Position, RoundResult, RoundSummary, TrainState
 
 MAX_REPLAYS = 3
 """Times that one segment is begun again before the run gives up."""
+WORKERS_SECONDS = 120.0
+"""As long as workers go and come, it does not give up before this time."""
+MAX_PAUSE_SECONDS = 5.0
+"""Between two such times, so that workers can come back."""
 LOOK_AHEAD = 1
 """Rounds that are submitted before the results of an earlier one have come back."""
 COMMIT_SHARE = 0.02
@@ -85,7 +89,7 @@ def _replayed(
     ends_with: Callable[[int], bool],
 ) -> Iterator[RoundResult]:
     """Yield the rounds of one segment after the other; those of a segment that is lost are yielded again."""
-    every, replays = first_cadence(config.run.commit_every), 0
+    every, replays, first_lost = first_cadence(config.run.commit_every), 0, 0.0
     while state.round < config.train.rounds:
         began = time.monotonic()
         end = next_commit(state.round, every, config.run.commit_every, runner.spec.eval_every)
@@ -93,10 +97,12 @@ def _replayed(
             last = min(end, config.train.rounds)
             done = yield from _segment(runner, state, last, config, history, ahead, replays, ends_with)
         except SegmentLost as lost:
-            replays += 1
+            replays, first_lost = replays + 1, first_lost if replays else began
             report(SegmentReplayed(round=state.round, reason=lost.reason))
-            if replays > MAX_REPLAYS:
-                raise _given_up(lost, state.round) from lost
+            if replays > MAX_REPLAYS and not _may_recover(lost, time.monotonic() - first_lost):
+                kept = "Committed rounds are safe."
+                raise given_up(lost, f"Round {state.round + 1}", replays, kept) from lost
+            time.sleep(min(replays - 1, MAX_PAUSE_SECONDS) if lost.gone else 0)
             continue
         if done[-1].stop is not None:
             return
@@ -122,7 +128,7 @@ def _segment(
     The segment ends earlier with a round for which `ends_with` is true.
     """
     sizes = [pass_size(size, config.train) for size in runner.spec.plan.sizes]
-    held, position = runner.place(state), state.position
+    held, position = runner.place(state, replays), state.position
     pending: deque[tuple[Position, Held]] = deque()
     done: list[RoundResult] = []
     finished = time.monotonic()
@@ -279,14 +285,6 @@ def _check_finite(number: int, summary: RoundSummary, allowed: float) -> None:
         raise Diverged(f"Round {number}: the averaged parameters are not finite.", cure)
 
 
-def _given_up(lost: SegmentLost, committed: int) -> Exception:
-    if lost.killed:
-        return OutOfMemory(
-            f"Tasks of round {committed + 1} took down their workers {MAX_REPLAYS + 1} times, most likely for want of "
-            f"memory: {lost.reason}",
-            "Give the workers more memory (cluster.memory), or use a smaller train.batch_size or fewer workers.",
-        )
-    return ClusterLost(
-        f"Round {committed + 1} was lost {MAX_REPLAYS + 1} times in a row: {lost.reason}",
-        "Committed rounds are safe. Run the same command again to continue.",
-    )
+def _may_recover(lost: SegmentLost, seconds: float) -> bool:
+    """Whether a segment that was lost too often may still succeed: workers go and come, and no task ends them."""
+    return lost.gone and not lost.killed and not lost.full and seconds < WORKERS_SECONDS

@@ -19,11 +19,12 @@ from dtrain.checkpoint import committed_rounds, find_round, load_params, load_ro
 from dtrain.config.compare import without_secrets
 from dtrain.config.functions import Function
 from dtrain.config.schema import TrainConfig
+from dtrain.data.plan.evaluation import StoreOfRun
 from dtrain.data.plan.partition import JointPlan
 from dtrain.data.plan.splits import SplitName
 from dtrain.data.samples import Samples
 from dtrain.data.source import describe
-from dtrain.directory import ENV, read_json, read_resolved
+from dtrain.directory import read_env, read_resolved
 from dtrain.display import clock
 from dtrain.errors import InvalidConfig
 from dtrain.evaluation import Committed, losses_by_unit, scores
@@ -32,7 +33,6 @@ from dtrain.exporting.card import Trained
 from dtrain.exporting.export import Exportable, ExportedFile, export_model
 from dtrain.project import RunCode, load_code
 from dtrain.report.history import Row, best_round, read_rows
-from dtrain.report.journal import HISTORY
 from dtrain.report.pace import speed
 from dtrain.report.page import run_html
 from dtrain.resolved import Resolved
@@ -77,7 +77,7 @@ class Run:
     @property
     def rows(self) -> list[Row]:
         """The lines of history.jsonl."""
-        return read_rows(self.directory / HISTORY)
+        return read_rows(self.directory)
 
     @property
     def history(self) -> xr.Dataset:
@@ -257,6 +257,10 @@ class Run:
             self._say_best()
         return scores.dataset() if names else scores.values
 
+    def find_store(self, samples: Samples) -> StoreOfRun:
+        """Return which of the run's stores the samples' is, or None."""
+        return self._data.find_store(samples)
+
     def scores(
         self,
         samples: Samples | None,
@@ -342,7 +346,7 @@ class Run:
             config=without_secrets(self.config),
             row=next((row for row in self.rows if row["round"] == number), {}),
             data=(),
-            versions={name: read_json(self.directory / ENV).get(name, "") for name in VERSIONS},
+            versions={name: read_env(self.directory).get(name, "") for name in VERSIONS},
             params_sha256=params_sha256(params),
         )
         model = Exportable(job=job, resolved=known, build=lambda: self._module(params), trained=trained)

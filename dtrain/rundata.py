@@ -19,14 +19,16 @@ from dtrain.data.plan.labels import BY_SHARE, GivenSplits
 from dtrain.data.plan.partition import JointPlan
 from dtrain.data.plan.splits import SplitName
 from dtrain.data.plan.units import DataPlan
+from dtrain.data.read.inventory import short_digest, take_inventory
 from dtrain.data.read.joined import values_counted
 from dtrain.data.samples import Samples, not_samples
 from dtrain.directory import read_config_of
 from dtrain.errors import InvalidConfig, TooFewSamples, did_you_mean
 from dtrain.job import Job, absolute, as_trained, held_out_source, open_sources, source_of
-from dtrain.resolve import own_stores
+from dtrain.resolve import changed_contents, own_stores
 from dtrain.resolved import Resolved
 from dtrain.runtime.spec import Source
+from dtrain.urls import has_secret
 
 LoadFunctions: TypeAlias = Callable[[Sequence[str], Functions | None], Functions]
 EVALUATED = ("model", "train.loss", METRICS, "data.transform")
@@ -79,7 +81,7 @@ class RunData:
         if not isinstance(samples, Samples):
             raise not_samples(samples)
         known, own = self.resolved, own_stores(self.config.data, self.base)
-        store, given = own.find(samples), samples.config
+        store, given = self.find_store(samples), samples.config
         is_given = store != "held_out" and "split" in given.model_fields_set
         if is_given and split != "all" and not given.split.holds_out(split):
             raise TooFewSamples(
@@ -90,11 +92,24 @@ class RunData:
         plans, jumps = known.plan.plans, find_gaps(samples).jumps
         splits = BY_SHARE if split == "all" or store == "held_out" else _given_splits(samples, plans, store)
         plan, cut = plan_evaluation(samples, split, plans, known.held_out, store, jumps=jumps, given=splits)
-        if not own.holds(samples) or samples.config.non_finite != self._recorded.non_finite:
+        if store is None or not own.holds(samples) or samples.config.non_finite != self._recorded.non_finite:
             plan = replace(plan, multiplicity="")  # a copy may hold other values
         joint = JointPlan((values_counted(samples, plan),))
         known = replace(known, plan=joint, held_out=None, contents=(), filled=None, snapshots=())
         return self._job((source_of(samples),), None, samples.transform), known, cut
+
+    def find_store(self, samples: Samples) -> StoreOfRun:
+        """Return which of the run's stores the samples' is; behind a URL with a query other data may lie."""
+        own = own_stores(self.config.data, self.base)
+        store = own.find(samples)
+        number, contents = store if isinstance(store, int) else len(own.trained), self.resolved.contents
+        if store is None or not contents or not any(has_secret(one.path) for one in samples.stores):
+            return store
+        now = take_inventory(samples, full=False, digests=True, presence=False).digests
+        if store == "part":
+            known = {digest for one in contents for digest in one.values()}
+            return store if known & {*now.values(), short_digest(now)} else None
+        return None if number < len(contents) and changed_contents(contents[number], now) else store
 
     def _job(
         self,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dtrain.algorithm.recipe import Functions
+from dtrain.checkpoint import check_history
+from dtrain.config.compare import keys_not_kept, without_secrets
 from dtrain.config.files import with_setting
-from dtrain.config.functions import Function
+from dtrain.config.functions import Function, value_at
 from dtrain.config.schema import TrainConfig
-from dtrain.directory import ENV, newest_run, read_config_of, read_json, read_tables_of
+from dtrain.directory import newest_run, read_config_of, read_env, read_tables_of
 from dtrain.errors import InvalidConfig
 from dtrain.project import RunCode, given_functions
 from dtrain.run import Run
@@ -47,13 +50,29 @@ def _is_of(setting: str, keys: Sequence[str]) -> bool:
 def _with_settings(tables: dict[str, Any], settings: tuple[str, ...]) -> TrainConfig:
     allowed = (*(f"data.{key}" for key in EVALUATION_KEYS), "cluster")
     for setting in settings:
-        if not _is_of(setting, allowed):
+        if not _is_of(setting, allowed) and not _gives_secret(tables, setting):
             raise InvalidConfig(
                 f"--set {setting.partition('=')[0].strip()}: of a run that is evaluated it cannot be set.",
                 f"Allowed are {', '.join(f'data.{key}' for key in (*EVALUATION_KEYS, *VIEW_KEYS))} and cluster.*.",
             )
         tables = with_setting(tables, setting)
     return TrainConfig(**tables)
+
+
+def _gives_secret(tables: dict[str, Any], setting: str) -> bool:
+    """Return True if a setting is a URL as the run has it, with what the run has not kept."""
+    own = TrainConfig(**tables)
+    key = setting.partition("=")[0].strip()
+    if not any(key == one or key.startswith(f"{one}.") for one in keys_not_kept(own)):
+        return False
+    given = without_secrets(TrainConfig(**with_setting(tables, setting)))
+    before, now = (config.model_dump(exclude={"data": {"storage_options"}}) for config in (own, given))
+    if before != now:
+        raise InvalidConfig(
+            f"--set {key}: it is not what the run has, {json.dumps(value_at(own.model_dump(mode='json'), key))}.",
+            "Give the same with what is left out; eval and predict take other data with --data.",
+        )
+    return True
 
 
 def load_run(
@@ -87,7 +106,8 @@ def load_run(
         Use functions that differ from those that the run was trained with. A warning says so.
     settings : tuple of str
         ``"data.memory=1GB"``: keys of ``[data]`` and ``[cluster]`` that change where and how fast it is evaluated,
-        or how faults of the data are met; and ``data.storage_options``, whose secrets a run does not keep.
+        or how faults of the data are met; and what may hold secrets, which a run does not keep:
+        ``data.storage_options``, and a URL of which the run has not kept all.
 
     Raises
     ------
@@ -119,9 +139,10 @@ def open_run(
 ) -> Run:
     """Open a run as `load_run` does; without `imported`, only a dtrain.toml names functions."""
     config = read_config_of(directory)
+    check_history(directory)
     if settings:
         config = _with_settings(read_tables_of(directory), settings)
-    base = Path(read_json(directory / ENV).get("base", directory))
+    base = Path(read_env(directory)["base"])
     functions = given_functions(config, **(given or {}))
     code = RunCode(
         run=directory,

@@ -21,9 +21,9 @@ from dtrain.config.compare import without_secrets
 from dtrain.config.schema import RunConfig, TrainConfig
 from dtrain.config.values import flat_values
 from dtrain.data.samples import Samples
-from dtrain.directory import made_directory, next_run_directory, read_plan, run_directory, write_run
+from dtrain.directory import made_directory, next_run_directory, plan_sha256, read_plan, run_directory, write_run
 from dtrain.display import shown
-from dtrain.errors import DataChanged, Interrupted, RunDamaged, Stopped
+from dtrain.errors import DataChanged, Interrupted, Stopped
 from dtrain.events import (
     ChunksFilled,
     ClusterOpening,
@@ -42,8 +42,8 @@ from dtrain.initfile import init_path, read_init, with_init
 from dtrain.job import Job, Model, Table, Tracker, absolute
 from dtrain.lock import locked
 from dtrain.prepare import open_runner
-from dtrain.report.history import limit_of_rows, read_rows
-from dtrain.report.journal import HISTORY, cut_history, journal
+from dtrain.report.history import limit_of_rows
+from dtrain.report.journal import cut_history, journal
 from dtrain.report.messages import messages_of
 from dtrain.report.notebook import is_notebook, notebook_progress
 from dtrain.report.tracking import tracking
@@ -56,6 +56,7 @@ from dtrain.runtime.place import check_place
 from dtrain.runtime.runner import Held, Runner
 from dtrain.runtime.where import Where, client_of
 from dtrain.types import History, RoundResult, TrainState
+from dtrain.urls import redacted_url
 
 
 def train_job(
@@ -106,7 +107,7 @@ def _train_tracked(
         known, state = _resume(run, job, note)
         history = opened.stop_history(opened.rows)
         if known is not None and state is not None and end_reason(history, job.config) is not None:
-            write_run(run, job, known)
+            write_run(run, job, known, is_new=False)
             if job.trackers:  # what they lack, they take from the history
                 track(_started(opened, job.config, state, known))
         else:
@@ -130,21 +131,22 @@ def _train(
     """Train the rounds after `state`; `note` also writes events to the run's files, `tell` does not."""
     init = None if state is not None else init_path(job)
     scheduler = job.config.cluster.scheduler if client is None else str(client.scheduler.address)
-    tell(ClusterOpening(run=str(opened.directory), scheduler=scheduler))
+    tell(ClusterOpening(run=str(opened.directory), scheduler=redacted_url(scheduler)))
     anew = known is None and has_anomalies(job)
     opened_at = open_runner(job, uuid.uuid4().hex[:8], known=known, client=client, climatology=anew, on_progress=tell)
     with opened_at as (runner, resolved):
         loaded: tuple[ParametersLoaded, ...] = ()
         if state is None:
             state, resolved, loaded = _first_state(runner, resolved, init)
-        write_run(opened.directory, job, resolved)
+        write_run(opened.directory, job, resolved, is_new=known is None)
+        plan = plan_sha256(opened.directory)
         tell, note = _both(tell, _page_of(runner)), _both(note, _page_of(runner))
         tell(_started(opened, job.config, state, resolved, runner))
         left_out = (SamplesLeftOut(**asdict(one)) for one in resolved.left_out)
         events: list[Event] = [*loaded, *_filled(runner), *left_out]
         for event in events:
             note(event)
-        runner.on_progress = tell
+        runner.on_progress, runner.on_evicted = tell, note
 
         def is_over() -> bool:
             return deadline is not None and time.monotonic() > deadline
@@ -152,7 +154,7 @@ def _train(
         for result in rounds(
             runner, state, job.config, note, history=history, look_ahead=runner.look_ahead, is_over=is_over
         ):
-            _keep(opened, result, resolved.plan.fingerprint, note)
+            _keep(opened, result, resolved.plan.fingerprint, plan, note)
             if result.state is not None and result.stop is None and is_over():
                 tell(_finished(opened, "max_time"))
                 raise Stopped(f"--max-time is over after round {result.round}.", "Run it again to continue.")
@@ -180,15 +182,10 @@ def _resume(run: Path, job: Job, note: Reporter) -> tuple[Resolved | None, Train
     for number, reason in damaged:
         note(RoundDamaged(round=number, reason=reason))
     cut_history(run, state.round if state is not None else 0)
-    if state is not None and [row["round"] for row in read_rows(run / HISTORY)] != list(range(1, state.round + 1)):
-        raise RunDamaged(
-            f"{run / HISTORY} does not hold the {state.round} rounds that are committed.",
-            "Restore it from a copy, or start again under another --run NAME.",
-        )
     return known, state
 
 
-def _keep(run: Run, result: RoundResult, fingerprint: str, note: Reporter) -> None:
+def _keep(run: Run, result: RoundResult, fingerprint: str, plan: str, note: Reporter) -> None:
     """Write a round to the history, and its state, if it has one, as a committed round."""
     for contribution in result.contributions:
         if not contribution.finite:
@@ -196,7 +193,7 @@ def _keep(run: Run, result: RoundResult, fingerprint: str, note: Reporter) -> No
     note(RoundFinished(result))
     if result.state is not None:
         started = time.monotonic()
-        written = commit_round(run.directory, result.state, fingerprint)
+        written = commit_round(run.directory, result.state, fingerprint, plan)
         prune(run.directory, run.config.run.keep, run.best_round)
         note(RoundCommitted(round=result.round, bytes=written, seconds=time.monotonic() - started))
 
@@ -236,7 +233,9 @@ def _filled(runner: Runner[Held]) -> Iterator[ChunksFilled]:
     for store in stores:
         for name, one in filled(store.source, store.absent).items():
             of = store.absent[name].of
-            yield ChunksFilled(path=store.samples.path, variable=name, chunks=one.chunks, of=of, value=one.value)
+            yield ChunksFilled(
+                path=redacted_url(store.samples.path), variable=name, chunks=one.chunks, of=of, value=one.value
+            )
 
 
 def _finished(run: Run, reason: Literal["max_time"] | None) -> RunFinished:

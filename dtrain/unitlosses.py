@@ -12,6 +12,7 @@ from dtrain.algorithm.evaluate import Term
 from dtrain.data.located import Location, locate
 from dtrain.data.plan.units import Box
 from dtrain.runtime.resident import Stream
+from dtrain.urls import redacted_url
 
 if TYPE_CHECKING:
     from dtrain.report.partitions import Partitions
@@ -62,5 +63,5 @@ def _located(stream: Stream, boxes: Sequence[Box]) -> list[Location]:
     """Return where boxes lie; of a store that only its own workers may read, rows alone."""
     samples = stream.source.samples
     if stream.source.workers:
-        return [Location(samples.path, box.start, box.stop - 1) for box in boxes]
+        return [Location(redacted_url(samples.path), box.start, box.stop - 1) for box in boxes]
     return locate(samples, boxes)

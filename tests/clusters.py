@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import dask
 from distributed import LocalCluster
@@ -10,9 +11,10 @@ from distributed import LocalCluster
 from dtrain.runtime.connect import OWNED
 
 
-def new_cluster(workers: int) -> LocalCluster:
+def new_cluster(workers: int, **more: Any) -> LocalCluster:
     with dask.config.set(OWNED):
         return LocalCluster(
+            **more,
             n_workers=workers,
             threads_per_worker=2,
             processes=True,

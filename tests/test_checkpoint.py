@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import dtrain
+from dtrain import checkpoint
 from dtrain.algorithm.params import flatten, layout_of, load_into, params_sha256
 from dtrain.algorithm.plan import first_position
 from dtrain.algorithm.replica import carried, empty_inner_state, fresh_replica, pack_inner_state, unpack_inner_state
@@ -33,6 +34,7 @@ from dtrain.checkpoint import (
     sweep,
 )
 from dtrain.errors import DiskFull, RoundNotFound, RunDamaged
+from dtrain.runfiles import read_file
 from dtrain.types import Broadcast, Cursor, InnerState, Position, ReplicaState, Slot, TrainState
 from tests.disks import CALLS, Disk, Killed
 
@@ -105,11 +107,31 @@ def inner_bits(inner):
 STATES = {number: state_of(number) for number in (1, 2, 3)}
 
 
+PLAN_FILE = b"{}\n"
+
+
+def described(run):
+    """Write the files of a run that its rounds stand on."""
+    run.mkdir(exist_ok=True)
+    (run / "plan.json").write_bytes(PLAN_FILE)
+    (run / "history.jsonl").write_text("{}\n" * 9)
+    return run
+
+
+def commit(run, state, fingerprint="plan"):
+    return commit_round(run, state, fingerprint, hashlib.sha256(PLAN_FILE).hexdigest())
+
+
+@pytest.fixture(autouse=True)
+def _described(tmp_path):
+    described(tmp_path)
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run with rounds 1 and 2."""
-    commit_round(tmp_path, STATES[1], "plan")
-    commit_round(tmp_path, STATES[2], "plan")
+    commit(tmp_path, STATES[1], "plan")
+    commit(tmp_path, STATES[2], "plan")
     return tmp_path
 
 
@@ -122,7 +144,7 @@ def left_over(run):
 
 def test_a_committed_round_comes_back_bit_for_bit(tmp_path):
     state = STATES[2]
-    commit_round(tmp_path, state, "plan")
+    commit(tmp_path, state, "plan")
     back, fingerprint = load_round(round_directory(tmp_path, 2))
     assert fingerprint == "plan"
     assert bits(back) == bits(state)
@@ -140,7 +162,7 @@ def test_a_state_without_steps_comes_back(tmp_path):
         replicas=(fresh_replica(),) * 3,
         outer=((empty_inner_state(),),) * 3,
     )
-    commit_round(tmp_path, start, "")
+    commit(tmp_path, start, "")
     assert bits(load_round(round_directory(tmp_path, 0))[0]) == bits(start)
 
 
@@ -157,7 +179,7 @@ def test_replicas_with_parameters_of_their_own_come_back_and_share_what_they_sha
         ),
         outer=(first, second, first),
     )
-    commit_round(tmp_path, state, "plan")
+    commit(tmp_path, state, "plan")
     back, _ = load_round(round_directory(tmp_path, 4))
     assert bits(back) == bits(state)
     assert back.broadcast[0] is back.broadcast[2]
@@ -187,7 +209,7 @@ def with_all(state):
 
 def test_control_variates_residuals_and_the_moving_average_come_back(tmp_path):
     state = with_all(STATES[2])
-    commit_round(tmp_path, state, "plan")
+    commit(tmp_path, state, "plan")
     back, _ = load_round(round_directory(tmp_path, 2))
     assert bits(back) == bits(state)
     assert back.broadcast[0] is back.broadcast[1]
@@ -208,7 +230,7 @@ def test_each_of_them_may_be_missing(tmp_path, without):
         state = replace(state, replicas=tuple(replace(own, **{without: None}) for own in state.replicas))
     if without == "control":
         state = replace(state, broadcast=(Broadcast(state.model),) * 2)
-    commit_round(tmp_path, state, "plan")
+    commit(tmp_path, state, "plan")
     assert bits(load_round(round_directory(tmp_path, 2))[0]) == bits(state)
 
 
@@ -217,7 +239,7 @@ def test_a_model_with_statistics_of_its_own_is_kept_beside_what_training_goes_on
     state = with_all(STATES[2])
     model = replace(state.model, flat=state.model.flat + np.float32(1))
     state = replace(state, model=model)
-    commit_round(tmp_path, state, "plan")
+    commit(tmp_path, state, "plan")
     back, _ = load_round(round_directory(tmp_path, 2))
     assert bits(back) == bits(state)
     assert back.broadcast[0] is back.broadcast[1]
@@ -230,7 +252,7 @@ def test_the_moving_average_has_the_frozen_parameters(tmp_path):
     params = flatten(module, layout_of(module))
     ema = replace(params, flat=params.flat * np.float32(2))
     state = replace(STATES[1], model=params, broadcast=(Broadcast(params),) * 2, ema=ema)
-    commit_round(tmp_path, state, "plan")
+    commit(tmp_path, state, "plan")
     back, _ = load_round(round_directory(tmp_path, 1))
     assert bits(back) == bits(state)
     assert back.ema.frozen.tobytes() == params.frozen.tobytes() != b""
@@ -258,7 +280,7 @@ def test_arrays_may_be_read_only_as_dask_gives_them(tmp_path):
     )
     start = Broadcast(params, control=read_only(state.broadcast[0].control))
     given = replace(state, model=params, broadcast=(start,) * 2, replicas=frozen, ema=replace_arrays(state.ema))
-    commit_round(tmp_path, given, "plan")
+    commit(tmp_path, given, "plan")
     assert bits(load_round(round_directory(tmp_path, 1))[0]) == bits(state)
 
 
@@ -289,7 +311,7 @@ def test_the_manifest_lists_every_file_with_its_sha256(run):
 
 
 def test_the_bytes_written_are_returned(tmp_path):
-    written = commit_round(tmp_path, STATES[1], "plan")
+    written = commit(tmp_path, STATES[1], "plan")
     files = [p.stat().st_size for p in round_directory(tmp_path, 1).iterdir() if p.name != "manifest.json"]
     assert written == sum(files)
 
@@ -305,8 +327,8 @@ def test_params_safetensors_is_the_state_dict(run):
 
 def test_the_files_of_a_state_are_the_same_bytes_every_time(tmp_path):
     for place in ("a", "b"):
-        (tmp_path / place).mkdir()
-        commit_round(tmp_path / place, STATES[1], "plan")
+        described(tmp_path / place)
+        commit(tmp_path / place, STATES[1], "plan")
     one, two = (round_directory(tmp_path / place, 1) for place in ("a", "b"))
     assert {p.name: p.read_bytes() for p in one.iterdir()} == {p.name: p.read_bytes() for p in two.iterdir()}
 
@@ -314,14 +336,14 @@ def test_the_files_of_a_state_are_the_same_bytes_every_time(tmp_path):
 def test_short_writes_are_continued(tmp_path, monkeypatch):
     real = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:97]))
-    commit_round(tmp_path, STATES[1], "plan")
+    commit(tmp_path, STATES[1], "plan")
     assert bits(load_round(round_directory(tmp_path, 1))[0]) == bits(STATES[1])
 
 
 def test_committing_over_a_damaged_round_replaces_it(run):
     (round_directory(run, 2) / "manifest.json").write_text("{}")
     (round_directory(run, 2) / "odd").write_text("odd")
-    commit_round(run, STATES[2], "other plan")
+    commit(run, STATES[2], "other plan")
     back, fingerprint = load_round(round_directory(run, 2))
     assert (bits(back), fingerprint) == (bits(STATES[2]), "other plan")
     assert not (round_directory(run, 2) / "odd").exists()
@@ -434,13 +456,13 @@ def before_first(run):
 
 
 def before_second(run):
-    commit_round(run, STATES[1], "plan")
+    commit(run, STATES[1], "plan")
     return 2, STATES[1]
 
 
 def before_repair(run):
-    commit_round(run, STATES[1], "plan")
-    commit_round(run, STATES[2], "plan")
+    commit(run, STATES[1], "plan")
+    commit(run, STATES[2], "plan")
     flip(round_directory(run, 2) / "state.json")
     return 2, STATES[1]
 
@@ -452,7 +474,7 @@ def calls_of(monkeypatch, run, before):
     number, _ = before(run)
     with monkeypatch.context() as patch:
         disk = Disk(patch)
-        commit_round(run, STATES[number], "plan")
+        commit(run, STATES[number], "plan")
     return disk.calls
 
 
@@ -460,19 +482,18 @@ def calls_of(monkeypatch, run, before):
 @STARTS
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
 def test_a_failing_disk_loses_no_round(tmp_path, monkeypatch, before, error):
-    (tmp_path / "counted").mkdir()
+    described(tmp_path / "counted")
     calls = calls_of(monkeypatch, tmp_path / "counted", before)
     assert set(calls) == set(CALLS)
     ends = set()
     for fail_at, name in enumerate(calls):
-        run = tmp_path / str(fail_at)
-        run.mkdir()
+        run = described(tmp_path / str(fail_at))
         number, old = before(run)
         failed = None
         with monkeypatch.context() as patch:
             Disk(patch, fail_at, error)
             try:
-                commit_round(run, STATES[number], "plan")
+                commit(run, STATES[number], "plan")
             except DiskFull as raised:
                 failed = raised
         found = newest_state(run)[0] if committed_rounds(run) else None
@@ -491,24 +512,23 @@ def test_a_failing_disk_loses_no_round(tmp_path, monkeypatch, before, error):
 @pytest.mark.sampled(2)
 @STARTS
 def test_a_killed_process_loses_no_round(tmp_path, monkeypatch, before):
-    (tmp_path / "counted").mkdir()
+    described(tmp_path / "counted")
     calls = calls_of(monkeypatch, tmp_path / "counted", before)
     ends, litter = set(), 0
     for fail_at in range(len(calls)):
-        run = tmp_path / str(fail_at)
-        run.mkdir()
+        run = described(tmp_path / str(fail_at))
         number, old = before(run)
         with monkeypatch.context() as patch:
             Disk(patch, fail_at, Killed)
             with pytest.raises(Killed):
-                commit_round(run, STATES[number], "plan")
+                commit(run, STATES[number], "plan")
         found = newest_state(run)[0] if committed_rounds(run) else None
         assert (found and bits(found)) in ((old and bits(old)), bits(STATES[number]))
         ends.add(found.round if found else None)
         litter += bool(left_over(run))
         sweep(run)
         assert left_over(run) == []
-        commit_round(run, STATES[number], "plan")
+        commit(run, STATES[number], "plan")
         assert bits(newest_state(run)[0]) == bits(STATES[number])
     assert ends == {number, old.round if old else None}
     assert litter > 5
@@ -517,7 +537,7 @@ def test_a_killed_process_loses_no_round(tmp_path, monkeypatch, before):
 def test_a_full_disk_says_what_to_do(tmp_path, monkeypatch):
     Disk(monkeypatch, 5, errno.ENOSPC)
     with pytest.raises(DiskFull, match="round 1 could not be written") as caught:
-        commit_round(tmp_path, STATES[1], "plan")
+        commit(tmp_path, STATES[1], "plan")
     assert "Free some space" in caught.value.hint
 
 
@@ -528,14 +548,14 @@ def test_an_interrupt_leaves_nothing_behind(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            commit_round(run, STATES[3], "plan")
+            commit(run, STATES[3], "plan")
     assert left_over(run) == []
     assert bits(newest_state(run)[0]) == bits(STATES[2])
 
 
 def test_a_run_directory_that_is_gone_is_a_disk_error(tmp_path):
     with pytest.raises(DiskFull):
-        commit_round(tmp_path / "gone", STATES[1], "plan")
+        commit(tmp_path / "gone", STATES[1], "plan")
 
 
 # Order on the disk --------------------------------------------------------------------------------------------------
@@ -553,7 +573,7 @@ def test_everything_is_synced_before_the_rename_and_the_rename_after(tmp_path, m
     monkeypatch.setattr(os, "open", spy_open)
     monkeypatch.setattr(os, "fsync", lambda descriptor: (synced(descriptor), log.append(names[descriptor])))
     monkeypatch.setattr(os, "rename", lambda a, b: (renamed(a, b), log.append("rename")))
-    commit_round(tmp_path, STATES[1], "plan")
+    commit(tmp_path, STATES[1], "plan")
     assert sorted(log[:4]) == sorted(name for name in FILES if name != "manifest.json")
     assert log[4] == "manifest.json"
     assert log[5].startswith(".round-000001-")
@@ -567,7 +587,7 @@ def test_everything_is_synced_before_the_rename_and_the_rename_after(tmp_path, m
 def test_the_umask_is_honoured(tmp_path, mask, file_mode, directory_mode):
     before = os.umask(mask)
     try:
-        commit_round(tmp_path, STATES[1], "plan")
+        commit(tmp_path, STATES[1], "plan")
     finally:
         os.umask(before)
 
@@ -727,8 +747,9 @@ def test_the_check_itself_can_fail(text):
 
 def test_no_other_files_are_read_than_the_manifest_names(run, monkeypatch):
     read = []
-    real = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path.name), real(path))[1])
+    monkeypatch.setattr(
+        checkpoint, "read_file", lambda path, *most: (read.append(path.name), read_file(path, *most))[1]
+    )
     (round_directory(run, 2) / "extra.safetensors").write_bytes(b"x")
     load_round(round_directory(run, 2))
-    assert sorted(read) == sorted(FILES)
+    assert sorted(read) == sorted([*FILES, "plan.json"])

@@ -14,6 +14,7 @@ from dtrain.checkup import here as own
 from dtrain.checkup import place as there
 from dtrain.checkup.check import Check, TimeOver, exit_code, failed, held, limited
 from dtrain.checkup.place import compared
+from dtrain.config.schema import ClusterConfig
 from dtrain.errors import ClusterUnreachable
 from dtrain.runtime import machine
 
@@ -144,7 +145,7 @@ def test_little_memory_and_disk_are_a_warning(monkeypatch: pytest.MonkeyPatch) -
 
 def place_checks(scheduler: str) -> list[Any]:
     with ExitStack() as stack:
-        return list(there.check_place(scheduler, stack))
+        return list(there.check_place(ClusterConfig(scheduler=scheduler), stack))
 
 
 def test_a_cluster_that_answers(client: Client) -> None:

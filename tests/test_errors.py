@@ -55,7 +55,6 @@ def test_every_exit_code_has_an_error():
         ("RoundNotFound", 2),
         ("UsageError", 2),
         ("InvalidConfig", 3),
-        ("NotSupportedYet", 3),
         ("UnknownVariable", 3),
         ("LengthsDiffer", 3),
         ("ShapesDiffer", 3),

@@ -37,8 +37,8 @@ RULES = {
     "client": Rule(
         r"clients?",
         ("dtrain/data", "dtrain/algorithm", "dtrain/report", "dtrain/config"),
-        allowed=r"client_kwargs",
-        reason="Elsewhere it is Dask's Client; an option of s3fs.",
+        allowed=r"client_kwargs|client(-key)?\.pem",
+        reason="Elsewhere it is Dask's Client; an option of s3fs; files of `dtrain certs`.",
     ),
     "node": Rule(
         r"nodes?",
@@ -54,8 +54,8 @@ RULES = {
     "server": Rule(
         r"servers?",
         ("dtrain/algorithm", "dtrain/runtime", "dtrain/report"),
-        allowed=r"fork\s+server|bokeh\.server",
-        reason="In data it holds a remote store; Python's fork server; a folder of Bokeh.",
+        allowed=r"fork\s+server|bokeh\.server|PROTOCOL_TLS_SERVER|server_side",
+        reason="In data it holds a remote store; Python's fork server; a folder of Bokeh; words of Python's ssl.",
     ),
     "delta": Rule(r"deltas?", allowed=r"min_delta|Huber loss with delta", reason="A key of [stop]; Huber's parameter."),
     "iteration": Rule(r"iterations?"),

@@ -12,18 +12,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-BASE = {"types", "stages", "config", "errors", "events", "display", "packages"}
+BASE = {"types", "stages", "config", "urls", "errors", "events", "display", "packages"}
 WORK = {"runtime", "data", "algorithm", *BASE}
 CORE = {"data/samples", "data/members", "data/tiles", "data/variable", "data/encoding", "data/sparse"}
 BELOW: dict[str, set[str]] = {
-    "errors": set(),
+    "urls": set(),
+    "errors": {"urls"},
     "types": set(),
     "stages": set(),
     "packages": set(),
-    "config": {"errors"},
+    "config": {"errors", "urls"},
     "events": {"types", "stages"},
-    "files": {"errors"},
-    "display": set(),
+    "runfiles": {"errors"},
+    "files": {"runfiles", "errors"},
+    "display": {"urls"},
     "data/encoding": {"errors"},
     "data/variable": {"data/encoding"},
     "data/tiles": {"data/variable"},
@@ -42,10 +44,10 @@ BELOW: dict[str, set[str]] = {
     },
     "data/selection": {*CORE, "config", "errors"},
     "data/plan": {*CORE, "config", "errors"},
-    "data/read": {"data/plan", *CORE, "config", "errors"},
-    "data/load": {"data/read", "data/plan", *CORE, "types", "config", "errors"},
+    "data/read": {"data/plan", *CORE, "config", "errors", "urls"},
+    "data/load": {"data/read", "data/plan", *CORE, "types", "config", "errors", "urls"},
     "data/cf": {"data/encoding", "errors"},
-    "data/paths": {"data/read", *CORE, "errors"},
+    "data/paths": {"data/read", *CORE, "errors", "urls"},
     "data/layouts": {"data/read", *CORE, "errors"},
     "data/dimensions": {"data/layouts", "data/read", "errors"},
     "data/names": {"data/layouts", "data/read", "errors"},
@@ -68,6 +70,7 @@ BELOW: dict[str, set[str]] = {
         *("data/column", "data/dataset", "data/groups", "data/paths", "data/places", "data/plan", "data/read"),
         *CORE,
         "errors",
+        "urls",
     },
     "data/joined": {
         *("data/column", "data/dataset", "data/layouts", "data/matrix", "data/read", "data/selection"),
@@ -116,15 +119,16 @@ BELOW: dict[str, set[str]] = {
         "config",
         "errors",
     },
-    "data/located": {"data/cf", "data/column", "data/plan", "data/read", *CORE},
+    "data/located": {"data/cf", "data/column", "data/plan", "data/read", *CORE, "urls"},
     "data/__init__": set(),
-    "lock": {"errors"},
+    "lock": {"runfiles", "errors"},
+    "certs": {"packages", "errors"},
     "algorithm": {"types", "config", "errors"},
     "statefiles": {"algorithm", "types", "errors"},
-    "checkpoint": {"statefiles", "files", "types", "errors"},
+    "checkpoint": {"statefiles", "files", "runfiles", "types", "errors"},
     "initfile": {"checkpoint", "statefiles", "resolved", "job", *WORK},
-    "report": {"report/trackers", "files", *BASE},
-    "report/trackers": {"report", "files", *BASE},
+    "report": {"report/trackers", "files", "runfiles", *BASE},
+    "report/trackers": {"report", "files", "runfiles", *BASE},
     "runtime": {"data", "algorithm", *BASE},
     "batching": WORK,
     "job": {"report", *WORK},
@@ -132,7 +136,7 @@ BELOW: dict[str, set[str]] = {
     "resolve": {"resolved", "job", *WORK},
     "counting": {"resolve", "resolved", "job", *WORK},
     "asking": {"job", "resolved", *WORK},
-    "climatefile": {"files", "data", "errors"},
+    "climatefile": {"files", "runfiles", "data", "errors"},
     "prepare": {"asking", "counting", "resolve", "resolved", "job", *WORK},
     "probe": {"rounds", "prepare", "job", *WORK},
     "planning": {"probe", "prepare", "resolved", "initfile", "job", *WORK},
@@ -143,7 +147,7 @@ BELOW: dict[str, set[str]] = {
     "plans": {"calls", "plantext", "probetext", "planrecord", "probe", "planning", "job", *WORK},
     "calls": {"job", *WORK},
     "rounds": WORK,
-    "directory": {"climatefile", "resolve", "resolved", "job", "report", "files", *WORK},
+    "directory": {"checkpoint", "climatefile", "resolve", "resolved", "job", "files", "runfiles", *WORK},
     "project": {"resolved", "job", *WORK},
     "unitlosses": {"report", *WORK},
     "exporting": {"prepare", "resolved", "job", *WORK},
@@ -157,7 +161,7 @@ BELOW: dict[str, set[str]] = {
     },
     "runclimate": {"asking", "climatefile", "prepare", "resolved", "job", *WORK},
     "scores": WORK,
-    "runs": {"run", "project", "directory", *WORK},
+    "runs": {"run", "project", "directory", "checkpoint", *WORK},
     "trainer": {
         *("asking", "calls", "runs", "run", "directory", "rounds", "prepare", "resolve", "resolved", "initfile", "job"),
         *("lock", "checkpoint", "climatefile", "report", *WORK),
@@ -184,6 +188,7 @@ FENCED = {
     "xarray": {"data/cf", "data/places", "report", "predict", "run", "scores"},
     "rich": {"report"},
     "typer": set(),
+    "cryptography": {"certs"},
 }
 """By third-party package: the layers that may import it."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
@@ -19,7 +21,7 @@ from dtrain.algorithm.pattern import first_outer
 from dtrain.algorithm.plan import first_position
 from dtrain.algorithm.replica import fresh_replica
 from dtrain.config.schema import TrainConfig
-from dtrain.errors import ClusterLost, Diverged, OutOfMemory
+from dtrain.errors import ClusterLost, Diverged, OutOfMemory, UserCodeFailed
 from dtrain.events import SegmentReplayed
 from dtrain.rounds import MAX_COMMIT_EVERY, commit_cadence, first_cadence, initial_state, next_commit, rounds
 from dtrain.runtime.runner import Outcome, SegmentLost
@@ -53,7 +55,7 @@ class Script:
 
     lose: tuple[int, ...] = ()
     """Rounds that are lost when they are collected, each once."""
-    killed: bool = False
+    lost: Mapping[str, Any] = field(default_factory=dict)
     rejected: tuple[int, ...] = ()
     finite: bool = True
     validated: bool = True
@@ -63,11 +65,13 @@ class Script:
 
     def __post_init__(self) -> None:
         self.log: list[str] = []
+        self.again: list[int] = []
         self.left = list(self.lose)
         self.evaluates: dict[int, bool] = {}
         self.spec = SimpleNamespace(plan=SimpleNamespace(sizes=SIZES, replicas=2), eval_every=self.eval_every)
 
-    def place(self, state: TrainState) -> int:
+    def place(self, state: TrainState, again: int = 0) -> int:
+        self.again.append(again)
         self.log.append(f"place {state.round}")
         return state.round
 
@@ -80,7 +84,7 @@ class Script:
     def collect(self, held: int) -> Outcome:
         if held in self.left:
             self.left.remove(held)
-            raise SegmentLost("worker gone", self.killed)
+            raise SegmentLost("worker gone", **self.lost)
         self.log.append(f"collect {held}")
         each = tuple(
             Contribution(
@@ -229,10 +233,41 @@ def test_a_lost_segment_is_replayed_and_its_rounds_are_yielded_once() -> None:
     assert runner.log.count("submit 5") == 1
 
 
-@pytest.mark.parametrize(("killed", "error"), [(True, OutOfMemory), (False, ClusterLost)])
-def test_a_segment_that_is_always_lost_ends_the_run(killed: bool, error: type[Exception]) -> None:
-    with pytest.raises(error, match=r"[Rr]ound 3 .*worker gone"):
-        go(Script(lose=(3,) * 9, killed=killed), config(run={"commit_every": 2}))
+@pytest.mark.parametrize(
+    ("lost", "error", "match"),
+    [
+        ({}, ClusterLost, "Round 3 was lost 4 times in a row: worker gone"),
+        ({"full": True}, OutOfMemory, "Round 3 was lost 4 times, for want of memory: worker gone"),
+        (
+            {"killed": "dtrain-train-r3"},
+            UserCodeFailed,
+            "Round 3 was lost 4 times: the task dtrain-train-r3",
+        ),
+        ({"gone": True, "killed": "k"}, UserCodeFailed, "4 times"),
+        ({"gone": True, "full": True}, OutOfMemory, "4 times"),
+    ],
+)
+def test_a_segment_that_is_always_lost_ends_the_run(
+    lost: dict[str, Any], error: type[Exception], match: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    runner = Script(lose=(3,) * 9, lost=lost)
+    with pytest.raises(error, match=match):
+        go(runner, config(run={"commit_every": 2}))
+    assert runner.again == [0, 0, 1, 2, 3]
+
+
+def test_as_long_as_workers_go_and_come_a_segment_is_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """76 seconds of workers that end and are restarted were too long."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    runner = Script(lose=(3,) * 20, lost={"gone": True})
+    results = go(runner, config(run={"commit_every": 2}))[0]
+    assert [result.round for result in results] == [1, 2, 3, 4, 5, 6]
+    assert results[2].retried == 20
+    with pytest.raises(ClusterLost, match="Round 3 was lost 28 times in a row"):
+        go(Script(lose=(3,) * 99, lost={"gone": True}), config(run={"commit_every": 2}))
 
 
 @pytest.mark.parametrize(

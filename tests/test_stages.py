@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from dtrain.events import Event, RunFinished
 from dtrain.runtime import tasks
 from dtrain.stages import CURES, Limit, Stage, StageSeconds, limiting_stage
 from tests.runtime import models
-from tests.training import trained
+from tests.training import rewrite, trained
 
 STAGES: tuple[Stage, ...] = ("fetch", "decode", "gather", "model", "reduce", "evaluate")
 
@@ -119,10 +118,9 @@ def test_a_slow_stage_is_named_at_the_end(
 def test_a_run_whose_history_says_nothing_of_stages_goes_on(blobs: Path, tmp_path: Path) -> None:
     events: list[Event] = []
     first = run_of(blobs, tmp_path, events, val=0.0, rounds=2)
-    history = first.directory / "history.jsonl"
     stages = {f"seconds_{stage}" for stage in STAGES} - {"seconds_reduce", "seconds_evaluate"}
     old = [{key: value for key, value in row.items() if key not in stages} for row in first.rows]
-    history.write_text("".join(json.dumps(row) + "\n" for row in old))
+    rewrite(first.directory, old)
     run_of(blobs, tmp_path, events, val=0.0, rounds=2, run=first.directory.name)
     longer = run_of(blobs, tmp_path, events, val=0.0, rounds=3, run=first.directory.name)
     assert len(longer.rows) == 3

@@ -24,7 +24,7 @@ from dtrain.job import Job, with_scheduler
 from dtrain.report.history import read_rows
 from dtrain.trainer import train_job
 from tests.runtime import models
-from tests.training import bits
+from tests.training import bits, rewrite
 
 
 def job_of(samples: Samples, rounds: int = 4, run: Any = None, stop: Any = None, **train: Any) -> Job:
@@ -44,7 +44,7 @@ def names(events: list[Any]) -> str:
 @pytest.fixture
 def lines() -> Callable[[Path], list[Any]]:
     """A function that returns the history of a run without its timings."""
-    return lambda run: bits(read_rows(run / "history.jsonl"))
+    return lambda run: bits(read_rows(run))
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +110,15 @@ def test_a_damaged_round_is_named_and_the_one_before_is_used(run: Path, samples:
 @pytest.mark.parametrize(
     ("spoil", "error", "match"),
     [
-        (lambda run: (run / "history.jsonl").write_text(""), RunDamaged, "does not hold the 4 rounds"),
+        (
+            lambda run: (run / "history.jsonl").write_text(""),
+            RunDamaged,
+            "does not hold the rounds up to 4 as they were committed",
+        ),
         (
             lambda run: shutil.copy(run / "rounds/round-000002/state.json", run / "plan.json"),
             RunDamaged,
-            r"plan\.json cannot be read",
+            r"plan\.json is not the one that round 2 was trained with",
         ),
     ],
 )
@@ -129,7 +133,7 @@ def test_files_that_do_not_fit_each_other_are_refused(
 def test_another_plan_than_the_rounds_were_trained_with(run: Path, samples: Samples) -> None:
     plan = json.loads((run / "plan.json").read_text())
     plan["data"]["seed"] += 1
-    (run / "plan.json").write_text(json.dumps(plan))
+    rewrite(run, plan=plan)
     with pytest.raises(DataChanged, match=r"plan\.json is not the plan that round 4 was trained with"):
         train_job(job_of(samples), run)
 
@@ -185,11 +189,11 @@ def test_time_that_ends_between_two_commits(
 
 
 def evaluations(run: Path) -> dict[int, float]:
-    return {row["round"]: row["val_loss"] for row in read_rows(run / "history.jsonl") if "val_loss" in row}
+    return {row["round"]: row["val_loss"] for row in read_rows(run) if "val_loss" in row}
 
 
 def shas(run: Path) -> list[str]:
-    return [row["params_sha256"] for row in read_rows(run / "history.jsonl")]
+    return [row["params_sha256"] for row in read_rows(run)]
 
 
 def train_in_pieces(job: Job, run: Path, report: Any = None) -> int:
@@ -233,12 +237,12 @@ def test_an_evaluation_outside_of_the_cadence_gives_the_values_of_the_round(
 ) -> None:
     client = request.getfixturevalue("client") if where == "cluster" else None
     train_job(job_of(samples, eval_every=1, metrics=["accuracy"]), tmp_path / "each")
-    each = {row["round"]: row for row in read_rows(tmp_path / "each/history.jsonl")}
+    each = {row["round"]: row for row in read_rows(tmp_path / "each")}
     rule = {"metric": "train_loss", "target": each[2]["train_loss"]}
     events: list[Any] = []
     seldom = job_of(samples, eval_every=50, stop=rule, metrics=["accuracy"])
     train_job(seldom, tmp_path / "seldom", client=client, report=events.append)
-    first, second = read_rows(tmp_path / "seldom/history.jsonl")
+    first, second = read_rows(tmp_path / "seldom")
     assert not [key for key in first if key.startswith("val")]
     assert list(second) == list(each[2])
     assert (second["val_loss"], second["val_accuracy"]) == (each[2]["val_loss"], each[2]["val_accuracy"])

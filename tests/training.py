@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import dtrain
 from dtrain.asking import Question
+from dtrain.runfiles import history_sha256, sealed, sha256
 
 
 def shas(run: dtrain.Run) -> list[str]:
@@ -42,3 +44,27 @@ def trained(
         progress=False,
         **more,
     )
+
+
+def rewrite(run: Path, rows: Iterable[Mapping[str, Any]] | None = None, plan: Mapping[str, Any] | None = None) -> None:
+    """Write other rows or another plan into a run, as if its rounds had been trained with them."""
+    history, planned = run / "history.jsonl", run / "plan.json"
+    if rows is not None:
+        history.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if plan is not None:
+        planned.write_text(json.dumps(sealed({key: value for key, value in plan.items() if key != "sha256"})))
+    for path in run.glob("rounds/round-*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        del manifest["sha256"]
+        digests = {
+            "plan": sha256(planned.read_bytes()),
+            "history": history_sha256(history.read_bytes(), manifest["round"]),
+        }
+        path.write_text(json.dumps(sealed({**manifest, **digests})))
+
+
+def rewrite_env(run: Path, **values: str) -> None:
+    """Write other values into a run's env.json."""
+    environment = json.loads((run / "env.json").read_text())
+    del environment["sha256"]
+    (run / "env.json").write_text(json.dumps(sealed({**environment, **values})))

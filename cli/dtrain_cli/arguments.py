@@ -20,6 +20,7 @@ def epilog(*pairs: tuple[str, str]) -> str:
     return "\n\n".join(["For example:", *(line.replace("[", "\\[") for line in lines)])  # rich takes [ for markup
 
 
+GLANCE_BYTES = 2**20
 CONFIG = Annotated[
     Path,
     typer.Argument(
@@ -52,7 +53,7 @@ SCHEDULER = Annotated[
     typer.Option(
         "--scheduler",
         metavar="WHERE",
-        help="local, serial, tcp://host:port or a scheduler file.",
+        help="local, serial, tcp://host:port, tls://host:port or a scheduler file.",
         show_default=False,
         autocompletion=completion.places,
     ),
@@ -97,8 +98,9 @@ def _scheduler_of(config: Path, settings: list[str]) -> str:
         if key.strip() == "cluster.scheduler":
             return value.strip().strip("\"'")
     try:
-        cluster = tomllib.loads(config.read_text(encoding="utf-8")).get("cluster", {})
-    except (OSError, ValueError):
+        with config.open("rb") as file:
+            cluster = tomllib.loads(file.read(GLANCE_BYTES).decode()).get("cluster", {})
+    except (OSError, ValueError, RecursionError):
         return ""
     return str(cluster.get("scheduler", "local")) if isinstance(cluster, dict) else ""
 

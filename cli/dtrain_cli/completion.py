@@ -39,7 +39,7 @@ def keys(incomplete: str) -> list[str]:
 
 def places(incomplete: str) -> list[str]:
     """Complete where to run: a word, or a scheduler file."""
-    return _starting(["local", "serial", "tcp://", *map(str, Path().glob("*.json"))], incomplete)
+    return _starting(["local", "serial", "tcp://", "tls://", *map(str, Path().glob("*.json"))], incomplete)
 
 
 def presets(incomplete: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import importlib
 import logging
 import os
@@ -10,15 +11,16 @@ import pkgutil
 import re
 import sys
 import threading
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from dataclasses import replace
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
 from dtrain_cli import commands
 from dtrain_cli.output import Options, error
-from dtrain_cli.signals import terminable
+from dtrain_cli.signals import end_once, terminable
 
 GLOBAL_FLAGS = {
     "--json": "json",
@@ -33,6 +35,18 @@ INTERRUPTED = 130
 ROUNDS_KEPT = "Committed rounds are kept; the same command continues."
 KEPT = {"train": ROUNDS_KEPT, "predict": "What is written stays: the same command with --continue goes on."}
 """By command that can go on later: what is said after Ctrl-C and SIGTERM."""
+OF_THE_MACHINE = {
+    *(errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT),
+}
+"""Errors of the operating system that are no bug of dtrain: a disk, memory, or limits of the process."""
+DASK_LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "loggers": {name: {"level": "CRITICAL"} for name in ("distributed", "bokeh", "tornado")},
+}
+"""In Dask's configuration, as `logging.config` has it."""
+HELP = {"--help", "-h", "--version"}
 JOINED = re.compile(r"^-[qv]{2,}$")
 
 
@@ -91,16 +105,21 @@ def split_flags(arguments: list[str]) -> tuple[Options, list[str]]:
     return Options("json" in flags, "quiet" in flags, "verbose" in flags, color, "debug" in flags), rest
 
 
-def run(arguments: list[str]) -> int:
-    """Run the command line; return its exit code."""
+def run(arguments: list[str], out: TextIO | None = None) -> int:
+    """Run the command line; return its exit code. Results are printed to `out`, by default stdout."""
     options, rest = split_flags(arguments)
+    if out is not None:
+        options = replace(options, out=out)
     if options.quiet:
         logging.getLogger("dtrain").setLevel(logging.ERROR)
     if not options.color:
         os.environ.update(NO_COLOR="1", TERM="dumb")  # rich and typer read them
     name = next((text for text in rest if not text.startswith("-")), "")
+    printed: AbstractContextManager[object] = nullcontext()
+    if options.json and not HELP & set(rest):
+        printed = redirect_stdout(sys.stderr)
     try:
-        with terminable(KEPT[name]) if name in KEPT else nullcontext():
+        with printed, terminable(KEPT[name]) if name in KEPT else nullcontext():
             command = _command(tuple(commands.__path__))
             code: int | None = command.main(args=rest, prog_name="dtrain", standalone_mode=False, obj=options)
             sys.stdout.flush()
@@ -109,7 +128,8 @@ def run(arguments: list[str]) -> int:
     except (BrokenPipeError, SystemExit) as left:
         if isinstance(left, SystemExit) and not isinstance(left.__context__, BrokenPipeError):  # typer makes one of it
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader of our output is gone
+        for descriptor in {1, _descriptor(options.out)}:  # the reader of our output is gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         return 0
     except Exception as fault:
         return _report(options, fault)
@@ -123,17 +143,31 @@ def _report(options: Options, fault: Exception) -> int:
         error(options, 2, fault.format_message() or "no command", _usage(fault))
         return 2
     from dtrain.errors import DtrainError
+    from dtrain.urls import redacted
 
     if options.debug:
         import traceback
 
-        traceback.print_exception(fault)
+        print(redacted("".join(traceback.format_exception(fault))), end="", file=sys.stderr)
     if isinstance(fault, DtrainError):
         error(options, fault.code, fault.message, fault.hint)
         return fault.code
+    if isinstance(fault, MemoryError) or (isinstance(fault, OSError) and fault.errno in OF_THE_MACHINE):
+        return _report_machine(options, fault)
     text = " ".join(str(fault).split())
     error(options, 1, f"{type(fault).__name__}: {text}", "This is a bug of dtrain. --debug shows where it happened.")
     return 1
+
+
+def _report_machine(options: Options, fault: MemoryError | OSError) -> int:
+    """Report that memory or a disk of this machine fails."""
+    if isinstance(fault, MemoryError):
+        error(options, 8, "This process is out of memory.", "Free some, or use a machine with more.")
+        return 8
+    where = f"{fault.filename}: " if fault.filename else ""
+    text = f"{where}{os.strerror(fault.errno or 0)}."
+    error(options, 8, text[0].upper() + text[1:], "Look at the disk; committed rounds are safe.")
+    return 8
 
 
 def _usage(fault: Any) -> str:
@@ -142,9 +176,35 @@ def _usage(fault: Any) -> str:
     return f"`{command} --help` shows what is allowed."
 
 
+def _silence_libraries() -> None:
+    """Let Dask and asyncio log no tracebacks: what they mean to the user is said by an error."""
+    os.environ.setdefault("DASK_LOGGING", repr(DASK_LOGGING))  # read when Dask is imported, also by workers
+    for name in ("asyncio", "tornado"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _descriptor(stream: TextIO) -> int:
+    """Return the file descriptor of a stream; 1 for one that has none."""
+    try:
+        return stream.fileno()
+    except OSError:
+        return 1
+
+
+def _own_stdout() -> TextIO:
+    """Return stdout for results alone: all else that this process and its children print to it goes to stderr."""
+    own = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return own
+
+
 def main() -> None:
     """Entry point of the console script."""
-    code = run(sys.argv[1:])
+    arguments = sys.argv[1:]
+    end_once()
+    if "--debug" not in arguments:
+        _silence_libraries()
+    code = run(arguments, _own_stdout() if "--json" in arguments and not HELP & set(arguments) else None)
     if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
         sys.exit(code)  # Python waits for it
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Print results to stdout, narration to stderr, and errors in at most four lines."""
+"""Print results to stdout, narration to stderr, and errors in at most four lines; URLs without what may be secret."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from dtrain.events import Reporter
 
+Value = TypeVar("Value")
 WAITING_SECONDS = 1.0
 UNBROKEN = 1 << 20
 """Columns of lines that go to no terminal."""
@@ -28,20 +29,35 @@ class Options:
     verbose: bool = False
     color: bool = True
     debug: bool = False
+    out: TextIO = field(default_factory=lambda: sys.stdout)
+    """Where results go. With ``json``, all else that is printed goes to stderr, also by code of the user's."""
 
 
 def result(options: Options, text: str, record: dict[str, Any]) -> None:
     """Print a result: text for people, or one JSON object a line."""
     if options.json:
-        print(json.dumps(record), flush=True)
+        emit(options, record)
     else:
-        print(text, flush=True)
+        print(_public(text), flush=True)
+
+
+def emit(options: Options, record: dict[str, Any]) -> None:
+    """Print a JSON object."""
+    print(json.dumps(_public(record)), file=options.out, flush=True)
+
+
+def _public(value: Value) -> Value:
+    """Return a text or a record without what may be secret in its URLs."""
+    from dtrain.urls import redacted_in
+
+    public: Value = redacted_in(value)
+    return public
 
 
 def say(options: Options, text: str) -> None:
     """Print narration."""
     if not options.quiet:
-        print(_fitted(text), file=sys.stderr, flush=True)
+        print(_fitted(_public(text)), file=sys.stderr, flush=True)
 
 
 def _fitted(text: str) -> str:
@@ -59,7 +75,7 @@ def waiting(options: Options, what: str) -> Iterator[None]:
     def tell() -> None:
         if done.wait(WAITING_SECONDS) or options.quiet:
             return
-        print(f"{what} ...", end="" if live else "\n", file=sys.stderr, flush=True)
+        print(f"{_public(what)} ...", end="" if live else "\n", file=sys.stderr, flush=True)
         if live:
             done.wait()
             print("\r\033[2K", end="", file=sys.stderr, flush=True)
@@ -84,13 +100,14 @@ def progress(options: Options) -> AbstractContextManager[Reporter]:
 
 def error(options: Options, code: int, message: str, hint: str = "", log: str = "") -> None:
     """Print an error."""
+    message, hint, log = _public(message), _public(hint), _public(log)
     lines = [f"error: {' '.join(message.split())}", *(f"  {' '.join(text.split())}" for text in (hint, log) if text)]
     lines = [_fitted(line) for line in lines]
     if options.color and sys.stderr.isatty():
         lines[0] = lines[0].replace("error:", "\033[31merror:\033[0m", 1)
     print("\n".join(lines), file=sys.stderr, flush=True)
     if options.json:
-        print(json.dumps({"event": "error", "code": code, "message": message, "hint": hint}), flush=True)
+        emit(options, {"event": "error", "code": code, "message": message, "hint": hint})
 
 
 def table(rows: list[tuple[str, str]]) -> str:

@@ -25,18 +25,18 @@ LOCAL_WORKERS = 2
 SAME_VERSIONS = "Install the same versions on client, scheduler and workers (constraints.txt); the bits depend on them."
 
 
-def check_place(scheduler: str, stack: ExitStack) -> Iterator[Check | Client]:
+def check_place(config: ClusterConfig, stack: ExitStack) -> Iterator[Check | Client]:
     """Check where training would run; of a cluster the client comes last, for further checks.
 
     Parameters
     ----------
-    scheduler : str
-        ``local``, ``serial``, an address, or the path of a scheduler file.
+    config : ClusterConfig
+        Its ``scheduler`` is ``local``, ``serial``, an address, or the path of a scheduler file.
     stack : ExitStack
         Closes the cluster.
     """
-    if scheduler != "serial":
-        yield from _check_cluster(scheduler, stack)
+    if config.scheduler != "serial":
+        yield from _check_cluster(config, stack)
         return
     try:
         seconds = limited(machine.one_step, WORKER_SECONDS)
@@ -46,9 +46,10 @@ def check_place(scheduler: str, stack: ExitStack) -> Iterator[Check | Client]:
     yield Check(name="step", status="ok", text=f"a local step in this process, in {1000 * seconds:.0f} ms")
 
 
-def _check_cluster(scheduler: str, stack: ExitStack) -> Iterator[Check | Client]:
+def _check_cluster(config: ClusterConfig, stack: ExitStack) -> Iterator[Check | Client]:
     """Check that a cluster starts or answers, its versions, and that its workers take a local step."""
-    config = ClusterConfig(scheduler=scheduler, workers=min(LOCAL_WORKERS, _cores()), allow_plain=True)
+    scheduler = config.scheduler
+    config = config.model_copy(update={"workers": min(LOCAL_WORKERS, _cores()), "allow_plain": True})
     started = time.monotonic()
     try:
         client = stack.enter_context(held(open_client(config, Path.cwd()), CLUSTER_SECONDS))
@@ -60,12 +61,15 @@ def _check_cluster(scheduler: str, stack: ExitStack) -> Iterator[Check | Client]
     what = f"a local one starts, with {count}," if scheduler == "local" else f"{scheduler} answers, with {count},"
     yield Check(name="cluster", status="ok", text=f"{what} in {seconds:.1f} s")
     address = client.scheduler.address
-    if scheduler != "local" and not is_loopback(address):
+    if address.startswith("tls://"):
+        yield Check(name="network", status="ok", text=f"{address} is encrypted, and both sides show a certificate")
+    elif scheduler != "local" and not is_loopback(address):
         yield Check(
             name="network",
             status="warning",
             text=f"{address} is neither encrypted nor on this machine: whoever reaches that port can run code as you",
-            cure="If the network is yours alone, set cluster.allow_plain = true; train refuses it otherwise.",
+            cure="Use tls:// (`dtrain certs DIR`); or, if the network is yours alone, set cluster.allow_plain = true. "
+            "Train refuses it otherwise.",
         )
     yield from _check_processes(client)
     yield client

@@ -14,8 +14,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from dtrain.config.functions import described
-from dtrain.config.values import REDACTED, flat_values
+from dtrain.config.values import flat_values
 from dtrain.errors import did_you_mean, shortened
+from dtrain.urls import REDACTED, redacted_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,7 @@ def _unknown_key(place: Place, schema: type[BaseModel]) -> str:
 
 
 def _short(value: Any) -> str:
-    return shortened(json.dumps(value, default=_shown), 60)
+    return shortened(json.dumps(redacted_in(value), default=_shown), 60)  # before a part of a URL is left out
 
 
 def _shown(value: Any) -> str:

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.config.schema import REQUIRED, TrainConfig, check_plain
-from dtrain.config.values import Plain, Tables, value_of
-from dtrain.errors import ConfigFileNotFound, InvalidConfig, UsageError
+from dtrain.config.values import MOST_DEPTH, Plain, Tables, value_of
+from dtrain.errors import ConfigFileNotFound, InvalidConfig, UsageError, shortened
 
-PATH_KEYS = ("data.path", "data.val_path", "train.init", "run.dir", "cluster.scheduler")
+TLS_KEYS = ("cluster.tls.ca", "cluster.tls.cert", "cluster.tls.key")
+PATH_KEYS = ("data.path", "data.val_path", "train.init", "run.dir", "cluster.scheduler", *TLS_KEYS)
 TWICE_GIVEN = re.compile(r"Cannot (declare .* twice|overwrite)")
 """In messages of tomllib."""
 TWICE = "A table or key is given twice: keep one, and put the keys of both tables into it."
+MOST_BYTES = 2**24
+"""Of a config file."""
+TOO_DEEP = f"it is nested too deeply; at most {MOST_DEPTH} levels are allowed"
 YAML_FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
@@ -63,7 +67,9 @@ def read_tables(path: str | Path) -> Tables:
     text = _read(path)
     try:
         tables = _parse(path.suffix.lower(), text)
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise InvalidConfig(f"{path}: {TOO_DEEP}.") from None
+    except ValueError as error:
         said = " ".join(str(error).split())
         raise InvalidConfig(f"{path}: {said}", TWICE if TWICE_GIVEN.search(said) else "") from None
     if not isinstance(tables, dict):
@@ -77,7 +83,11 @@ def _read(path: Path) -> str:
     if path.is_dir():
         raise ConfigFileNotFound(f"{path} is a directory, not a config file.", f"Try {path / 'dtrain.toml'}")
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise InvalidConfig(f"{path}: a config file has at most {MOST_BYTES:,} bytes.")
+        return data.decode().replace("\r\n", "\n").replace("\r", "\n")
     except FileNotFoundError:
         raise ConfigFileNotFound(f"{path}: no such config file.", "`dtrain init` writes one.") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -94,8 +104,10 @@ def _parse(suffix: str, text: str) -> Any:
         Loader.add_implicit_resolver("tag:yaml.org,2002:float", YAML_FLOAT, list("-+.0123456789"))
         try:
             return yaml.load(text, Loader)
-        except yaml.YAMLError as error:
-            raise ValueError(str(error)) from None
+        except yaml.YAMLError as error:  # its text quotes the lines of the file, which may hold a secret
+            place = getattr(error, "problem_mark", None)
+            where = f"line {place.line + 1}, column {place.column + 1}: " if place is not None else ""
+            raise ValueError(f"{where}{getattr(error, 'problem', None) or type(error).__name__}") from None
     if suffix == ".json":
         return json.loads(text)
     return tomllib.loads(text)
@@ -105,11 +117,15 @@ def with_setting(tables: Tables, setting: str) -> Tables:
     """Return tables with one ``key=value`` setting applied."""
     key, equals, text = setting.partition("=")
     key = key.strip()
+    if key.count(".") > MOST_DEPTH:
+        raise UsageError(f"--set {shortened(key, 60)}: {TOO_DEEP}.")
     if not equals or not key:
         raise UsageError(f"--set {setting}: write it as key=value, for example --set train.rounds=50")
     value = _toml_value(text.strip())
     if key in PATH_KEYS:
         value = [_absolute(one) for one in value] if isinstance(value, list) else _absolute(value)
+    if key == "cluster.tls" and isinstance(value, dict):
+        value = {name: _absolute(one) for name, one in value.items()}
     return _replaced(tables, key.split("."), value, key)
 
 
@@ -126,6 +142,8 @@ def _toml_value(text: str) -> Plain:
         value: Plain = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    except RecursionError:
+        raise InvalidConfig(f"--set: {TOO_DEEP}.") from None
     return value
 
 

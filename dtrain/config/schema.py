@@ -1,7 +1,6 @@
 """TrainConfig: every value a run depends on, checked once, frozen, the same from TOML, YAML, JSON or Python.
 
-The schema declares every key that users see. A key whose feature is not built yet (`dtrain.config.unbuilt`) is refused
-when it is set; it is never accepted and ignored.
+The schema declares every key that users see; another one is refused.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ from dtrain.config.table import (
     function_or,
     without_sgd_defaults,
 )
-from dtrain.config.unbuilt import refuse_unbuilt
-from dtrain.config.values import cache_bytes, parse_bytes, plain_value, value_of
+from dtrain.config.values import cache_bytes, check_size, parse_bytes, plain_value, value_of
 from dtrain.errors import InvalidConfig, did_you_mean
 
 ClassAxis: TypeAlias = Literal["auto", 1, -1]
@@ -117,6 +115,29 @@ class StopConfig(Table):
     """A smaller change is no improvement."""
 
 
+class TlsConfig(Table):
+    """``cluster.tls``: the certificates that this process shows to a TLS cluster, and trusts."""
+
+    ca: str = ""
+    """Certificate of the cluster's private CA, in PEM, relative to this file; `dtrain certs` makes one."""
+    cert: str = ""
+    """Certificate of that CA that this process shows."""
+    key: str = ""
+    """Its private key, without a password, readable by you alone."""
+
+    @property
+    def is_given(self) -> bool:
+        """Whether files are named."""
+        return bool(self.ca or self.cert or self.key)
+
+    @model_validator(mode="after")
+    def _all_or_none(self) -> Self:
+        lacking = [name for name in ("ca", "cert", "key") if not getattr(self, name)]
+        if self.is_given and lacking:
+            raise ValueError(f"lacks {' and '.join(lacking)}; give ca, cert and key")
+        return self
+
+
 class ClusterConfig(Table):
     """``[cluster]``: where tasks run."""
 
@@ -133,8 +154,9 @@ class ClusterConfig(Table):
     """Allow tcp:// to other machines: it is not encrypted, and whoever reaches the port can run code as you."""
     slices: Positive | Literal["auto"] = "auto"
     """Slices of the parameters that are averaged apart, on several workers; "auto": by their size."""
-    tls: dict[Literal["ca", "cert", "key"], str] = {}
-    """Files of a TLS cluster: { ca = "", cert = "", key = "" }."""
+    tls: TlsConfig = TlsConfig()
+    """Files of certificates for a tls:// scheduler: { ca = "ca.pem", cert = "client.pem", key = "client-key.pem" }.
+    Without them, those of Dask's own configuration."""
 
 
 class RunConfig(Table):
@@ -161,8 +183,6 @@ class TrainConfig(Table):
     ------
     InvalidConfig
         A key is unknown, or a value is not allowed; the message names every fault.
-    NotSupportedYet
-        A key asks for a feature that is not built yet.
     """
 
     model: str = ""
@@ -185,6 +205,7 @@ class TrainConfig(Table):
     _functions: Given = PrivateAttr(default_factory=dict)
 
     def __init__(self, /, **tables: Any) -> None:
+        check_size(tables)
         named, functions = take_functions(plain_value(tables))
         try:
             super().__init__(**named)
@@ -193,7 +214,6 @@ class TrainConfig(Table):
         self._functions = functions
         _check_values(self)
         check_plain(self)
-        refuse_unbuilt(self, DEFAULTS)
 
     @property
     def functions(self) -> Mapping[str, Function]:

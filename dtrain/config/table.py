@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, WithJsonSchema
 from pydantic.fields import FieldInfo
+
+from dtrain.urls import redacted_in
 
 Int = Annotated[int, Strict()]
 Natural = Annotated[int, Strict(), Field(ge=0)]
@@ -36,6 +39,11 @@ class Table(BaseModel):
     """A table of the configuration: it is frozen and refuses unknown keys."""
 
     model_config = FROZEN
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Yield what is printed of the table: URLs are redacted."""
+        for name, value in super().__repr_args__():
+            yield name, redacted_in(value)
 
 
 def function_or(*names: str) -> FieldInfo:

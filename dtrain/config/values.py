@@ -7,19 +7,19 @@ import re
 from collections.abc import Iterator, Mapping
 from datetime import date, time
 from typing import Any, TypeAlias
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ByteSize, ConfigDict, TypeAdapter, ValidationError
 
 from dtrain.errors import InvalidConfig, UsageError
+from dtrain.urls import REDACTED
 
 Plain: TypeAlias = "str | int | float | bool | date | time | list[Plain] | dict[str, Plain] | None"
 """A value that a config file can hold."""
 Tables: TypeAlias = dict[str, Plain]
 """Nested tables of keys."""
 
-REDACTED = "***"
-"""Shown in place of a secret."""
+MOST_DEPTH, MOST_VALUES = 64, 1_000_000
+"""Of a configuration: levels of nesting, and values in all."""
 
 TO_PLAIN: TypeAdapter[Any] = TypeAdapter(Any, config=ConfigDict(ser_json_inf_nan="constants"))
 
@@ -52,6 +52,35 @@ def value_of(config: BaseModel, key: str) -> Any:
     for part in key.split("."):
         value = getattr(value, part)
     return value
+
+
+def check_size(tables: Mapping[Any, Any]) -> None:
+    """Refuse tables that are nested too deeply or hold too many values, as aliases of YAML can make them.
+
+    Raises
+    ------
+    InvalidConfig
+        They do.
+    """
+    try:
+        count, depth = _count(tables, {})
+    except RecursionError:
+        count, depth = 0, MOST_DEPTH + 1
+    if depth > MOST_DEPTH:
+        raise InvalidConfig(f"The configuration is nested too deeply; at most {MOST_DEPTH} levels are allowed.")
+    if count > MOST_VALUES:
+        raise InvalidConfig(f"The configuration holds {count:,} values; at most {MOST_VALUES:,} are allowed.")
+
+
+def _count(value: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Return the values inside a value and its depth; a value that stands in several places is counted in each."""
+    if not isinstance(value, Mapping | list | tuple):
+        return 1, 0
+    if id(value) not in known:
+        known[id(value)] = (0, MOST_DEPTH)  # what refers to itself has no end
+        inside = [_count(one, known) for one in (value.values() if isinstance(value, Mapping) else value)]
+        known[id(value)] = (1 + sum(n for n, _ in inside), 1 + max((depth for _, depth in inside), default=0))
+    return known[id(value)]
 
 
 def flat_values(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Plain]]:
@@ -114,25 +143,6 @@ def parse_bandwidth(text: str) -> float:
             "Give the speed of a worker's link; bit are bits and B bytes.",
         )
     return float(match[1]) * PREFIXES[match[2]] / (1 if match[3].startswith("B") else 8)
-
-
-def without_credentials(url: str) -> str:
-    """Return a URL without user, password, query and fragment, which may hold credentials; another text as it is.
-
-    >>> without_credentials("https://me:secret@host:9000/a?sig=1"), without_credentials("eu-west-1")
-    ('https://host:9000/a', 'eu-west-1')
-    """
-    return urlsplit(without_password(url))._replace(query="", fragment="").geturl() if "://" in url else url
-
-
-def without_password(url: str) -> str:
-    """Return a URL without user and password, which no file of a run keeps.
-
-    >>> without_password("https://me:secret@host:5000/path"), without_password("file:///tmp/mlruns")
-    ('https://host:5000/path', 'file:///tmp/mlruns')
-    """
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else url
 
 
 def without_redacted(options: Mapping[str, Any]) -> dict[str, Any]:

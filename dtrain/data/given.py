@@ -30,6 +30,7 @@ from dtrain.data.read.inventory import of_each
 from dtrain.data.read.store import ReadStore
 from dtrain.data.samples import Coordinate, Samples
 from dtrain.errors import DtrainError, InvalidConfig, NothingSelected, TooFewSamples, did_you_mean, one_line
+from dtrain.urls import redacted_url
 
 SHOWN_RANGES = 3
 """Ranges of a split that are shown."""
@@ -98,7 +99,7 @@ def row_column(samples: Samples, store: ReadStore, by: str) -> Coordinate | str:
     try:
         named: NamedArray = open_named(store, config.group, (by,), config.dims)[by]
     except DtrainError as error:
-        return one_line(error).removeprefix(f"{samples.path}: ").removesuffix(".")
+        return one_line(error).removeprefix(f"{redacted_url(samples.path)}: ").removesuffix(".")
     rows = _sizes(samples)[samples.sample_dim]
     if named.dims != (samples.sample_dim,) or named.shape != (rows,):
         return f"it has the dimensions {', '.join(named.dims) or 'none'} of lengths {list(named.shape)}"

@@ -15,6 +15,7 @@ from dtrain.data.plan.units import Box, box_selection
 from dtrain.data.read.open import open_arrays
 from dtrain.data.read.store import key_of
 from dtrain.data.samples import Samples
+from dtrain.urls import redacted_url
 
 MOST_ROWS = 10_000_000
 """Of a store whose coordinate is longer the values are left out: it would have to be read."""
@@ -66,7 +67,7 @@ def _locate(samples: Samples, boxes: Sequence[Box]) -> list[Location]:
     names = _values_at(samples, [row for box in boxes for row in (box.start, box.stop - 1)])
     pairs = zip(names[::2], names[1::2], strict=True) if names else [("", "")] * len(boxes)
     return [
-        Location(samples.path, box.start, box.stop - 1, *ends, key)
+        Location(redacted_url(samples.path), box.start, box.stop - 1, *ends, key)
         for box, ends, key in zip(boxes, pairs, _objects(samples, boxes), strict=True)
     ]
 

@@ -11,6 +11,7 @@ from dtrain.data.read.kind import METADATA_FILES, NO_OPTIONS, StorageOptions, sp
 from dtrain.data.read.open import kind_of, open_store
 from dtrain.data.read.store import ReadStore
 from dtrain.errors import InvalidConfig, NotZarr
+from dtrain.urls import is_redacted
 
 NAME_THE_GROUP = (
     "If it lies in a group, give the path of the group, and its name in data.inputs or data.targets; else write it "
@@ -33,8 +34,10 @@ def locate(path: str, base: Path, storage_options: StorageOptions = NO_OPTIONS) 
     StoreForbidden, StoreUnavailable
         A server refuses or fails.
     InvalidConfig
-        The URL holds a password, or its protocol or options cannot be used.
+        The URL holds a password, or a run has not kept all of it, or its protocol or options cannot be used.
     """
+    if is_redacted(path):
+        raise _not_kept(path)
     located = kind_of(path).locate(path, base)
     kind = kind_of(located)
     versions, others = split_versions(storage_options)
@@ -51,6 +54,14 @@ def locate(path: str, base: Path, storage_options: StorageOptions = NO_OPTIONS) 
     if repository := repository_at(store):
         return locate(repository, base, storage_options)
     raise kind.nothing_there(located)
+
+
+def _not_kept(path: str) -> InvalidConfig:
+    return InvalidConfig(
+        f"{path}: a run keeps no user, query or fragment of a URL, since they may be secrets.",
+        "Give the whole URL: --data URL or --set data.path=URL (in Python open_samples(URL)); or leave secrets out of "
+        "it: data.storage_options and the environment can hold them.",
+    )
 
 
 ALIASES = {"s3a": "s3", "gcs": "gs"}

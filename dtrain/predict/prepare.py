@@ -36,6 +36,7 @@ from dtrain.runtime.place import Device
 from dtrain.runtime.predictor import PredictionSpec, TargetShape, Work
 from dtrain.runtime.versions import versions
 from dtrain.types import Parameters
+from dtrain.urls import redacted_in
 
 LOG = logging.getLogger("dtrain")
 
@@ -269,7 +270,7 @@ def _settings(
         "run": facts.directory.resolve().name,
         "round": facts.round,
         "params_sha256": params_sha256(facts.params),
-        "data": location if isinstance(location, str) else list(location),
+        "data": redacted_in(location if isinstance(location, str) else list(location)),
         "group": samples.config.group,
         "snapshot": samples.store.snapshot,
         "data_fingerprint": samples.fingerprint,

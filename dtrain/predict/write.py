@@ -22,6 +22,7 @@ from dtrain.errors import DiskFull, OutputExists, RunConflict
 from dtrain.events import PredictionStarted, Reporter, SamplesPredicted
 from dtrain.predict.prepare import Prepared, group_attributes
 from dtrain.runtime.predicting import Executor, Payload, SpanDone
+from dtrain.urls import redacted_in, redacted_url
 
 SPAN_BYTES = 256 << 20
 """Inputs of a task, at most, if a unit is not larger."""
@@ -139,7 +140,7 @@ def write_predictions(
         before = prepared.samples - sum(plan.samples_in(unit) for unit in map(plan.unit, left))
         tell(
             PredictionStarted(
-                out=sink.path,
+                out=redacted_url(sink.path),
                 samples=prepared.samples,
                 done=before,
                 workers=executor.num_workers,
@@ -179,7 +180,7 @@ def write_predictions(
             executor.run(payload, _spans(prepared, left, executor.num_workers, is_reached), done, on_samples)
         sink.commit(_attributes(prepared)["title"])
     return Written(
-        out=sink.path,
+        out=redacted_url(sink.path),
         round=prepared.facts.round,
         samples=prepared.samples,
         new=total.samples,
@@ -221,7 +222,7 @@ def check_output(sink: Sink, *, goes_on: bool, settings: Any = None) -> None:
         )
     attributes = sink.attributes() or {}
     try:
-        before = json.loads(attributes["dtrain_settings"])
+        before = redacted_in(json.loads(attributes["dtrain_settings"]))  # as they are written now
     except (LookupError, ValueError, TypeError):
         raise OutputExists(
             f"{sink.path} holds something else than predictions of dtrain: it cannot be continued.",

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dtrain.runfiles import HISTORY, read_if_there
 from dtrain.stages import Limit, StageSeconds, limiting_stage
 from dtrain.types import Contribution, RoundResult
 
 Row = dict[str, Any]
 DATA_STAGES = ("fetch", "decode", "gather")
 STAGES = (*DATA_STAGES, "model", "reduce", "evaluate")
+COUNTS = ("round", "samples", "steps", "bytes_reduced", "rejected", "retried")
 
 
 def row_of(result: RoundResult) -> Row:
@@ -72,19 +74,54 @@ def _column(stage: str) -> str:
     return f"seconds_{stage}"
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a history.jsonl, up to a line that is incomplete because the process was killed."""
+def read_rows(run: Path) -> list[Row]:
+    """Return the rows of a run's history.jsonl, up to a line that is incomplete because the process was killed.
+
+    Raises
+    ------
+    RunDamaged
+        The file cannot be read.
+    """
     rows: list[Row] = []
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return rows
-    for line in text.splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
+    for row in read_lines(run / HISTORY):
+        if not _is_row(row, len(rows) + 1):
             break
+        rows.append(row)
     return rows
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file with one JSON object a line, up to a line that is none.
+
+    Raises
+    ------
+    RunDamaged
+        The file cannot be read.
+    """
+    for line in (read_if_there(path) or b"").split(b"\n"):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            return
+        if not isinstance(value, dict):
+            return
+        yield value
+
+
+def _is_row(row: Row, number: int) -> bool:
+    """Whether an object is the row of a round, as `row_of` makes it."""
+    counts = all(type(row.get(name)) is int for name in COUNTS)
+    seconds = all(type(value) in (int, float) for name, value in row.items() if name.startswith("seconds"))
+    values = [value for name, value in row.items() if name.startswith("val_")]
+    values += [row.get("train_loss"), row.get("update_cosine")]
+    for name in ("replica_loss", "update_norm"):
+        each = row.get(name)
+        if not isinstance(each, list):
+            return False
+        values += each
+    numbers = all(value is None or type(value) in (int, float) for value in values)
+    is_named = row.get("event") == "round" and isinstance(row.get("params_sha256"), str) and "seconds" in row
+    return counts and seconds and numbers and is_named and row["round"] == number
 
 
 def best_round(rows: Sequence[Mapping[str, Any]], metric: str = "val_loss", higher: bool = False) -> int | None:

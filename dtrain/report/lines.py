@@ -20,6 +20,7 @@ from dtrain.events import (
     SamplesLeftOut,
     SegmentReplayed,
     StepsTaken,
+    WorkerEvicted,
 )
 from dtrain.report.pace import seconds_left, speed
 from dtrain.types import RoundResult
@@ -106,7 +107,9 @@ def pace_line(rows: Sequence[Mapping[str, Any]], rounds: int, fraction: float = 
     return f"{speed(rows):,.0f} samples/s, {clock(left)} left"
 
 
-def fault_line(event: ChunksFilled | SamplesLeftOut | SegmentReplayed | ReplicaRejected | RoundDamaged) -> str:
+def fault_line(
+    event: ChunksFilled | SamplesLeftOut | SegmentReplayed | ReplicaRejected | RoundDamaged | WorkerEvicted,
+) -> str:
     """Return what went wrong or is missing, and what was done."""
     match event:
         case ChunksFilled():
@@ -116,8 +119,10 @@ def fault_line(event: ChunksFilled | SamplesLeftOut | SegmentReplayed | ReplicaR
             named = ", ".join(f"{name} ({count:,})" for name, count in event.by_variable.items())
             return f"{event.samples:,} of {event.of:,} samples left out: non-finite values in {named}"
         case SegmentReplayed():
-            return f"lost work with a worker; going on from round {event.round} ({shortened(event.reason, 100)})"
+            return f"lost work with a worker; going on from round {event.round} ({shortened(event.reason, 120)})"
         case ReplicaRejected():
             return f"round {event.round}: replica {event.replica} is not finite and was left out of the average"
+        case WorkerEvicted():
+            return f"worker {event.worker} has not answered for {event.seconds:.0f} s; its tasks run elsewhere"
         case RoundDamaged():
             return f"round {event.round} is damaged and was skipped: {event.reason}"

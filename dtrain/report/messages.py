@@ -16,6 +16,7 @@ from dtrain.events import (
     RunStarted,
     SamplesLeftOut,
     SegmentReplayed,
+    WorkerEvicted,
 )
 from dtrain.report.history import row_of
 from dtrain.report.lines import fault_line
@@ -37,7 +38,7 @@ def messages_of(event: Event) -> list[dict[str, Any]]:
             return [_round(row_of(result)), *end]
         case SegmentReplayed():
             return [{"event": "fault", "text": fault_line(event), "back_to": event.round}]
-        case ChunksFilled() | SamplesLeftOut() | ReplicaRejected() | RoundDamaged():
+        case ChunksFilled() | SamplesLeftOut() | ReplicaRejected() | RoundDamaged() | WorkerEvicted():
             return [{"event": "fault", "text": fault_line(event)}]
         case RunFinished():
             return [{"event": "end", "text": f"ended ({event.reason})"}]

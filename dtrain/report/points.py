@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.report.history import Row, read_rows
-from dtrain.report.journal import HISTORY
 
 MOST_REPLICAS = 32
 """Of more replicas, the smallest and the largest value are points, not each of them."""
@@ -75,4 +74,4 @@ def settings_of(tables: Mapping[str, Any], prefix: str = "") -> dict[str, str | 
 
 def rows_between(run: Path, after: int, last: int) -> list[Row]:
     """Return the rounds of a run's history after one round, up to another one."""
-    return [row for row in read_rows(run / HISTORY) if after < row["round"] <= last]
+    return [row for row in read_rows(run) if after < row["round"] <= last]

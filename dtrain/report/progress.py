@@ -30,6 +30,7 @@ from dtrain.events import (
     SamplesLeftOut,
     SegmentReplayed,
     StepsTaken,
+    WorkerEvicted,
 )
 from dtrain.report.lines import (
     continuing_line,
@@ -137,7 +138,14 @@ class _Terminal:
                 self._print(measured_line(event))
             case RoundFinished():
                 self._advance(event)
-            case ChunksFilled() | SamplesLeftOut() | SegmentReplayed() | ReplicaRejected() | RoundDamaged():
+            case (
+                ChunksFilled()
+                | SamplesLeftOut()
+                | SegmentReplayed()
+                | ReplicaRejected()
+                | RoundDamaged()
+                | WorkerEvicted()
+            ):
                 self._print(fault_line(event))
             case RunFinished(limited_by=limit):
                 if limit is not None:

@@ -19,6 +19,7 @@ from dtrain.events import (
     SamplesLeftOut,
     SegmentReplayed,
     StepsTaken,
+    WorkerEvicted,
 )
 from dtrain.report.curve import Series, curves_of, with_row
 from dtrain.report.history import Row, row_of
@@ -102,7 +103,14 @@ class RunView:
                 return replace(self._news(now), latest={**self.latest, event.replica: event})
             case RoundFinished(result):
                 return self._finished(row_of(result), now)
-            case ChunksFilled() | SamplesLeftOut() | SegmentReplayed() | ReplicaRejected() | RoundDamaged():
+            case (
+                ChunksFilled()
+                | SamplesLeftOut()
+                | SegmentReplayed()
+                | ReplicaRejected()
+                | RoundDamaged()
+                | WorkerEvicted()
+            ):
                 return replace(self, faults=(*self.faults, fault_line(event))[-SHOWN_FAULTS:])
             case RunFinished(limited_by=limit):
                 title = self.title or f"{shown(event.run)}: complete"

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from dtrain.events import Event, ReplicaRejected, RoundDamaged, SegmentReplayed
+from dtrain.events import Event, ReplicaRejected, RoundDamaged, SegmentReplayed, WorkerEvicted
 from dtrain.report.lines import fault_line, pace_line
 from dtrain.report.table import RoundTable
 
@@ -50,7 +50,8 @@ class Watch:
 
         A run that was continued has lost the rounds after its newest commit: they come again.
         """
-        faults = [event for event in look.events if isinstance(event, SegmentReplayed | ReplicaRejected | RoundDamaged)]
+        kinds = SegmentReplayed | ReplicaRejected | RoundDamaged | WorkerEvicted
+        faults = [event for event in look.events if isinstance(event, kinds)]
         lines = [fault_line(event) for event in faults[self.faults :]]
         table, same = self.table, _common(self.rows, look.rows)
         if same < len(self.rows):

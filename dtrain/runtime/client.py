@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Semaphore
 from typing import Any, TypeAlias
@@ -14,13 +14,15 @@ from weakref import WeakSet
 
 from dask._task_spec import Task, parse_input
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
-from distributed import Client, Future, KilledWorker
+from distributed import Client, Future, KilledWorker, WorkerPlugin
 from distributed.client import ClosedClientError
 from distributed.comm.core import CommClosedError
 
 from dtrain.config.functions import Function
 from dtrain.errors import ClusterLost, DtrainError, one_line
-from dtrain.runtime.runner import SegmentLost
+from dtrain.runtime.guard import Guard
+from dtrain.runtime.runner import SegmentLost, given_up
+from dtrain.runtime.watched import SUFFIX
 from dtrain.runtime.workers import Pauses, check_running, request_of_worker
 
 POLL_SECONDS = 0.5
@@ -28,6 +30,10 @@ WORKERS_SECONDS = 1.0
 """How long the list of workers is cached; tasks pinned to a worker that is gone run elsewhere."""
 NO_WORKERS_SECONDS = 120.0
 """How long a cluster may be without any worker before the run gives up."""
+MAX_AGAIN = 3
+"""Times that work outside of rounds is submitted again."""
+WATCHED_FROM = 2
+"""Once the same work was lost so many times, its tasks say where they are."""
 HOLDERS = 16
 """Workers that a value is sent to. Dask names all holders with each task that needs it: 1,000 would be 25 kB a task."""
 SCATTERED_AT_ONCE = 16
@@ -63,23 +69,39 @@ class TaskClient:
     client : distributed.Client
     suffix : str
         Ends the key of each task: it names the run.
+    topic : str
+        In which watched tasks say where they are.
+    started : int
+        Workers of a cluster that dtrain has started.
     """
 
-    def __init__(self, client: Client, suffix: str) -> None:
+    def __init__(self, client: Client, suffix: str, topic: str = "", *, started: int = 0) -> None:
         self.dask = client
+        self.guard = Guard(client, topic or f"dtrain-{suffix}-places", started=started)
         if client.scheduler_comm is not None:
             client.scheduler_comm.recent_message_log = deque(maxlen=KEPT_MESSAGES)
         self._suffix = suffix
         self._direct = True  # past the scheduler, until a worker turns out to be out of the client's reach
         self._attempt = 0
+        self._watched = False
         self._known: list[str] = []
         self._known_at = 0.0
         self._submitted: WeakSet[Future] = WeakSet()
 
-    def begin(self) -> None:
-        """Begin a segment: its keys differ from those of earlier attempts, and the workers are looked up anew."""
+    def begin(self, again: int = 0, *, watched: bool = False) -> None:
+        """Begin work: its keys differ from those of earlier attempts, and the workers are looked up anew.
+
+        Parameters
+        ----------
+        again : int
+            How many times the same work was lost before.
+        watched : bool
+            Whether its tasks say where they are; without it they do once the work was lost `WATCHED_FROM` times.
+        """
         self._attempt += 1
         self._known = []
+        self._watched = watched or again >= WATCHED_FROM
+        self.guard.begin(again)
 
     def submit(
         self,
@@ -132,7 +154,7 @@ class TaskClient:
         return futures
 
     def _key(self, name: str) -> str:
-        return f"dtrain-{name}-{self._suffix}-a{self._attempt}"
+        return f"dtrain-{name}-{self._suffix}-a{self._attempt}{SUFFIX if self._watched else ''}"
 
     def scatter_each(self, values: Sequence[object], places: Sequence[str]) -> list[Future]:
         """Send each value to its worker, several at a time: each takes three messages, and the waiting for answers."""
@@ -160,14 +182,54 @@ class TaskClient:
     def _scatter(self, value: object, addresses: list[str]) -> Future:
         # a list, since the values of a dict would be scattered one by one; broadcast within `addresses` only
         everywhere = len(addresses) > 1
-        (future,) = self.dask.scatter([value], workers=addresses, broadcast=everywhere, direct=self._direct, hash=False)
-        return future
+        options = {"workers": addresses, "broadcast": everywhere, "direct": self._direct, "hash": False}
+        (future,) = self._sent(lambda: self.dask.scatter([value], **options, asynchronous=True), addresses)
+        scattered: Future = future
+        return scattered
+
+    def _values(self, futures: Sequence[Future]) -> list[Any]:
+        return list(self._sent(lambda: self.dask.gather(list(futures), direct=self._direct, asynchronous=True), ()))
+
+    def _sent(self, call: Callable[[], Coroutine[Any, Any, Any]], addresses: Collection[str]) -> Any:
+        """Send values to workers, or get them, and look at the workers meanwhile: a frozen one would never answer.
+
+        Parameters
+        ----------
+        call : callable
+            Returns what Dask's loop runs.
+        addresses : collection of str
+            The workers; empty: it is not known which.
+
+        Raises
+        ------
+        SegmentLost
+            One of them is given up meanwhile.
+        """
+        future = asyncio.run_coroutine_threadsafe(_awaited(call), self.dask.loop.asyncio_loop)
+        before = self.guard.evicted
+        while True:
+            try:
+                return future.result(timeout=POLL_SECONDS)
+            except concurrent.futures.TimeoutError:
+                if future.done():  # it was its own
+                    raise
+            except BaseException:
+                future.cancel()
+                raise
+            try:
+                self.guard.look(self.live())
+            except DtrainError:
+                future.cancel()
+                raise
+            if gone := (self.guard.evicted - before) & set(addresses or self.guard.evicted):
+                future.cancel()
+                raise SegmentLost(f"worker {min(gone)} does not answer", gone=True)
 
     def gather(self, futures: Sequence[Future], meanwhile: Callable[[], None]) -> list[Any]:
         """Wait for futures and return their values; call `meanwhile` now and then."""
         try:
             self._wait(futures, meanwhile)
-            return list(self.dask.gather(list(futures), direct=self._direct))
+            return self._values(futures)
         except DtrainError:
             raise
         except GONE as error:
@@ -177,12 +239,43 @@ class TaskClient:
                 raise
             raise self.lost(error) from error
 
+    def done(
+        self,
+        doing: str,
+        submit: Callable[[], Sequence[Future]],
+        meanwhile: Callable[[], None] = lambda: None,
+        *,
+        watched: bool = False,
+    ) -> list[Any]:
+        """Submit tasks outside of rounds, and return their values; what is lost is submitted again.
+
+        Parameters
+        ----------
+        doing : str
+            Names the work, as the beginning of a sentence.
+        submit : callable
+            Submits the tasks.
+        meanwhile : callable
+            As of `gather`.
+        watched : bool
+            As of `begin`.
+        """
+        again = 0
+        while True:
+            self.begin(again, watched=watched)
+            try:
+                return self.gather(submit(), meanwhile)
+            except SegmentLost as lost:
+                again += 1
+                if again > MAX_AGAIN:
+                    raise given_up(lost, doing, again, "") from lost
+
     def first_done(self, futures: Sequence[Future], meanwhile: Callable[[], None]) -> list[tuple[Future, Any]]:
         """Wait until one of some futures is done at least; return some that are, with their values."""
         try:
             self._wait(futures, meanwhile, 1)
             done = [future for future in futures if future.done()][:GATHERED_AT_ONCE]
-            return list(zip(done, self.dask.gather(done, direct=self._direct), strict=True))
+            return list(zip(done, self._values(done), strict=True))
         except DtrainError:
             raise
         except GONE as error:
@@ -202,22 +295,47 @@ class TaskClient:
         for future in futures:
             future.add_done_callback(lambda _: done.release())
         left, deadline = len(futures) if count is None else count, time.monotonic() + NO_WORKERS_SECONDS
-        pauses = Pauses(self.dask, NO_WORKERS_SECONDS)
+        pauses, looked = Pauses(self.dask, NO_WORKERS_SECONDS), time.monotonic()
         while left > 0:
             if done.acquire(timeout=POLL_SECONDS):
                 left -= 1
-            else:
-                if self.live():
+            if time.monotonic() - looked >= POLL_SECONDS:
+                looked, live = time.monotonic(), self.live()
+                if live:
                     deadline = time.monotonic() + NO_WORKERS_SECONDS
                 self._check_alive(deadline)
+                self.guard.look(live)
                 pauses.check(PAUSES_SECONDS)
             meanwhile()
+
+    def register(self, plugin: WorkerPlugin) -> None:
+        """Give each worker a plugin, also those that come later.
+
+        Raises
+        ------
+        ClusterLost, OutOfMemory
+            Workers end meanwhile, or the scheduler does.
+        """
+        again = 0
+        while True:
+            try:
+                self.dask.register_plugin(plugin)
+                return
+            except GONE as error:
+                again += 1
+                self._check_alive(time.monotonic() + NO_WORKERS_SECONDS)
+                if again > MAX_AGAIN:
+                    raise given_up(
+                        SegmentLost(one_line(error), full=self.guard.is_full), "The start", again, ""
+                    ) from error
+                time.sleep(POLL_SECONDS)
 
     def cancel(self) -> None:
         """Give up the tasks that somebody still refers to: the run is over, and nobody waits for them.
 
         Dask's own `Client.cancel` fails in the scheduler where a task depends on one of them and nobody refers to it.
         """
+        self.guard.close()
         for future in list(self._submitted):
             if not future.done():
                 future.release()
@@ -234,6 +352,7 @@ class TaskClient:
                     return self._known
                 if addresses := self.live():
                     self._known, self._known_at = addresses, time.monotonic()
+                    self.guard.saw(addresses)
                     return addresses
                 try:
                     ask()
@@ -265,7 +384,13 @@ class TaskClient:
         """Return the error that a vanished value means."""
         if not self.connected:
             return _scheduler_lost()
-        return SegmentLost(one_line(error), isinstance(error, KilledWorker))
+        gone = self.guard.gone(self.live())
+        killed = str(error.task) if isinstance(error, KilledWorker) else ""
+        return SegmentLost(gone or one_line(error), killed, full=self.guard.is_full, gone=bool(gone))
+
+
+async def _awaited(call: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    return await call()
 
 
 def _where(at: At) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from dtrain.data.load.finite import Seen
 from dtrain.data.load.moments import Moments
 from dtrain.data.load.statistics import merge_moments
 from dtrain.data.plan.splits import SplitName
-from dtrain.events import StepsTaken
+from dtrain.events import StepsTaken, WorkerEvicted
 from dtrain.runtime import remote
 from dtrain.runtime.client import GONE, TaskClient
 from dtrain.runtime.connect import Connection
@@ -62,12 +62,16 @@ class ClusterRunner:
         self._messages = Messages(connection.client, spec.run_id)
         self.spec = spec
         self.on_progress: Callable[[StepsTaken], None] = lambda event: None
-        self._client = TaskClient(connection.client, spec.run_id)
+        self.on_evicted: Callable[[WorkerEvicted], None] = lambda event: None
+        self._client = TaskClient(
+            connection.client, spec.run_id, remote.places_topic(spec.run_id), started=connection.started
+        )
+        self._client.guard.on_evicted = lambda event: self.on_evicted(event)
         self._resident = Resident(spec)  # on the driver for its arithmetic only
         self._places: dict[int, str] = {}
         self._progress: SimpleQueue[StepsTaken] = SimpleQueue()
         self._plugin = remote.RunPlugin(spec)
-        connection.client.register_plugin(self._plugin)
+        self._client.register(self._plugin)
         connection.client.subscribe_topic(
             self._plugin.name, lambda event: self._progress.put(StepsTaken(**event[1]["steps"]))
         )
@@ -83,57 +87,79 @@ class ClusterRunner:
     def initialise(self, init: InitFile | None = None) -> Initial:
         """Build the model, take the tensors of a file into it, and try it on one batch."""
         allowed = self._allowed(0)
-        sent = None if init is None else self._client.scatter(init, (allowed or self._client.workers())[:1])
-        future = self._client.submit(
-            remote.initialise_run, "initialise", self.spec.run_id, sent, at=allowed, resources=RESOURCE
-        )
-        initial: Initial = self._gather([future])[0]
+
+        def submit() -> list[Future]:
+            sent = None if init is None else self._client.scatter(init, (allowed or self._client.workers())[:1])
+            arguments = self.spec.run_id, sent
+            return [
+                self._client.submit(remote.initialise_run, "initialise", *arguments, at=allowed, resources=RESOURCE)
+            ]
+
+        initial: Initial = self._done("The first step", submit, watched=True)[0]
         return initial
 
     def moments(self, most_units: int | None) -> dict[str, Moments]:
         """Return the moments of ``data.normalize``, from one pass over the training rows."""
-        self._placed(self.spec.plan.replicas)
-        moments = self._by_replica(remote.take_moments, "moments", lambda k: (self.spec.run_id, k, most_units))
-        merged: dict[str, Moments] = self._gather(
-            [self._client.submit(merge_moments, "moments", moments, at=self._places[0])]
-        )[0]
+
+        def submit() -> list[Future]:
+            self._placed(self.spec.plan.replicas)
+            moments = self._by_replica(remote.take_moments, "moments", lambda k: (self.spec.run_id, k, most_units))
+            return [self._client.submit(merge_moments, "moments", moments, at=self._places[0])]
+
+        merged: dict[str, Moments] = self._done("The pass for data.normalize", submit)[0]
         return merged
 
     def place_means(self) -> dict[str, npt.NDArray[np.float32]]:
         """Return, by variable of ``RunSpec.climate_plan``, the means of the training rows at each place."""
-        self._placed(self.spec.plan.replicas)
-        parts = self._by_replica(remote.take_places, "climatology", lambda k: (self.spec.run_id, k))
-        whole, at = parts[0], self._places[0]
-        for number, part in enumerate(parts[1:], start=1):  # one after the other: each may be large
-            whole = self._client.submit(add_sums, f"climatology-sum-k{number}", whole, part, at=at)
-        means: dict[str, npt.NDArray[np.float32]] = self._gather(
-            [self._client.submit(remote.place_means, "climatology", whole, at=at)]
-        )[0]
+
+        def submit() -> list[Future]:
+            self._placed(self.spec.plan.replicas)
+            parts = self._by_replica(remote.take_places, "climatology", lambda k: (self.spec.run_id, k))
+            whole, at = parts[0], self._places[0]
+            for number, part in enumerate(parts[1:], start=1):  # one after the other: each may be large
+                whole = self._client.submit(add_sums, f"climatology-sum-k{number}", whole, part, at=at)
+            return [self._client.submit(remote.place_means, "climatology", whole, at=at)]
+
+        means: dict[str, npt.NDArray[np.float32]] = self._done("The pass for the climatology", submit)[0]
         return means
 
     def seen(self) -> list[Seen]:
         """Return, by piece, which samples hold values that are not finite: one pass over all."""
-        pieces, workers = self._resident.counted, self._client.workers()
+        pieces = self._resident.counted
         tasks = {f"seen-p{piece}": (self.spec.run_id, piece) for piece in range(len(pieces))}
-        at = [source.workers or workers[piece % len(workers)] for piece, (source, _, _) in enumerate(pieces)]
-        return self._gather(self._client.submit_each(remote.take_seen, tasks, at=at, resources=RESOURCE))
+
+        def submit() -> list[Future]:
+            workers = self._client.workers()
+            at = [source.workers or workers[piece % len(workers)] for piece, (source, _, _) in enumerate(pieces)]
+            return self._client.submit_each(remote.take_seen, tasks, at=at, resources=RESOURCE)
+
+        return self._done("The pass for data.non_finite", submit)
 
     def evaluate(self, params: Parameters, split: SplitName) -> Sums | None:
         """Evaluate parameters on a split."""
         if not self._resident.pieces(split):
             return None
-        workers = self._client.workers()
-        sent = self._client.scatter(params, workers)
-        sums: Sums = self._gather([self._submit_evaluation((sent,), split, workers, None)])[0]
+
+        def submit() -> list[Future]:
+            workers = self._client.workers()
+            sent = self._client.scatter(params, workers)
+            return [self._submit_evaluation((sent,), split, workers, None)]
+
+        sums: Sums = self._done(f"The evaluation on {split}", submit)[0]
         return sums
 
     def losses_by_part(self, params: Parameters) -> list[list[Term]]:
         """Return, by stream, the loss of each of its parts."""
-        workers, streams = self._client.workers(), self._resident.by_unit
-        sent = self._client.scatter(params, workers)
-        tasks = {f"units-p{number}": (self.spec.run_id, sent, number) for number in range(len(streams))}
-        at = [stream.source.workers or workers[n % len(workers)] for n, stream in enumerate(streams)]
-        return self._gather(self._client.submit_each(remote.losses_by_part, tasks, at=at, resources=RESOURCE))
+        streams = self._resident.by_unit
+
+        def submit() -> list[Future]:
+            workers = self._client.workers()
+            sent = self._client.scatter(params, workers)
+            tasks = {f"units-p{number}": (self.spec.run_id, sent, number) for number in range(len(streams))}
+            at = [stream.source.workers or workers[n % len(workers)] for n, stream in enumerate(streams)]
+            return self._client.submit_each(remote.losses_by_part, tasks, at=at, resources=RESOURCE)
+
+        return self._done("The evaluation of partitions", submit)
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
@@ -142,9 +168,9 @@ class ClusterRunner:
 
     # Rounds -------------------------------------------------------------------------------------------------
 
-    def place(self, state: TrainState) -> ClusterRound:
+    def place(self, state: TrainState, again: int = 0) -> ClusterRound:
         """Scatter a state from the driver to the workers of its replicas."""
-        self._client.begin()
+        self._client.begin(again)
         at = self._placed(len(state.broadcast))
         slices = reducer_slices(self.spec.config, state.model.layout, len(set(at.values())), len(at))
         return scattered(self._client, state, at, slices)
@@ -297,6 +323,9 @@ class ClusterRunner:
             priority=PRIORITY_EVALUATE,
         )
         return self._client.submit(merge, f"merge-{unique}", sums, at=places[0])
+
+    def _done(self, doing: str, submit: Callable[[], Sequence[Future]], *, watched: bool = False) -> list[Any]:
+        return self._client.done(doing, submit, self._report_progress, watched=watched)
 
     def _gather(self, futures: Sequence[Future]) -> list[Any]:
         return self._client.gather(futures, self._report_progress)

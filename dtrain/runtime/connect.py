@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import json
 import logging
 from collections.abc import Iterator
+from concurrent.futures import CancelledError as FuturesCancelled
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,17 +18,29 @@ from urllib.parse import urlsplit
 import cloudpickle
 import dask
 from dask.system import CPU_COUNT
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Security
+from distributed.client import ClosedClientError
 from distributed.comm import connect
+from distributed.comm.core import CommClosedError
 from distributed.system import MEMORY_LIMIT
 
 from dtrain.config.schema import ClusterConfig
 from dtrain.config.values import parse_bytes
-from dtrain.errors import ClusterUnreachable, ClusterUnsuitable, DtrainError, InvalidConfig, one_line
+from dtrain.errors import (
+    ClusterLost,
+    ClusterUnreachable,
+    ClusterUnsuitable,
+    DiskFull,
+    DtrainError,
+    InvalidConfig,
+    one_line,
+)
 from dtrain.runtime import forkserver, versions
 from dtrain.runtime.dashboard import dashboard_link
+from dtrain.runtime.tls import security_for, tls_fault, try_tls
 from dtrain.runtime.where import check_local_start, no_such_place, scheduler_text, with_protocol
-from dtrain.runtime.workers import ask_workers, first_workers, most_workers
+from dtrain.runtime.workers import ask_workers, check_base_memory, first_workers, most_workers
+from dtrain.urls import has_user
 
 cloudpickle.register_pickle_by_value(versions)  # so that workers without dtrain answer too
 
@@ -60,6 +74,8 @@ class Connection:
     worker_memory: int
     """Bytes: the smallest memory limit of a worker."""
     dashboard: str
+    started: int = 0
+    """Workers that dtrain has started; 0 for other clusters."""
     most_workers: int = 0
     """Workers that an adaptive cluster may grow to; 0 if that is not known."""
 
@@ -82,15 +98,38 @@ def open_cluster(config: ClusterConfig, base: Path, client: Client | None = None
         No scheduler answers, or it has no worker.
     ClusterUnsuitable
         A worker has other versions, or lacks a package.
+    ClusterLost
+        It goes away.
     InvalidConfig
         The address is not allowed.
     """
     check_cluster(config, base, client)
     if client is not None:
-        yield _connection(client, started=False)
+        with _lost_cluster():
+            yield _connection(client, started=False)
     else:
-        with open_client(config, base) as own:
+        with open_client(config, base) as own, _lost_cluster():
             yield _connection(own, started=config.scheduler == "local")
+
+
+@contextmanager
+def _lost_cluster() -> Iterator[None]:
+    """Turn what Dask raises when a cluster goes away, wherever it is used, into one error.
+
+    Raises
+    ------
+    ClusterLost
+        The same command may find it again.
+    """
+    try:
+        yield
+    except DtrainError:
+        raise
+    except (CommClosedError, ClosedClientError, TimeoutError, asyncio.CancelledError, FuturesCancelled) as error:
+        raise ClusterLost(
+            f"Lost the cluster: {one_line(error)}. Committed rounds are safe.",
+            "Run the same command again to continue.",
+        ) from error
 
 
 @contextmanager
@@ -114,6 +153,7 @@ def check_cluster(config: ClusterConfig, base: Path, client: Client | None = Non
         check_local_start()
     elif "://" in (address := with_protocol(config.scheduler)):
         _check_address(config, address, f'cluster.scheduler = "{address}"')
+        security_for(address, config, base)
     elif not Path(base, config.scheduler).expanduser().is_file():
         raise no_such_place(config.scheduler)
 
@@ -134,7 +174,7 @@ def local_worker_memory(config: ClusterConfig) -> int:
 def _local_cluster(config: ClusterConfig) -> Iterator[LocalCluster]:
     forkserver.start()
     method = {"distributed.worker.multiprocessing-method": forkserver.METHOD} if forkserver.is_available() else {}
-    with dask.config.set({**OWNED, **method}):
+    with dask.config.set({**OWNED, **method}), _not_started():
         cluster = LocalCluster(
             n_workers=local_workers(config),
             threads_per_worker=2,  # one trains (resource dtrain), one reduces and answers
@@ -150,31 +190,64 @@ def _local_cluster(config: ClusterConfig) -> Iterator[LocalCluster]:
 
 
 @contextmanager
+def _not_started() -> Iterator[None]:
+    """Name what keeps local workers from being started.
+
+    Raises
+    ------
+    DiskFull
+        A file system is full: Python's processes share semaphores in /dev/shm.
+    ClusterUnreachable
+        It is something else.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError, TimeoutError) as error:
+        reason: BaseException | None = error
+        while reason is not None and not (isinstance(reason, OSError) and reason.errno == errno.ENOSPC):
+            reason = reason.__cause__ or reason.__context__
+        if reason is not None:
+            raise DiskFull(
+                "Local workers cannot be started: no space is left on a file system that processes share.",
+                "Free some in /dev/shm and in the temporary directory (df -h), or use --scheduler serial.",
+            ) from error
+        raise ClusterUnreachable(
+            f"Local workers cannot be started: {one_line(error)}", "Use --scheduler serial, or see --debug."
+        ) from error
+
+
+@contextmanager
 def _connected(config: ClusterConfig, base: Path) -> Iterator[Client]:
     address = config.scheduler
     if "://" not in address:
-        with _unreachable(config):
+        with _unreachable(config, address):
             address = str(json.loads(Path(base, address).expanduser().read_text(encoding="utf-8"))["address"])
         _check_address(config, with_protocol(address), f'cluster.scheduler = "{config.scheduler}" leads to {address}')
-    with _unreachable(config):
-        _wait_for_answer(address)
-        client = Client(address, timeout=CONNECT_TIMEOUT)
+    security = security_for(address, config, base)
+    with _unreachable(config, address):
+        if security is not None:
+            try_tls(address, security, CONNECT_TIMEOUT)
+        _wait_for_answer(address, security)
+        client = Client(address, timeout=CONNECT_TIMEOUT, security=security)
     with client:
         yield client
 
 
 @contextmanager
-def _unreachable(config: ClusterConfig) -> Iterator[None]:
+def _unreachable(config: ClusterConfig, address: str) -> Iterator[None]:
     try:
         yield
     except (OSError, TimeoutError, ValueError, TypeError, KeyError, AssertionError) as error:  # of a half-written file
+        if fault := tls_fault(address, error):
+            raise fault from None
         raise ClusterUnreachable(
             f"No Dask scheduler answers at {config.scheduler} ({type(error).__name__} within {CONNECT_TIMEOUT:.0f} s).",
-            "Start one with `dask scheduler` and `dask worker ADDRESS`, or use --scheduler local.",
+            "Start one with `dask scheduler` and `dask worker ADDRESS`, or use --scheduler local. "
+            "One that speaks TLS is reached by tls:// alone.",
         ) from error
 
 
-def _wait_for_answer(address: str) -> None:
+def _wait_for_answer(address: str, security: Security | None) -> None:
     """Exchange the first messages with a scheduler: a client waits for them without a time limit.
 
     Raises
@@ -184,7 +257,8 @@ def _wait_for_answer(address: str) -> None:
     """
 
     async def greet() -> None:
-        comm = await asyncio.wait_for(connect(address, timeout=CONNECT_TIMEOUT), CONNECT_TIMEOUT)
+        arguments = {} if security is None else security.get_connection_args("client")
+        comm = await asyncio.wait_for(connect(address, timeout=CONNECT_TIMEOUT, **arguments), CONNECT_TIMEOUT)
         await comm.close()
 
     with ThreadPoolExecutor(1) as pool:  # the caller's thread may have a running event loop, as in a notebook
@@ -193,13 +267,21 @@ def _wait_for_answer(address: str) -> None:
 
 def _check_address(config: ClusterConfig, address: str, named: str) -> None:
     """Refuse an address; `named` says where it stands."""
+    if has_user(address):
+        raise InvalidConfig(
+            f"{named}: the address of a scheduler has no user or password.",
+            "Certificates say who may connect: tls://host:port with cluster.tls (`dtrain certs DIR`).",
+        )
     scheme = urlsplit(address).scheme
-    if scheme != "tcp":
-        raise InvalidConfig(f"{named}: this version connects with tcp:// only.")
-    if not is_loopback(address) and not config.allow_plain:
+    if scheme not in ("tcp", "tls"):
+        raise InvalidConfig(
+            f"{named}: allowed are tcp:// and tls://.", "Start the scheduler with --protocol tls, or tcp."
+        )
+    if scheme == "tcp" and not is_loopback(address) and not config.allow_plain:
         raise InvalidConfig(
             f"{named}, which is neither encrypted nor on this machine: whoever reaches that port can run code as you.",
-            "If the network is yours alone, set cluster.allow_plain = true.",
+            "Use tls:// with certificates (`dtrain certs DIR`); or, if the network is yours alone, set "
+            "cluster.allow_plain = true.",
         )
 
 
@@ -217,7 +299,9 @@ def _connection(client: Client, *, started: bool) -> Connection:
     address = client.scheduler.address
     try:
         states = first_workers(client, WORKERS_TIMEOUT)
-        if not started:
+        if started:
+            check_base_memory(states)
+        else:
             check_scheduler(address, client.run_on_scheduler(versions.versions))
             check_versions(ask_workers(client, versions.versions))
     except (OSError, TimeoutError, RuntimeError, AttributeError, asyncio.CancelledError) as error:
@@ -231,6 +315,7 @@ def _connection(client: Client, *, started: bool) -> Connection:
         num_workers=len(states),
         worker_memory=min(state.limit or int(MEMORY_LIMIT) for state in states),
         dashboard=dashboard_link(client),
+        started=len(states) if started else 0,
         most_workers=most_workers(client),
     )
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dtrain.config.compare import has_redacted
 from dtrain.config.functions import Function, described, takes_weight
 from dtrain.errors import InvalidConfig, NotAModule
 from dtrain.runtime.usercode import user_code
@@ -25,7 +26,14 @@ def build_module(build: Callable[..., nn.Module], arguments: Mapping[str, object
         It returned something else.
     UserCodeFailed
         It raised an exception.
+    InvalidConfig
+        An argument is a URL of which a run has not kept all.
     """
+    if has_redacted(arguments):
+        raise InvalidConfig(
+            "model_args: a run keeps no user, query or fragment of a URL, since they may be secrets.",
+            "Give it again: --set model_args.NAME=URL; or let the function take it from the environment.",
+        )
     with isolated(seed, torch.get_num_threads()), user_code("The function given as model"):
         module = build(**arguments)
     if not isinstance(module, nn.Module):

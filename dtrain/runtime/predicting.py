@@ -17,21 +17,24 @@ from typing import Any, Protocol
 from distributed import Future, get_worker
 
 from dtrain.algorithm.outputs import OutputFacts
+from dtrain.config.functions import Function
 from dtrain.data.plan.heads import OutputArray
 from dtrain.data.plan.prediction import Unit
 from dtrain.data.write.documents import ArraySpec, Objects, encode
 from dtrain.data.write.sink import Writer
-from dtrain.errors import ClusterLost, OutOfMemory
+from dtrain.errors import ClusterLost
 from dtrain.runtime.client import GONE, TaskClient
 from dtrain.runtime.connect import Connection
 from dtrain.runtime.predictor import PredictionSpec, Predictor, Values, Work, forget, predict_units, predictor_of
-from dtrain.runtime.remote import RESOURCE, SlotPlugin, topic
+from dtrain.runtime.remote import RESOURCE, SlotPlugin, places_topic, topic
 from dtrain.runtime.resident import RunOver
-from dtrain.runtime.runner import SegmentLost
+from dtrain.runtime.runner import SegmentLost, given_up
+from dtrain.runtime.watched import watching
 from dtrain.types import Parameters
 
 MAX_LOST = 3
 """Times in a row that tasks are lost before it is given up."""
+KEPT = "What is written stays; with --continue it goes on."
 TASKS_A_WORKER = 2
 """Tasks on their way to a worker, so that none waits for the driver."""
 PROGRESS_SECONDS = 0.5
@@ -176,10 +179,6 @@ class PredictionPlugin(SlotPlugin):
         forget(self.run_id)
 
 
-def _try_outputs(spec: PredictionSpec, params: Parameters) -> tuple[OutputFacts, ...]:
-    return Predictor(spec, params).try_outputs()
-
-
 def _predict_span(payload: Payload, span: int, numbers: Sequence[int]) -> SpanDone | None:
     """Predict some units on a worker; None if nobody waits for them any more."""
     run_id, last = payload.spec.run_id, time.monotonic()
@@ -192,8 +191,12 @@ def _predict_span(payload: Payload, span: int, numbers: Sequence[int]) -> SpanDo
             last = time.monotonic()
             get_worker().log_event(topic(run_id), {"predicted": {"span": span, "samples": samples}})
 
+    def functions() -> Mapping[str, Function]:
+        return predictor_of(payload.spec, payload.params).functions
+
     try:
-        finished = predict_span(payload, span, numbers, on_unit)
+        with watching(places_topic(run_id), functions):
+            finished = predict_span(payload, span, numbers, on_unit)
     except Exception:
         if run_id in _OVER:
             return None
@@ -226,10 +229,10 @@ class ClusterExecutor:
 
     def __init__(self, connection: Connection, run_id: str) -> None:
         self.num_workers, self.dashboard = connection.num_workers, connection.dashboard
-        self._client = TaskClient(connection.client, run_id)
+        self._client = TaskClient(connection.client, run_id, places_topic(run_id), started=connection.started)
         self._plugin = PredictionPlugin(run_id)
         self._progress: SimpleQueue[tuple[int, int]] = SimpleQueue()
-        connection.client.register_plugin(self._plugin)
+        self._client.register(self._plugin)
         connection.client.subscribe_topic(
             self._plugin.name,
             lambda event: self._progress.put((event[1]["predicted"]["span"], event[1]["predicted"]["samples"])),
@@ -237,9 +240,12 @@ class ClusterExecutor:
 
     def try_outputs(self, spec: PredictionSpec, params: Parameters) -> tuple[OutputFacts, ...]:
         """Call the model with zeros, on a worker."""
-        sent = self._client.scatter((spec, params), self._client.workers()[:1])
-        future = self._client.submit(_tried, "try", sent, resources=RESOURCE)
-        outputs: tuple[OutputFacts, ...] = self._client.gather([future], lambda: None)[0]
+
+        def submit() -> list[Future]:
+            sent = self._client.scatter((spec, params), self._client.workers()[:1])
+            return [self._client.submit(_tried, "try", sent, resources=RESOURCE)]
+
+        outputs: tuple[OutputFacts, ...] = self._client.done("Trying the model", submit, watched=True)[0]
         return outputs
 
     def is_reached(self, writer: Writer) -> bool:
@@ -257,6 +263,7 @@ class ClusterExecutor:
         left, finished, lost = dict(enumerate(spans)), _Progress(), 0
         while left:
             try:
+                self._client.begin(lost)
                 for one in self._results(payload, left, lambda: on_samples(finished.heard(self._progress))):
                     left.pop(one.span)
                     finished.settle(one)
@@ -266,13 +273,12 @@ class ClusterExecutor:
             except SegmentLost as error:
                 lost += 1
                 if lost > MAX_LOST:
-                    raise _given_up(error) from error
+                    raise given_up(error, "The prediction", lost, KEPT) from error
             except ClusterLost as error:
                 raise _cluster_lost(error) from error
 
     def _results(self, payload: Payload, left: Mapping[int, Sequence[int]], meanwhile: Callable[[], None]) -> Any:
         """Yield what tasks give, as they end."""
-        self._client.begin()
         workers = self._client.workers()
         sent = self._client.scatter(payload, workers)
         waiting, running, loads = deque(left.items()), dict[Future, str](), Counter[str]()
@@ -303,7 +309,9 @@ class ClusterExecutor:
 
 
 def _tried(both: tuple[PredictionSpec, Parameters]) -> tuple[OutputFacts, ...]:
-    return _try_outputs(*both)
+    predictor = Predictor(*both)
+    with watching(places_topic(both[0].run_id), lambda: predictor.functions):
+        return predictor.try_outputs()
 
 
 class _Progress:
@@ -332,16 +340,6 @@ class _Progress:
             if span not in self._settled:
                 self._running[span] = samples
         return self.total
-
-
-def _given_up(lost: SegmentLost) -> Exception:
-    cure = "What is written stays: run the same command with --continue."
-    if lost.killed:
-        return OutOfMemory(
-            f"Tasks took down their workers {MAX_LOST + 1} times, most likely for want of memory: {lost.reason}",
-            f"Give the workers more memory (cluster.memory), or use a smaller train.micro_batch. {cure}",
-        )
-    return ClusterLost(f"Tasks were lost {MAX_LOST + 1} times in a row: {lost.reason}", cure)
 
 
 def _cluster_lost(error: ClusterLost) -> ClusterLost:

@@ -51,6 +51,7 @@ from dtrain.runtime.module import build_module, isolated, modules_on_device
 from dtrain.runtime.resident import Resident
 from dtrain.runtime.tensors import as_tensors, on_device, scaling_tensors, transformed
 from dtrain.runtime.usercode import user_code
+from dtrain.runtime.watched import forward_of, numbered
 from dtrain.types import Parameters
 
 SPLIT = "all"
@@ -134,6 +135,7 @@ class Predictor:
         load_into(module, self._params)
         self._module = module.to(self.spec.device).eval()
         self._state = _state_of(self._module)
+        forward_of(self._module, config.model)
         return self._module
 
     def try_outputs(self) -> tuple[OutputFacts, ...]:
@@ -231,7 +233,7 @@ class Predictor:
                 yield batch.inputs
 
         with self._isolated(unit.number, "Predicting"):
-            for tensors in self._tensors(inputs(), unit.number, sizes):
+            for tensors in numbered(self._tensors(inputs(), unit.number, sizes)):
                 batch, named = waiting.popleft(), named_tensors(self._outputs(tensors))
                 for collector in collectors:
                     collector.add(batch, named)

@@ -35,6 +35,7 @@ from dtrain.runtime import tasks
 from dtrain.runtime.resident import RunOver, install, is_over, remove, resident_of
 from dtrain.runtime.spec import RunSpec
 from dtrain.runtime.trial import Initial, initialise
+from dtrain.runtime.watched import watching
 from dtrain.types import Broadcast, Flat, InitFile, LocalTask, OuterState, Parameters, ReplicaState, RoundSummary
 
 Arguments = ParamSpec("Arguments")
@@ -145,13 +146,22 @@ def whole_model(slices: Sequence[Combined | Broadcast | Parameters], frozen: Fla
 # Tasks ----------------------------------------------------------------------------------------------------
 
 
+def places_topic(run_id: str) -> str:
+    """Return the topic in which watched tasks say where they are."""
+    return f"{topic(run_id)}-places"
+
+
 def _unless_over(task: Callable[Concatenate[str, Arguments], Value]) -> Callable[Concatenate[str, Arguments], Value]:
-    """Let a task of a run that is over end without an error: nobody waits for its result, or reads of its failure."""
+    """Let a task of a run that is over end without an error: nobody waits for its result, or reads of its failure.
+
+    A task whose key asks for it is watched.
+    """
 
     @wraps(task)
     def run(run_id: str, /, *arguments: Arguments.args, **options: Arguments.kwargs) -> Value:
         try:
-            return task(run_id, *arguments, **options)
+            with watching(places_topic(run_id), lambda: resident_of(run_id).functions):
+                return task(run_id, *arguments, **options)
         except Exception:
             if is_over(run_id):
                 return cast(Value, None)

@@ -38,6 +38,7 @@ from dtrain.runtime.codebytes import live_functions, unpickle_functions
 from dtrain.runtime.module import build_module, modules_on_device
 from dtrain.runtime.spec import PlannedSource, RunSpec
 from dtrain.runtime.usercode import user_code
+from dtrain.runtime.watched import forward_of
 from dtrain.types import Cursor, Parameters
 
 StreamKey: TypeAlias = tuple[str, int]
@@ -123,6 +124,7 @@ class Resident:
         config = self.spec.config
         module = build_module(self.functions["model"], config.model_args, config.train.seed)
         freeze(module, config.train.freeze)
+        forward_of(module, config.model)
         return module
 
     @cached_property
@@ -152,6 +154,7 @@ class Resident:
             blank = [nn.Parameter(torch.empty_like(own.data), own.requires_grad) for own in plain]
             module = copy.deepcopy(self._template, {id(own): new for own, new in zip(plain, blank, strict=True)})
         load_into(module, params)
+        forward_of(module, self.spec.config.model)
         return module
 
     # Samples ------------------------------------------------------------------------------------------------

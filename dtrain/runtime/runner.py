@@ -18,7 +18,9 @@ from dtrain.algorithm.metrics.state import Metric
 from dtrain.data.load.finite import Seen
 from dtrain.data.load.moments import Moments
 from dtrain.data.plan.splits import SplitName
-from dtrain.events import StepsTaken
+from dtrain.errors import ClusterLost, DtrainError, OutOfMemory, UserCodeFailed
+from dtrain.events import StepsTaken, WorkerEvicted
+from dtrain.runtime.deaths import MORE_MEMORY
 from dtrain.runtime.spec import RunSpec
 from dtrain.runtime.trial import Initial
 from dtrain.types import InitFile, Parameters, Position, RoundPlan, RoundSummary, TrainState
@@ -36,14 +38,46 @@ class SegmentLost(Exception):
     ----------
     reason : str
         Dask's own words.
-    killed : bool
-        Whether one task took several workers down with it.
+    killed : str
+        The key of a task that took several workers down with it; empty if there is none.
+    full : bool
+        Whether workers ended for want of memory.
+    gone : bool
+        Whether workers are gone: others may come.
     """
 
-    def __init__(self, reason: str, killed: bool = False) -> None:
+    def __init__(self, reason: str, killed: str = "", *, full: bool = False, gone: bool = False) -> None:
         super().__init__(reason, killed)
         self.reason = reason
         self.killed = killed
+        self.full = full
+        self.gone = gone
+
+
+def given_up(lost: SegmentLost, doing: str, times: int, kept: str) -> DtrainError:
+    """Return the error for work that is always lost.
+
+    Parameters
+    ----------
+    lost : SegmentLost
+        The last time.
+    doing : str
+        Names the work, as the beginning of a sentence.
+    times : int
+        How often it was lost.
+    kept : str
+        Says what stays.
+    """
+    if lost.full:
+        return OutOfMemory(f"{doing} was lost {times} times, for want of memory: {lost.reason}", MORE_MEMORY)
+    if lost.killed:
+        return UserCodeFailed(
+            f"{doing} was lost {times} times: the task {lost.killed} ended each worker that ran it.",
+            'Does the code call os._exit, or crash? cluster.scheduler = "serial" runs it in this process.',
+        )
+    return ClusterLost(
+        f"{doing} was lost {times} times in a row: {lost.reason}", f"{kept} Run the same command again to continue."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +101,8 @@ class Runner(Protocol[Held]):
     """Rounds to submit ahead; None: as many as the loop likes. 0 where `submit` itself trains the round."""
     on_progress: Callable[[StepsTaken], None]
     """Called with the progress of local tasks, while a method waits for values."""
+    on_evicted: Callable[[WorkerEvicted], None]
+    """Called with each worker that is given up because it does not answer."""
 
     def open_dashboard(self) -> str:
         """Add a page for a run to the place's dashboard, and return its address; empty without a dashboard."""
@@ -105,8 +141,8 @@ class Runner(Protocol[Held]):
         """The metrics that are computed batch by batch, to take the values of their states."""
         ...
 
-    def place(self, state: TrainState) -> Held:
-        """Root a segment: turn a state held by the driver into handles."""
+    def place(self, state: TrainState, again: int = 0) -> Held:
+        """Root a segment: turn a state held by the driver into handles; `again` counts the times it was lost."""
         ...
 
     def submit(self, held: Held, plan: RoundPlan) -> Held:

@@ -30,7 +30,7 @@ from dtrain.data.load.finite import Seen
 from dtrain.data.load.moments import Moments
 from dtrain.data.load.statistics import merge_moments
 from dtrain.data.plan.splits import SplitName
-from dtrain.events import StepsTaken
+from dtrain.events import StepsTaken, WorkerEvicted
 from dtrain.runtime import tasks
 from dtrain.runtime.resident import Resident
 from dtrain.runtime.runner import Outcome
@@ -64,6 +64,7 @@ class SerialRunner:
         self.spec = spec
         self._resident = Resident(spec)
         self.on_progress: Callable[[StepsTaken], None] = lambda event: None
+        self.on_evicted: Callable[[WorkerEvicted], None] = lambda event: None
 
     def open_dashboard(self) -> str:
         """Return no address: there is no dashboard."""
@@ -108,7 +109,7 @@ class SerialRunner:
         """The metrics that are computed batch by batch, to take the values of their states."""
         return self._resident.metrics_here
 
-    def place(self, state: TrainState) -> SerialRound:
+    def place(self, state: TrainState, again: int = 0) -> SerialRound:
         """Return the state: its values are their own handles."""
         return SerialRound(state.model, apart(state.broadcast), state.replicas, state.outer, state.ema, None)
 

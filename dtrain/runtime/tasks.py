@@ -35,6 +35,7 @@ from dtrain.runtime.resident import Resident
 from dtrain.runtime.stopwatch import Measured, Stopwatch, process_name
 from dtrain.runtime.tensors import as_tensors, decoder, on_device, transformed
 from dtrain.runtime.usercode import user_code
+from dtrain.runtime.watched import numbered
 from dtrain.types import Broadcast, Cursor, Flat, LocalTask, OuterState, Parameters, ReplicaState
 
 Progress: TypeAlias = Callable[[StepsTaken], None]
@@ -105,7 +106,7 @@ def _local_steps(
             module,
             resident.recipe,
             start.inner,
-            ((sum(step), _taken(batches, len(step))) for step in sizes),
+            numbered((sum(step), _taken(batches, len(step))) for step in sizes),
             first_step=task.step,
             total_steps=task.total_steps,
             controlled=ControlledSteps(module, layout, controls) if spec.config.average.control else None,
@@ -144,7 +145,7 @@ def evaluate_piece(resident: Resident, params: Parameters, split: SplitName, pie
                 module,
                 resident.recipe.loss,
                 resident.metrics,
-                batches,
+                numbered(batches),
                 train.precision,
                 decode,
                 context_of=context_maker(resident.spec, stream.source, stream.partition, sizes, decode),

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -265,6 +266,8 @@ def _is_stale(imported_from: Path, file: Path, text: bytes, base: Path) -> bool:
 def user_code(doing: str, hint: str = "") -> Iterator[None]:
     """Turn an exception of the user's code into `UserCodeFailed` that says where it happened.
 
+    Also one that would end the process, such as SystemExit; but not Ctrl-C or SIGTERM, which come to the main thread.
+
     Parameters
     ----------
     doing : str
@@ -278,9 +281,9 @@ def user_code(doing: str, hint: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except DtrainError:
-        raise
-    except Exception as error:
+    except BaseException as error:
+        if isinstance(error, DtrainError) or _is_signal(error):
+            raise
         text = short_line(error)
         if isinstance(error, MemoryError) or "can't allocate memory" in text:
             raise OutOfMemory(
@@ -295,6 +298,13 @@ def user_code(doing: str, hint: str = "") -> Iterator[None]:
             f"{doing} raised {type(error).__name__}: {text}{where}",
             f"{hint} Run with --debug to see the traceback.".lstrip(),
         ) from error
+
+
+def _is_signal(error: BaseException) -> bool:
+    """Whether an exception ends the process because a signal says so, or is dtrain's own."""
+    is_main = threading.current_thread() is threading.main_thread()
+    own = type(error).__module__.partition(".")[0] in ("dtrain", "dtrain_cli")
+    return own or (is_main and isinstance(error, KeyboardInterrupt))
 
 
 def short_line(error: BaseException) -> str:

@@ -17,13 +17,13 @@ from dtrain.config.functions import described
 from dtrain.errors import ClusterUnreachable, InvalidConfig, did_you_mean, one_line
 from dtrain.runtime.script import unguarded_line
 
-ALLOWED = 'Allowed are "local", "serial", an address such as tcp://127.0.0.1:8786, or a scheduler file.'
+ALLOWED = 'Allowed are "local", "serial", an address (tcp://127.0.0.1:8786, tls://...), or a scheduler file.'
 ALLOWED_IN_PYTHON = (
     'Allowed are "local", "serial", an address such as tcp://127.0.0.1:8786, a scheduler file, a distributed.Client, '
     "or a cluster such as LocalCluster(n_workers=4)."
 )
-BARE_ADDRESS = re.compile(r"^[\w.-]+:\d{1,5}$|^\[[0-9a-fA-F:.]+\]:\d{1,5}$")
-"""``host:port``."""
+BARE_ADDRESS = re.compile(r"^(?:[^/\s]*@)?(?:[\w.-]+|\[[0-9a-fA-F:.]+\]):\d{1,5}$")
+"""``host:port``; a user before it is refused where addresses are, and not taken for the path of a file."""
 
 
 @runtime_checkable

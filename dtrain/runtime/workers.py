@@ -6,7 +6,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,6 +19,8 @@ from dtrain.errors import ClusterUnreachable, OutOfMemory, listed
 REQUESTED_TIMEOUT = 600.0
 """Seconds to wait for it while the cluster says that it is starting workers."""
 POLL_SECONDS = 0.2
+FULL_AT_START = 0.85
+"""A worker that uses this share of its limit before it holds data has not enough left to train."""
 SAY_SECONDS = 10.0
 """After so long it is said that no worker runs yet, and each time that it has become twice as long."""
 LOG = logging.getLogger("dtrain")
@@ -182,6 +184,23 @@ def check_running(client: Client) -> None:
     states = worker_states(client)
     if states and not any(worker.running for worker in states):
         raise paused_error(states)
+
+
+def check_base_memory(states: Collection[WorkerState]) -> None:
+    """Refuse workers whose memory is full before they hold any data.
+
+    Raises
+    ------
+    OutOfMemory
+        One's is.
+    """
+    for state in states:
+        if state.limit and state.memory > FULL_AT_START * state.limit:
+            raise OutOfMemory(
+                f"A worker may use {format_bytes(state.limit)} (cluster.memory), and its process alone, with PyTorch "
+                f"and without any data, takes {format_bytes(state.memory)}.",
+                f"Set cluster.memory to {format_bytes(2 * state.memory)} or more, or use fewer workers.",
+            )
 
 
 class Pauses:

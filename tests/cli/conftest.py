@@ -17,6 +17,7 @@ import tomli_w
 
 from dtrain_cli import main, output
 from tests.cli.helpers import MODEL, SCRIPT, TABLES, Outcome, Project, blobs, history, merge
+from tests.training import rewrite_env
 
 
 @pytest.fixture(autouse=True)
@@ -134,13 +135,10 @@ def job(tmp_path: Path, cli: Callable[..., Outcome], project: Callable[..., Proj
     made = Project(tmp_path / "job", Path("job/dtrain.toml"), Path("job/runs/job"))
     if _complete.exists():
         shutil.copytree(_complete, made.dir)
-        environment = made.dir / "runs/job/env.json"
-        environment.write_text(environment.read_text().replace(str(_complete), str(made.dir)))
+        rewrite_env(made.run, base=str(made.dir))
         return made
     project({"train": {"rounds": 4}, "run": {"keep": 9}})
     outcome = cli("-q", "train", made.config)
     assert outcome.code == 0, outcome.err
     shutil.copytree(made.dir, _complete)
-    environment = _complete / "runs/job/env.json"
-    environment.write_text(environment.read_text().replace(str(made.dir), str(_complete)))
     return made

@@ -25,12 +25,13 @@ COMMANDS = {
         *("RUN", "--data", "--out", "--continue", "--round", "--values", "--overlap", "--scheduler", "--set"),
         *("--project", "--trust-code"),
     },
-    "doctor": {"--scheduler", "--data"},
+    "doctor": {"--scheduler", "--data", "--set"},
     "export": {"RUN", "--to", "--out", "--round", "--ema", "--set", "--project", "--trust-code"},
     "config show": {"CONFIG|RUN", "--set"},
     "config schema": set(),
     "config diff": {"A", "B"},
     "config presets": {"[NAME]"},
+    "certs": {"DIR", "--host", "--days"},
 }
 HEAVY = ("torch", "xarray", "zarr", "dask", "distributed", "numpy", "pydantic")
 

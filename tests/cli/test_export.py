@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from tests.cli.helpers import last
+from tests.training import rewrite
 
 
 def test_a_file_and_its_card(cli, job):
@@ -56,7 +57,7 @@ def test_code_that_has_changed(cli, job):
 def test_another_round_is_the_best(cli, job):
     rows = [json.loads(line) for line in (job.dir / "runs/job/history.jsonl").read_text().splitlines()]
     rows[1]["val_loss"] = 0.0
-    (job.dir / "runs/job/history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rewrite(job.run, rows)
     outcome = cli("export", "job", "--to", "safetensors", "--out", "m")
     assert "round 2 has the best val_loss. --round best exports it." in " ".join(outcome.err.split())
     assert last(cli("--json", "export", "job", "--to", "safetensors", "--out", "b", "--round", "best"))["round"] == 2

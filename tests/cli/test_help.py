@@ -97,7 +97,7 @@ def test_what_is_completed(tmp_path, monkeypatch):
     assert completion.config_files("") == ["my/dtrain.toml", "top.json"]
     assert completion.config_files("my/") == ["my/dtrain.toml", "my/other.yaml"]
     assert completion.config_files_or_runs("") == ["my/dtrain.toml", "top.json", "first"]
-    assert completion.places("") == ["local", "serial", "tcp://", "top.json"]
+    assert completion.places("") == ["local", "serial", "tcp://", "tls://", "top.json"]
     assert completion.rounds("b") == ["best"]
     assert completion.splits("") == ["all", "test", "val"]
     assert completion.keys("stop.") == [f"stop.{key}=" for key in ("metric", "min_delta", "mode", "patience", "target")]

@@ -1,5 +1,6 @@
 """Results on stdout, narration on stderr; colours, quiet and debug."""
 
+import errno
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from dtrain_cli import output
-from tests.cli.helpers import MODEL, SCRIPT, objects
+from tests.cli.helpers import MODEL, SCRIPT, last, objects
 
 ESCAPE = "\x1b"
 
@@ -261,3 +262,59 @@ def test_small_losses_are_not_printed_as_nothing(cli, project, tmp_path):
 def test_a_path_with_a_detour_is_shown_without(cli, job):
     outcome = cli("plan", job.config, "--set", "data.path=job/../job/train.zarr")
     assert re.search(r"^store +job/train.zarr$", outcome.out, re.MULTILINE)
+
+
+# What code of the user's prints -------------------------------------------------------------------------------------
+
+LOUD = """\
+import os
+from torch import nn
+
+print("imported")
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+
+    def forward(self, x):
+        print("loud " * 2000)
+        os.write(1, b"from C\\n")
+        return self.linear(x)
+
+
+def build():
+    return Net()
+"""
+
+
+@pytest.mark.parametrize("where", ["serial", pytest.param("local", marks=pytest.mark.alone)])
+def test_what_is_printed_by_code_of_the_users_is_no_result(project, script, where):
+    job = project({"train": {"batch_size": 1, "rounds": 4}}, model=LOUD)
+    outcome = script("--json", "train", job.config, "--set", f"cluster.scheduler={where}", timeout=200)
+    assert outcome.code == 0, outcome.err[-2000:]
+    assert [row["event"] for row in objects(outcome.out)] == ["round"] * 4 + ["done"]
+    assert "loud loud" in outcome.err
+    assert "from C" in outcome.err
+    if where == "local":
+        assert "more output is left out" in outcome.err
+        assert outcome.err.count("loud") < 2 * 200_000 + 10_000
+
+
+def test_errors_of_the_machine_are_no_bugs(cli, job, monkeypatch):
+    def broken(path, *more, **options):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    for name in ("listdir", "lstat"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, broken)
+            outcome = cli("--json", "status", job.run)
+        assert outcome.code in (5, 8)
+        assert "nput/output error" in last(outcome)["message"]
+    for error, code in ((MemoryError(), 8), (OSError(errno.ENOSPC, "x", "/dev/shm/a"), 8), (OSError("odd"), 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr("dtrain.directory.find_run", lambda text, error=error: (_ for _ in ()).throw(error))
+            outcome = cli("--json", "status", job.run)
+        assert outcome.code == code
+        assert "Traceback" not in outcome.err

@@ -11,6 +11,7 @@ import pytest
 import dtrain
 from tests.cli.helpers import MODEL, last
 from tests.runtime import models
+from tests.training import rewrite, rewrite_env
 
 LOSSES = (
     MODEL
@@ -78,17 +79,22 @@ def test_what_the_files_of_a_run_name_is_never_imported(cli, own, where, tmp_pat
     (place / "model.py").write_text(f"{LOSSES}\nopen({str(marker)!r}, 'w')\n") if where != "project" else None
     config = own.run / "config.toml"
     if where == "base":
-        environment = json.loads((own.run / "env.json").read_text())
-        (own.run / "env.json").write_text(json.dumps({**environment, "base": str(place)}))
+        rewrite_env(own.run, base=str(place))
         shutil.copytree(own.dir / "train.zarr", place / "train.zarr")
         assert cli("--json", "eval", own.run).code == 0
     else:
-        config.write_text(config.read_text().replace("model:build", "evil:build"))
+        text = config.read_text()
+        config.write_text(text.replace("model:build", "evil:build"))
         outcome = cli("--json", "eval", own.run)
-        assert outcome.code == 4
-        assert 'model was "evil:build", and there it is "model:build"' in last(outcome)["message"]
-        config.write_text(config.read_text().replace("evil:build", "os:system"))
-        assert cli("--json", "eval", own.run).code == 4
+        assert outcome.code == 5
+        assert 'config.toml has been modified: model was "model:build"' in last(outcome)["message"]
+        plan = json.loads((own.run / "plan.json").read_text())
+        for name in ("evil:build", "os:system"):
+            config.write_text(text.replace("model:build", name))
+            rewrite(own.run, plan={**plan, "config": {**plan["config"], "model": name}})
+            outcome = cli("--json", "eval", own.run)
+            assert outcome.code == 4
+            assert f'model was "{name}", and there it is "model:build"' in last(outcome)["message"]
     assert not marker.exists()
 
 

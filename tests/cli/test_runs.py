@@ -1,6 +1,5 @@
 """dtrain status and dtrain eval: what is known of a run afterwards, or while it trains."""
 
-import json
 import os
 import shutil
 import threading
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.cli.helpers import blobs, history, kept, last, objects, tree
+from tests.training import rewrite
 
 PACE = {"samples_per_second", "seconds_left", "seconds_since_round", "retried", "rejected"}
 LIVE = {
@@ -79,8 +79,8 @@ def test_the_status_names_the_last_evaluated_round_beside_the_last(cli, project)
     job = project({"train": {"eval_every": 3, "rounds": 6}})
     assert cli("-q", "train", job.config).code == 0
     rows = history(job.run)[:5]
-    (job.run / "history.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))  # as while it trains
     shutil.rmtree(job.run / "rounds/round-000006")
+    rewrite(job.run, rows)  # as while it trains
     found = last(cli("--json", "status", job.run))
     assert (found["last"], found["evaluated"], found["best_round"]) == (rows[4], rows[2], 3)
     lines = cli("status", job.run).out.splitlines()
@@ -91,7 +91,7 @@ def test_the_status_names_the_last_evaluated_round_beside_the_last(cli, project)
 
 def test_a_metric_of_zero_is_shown(cli, run):
     rows = [{**row, "val_accuracy": 0.0} for row in history(run)]
-    (run / "history.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    rewrite(run, rows)
     assert "val_accuracy 0.0000" in cli("status", run).out
 
 
@@ -146,9 +146,10 @@ def test_the_status_of_a_run_without_a_round(cli, project):
 
 def test_a_half_written_line_of_history_is_no_obstacle(cli, run):
     path = run / "history.jsonl"
+    shutil.rmtree(run / "rounds/round-000004")
     path.write_text(path.read_text()[:-30])
     found = last(cli("--json", "status", run))
-    assert (found["round"], found["committed"]) == (3, [1, 2, 3, 4])
+    assert (found["round"], found["committed"]) == (3, [1, 2, 3])
 
 
 def test_without_a_name_the_newest_run(cli, project):
@@ -241,7 +242,7 @@ def test_the_default_is_the_last_round_on_the_test_split(cli, run):
 
 def test_another_round_that_is_the_best_is_mentioned(cli, run):
     rows = [{**row, "val_loss": abs(row["round"] - 2.0)} for row in history(run)]
-    (run / "history.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    rewrite(run, rows)
     note = "job: this is round 4, the last one; round 2 has the best val_loss. --round best evaluates it.\n"
     for output in ((), ("--json",)):
         outcome = cli(*output, "eval", run)

@@ -11,7 +11,7 @@ import yaml
 from safetensors import safe_open
 
 from tests.cli.helpers import MODEL, TABLES, blobs, history, kept, last, objects, tree
-from tests.training import bits
+from tests.training import bits, rewrite
 
 ROW = [
     "event",
@@ -503,7 +503,7 @@ def test_the_newest_rounds_are_kept_and_the_best(cli, project):
     worse = project({"train": {"optimizer_args": {"lr": 0.05}, "rounds": 1}}, name="worse")
     assert cli("-q", "train", worse.config).code == 0
     rows = history(worse.run)
-    (worse.run / "history.jsonl").write_text(json.dumps({**rows[0], "val_loss": -1.0}) + "\n")
+    rewrite(worse.run, [{**rows[0], "val_loss": -1.0}])
     assert cli("-q", "train", worse.config, "--set", "train.rounds=6", "--set", "run.keep=1").code == 0
     assert kept(worse.run) == [1, 6]
 

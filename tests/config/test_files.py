@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 import tomllib
 from datetime import date
 from pathlib import Path
@@ -85,7 +86,7 @@ def test_a_directory_is_exit_code_2_and_names_the_usual_file(tmp_path):
         ("a.yaml", "a: [1", "line 1"),
         ("a.yaml", "!!python/object/apply:os.system ['true']", "python/object"),
         ("a.json", '{"a": 1', "line 1"),
-        ("a.json", "[" * 100_000, "recursion"),
+        ("a.json", "[" * 100_000, "nested too deeply"),
         ("a.yaml", "- a\n- b", "holds list, not tables"),
         ("a.yaml", "", "holds NoneType, not tables"),
         ("a.json", "3", "holds int, not tables"),
@@ -268,3 +269,43 @@ def test_arguments_of_any_kind_come_back_from_toml(arguments):
 def test_arguments_put_in_behind_the_check_are_refused_when_written():
     with pytest.raises(InvalidConfig, match=r"model_args\.a is null"):
         to_toml(TrainConfig().model_copy(update={"model_args": {"a": None}}))
+
+
+# Hostile files ------------------------------------------------------------------------------------------------------
+
+ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("c.json", "[" * 100_000, "nested too deeply; at most 64"),
+        ("c.json", '{"model_args": ' + '{"a":' * 70 + "1" + "}" * 71, "nested too deeply; at most 64"),
+        ("c.toml", "a = " + "[" * 100_000, "nested too deeply; at most 64"),
+        ("c.toml", "model_args.a = " + "[" * 70 + "]" * 70, "nested too deeply; at most 64"),
+        ("c.toml", "a." * 3000 + "b = 1", "nested too deeply; at most 64"),
+        ("c.yaml", "[" * 3000, "nested too deeply; at most 64"),
+        ("c.yaml", "model_args: &m\n  a: *m\n", "nested too deeply; at most 64"),
+        ("c.yaml", f"{ALIASES}\nmodel_args: {{ a: *a9 }}\n", r"holds [0-9,]+ values; at most 1,000,000"),
+        ("c.toml", "# " + "x" * 2**24, "a config file has at most 16,777,216 bytes"),
+    ],
+)
+def test_nested_and_large_files_are_refused_at_once(tmp_path, name, text, said):
+    path = tmp_path / name
+    path.write_text(text)
+    began = time.monotonic()
+    with pytest.raises(InvalidConfig, match=said):
+        load_config(path)
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    "setting", ["model_args.a=" + "[" * 5000, "a." * 3000 + "b=1", "model_args.a=" + "[" * 70 + "]" * 70]
+)
+def test_nested_settings_are_refused(tmp_path, setting):
+    path = tmp_path / "c.toml"
+    path.write_text('model = "m:f"\n')
+    with pytest.raises((InvalidConfig, UsageError), match="nested too deeply; at most 64"):
+        load_config(path, (setting,))

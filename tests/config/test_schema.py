@@ -11,9 +11,8 @@ from pydantic import ValidationError
 from dtrain.config.average import CodecConfig, OuterConfig
 from dtrain.config.files import load_config, to_toml
 from dtrain.config.schema import TrainConfig, TrainTable
-from dtrain.config.unbuilt import NOT_BUILT
 from dtrain.config.values import flat_values
-from dtrain.errors import InvalidConfig, NotSupportedYet
+from dtrain.errors import InvalidConfig
 from tests.config.helpers import REQUIRED, RICH
 
 # SPEC section 3, its comments shortened
@@ -115,7 +114,7 @@ threads = 1
 memory = "auto"
 allow_plain = false
 slices = "auto"
-# tls = { ca = "", cert = "", key = "" }
+tls = { ca = "", cert = "", key = "" }
 
 [run]
 dir = "runs"
@@ -169,7 +168,6 @@ def test_the_tables_of_the_contract_are_the_whole_schema():
 
     uncommented = "\n".join(line[2:] if line.startswith("# ") else line for line in CONTRACT.splitlines())
     named = set(keys(without_optional_tables(tomllib.loads(uncommented))))
-    named = {"cluster.tls" if key.startswith("cluster.tls.") else key for key in named}
     elsewhere = {"average.outer", "average.codec", "data.split.patches", "data.split.gap", "data.split.by"}
     assert named == {key for key, _ in flat_values(TrainConfig())} - elsewhere
 
@@ -370,57 +368,11 @@ def test_defaults_are_not_shared_between_configs():
     assert TrainConfig().model_args == {}
 
 
-# Features to come ---------------------------------------------------------------------------------------------------
-
-OTHER = {
-    "data.storage_options": {"anon": True},
-    "data.isel": {"level": 3},
-    "data.dims": {"X": ["cell", "gene"]},
-    "data.input_offsets": [0, 1],
-    "data.target_offsets": {"start": 1, "stop": 129},
-    "data.stride": 2,
-    "data.patch": {"lat": 64},
-    "data.val_path": "val.zarr",
-    "data.normalize": ["a"],
-    "data.transform": "m:f",
-    "data.cache": "1GB",
-    "train.precision": "bfloat16",
-    "average.reduce": "median",
-    "average.inner_state": "reset",
-    "average.prox": 0.1,
-    "average.ema": 0.9,
-    "average.recalibrate_batchnorm": True,
-    "average.mix.topology": "ring",
-    "average.mix.groups": 2,
-    "average.mix.period": 2,
-    "average.outer": {},
-    "average.codec": {"name": "bf16"},
-    "stop.metric": "val_accuracy",
-    "stop.mode": "max",
-    "stop.target": 0.1,
-    "stop.patience": 5,
-    "stop.min_delta": 0.1,
-    "cluster.slices": 2,
-    "cluster.tls": {"ca": "x"},
-    "run.trackers": ["m:f"],
-}
-
-
-@pytest.mark.parametrize("key", NOT_BUILT)
-def test_what_is_not_built_is_refused_by_name(key):
-    with pytest.raises(NotSupportedYet) as caught:
-        TrainConfig(**nested(key, OTHER[key]))
-    assert caught.value.message.startswith(f"{key} = ")
-    assert f"this version does not have {NOT_BUILT[key]} yet." in caught.value.message
-    assert caught.value.code == 3
-
-
-@pytest.mark.parametrize(
-    "key", [key for key, value in flat_values(TrainConfig()) if key in NOT_BUILT and value is not None]
-)
-def test_the_default_of_what_is_not_built_may_be_given(key):
-    default = dict(flat_values(TrainConfig()))[key]
-    assert TrainConfig(**nested(key, default)) == TrainConfig()
+@pytest.mark.parametrize("given", [{"ca": "ca.pem"}, {"ca": "ca.pem", "cert": "a.pem"}, {"key": "key.pem"}])
+def test_the_files_of_tls_are_given_together(given):
+    message = refused(cluster={"tls": given})
+    assert message.startswith("cluster.tls: lacks ")
+    assert message.endswith("; give ca, cert and key")
 
 
 def test_a_list_of_stores():

@@ -11,7 +11,7 @@ import xarray as xr
 from dtrain.events import ReplicaRejected, RoundCommitted, RoundFinished, RunFinished, RunStarted
 from dtrain.files import append_line
 from dtrain.report.dataset import dataset_of
-from dtrain.report.history import best_round, limit_of_rows, read_rows, row_of
+from dtrain.report.history import best_round, limit_of_rows, read_lines, read_rows, row_of
 from dtrain.report.journal import cut_history, journal
 from tests.report.helpers import result_of
 
@@ -212,30 +212,30 @@ def test_without_any_number_no_round_is_best():
 def test_a_row_is_read_back_as_it_was_written(tmp_path):
     journal(tmp_path, RoundFinished(result_of(1)))
     journal(tmp_path, RoundFinished(result_of(2, train_loss=math.nan)))
-    assert read_rows(tmp_path / "history.jsonl") == [row_of(result_of(1)), row_of(result_of(2, train_loss=math.nan))]
+    assert read_rows(tmp_path) == [row_of(result_of(1)), row_of(result_of(2, train_loss=math.nan))]
 
 
 def test_a_missing_history_is_empty(tmp_path):
-    assert read_rows(tmp_path / "history.jsonl") == []
+    assert read_rows(tmp_path) == []
 
 
 @pytest.mark.parametrize("tail", ['{"event": "round", "rou', "\0\0\0\0", '{"a": "\\ud8', "garbage"])
 def test_a_line_that_a_killed_process_left_half_written_ends_the_history(tmp_path, tail):
     write_rows(tmp_path, 1, 2, tail=tail)
-    assert [row["round"] for row in read_rows(tmp_path / "history.jsonl")] == [1, 2]
+    assert [row["round"] for row in read_rows(tmp_path)] == [1, 2]
 
 
 def test_nothing_is_read_behind_a_broken_line(tmp_path):
     lines = write_rows(tmp_path, 1, 2, 3)
     (tmp_path / "history.jsonl").write_text("\n".join([lines[0], lines[1][:20], lines[2]]) + "\n")
-    assert [row["round"] for row in read_rows(tmp_path / "history.jsonl")] == [1]
+    assert [row["round"] for row in read_rows(tmp_path)] == [1]
 
 
 def test_bytes_that_are_no_text_end_the_history(tmp_path):
     write_rows(tmp_path, 1)
     with (tmp_path / "history.jsonl").open("ab") as file:
         file.write(b"\xff\xfe\x00")
-    assert [row["round"] for row in read_rows(tmp_path / "history.jsonl")] == [1]
+    assert [row["round"] for row in read_rows(tmp_path)] == [1]
     cut_history(tmp_path, 1)
     assert (tmp_path / "history.jsonl").read_text() == json.dumps(row_of(result_of(1))) + "\n"
 
@@ -275,8 +275,8 @@ def test_rounds_go_to_the_history_and_faults_and_commits_to_the_events(tmp_path)
     started = {"run": "r", "round": 0, "rounds": 1, "replicas": 2, "samples": 20, "workers": 2, "dashboard": ""}
     journal(tmp_path, RunStarted(**started))
     journal(tmp_path, RunFinished(reason="rounds", rounds=1, params_sha256="ab", val_loss=None, run="r"))
-    assert [row["event"] for row in read_rows(tmp_path / "history.jsonl")] == ["round"]
-    rejected, committed = read_rows(tmp_path / "events.jsonl")
+    assert [row["event"] for row in read_rows(tmp_path)] == ["round"]
+    rejected, committed = list(read_lines(tmp_path / "events.jsonl"))
     assert (rejected.pop("time")[:2], rejected) == ("20", {"event": "ReplicaRejected", "round": 1, "replica": 3})
     assert committed["event"] == "RoundCommitted"
     assert (committed["round"], committed["bytes"], committed["seconds"]) == (1, 10, 0.5)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
 from distributed import Client
+from distributed.client import ClosedClientError
+from distributed.comm.core import CommClosedError
 
 from dtrain.config.schema import ClusterConfig
-from dtrain.errors import ClusterUnreachable, ClusterUnsuitable
+from dtrain.errors import ClusterLost, ClusterUnreachable, ClusterUnsuitable, DiskFull
 from dtrain.runtime import connect
 from dtrain.runtime.connect import check_scheduler, check_versions, local_worker_memory, local_workers, open_cluster
 from dtrain.runtime.versions import versions
@@ -85,10 +90,14 @@ def test_a_local_cluster_listens_on_the_loopback_interface_only(tmp_path: Path) 
         assert connection.num_workers == 1
         assert connection.worker_memory == 10**9
         family = [psutil.Process(os.getpid()), *psutil.Process(os.getpid()).children(recursive=True)]
-        listening = {
-            c.laddr.ip for process in family for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN
-        }
-    assert listening == {"127.0.0.1"}
+        connections = [c for process in family for c in process.net_connections("inet")]
+        listening = [c.laddr for c in connections if c.status == psutil.CONN_LISTEN]
+        info = connection.client.scheduler_info()
+        ((address, worker),) = info["workers"].items()
+        known = {info["services"]["dashboard"], worker["services"]["dashboard"]}
+        known |= {urlsplit(one).port for one in (info["address"], address, worker["nanny"])}
+    assert {place.ip for place in listening} == {"127.0.0.1"}
+    assert known <= {place.port for place in listening}  # of the scheduler, the nanny, the worker, and their pages
 
 
 def test_threads_decide_how_many_local_workers_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,3 +109,34 @@ def test_threads_decide_how_many_local_workers_there_are(monkeypatch: pytest.Mon
     assert local_workers(ClusterConfig(workers=5)) == 5
     assert local_worker_memory(ClusterConfig(threads=4)) == 8 * 2**30
     assert local_worker_memory(ClusterConfig(memory="2GiB")) == 2 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("reason", "error", "match"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), DiskFull, "no space is left"),
+        (
+            OSError(errno.EPERM, "Operation not permitted"),
+            ClusterUnreachable,
+            "cannot be started: Nanny failed to start",
+        ),
+    ],
+)
+def test_what_keeps_local_workers_from_being_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reason: OSError, error: type[Exception], match: str
+) -> None:
+    def failing(**options: Any) -> None:
+        raise RuntimeError("Nanny failed to start.") from reason
+
+    monkeypatch.setattr(connect, "LocalCluster", failing)
+    with pytest.raises(error, match=match), open_cluster(ClusterConfig(scheduler="local"), tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("error", [CommClosedError("gone"), ClosedClientError("gone"), TimeoutError("gone")])
+def test_a_cluster_that_goes_away_while_it_is_used(client: Client, tmp_path: Path, error: Exception) -> None:
+    with (
+        pytest.raises(ClusterLost, match=r"Lost the cluster: gone\. Committed rounds are safe"),
+        open_cluster(ClusterConfig(), tmp_path, client),
+    ):
+        raise error

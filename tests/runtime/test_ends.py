@@ -107,7 +107,7 @@ def test_what_runs_when_a_run_ends_is_over_soon(start: Callable[..., dtrain.Run]
 
 @pytest.fixture
 def in_this_process() -> Iterator[Client]:
-    options: dict[str, Any] = {"processes": False, "dashboard_address": None, "silence_logs": logging.CRITICAL}
+    options: dict[str, Any] = {"processes": False, "dashboard_address": "127.0.0.1:0", "silence_logs": logging.CRITICAL}
     with LocalCluster(n_workers=2, threads_per_worker=2, **options) as started, Client(started) as connected:
         yield connected
 

@@ -22,7 +22,7 @@ import dtrain
 from dtrain.data.plan.partition import plan_data, train_partitions
 from dtrain.data.plan.units import cell_bounds
 from dtrain.data.samples import Samples
-from dtrain.errors import ClusterLost, Diverged, OutOfMemory
+from dtrain.errors import ClusterLost, Diverged, OutOfMemory, UserCodeFailed
 from dtrain.events import Event, ReplicaRejected, SegmentReplayed
 from dtrain.runtime.cluster import ClusterRunner
 from dtrain.runtime.runner import SegmentLost
@@ -128,12 +128,14 @@ def test_a_client_that_cannot_submit_is_a_lost_segment(
     assert [row["params_sha256"] for row in run.rows] == calm
 
 
-@pytest.mark.parametrize(("killed", "error"), [(True, OutOfMemory), (False, ClusterLost)])
+@pytest.mark.parametrize(
+    ("lost", "error"), [({"full": True}, OutOfMemory), ({"killed": "always"}, UserCodeFailed), ({}, ClusterLost)]
+)
 def test_a_segment_that_is_always_lost_ends_the_run(
-    samples: Samples, tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch, killed: bool, error: Any
+    samples: Samples, tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch, lost: Any, error: Any
 ) -> None:
     def losing(self: ClusterRunner, held: Any, plan: Any) -> Any:
-        raise SegmentLost("always", killed)
+        raise SegmentLost("always", **lost)
 
     monkeypatch.setattr(ClusterRunner, "submit", losing)
     with pytest.raises(error, match="always"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import shutil
@@ -26,6 +27,7 @@ from dtrain.config.schema import TrainConfig
 from dtrain.data.samples import Samples
 from dtrain.errors import InvalidConfig, RunConflict, UserCodeFailed
 from dtrain.runtime.codetext import source_sha256
+from tests.training import rewrite
 
 HERE = "tests.runtime.test_functions"
 
@@ -331,9 +333,10 @@ def test_other_functions_than_the_runs_are_refused(
 
 def test_a_function_that_the_program_cannot_import_is_asked_for(train: Callable[..., dtrain.Run]) -> None:
     run = train()
-    text = (run.directory / "config.toml").read_text()
+    text, plan = (run.directory / "config.toml").read_text(), json.loads((run.directory / "plan.json").read_text())
     for name in ("os:system", "no_such_module:build", "torch.nn:Linear", "__main__:build"):
         (run.directory / "config.toml").write_text(text.replace(f"{HERE}:build", name))
+        rewrite(run.directory, plan={**plan, "config": {**plan["config"], "model": name}})
         with pytest.raises(InvalidConfig, match=f'model = "{name}" was') as caught:
             _ = dtrain.load_run(run.directory).model
         assert "load_run(" in caught.value.hint

@@ -17,12 +17,10 @@ from torch import nn
 
 import dtrain
 from dtrain.calls import job_from_python
-from dtrain.directory import read_resolved
 from dtrain.errors import NonFiniteData
 from dtrain.job import with_scheduler
 from dtrain.planning import plan_job
 from dtrain.plantext import plan_rows
-from dtrain.runs import load_run
 from tests.runtime import models
 from tests.training import shas, trained
 
@@ -181,23 +179,6 @@ def test_a_missing_label_is_left_out_where_the_loss_of_the_user_would_see_it(
     assert (left_out["samples"], left_out["by_variable"]) == (int(MISSING.sum()), {"y": int(MISSING.sum())})
     kept = start(marked, "known", loss="cross_entropy", data={"non_finite": "skip"})
     assert not any("SamplesLeftOut" in line for line in (kept.directory / "events.jsonl").read_text().splitlines())
-
-
-def test_a_run_of_before_goes_on_with_nan(
-    store: Callable[..., Path], start: Callable[..., dtrain.Run], seen: Callable[[], list[tuple[str, int]]]
-) -> None:
-    name = "tests.runtime.test_labels:own_loss"
-    marked = store("marked", np.where(MISSING, 255, CLASSES).astype("uint8"), _FillValue=255)
-    run = start(marked, "r", loss=name, data={"non_finite": "allow"})
-    plan = run.directory / "plan.json"
-    stored = json.loads(plan.read_text())
-    del stored["labels"]
-    plan.write_text(json.dumps(stored))
-    assert read_resolved(run.directory).labels == "nan"
-    seen()
-    start(marked, "r", loss=name, rounds=3, data={"non_finite": "allow"})
-    load_run(run.directory).evaluate(split="val")
-    assert {dtype for dtype, _ in seen()} == {"float32"}
 
 
 def test_batches_hold_the_ignored_class(store: Callable[..., Path]) -> None:

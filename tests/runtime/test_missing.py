@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import dtrain
 from dtrain.calls import job_from_python
 from dtrain.data.plan.partition import cell_anchors
 from dtrain.data.read.presence import check_presence
-from dtrain.errors import ChunkMissing, DataChanged, NonFiniteData, RunConflict, TooFewSamples
+from dtrain.errors import ChunkMissing, DataChanged, NonFiniteData, TooFewSamples
 from dtrain.events import ChunksFilled
 from dtrain.job import job_from_config, with_scheduler
 from dtrain.planning import plan_job
@@ -29,7 +28,7 @@ from dtrain.prepare import open_runner
 from dtrain.runs import load_run
 from dtrain.trainer import train_job
 from tests.runtime import models
-from tests.training import evaluated, shas, trained
+from tests.training import evaluated, rewrite, shas, trained
 
 ROWS, CHUNK = 400, 20
 LABELS = (np.arange(ROWS) // 7) % 3
@@ -283,7 +282,7 @@ def test_a_run_goes_on_only_with_the_same_chunks_filled(
     (path / "y/c/0").unlink()
     with pytest.raises(DataChanged, match="chunks of y have been modified"):
         start(samples, rounds=3)
-    plan.write_text(json.dumps({**stored, "contents": []}))  # as of a remote store
+    rewrite(run.directory, plan={**stored, "contents": []})  # as of a remote store
     job = job_of(samples)
     with (
         pytest.raises(
@@ -292,28 +291,6 @@ def test_a_run_goes_on_only_with_the_same_chunks_filled(
         open_runner(job, "id", known=load_run(run.directory).resolved),
     ):
         pass
-
-
-@pytest.mark.parametrize("lost", [False, True])
-def test_a_run_of_before_goes_on_as_it_was_started(
-    store: Callable[..., Path], start: Callable[..., dtrain.Run], lost: bool
-) -> None:
-    path = store(sparse=False)
-    run = start(samples_of(path))
-    config, plan = run.directory / "config.toml", run.directory / "plan.json"
-    stored = json.loads(plan.read_text())
-    del stored["filled"]
-    plan.write_text(json.dumps({**stored, "contents": []} if lost else stored))
-    config.write_text(config.read_text().replace('missing = "auto"', 'missing = "error"'))  # the default of before
-    assert tomllib.loads(config.read_text())["data"]["missing"] == "error"
-    if lost:
-        (path / "y/c/5").unlink()
-        with pytest.raises(DataChanged, match="of the chunks of y, 1 are missing and filled; none were"):
-            start(samples_of(path), rounds=3)
-        return
-    with pytest.raises(RunConflict, match='data.missing was "error", is "fill"'):
-        start(samples_of(path, missing="fill"), rounds=3)
-    assert shas(start(samples_of(path), rounds=3)) == shas(start(samples_of(path), "whole", rounds=3))
 
 
 # Left out ---------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def in_this_process() -> Iterator[Client]:
             n_workers=2,
             threads_per_worker=2,
             processes=False,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             silence_logs=logging.CRITICAL,
         ) as started,
         Client(started) as connected,

@@ -198,7 +198,7 @@ def test_a_text_that_is_none_gets_a_guess(train: Callable[..., dtrain.Run]) -> N
     assert 'did you mean "local"?' in refused(train, "locla", ClusterUnreachable)
     assert 'did you mean "serial"?' in refused(train, "sreial", ClusterUnreachable)
     assert "no such scheduler file." in refused(train, "nothing.json", ClusterUnreachable)
-    assert "tcp:// only" in refused(train, "http://127.0.0.1:1", InvalidConfig)
+    assert "tcp:// and tls://" in refused(train, "http://127.0.0.1:1", InvalidConfig)
     assert "neither encrypted nor on this machine" in refused(train, "tcp://10.0.0.1:8786", InvalidConfig)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -63,6 +64,7 @@ def test_what_the_function_raises_is_raised() -> None:
 def test_a_long_wait_for_the_first_worker_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.handler.setLevel(logging.NOTSET)  # a cluster of another test may have raised it
     now, running = iter(range(100)), WorkerState("tcp://127.0.0.1:1", True, 0, 0)
     found = iter([(), *[()] * 45, (running,)])
     monkeypatch.setattr(workers, "worker_states", lambda client: next(found))

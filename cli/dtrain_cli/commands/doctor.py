@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dtrain_cli.arguments import SCHEDULER, absolute_scheduler, epilog, start_workers_early
+from dtrain_cli.arguments import SCHEDULER, SET, absolute_scheduler, epilog, start_workers_early
 from dtrain_cli.output import Options, result, say, waiting
 
 if TYPE_CHECKING:
     from distributed import Client
 
     from dtrain.checkup.check import Check
+    from dtrain.config.schema import ClusterConfig
+    from dtrain.config.values import Tables
 
 ORDER = 15
 COLUMNS = 9, 13
@@ -42,14 +44,17 @@ def doctor(
         str | None,
         typer.Option("--data", metavar="PATH", help="A store to read one chunk of: path or URL.", show_default=False),
     ] = None,
+    settings: SET = None,
 ) -> None:
     """Check versions, CPU, memory, a cluster, one local step and, with --data, the reading of a store.
 
     Without --scheduler a local cluster is started. Nothing is written, and each
-    check ends within its time limit.
+    check ends within its time limit. --set takes the keys of [cluster], such as
+    cluster.tls.ca of a tls:// scheduler.
     """
     options: Options = ctx.obj
-    place = absolute_scheduler(scheduler) if scheduler is not None else "local"
+    config = _cluster(scheduler, settings or [])
+    place = config.scheduler
     if place == "local":
         start_workers_early(Path(), [], place)
     checks: list[Check] = []
@@ -61,7 +66,7 @@ def doctor(
 
     _each(options, "looking at this machine", check_machine(), checks)
     with _closing(options) as stack:
-        client = _each(options, f"looking at {place}", check_place(place, stack), checks)
+        client = _each(options, f"looking at {place}", check_place(config, stack), checks)
         if data is not None:
             _each(options, f"reading {data}", check_data(data, _largest, client), checks)
     code = exit_code(checks)
@@ -74,6 +79,23 @@ def doctor(
     if not errors:
         say(options, "next: dtrain init my --data PATH" if data is None else f"next: dtrain init my --data {data}")
     raise typer.Exit(code)
+
+
+def _cluster(scheduler: str | None, settings: list[str]) -> ClusterConfig:
+    """Return the table ``[cluster]`` that the options mean."""
+    from dtrain.config.files import with_setting
+    from dtrain.config.schema import TrainConfig
+    from dtrain.errors import UsageError
+
+    tables: Tables = {}
+    for setting in settings:
+        if not setting.startswith("cluster."):
+            raise UsageError(
+                f"--set {setting}: doctor takes keys of cluster alone.", "For example cluster.tls.ca=ca.pem."
+            )
+        tables = with_setting(tables, setting)
+    config = TrainConfig(**tables).cluster
+    return config if scheduler is None else config.model_copy(update={"scheduler": absolute_scheduler(scheduler)})
 
 
 @contextmanager

@@ -191,13 +191,12 @@ def _show_groups(options: Options, scores: Scores, head: str, record: dict[str, 
 def _notes(run: Run, samples: Samples | None, data: str, split: SplitName, last: int | None) -> Iterator[str]:
     """Yield what is said beside the figures: what they are of, where one could take them for something else."""
     from dtrain.job import plain
-    from dtrain.resolve import own_stores
 
     if last is not None and (note := run.note_on_best(last)):
         yield f"{note} --round best evaluates it."
     if samples is None or not data:
         return
-    store = own_stores(run.config.data, run.base).find(samples)
+    store = run.find_store(samples)
     if (isinstance(store, int) or store == "part") and split == "all":
         yield f"{data} is the run's own data: all of it includes rows that the run was trained on."
     for key in ("isel", "sel"):

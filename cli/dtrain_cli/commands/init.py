@@ -152,6 +152,7 @@ def _from_template(options: Options, directory: Path, name: str) -> None:
 
 
 def _from_store(options: Options, directory: Path, data: str, template: str | None) -> None:
+    from dtrain.urls import has_secret
     from dtrain_cli.inspect_store import BY_TEMPLATE, choose
     from dtrain_cli.survey.document import document
 
@@ -173,6 +174,11 @@ def _from_store(options: Options, directory: Path, data: str, template: str | No
         say(options, _wrapped(f"note: {settings.filled}"))
     if settings.lost:
         say(options, _wrapped(f"warning: {settings.lost}: dtrain refuses that; {written[0]} has the cure"))
+    if has_secret(data):
+        say(
+            options,
+            _wrapped(f"warning: {written[0]} holds the whole URL, with what may be a secret: keep it to yourself"),
+        )
     say(options, _wrapped(f"what was guessed, and how to change it, stands in {written[0]}"))
     _say_next(options, directory)
 

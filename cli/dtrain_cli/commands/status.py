@@ -148,8 +148,7 @@ def _state(run: Run, rows: list[Row]) -> str:
 
 def _silent(run: Run) -> float:
     """Return the seconds since the run has written a round or an event, or was started."""
-    from dtrain.directory import ENV
-    from dtrain.report.journal import EVENTS, HISTORY
+    from dtrain.runfiles import ENV, EVENTS, HISTORY
 
     files = [run.directory / name for name in (ENV, HISTORY, EVENTS)]
     times = [file.stat().st_mtime for file in files if file.exists()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dtrain_cli.arguments import CONFIG, SCHEDULER, SET, epilog, load_job, start_workers_early
-from dtrain_cli.output import Options, progress, result, say, shown, waiting
+from dtrain_cli.output import Options, emit, progress, result, say, shown, waiting
 
 if TYPE_CHECKING:
     from dtrain.events import Event, RunFinished
@@ -63,7 +62,7 @@ def train(
     def report(event: Event) -> None:
         show(event)
         if isinstance(event, RoundFinished) and options.json:
-            print(json.dumps(row_of(event.result)), flush=True)
+            emit(options, row_of(event.result))
         if isinstance(event, RunFinished):
             result(options, _done(event), {"event": "done", **asdict(event)})
 

@@ -21,6 +21,7 @@ from dtrain.data.samples import Field, Samples
 from dtrain.data.tiles import Tile
 from dtrain.data.variable import Variable
 from dtrain.errors import NonFiniteData
+from dtrain.urls import redacted_url
 
 Counts = npt.NDArray[np.int64]
 """Of values that are not finite: int64[row or anchor, patch of the box]."""
@@ -205,4 +206,6 @@ def merged(samples: Samples, partition: Partition, pieces: Sequence[Seen]) -> tu
         for name, count in piece.by_variable.items():
             by_variable[name] += count
     found = {name: count for name, count in by_variable.items() if count}
-    return values, LeftOut(path=samples.path, samples=int((kept == 0).sum()), of=len(kept), by_variable=found)
+    return values, LeftOut(
+        path=redacted_url(samples.path), samples=int((kept == 0).sum()), of=len(kept), by_variable=found
+    )

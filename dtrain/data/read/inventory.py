@@ -53,7 +53,7 @@ def take_inventory(samples: Samples, *, full: bool, digests: bool, presence: boo
         return found[0]
     names = dict.fromkeys(name for one in found for name in one.absent)
     return Inventory(
-        {str(number): _short(one.digests) for number, one in enumerate(found) if one.digests},
+        {str(number): short_digest(one.digests) for number, one in enumerate(found) if one.digests},
         {name: _added(samples, name, [one.absent[name] for one in found if name in one.absent]) for name in names},
     )
 
@@ -70,7 +70,8 @@ def _take(samples: Samples, *, full: bool, digests: bool, presence: bool) -> Inv
     return Inventory(found, check_presence(samples, full=full, missing=missing) if presence else {})
 
 
-def _short(digests: Mapping[str, str]) -> str:
+def short_digest(digests: Mapping[str, str]) -> str:
+    """Return the digest that stands for one of several stores."""
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:DIGEST_LETTERS]
 
 

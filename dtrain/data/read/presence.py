@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+from zarr.abc.store import RangeByteRequest
+from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from dtrain.data.plan.grid import chunks_touched, shards_of, touched
@@ -29,10 +31,13 @@ from dtrain.data.read.units import UnitReader
 from dtrain.data.samples import Samples
 from dtrain.data.variable import Select, Variable
 from dtrain.errors import ChunkMissing, StoreForbidden
+from dtrain.urls import REDACTED, has_secret
 
 MANY_OBJECTS, SOME_OBJECTS = 100_000, 256
 """Of so many objects, some are looked for first."""
 CONCURRENT_REQUESTS = 32
+COMPARED_BYTES = 1 << 16
+"""Of an object behind a URL with a query: they tell other data from a renewed signature."""
 LINES_TOGETHER = 1024
 """Lines of a digest that are hashed at once."""
 MAX_INDICES = 4096
@@ -288,31 +293,55 @@ def content_digest(samples: Samples) -> dict[str, str]:
 
     It tells a store that has been modified from one that has been copied or moved. A file that was overwritten by
     another one of exactly the same size is not noticed: the times of files say nothing, since a copy has its own.
+
+    A run does not keep the query of a URL, which may be a signature or may name the data. There the digest is of what
+    stands first in the first and the last object that are read: a renewed signature leads to the same, another data
+    set to other bytes.
     """
     return look_up(samples)[0]
 
 
 def look_up(samples: Samples) -> tuple[dict[str, str], dict[str, Sequence[int]]]:
     """Return, by variable, the digest of its stored objects, and which are missing; nothing if there are none."""
-    if not (samples.store.is_local or samples.store.has_marks):
+    has_facts, is_hidden = samples.store.is_local or samples.store.has_marks, has_secret(samples.path)
+    if not (has_facts or is_hidden):
         return {}, {}
     store, arrays = open_arrays(samples)
     digests: dict[str, str] = {}
     missing: dict[str, Sequence[int]] = {}
     for variable in samples.stored:
         array, select = arrays[variable.name], read_selection(samples, variable)
-        digests[variable.name], missing[variable.name] = _digest(store, array, names_of(array, variable, select))
+        own, is_hidden_target = "", False
+        if has_facts:
+            own, missing[variable.name], is_hidden_target = _digest(store, array, names_of(array, variable, select))
+        if is_hidden or is_hidden_target:
+            own += _digest_of_bytes(store, array, variable, select)
+        digests[variable.name] = own
     return digests, missing
 
 
-def _digest(store: ReadStore, array: ArrayLike, names: Iterator[str]) -> tuple[str, NumberArray[int]]:
-    """Return the digest of the sizes or marks of some objects, and which of them are missing, by their number."""
+def _digest_of_bytes(store: ReadStore, array: ArrayLike, variable: Variable, select: Select) -> str:
+    """Return a digest of what stands first in the first and in the last of the objects that a selection touches."""
+    along, digest = touched(variable.objects, select), hashlib.sha256()
+    for number in sorted({0, math.prod(map(len, along)) - 1}) if all(along) else ():
+        request = RangeByteRequest(0, COMPARED_BYTES)
+        found = sync(store.get(key_of(array, place_of(along, number)), default_buffer_prototype(), request))
+        digest.update(b"absent" if found is None else found[:COMPARED_BYTES].to_bytes())
+    return digest.hexdigest()
+
+
+def _digest(store: ReadStore, array: ArrayLike, names: Iterator[str]) -> tuple[str, NumberArray[int], bool]:
+    """Return the digest of the sizes or marks of some objects, and which of them are missing, by their number.
+
+    Last comes True where a mark is of a URL whose query it does not have.
+    """
     prefix = f"{array.path}/" if array.path else ""
     own, again = itertools.tee(names)
-    missing = NumberArray("q")
+    missing, hidden = NumberArray("q"), set[bool]()
 
     def line(number: int, name: str, known: tuple[bool, int | str]) -> str:
         is_there, mark = known
+        hidden.add(isinstance(mark, str) and mark.endswith(REDACTED))
         if not is_there:
             missing.append(number)
         return f"{prefix}{name} {mark}\n"
@@ -326,7 +355,7 @@ def _digest(store: ReadStore, array: ArrayLike, names: Iterator[str]) -> tuple[s
     digest = hashlib.sha256()
     while some := "".join(itertools.islice(lines, LINES_TOGETHER)):
         digest.update(some.encode())
-    return digest.hexdigest(), missing
+    return digest.hexdigest(), missing, True in hidden
 
 
 def _size_of(seen: os.stat_result | None) -> tuple[bool, int]:

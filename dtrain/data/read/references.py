@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from dtrain.data.read.documents import NAMES
 from dtrain.errors import DtrainError, InvalidConfig, NotZarr, one_line
+from dtrain.urls import bare_url, redacted_url
 
 JSON_BYTES = 300
 """Bytes in memory of a reference that was written as JSON, besides those of its text."""
@@ -83,12 +84,16 @@ class References(Protocol):
 
 
 def mark_of(found: Found) -> str | None:
-    """Return a text that tells one reference from another, whichever folder its file lies in."""
+    """Return a text that tells one reference from another, whichever folder its file lies in.
+
+    It has ``***`` in place of a query, which may be a signature.
+    """
     if found is None:
         return None
     if isinstance(found, bytes):
         return f"inline {len(found)} {zlib.crc32(found):08x}"
-    return f"{found.start} {found.stop} {found.url.rpartition('/')[2]}"
+    url = redacted_url(found.url)
+    return f"{found.start} {found.stop} {bare_url(url).rpartition('/')[2]}{url[len(bare_url(url)) :]}"
 
 
 # JSON -----------------------------------------------------------------------------------------------------

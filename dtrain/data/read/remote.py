@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from zarr.abc.store import ByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
@@ -20,6 +19,7 @@ from dtrain.data.read.kind import METADATA_FILES, StorageOptions, StoreKind
 from dtrain.data.read.retry import Retries
 from dtrain.data.samples import StoreFacts
 from dtrain.errors import DataNotFound, DtrainError, InvalidConfig, StoreForbidden, did_you_mean, one_line
+from dtrain.urls import has_password, redacted_url
 
 LISTING_SECONDS = 600.0
 """How long listing an array may take: a request for each thousand objects."""
@@ -45,9 +45,9 @@ class RemoteStore(WrapperStore[FsspecStore]):
 
     def __init__(self, store: FsspecStore, path: str, masked: tuple[str, ...] = ()) -> None:
         super().__init__(store)
-        self._path, self._masked = path, masked
-        self._retries = Retries(path, self._refresh, masked)
-        self._writes = Retries(path, self._refresh, masked, "written")
+        self._path, self._masked = redacted_url(path), masked
+        self._retries = Retries(self._path, self._refresh, masked)
+        self._writes = Retries(self._path, self._refresh, masked, "written")
 
     def _with_store(self, store: FsspecStore) -> RemoteStore:
         return type(self)(store, self._path, self._masked)
@@ -175,8 +175,14 @@ def _opening_thread(process: int) -> ThreadPoolExecutor:
 
 
 def locate_url(path: str, base: Path) -> str:
-    """Return a URL without a slash at its end; refuse a password, since paths are printed, and kept with the run."""
-    if urlsplit(path).password:
+    """Return a URL without a slash at its end.
+
+    Raises
+    ------
+    InvalidConfig
+        It holds a password.
+    """
+    if has_password(path):
         raise InvalidConfig(
             "data.path holds a password.", "Give credentials in the environment or in data.storage_options."
         )

@@ -18,6 +18,7 @@ from dtrain.data.read.kind import StorageOptions, is_local_path
 from dtrain.data.read.local import new_buffer, read_part
 from dtrain.data.read.remote import RemoteStore, open_url
 from dtrain.errors import InvalidConfig, listed
+from dtrain.urls import bare_url, has_user
 
 HTTP = ("http", "https")
 PROTOCOLS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", *HTTP)
@@ -60,10 +61,9 @@ class Targets:
             return "", os.path.normpath(unquote(url.removeprefix("file://")) if url.startswith("file://") else url)
         protocol, _, rest = url.partition("://")
         host, _, key = rest.partition("/")
-        if protocol not in PROTOCOLS or "::" in url or not host or (protocol in HTTP and "@" in host):
-            shown = f"{protocol}://{host.rpartition('@')[2]}/{key}"
+        if protocol not in PROTOCOLS or "::" in url or not host or has_user(url):
             raise self._refused(
-                shown, f"references may lead to files and, without a password, to {listed(PROTOCOLS, 9)}"
+                bare_url(url), f"references may lead to files and, without a password, to {listed(PROTOCOLS, 9)}"
             )
         path, mark, query = key.partition("?")
         return f"{protocol}://{host}", posixpath.normpath(path) + mark + query
@@ -137,5 +137,5 @@ def folders_of(places: Sequence[tuple[str, str]]) -> str:
 
 
 def without_query(url: str) -> str:
-    """Return a URL that may be shown: a query may hold a signature."""
-    return url.partition("?")[0]
+    """Return a URL, or the end of one, that may be shown: a query may hold a signature."""
+    return bare_url(url).partition("?")[0]

@@ -15,11 +15,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dtrain.config.values import without_password
+from dtrain.errors import RunDamaged
 from dtrain.events import Event, RoundFinished, RunFinished, RunStarted
 from dtrain.files import write_text
 from dtrain.report.history import Row, row_of
 from dtrain.report.points import LAST, points, rows_between, settings_of
+from dtrain.runfiles import parse_json, read_file
+from dtrain.urls import bare_url
 
 PACKAGE = "mlflow"
 EXTRA = "mlflow"
@@ -78,7 +80,7 @@ class _MlflowRun:
         from mlflow import MlflowClient, get_tracking_uri
 
         self._api: Any = MlflowClient()
-        uri = without_password(get_tracking_uri())
+        uri = bare_url(get_tracking_uri())
         known = _known_run(directory, uri)
         self._id = known if known is not None and self._exists(known) else self._new_run(directory.name)
         write_text(directory / FILE, json.dumps({"tracking_uri": uri, "run_id": self._id}) + "\n")
@@ -162,9 +164,9 @@ class _MlflowRun:
 def _known_run(directory: Path, uri: str) -> str | None:
     """Return the id that mlflow.json has for a tracking URI, if it has one."""
     try:
-        stored = json.loads((directory / FILE).read_text(encoding="utf-8"))
+        stored = parse_json(directory / FILE, read_file(directory / FILE))
         return str(stored["run_id"]) if stored["tracking_uri"] == uri else None
-    except (OSError, ValueError, LookupError, TypeError):
+    except (RunDamaged, LookupError):
         return None
 
 

@@ -1,0 +1,146 @@
+"""The files of a run's directory: their names, how they are read, and their digests.
+
+A run may come from elsewhere, and any of its files may hold anything. Only regular files are read: no links, pipes or
+devices. The JSON files carry a digest of their own content, so that a modified one is named before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dtrain.errors import RunConflict, RunDamaged, one_line
+
+CONFIG, PLAN, ENV = "config.toml", "plan.json", "env.json"
+HISTORY, EVENTS, LOCK = "history.jsonl", "events.jsonl", "LOCK"
+ROUNDS = "rounds"
+SEAL = "sha256"
+"""The key of a JSON file's own digest."""
+MOST_BYTES = 2**30
+"""Files of text are smaller; a larger one is not read."""
+RESTORE = "Restore it from a copy of the run, or train under another --run NAME."
+
+
+def read_file(path: Path, most: int = MOST_BYTES) -> bytes:
+    """Return the content of a regular file.
+
+    Raises
+    ------
+    RunDamaged
+        It is missing, no regular file, larger than `most` bytes, or cannot be read.
+    """
+    data = read_if_there(path, most)
+    if data is None:
+        raise RunDamaged(f"{path} is missing.", RESTORE)
+    return data
+
+
+def read_if_there(path: Path, most: int = MOST_BYTES) -> bytes | None:
+    """Return the content of a regular file; None if there is none.
+
+    Raises
+    ------
+    RunDamaged
+        It is no regular file, larger than `most` bytes, or cannot be read.
+    """
+    try:
+        check_regular(path)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            size = os.fstat(descriptor).st_size
+            if size > most:
+                raise RunDamaged(f"{path} has {size:,} bytes; at most {most:,} are read.", RESTORE)
+            return file.read(size)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except RunDamaged:
+        raise
+    except OSError as error:
+        raise RunDamaged(f"{path} cannot be read: {error.strerror or error}.", RESTORE) from error
+
+
+def check_regular(path: Path, hint: str = RESTORE) -> None:
+    """Refuse what lies at a path and is no regular file.
+
+    Raises
+    ------
+    RunDamaged
+        It is a link, directory, pipe, device or socket.
+    FileNotFoundError
+        There is nothing.
+    """
+    mode = os.lstat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device or socket")
+        raise RunDamaged(f"{path} is {kind}, not a regular file.", hint)
+
+
+def parse_json(path: Path, data: bytes) -> dict[str, Any]:
+    """Return the object that a JSON file holds.
+
+    Raises
+    ------
+    RunDamaged
+        It is no JSON, or another value than an object.
+    """
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RunDamaged(f"{path} cannot be read: {one_line(error)}.", RESTORE) from error
+    if not isinstance(value, dict):
+        raise RunDamaged(f"{path} holds no JSON object, but {value!r:.40}.", RESTORE)
+    return value
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an object with the digest of its content."""
+    return {**values, SEAL: _digest(values)}
+
+
+def check_seal(path: Path, values: Mapping[str, Any]) -> None:
+    """Refuse the object of a file whose content is not that of its digest.
+
+    Raises
+    ------
+    RunDamaged
+        It has been modified.
+    """
+    if _digest({key: value for key, value in values.items() if key != SEAL}) != values.get(SEAL):
+        raise RunDamaged(f"{path} has been modified: it is not what was written.", RESTORE)
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(values, sort_keys=True).encode())
+
+
+def sha256(data: bytes) -> str:
+    """Return the SHA-256 of data in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def history_sha256(history: bytes, rounds: int) -> str:
+    r"""Return the SHA-256 of the lines of a history up to a round; empty if it has fewer.
+
+    >>> history_sha256(b"{}\n{}\n", 1) == sha256(b"{}\n"), history_sha256(b"{}\n{", 2)
+    (True, '')
+    """
+    end = 0
+    for _ in range(rounds):
+        end = history.find(b"\n", end) + 1
+        if end == 0:
+            return ""
+    return sha256(history[:end])
+
+
+def other_version(run: Path, why: str) -> RunConflict:
+    """Return the error for a run that another version of dtrain has trained."""
+    return RunConflict(
+        f"{run} was trained by another version of dtrain: {why}.",
+        "Go on with that version, or train under another --run NAME.",
+    )

@@ -1,0 +1,163 @@
+"""User code that ends, freezes or fills its process: named with its place and the exit code that fits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import Client
+
+import dtrain
+from dtrain.data.samples import Samples
+from dtrain.errors import OutOfMemory, UserCodeFailed
+from dtrain.events import Event, WorkerEvicted
+from dtrain.runtime import client as clients
+from dtrain.runtime import guard
+from tests.clusters import new_cluster
+from tests.faults import models
+from tests.runtime import models as calm_models
+
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(280)]
+ENDS = ("sys.exit", "KeyboardInterrupt", "BaseException", "GeneratorExit")
+
+
+def start(samples: Samples, where: Path, cluster: Any, model: Any, report: Any = None, **more: Any) -> dtrain.Run:
+    table = {"loss": "cross_entropy", "rounds": 3, "batch_size": 16, **more.pop("train", {})}
+    return dtrain.train(
+        model,
+        samples,
+        train=table,
+        average={"replicas": 2},
+        cluster=cluster,
+        run_dir=where,
+        progress=False,
+        report=report,
+        **more,
+    )
+
+
+@pytest.mark.parametrize("act", ENDS)
+def test_an_exception_that_would_end_a_process_is_one_of_the_users_code(
+    samples: Samples, tmp_path: Path, client: Client, act: str
+) -> None:
+    with pytest.raises(UserCodeFailed, match=r"Round \d, replica \d raised .*models\.py"):
+        start(samples, tmp_path, client, models.acting, model_args={"act": act, "token": act})
+    with pytest.raises(UserCodeFailed, match="The function given as model raised"):
+        start(samples, tmp_path, client, models.built, model_args={"act": act})
+    if act != "KeyboardInterrupt":  # in this process it is Ctrl-C
+        with pytest.raises(UserCodeFailed, match=r"Round \d, replica \d raised .*models\.py"):
+            start(samples, tmp_path, "serial", models.acting, model_args={"act": act, "token": f"{act} here", "at": 50})
+
+
+def test_a_model_that_ends_its_process_when_it_is_built(samples: Samples, tmp_path: Path) -> None:
+    with (
+        new_cluster(2) as cluster,
+        Client(cluster) as client,
+        pytest.raises(UserCodeFailed, match=r"The first step, model \(.*built\): 2 workers that ran it ended"),
+    ):
+        start(samples, tmp_path, client, models.built, model_args={"act": "os._exit"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act", ["os._exit", "abort", "segfault"])
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_model_that_ends_its_process_is_named_with_its_place(
+    samples: Samples, tmp_path: Path, act: str, trains: bool
+) -> None:
+    at = 20 if trains else 12
+    where = r"replica \d" if trains else "evaluation"
+    named = rf"Round \d, {where}, batch \d+, model \(.*acting\): 2 workers that ran it"
+    with (
+        new_cluster(2) as cluster,
+        Client(cluster) as client,
+        pytest.raises(UserCodeFailed, match=named),
+    ):
+        start(
+            samples, tmp_path, client, models.acting, model_args={"act": act, "token": "", "at": at, "trains": trains}
+        )
+
+
+@pytest.mark.slow
+def test_a_model_that_fills_the_memory_is_named_with_it(samples: Samples, tmp_path: Path) -> None:
+    with (
+        new_cluster(2, memory_limit="700MB") as cluster,
+        Client(cluster) as client,
+        pytest.raises(OutOfMemory, match="ran out of memory|their memory was full|want of memory"),
+    ):
+        start(samples, tmp_path, client, models.acting, model_args={"act": "fill", "token": ""})
+
+
+@pytest.mark.slow
+def test_a_model_that_freezes_its_process_is_named(
+    samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard.Heartbeats.__init__, "__defaults__", (4.0, time.monotonic))
+    monkeypatch.setattr(clients, "WATCHED_FROM", 1)
+    with (
+        new_cluster(3) as cluster,
+        Client(cluster) as client,
+        pytest.raises(UserCodeFailed, match="2 workers that ran it did not answer any more"),
+    ):
+        start(samples, tmp_path, client, models.acting, model_args={"act": "hold the lock", "token": "", "at": 20})
+
+
+def test_a_frozen_worker_is_given_up_and_its_tasks_run_elsewhere(
+    samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard.Heartbeats.__init__, "__defaults__", (4.0, time.monotonic))
+    calm = start(samples, tmp_path / "calm", "serial", calm_models.slow, model_args={"seconds": 0.0})
+    with new_cluster(2) as cluster, Client(cluster) as client:
+        pids = client.run(os.getpid)
+        frozen, pid = next(iter(pids.items()))
+        events: list[Event] = []
+        began = []
+
+        def report(event: Event) -> None:
+            events.append(event)
+            if type(event).__name__ == "RoundFinished" and not began:
+                began.append(time.monotonic())
+                os.kill(pid, signal.SIGSTOP)
+
+        try:
+            run = start(samples, tmp_path, client, calm_models.slow, report, model_args={"seconds": 0.02})
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert time.monotonic() - began[0] < 60
+    assert [row["params_sha256"] for row in run.rows] == [row["params_sha256"] for row in calm.rows]
+    (evicted,) = [event for event in events if isinstance(event, WorkerEvicted)]
+    assert (evicted.worker, evicted.seconds < 8) == (frozen, True)
+    logged = [json.loads(line) for line in (run.directory / "events.jsonl").read_text().splitlines()]
+    assert [event["worker"] for event in logged if event["event"] == "WorkerEvicted"] == [frozen]
+
+
+@pytest.mark.slow
+def test_hand_started_workers_that_go_and_come(
+    samples: Samples, tmp_path: Path, restarted_workers: Callable[..., Any]
+) -> None:
+    """As on a cluster without nannies: both workers end again and again, and others come seconds later."""
+    calm = start(samples, tmp_path / "calm", "serial", calm_models.slow, model_args={"seconds": 0.0})
+    with restarted_workers(kills=6) as address:
+        run = start(samples, tmp_path, address, calm_models.slow, model_args={"seconds": 0.02}, train={"rounds": 3})
+    assert [row["params_sha256"] for row in run.rows] == [row["params_sha256"] for row in calm.rows]
+
+
+def test_heartbeats_by_hand() -> None:
+    clock = [0.0]
+    beats = guard.Heartbeats(30.0, lambda: clock[0])
+    assert not beats.is_due(1)
+    seen = {"a": 1.0, "b": 1.0}
+    for second in range(1, 31):
+        clock[0] = float(second)
+        assert beats.silent({**seen, "b": float(second)}) == {}
+    clock[0] = 32.0
+    assert beats.silent({**seen, "b": 32.0}) == {"a": 31.0}
+    clock[0] = 33.0
+    assert beats.silent({"a": 33.0, "b": 33.0}) == {}  # it was slow, and is alive
+    clock[0] = 99.0  # this process slept
+    assert beats.silent({"a": 33.0, "b": 33.0}) == {}

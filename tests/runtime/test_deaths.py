@@ -1,0 +1,137 @@
+"""What the driver makes of workers that end or freeze, by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from dtrain.errors import OutOfMemory, UserCodeFailed
+from dtrain.runtime.deaths import Death, Deaths, Full, Said, described, said_from
+
+GB = 1 << 30
+SAID = Said(
+    worker="tcp://a",
+    key="dtrain-train-r00002-k1-0a1b2c3d-a3-watched",
+    batch=17,
+    function="model (model:build)",
+    parameters=0,
+    memory=GB // 4,
+    limit=GB,
+    host="node",
+    ended=0,
+)
+
+
+def again(worker: str, attempt: int = 4, **changes: Any) -> Said:
+    return replace(SAID, worker=worker, key=f"dtrain-train-r00002-k1-0a1b2c3d-a{attempt}-watched", **changes)
+
+
+def test_one_death_is_an_accident() -> None:
+    known = Deaths().heard(SAID).only(["tcp://b"])
+    assert known.deaths == (Death(SAID, "ended"),)
+    assert known.last == {}
+    assert known.error(lost=True) is None
+    assert known.only([]) == known
+
+
+def test_two_deaths_at_one_place_are_none() -> None:
+    known = Deaths().heard(SAID).only([]).heard(again("tcp://b")).only(["tcp://c"])
+    error = known.error(lost=False)
+    assert isinstance(error, UserCodeFailed)
+    assert error.message == (
+        "Round 2, replica 1, batch 17, model (model:build): 2 workers that ran it ended (tcp://a, tcp://b)."
+    )
+    assert "os._exit" in error.hint
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch": 18},
+        {"function": "train.loss (model:loss)"},
+        {"key": "dtrain-train-r00003-k1-0a1b2c3d-a4-watched"},
+        {"key": "dtrain-train-r00002-k0-0a1b2c3d-a4-watched"},
+        {"key": "dtrain-eval-val-r00002-p1-01234567-0a1b2c3d-a4-watched"},
+    ],
+)
+def test_deaths_at_two_places_are_accidents(changes: dict[str, Any]) -> None:
+    other = replace(again("tcp://b"), **changes)
+    assert Deaths().heard(SAID).only([]).heard(other).only([]).error(lost=True) is None
+
+
+def test_submissions_of_one_evaluation_are_one_place() -> None:
+    keys = [
+        "dtrain-eval-val-r00003-p0-11111111-0a1b2c3d-a3-watched",
+        "dtrain-eval-val-r00003-p0-2222eeee-0a1b2c3d-a9-watched",
+    ]
+    one, other = (replace(SAID, worker=f"tcp://{n}", key=key, batch=1) for n, key in enumerate(keys))
+    error = Deaths().heard(one).only([]).heard(other).only([]).error(lost=True)
+    assert error is not None
+    assert error.message.startswith("Round 3, evaluation, batch 1, model (model:build): 2 workers")
+
+
+@pytest.mark.parametrize("source", ["nanny", "kernel", "its own"])
+def test_memory_at_death(source: str) -> None:
+    known = Deaths()
+    for worker in ("tcp://a", "tcp://b"):
+        said = again(worker, memory=GB * 9 // 10 if source == "its own" else GB // 4)
+        known = known.heard(said)
+        known = known.filled(Full(worker, GB)) if source == "nanny" else known
+        known = known.only([])
+    if source == "kernel":
+        assert isinstance(known.error(lost=True), UserCodeFailed)
+        known = known.heard(again("tcp://c", ended=1))
+    error = known.error(lost=True)
+    assert isinstance(error, OutOfMemory)
+    assert "2 workers ran out of memory (tcp://a, tcp://b). Before, a worker used " in error.message
+
+
+def test_the_arithmetic_of_a_step() -> None:
+    said = again("tcp://b", memory=GB, limit=GB, parameters=GB // 2)
+    error = Deaths().heard(said).only([]).heard(replace(said, worker="tcp://c")).only([]).error(lost=True)
+    assert error is not None
+    assert "With 512.00 MiB of parameters a step takes about 3 times that more" in error.message
+    assert "over 2.50 GiB in all" in error.message
+
+
+def test_nannies_that_end_workers_count_once_work_was_lost() -> None:
+    known = Deaths()
+    for number in range(3):
+        assert known.error(lost=True) is None
+        known = known.filled(Full(f"tcp://{number}", GB + number))
+    assert known.error(lost=False) is None
+    error = known.error(lost=True)
+    assert isinstance(error, OutOfMemory)
+    assert "3 workers were ended because their memory was full; the last one used 1.00 GiB" in error.message
+
+
+def test_two_workers_that_freeze_at_one_place() -> None:
+    known = Deaths().heard(SAID).lost(["tcp://a"], "frozen").heard(again("tcp://b")).lost(["tcp://b"], "frozen")
+    error = known.error(lost=True)
+    assert isinstance(error, UserCodeFailed)
+    assert "2 workers that ran it did not answer any more" in error.message
+
+
+def test_workers_that_said_nothing_are_not_counted() -> None:
+    assert Deaths().lost(["tcp://a"], "frozen") == Deaths()
+
+
+@pytest.mark.parametrize(
+    ("key", "batch", "function", "text"),
+    [
+        ("dtrain-initialise-0a1b2c3d-a1-watched", 0, "", "The first step, between the user's functions"),
+        ("dtrain-units-p3-0a1b2c3d-a1-watched", 2, "train.loss (m:f)", "Evaluation, batch 2, train.loss (m:f)"),
+        ("dtrain-train-r00120-k007-0a1b2c3d-a1-watched", 1, "x", "Round 120, replica 007, batch 1, x"),
+        ("dtrain-predict-000003-0a1b2c3d-a1-watched", 5, "model (m:b)", "Prediction, batch 5, model (m:b)"),
+        ("dtrain-try-0a1b2c3d-a1-watched", 1, "model (m:b)", "The first step, batch 1, model (m:b)"),
+    ],
+)
+def test_places_in_words(key: str, batch: int, function: str, text: str) -> None:
+    assert described(replace(SAID, key=key, batch=batch, function=function)) == text
+
+
+def test_what_a_task_says_comes_as_a_message() -> None:
+    message = {name: getattr(SAID, name) for name in Said.__slots__}
+    assert said_from({**message, "more": 1}) == SAID
