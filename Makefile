@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 PYTHON_NEWEST ?= $(shell command -v python3.13 || command -v python3.12)
 NEWEST := .venv-newest
 
-.PHONY: help demo test test-all test-newest lint format clean
+.PHONY: help demo test test-all test-newest faults lint format clean
 
 help:
 	@echo "make demo      install into .venv, write demo/ and train on it"
 	@echo "make test      install into .venv, lint, then the tests, without slow ones and with a part of the cases"
 	@echo "make test-all  the same with the slow tests and all cases"
 	@echo "make test-newest  tests/data with the newest zarr, on Python 3.12 or 3.13 (PYTHON_NEWEST=...)"
+	@echo "make faults    COUNT fault schedules from SEED on: kills and freezes change no bit"
 	@echo "make lint      ruff and mypy"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -48,6 +49,12 @@ $(NEWEST)/.installed: pyproject.toml
 		"moto[s3]" flask flask-cors cloudpickle icechunk fastparquet scipy pytest pytest-timeout hypothesis
 	$(NEWEST)/bin/python -m pip install -q --no-deps -e .
 	@touch $@
+
+# Fault schedules from seeds: make faults SEED=0 COUNT=100
+SEED ?= 0
+COUNT ?= 100
+faults: $(VENV)/.installed
+	DTRAIN_FAULTS_SEED=$(SEED) DTRAIN_FAULTS_COUNT=$(COUNT) $(BIN)/python -m pytest tests/faults/test_schedules.py
 
 test-newest: $(NEWEST)/.installed
 	$(NEWEST)/bin/python -m pytest tests/data -p no:cacheprovider

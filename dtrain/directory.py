@@ -173,7 +173,9 @@ def read_config_of(run: Path) -> TrainConfig:
     except (ValueError, TypeError, RecursionError) as error:
         raise RunDamaged(f"{run / CONFIG} cannot be read: {one_line(error)}", RESTORE) from error
     stored = _read_plan_file(run)
-    started = {} if stored is None else stored.get("config", {})
+    started = {} if stored is None else stored.get("config")
+    if not isinstance(started, dict):
+        raise RunDamaged(f"{run / PLAN} does not hold what a run writes: config is {started!r:.40}.", RESTORE)
     now = dict(flat_values(config))
     for key in started.keys() & now.keys():
         if now[key] != started[key] and not may_change(key, config):
@@ -185,7 +187,7 @@ def read_config_of(run: Path) -> TrainConfig:
     return config
 
 
-def read_env(run: Path) -> dict[str, Any]:
+def read_env(run: Path) -> dict[str, str]:
     """Return the content of a run's env.json.
 
     Raises
@@ -195,6 +197,8 @@ def read_env(run: Path) -> dict[str, Any]:
     """
     content = parse_json(run / ENV, read_file(run / ENV))
     check_seal(run / ENV, content)
+    if not isinstance(content.get("base"), str) or not all(isinstance(one, str) for one in content.values()):
+        raise RunDamaged(f"{run / ENV} does not hold what a run writes.", RESTORE)
     return content
 
 
@@ -211,7 +215,10 @@ def read_resolved(run: Path) -> Resolved:
     stored = _read_plan_file(run)
     if stored is None:
         raise RunDamaged(f"{run / PLAN} is missing.", RESTORE)
-    resolved = from_json(stored)
+    try:
+        resolved = from_json(stored)
+    except Exception as error:  # its digest fits, and it holds what no version of dtrain writes
+        raise RunDamaged(f"{run / PLAN} cannot be read: {type(error).__name__}: {one_line(error)}", RESTORE) from error
     if digest := resolved.climatology_sha256:
         resolved = replace(resolved, climatology=read_climate(run, resolved.plan.fingerprint, digest))
     return resolved

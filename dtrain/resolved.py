@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ from dtrain.data.samples import MissingLabels
 from dtrain.data.variable import Categories
 from dtrain.job import Job
 
+T = TypeVar("T")
 VERSION = 3
 """Of plan.json. A key that is added later is optional, with the behaviour of before as its default; a change that an
 older dtrain would misread raises the version."""
@@ -123,19 +124,26 @@ def from_json(values: Mapping[str, Any]) -> Resolved:
         plan=JointPlan(plans),
         held_out=None if held_out is None else plan_from(held_out),
         scalings={name: _scaling_from(scaling) for name, scaling in values["normalize"].items()},
-        device=values["device"],
+        device=_typed(values, "device", str),
         contents=tuple(values["contents"]),
         labels=values["labels"],
-        eval_every=values["eval_every"],
+        eval_every=max(1, _typed(values, "eval_every", int)),
         filled=tuple({name: Filled(**one) for name, one in store.items()} for store in values["filled"]),
-        init=values["init"],
+        init=_typed(values, "init", str),
         categories=categories_from(values["categories"]),
-        genes=values["genes"],
-        climatology_sha256=values["climatology"],
+        genes=_typed(values, "genes", dict),
+        climatology_sha256=_typed(values, "climatology", str),
         snapshots=tuple(values["snapshots"]),
-        code=values["code"],
-        code_rules=values["code_rules"],
+        code=_typed(values, "code", dict),
+        code_rules=_typed(values, "code_rules", int),
     )
+
+
+def _typed(values: Mapping[str, Any], name: str, kind: type[T]) -> T:
+    value = values[name]
+    if type(value) is not kind:
+        raise TypeError(f"{name} is {value!r:.40}")
+    return value
 
 
 def _scaling_from(values: Mapping[str, Any]) -> Scaling:
