@@ -1,7 +1,8 @@
 """What the driver knows of workers that end or freeze while they run tasks: a pure fold of what it hears.
 
 Watched tasks say where they are (`dtrain.runtime.watched`), a nanny says when it ends a worker for its memory, and the
-scheduler says which workers there are. Two workers lost at one place of the user's code are no accident.
+scheduler says which workers there are. Workers that are lost at one place of the user's code again and again are no
+accident; two that were killed from outside may be, as long as others are there to try the place once more.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from dtrain.errors import DtrainError, OutOfMemory, UserCodeFailed
 How: TypeAlias = Literal["ended", "frozen"]
 FULL = 0.8
 """A process that used this share of its limit before it ended has most likely ended for want of memory."""
+SURE = 3
+"""Workers lost at one place, until it is taken for no accident; one more where no function of the user's is entered,
+one less if no worker is left."""
 BESIDE = 3
 """Copies of the parameters that a local step makes, with an optimizer that keeps one value a parameter."""
 MEMORY_LOSSES = 3
@@ -44,6 +48,7 @@ class Said:
 
     worker: str
     key: str
+    """Empty: the task is done."""
     batch: int
     """0: before the first."""
     function: str
@@ -92,8 +97,17 @@ class Deaths:
     """By host: the newest count of processes that its kernel has ended."""
 
     def heard(self, said: Said) -> Deaths:
-        """Return what is known after a watched task has said where it is."""
-        return replace(self, last={**self.last, said.worker: said}, ended={**self.ended, said.host: said.ended})
+        """Return what is known after a watched task has said where it is; what it has passed ended no worker."""
+        last = {worker: one for worker, one in self.last.items() if worker != said.worker}
+        if not said.key:
+            return replace(self, last=last)
+        passed = said.place[0], said.batch
+        deaths = tuple(
+            one for one in self.deaths if not (one.said.place[0] == passed[0] and one.said.batch < passed[1])
+        )
+        return replace(
+            self, last={**last, said.worker: said}, deaths=deaths, ended={**self.ended, said.host: said.ended}
+        )
 
     def filled(self, full: Full) -> Deaths:
         """Return what is known after a nanny has ended a worker."""
@@ -116,15 +130,23 @@ class Deaths:
         by_kernel = self.ended.get(said.host, 0) > said.ended
         return by_nanny or by_kernel or (said.limit > 0 and said.memory >= FULL * said.limit)
 
-    def error(self, *, lost: bool) -> DtrainError | None:
+    def error(self, *, lost: bool, alone: bool = False) -> DtrainError | None:
         """Return the error for what is no accident; None if there is none.
 
-        Workers that ended for their memory count once work of this run was `lost`: others may use them too.
+        Parameters
+        ----------
+        lost : bool
+            Whether work of this run was lost. Only then workers count that ended for their memory: others may use
+            them too.
+        alone : bool
+            Whether no worker is left to try a place once more.
         """
-        for number, death in enumerate(self.deaths):
-            before = [one for one in self.deaths[:number] if one.said.place == death.said.place]
-            if before:
-                return self._named([*before, death])
+        by_place: dict[tuple[str, int, str], list[Death]] = {}
+        for death in self.deaths:
+            by_place.setdefault(death.said.place, []).append(death)
+        for (_, _, function), deaths in by_place.items():
+            if len(deaths) >= SURE - alone + (not function) or (len(deaths) > 1 and all(map(self.is_full, deaths))):
+                return self._named(deaths)
         if lost and len(self.full) >= MEMORY_LOSSES:
             return out_of_memory(self.full)
         return None

@@ -130,11 +130,11 @@ class Guard:
         try:
             self._listen()
             self.saw(live)
-            if live:
+            if live or self._client.status == "running":
                 self._deaths = self._deaths.only(live)
             self._give_up_frozen(live)
             self._start_lacking(len(live))
-            if error := self._deaths.error(lost=self._again > 0):
+            if error := self._deaths.error(lost=self._again > 0, alone=not live):
                 raise error
         finally:
             self._looking.release()

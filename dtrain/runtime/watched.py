@@ -61,6 +61,11 @@ class Watch:
         place = {"key": self._key, "batch": self._batch, "function": function, "parameters": self._parameters}
         self._say({**place, "memory": memory, "limit": limit, "host": socket.gethostname(), "ended": _ended()})
 
+    def leave(self) -> None:
+        """Say that the task is done."""
+        self._key = ""
+        self.say("")
+
     def know(self, functions: Mapping[str, Function]) -> None:
         """Watch the calls of functions, by config key."""
         for key, function in functions.items():
@@ -130,6 +135,7 @@ def watching(topic: str, functions: Callable[[], Mapping[str, Function]]) -> Ite
         yield
     finally:
         sys.setprofile(None)
+        _watch.leave()
         _watch = None
 
 

@@ -59,7 +59,7 @@ def test_a_model_that_ends_its_process_when_it_is_built(samples: Samples, tmp_pa
     with (
         new_cluster(2) as cluster,
         Client(cluster) as client,
-        pytest.raises(UserCodeFailed, match=r"The first step, model \(.*built\): 2 workers that ran it ended"),
+        pytest.raises(UserCodeFailed, match=r"The first step, model \(.*built\): [23] workers that ran it ended"),
     ):
         start(samples, tmp_path, client, models.built, model_args={"act": "os._exit"})
 
@@ -72,7 +72,7 @@ def test_a_model_that_ends_its_process_is_named_with_its_place(
 ) -> None:
     at = 20 if trains else 12
     where = r"replica \d" if trains else "evaluation"
-    named = rf"Round \d, {where}, batch \d+, model \(.*acting\): 2 workers that ran it"
+    named = rf"Round \d, {where}, batch \d+, model \(.*acting\): [234] workers that ran it"
     with (
         new_cluster(2) as cluster,
         Client(cluster) as client,
@@ -102,7 +102,7 @@ def test_a_model_that_freezes_its_process_is_named(
     with (
         new_cluster(3) as cluster,
         Client(cluster) as client,
-        pytest.raises(UserCodeFailed, match="2 workers that ran it did not answer any more"),
+        pytest.raises(UserCodeFailed, match="[23] workers that ran it did not answer any more"),
     ):
         start(samples, tmp_path, client, models.acting, model_args={"act": "hold the lock", "token": "", "at": 20})
 

@@ -36,14 +36,39 @@ def test_one_death_is_an_accident() -> None:
     assert known.only([]) == known
 
 
-def test_two_deaths_at_one_place_are_none() -> None:
+def test_three_deaths_at_one_place_are_none() -> None:
     known = Deaths().heard(SAID).only([]).heard(again("tcp://b")).only(["tcp://c"])
-    error = known.error(lost=False)
+    assert known.error(lost=True) is None
+    error = known.heard(again("tcp://c", 5)).only(["tcp://d"]).error(lost=False)
     assert isinstance(error, UserCodeFailed)
     assert error.message == (
-        "Round 2, replica 1, batch 17, model (model:build): 2 workers that ran it ended (tcp://a, tcp://b)."
+        "Round 2, replica 1, batch 17, model (model:build): 3 workers that ran it ended (tcp://a, tcp://b, tcp://c)."
     )
     assert "os._exit" in error.hint
+
+
+def test_two_are_none_if_no_worker_is_left_to_try_it_again() -> None:
+    known = Deaths().heard(SAID).only([]).heard(again("tcp://b")).only([])
+    assert isinstance(known.error(lost=True, alone=True), UserCodeFailed)
+
+
+def test_deaths_outside_of_the_users_functions_take_one_more() -> None:
+    known = Deaths()
+    for number in range(3):
+        known = known.heard(again(f"tcp://{number}", function="")).only([])
+        assert known.error(lost=True) is None
+    assert isinstance(known.error(lost=True, alone=True), UserCodeFailed)
+    assert isinstance(known.heard(again("tcp://9", function="")).only([]).error(lost=True), UserCodeFailed)
+
+
+def test_a_place_that_a_task_has_passed_ended_no_worker() -> None:
+    known = Deaths().heard(SAID).only([]).heard(again("tcp://b")).only(["tcp://c"])
+    assert len(known.deaths) == 2
+    assert known.heard(again("tcp://c", batch=18)).deaths == ()
+
+
+def test_a_task_that_is_done_is_at_no_place() -> None:
+    assert Deaths().heard(SAID).heard(replace(SAID, key="")).only([]).deaths == ()
 
 
 @pytest.mark.parametrize(
@@ -67,7 +92,7 @@ def test_submissions_of_one_evaluation_are_one_place() -> None:
         "dtrain-eval-val-r00003-p0-2222eeee-0a1b2c3d-a9-watched",
     ]
     one, other = (replace(SAID, worker=f"tcp://{n}", key=key, batch=1) for n, key in enumerate(keys))
-    error = Deaths().heard(one).only([]).heard(other).only([]).error(lost=True)
+    error = Deaths().heard(one).only([]).heard(other).only([]).error(lost=True, alone=True)
     assert error is not None
     assert error.message.startswith("Round 3, evaluation, batch 1, model (model:build): 2 workers")
 
@@ -81,7 +106,7 @@ def test_memory_at_death(source: str) -> None:
         known = known.filled(Full(worker, GB)) if source == "nanny" else known
         known = known.only([])
     if source == "kernel":
-        assert isinstance(known.error(lost=True), UserCodeFailed)
+        assert known.error(lost=True) is None
         known = known.heard(again("tcp://c", ended=1))
     error = known.error(lost=True)
     assert isinstance(error, OutOfMemory)
@@ -109,7 +134,7 @@ def test_nannies_that_end_workers_count_once_work_was_lost() -> None:
 
 def test_two_workers_that_freeze_at_one_place() -> None:
     known = Deaths().heard(SAID).lost(["tcp://a"], "frozen").heard(again("tcp://b")).lost(["tcp://b"], "frozen")
-    error = known.error(lost=True)
+    error = known.error(lost=True, alone=True)
     assert isinstance(error, UserCodeFailed)
     assert "2 workers that ran it did not answer any more" in error.message
 
