@@ -52,13 +52,13 @@ def test_two_are_none_if_no_worker_is_left_to_try_it_again() -> None:
     assert isinstance(known.error(lost=True, alone=True), UserCodeFailed)
 
 
-def test_deaths_outside_of_the_users_functions_take_one_more() -> None:
+@pytest.mark.parametrize(("batch", "sure"), [(17, 5), (0, None)])
+def test_deaths_outside_of_the_users_functions_may_be_accidents(batch: int, sure: int | None) -> None:
     known = Deaths()
-    for number in range(3):
-        known = known.heard(again(f"tcp://{number}", function="")).only([])
-        assert known.error(lost=True) is None
-    assert isinstance(known.error(lost=True, alone=True), UserCodeFailed)
-    assert isinstance(known.heard(again("tcp://9", function="")).only([]).error(lost=True), UserCodeFailed)
+    for number in range(1, 9):
+        known = known.heard(again(f"tcp://{number}", function="", batch=batch)).only([])
+        is_sure = sure is not None and number >= sure
+        assert isinstance(known.error(lost=True, alone=True), UserCodeFailed) == is_sure
 
 
 def test_a_place_that_a_task_has_passed_ended_no_worker() -> None:
