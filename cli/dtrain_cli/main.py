@@ -31,7 +31,11 @@ GLOBAL_FLAGS = {
 }
 INTERRUPTED = 130
 ROUNDS_KEPT = "Committed rounds are kept; the same command continues."
-KEPT = {"train": ROUNDS_KEPT, "predict": "What is written stays: the same command with --continue goes on."}
+KEPT = {
+    "train": ROUNDS_KEPT,
+    "predict": "What is written stays: the same command with --continue goes on.",
+    "verify": "Nothing was written; the same command begins anew.",
+}
 """By command that can go on later: what is said after Ctrl-C and SIGTERM."""
 JOINED = re.compile(r"^-[qv]{2,}$")
 

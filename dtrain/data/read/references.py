@@ -119,7 +119,7 @@ class JsonReferences:
                 refs[key] = _parsed(value, templates)
         except NotZarr:
             raise
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise NotZarr(
                 f'{path} holds no kerchunk references ("refs"): {type(error).__name__}: {one_line(error)}',
                 "data.path is the directory of a Zarr group, or a reference file as kerchunk or VirtualiZarr write it.",
@@ -219,7 +219,7 @@ class ParquetReferences:
             self._together = int(table["record_size"])
             arrays = (key for key in self._metadata if key.rpartition("/")[2] == ".zarray")
             self._grids = {key.rpartition("/")[0]: _grid(self._metadata[key]) for key in arrays}
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise NotZarr(
                 f"{path} is no directory of kerchunk references: its .zmetadata cannot be read: {one_line(error)}",
                 "data.path is a directory as kerchunk.df.refs_to_dataframe or VirtualiZarr writes it.",
