@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dtrain.verify.fault import Fault
     from dtrain.verify.place import Found
     from dtrain.verify.run import RunVerified
-    from dtrain.verify.store import StoreVerified
+    from dtrain.verify.result import StoreVerified
 
 ORDER = 58
 DAMAGED = 5

@@ -76,6 +76,8 @@ class ObjectReader:
         self._layout = shard_layout(array)
         self._decoder = None if self._obstacle() else Decoder(array)
         self._blosc = ends_in_blosc(array)
+        self._is_file = store.facts.is_local or store.facts.reads_parts
+        self._most_bytes = self._bytes_at_most()
         self._buffers = threading.local()
 
     def _obstacle(self) -> str:
@@ -88,7 +90,7 @@ class ObjectReader:
         """Bytes in memory while one object is looked at, about: of texts it cannot be known."""
         itemsize = np.dtype(self._array.dtype).itemsize
         chunk, whole = (math.prod(shape) * itemsize for shape in (self._variable.chunks, self._variable.objects))
-        return chunk + (whole if self._store.facts.is_local or self._store.facts.reads_parts else 2 * whole)
+        return chunk + (whole if self._is_file else 2 * whole)
 
     def look(self, place: Place) -> Look:
         """Read the object at a place in the grid of stored objects.
@@ -120,22 +122,20 @@ class ObjectReader:
 
     def _part(self, place: Place) -> ShardPart:
         """Return the chunks of an object that the array has."""
+        if not self._variable.has_inner_chunks:
+            return ShardPart(place, place, tuple([number] for number in place), True)
         sizes, shape = self._variable.objects, self._variable.shape
         select = tuple((i * n, min((i + 1) * n, end), 1) for i, n, end in zip(place, sizes, shape, strict=True))
         return next(iter(shards_of(self._variable, select)))
 
     def _look(self, key: str, part: ShardPart, chunks: int) -> Look:
-        is_file, size = self._store.facts.is_local or self._store.facts.reads_parts, 0
-        if is_file:
-            if self._store.facts.is_local and (odd := oddity(self._path(key), self._most_bytes())):
-                raise Undecodable(odd)
-            version = self._store.version(key)
-            if version is None:
-                return Look(key, None, "", chunks)
-            size = version[0]
-        if is_file and self._layout is not None and size > WHOLE_OBJECT_BYTES:
-            return self._look_at_parts(key, part, chunks, size)
-        stored = self._read(key) if is_file else self._get(key)
+        if self._store.facts.is_local and (odd := oddity(os.path.join(self._store.path, key), self._most_bytes)):
+            raise Undecodable(odd)
+        if self._is_file and self._layout is not None:
+            size, _ = self._store.version(key) or (0, 0)
+            if size > WHOLE_OBJECT_BYTES:
+                return self._look_at_parts(key, part, chunks, size)
+        stored = self._read(key) if self._is_file else self._get(key)
         if stored is None:
             return Look(key, None, "", chunks)
         digest = hashlib.sha256(stored).hexdigest() if self._hashes else ""
@@ -145,14 +145,11 @@ class ObjectReader:
             return Look(key, len(stored), digest, chunks, faults=(str(error) or "there is no memory for it",))
         return Look(key, len(stored), digest, chunks, absent, faults)
 
-    def _most_bytes(self) -> int:
+    def _bytes_at_most(self) -> int:
         """Return the bytes that an object of a directory may have; texts may have any number."""
         dtype, index = np.dtype(self._array.dtype), 0 if self._layout is None else self._layout.index_bytes
         itemsize = TEXT_BYTES if dtype.kind in "OT" else dtype.itemsize
         return 2 * math.prod(self._variable.objects) * itemsize + SLACK_BYTES + index
-
-    def _path(self, key: str) -> str:
-        return os.path.join(self._store.path, key)
 
     def _read(self, key: str, start: int = 0, stop: int | None = None) -> memoryview | None:
         found = self._store.read_file(key, self._scratch("stored"), start, stop)
