@@ -161,12 +161,9 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("zarr_format", [2, 3])
-@pytest.mark.parametrize("shards", [None, (6, 4)])
+@pytest.mark.parametrize(("zarr_format", "shards"), [(2, None), (3, None), (3, (6, 4))])
 @pytest.mark.parametrize("name", ODD)
 def test_other_dtypes_are_decoded_too(write_store, tmp_path, name, zarr_format, shards):
-    if zarr_format == 2 and shards:
-        pytest.skip("version 2 has no shards")
     values = np.arange(72).reshape(ROWS, 4).astype(ODD[name]["dtype"])
     v0 = {"dims": ("n", "k"), "values": values, "chunks": (3, 2), **({"shards": shards} if shards else {})}
     store = write_store(tmp_path / "a.zarr", {"v0": v0}, zarr_format=zarr_format)

@@ -216,6 +216,12 @@ def test_a_run_that_is_being_trained(cli, job, monkeypatch):
     assert "is being trained by process" in last(outcome)["notes"][0]
 
 
+def test_a_round_that_was_pruned_after_it_was_listed_is_no_fault(job, monkeypatch):
+    monkeypatch.setattr(checkpoint, "committed_rounds", lambda run: [1, 2, 3, 4, 5])
+    checkpoint.check_plan(job.run)
+    checkpoint.check_history(job.run)
+
+
 @pytest.mark.alone
 def test_verify_beside_training(script, cli, project):
     job = project({"train": {"rounds": 40}, "run": {"keep": 2}})

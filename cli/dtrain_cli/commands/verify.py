@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from dtrain.config.schema import DataConfig
     from dtrain.verify.fault import Fault
     from dtrain.verify.place import Found
-    from dtrain.verify.run import RunVerified
     from dtrain.verify.result import StoreVerified
+    from dtrain.verify.run import RunVerified
 
 ORDER = 58
 DAMAGED = 5
