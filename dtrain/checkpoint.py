@@ -102,11 +102,11 @@ def load_round(directory: Path) -> tuple[TrainState, str]:
     RunConflict
         Another version of dtrain has written it.
     """
-    manifest = _manifest(directory)
+    manifest = read_round_manifest(directory)
     run = directory.parents[1]
     if sha256(read_file(run / PLAN)) != manifest.get("plan"):
         raise RunDamaged(f"{run / PLAN} is not the one that round {_number(directory)} was trained with.", RESTORE)
-    _check_history(run, directory, manifest)
+    check_round_history(run, directory, manifest)
     try:
         files = dict(_verified(directory, manifest))
         return state_from(files)
@@ -116,7 +116,18 @@ def load_round(directory: Path) -> tuple[TrainState, str]:
         raise RunDamaged(f"{directory} cannot be read: {one_line(error)}") from error
 
 
-def _manifest(directory: Path) -> dict[str, Any]:
+def read_round_manifest(directory: Path) -> dict[str, Any]:
+    """Return what a round's manifest says, which is as it was written.
+
+    Raises
+    ------
+    RunDamaged
+        It cannot be read, or has been modified.
+    RunConflict
+        Another version of dtrain has written the round.
+    FileNotFoundError
+        There is no such directory.
+    """
     check_directory(directory)
     path = directory / MANIFEST
     manifest = parse_json(path, read_file(path, MOST_MANIFEST))
@@ -129,7 +140,14 @@ def _manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_history(run: Path, directory: Path, manifest: Mapping[str, Any]) -> None:
+def check_round_history(run: Path, directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse a history that is not the one of a round.
+
+    Raises
+    ------
+    RunDamaged
+        Lines are missing or modified.
+    """
     history = read_if_there(run / HISTORY) or b""
     if history_sha256(history, _number(directory)) != manifest.get("history"):
         raise RunDamaged(
@@ -140,11 +158,22 @@ def _check_history(run: Path, directory: Path, manifest: Mapping[str, Any]) -> N
 def _verified(directory: Path, manifest: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of each file of a round."""
     for name, listed in manifest["files"].items():
-        path = directory / Path(name).name
-        data = read_file(path, int(listed["bytes"]))
-        if len(data) != listed["bytes"] or sha256(data) != listed["sha256"]:
-            raise RunDamaged(f"{path} is not what was committed.")
-        yield name, data
+        yield name, read_listed(directory, name, listed)
+
+
+def read_listed(directory: Path, name: str, listed: Mapping[str, Any]) -> bytes:
+    """Return the content of a file of a round, of which the manifest has size and digest.
+
+    Raises
+    ------
+    RunDamaged
+        It is missing, or not what was committed.
+    """
+    path = directory / Path(name).name
+    data = read_file(path, int(listed["bytes"]))
+    if len(data) != listed["bytes"] or sha256(data) != listed["sha256"]:
+        raise RunDamaged(f"{path} is not what was committed.")
+    return data
 
 
 def load_params(directory: Path) -> Parameters:
@@ -189,16 +218,18 @@ def check_history(run: Path) -> None:
     """
     for number, manifest in _manifests(run, committed_rounds(run)):
         if not isinstance(manifest, RunDamaged):
-            return _check_history(run, round_directory(run, number), manifest)
+            return check_round_history(run, round_directory(run, number), manifest)
 
 
 def _manifests(run: Path, numbers: Sequence[int]) -> Iterator[tuple[int, dict[str, Any] | RunDamaged]]:
     """Yield rounds and their manifests, the newest first, or why one cannot be read."""
     for number in reversed(numbers):
         try:
-            yield number, _manifest(round_directory(run, number))
+            yield number, read_round_manifest(round_directory(run, number))
+        except FileNotFoundError:
+            continue  # it has been pruned meanwhile
         except RunDamaged as error:
-            if round_directory(run, number).exists():  # else it has been pruned meanwhile
+            if round_directory(run, number).exists():  # else the same
                 yield number, error
 
 

@@ -14,6 +14,7 @@ from dtrain.urls import redacted_url
 WIDTH = 80
 """Columns of lines that do not go to a terminal."""
 NARROWEST = 20
+BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 WIDEST = 100
 """Columns of lines on a wider terminal: longer ones are hard to read."""
 
@@ -50,6 +51,19 @@ def clock(seconds: float) -> str:
     if hours >= 24:
         return f"{hours // 24} d {hours % 24}:{minutes:02}"
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def bytes_text(count: float) -> str:
+    """Return a number of bytes in decimal units.
+
+    >>> bytes_text(999), bytes_text(1_500), bytes_text(33e9)
+    ('999 B', '1.5 kB', '33.0 GB')
+    """
+    for unit in BYTE_UNITS[:-1]:
+        if count < 1000:
+            return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} {BYTE_UNITS[-1]}"
 
 
 def columns_of(stream: TextIO) -> int | None:

@@ -162,6 +162,12 @@ class OutputExists(DtrainError, FileExistsError):
     code = 4
 
 
+class ManifestConflict(DtrainError, ValueError):
+    """Another version of dtrain has written the manifest of a store."""
+
+    code = 4
+
+
 # 5: data missing or corrupt -----------------------------------------------------------------------------
 
 
@@ -209,6 +215,12 @@ class DataChanged(DtrainError, RuntimeError):
 
 class RunDamaged(DtrainError, OSError):
     """No committed round of a run can be read."""
+
+    code = 5
+
+
+class ManifestDamaged(DtrainError, OSError):
+    """The manifest of a store cannot be read, or has been modified."""
 
     code = 5
 

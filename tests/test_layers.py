@@ -162,6 +162,7 @@ BELOW: dict[str, set[str]] = {
     "runclimate": {"asking", "climatefile", "prepare", "resolved", "job", *WORK},
     "scores": WORK,
     "runs": {"run", "project", "directory", "checkpoint", *WORK},
+    "verify": {"checkpoint", "climatefile", "directory", "files", "lock", "runfiles", "statefiles", *WORK},
     "trainer": {
         *("asking", "calls", "runs", "run", "directory", "rounds", "prepare", "resolve", "resolved", "initfile", "job"),
         *("lock", "checkpoint", "climatefile", "report", *WORK),

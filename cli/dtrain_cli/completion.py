@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 SUFFIXES = (".toml", ".yaml", ".yml", ".json")
+STORE_SUFFIXES = (".zarr", ".zip", ".icechunk", ".parq", ".parquet")
 
 
 def runs(incomplete: str) -> list[str]:
@@ -25,6 +26,13 @@ def config_files(incomplete: str) -> list[str]:
 def config_files_or_runs(incomplete: str) -> list[str]:
     """Complete a config file or a run."""
     return [*config_files(incomplete), *runs(incomplete)]
+
+
+def runs_or_stores(incomplete: str) -> list[str]:
+    """Complete a run or a store: stores here, in directories here, and below what is typed."""
+    typed = Path(f"{incomplete.rpartition('/')[0]}/") if "/" in incomplete else Path()
+    found = [path for pattern in ("*", "*/*") for path in typed.glob(pattern) if path.suffix in STORE_SUFFIXES]
+    return sorted({*runs(incomplete), *_starting(map(str, found), incomplete)})
 
 
 def keys(incomplete: str) -> list[str]:

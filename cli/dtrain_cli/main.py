@@ -33,7 +33,11 @@ GLOBAL_FLAGS = {
 }
 INTERRUPTED = 130
 ROUNDS_KEPT = "Committed rounds are kept; the same command continues."
-KEPT = {"train": ROUNDS_KEPT, "predict": "What is written stays: the same command with --continue goes on."}
+KEPT = {
+    "train": ROUNDS_KEPT,
+    "predict": "What is written stays: the same command with --continue goes on.",
+    "verify": "Nothing was written; the same command begins anew.",
+}
 """By command that can go on later: what is said after Ctrl-C and SIGTERM."""
 OF_THE_MACHINE = {
     *(errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),

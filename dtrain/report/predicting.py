@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dtrain.display import duration, shown, width_of, wrapped
+from dtrain.display import bytes_text, duration, shown, width_of, wrapped
 from dtrain.events import Event, PredictionStarted, Reporter, SamplesPredicted
 
 PLAIN_SECONDS = 20.0
 """Without a live line, a line is printed this often."""
-UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 @contextmanager
@@ -56,7 +55,7 @@ class _Reporter:
     def _start(self, event: PredictionStarted) -> None:
         workers = f"{event.workers} worker{'s' if event.workers > 1 else ''}"
         self._print(
-            f"{shown(event.out)}: {event.samples:,} samples on {workers}, {_bytes(event.nbytes)} before compression"
+            f"{shown(event.out)}: {event.samples:,} samples on {workers}, {bytes_text(event.nbytes)} before compression"
         )
         if event.done:
             self._print(f"{event.done:,} samples are there and whole; {event.samples - event.done:,} are left")
@@ -77,11 +76,3 @@ class _Reporter:
     def _print(self, text: str) -> None:
         self._printed = time.monotonic()
         self._console.print(wrapped(text, width_of(sys.stderr)), markup=False, soft_wrap=True)
-
-
-def _bytes(count: float) -> str:
-    for unit in UNITS[:-1]:
-        if count < 1000:
-            return f"{count:,.0f} B" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} {UNITS[-1]}"

@@ -31,6 +31,7 @@ COMMANDS = {
     "config schema": set(),
     "config diff": {"A", "B"},
     "config presets": {"[NAME]"},
+    "verify": {"PATH", "--manifest", "--set"},
     "certs": {"DIR", "--host", "--days"},
 }
 HEAVY = ("torch", "xarray", "zarr", "dask", "distributed", "numpy", "pydantic")

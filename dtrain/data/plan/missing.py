@@ -39,14 +39,26 @@ def absence_of(samples: Samples, variable: Variable) -> Absence:
 
 
 def _judged(samples: Samples, variable: Variable) -> Absence:
-    """Judge by what the chunk decodes to: writers leave out zeros of masks and labels, never measured values."""
+    config = samples.config
+    is_label = variable.name in config.targets and variable.name not in config.inputs
+    return judged(variable, may_be_label=is_label or variable.is_static)
+
+
+def judged(variable: Variable, *, may_be_label: bool) -> Absence:
+    """Judge by what a chunk decodes to: writers leave out zeros of masks and labels, never measured values.
+
+    Parameters
+    ----------
+    variable : Variable
+    may_be_label : bool
+        Whether integers of it may be a mask or labels.
+    """
     if math.isnan(variable.absent_value):
         return "nan"
-    kind, config = "b" if variable.means_bool else np.dtype(variable.dtype).kind, samples.config
+    kind = "b" if variable.means_bool else np.dtype(variable.dtype).kind
     if kind == "f" or (variable.encoding is not None and variable.encoding.is_packed):
         return "error"
-    is_label = variable.name in config.targets and variable.name not in config.inputs
-    return "fill" if kind == "b" or is_label or variable.is_static else "error"
+    return "fill" if kind == "b" or may_be_label else "error"
 
 
 def stands_for(variable: Variable) -> str:

@@ -69,6 +69,15 @@ class Decoder:
         with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32 becomes infinite: checked later
             target[...] = decoded.view(self.dtype).reshape(self.chunks)[chunk.source]
 
+    def check(self, stored: memoryview, scratch: Scratch) -> None:
+        """Decode a stored chunk into a scratch buffer.
+
+        Raises
+        ------
+        Undecodable
+        """
+        self._decode(stored, np.frombuffer(scratch(self.nbytes), np.uint8, self.nbytes))
+
     def fill_in(self, chunk: Chunk, out: Array) -> None:
         """Write the fill value into ``out[chunk.target]``."""
         with np.errstate(over="ignore", invalid="ignore"):

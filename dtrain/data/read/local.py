@@ -38,10 +38,15 @@ class DirectoryStore(LocalStore):
 
 
 def read_part(path: str, scratch: Scratch, start: int, stop: int | None) -> tuple[memoryview, Version] | None:
-    """Return the bytes ``start:stop`` of a file, as far as it goes, and its version; None if there is no file."""
+    """Return the bytes ``start:stop`` of a file, as far as it goes, and its version; None if there is no file.
+
+    A pipe or a device is no file.
+    """
     try:
         with open(path, "rb", buffering=0, opener=_at_once) as file:
             facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode):
+                return None
             end = facts.st_size if stop is None else min(stop, facts.st_size)
             value = scratch(max(0, end - start))
             if start:
@@ -80,6 +85,23 @@ def version_of(path: str) -> Version | None:
     except OSError:
         return None
     return facts.st_size, facts.st_mtime_ns
+
+
+def oddity(path: str, most: int) -> str:
+    """Say why a file should not be opened: it is no regular file, or larger than `most` bytes; empty if it may be.
+
+    Links are followed, and a file that is not there is no oddity.
+    """
+    try:
+        facts = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as error:  # such as a link to itself
+        return f"it cannot be read: {error.strerror}"
+    if not stat.S_ISREG(facts.st_mode):
+        kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe"}
+        return f"it is {kinds.get(stat.S_IFMT(facts.st_mode), 'a device or socket')}, not a regular file"
+    return f"it has {facts.st_size:,} bytes; at most {most:,} are read" if facts.st_size > most else ""
 
 
 # Facts of many files --------------------------------------------------------------------------------------

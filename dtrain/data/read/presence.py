@@ -191,7 +191,7 @@ def absent_chunks(
     select = read_selection(samples, variable)
     along = touched(variable.objects, select)
     if missing is None:
-        is_there = _which_exist(store, array, variable, select)
+        is_there = which_exist(store, array, variable, select)
     else:
         is_there = np.ones(math.prod(map(len, along)), bool)
         is_there[list(missing)] = False
@@ -249,7 +249,7 @@ def _merged(runs: list[tuple[int, int]]) -> Runs:
     return tuple(merged)
 
 
-def _which_exist(store: ReadStore, array: ArrayLike, variable: Variable, select: Select) -> npt.NDArray[np.bool_]:
+def which_exist(store: ReadStore, array: ArrayLike, variable: Variable, select: Select) -> npt.NDArray[np.bool_]:
     """Return, for each stored object that a selection touches, True if it is there."""
     names = names_of(array, variable, select)
     prefix = f"{array.path}/" if array.path else ""

@@ -95,11 +95,16 @@ def _consolidated(store: ReadStore) -> dict[str, Kind]:
     if store.facts.is_local:
         return {}
     prototype = default_buffer_prototype()
-    v3 = _parsed(sync(store.get("zarr.json", prototype))).get("consolidated_metadata")
+    return consolidated_kinds(*(sync(store.get(key, prototype)) for key in ("zarr.json", ".zmetadata")))
+
+
+def consolidated_kinds(v3_document: Buffer | None, v2_document: Buffer | None) -> dict[str, Kind]:
+    """Return the kind of each node that a root's ``zarr.json`` and ``.zmetadata`` list; either may be missing."""
     kinds: dict[str, Kind] = {}
+    v3 = _parsed(v3_document).get("consolidated_metadata")
     for path, node in _table(_table(v3).get("metadata")).items():
         kinds[path] = "group" if _table(node).get("node_type") == "group" else "array"
-    for key in _table(_parsed(sync(store.get(".zmetadata", prototype))).get("metadata")):
+    for key in _table(_parsed(v2_document).get("metadata")):
         path, _, document = key.rpartition("/")
         if path and document in (".zarray", ".zgroup"):
             kinds[path] = "array" if document == ".zarray" else "group"

@@ -1,0 +1,104 @@
+"""A committed round: its manifest, every file, the state that they make up, and that plan and history go with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtrain.checkpoint import (
+    MANIFEST,
+    check_round_history,
+    read_listed,
+    read_round_manifest,
+)
+from dtrain.errors import RunConflict, RunDamaged, one_line
+from dtrain.runfiles import PLAN, read_file, sha256
+from dtrain.statefiles import state_from
+from dtrain.verify.fault import Fault, Report
+
+
+@dataclass(frozen=True, slots=True)
+class RoundVerified:
+    """What has been looked at of a round."""
+
+    number: int
+    files: int
+    nbytes: int
+
+
+def verify_round(run: Path, directory: Path, report: Report) -> RoundVerified | None:
+    """Read all of a round; None if it has been pruned meanwhile, which is no fault.
+
+    Parameters
+    ----------
+    run, directory : path
+        Of the run and of its round.
+    report : callable
+        Is told each fault.
+
+    Raises
+    ------
+    RunConflict
+        Another version of dtrain has written it.
+    """
+    found: list[Fault] = []
+    verified = _look(run, directory, found.append)
+    if not os.path.lexists(directory):
+        return None
+    for fault in found:
+        report(fault)
+    return verified
+
+
+def _look(run: Path, directory: Path, report: Report) -> RoundVerified:
+    number, nothing = int(directory.name.removeprefix("round-")), RoundVerified(0, 0, 0)
+    try:
+        manifest = read_round_manifest(directory)
+        listed = {str(name): (int(facts["bytes"]), facts) for name, facts in manifest["files"].items()}
+    except RunConflict:
+        raise
+    except RunDamaged as error:
+        report(Fault("damaged", "", error.message))
+        return nothing
+    except FileNotFoundError:
+        return nothing
+    except Exception as error:  # it has its digest, and says what no version of dtrain writes
+        report(Fault("damaged", str(directory / MANIFEST), f"it cannot be read: {one_line(error)}"))
+        return nothing
+    _tell(report, lambda: _check_plan(run, number, manifest.get("plan")))
+    _tell(report, lambda: check_round_history(run, directory, manifest))
+    files: dict[str, bytes] = {}
+    for name, (_, facts) in listed.items():
+        _tell(report, lambda name=name, facts=facts: files.update({name: read_listed(directory, name, facts)}))  # type: ignore[misc]
+    for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else ():
+        if name not in listed and name != MANIFEST:
+            report(Fault("unlisted", str(directory / name), f"{MANIFEST} does not list it: it was put there later"))
+    if len(files) == len(listed):
+        _tell(report, lambda: _check_state(directory, number, files))
+    return RoundVerified(number, len(files) + 1, sum(map(len, files.values())))
+
+
+def _check_plan(run: Path, number: int, digest: object) -> None:
+    if sha256(read_file(run / PLAN)) != digest:
+        raise RunDamaged(f"{run / PLAN} is not the one that round {number} was trained with.")
+
+
+def _check_state(directory: Path, number: int, files: dict[str, bytes]) -> None:
+    try:
+        state, _ = state_from(files)
+    except Exception as error:  # the files are as listed, and hold what no version of dtrain writes
+        raise RunDamaged(f"{directory} cannot be read: {one_line(error)}") from error
+    if state.round != number:
+        raise RunDamaged(f"{directory} holds the state of round {state.round}.")
+
+
+def _tell(report: Report, check: Callable[[], None]) -> None:
+    """Call a check, and tell the fault that it raises."""
+    try:
+        check()
+    except RunDamaged as error:
+        report(Fault("damaged", "", error.message))
+    except MemoryError:
+        report(Fault("damaged", "", "a file is larger than the memory"))
