@@ -118,7 +118,7 @@ def test_a_damaged_round_is_named_and_the_one_before_is_used(run: Path, samples:
         (
             lambda run: shutil.copy(run / "rounds/round-000002/state.json", run / "plan.json"),
             RunDamaged,
-            r"plan\.json is not the one that round 2 was trained with",
+            r"plan\.json is not the one that round 4 was trained with",
         ),
     ],
 )

@@ -20,18 +20,19 @@ from tests.sampling import IS_THOROUGH
 
 COUNT = 10_000 if IS_THOROUGH else 300
 SECONDS = 5.0
+"""Of the processor."""
 SETTINGS = ("train.rounds=3", "train.optimizer_args.lr=1e-3", "data.isel={ level = 3 }", "cluster.workers=2")
 
 
 def tried(path: Path, settings: tuple[str, ...]) -> bool:
     """Whether a file is accepted; it is refused with one of dtrain's errors, or the test fails."""
-    began, fault = time.monotonic(), None
+    began, fault = time.process_time(), None
     try:
         config = load_config(path, settings)
         again = to_toml(config)
     except DtrainError as error:
         fault = error
-    assert time.monotonic() - began < SECONDS
+    assert time.process_time() - began < SECONDS
     if fault is None:
         path.with_name("again.toml").write_text(again, encoding="utf-8")
         assert to_toml(load_config(path.with_name("again.toml"))) == again

@@ -302,12 +302,11 @@ def test_a_store_that_is_not_damaged_gives_a_result(folder: Path, name: str) -> 
     assert outcome(STORES[name].write(folder / f"{name}.right"), STORES[name].data) == "ok"
 
 
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("seed", [*range(40), *FOUND])
 def test_damaged_metadata_end_with_an_error_or_a_result(folder: Path, seed: int) -> None:
-    began = time.monotonic()
     path, data, said = write_case(folder, seed)
     assert not outcome(path, data).startswith("FAULT"), said
-    assert time.monotonic() - began < SECONDS
 
 
 def _peak() -> int:
