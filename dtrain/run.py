@@ -32,7 +32,7 @@ from dtrain.events import Reporter
 from dtrain.exporting.card import Trained
 from dtrain.exporting.export import Exportable, ExportedFile, export_model
 from dtrain.project import RunCode, load_code
-from dtrain.report.history import Row, best_round, read_rows
+from dtrain.report.history import Row, best_round, read_rows, read_rows_of
 from dtrain.report.pace import speed
 from dtrain.report.page import run_html
 from dtrain.resolved import Resolved
@@ -93,8 +93,7 @@ class Run:
     @property
     def best_round(self) -> int | None:
         """The committed round with the best ``stop.metric`` (``val_loss``); without validation the training loss."""
-        committed = committed_rounds(self.directory)
-        kept = [row for row in self.rows if row["round"] in committed]
+        kept = read_rows_of(self.directory, committed_rounds(self.directory))
         return best_round(kept, self.config.stop.metric, higher_is_better(self.config))
 
     def note_on_best(self, number: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,21 @@ def read_rows(run: Path) -> list[Row]:
     return rows
 
 
+def read_rows_of(run: Path, numbers: Collection[int]) -> list[Row]:
+    """Return the rows of some rounds, as `read_rows` does; the others are not parsed, so that long runs stay small.
+
+    Raises
+    ------
+    RunDamaged
+        The file cannot be read.
+    """
+    history, rows = read_if_there(run / HISTORY) or b"", []
+    for number, line in enumerate(history.split(b"\n"), start=1):
+        if number in numbers and (row := _parsed(line)) is not None and _is_row(row, number):
+            rows.append(row)
+    return rows
+
+
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the objects of a file with one JSON object a line, up to a line that is none.
 
@@ -99,13 +114,18 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         The file cannot be read.
     """
     for line in (read_if_there(path) or b"").split(b"\n"):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            return
-        if not isinstance(value, dict):
+        if (value := _parsed(line)) is None:
             return
         yield value
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """Return the JSON object of a line; None if it holds none."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _is_row(row: Row, number: int) -> bool:

@@ -11,7 +11,7 @@ import xarray as xr
 from dtrain.events import ReplicaRejected, RoundCommitted, RoundFinished, RunFinished, RunStarted
 from dtrain.files import append_line
 from dtrain.report.dataset import dataset_of
-from dtrain.report.history import best_round, limit_of_rows, read_lines, read_rows, row_of
+from dtrain.report.history import best_round, limit_of_rows, read_lines, read_rows, read_rows_of, row_of
 from dtrain.report.journal import cut_history, journal
 from tests.report.helpers import result_of
 
@@ -301,3 +301,9 @@ def test_pandas_has_a_row_a_round_and_scalars_only():
 
 def test_pandas_of_no_round():
     assert dataset_of([]).to_pandas().empty
+
+
+def test_rows_of_some_rounds(tmp_path):
+    write_rows(tmp_path, 1, 2, 3, 4, tail='{"event": "ro')
+    assert read_rows_of(tmp_path, [2, 4, 5, 9]) == [read_rows(tmp_path)[1], read_rows(tmp_path)[3]]
+    assert read_rows_of(tmp_path / "nowhere", [1]) == []
