@@ -7,39 +7,30 @@ import os
 import platform
 import re
 import time
-import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from dtrain.checkpoint import check_plan, committed_rounds
-from dtrain.climatefile import read_climate, write_climate
+from dtrain.climatefile import write_climate
+from dtrain.committed import committed_rounds
 from dtrain.config.compare import differences, may_change, without_secrets
 from dtrain.config.files import to_toml
 from dtrain.config.functions import described
 from dtrain.config.schema import TrainConfig
-from dtrain.config.values import flat_values
-from dtrain.errors import DiskFull, RunConflict, RunDamaged, RunNotFound, UsageError, did_you_mean, one_line
+from dtrain.description import read_config_of, read_env, read_resolved, shown_value
+from dtrain.errors import DiskFull, RunConflict, RunDamaged, RunNotFound, UsageError, did_you_mean
 from dtrain.files import write_text
 from dtrain.job import Job
 from dtrain.resolve import check_kind, pinned
-from dtrain.resolved import VERSION, Resolved, from_json, to_json
+from dtrain.resolved import Resolved, to_json
 from dtrain.runfiles import (
     CONFIG,
     ENV,
     HISTORY,
     PLAN,
     RESTORE,
-    SEAL,
-    check_seal,
-    other_version,
-    parse_json,
-    read_file,
-    read_if_there,
     sealed,
-    sha256,
 )
 from dtrain.runtime.versions import versions
 
@@ -136,119 +127,6 @@ def _touched(run: Path) -> float:
     return max(file.stat().st_mtime for file in files if file.exists())
 
 
-# Reading --------------------------------------------------------------------------------------------------
-
-
-def read_tables_of(run: Path) -> dict[str, Any]:
-    """Return the tables of a run's config.toml.
-
-    Raises
-    ------
-    RunNotFound, RunDamaged
-        There is no run, or the file cannot be read.
-    """
-    data = read_if_there(run / CONFIG)
-    if data is None:
-        raise RunNotFound(f"{run} is not a run: it has no {CONFIG}.", "A run's directory is runs/NAME.")
-    try:
-        return tomllib.loads(data.decode())
-    except (ValueError, RecursionError) as error:
-        raise RunDamaged(f"{run / CONFIG} cannot be read: {one_line(error)}", RESTORE) from error
-
-
-def read_config_of(run: Path) -> TrainConfig:
-    """Return a run's configuration, once plan.json is known to be that of its rounds.
-
-    Raises
-    ------
-    RunNotFound, RunDamaged
-        There is no run, or its configuration cannot be read or has been modified.
-    RunConflict
-        Another version of dtrain has trained it.
-    """
-    tables = read_tables_of(run)
-    check_plan(run)
-    try:
-        config = TrainConfig(**tables)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise RunDamaged(f"{run / CONFIG} cannot be read: {one_line(error)}", RESTORE) from error
-    stored = _read_plan_file(run)
-    started = {} if stored is None else stored.get("config")
-    if not isinstance(started, dict):
-        raise RunDamaged(f"{run / PLAN} does not hold what a run writes: config is {started!r:.40}.", RESTORE)
-    now = dict(flat_values(config))
-    for key in started.keys() & now.keys():
-        if now[key] != started[key] and not may_change(key, config):
-            raise RunDamaged(
-                f"{run / CONFIG} has been modified: {key} was {_shown(started[key])} when the run was started, and is "
-                f"{_shown(now[key])}.",
-                RESTORE,
-            )
-    return config
-
-
-def read_env(run: Path) -> dict[str, str]:
-    """Return the content of a run's env.json.
-
-    Raises
-    ------
-    RunDamaged
-        It cannot be read, or has been modified.
-    """
-    content = parse_json(run / ENV, read_file(run / ENV))
-    check_seal(run / ENV, content)
-    if not isinstance(content.get("base"), str) or not all(isinstance(one, str) for one in content.values()):
-        raise RunDamaged(f"{run / ENV} does not hold what a run writes.", RESTORE)
-    return content
-
-
-def read_resolved(run: Path) -> Resolved:
-    """Return what a run has resolved: its plan.json.
-
-    Raises
-    ------
-    RunDamaged
-        It cannot be read, or has been modified.
-    RunConflict
-        Another version of dtrain has written it.
-    """
-    stored = _read_plan_file(run)
-    if stored is None:
-        raise RunDamaged(f"{run / PLAN} is missing.", RESTORE)
-    try:
-        resolved = from_json(stored)
-    except Exception as error:  # its digest fits, and it holds what no version of dtrain writes
-        raise RunDamaged(f"{run / PLAN} cannot be read: {type(error).__name__}: {one_line(error)}", RESTORE) from error
-    if digest := resolved.climatology_sha256:
-        resolved = replace(resolved, climatology=read_climate(run, resolved.plan.fingerprint, digest))
-    return resolved
-
-
-def _read_plan_file(run: Path) -> dict[str, Any] | None:
-    """Return the content of plan.json, which is as it was written; None if there is none."""
-    data = read_if_there(run / PLAN)
-    if data is None:
-        return None
-    stored = parse_json(run / PLAN, data)
-    version = stored.get("version")
-    if SEAL in stored or version not in (1, 2):  # plans of versions 1 and 2 have no digest
-        check_seal(run / PLAN, stored)
-    if version != VERSION:
-        raise other_version(run, f"its plan has version {version}, this one reads {VERSION}")
-    return stored
-
-
-def plan_sha256(run: Path) -> str:
-    """Return the SHA-256 of a run's plan.json, which the manifest of each round has.
-
-    Raises
-    ------
-    RunDamaged
-        It cannot be read.
-    """
-    return sha256(read_file(run / PLAN))
-
-
 # Starting and continuing ----------------------------------------------------------------------------------
 
 
@@ -328,9 +206,9 @@ def _check_config(run: Path, old: TrainConfig, job: Job) -> None:
             if schedule == "constant":
                 key, schedule = ("average.outer", new.average.outer_schedule)
             cure = f'The learning rate of {key}.schedule = "{schedule}" depends on the last round. ' + cure
-        changes = "; ".join(f"{key} was {_shown(before)}, is {_shown(after)}" for key, before, after in blocked[:4])
+        named = [f"{key} was {shown_value(old)}, is {shown_value(new)}" for key, old, new in blocked[:4]]
         raise RunConflict(
-            f"{run} was started with another configuration: {changes}.",
+            f"{run} was started with another configuration: {'; '.join(named)}.",
             cure,
         )
 
@@ -339,10 +217,6 @@ def _from_base(run: Path, base: Path) -> str:
     """Return the run's path as a config file in `base` names it."""
     run, base = run.resolve(), base.resolve()
     return str(run.relative_to(base)) if run.is_relative_to(base) else str(run)
-
-
-def _shown(value: Any) -> str:
-    return "not given" if value is None else json.dumps(value)
 
 
 def write_run(run: Path, job: Job, resolved: Resolved, *, is_new: bool) -> None:

@@ -237,4 +237,6 @@ Event: TypeAlias = (
     | RoundDamaged
     | RunFinished
 )
+Fault: TypeAlias = ChunksFilled | SamplesLeftOut | SegmentReplayed | ReplicaRejected | RoundDamaged | WorkerEvicted
+"""Something went wrong or is missing, and the run goes on."""
 Reporter: TypeAlias = Callable[[Event], None]

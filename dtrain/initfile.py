@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dtrain.checkpoint import committed_rounds, load_round, round_directory
+from dtrain.checkpoint import load_round
+from dtrain.committed import committed_rounds
 from dtrain.display import shown
 from dtrain.errors import DataChanged, DataNotFound, RoundNotFound, RunDamaged, listed, one_line
 from dtrain.job import Job
 from dtrain.resolved import Resolved
+from dtrain.runfiles import round_directory
 from dtrain.statefiles import PARAMS
 from dtrain.types import InitFile
 

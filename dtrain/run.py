@@ -15,7 +15,8 @@ from dtrain.algorithm.params import load_into, params_sha256
 from dtrain.algorithm.recipe import Functions
 from dtrain.algorithm.stop import higher_is_better, stop_history
 from dtrain.asking import Question
-from dtrain.checkpoint import committed_rounds, find_round, load_params, load_round, round_directory
+from dtrain.checkpoint import load_params, load_round
+from dtrain.committed import committed_rounds, find_round
 from dtrain.config.compare import without_secrets
 from dtrain.config.functions import Function
 from dtrain.config.schema import TrainConfig
@@ -24,7 +25,7 @@ from dtrain.data.plan.partition import JointPlan
 from dtrain.data.plan.splits import SplitName
 from dtrain.data.samples import Samples
 from dtrain.data.source import describe
-from dtrain.directory import read_env, read_resolved
+from dtrain.description import read_env, read_resolved
 from dtrain.display import clock
 from dtrain.errors import InvalidConfig
 from dtrain.evaluation import Committed, losses_by_unit, scores
@@ -37,6 +38,7 @@ from dtrain.report.pace import speed
 from dtrain.report.page import run_html
 from dtrain.resolved import Resolved
 from dtrain.rundata import RunData, data_table
+from dtrain.runfiles import round_directory
 from dtrain.runtime.module import build_module
 from dtrain.runtime.resident import Stream
 from dtrain.runtime.where import Where

@@ -22,7 +22,7 @@ from dtrain.data.plan.units import DataPlan
 from dtrain.data.read.inventory import short_digest, take_inventory
 from dtrain.data.read.joined import values_counted
 from dtrain.data.samples import Samples, not_samples
-from dtrain.directory import read_config_of
+from dtrain.description import read_config_of
 from dtrain.errors import InvalidConfig, TooFewSamples, did_you_mean
 from dtrain.job import Job, absolute, as_trained, held_out_source, open_sources, source_of
 from dtrain.resolve import changed_contents, own_stores

@@ -6,9 +6,11 @@ devices. The JSON files carry a digest of their own content, so that a modified 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +21,8 @@ from dtrain.errors import RunConflict, RunDamaged, one_line
 CONFIG, PLAN, ENV = "config.toml", "plan.json", "env.json"
 HISTORY, EVENTS, LOCK = "history.jsonl", "events.jsonl", "LOCK"
 ROUNDS = "rounds"
+ROUND = re.compile(r"round-([0-9]{6,18})")
+"""The name of a round's directory."""
 SEAL = "sha256"
 """The key of a JSON file's own digest."""
 MOST_BYTES = 2**30
@@ -79,6 +83,43 @@ def check_regular(path: Path, hint: str = RESTORE) -> None:
         kinds = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe"}
         kind = kinds.get(stat.S_IFMT(mode), "a device or socket")
         raise RunDamaged(f"{path} is {kind}, not a regular file.", hint)
+
+
+def check_directory(path: Path) -> None:
+    """Refuse what lies at a path and is no directory.
+
+    Raises
+    ------
+    RunDamaged
+        It is a link or a file, or cannot be looked at.
+    FileNotFoundError
+        There is nothing.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise RunDamaged(f"{path} cannot be read: {error.strerror}.", RESTORE) from error
+    if not stat.S_ISDIR(mode):
+        raise RunDamaged(f"{path} is {'a link' if stat.S_ISLNK(mode) else 'a file'}, not a directory.", RESTORE)
+
+
+def check_rounds(run: Path) -> None:
+    """Refuse a run whose ``rounds`` is no directory of its own.
+
+    Raises
+    ------
+    RunDamaged
+        It is a link, a file or anything else.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        check_directory(run / ROUNDS)
+
+
+def round_directory(run: Path, number: int) -> Path:
+    """Return the directory of a round."""
+    return run / ROUNDS / f"round-{number:06d}"
 
 
 def parse_json(path: Path, data: bytes) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.algorithm.recipe import Functions
-from dtrain.checkpoint import check_history
+from dtrain.committed import check_history
 from dtrain.config.compare import keys_not_kept, without_secrets
 from dtrain.config.files import with_setting
 from dtrain.config.functions import Function, value_at
 from dtrain.config.schema import TrainConfig
-from dtrain.directory import newest_run, read_config_of, read_env, read_tables_of
+from dtrain.description import read_config_of, read_env, read_tables_of
+from dtrain.directory import newest_run
 from dtrain.errors import InvalidConfig
 from dtrain.project import RunCode, given_functions
 from dtrain.run import Run

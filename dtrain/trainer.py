@@ -16,12 +16,14 @@ from distributed import Client
 from dtrain.algorithm.stop import end_reason, higher_is_better
 from dtrain.asking import has_anomalies
 from dtrain.calls import contradiction, is_given, python_job, with_trackers
-from dtrain.checkpoint import commit_round, committed_rounds, newest_state, prune, sweep
+from dtrain.checkpoint import commit_round
+from dtrain.committed import committed_rounds, newest_state, prune, sweep
 from dtrain.config.compare import without_secrets
 from dtrain.config.schema import RunConfig, TrainConfig
 from dtrain.config.values import flat_values
 from dtrain.data.samples import Samples
-from dtrain.directory import made_directory, next_run_directory, plan_sha256, read_plan, run_directory, write_run
+from dtrain.description import plan_sha256
+from dtrain.directory import made_directory, next_run_directory, read_plan, run_directory, write_run
 from dtrain.display import shown
 from dtrain.errors import DataChanged, Interrupted, Stopped
 from dtrain.events import (

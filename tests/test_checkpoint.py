@@ -22,19 +22,10 @@ from dtrain import checkpoint
 from dtrain.algorithm.params import flatten, layout_of, load_into, params_sha256
 from dtrain.algorithm.plan import first_position
 from dtrain.algorithm.replica import carried, empty_inner_state, fresh_replica, pack_inner_state, unpack_inner_state
-from dtrain.checkpoint import (
-    commit_round,
-    committed_rounds,
-    find_round,
-    load_params,
-    load_round,
-    newest_state,
-    prune,
-    round_directory,
-    sweep,
-)
+from dtrain.checkpoint import commit_round, load_params, load_round
+from dtrain.committed import committed_rounds, find_round, newest_state, prune, sweep
 from dtrain.errors import DiskFull, RoundNotFound, RunDamaged
-from dtrain.runfiles import read_file
+from dtrain.runfiles import read_file, round_directory
 from dtrain.types import Broadcast, Cursor, InnerState, Position, ReplicaState, Slot, TrainState
 from tests.disks import CALLS, Disk, Killed
 

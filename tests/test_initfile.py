@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import dtrain
 from dtrain.algorithm.params import tensors_of
-from dtrain.checkpoint import round_directory
 from dtrain.errors import DataChanged, DataNotFound, DtrainError, InvalidConfig, RoundNotFound, RunDamaged
 from dtrain.events import ParametersLoaded
+from dtrain.runfiles import round_directory
 from tests.runtime import models
 from tests.training import shas, trained
 

@@ -16,7 +16,7 @@ from distributed import Client
 
 import dtrain
 from dtrain.calls import job_from_python
-from dtrain.checkpoint import committed_rounds
+from dtrain.committed import committed_rounds
 from dtrain.data.samples import Samples
 from dtrain.errors import DataChanged, DiskFull, InvalidConfig, RunConflict, RunDamaged, Stopped
 from dtrain.events import ClusterOpening, RoundCommitted, RoundDamaged, RoundFinished, RunFinished, RunStarted

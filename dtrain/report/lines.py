@@ -12,6 +12,7 @@ from dtrain.events import (
     COUNTING,
     ChunksFilled,
     ClusterOpening,
+    Fault,
     ParametersLoaded,
     ReplicaRejected,
     RoundDamaged,
@@ -107,9 +108,7 @@ def pace_line(rows: Sequence[Mapping[str, Any]], rounds: int, fraction: float = 
     return f"{speed(rows):,.0f} samples/s, {clock(left)} left"
 
 
-def fault_line(
-    event: ChunksFilled | SamplesLeftOut | SegmentReplayed | ReplicaRejected | RoundDamaged | WorkerEvicted,
-) -> str:
+def fault_line(event: Fault) -> str:
     """Return what went wrong or is missing, and what was done."""
     match event:
         case ChunksFilled():

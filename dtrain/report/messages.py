@@ -7,16 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.events import (
-    ChunksFilled,
     Event,
-    ReplicaRejected,
-    RoundDamaged,
+    Fault,
     RoundFinished,
     RunFinished,
     RunStarted,
-    SamplesLeftOut,
     SegmentReplayed,
-    WorkerEvicted,
 )
 from dtrain.report.history import row_of
 from dtrain.report.lines import fault_line
@@ -38,7 +34,7 @@ def messages_of(event: Event) -> list[dict[str, Any]]:
             return [_round(row_of(result)), *end]
         case SegmentReplayed():
             return [{"event": "fault", "text": fault_line(event), "back_to": event.round}]
-        case ChunksFilled() | SamplesLeftOut() | ReplicaRejected() | RoundDamaged() | WorkerEvicted():
+        case _ if isinstance(event, Fault):
             return [{"event": "fault", "text": fault_line(event)}]
         case RunFinished():
             return [{"event": "end", "text": f"ended ({event.reason})"}]

@@ -16,21 +16,16 @@ from rich.text import Text
 
 from dtrain.display import clock, columns_of, width_of, wrapped
 from dtrain.events import (
-    ChunksFilled,
     ClusterOpening,
     Event,
+    Fault,
     ParametersLoaded,
-    ReplicaRejected,
     Reporter,
-    RoundDamaged,
     RoundFinished,
     RoundsMeasured,
     RunFinished,
     RunStarted,
-    SamplesLeftOut,
-    SegmentReplayed,
     StepsTaken,
-    WorkerEvicted,
 )
 from dtrain.report.lines import (
     continuing_line,
@@ -138,14 +133,7 @@ class _Terminal:
                 self._print(measured_line(event))
             case RoundFinished():
                 self._advance(event)
-            case (
-                ChunksFilled()
-                | SamplesLeftOut()
-                | SegmentReplayed()
-                | ReplicaRejected()
-                | RoundDamaged()
-                | WorkerEvicted()
-            ):
+            case _ if isinstance(event, Fault):
                 self._print(fault_line(event))
             case RunFinished(limited_by=limit):
                 if limit is not None:

@@ -7,19 +7,14 @@ from dataclasses import dataclass, field, replace
 
 from dtrain.display import shown
 from dtrain.events import (
-    ChunksFilled,
     ClusterOpening,
     Event,
+    Fault,
     ParametersLoaded,
-    ReplicaRejected,
-    RoundDamaged,
     RoundFinished,
     RunFinished,
     RunStarted,
-    SamplesLeftOut,
-    SegmentReplayed,
     StepsTaken,
-    WorkerEvicted,
 )
 from dtrain.report.curve import Series, curves_of, with_row
 from dtrain.report.history import Row, row_of
@@ -103,14 +98,7 @@ class RunView:
                 return replace(self._news(now), latest={**self.latest, event.replica: event})
             case RoundFinished(result):
                 return self._finished(row_of(result), now)
-            case (
-                ChunksFilled()
-                | SamplesLeftOut()
-                | SegmentReplayed()
-                | ReplicaRejected()
-                | RoundDamaged()
-                | WorkerEvicted()
-            ):
+            case _ if isinstance(event, Fault):
                 return replace(self, faults=(*self.faults, fault_line(event))[-SHOWN_FAULTS:])
             case RunFinished(limited_by=limit):
                 title = self.title or f"{shown(event.run)}: complete"

@@ -6,8 +6,9 @@ import asyncio
 import concurrent.futures
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Semaphore
 from typing import Any, TypeAlias
 from weakref import WeakSet
@@ -227,9 +228,15 @@ class TaskClient:
 
     def gather(self, futures: Sequence[Future], meanwhile: Callable[[], None]) -> list[Any]:
         """Wait for futures and return their values; call `meanwhile` now and then."""
-        try:
+        with self._losses():
             self._wait(futures, meanwhile)
             return self._values(futures)
+
+    @contextmanager
+    def _losses(self) -> Iterator[None]:
+        """Turn what Dask raises for a value that is gone into what it means."""
+        try:
+            yield
         except DtrainError:
             raise
         except GONE as error:
@@ -272,18 +279,10 @@ class TaskClient:
 
     def first_done(self, futures: Sequence[Future], meanwhile: Callable[[], None]) -> list[tuple[Future, Any]]:
         """Wait until one of some futures is done at least; return some that are, with their values."""
-        try:
+        with self._losses():
             self._wait(futures, meanwhile, 1)
             done = [future for future in futures if future.done()][:GATHERED_AT_ONCE]
             return list(zip(done, self._values(done), strict=True))
-        except DtrainError:
-            raise
-        except GONE as error:
-            raise self.lost(error) from error
-        except RuntimeError as error:
-            if CLOSING not in str(error):  # of a task
-                raise
-            raise self.lost(error) from error
 
     def _wait(self, futures: Sequence[Future], meanwhile: Callable[[], None], count: int | None = None) -> None:
         """Wait until all futures are done, or so many of them.

@@ -21,8 +21,8 @@ FULL = 0.8
 """A process that used this share of its limit before it ended has most likely ended for want of memory."""
 SURE = 3
 """Workers lost in one function of the user's, until it is taken for no accident; one less if no worker is left."""
-SURE_OUTSIDE, MANY = 5, 10**9
-"""The same between functions of the user's, in a batch and before the first: nothing says that it is their fault."""
+SURE_OUTSIDE = 5
+"""The same between functions of the user's. Before the first batch nothing says that it is their fault."""
 BESIDE = 3
 """Copies of the parameters that a local step makes, with an optimizer that keeps one value a parameter."""
 MEMORY_LOSSES = 3
@@ -146,8 +146,8 @@ class Deaths:
         for death in self.deaths:
             by_place.setdefault(death.said.place, []).append(death)
         for (_, batch, function), deaths in by_place.items():
-            sure = SURE - alone if function else SURE_OUTSIDE if batch else MANY
-            if len(deaths) >= sure or (len(deaths) > 1 and all(map(self.is_full, deaths))):
+            many = len(deaths) >= (SURE - alone if function else SURE_OUTSIDE)
+            if (many and (function or batch)) or (len(deaths) > 1 and all(map(self.is_full, deaths))):
                 return self._named(deaths)
         if lost and len(self.full) >= MEMORY_LOSSES:
             return out_of_memory(self.full)

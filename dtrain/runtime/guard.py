@@ -163,13 +163,16 @@ class Guard:
     def _give_up_frozen(self, live: Collection[str]) -> None:
         if not self._beats.is_due(len(live)):
             return
+        given_up: dict[str, float] = {}
         with suppress(OSError, TimeoutError, RuntimeError, AttributeError):  # the scheduler is gone or busy
             workers: Mapping[str, Any] = self._client.scheduler_info(n_workers=-1)["workers"]
             for worker, seconds in self._beats.silent({at: own["last_seen"] for at, own in workers.items()}).items():
                 self._client.sync(self._unregister, worker, str(workers[worker].get("nanny") or ""))
-                self._deaths = self._deaths.lost([worker], "frozen")
-                self.evicted |= {worker}
-                self.on_evicted(WorkerEvicted(worker=worker, seconds=round(seconds, 1)))
+                given_up[worker] = seconds
+        self._deaths = self._deaths.lost(given_up, "frozen")
+        self.evicted |= given_up.keys()
+        for worker, seconds in given_up.items():
+            self.on_evicted(WorkerEvicted(worker=worker, seconds=round(seconds, 1)))
 
     async def _unregister(self, worker: str, nanny: str) -> None:
         """Let the scheduler give a worker's tasks to others; a process of dtrain's own is ended, others are left."""

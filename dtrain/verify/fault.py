@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeAlias
+
+from dtrain.errors import DtrainError, RunConflict, one_line
 
 What: TypeAlias = Literal["missing", "damaged", "modified", "new", "unlisted"]
 """It is not there; it cannot be read or decoded; its bytes are others; it was not there; nobody should have put it."""
@@ -28,6 +31,26 @@ class Fault:
 
 Report: TypeAlias = Callable[[Fault], None]
 """Is told each fault as it is found."""
+
+
+def tell(report: Report, file: Path, check: Callable[[], object]) -> None:
+    """Call a check of a file, and tell the fault that it raises.
+
+    Raises
+    ------
+    RunConflict
+        Another version of dtrain has written the file.
+    """
+    try:
+        check()
+    except RunConflict:
+        raise
+    except DtrainError as error:
+        report(Fault("damaged", "", error.message))
+    except MemoryError:
+        report(Fault("damaged", str(file), "it is larger than the memory"))
+    except Exception as error:  # the file has its digest, and holds what no version of dtrain writes
+        report(Fault("damaged", str(file), f"it cannot be read: {one_line(error)}"))
 
 
 class Counting:

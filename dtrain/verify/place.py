@@ -7,10 +7,8 @@ import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from dtrain.runfiles import CONFIG, HISTORY, PLAN, ROUNDS
+from dtrain.runfiles import CONFIG, HISTORY, PLAN, ROUND, ROUNDS
 
-ROUND = re.compile(r"round-[0-9]{6,18}")
-"""As `dtrain.checkpoint` names rounds, which imports torch."""
 ZARR = (".zarray", ".zgroup", ".zmetadata", "zarr.json")
 PATHLIKE = re.compile(r"[/.\\]|://")
 

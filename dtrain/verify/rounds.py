@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dtrain.checkpoint import (
     MANIFEST,
     check_round_history,
+    check_round_plan,
+    number_of,
     read_listed,
     read_round_manifest,
 )
 from dtrain.errors import RunConflict, RunDamaged, one_line
-from dtrain.runfiles import PLAN, read_file, sha256
+from dtrain.runfiles import HISTORY, PLAN
 from dtrain.statefiles import state_from
-from dtrain.verify.fault import Fault, Report
+from dtrain.verify.fault import Fault, Report, tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ def verify_round(run: Path, directory: Path, report: Report) -> RoundVerified | 
 
 
 def _look(run: Path, directory: Path, report: Report) -> RoundVerified:
-    number, nothing = int(directory.name.removeprefix("round-")), RoundVerified(0, 0, 0)
+    number, nothing = number_of(directory), RoundVerified(0, 0, 0)
     try:
         manifest = read_round_manifest(directory)
         listed = {str(name): (int(facts["bytes"]), facts) for name, facts in manifest["files"].items()}
@@ -67,38 +69,21 @@ def _look(run: Path, directory: Path, report: Report) -> RoundVerified:
     except Exception as error:  # it has its digest, and says what no version of dtrain writes
         report(Fault("damaged", str(directory / MANIFEST), f"it cannot be read: {one_line(error)}"))
         return nothing
-    _tell(report, lambda: _check_plan(run, number, manifest.get("plan")))
-    _tell(report, lambda: check_round_history(run, directory, manifest))
+    tell(report, run / PLAN, lambda: check_round_plan(directory, manifest))
+    tell(report, run / HISTORY, lambda: check_round_history(directory, manifest))
     files: dict[str, bytes] = {}
     for name, (_, facts) in listed.items():
-        _tell(report, lambda name=name, facts=facts: files.update({name: read_listed(directory, name, facts)}))  # type: ignore[misc]
+        read = partial(read_listed, directory, name, facts)
+        tell(report, directory / name, lambda name=name, read=read: files.update({name: read()}))  # type: ignore[misc]
     for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else ():
         if name not in listed and name != MANIFEST:
             report(Fault("unlisted", str(directory / name), f"{MANIFEST} does not list it: it was put there later"))
     if len(files) == len(listed):
-        _tell(report, lambda: _check_state(directory, number, files))
+        tell(report, directory, lambda: _check_state(directory, number, files))
     return RoundVerified(number, len(files) + 1, sum(map(len, files.values())))
 
 
-def _check_plan(run: Path, number: int, digest: object) -> None:
-    if sha256(read_file(run / PLAN)) != digest:
-        raise RunDamaged(f"{run / PLAN} is not the one that round {number} was trained with.")
-
-
 def _check_state(directory: Path, number: int, files: dict[str, bytes]) -> None:
-    try:
-        state, _ = state_from(files)
-    except Exception as error:  # the files are as listed, and hold what no version of dtrain writes
-        raise RunDamaged(f"{directory} cannot be read: {one_line(error)}") from error
+    state, _ = state_from(files)
     if state.round != number:
         raise RunDamaged(f"{directory} holds the state of round {state.round}.")
-
-
-def _tell(report: Report, check: Callable[[], None]) -> None:
-    """Call a check, and tell the fault that it raises."""
-    try:
-        check()
-    except RunDamaged as error:
-        report(Fault("damaged", "", error.message))
-    except MemoryError:
-        report(Fault("damaged", "", "a file is larger than the memory"))

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtrain.checkpoint import ROUND, TEMPORARY, committed_rounds, round_directory
 from dtrain.climatefile import CLIMATE, read_climate
-from dtrain.directory import read_config_of, read_env, read_resolved, read_tables_of
-from dtrain.errors import DtrainError, RunConflict, RunDamaged, RunNotFound, one_line
+from dtrain.committed import TEMPORARY, committed_rounds
+from dtrain.description import read_config_of, read_env, read_resolved, read_tables_of
+from dtrain.errors import RunDamaged, RunNotFound
 from dtrain.lock import holder
-from dtrain.runfiles import CONFIG, ENV, EVENTS, HISTORY, LOCK, PLAN, ROUNDS, read_if_there
-from dtrain.verify.fault import Counting, Fault, Report
+from dtrain.runfiles import CONFIG, ENV, EVENTS, HISTORY, LOCK, PLAN, ROUND, ROUNDS, read_if_there, round_directory
+from dtrain.verify.fault import Counting, Fault, Report, tell
 from dtrain.verify.rounds import RoundVerified, verify_round
 
 OWN = frozenset({CONFIG, PLAN, ENV, HISTORY, EVENTS, LOCK, ROUNDS, CLIMATE})
@@ -52,13 +52,13 @@ def verify_run(run: Path, report: Report) -> RunVerified:
     """
     told = _Once(report)
     numbers: list[int] = []
-    _tell(told, run / ROUNDS, lambda: numbers.extend(committed_rounds(run)))
-    _tell(told, run / CONFIG, lambda: read_tables_of(run))
-    _tell(told, run / CONFIG, lambda: read_config_of(run))
-    _tell(told, run / ENV, lambda: read_env(run))
-    _tell(told, run / PLAN, lambda: _check_plan_and_climate(run))
+    tell(told, run / ROUNDS, lambda: numbers.extend(committed_rounds(run)))
+    tell(told, run / CONFIG, lambda: read_tables_of(run))
+    tell(told, run / CONFIG, lambda: read_config_of(run))
+    tell(told, run / ENV, lambda: read_env(run))
+    tell(told, run / PLAN, lambda: _check_plan_and_climate(run))
     notes = [note for name in (HISTORY, EVENTS) for note in _check_lines(run / name, told)]
-    _tell(told, run / LOCK, lambda: notes.extend(_training(run)))
+    tell(told, run / LOCK, lambda: notes.extend(_training(run)))
     notes += _others(run)
     verified = [one for number in numbers if (one := verify_round(run, round_directory(run, number), told))]
     own = [path for name in OWN if (path := run / name).is_file() and not path.is_symlink()]
@@ -107,18 +107,6 @@ class _Once(Counting):
         if fault not in self._told:
             self._told.add(fault)
             super().__call__(fault)
-
-
-def _tell(report: Report, file: Path, check: Callable[[], object]) -> None:
-    """Call a check of a file, and tell the fault that it raises."""
-    try:
-        check()
-    except RunConflict:
-        raise
-    except DtrainError as error:
-        report(Fault("damaged", "", error.message))
-    except Exception as error:  # the file has its digest, and holds what no version of dtrain writes
-        report(Fault("damaged", str(file), f"it cannot be read: {one_line(error)}"))
 
 
 def _check_plan_and_climate(run: Path) -> None:

@@ -166,7 +166,7 @@ def test_a_round_of_another_version_is_a_conflict(cli, job):
 def test_the_climatology_of_a_run_is_verified(cli, job):
     from dtrain.climatefile import write_climate
     from dtrain.data.climatology import Climatology
-    from dtrain.directory import read_resolved
+    from dtrain.description import read_resolved
 
     climatology = Climatology({"x": np.zeros((2, 3))}, {}, "of all rows")
     write_climate(job.run, climatology, read_resolved(job.run).plan.fingerprint)

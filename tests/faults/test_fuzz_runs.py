@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import dtrain
-from dtrain.checkpoint import newest_state
+from dtrain.committed import newest_state
 from dtrain.data.samples import Samples
 from dtrain.errors import DtrainError
 from dtrain.lock import holder

@@ -13,9 +13,10 @@ from distributed import Client
 import dtrain
 from dtrain.algorithm import codec as codecs
 from dtrain.algorithm.codec import Codec, Encoded, compress, decompress
-from dtrain.checkpoint import load_round, round_directory
+from dtrain.checkpoint import load_round
 from dtrain.config.average import CodecConfig
 from dtrain.data.samples import Samples
+from dtrain.runfiles import round_directory
 from dtrain.types import Entry, Flat, Layout, Parameters, TrainState
 from tests.runtime import models
 from tests.training import shas

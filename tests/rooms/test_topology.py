@@ -16,10 +16,11 @@ import dtrain
 from dtrain.algorithm import mix
 from dtrain.algorithm.mix import Neighbourhoods
 from dtrain.algorithm.params import params_sha256
-from dtrain.checkpoint import load_params, load_round, round_directory
+from dtrain.checkpoint import load_params, load_round
 from dtrain.config.average import MixConfig
 from dtrain.data.plan.partition import plan_data, train_partitions
 from dtrain.data.samples import Samples
+from dtrain.runfiles import round_directory
 
 REPLICAS = 4
 ROUNDS = 3

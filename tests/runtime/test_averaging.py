@@ -13,9 +13,11 @@ import torch
 from distributed import Client
 
 import dtrain
-from dtrain.checkpoint import committed_rounds, load_round, round_directory
+from dtrain.checkpoint import load_round
+from dtrain.committed import committed_rounds
 from dtrain.data.samples import Samples
 from dtrain.errors import InvalidConfig
+from dtrain.runfiles import round_directory
 from tests.runtime import models
 
 OUTER = {"optimizer": "sgd", "args": {"lr": 0.5, "momentum": 0.9}}

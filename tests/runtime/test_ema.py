@@ -11,9 +11,10 @@ import torch
 
 import dtrain
 from dtrain.algorithm.params import flatten, layout_of
-from dtrain.checkpoint import load_round, round_directory
+from dtrain.checkpoint import load_round
 from dtrain.data.samples import Samples
 from dtrain.errors import InvalidConfig
+from dtrain.runfiles import round_directory
 from tests.runtime import models
 from tests.training import shas, trained
 

@@ -14,8 +14,9 @@ import pytest
 from distributed import Client, LocalCluster
 
 import dtrain
-from dtrain.checkpoint import load_params, round_directory
+from dtrain.checkpoint import load_params
 from dtrain.data.samples import Samples
+from dtrain.runfiles import round_directory
 from dtrain.runtime import codebytes
 from dtrain.runtime.codebytes import live_functions, pickle_functions, sent, unpickle_functions
 from dtrain.runtime.usercode import load_function

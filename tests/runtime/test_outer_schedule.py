@@ -11,10 +11,11 @@ from distributed import Client
 
 import dtrain
 from dtrain.algorithm.recipe import outer_factors
-from dtrain.checkpoint import load_round, round_directory
+from dtrain.checkpoint import load_round
 from dtrain.config.schema import TrainConfig
 from dtrain.data.samples import Samples
 from dtrain.errors import InvalidConfig, RunConflict
+from dtrain.runfiles import round_directory
 from tests.runtime import models
 from tests.training import shas
 

@@ -107,7 +107,7 @@ def _follow(options: Options, run: Run) -> None:
 
 def _record(run: Run, rows: list[Row]) -> dict[str, Any]:
     from dtrain.algorithm.stop import higher_is_better
-    from dtrain.checkpoint import committed_rounds
+    from dtrain.committed import committed_rounds
     from dtrain.lock import holder
     from dtrain.report.history import best_round
     from dtrain.report.pace import seconds_left, speed
@@ -137,7 +137,7 @@ def _record(run: Run, rows: list[Row]) -> dict[str, Any]:
 def _state(run: Run, rows: list[Row]) -> str:
     """Return "running", "done" or "stopped"."""
     from dtrain.algorithm.stop import end_reason
-    from dtrain.checkpoint import committed_rounds
+    from dtrain.committed import committed_rounds
     from dtrain.lock import holder
 
     if holder(run.directory):
