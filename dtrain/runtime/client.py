@@ -167,6 +167,8 @@ class TaskClient:
         addresses = sorted(set(places))[:HOLDERS]
         try:
             return self._scatter(value, addresses)
+        except DtrainError:
+            raise
         except (OSError, TimeoutError) as error:
             if self.connected:
                 check_running(self.dask)  # Dask sends nothing to workers that are paused
@@ -177,6 +179,8 @@ class TaskClient:
             raise self.lost(error) from error
         try:
             return self._scatter(value, addresses)
+        except DtrainError:
+            raise
         except (*GONE, RuntimeError) as error:
             raise self.lost(error) from error
 

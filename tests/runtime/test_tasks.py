@@ -18,6 +18,7 @@ import dtrain
 from dtrain.algorithm.average import Update
 from dtrain.config.average import AverageConfig
 from dtrain.data.samples import Samples
+from dtrain.errors import DiskFull, DtrainError, OutOfMemory, UserCodeFailed
 from dtrain.runtime import client as client_module
 from dtrain.runtime import serial
 from dtrain.runtime.client import TaskClient
@@ -285,3 +286,15 @@ def test_tasks_in_the_scheduler_are_bounded_over_rounds(samples: Samples, tmp_pa
     )
     # one task that stays a round makes 30 more in the middle of the second half; how many rounds fly differs by a round
     assert statistics.median(counts[30:]) <= statistics.median(counts[:30]) + 9
+
+
+@pytest.mark.parametrize("error", [UserCodeFailed("named"), OutOfMemory("named"), DiskFull("named")])
+def test_what_is_found_out_while_values_are_sent_is_no_lost_value(
+    client: Client, monkeypatch: pytest.MonkeyPatch, error: DtrainError
+) -> None:
+    def failing(self: TaskClient, value: object, addresses: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(TaskClient, "_scatter", failing)
+    with pytest.raises(type(error), match="named"):
+        TaskClient(client, "x").scatter(1, list(client.nthreads()))
