@@ -8,13 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from dtrain.display import bytes_text, duration, shown, width_of, wrapped
 from dtrain.events import Event, PredictionStarted, Reporter, SamplesPredicted
-
-PLAIN_SECONDS = 20.0
-"""Without a live line, a line is printed this often."""
+from dtrain.report.bar import PLAIN_SECONDS, live_bar
 
 
 @contextmanager
@@ -23,20 +21,7 @@ def prediction_progress(*, quiet: bool = False, color: bool = True) -> Iterator[
     if quiet:
         yield lambda event: None
         return
-    console = Console(file=sys.stderr, no_color=not color, highlight=False)
-    with Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=30),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} samples"),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        redirect_stdout=sys.stdout.isatty(),
-        disable=not (color and console.is_terminal),
-    ) as progress:
+    with live_bar("samples", color=color) as (console, progress):
         yield _Reporter(console, progress)
 
 

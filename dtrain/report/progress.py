@@ -27,6 +27,7 @@ from dtrain.events import (
     RunStarted,
     StepsTaken,
 )
+from dtrain.report.bar import PLAIN_SECONDS
 from dtrain.report.lines import (
     continuing_line,
     fault_line,
@@ -44,8 +45,6 @@ from dtrain.report.view import RunView
 
 MAX_LINES = 50
 """A run of more rounds prints only every n-th one, which is evaluated, so that about this many lines are the most."""
-PLAIN_SECONDS = 20.0
-"""Without a live line, a line is printed this often at least: the progress of a long round, or a round between."""
 TICK_SECONDS = 1.0
 """Without a live line, it is looked this often whether a run has stalled."""
 BAR = 24

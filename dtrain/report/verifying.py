@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from dtrain.display import bytes_text
+from dtrain.report.bar import PLAIN_SECONDS, live_bar
 
-PLAIN_SECONDS = 20.0
-"""Without a live line, a line is printed this often."""
 LIVE_SECONDS = 0.1
 """A live line changes so often."""
 
@@ -27,20 +22,7 @@ def verifying_progress(*, quiet: bool = False, color: bool = True) -> Iterator[C
     if quiet:
         yield lambda done, of, nbytes: None
         return
-    console = Console(file=sys.stderr, no_color=not color, highlight=False)
-    with Progress(
-        TextColumn("[bold]verify"),
-        BarColumn(bar_width=30),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} objects"),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        redirect_stdout=sys.stdout.isatty(),
-        disable=not (color and console.is_terminal),
-    ) as progress:
+    with live_bar("objects", color=color) as (console, progress):
         task = None if progress.disable else progress.add_task("verify", total=1, note="")
         began = told = time.monotonic()
 

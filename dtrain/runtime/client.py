@@ -33,7 +33,7 @@ NO_WORKERS_SECONDS = 120.0
 """How long a cluster may be without any worker before the run gives up."""
 MAX_AGAIN = 3
 """Times that work outside of rounds is submitted again."""
-WATCHED_FROM = 2
+WATCHED_FROM = 1
 """Once the same work was lost so many times, its tasks say where they are."""
 HOLDERS = 16
 """Workers that a value is sent to. Dask names all holders with each task that needs it: 1,000 would be 25 kB a task."""
@@ -384,10 +384,18 @@ class TaskClient:
             )
 
     def lost(self, error: BaseException) -> Exception:
-        """Return the error that a vanished value means."""
+        """Return the error that a vanished value means.
+
+        Raises
+        ------
+        OutOfMemory, UserCodeFailed
+            It is no accident (`Guard.look`).
+        """
         if not self.connected:
             return _scheduler_lost()
-        gone = self.guard.gone(self.live())
+        live = self.live()
+        self.guard.look(live)  # it may know better
+        gone = self.guard.gone(live)
         killed = str(error.task) if isinstance(error, KilledWorker) else ""
         return SegmentLost(gone or one_line(error), killed, full=self.guard.is_full, gone=bool(gone))
 
