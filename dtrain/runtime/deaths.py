@@ -36,7 +36,7 @@ WORDS = {
     "eval-all": "evaluation",
     "units": "evaluation",
     "initialise": "the first step",
-    "try": "the first step",
+    "try": "trying the model",
     "predict": "prediction",
 }
 """By name of a task, what it is called besides its round and replica."""

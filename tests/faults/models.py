@@ -82,3 +82,20 @@ def built(act: str) -> nn.Module:
     """Act while the model is built."""
     ACTS[act]()
     return nn.Linear(6, 3)
+
+
+class Later(nn.Module):
+    """Ends its process when it is evaluated, once a variable of the environment says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training and os.environ.get("DTRAIN_TESTS_END"):
+            os._exit(0)
+        return self.linear(x)
+
+
+def later() -> nn.Module:
+    return Later()

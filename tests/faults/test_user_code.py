@@ -83,6 +83,18 @@ def test_a_model_that_ends_its_process_is_named_with_its_place(
         )
 
 
+def test_a_model_that_ends_its_process_while_it_is_evaluated_or_predicts(
+    samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(samples, tmp_path, "serial", models.later)
+    monkeypatch.setenv("DTRAIN_TESTS_END", "1")
+    with new_cluster(2) as cluster, Client(cluster) as client:
+        with pytest.raises(UserCodeFailed, match=r"Evaluation, batch 1, model \(.*later\): [23] workers that ran it"):
+            run.evaluate(split="test", cluster=client)
+        with pytest.raises(UserCodeFailed, match=r"Trying the model, .*later\): [23] workers that ran it"):
+            run.predict_to(tmp_path / "out.zarr", cluster=client)
+
+
 @pytest.mark.slow
 def test_a_model_that_fills_the_memory_is_named_with_it(samples: Samples, tmp_path: Path) -> None:
     with (

@@ -150,7 +150,7 @@ def test_workers_that_said_nothing_are_not_counted() -> None:
         ("dtrain-units-p3-0a1b2c3d-a1-watched", 2, "train.loss (m:f)", "Evaluation, batch 2, train.loss (m:f)"),
         ("dtrain-train-r00120-k007-0a1b2c3d-a1-watched", 1, "x", "Round 120, replica 007, batch 1, x"),
         ("dtrain-predict-000003-0a1b2c3d-a1-watched", 5, "model (m:b)", "Prediction, batch 5, model (m:b)"),
-        ("dtrain-try-0a1b2c3d-a1-watched", 1, "model (m:b)", "The first step, batch 1, model (m:b)"),
+        ("dtrain-try-0a1b2c3d-a1-watched", 1, "model (m:b)", "Trying the model, batch 1, model (m:b)"),
     ],
 )
 def test_places_in_words(key: str, batch: int, function: str, text: str) -> None:
