@@ -1,4 +1,4 @@
-"""The committed rounds of a run: which there are, whether plan and history are theirs, which are taken and which go."""
+"""The committed rounds of a run: list, check, choose, restore and prune them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What describes a run: config.toml, plan.json and env.json, read as they were written, or refused."""
+"""Read what describes a run (config.toml, plan.json, env.json), and refuse modified files."""
 
 from __future__ import annotations
 

@@ -23,9 +23,9 @@ from dtrain.types import Broadcast, History, Parameters, Position, RoundResult, 
 MAX_REPLAYS = 3
 """Times that one segment is begun again before the run gives up."""
 WORKERS_SECONDS = 120.0
-"""As long as workers go and come, it does not give up before this time."""
+"""While workers leave and join, the run does not give up before this time."""
 MAX_PAUSE_SECONDS = 5.0
-"""Between two such times, so that workers can come back."""
+"""Pause between two attempts, so that workers can come back."""
 LOOK_AHEAD = 1
 """Rounds that are submitted before the results of an earlier one have come back."""
 COMMIT_SHARE = 0.02
@@ -286,5 +286,5 @@ def _check_finite(number: int, summary: RoundSummary, allowed: float) -> None:
 
 
 def _may_recover(lost: SegmentLost, seconds: float) -> bool:
-    """Whether a segment that was lost too often may still succeed: workers go and come, and no task ends them."""
+    """Whether a segment that was lost too often may still succeed: workers leave and join, and no task ends them."""
     return lost.gone and not lost.killed and not lost.full and seconds < WORKERS_SECONDS

@@ -181,7 +181,7 @@ def _usage(fault: Any) -> str:
 
 
 def _silence_libraries() -> None:
-    """Let Dask and asyncio log no tracebacks: what they mean to the user is said by an error."""
+    """Silence the logs of Dask and asyncio: our errors say what their tracebacks mean."""
     os.environ.setdefault("DASK_LOGGING", repr(DASK_LOGGING))  # read when Dask is imported, also by workers
     for name in ("asyncio", "tornado"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

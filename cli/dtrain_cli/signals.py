@@ -14,7 +14,7 @@ class _Terminated(BaseException):
 
 
 _came = False
-"""Whether SIGTERM is ending this process: further ones would end what the first one closes."""
+"""True once SIGTERM ends this process; a further one would interrupt the shutdown."""
 
 
 @contextmanager

@@ -15,7 +15,7 @@ LIVE_SECONDS = 0.1
 
 @contextmanager
 def verifying_progress(*, quiet: bool = False, color: bool = True) -> Iterator[Callable[[int, int, int], None]]:
-    """Yield a function that is told how far it is: objects, of how many, and their bytes.
+    """Yield a function to report progress: objects done, objects in all, and the bytes done.
 
     The live line is removed when the block ends.
     """

@@ -34,7 +34,7 @@ NO_WORKERS_SECONDS = 120.0
 MAX_AGAIN = 3
 """Times that work outside of rounds is submitted again."""
 WATCHED_FROM = 1
-"""Once the same work was lost so many times, its tasks say where they are."""
+"""Once the same work was lost so many times, its tasks report their place."""
 HOLDERS = 16
 """Workers that a value is sent to. Dask names all holders with each task that needs it: 1,000 would be 25 kB a task."""
 SCATTERED_AT_ONCE = 16
@@ -71,7 +71,7 @@ class TaskClient:
     suffix : str
         Ends the key of each task: it names the run.
     topic : str
-        In which watched tasks say where they are.
+        Of the reports of watched tasks.
     started : int
         Workers of a cluster that dtrain has started.
     """
@@ -97,7 +97,7 @@ class TaskClient:
         again : int
             How many times the same work was lost before.
         watched : bool
-            Whether its tasks say where they are; without it they do once the work was lost `WATCHED_FROM` times.
+            Whether its tasks report their place; without it they do once the work was lost `WATCHED_FROM` times.
         """
         self._attempt += 1
         self._known = []
@@ -238,7 +238,7 @@ class TaskClient:
 
     @contextmanager
     def _losses(self) -> Iterator[None]:
-        """Turn what Dask raises for a value that is gone into what it means."""
+        """Translate Dask's exceptions for a value that is gone (`lost`)."""
         try:
             yield
         except DtrainError:
@@ -389,7 +389,7 @@ class TaskClient:
         Raises
         ------
         OutOfMemory, UserCodeFailed
-            It is no accident (`Guard.look`).
+            Memory or the user's code is at fault (`Guard.look`).
         """
         if not self.connected:
             return _scheduler_lost()

@@ -114,7 +114,7 @@ def open_cluster(config: ClusterConfig, base: Path, client: Client | None = None
 
 @contextmanager
 def _lost_cluster() -> Iterator[None]:
-    """Turn what Dask raises when a cluster goes away, wherever it is used, into one error.
+    """Translate Dask's exceptions for a cluster that goes away, wherever it is used.
 
     Raises
     ------

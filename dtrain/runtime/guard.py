@@ -1,4 +1,4 @@
-"""Notices workers that end or freeze while tasks run on them: listens to them, looks at them, gives frozen ones up."""
+"""Monitor workers while tasks run: attribute those that end, evict those that freeze, restart local ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distributed.core import rpc
 
 from dtrain.errors import listed, one_line
 from dtrain.events import WorkerEvicted
-from dtrain.runtime.deaths import Deaths, Full, Said, said_from
+from dtrain.runtime.worker_losses import MemoryExceeded, TaskPlace, WorkerLosses, task_place
 
 FROZEN_SECONDS = 30.0
 """A worker without a heartbeat for so long is given up."""
@@ -23,13 +23,13 @@ LOOK_SECONDS = 1.0
 """How often heartbeats are looked at, and `WORKERS_A_SECOND` longer on large clusters."""
 WORKERS_A_SECOND = 200
 SLEPT_SECONDS = 10.0
-"""If they have not been looked at for so long, this process was frozen itself, and knows nothing of workers."""
+"""After so long without a look, this process was frozen itself, and cannot judge workers."""
 LACKING_SECONDS = 20.0
-"""After so long without some of its workers, a local cluster is told to start them; Dask forgets them after 15 s."""
+"""After so long without some of its workers, a local cluster starts them again; Dask forgets them after 15 s."""
 KILL_SECONDS = 1.0
 """How long a nanny waits for a frozen worker to end by itself."""
 NANNY_TOPIC = "worker-restart-memory"
-"""In which Dask's nannies say that they end a worker for its memory."""
+"""Topic of Dask's nannies: they end a worker for its memory."""
 LOG = logging.getLogger("dtrain")
 
 
@@ -73,13 +73,13 @@ class Heartbeats:
 
 
 class Guard:
-    """Watches over the workers of a client while tasks of a run are waited for.
+    """Monitors the workers of a client while the driver waits for tasks of a run.
 
     Parameters
     ----------
     client : Client
     topic : str
-        In which watched tasks say where they are.
+        Of the reports of watched tasks.
     started : int
         Workers of a cluster that dtrain has started: frozen ones are ended, and those that do not come back are
         started again. 0 for other clusters.
@@ -91,25 +91,25 @@ class Guard:
         self._topic = topic
         self._started = started
         self._complete = time.monotonic()
-        self._heard: SimpleQueue[Said | Full] = SimpleQueue()
-        self._deaths = Deaths()
+        self._heard: SimpleQueue[TaskPlace | MemoryExceeded] = SimpleQueue()
+        self._losses = WorkerLosses()
         self._beats = Heartbeats()
         self._there: set[str] = set()
         self._again = 0
         self._looking = Lock()
         self.evicted: frozenset[str] = frozenset()
         """Workers that were given up since the work was begun."""
-        client.subscribe_topic(topic, lambda event: self._heard.put(said_from(event[1])))
+        client.subscribe_topic(topic, lambda event: self._heard.put(task_place(event[1])))
         client.subscribe_topic(
-            NANNY_TOPIC, lambda event: self._heard.put(Full(str(event[1]["worker"]), int(event[1]["rss"])))
+            NANNY_TOPIC, lambda event: self._heard.put(MemoryExceeded(str(event[1]["worker"]), int(event[1]["rss"])))
         )
 
     def begin(self, again: int) -> None:
-        """Begin work, or begin it again; what is known of the times before stays as long as it is the same work."""
+        """Begin work, or begin the same work `again`: then earlier losses count too."""
         self._again = again
         self._there, self.evicted = set(), frozenset()
         if not again:
-            self._deaths = Deaths()
+            self._losses = WorkerLosses()
             while not self._heard.empty():
                 self._heard.get()
 
@@ -123,7 +123,7 @@ class Guard:
         Raises
         ------
         OutOfMemory, UserCodeFailed
-            Workers were lost in a way that is no accident.
+            The losses prove that memory or the user's code is at fault.
         """
         if not self._looking.acquire(blocking=False):  # another thread looks
             return
@@ -131,10 +131,10 @@ class Guard:
             self._listen()
             self.saw(live)
             if live or self._client.status == "running":
-                self._deaths = self._deaths.only(live)
+                self._losses = self._losses.only(live)
             self._give_up_frozen(live)
             self._start_lacking(len(live))
-            if error := self._deaths.error(lost=self._again > 0, alone=not live):
+            if error := self._losses.error(lost=self._again > 0, alone=not live):
                 raise error
         finally:
             self._looking.release()
@@ -142,18 +142,20 @@ class Guard:
     def _listen(self) -> None:
         while not self._heard.empty():
             news = self._heard.get()
-            self._deaths = self._deaths.filled(news) if isinstance(news, Full) else self._deaths.heard(news)
+            self._losses = (
+                self._losses.exceeded(news) if isinstance(news, MemoryExceeded) else self._losses.reported(news)
+            )
 
     @property
     def is_full(self) -> bool:
         """Whether a worker has ended for want of memory since the work was begun for the first time."""
         self._listen()
-        return bool(self._deaths.full) or any(map(self._deaths.is_full, self._deaths.deaths))
+        return bool(self._losses.full) or any(map(self._losses.is_full, self._losses.losses))
 
     def gone(self, live: Collection[str]) -> str:
-        """Return what became of the workers that were lost since the work was begun; empty if none was."""
+        """Return how workers were lost since the work was begun; empty if none was."""
         self._listen()
-        full = {one.worker for one in self._deaths.full}
+        full = {one.worker for one in self._losses.full}
         lost = sorted(self._there - set(live))
         ends = [f"worker {at} {'was ended, since its memory was full' if at in full else 'ended'}" for at in lost]
         return listed(ends, most=3)
@@ -169,13 +171,13 @@ class Guard:
             for worker, seconds in self._beats.silent({at: own["last_seen"] for at, own in workers.items()}).items():
                 self._client.sync(self._unregister, worker, str(workers[worker].get("nanny") or ""))
                 given_up[worker] = seconds
-        self._deaths = self._deaths.lost(given_up, "frozen")
+        self._losses = self._losses.lost(given_up, "frozen")
         self.evicted |= given_up.keys()
         for worker, seconds in given_up.items():
             self.on_evicted(WorkerEvicted(worker=worker, seconds=round(seconds, 1)))
 
     async def _unregister(self, worker: str, nanny: str) -> None:
-        """Let the scheduler give a worker's tasks to others; a process of dtrain's own is ended, others are left."""
+        """Remove a worker from the scheduler, which gives its tasks to others; end its process if dtrain started it."""
         await self._client.scheduler.unregister(address=worker, stimulus_id=f"dtrain-frozen-{worker}", close=False)
         if self._started and nanny:
             try:
@@ -185,7 +187,7 @@ class Guard:
                 LOG.info("The frozen worker %s was not ended: %s", worker, one_line(error))
 
     def _start_lacking(self, live: int) -> None:
-        """Start workers anew that do not come back: Dask restarts none that ends while it starts."""
+        """Start missing workers again: Dask does not restart one that ends while it starts."""
         now = time.monotonic()
         if live >= self._started:
             self._complete = now
@@ -194,7 +196,7 @@ class Guard:
             self._client.cluster.scale(self._started)
 
     def close(self) -> None:
-        """Listen no more."""
+        """Unsubscribe from the topics."""
         for topic in (self._topic, NANNY_TOPIC):
             with suppress(ValueError):
                 self._client.unsubscribe_topic(topic)

@@ -34,7 +34,7 @@ from dtrain.types import Parameters
 
 MAX_LOST = 3
 """Times in a row that tasks are lost before it is given up."""
-KEPT = "What is written stays; with --continue it goes on."
+KEPT = "What is written stays; --continue goes on."
 TASKS_A_WORKER = 2
 """Tasks on their way to a worker, so that none waits for the driver."""
 PROGRESS_SECONDS = 0.5

@@ -13,7 +13,7 @@ import sys
 from typing import Any, TextIO
 
 MOST_CHARACTERS = 1_000_000
-"""That the code of a worker prints; more is left out."""
+"""A worker prints at most so many; the rest is left out."""
 
 
 class Bounded(io.TextIOBase):

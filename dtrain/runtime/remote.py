@@ -147,7 +147,7 @@ def whole_model(slices: Sequence[Combined | Broadcast | Parameters], frozen: Fla
 
 
 def places_topic(run_id: str) -> str:
-    """Return the topic in which watched tasks say where they are."""
+    """Return the topic of the reports of watched tasks."""
     return f"{topic(run_id)}-places"
 
 

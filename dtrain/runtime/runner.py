@@ -20,9 +20,9 @@ from dtrain.data.load.moments import Moments
 from dtrain.data.plan.splits import SplitName
 from dtrain.errors import ClusterLost, DtrainError, OutOfMemory, UserCodeFailed
 from dtrain.events import StepsTaken, WorkerEvicted
-from dtrain.runtime.deaths import MORE_MEMORY
 from dtrain.runtime.spec import RunSpec
 from dtrain.runtime.trial import Initial
+from dtrain.runtime.worker_losses import MORE_MEMORY
 from dtrain.types import InitFile, Parameters, Position, RoundPlan, RoundSummary, TrainState
 
 Held = TypeVar("Held")
@@ -55,7 +55,7 @@ class SegmentLost(Exception):
 
 
 def given_up(lost: SegmentLost, doing: str, times: int, kept: str) -> DtrainError:
-    """Return the error for work that is always lost.
+    """Return the error for work that was lost too often.
 
     Parameters
     ----------

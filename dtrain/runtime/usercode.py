@@ -301,7 +301,7 @@ def user_code(doing: str, hint: str = "") -> Iterator[None]:
 
 
 def _is_signal(error: BaseException) -> bool:
-    """Whether an exception ends the process because a signal says so, or is dtrain's own."""
+    """Whether an exception stands for a signal, or is dtrain's own."""
     is_main = threading.current_thread() is threading.main_thread()
     own = type(error).__module__.partition(".")[0] in ("dtrain", "dtrain_cli")
     return own or (is_main and isinstance(error, KeyboardInterrupt))

@@ -1,6 +1,6 @@
-"""A task that is watched: it says where it is before it goes on, so that this is known if its process ends there.
+"""Watched tasks report their place before they go on, so that the driver knows it if the process ends there.
 
-Only tasks of work that has been lost before are watched. Each call of a function of the user's takes a message to the
+Only tasks of work that has been lost before are watched: each call of a user's function costs a message to the
 scheduler and its answer.
 """
 
@@ -33,38 +33,38 @@ CALLED = ("__call__", "forward", "step", "update", "compute")
 
 
 class Watch:
-    """Says where a task is.
+    """Reports the place of a task.
 
     Parameters
     ----------
-    say : callable
-        Gets a message with plain values, and returns once it has arrived.
+    send : callable
+        Called with a message of plain values; returns once it has arrived.
     key : str
         Of the task.
     """
 
-    def __init__(self, say: Callable[[dict[str, Any]], None], key: str) -> None:
-        self._say = say
+    def __init__(self, send: Callable[[dict[str, Any]], None], key: str) -> None:
+        self._send = send
         self._key = key
         self._batch = 0
         self._parameters = 0
         self._names: dict[CodeType, str] = {}
 
     def at_batch(self, number: int) -> None:
-        """Note the batch that comes next, and say so."""
+        """Note and report the batch that comes next."""
         self._batch = number
-        self.say("")
+        self.report("")
 
-    def say(self, function: str) -> None:
-        """Say that a function is entered; an empty name: code of dtrain, or of torch."""
+    def report(self, function: str) -> None:
+        """Report that a function is entered; an empty name stands for code of dtrain or torch."""
         memory, limit = _memory()
         place = {"key": self._key, "batch": self._batch, "function": function, "parameters": self._parameters}
-        self._say({**place, "memory": memory, "limit": limit, "host": socket.gethostname(), "ended": _ended()})
+        self._send({**place, "memory": memory, "limit": limit, "host": socket.gethostname(), "ended": _ended()})
 
     def leave(self) -> None:
-        """Say that the task is done."""
+        """Report that the task is done."""
         self._key = ""
-        self.say("")
+        self.report("")
 
     def know(self, functions: Mapping[str, Function]) -> None:
         """Watch the calls of functions, by config key."""
@@ -78,10 +78,10 @@ class Watch:
         self._names.update(dict.fromkeys(_codes(type(module)), f"model ({name})"))
 
     def on_call(self, frame: FrameType, event: str, _: Any) -> None:
-        """Say that a function of the user's is called, or has returned. For `sys.setprofile`."""
+        """Report that a function of the user's is called, or has returned. For `sys.setprofile`."""
         name = self._names.get(frame.f_code)
         if name is not None and event in ("call", "return"):
-            self.say(name if event == "call" else "")
+            self.report(name if event == "call" else "")
 
 
 _watch: Watch | None = None
@@ -117,7 +117,7 @@ def watching(topic: str, functions: Callable[[], Mapping[str, Function]]) -> Ite
     Parameters
     ----------
     topic : str
-        In which it says where it is.
+        Gets the reports.
     functions : callable
         Returns the user's functions by config key.
     """
@@ -128,7 +128,7 @@ def watching(topic: str, functions: Callable[[], Mapping[str, Function]]) -> Ite
         yield
         return
     _watch = Watch(partial(_send, worker, topic), key)
-    _watch.say("")
+    _watch.report("")
     _watch.know(functions())
     sys.setprofile(_watch.on_call)
     try:

@@ -1,4 +1,4 @@
-"""What verifying needs to know of an array: its grid of stored objects, and what a chunk that is not stored means."""
+"""What verifying needs to know of an array: its grid of stored objects, and how an absent chunk is judged."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Verification:
     manifest : Manifest, optional
         That the store is compared with.
     report : callable
-        Is told each fault.
+        Called with each fault.
     """
 
     def __init__(self, store: ReadStore, data: DataConfig, manifest: Manifest | None, report: Report) -> None:

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 from dtrain.errors import DtrainError, RunConflict, one_line
 
 What: TypeAlias = Literal["missing", "damaged", "modified", "new", "unlisted"]
-"""It is not there; it cannot be read or decoded; its bytes are others; it was not there; nobody should have put it."""
+"""Absent; unreadable or undecodable; other bytes than listed; not listed in the manifest; not a file of the round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Fault:
 
 
 Report: TypeAlias = Callable[[Fault], None]
-"""Is told each fault as it is found."""
+"""Called with each fault as it is found."""
 
 
 def tell(report: Report, file: Path, check: Callable[[], object]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 Tell: TypeAlias = Callable[[int, int, int], None]
-"""Is told how far it is: objects that have been looked at, of how many, and their stored bytes."""
+"""Called with the objects looked at, the objects in all, and the stored bytes looked at."""
 Compared: TypeAlias = Literal["", "written", "not written", "the same", "differs"]
 """What has become of a manifest; empty where there is none."""
 

@@ -38,7 +38,7 @@ def verify_round(run: Path, directory: Path, report: Report) -> RoundVerified | 
     run, directory : path
         Of the run and of its round.
     report : callable
-        Is told each fault.
+        Called with each fault.
 
     Raises
     ------

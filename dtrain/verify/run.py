@@ -43,7 +43,7 @@ def verify_run(run: Path, report: Report) -> RunVerified:
     run : path
         Its directory.
     report : callable
-        Is told each fault.
+        Called with each fault.
 
     Raises
     ------

@@ -37,9 +37,9 @@ def verify_store(
     file : path, optional
         The manifest: the store is compared with it, or it is written where there is none and nothing is at fault.
     report : callable
-        Is told each fault.
+        Called with each fault.
     tell : callable, optional
-        Is told how far it is.
+        Called with the progress.
 
     Raises
     ------

@@ -18,8 +18,8 @@ AHEAD = 2
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
     """Yield the results of a function, in order; items are taken as they are needed.
 
-    Where the caller stops, or an exception comes, items that wait are left. Nobody waits for the calls that are under
-    way, which may be requests to a server that does not answer: the threads end with the process.
+    If the caller stops, or a call raises, items that wait are dropped. Calls under way are not waited for, since a
+    server may not answer them: the threads end with the process.
 
     Parameters
     ----------

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ORDER = 70
 PORT = 8786
 DASHBOARD = "127.0.0.1"
-"""Dask's pages are not encrypted, and ask nobody who they are: they stay on their machine."""
+"""Dask's pages have neither encryption nor authentication: they listen on their own machine alone."""
 EPILOG = epilog(
     ("dtrain certs certs", "for a cluster on this machine"),
     ("dtrain certs certs --host node1 --host 10.0.0.1", "for one on others"),
@@ -91,7 +91,7 @@ def _lines(made: Certificates, host: str) -> dict[str, str]:
     tls = ", ".join(f"{name} = {json.dumps(str(path.absolute()), ensure_ascii=False)}" for name, path in table.items())
     listens = (
         "--host 127.0.0.1 " if host in LOCAL else ""
-    )  # a worker listens on all interfaces, unless it is told where
+    )  # a worker listens on all interfaces, unless an option names one
     return {
         "scheduler": f"dask scheduler --protocol tls --host {shlex.quote(host)} --port {PORT} "
         f"--dashboard-address {DASHBOARD}:8787 {_files(made, 'scheduler')}",

@@ -1,7 +1,7 @@
 """Arrays that zarr reads without decoding more than a chunk can hold, whatever a stored object claims to hold.
 
 zarr's codecs decode all that a frame holds, and look at the size afterwards: some kilobytes become gigabytes. Here each
-compressor that is known is undone by dtrain's own stages, which are told the most bytes that may come out. What other
+compressor that is known is undone by dtrain's own stages, which limit the bytes that come out. What other
 codecs make of a chunk is up to them.
 """
 

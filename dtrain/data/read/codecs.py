@@ -105,7 +105,7 @@ SPARE = 1 << 20
 def encoded_most(nbytes: int) -> int:
     """Return the most bytes that a chunk of so many bytes has in any stage of its encoding.
 
-    No codec is told how much it may give: a stored object of some kilobytes can decode to gigabytes. What is larger
+    Codecs do not limit their output: a stored object of some kilobytes can decode to gigabytes. What is larger
     than this is no chunk of its array, and is refused before there is memory for it.
     """
     return 2 * nbytes + SPARE

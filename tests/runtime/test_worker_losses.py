@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from dtrain.errors import OutOfMemory, UserCodeFailed
-from dtrain.runtime.deaths import Death, Deaths, Full, Said, described, said_from
+from dtrain.runtime.worker_losses import MemoryExceeded, TaskPlace, WorkerLoss, WorkerLosses, described, task_place
 
 GB = 1 << 30
-SAID = Said(
+PLACE = TaskPlace(
     worker="tcp://a",
     key="dtrain-train-r00002-k1-0a1b2c3d-a3-watched",
     batch=17,
@@ -24,22 +24,22 @@ SAID = Said(
 )
 
 
-def again(worker: str, attempt: int = 4, **changes: Any) -> Said:
-    return replace(SAID, worker=worker, key=f"dtrain-train-r00002-k1-0a1b2c3d-a{attempt}-watched", **changes)
+def again(worker: str, attempt: int = 4, **changes: Any) -> TaskPlace:
+    return replace(PLACE, worker=worker, key=f"dtrain-train-r00002-k1-0a1b2c3d-a{attempt}-watched", **changes)
 
 
 def test_one_death_is_an_accident() -> None:
-    known = Deaths().heard(SAID).only(["tcp://b"])
-    assert known.deaths == (Death(SAID, "ended"),)
+    known = WorkerLosses().reported(PLACE).only(["tcp://b"])
+    assert known.losses == (WorkerLoss(PLACE, "ended"),)
     assert known.last == {}
     assert known.error(lost=True) is None
     assert known.only([]) == known
 
 
 def test_three_deaths_at_one_place_are_none() -> None:
-    known = Deaths().heard(SAID).only([]).heard(again("tcp://b")).only(["tcp://c"])
+    known = WorkerLosses().reported(PLACE).only([]).reported(again("tcp://b")).only(["tcp://c"])
     assert known.error(lost=True) is None
-    error = known.heard(again("tcp://c", 5)).only(["tcp://d"]).error(lost=False)
+    error = known.reported(again("tcp://c", 5)).only(["tcp://d"]).error(lost=False)
     assert isinstance(error, UserCodeFailed)
     assert error.message == (
         "Round 2, replica 1, batch 17, model (model:build): 3 workers that ran it ended (tcp://a, tcp://b, tcp://c)."
@@ -48,27 +48,27 @@ def test_three_deaths_at_one_place_are_none() -> None:
 
 
 def test_two_are_none_if_no_worker_is_left_to_try_it_again() -> None:
-    known = Deaths().heard(SAID).only([]).heard(again("tcp://b")).only([])
+    known = WorkerLosses().reported(PLACE).only([]).reported(again("tcp://b")).only([])
     assert isinstance(known.error(lost=True, alone=True), UserCodeFailed)
 
 
 @pytest.mark.parametrize(("batch", "sure"), [(17, 5), (0, None)])
 def test_deaths_outside_of_the_users_functions_may_be_accidents(batch: int, sure: int | None) -> None:
-    known = Deaths()
+    known = WorkerLosses()
     for number in range(1, 9):
-        known = known.heard(again(f"tcp://{number}", function="", batch=batch)).only([])
+        known = known.reported(again(f"tcp://{number}", function="", batch=batch)).only([])
         is_sure = sure is not None and number >= sure
         assert isinstance(known.error(lost=True, alone=True), UserCodeFailed) == is_sure
 
 
 def test_a_place_that_a_task_has_passed_ended_no_worker() -> None:
-    known = Deaths().heard(SAID).only([]).heard(again("tcp://b")).only(["tcp://c"])
-    assert len(known.deaths) == 2
-    assert known.heard(again("tcp://c", batch=18)).deaths == ()
+    known = WorkerLosses().reported(PLACE).only([]).reported(again("tcp://b")).only(["tcp://c"])
+    assert len(known.losses) == 2
+    assert known.reported(again("tcp://c", batch=18)).losses == ()
 
 
 def test_a_task_that_is_done_is_at_no_place() -> None:
-    assert Deaths().heard(SAID).heard(replace(SAID, key="")).only([]).deaths == ()
+    assert WorkerLosses().reported(PLACE).reported(replace(PLACE, key="")).only([]).losses == ()
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_task_that_is_done_is_at_no_place() -> None:
 )
 def test_deaths_at_two_places_are_accidents(changes: dict[str, Any]) -> None:
     other = replace(again("tcp://b"), **changes)
-    assert Deaths().heard(SAID).only([]).heard(other).only([]).error(lost=True) is None
+    assert WorkerLosses().reported(PLACE).only([]).reported(other).only([]).error(lost=True) is None
 
 
 def test_submissions_of_one_evaluation_are_one_place() -> None:
@@ -91,41 +91,41 @@ def test_submissions_of_one_evaluation_are_one_place() -> None:
         "dtrain-eval-val-r00003-p0-11111111-0a1b2c3d-a3-watched",
         "dtrain-eval-val-r00003-p0-2222eeee-0a1b2c3d-a9-watched",
     ]
-    one, other = (replace(SAID, worker=f"tcp://{n}", key=key, batch=1) for n, key in enumerate(keys))
-    error = Deaths().heard(one).only([]).heard(other).only([]).error(lost=True, alone=True)
+    one, other = (replace(PLACE, worker=f"tcp://{n}", key=key, batch=1) for n, key in enumerate(keys))
+    error = WorkerLosses().reported(one).only([]).reported(other).only([]).error(lost=True, alone=True)
     assert error is not None
     assert error.message.startswith("Round 3, evaluation, batch 1, model (model:build): 2 workers")
 
 
 @pytest.mark.parametrize("source", ["nanny", "kernel", "its own"])
 def test_memory_at_death(source: str) -> None:
-    known = Deaths()
+    known = WorkerLosses()
     for worker in ("tcp://a", "tcp://b"):
-        said = again(worker, memory=GB * 9 // 10 if source == "its own" else GB // 4)
-        known = known.heard(said)
-        known = known.filled(Full(worker, GB)) if source == "nanny" else known
+        place = again(worker, memory=GB * 9 // 10 if source == "its own" else GB // 4)
+        known = known.reported(place)
+        known = known.exceeded(MemoryExceeded(worker, GB)) if source == "nanny" else known
         known = known.only([])
     if source == "kernel":
         assert known.error(lost=True) is None
-        known = known.heard(again("tcp://c", ended=1))
+        known = known.reported(again("tcp://c", ended=1))
     error = known.error(lost=True)
     assert isinstance(error, OutOfMemory)
     assert "2 workers ran out of memory (tcp://a, tcp://b). Before, a worker used " in error.message
 
 
 def test_the_arithmetic_of_a_step() -> None:
-    said = again("tcp://b", memory=GB, limit=GB, parameters=GB // 2)
-    error = Deaths().heard(said).only([]).heard(replace(said, worker="tcp://c")).only([]).error(lost=True)
+    place = again("tcp://b", memory=GB, limit=GB, parameters=GB // 2)
+    error = WorkerLosses().reported(place).only([]).reported(replace(place, worker="tcp://c")).only([]).error(lost=True)
     assert error is not None
     assert "With 512.00 MiB of parameters a step takes about 3 times that more" in error.message
     assert "over 2.50 GiB in all" in error.message
 
 
 def test_nannies_that_end_workers_count_once_work_was_lost() -> None:
-    known = Deaths()
+    known = WorkerLosses()
     for number in range(3):
         assert known.error(lost=True) is None
-        known = known.filled(Full(f"tcp://{number}", GB + number))
+        known = known.exceeded(MemoryExceeded(f"tcp://{number}", GB + number))
     assert known.error(lost=False) is None
     error = known.error(lost=True)
     assert isinstance(error, OutOfMemory)
@@ -133,14 +133,20 @@ def test_nannies_that_end_workers_count_once_work_was_lost() -> None:
 
 
 def test_two_workers_that_freeze_at_one_place() -> None:
-    known = Deaths().heard(SAID).lost(["tcp://a"], "frozen").heard(again("tcp://b")).lost(["tcp://b"], "frozen")
+    known = (
+        WorkerLosses()
+        .reported(PLACE)
+        .lost(["tcp://a"], "frozen")
+        .reported(again("tcp://b"))
+        .lost(["tcp://b"], "frozen")
+    )
     error = known.error(lost=True, alone=True)
     assert isinstance(error, UserCodeFailed)
     assert "2 workers that ran it did not answer any more" in error.message
 
 
 def test_workers_that_said_nothing_are_not_counted() -> None:
-    assert Deaths().lost(["tcp://a"], "frozen") == Deaths()
+    assert WorkerLosses().lost(["tcp://a"], "frozen") == WorkerLosses()
 
 
 @pytest.mark.parametrize(
@@ -154,9 +160,9 @@ def test_workers_that_said_nothing_are_not_counted() -> None:
     ],
 )
 def test_places_in_words(key: str, batch: int, function: str, text: str) -> None:
-    assert described(replace(SAID, key=key, batch=batch, function=function)) == text
+    assert described(replace(PLACE, key=key, batch=batch, function=function)) == text
 
 
 def test_what_a_task_says_comes_as_a_message() -> None:
-    message = {name: getattr(SAID, name) for name in Said.__slots__}
-    assert said_from({**message, "more": 1}) == SAID
+    message = {name: getattr(PLACE, name) for name in TaskPlace.__slots__}
+    assert task_place({**message, "more": 1}) == PLACE
