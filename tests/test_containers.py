@@ -71,7 +71,10 @@ def process(arguments: list[str], directory: Path) -> Iterator[None]:
 
 @pytest.mark.slow
 def test_the_commands_train(compose: dict[str, Any], tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "digits", tmp_path / "digits")
+    dtrain = Path(sys.executable).parent / "dtrain"
+    subprocess.run(
+        [dtrain, "init", "digits", "--template", "digits"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL
+    )
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     run = {name: command(service["command"], port) for name, service in compose.items()}

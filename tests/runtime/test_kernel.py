@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,7 +58,10 @@ def test_the_notebook_of_the_examples_runs(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
     notebook = nbformat.read(ROOT / "examples" / "notebook.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)  # it is kept without them
-    shutil.copytree(ROOT / "digits", tmp_path / "digits")
+    dtrain = Path(sys.executable).parent / "dtrain"
+    subprocess.run(
+        [dtrain, "init", "digits", "--template", "digits"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL
+    )
     options = {"timeout": CELL_SECONDS, "kernel_name": "python3", "resources": {"metadata": {"path": str(tmp_path)}}}
     nbclient.NotebookClient(notebook, **options).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
