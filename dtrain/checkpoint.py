@@ -12,12 +12,14 @@ together with them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dtrain.errors import RoundNotFound, RunDamaged, one_line
-from dtrain.files import disk_errors, write_directory
+from dtrain.files import disk_errors, hidden, remove, write_directory
 from dtrain.runfiles import (
     HISTORY,
     PLAN,
@@ -31,27 +33,28 @@ from dtrain.runfiles import (
     parse_json,
     read_file,
     read_if_there,
+    read_known,
     round_directory,
     sealed,
     sha256,
 )
-from dtrain.statefiles import json_bytes, state_files, state_from
-from dtrain.types import Parameters, TrainState
+from dtrain.statefiles import STATE, check_parts, held_state, json_bytes, read_params, state_files, stored_state
+from dtrain.types import Parameters, StateFile, StoredState, TrainState
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 MOST_MANIFEST = 2**26
 
 
-def commit_round(run: Path, state: TrainState, fingerprint: str, plan_sha256: str) -> int:
-    """Write a state as a committed round of a run; return the bytes written.
+def commit_round(run: Path, state: TrainState | StoredState, fingerprint: str, plan_sha256: str) -> int:
+    """Write a state as a committed round of a run; return its bytes.
 
     Parameters
     ----------
     run : path
         The run's directory. Its history.jsonl holds the line of the round.
-    state : TrainState
-        Held by the driver.
+    state : TrainState or StoredState
+        Held by the driver, or files that are written and synced already: they are moved.
     fingerprint : str
         Of the data plan; the cursors are only valid together with it.
     plan_sha256 : str
@@ -76,23 +79,53 @@ def commit_round(run: Path, state: TrainState, fingerprint: str, plan_sha256: st
     return sum(int(facts["bytes"]) for facts in listed.values())
 
 
+@contextmanager
+def uncommitted(run: Path) -> Iterator[Callable[[int], Path]]:
+    """Give a function that makes a new directory for the files of a round until it is committed.
+
+    There is one at a time. The last one is removed at the end.
+    """
+    made: list[Path] = []
+
+    def new(number: int) -> Path:
+        while made:
+            remove(made.pop())
+        check_rounds(run)
+        directory = hidden(round_directory(run, number).absolute())  # workers have other working directories
+        with disk_errors(f"round {number}", run):
+            directory.parent.mkdir(exist_ok=True)
+            directory.mkdir()
+        made.append(directory)
+        return directory
+
+    try:
+        yield new
+    finally:
+        while made:
+            remove(made.pop())
+
+
 def _with_manifest(
-    described: dict[str, Any], files: Iterable[tuple[str, bytes]], listed: dict[str, dict[str, int | str]]
-) -> Iterator[tuple[str, bytes]]:
+    described: dict[str, Any], files: Iterable[tuple[str, bytes | StateFile]], listed: dict[str, dict[str, int | str]]
+) -> Iterator[tuple[str, bytes | Path]]:
     """Yield files one at a time, and last the manifest; `listed` is filled with their sizes and digests."""
-    for name, data in files:
-        listed[name] = {"bytes": len(data), "sha256": sha256(data)}
-        yield name, data
+    for name, file in files:
+        if isinstance(file, StateFile):
+            listed[name] = {"bytes": file.nbytes, "sha256": file.sha256}
+            yield name, file.path
+        else:
+            listed[name] = {"bytes": len(file), "sha256": sha256(file)}
+            yield name, file
     yield MANIFEST, json_bytes(sealed({**described, "files": listed}))
 
 
-def load_round(directory: Path) -> tuple[TrainState, str]:
-    """Read and verify a committed round; return its state and the data plan's fingerprint.
+def open_round(directory: Path) -> tuple[StoredState, str]:
+    """Return the state of a committed round as files, and the data plan's fingerprint; no other file is read yet.
 
     Raises
     ------
     RunDamaged
-        A file is missing, or differs from the manifest; also plan.json, and the history up to the round.
+        The manifest or state.json is missing or modified; also plan.json, and the history up to the round.
     RunConflict
         Another version of dtrain has written it.
     RoundNotFound
@@ -106,12 +139,56 @@ def load_round(directory: Path) -> tuple[TrainState, str]:
         ) from error
     check_round_plan(directory, manifest)
     check_round_history(directory, manifest)
+    with _readable(directory):
+        return stored_round(directory, manifest)
+
+
+def stored_round(directory: Path, manifest: Mapping[str, Any]) -> tuple[StoredState, str]:
+    """Return the state that the files of a round make up, and the fingerprint."""
+    files = {
+        str(name): StateFile(directory / Path(name).name, int(facts["bytes"]), str(facts["sha256"]))
+        for name, facts in manifest["files"].items()
+    }
+    described = files[STATE]
+    data = read_known(described.path, described.nbytes, described.sha256)
+    return stored_state(json.loads(data), files)
+
+
+def check_round(directory: Path) -> tuple[StoredState, str]:
+    """Read all of a committed round, one file after the other; return as `open_round`, with its errors.
+
+    Raises
+    ------
+    RunDamaged
+        A file is missing, or differs from the manifest.
+    """
+    state, fingerprint = open_round(directory)
+    with _readable(directory):
+        check_parts(state)
+    return state, fingerprint
+
+
+def load_round(directory: Path) -> tuple[TrainState, str]:
+    """Read and verify a committed round; return its state and the data plan's fingerprint.
+
+    Raises
+    ------
+    RunDamaged, RunConflict, RoundNotFound
+        As `check_round`.
+    """
+    state, fingerprint = open_round(directory)
+    with _readable(directory):
+        return held_state(state), fingerprint
+
+
+@contextmanager
+def _readable(directory: Path) -> Iterator[None]:
+    """Name a round whose files are as they are listed, and hold what no version of dtrain writes."""
     try:
-        files = dict(_verified(directory, manifest))
-        return state_from(files)
+        yield
     except RunDamaged:
         raise
-    except Exception as error:  # the files are as listed, and hold what no version of dtrain writes
+    except Exception as error:
         raise RunDamaged(f"{directory} cannot be read: {one_line(error)}") from error
 
 
@@ -170,30 +247,16 @@ def check_round_history(directory: Path, manifest: Mapping[str, Any]) -> None:
         raise RunDamaged(f"{history} does not hold the rounds up to {number} as they were committed.", RESTORE)
 
 
-def _verified(directory: Path, manifest: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of each file of a round."""
-    for name, listed in manifest["files"].items():
-        yield name, read_listed(directory, name, listed)
-
-
-def read_listed(directory: Path, name: str, listed: Mapping[str, Any]) -> bytes:
-    """Return the content of a file of a round, of which the manifest has size and digest.
-
-    Raises
-    ------
-    RunDamaged
-        It is missing, or not what was committed.
-    """
-    path = directory / Path(name).name
-    data = read_file(path, int(listed["bytes"]))
-    if len(data) != listed["bytes"] or sha256(data) != listed["sha256"]:
-        raise RunDamaged(f"{path} is not what was committed.")
-    return data
-
-
 def load_params(directory: Path) -> Parameters:
-    """Return the parameters of the model of a committed round."""
-    return load_round(directory)[0].model
+    """Return the parameters of the model of a committed round; all of it is verified, as by `check_round`."""
+    state, _ = check_round(directory)
+    return read_params(state.vectors[0], state.layout)
+
+
+def load_ema(directory: Path) -> Parameters | None:
+    """Return the moving average of models of a committed round, likewise; None if it has none."""
+    state, _ = check_round(directory)
+    return None if state.ema is None else read_params(state.ema, state.layout)
 
 
 def number_of(directory: Path) -> int:

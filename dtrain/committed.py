@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dtrain.checkpoint import check_round_history, load_round, other_plan, read_round_manifest
+from dtrain.checkpoint import check_round, check_round_history, other_plan, read_round_manifest
 from dtrain.errors import RoundNotFound, RunDamaged
 from dtrain.files import remove, remove_directory
 from dtrain.runfiles import PLAN, RESTORE, ROUND, ROUNDS, check_rounds, read_file, round_directory, sha256
-from dtrain.types import TrainState
+from dtrain.types import StoredState
 
 NUMBER = re.compile(r"[0-9]{1,18}")
 TEMPORARY = re.compile(r"\.(config\.toml|plan\.json|env\.json|history\.jsonl|climatology\.safetensors)-[0-9a-f]{8}")
@@ -92,7 +92,7 @@ def _manifests(run: Path, numbers: Sequence[int]) -> Iterator[tuple[int, dict[st
                 yield number, error
 
 
-def newest_state(run: Path) -> tuple[TrainState | None, str, list[tuple[int, str]]]:
+def newest_round(run: Path) -> tuple[StoredState | None, str, list[tuple[int, str]]]:
     """Return the newest state that verifies, its fingerprint, and (round, reason) of those that do not.
 
     Raises
@@ -103,7 +103,7 @@ def newest_state(run: Path) -> tuple[TrainState | None, str, list[tuple[int, str
     damaged: list[tuple[int, str]] = []
     for number in reversed(committed_rounds(run)):
         try:
-            state, fingerprint = load_round(round_directory(run, number))
+            state, fingerprint = check_round(round_directory(run, number))
             return state, fingerprint, damaged
         except RunDamaged as error:
             damaged.append((number, error.message))

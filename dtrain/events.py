@@ -177,6 +177,9 @@ class RoundCommitted:
     round: int
     bytes: int
     seconds: float
+    """To check and to move what is written."""
+    by: Literal["driver", "workers"] = "driver"
+    """Who has written the parameters and the states."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

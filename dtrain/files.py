@@ -43,7 +43,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     DiskFull
         It could not be written.
     """
-    temporary = _temporary(path)
+    temporary = hidden(path)
     with disk_errors(path.name, path.parent):
         try:
             write_synced(temporary, data)
@@ -70,15 +70,15 @@ def append_line(path: Path, text: str) -> None:
         write_synced(path, f"{text}\n".encode(), os.O_APPEND)
 
 
-def write_directory(path: Path, files: Iterable[tuple[str, bytes]], label: str) -> None:
+def write_directory(path: Path, files: Iterable[tuple[str, bytes | Path]], label: str) -> None:
     """Write a directory as a whole; one that is there is replaced.
 
     Parameters
     ----------
     path : path
         The directory. Its parent is made if it is absent.
-    files : iterable of (name, content)
-        They are written and synced in this order.
+    files : iterable of (name, content or path)
+        They are written and synced in this order. A path is a file that is synced already: it is moved.
     label : str
         Names the content in errors.
 
@@ -91,13 +91,16 @@ def write_directory(path: Path, files: Iterable[tuple[str, bytes]], label: str) 
     -----
     Replacing takes two renames. A process killed between them leaves the old directory under a hidden name.
     """
-    temporary = _temporary(path)
+    temporary = hidden(path)
     with disk_errors(label, path.parent):
         try:
             path.parent.mkdir(exist_ok=True)
             temporary.mkdir()
             for name, data in files:
-                write_synced(temporary / name, data)
+                if isinstance(data, Path):
+                    os.rename(data, temporary / name)
+                else:
+                    write_synced(temporary / name, data)
             sync_directory(temporary)
             _move_into_place(temporary, path)
             sync_directory(path.parent)
@@ -114,7 +117,7 @@ def remove_directory(path: Path) -> None:
     OSError
         It could not be renamed.
     """
-    aside = _temporary(path)
+    aside = hidden(path)
     path.rename(aside)
     remove(aside)
 
@@ -142,7 +145,7 @@ def disk_errors(label: str, directory: Path) -> Iterator[None]:
         ) from error
 
 
-def _temporary(path: Path) -> Path:
+def hidden(path: Path) -> Path:
     """Return a new hidden name beside a path."""
     return path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
 
@@ -172,7 +175,7 @@ def _move_into_place(temporary: Path, final: Path) -> None:
     if not os.path.lexists(final):
         temporary.rename(final)
         return
-    aside = _temporary(final)
+    aside = hidden(final)
     final.rename(aside)
     try:
         temporary.rename(final)

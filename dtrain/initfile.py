@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dtrain.checkpoint import load_round
+from dtrain.checkpoint import check_round
 from dtrain.committed import committed_rounds
 from dtrain.display import shown
 from dtrain.errors import DataChanged, DataNotFound, RoundNotFound, RunDamaged, listed, one_line
@@ -58,7 +58,7 @@ def init_path(job: Job) -> Path | None:
             f"Name {names}.",
         )
     directory = round_directory(path, rounds[-1])
-    load_round(directory)
+    check_round(directory)
     return directory / PARAMS
 
 

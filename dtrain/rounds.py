@@ -6,7 +6,8 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from dtrain.algorithm.evaluate import Sums, in_order, values
 from dtrain.algorithm.metrics.state import Metric
@@ -18,7 +19,17 @@ from dtrain.config.schema import TrainConfig
 from dtrain.errors import Diverged, UnsuitableVariable
 from dtrain.events import Reporter, SegmentReplayed
 from dtrain.runtime.runner import Held, Outcome, Runner, SegmentLost, given_up
-from dtrain.types import Broadcast, History, Parameters, Position, RoundResult, RoundSummary, TrainState
+from dtrain.statefiles import evaluated_params
+from dtrain.types import (
+    Broadcast,
+    History,
+    Parameters,
+    Position,
+    RoundResult,
+    RoundSummary,
+    StoredState,
+    TrainState,
+)
 
 MAX_REPLAYS = 3
 """Times that one segment is begun again before the run gives up."""
@@ -35,26 +46,36 @@ MAX_COMMIT_EVERY = 100
 round."""
 
 
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """Where the states of a run may be files."""
+
+    directory: Callable[[int], Path]
+    """Makes a new directory for the files of a round, until it is committed."""
+    committed: Callable[[TrainState | StoredState], TrainState | StoredState]
+    """Returns a state that has been committed since, with the files where they are now."""
+
+
 def rounds(
     runner: Runner[Held],
-    state: TrainState,
+    state: TrainState | StoredState,
     config: TrainConfig,
     report: Reporter,
     *,
     history: History = (),
     look_ahead: int | None = None,
     is_over: Callable[[], bool] = lambda: False,
+    keeping: Keeping | None = None,
 ) -> Generator[RoundResult, None, None]:
     """Yield the rounds after `state`, segment by segment, up to the last one or a rule of ``[stop]``.
 
-    A segment starts from a state that the driver holds, and ends with the next one. Whatever is lost on the way is
-    done again from its start: the same bits.
+    A segment starts from a state that the driver holds, or that lies in files, and ends with the next one. Whatever is
+    lost on the way is done again from its start: the same bits.
 
     Parameters
     ----------
     runner : Runner
-    state : TrainState
-        Held by the driver.
+    state : TrainState or StoredState
     config : TrainConfig
     report : callable
         Called with an event for each segment that is replayed.
@@ -66,6 +87,8 @@ def rounds(
         Whether the time of the run is over. Then no further round is begun, and the one that is being trained ends
         its segment: its result holds the state and an evaluation. A round that is replayed has been yielded before,
         and ends nothing.
+    keeping : Keeping, optional
+        Where states may be files. They must have been committed when the next round is asked for.
     """
     ahead = LOOK_AHEAD if look_ahead is None else look_ahead
     yielded = state.round
@@ -73,7 +96,7 @@ def rounds(
     def ends_with(number: int) -> bool:
         return number > yielded and is_over()
 
-    for result in _replayed(runner, state, config, report, history, ahead, ends_with):
+    for result in _replayed(runner, state, config, report, history, ahead, ends_with, keeping):
         if result.round > yielded:
             yielded = result.round
             yield result
@@ -81,12 +104,13 @@ def rounds(
 
 def _replayed(
     runner: Runner[Held],
-    state: TrainState,
+    state: TrainState | StoredState,
     config: TrainConfig,
     report: Reporter,
     history: History,
     ahead: int,
     ends_with: Callable[[int], bool],
+    keeping: Keeping | None,
 ) -> Iterator[RoundResult]:
     """Yield the rounds of one segment after the other; those of a segment that is lost are yielded again."""
     every, replays, first_lost = first_cadence(config.run.commit_every), 0, 0.0
@@ -95,7 +119,7 @@ def _replayed(
         end = next_commit(state.round, every, config.run.commit_every, runner.spec.eval_every)
         try:
             last = min(end, config.train.rounds)
-            done = yield from _segment(runner, state, last, config, history, ahead, replays, ends_with)
+            done = yield from _segment(runner, state, last, config, history, ahead, replays, ends_with, keeping)
         except SegmentLost as lost:
             replays, first_lost = replays + 1, first_lost if replays else began
             report(SegmentReplayed(round=state.round, reason=lost.reason))
@@ -107,7 +131,9 @@ def _replayed(
         if done[-1].stop is not None:
             return
         history, replays = (*history, *(result.stop_metric for result in done)), 0
-        state = done[-1].state or state
+        reached = done[-1].state
+        assert reached is not None, "a segment ends with a state"
+        state = reached if keeping is None else keeping.committed(reached)
         seconds = sum(result.seconds for result in done)
         if config.run.commit_every == "auto":
             every = commit_cadence(time.monotonic() - began - seconds, seconds / len(done), len(done))
@@ -115,13 +141,14 @@ def _replayed(
 
 def _segment(
     runner: Runner[Held],
-    state: TrainState,
+    state: TrainState | StoredState,
     end: int,
     config: TrainConfig,
     history: History,
     ahead: int,
     replays: int,
     ends_with: Callable[[int], bool],
+    keeping: Keeping | None,
 ) -> Generator[RoundResult, None, list[RoundResult]]:
     """Yield the rounds from `state` to `end`; round r + 1 is submitted against the handles of round r.
 
@@ -144,21 +171,25 @@ def _segment(
         result = _result(reached.round, outcome, metrics, config, history)
         result = replace(result, seconds=seconds, retried=replays)
         if result.stop is not None or reached.round == end or ends_with(reached.round):
-            result = _ended(result, runner.gather(handles, reached), runner, config)
+            directory = None if keeping is None else keeping.directory
+            result = _ended(result, runner.gather(handles, reached, directory), runner, config)
         history = (*history, result.stop_metric)
         done.append(result)
         yield result
     return done
 
 
-def _ended(result: RoundResult, state: TrainState, runner: Runner[Held], config: TrainConfig) -> RoundResult:
+def _ended(
+    result: RoundResult, state: TrainState | StoredState, runner: Runner[Held], config: TrainConfig
+) -> RoundResult:
     """Return the last round of a segment with its state, evaluated outside of the cadence if it has to be.
 
     Such an evaluation is shown and kept, and no rule of ``[stop]`` counts it.
     """
     if not is_evaluated(result.round, runner.spec.eval_every, config.train):
-        ema_sums = None if state.ema is None else runner.evaluate(state.ema, "val")
-        sums = runner.evaluate(state.model, "val")
+        model, ema = evaluated_params(state)
+        ema_sums = None if ema is None else runner.evaluate(ema, "val")
+        sums = runner.evaluate(model, "val")
         result = replace(result, metrics=_metrics(sums, ema_sums, config, runner.metrics))
     return replace(result, state=state)
 

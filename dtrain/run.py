@@ -15,7 +15,7 @@ from dtrain.algorithm.params import load_into, params_sha256
 from dtrain.algorithm.recipe import Functions
 from dtrain.algorithm.stop import higher_is_better, stop_history
 from dtrain.asking import Question
-from dtrain.checkpoint import load_params, load_round
+from dtrain.checkpoint import load_ema, load_params
 from dtrain.committed import committed_rounds, find_round
 from dtrain.config.compare import without_secrets
 from dtrain.config.functions import Function
@@ -171,7 +171,7 @@ class Run:
         """Return the parameters of a committed round, or its moving average of models."""
         if not ema:
             return load_params(round_directory(self.directory, number))
-        averaged = load_round(round_directory(self.directory, number))[0].ema
+        averaged = load_ema(round_directory(self.directory, number))
         if averaged is None:
             raise InvalidConfig(
                 f"{self.directory.name} has no moving average of models: its average.ema is 0.",

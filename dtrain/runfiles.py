@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,20 +53,65 @@ def read_if_there(path: Path, most: int = MOST_BYTES) -> bytes | None:
     RunDamaged
         It is no regular file, larger than `most` bytes, or cannot be read.
     """
+    with _opened(path) as file:
+        if file is None:
+            return None
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise RunDamaged(f"{path} has {size:,} bytes; at most {most:,} are read.", RESTORE)
+        return file.read(size)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[io.BufferedReader | None]:
+    """Open a regular file; None if there is none."""
     try:
         check_regular(path)
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
-            size = os.fstat(descriptor).st_size
-            if size > most:
-                raise RunDamaged(f"{path} has {size:,} bytes; at most {most:,} are read.", RESTORE)
-            return file.read(size)
     except (FileNotFoundError, NotADirectoryError):
-        return None
-    except RunDamaged:
-        raise
+        yield None
+        return
     except OSError as error:
-        raise RunDamaged(f"{path} cannot be read: {error.strerror or error}.", RESTORE) from error
+        raise _unreadable(path, error) from error
+    try:
+        with open(descriptor, "rb") as file:
+            yield file
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> RunDamaged:
+    return RunDamaged(f"{path} cannot be read: {error.strerror or error}.", RESTORE)
+
+
+def read_known(path: Path, nbytes: int, digest: str) -> bytes:
+    """Return the content of a regular file of which size and SHA-256 are known.
+
+    Raises
+    ------
+    RunDamaged
+        It is missing, or holds something else.
+    """
+    data = read_file(path, nbytes)
+    if len(data) != nbytes or sha256(data) != digest:
+        raise RunDamaged(f"{path} is not what was committed.")
+    return data
+
+
+def check_known(path: Path, nbytes: int, digest: str) -> None:
+    """Read a file as `read_known` does, without holding it in memory.
+
+    Raises
+    ------
+    RunDamaged
+        It is missing, or holds something else.
+    """
+    with _opened(path) as file:
+        if file is None:
+            raise RunDamaged(f"{path} is missing.", RESTORE)
+        size = os.fstat(file.fileno()).st_size
+        if size != nbytes or hashlib.file_digest(file, "sha256").hexdigest() != digest:
+            raise RunDamaged(f"{path} is not what was committed.")
 
 
 def check_regular(path: Path, hint: str = RESTORE) -> None:

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -23,17 +25,23 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from dtrain.algorithm.params import from_tensors, tensors_of
+from dtrain.files import write_bytes
+from dtrain.runfiles import read_known, sha256
 from dtrain.types import (
     Broadcast,
     Cursor,
     Entry,
+    Flat,
     InnerState,
     Layout,
+    OuterState,
     Parameters,
     Plain,
     Position,
     ReplicaState,
     Slot,
+    StateFile,
+    StoredState,
     TrainState,
 )
 
@@ -45,68 +53,185 @@ CONTROLS = "control.safetensors"
 RESIDUAL, CONTROL = "residual", "control"
 
 
-def state_files(state: TrainState, fingerprint: str, format_number: int) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of each file of a state."""
-    vectors, broadcast = _distinct([state.model, *(own.params for own in state.broadcast)])
-    outers, outer = _distinct(state.outer)
+def state_files(
+    state: TrainState | StoredState, fingerprint: str, format_number: int
+) -> Iterator[tuple[str, bytes | StateFile]]:
+    """Yield name and content of each file of a state; of a stored one the files themselves."""
+    if isinstance(state, StoredState):
+        yield from named_files(state)
+        yield STATE, json_bytes(_described_stored(state, fingerprint, format_number))
+        return
+    vectors, broadcast = distinct([state.model, *(own.params for own in state.broadcast)])
+    outers, outer = distinct(state.outer)
     for number, params in enumerate(vectors):
-        yield _params_name(number), _params_bytes(params)
+        yield params_name(number), _params_bytes(params)
     if state.ema is not None:
         yield EMA, _params_bytes(state.ema)
     if (control := state.broadcast[0].control) is not None:
-        yield CONTROLS, save_tensors({CONTROL: torch.from_numpy(control.copy())})
+        yield CONTROLS, _control_bytes(control)
     for replica, own in enumerate(state.replicas):
-        yield _inner_name(replica), save_tensors(_replica_tensors(own))
-    slices = [piece for pieces in outers for piece in pieces]
-    for number, piece in enumerate(slices):
-        yield _outer_name(number), save_tensors(_inner_tensors(piece))
+        yield replica_name(replica), _replica_bytes(own)
+    pieces = [piece for pieces in outers for piece in pieces]
+    for number, piece in enumerate(pieces):
+        yield outer_name(number), _outer_bytes(piece)
+    yield (
+        STATE,
+        json_bytes(
+            _described(
+                state.position,
+                state.model.layout,
+                [own.inner.slots for own in state.replicas],
+                [piece.slots for piece in pieces],
+                broadcast[1:] if len(vectors) > 1 else None,
+                outer if len(outers) > 1 else None,
+                fingerprint,
+                format_number,
+            )
+        ),
+    )
+
+
+def _described_stored(state: StoredState, fingerprint: str, format_number: int) -> dict[str, Any]:
+    return _described(
+        state.position,
+        state.layout,
+        [file.slots for file in state.replicas],
+        [file.slots for pieces in state.outers for file in pieces],
+        state.broadcast if len(state.vectors) > 1 else None,
+        state.outer if len(state.outers) > 1 else None,
+        fingerprint,
+        format_number,
+    )
+
+
+def _described(
+    position: Position,
+    layout: Layout,
+    inner: Sequence[Sequence[Slot]],
+    outer: Sequence[Sequence[Slot]],
+    broadcast: Sequence[int] | None,
+    outer_of: Sequence[int] | None,
+    fingerprint: str,
+    format_number: int,
+) -> dict[str, Any]:
+    """Return what state.json holds; `broadcast` and `outer_of` are None where all replicas share one."""
     described = {
         "format": format_number,
-        "round": state.round,
+        "round": position.round,
         "fingerprint": fingerprint,
-        "cursors": [asdict(cursor) for cursor in state.position.cursors],
-        "steps": list(state.position.steps),
-        "layout": asdict(state.model.layout),
-        "inner": [[_described_slot(slot) for slot in own.inner.slots] for own in state.replicas],
-        "outer": [[_described_slot(slot) for slot in piece.slots] for piece in slices],
+        "cursors": [asdict(cursor) for cursor in position.cursors],
+        "steps": list(position.steps),
+        "layout": asdict(layout),
+        "inner": [[_described_slot(slot) for slot in slots] for slots in inner],
+        "outer": [[_described_slot(slot) for slot in slots] for slots in outer],
     }
-    if len(vectors) > 1:
-        described["broadcast"] = broadcast[1:]
-    if len(outers) > 1:
-        described["outer_of"] = outer
-    yield STATE, json_bytes(described)
+    if broadcast is not None:
+        described["broadcast"] = list(broadcast)
+    if outer_of is not None:
+        described["outer_of"] = list(outer_of)
+    return described
 
 
-def state_from(files: Mapping[str, bytes]) -> tuple[TrainState, str]:
-    """Return the state and the fingerprint that `state_files` wrote."""
-    described = json.loads(files[STATE])
-    layout = _layout(described["layout"])
-    replicas = tuple(
-        _replica(slots, load_tensors(files[_inner_name(replica)])) for replica, slots in enumerate(described["inner"])
-    )
-    broadcast = described.get("broadcast", [0] * len(replicas))
-    vectors = [from_tensors(load_tensors(files[_params_name(number)]), layout) for number in range(max(broadcast) + 1)]
-    control = load_tensors(files[CONTROLS])[CONTROL].numpy() if CONTROLS in files else None
-    starts = [Broadcast(params, control=control) for params in vectors]
-    slices = [
-        _inner_state(slots, load_tensors(files[_outer_name(number)])) for number, slots in enumerate(described["outer"])
-    ]
-    outer_of = described.get("outer_of", [0] * len(replicas))
-    each = len(slices) // (max(outer_of) + 1)
-    outers = [tuple(slices[each * number : each * (number + 1)]) for number in range(max(outer_of) + 1)]
-    state = TrainState(
+def stored_state(described: Mapping[str, Any], files: Mapping[str, StateFile]) -> tuple[StoredState, str]:
+    """Return a state of state.json and the other files of a round, and its fingerprint."""
+    inner, outer = described["inner"], described["outer"]
+    broadcast = tuple(map(int, described.get("broadcast", [0] * len(inner))))
+    outer_of = tuple(map(int, described.get("outer_of", [0] * len(inner))))
+    pieces = [_with_slots(files[outer_name(number)], slots) for number, slots in enumerate(outer)]
+    count = max(outer_of) + 1
+    each = len(pieces) // count
+    state = StoredState(
         position=Position(
             round=described["round"],
             cursors=tuple(Cursor(**cursor) for cursor in described["cursors"]),
             steps=tuple(described["steps"]),
         ),
-        model=vectors[0],
-        broadcast=tuple(starts[number] for number in broadcast),
-        replicas=replicas,
-        outer=tuple(outers[number] for number in outer_of),
-        ema=from_tensors(load_tensors(files[EMA]), layout) if EMA in files else None,
+        layout=_layout(described["layout"]),
+        vectors=tuple(files[params_name(number)] for number in range(max(broadcast) + 1)),
+        broadcast=broadcast,
+        replicas=tuple(_with_slots(files[replica_name(k)], slots) for k, slots in enumerate(inner)),
+        outers=tuple(tuple(pieces[each * number : each * (number + 1)]) for number in range(count)),
+        outer=outer_of,
+        ema=files.get(EMA),
+        control=files.get(CONTROLS),
     )
     return state, described["fingerprint"]
+
+
+def named_files(state: StoredState) -> Iterator[tuple[str, StateFile]]:
+    """Yield the files of a state with their names in a round."""
+    yield from ((params_name(number), file) for number, file in enumerate(state.vectors))
+    if state.ema is not None:
+        yield EMA, state.ema
+    if state.control is not None:
+        yield CONTROLS, state.control
+    yield from ((replica_name(replica), file) for replica, file in enumerate(state.replicas))
+    yield from ((outer_name(number), file) for number, file in enumerate(chain.from_iterable(state.outers)))
+
+
+def moved(state: StoredState, directory: Path) -> StoredState:
+    """Return a state whose files have been moved to a directory, under their names in a round."""
+    names = {file.path: name for name, file in named_files(state)}
+
+    def there(file: StateFile) -> StateFile:
+        return replace(file, path=directory / names[file.path])
+
+    return replace(
+        state,
+        vectors=tuple(map(there, state.vectors)),
+        replicas=tuple(map(there, state.replicas)),
+        outers=tuple(tuple(map(there, pieces)) for pieces in state.outers),
+        ema=state.ema and there(state.ema),
+        control=state.control and there(state.control),
+    )
+
+
+def evaluated_params(state: TrainState | StoredState) -> tuple[Parameters, Parameters | None]:
+    """Return the parameters of the model, and the moving average of models if there is one."""
+    if isinstance(state, TrainState):
+        return state.model, state.ema
+    ema = None if state.ema is None else read_params(state.ema, state.layout)
+    return read_params(state.vectors[0], state.layout), ema
+
+
+def check_parts(state: StoredState) -> None:
+    """Read each part of a state, one after the other.
+
+    Raises
+    ------
+    RunDamaged
+        A file is missing, or not what was written.
+    """
+    for file in state.vectors if state.ema is None else (*state.vectors, state.ema):
+        read_params(file, state.layout)
+    for file in state.replicas:
+        read_replica(file)
+    for pieces in state.outers:
+        read_outer(pieces)
+    if state.control is not None:
+        read_control(state.control)
+
+
+def held_state(state: StoredState) -> TrainState:
+    """Read a state as a whole.
+
+    Raises
+    ------
+    RunDamaged
+        A file is missing, or not what was written.
+    """
+    vectors = [read_params(file, state.layout) for file in state.vectors]
+    control = None if state.control is None else read_control(state.control)
+    starts = [Broadcast(params, control=control) for params in vectors]
+    outers = [read_outer(pieces) for pieces in state.outers]
+    return TrainState(
+        position=state.position,
+        model=vectors[0],
+        broadcast=tuple(starts[number] for number in state.broadcast),
+        replicas=tuple(map(read_replica, state.replicas)),
+        outer=tuple(outers[number] for number in state.outer),
+        ema=None if state.ema is None else read_params(state.ema, state.layout),
+    )
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
@@ -114,43 +239,112 @@ def json_bytes(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
-def _distinct(values: Sequence[T]) -> tuple[list[T], list[int]]:
+def distinct(values: Sequence[T], key: Callable[[T], Hashable] = id) -> tuple[list[T], list[int]]:
     """Return the distinct objects among values, and for each value the number of its object."""
-    numbers: dict[int, int] = {}
+    numbers: dict[Hashable, int] = {}
     for value in values:
-        numbers.setdefault(id(value), len(numbers))
-    first = {numbers[id(value)]: value for value in reversed(values)}
-    return [first[number] for number in range(len(first))], [numbers[id(value)] for value in values]
+        numbers.setdefault(key(value), len(numbers))
+    first = {numbers[key(value)]: value for value in reversed(values)}
+    return [first[number] for number in range(len(first))], [numbers[key(value)] for value in values]
 
 
-def _params_name(number: int) -> str:
+def params_name(number: int) -> str:
+    """Return the name of the file of distinct parameters."""
     return f"params-{number:04d}.safetensors" if number else PARAMS
 
 
-def _inner_name(replica: int) -> str:
+def replica_name(replica: int) -> str:
+    """Return the name of the file of what a replica keeps."""
     return f"inner-{replica:04d}.safetensors"
 
 
-def _outer_name(number: int) -> str:
+def outer_name(number: int) -> str:
+    """Return the name of the file of a state of the outer optimizer."""
     return f"outer-{number:04d}.safetensors"
 
 
-# States ---------------------------------------------------------------------------------------------------
+# Parts ----------------------------------------------------------------------------------------------------
+
+Part: TypeAlias = Parameters | ReplicaState | InnerState | Flat
+"""What one file holds: parameters, what a replica keeps, a state of the outer optimizer, a control variate."""
 
 
-def _replica_tensors(own: ReplicaState) -> dict[str, torch.Tensor]:
-    more = {RESIDUAL: own.residual, CONTROL: own.control}
-    kept = {name: torch.from_numpy(values.copy()) for name, values in more.items() if values is not None}
-    return {**_inner_tensors(own.inner), **kept}
+def write_part(path: Path, part: Part) -> StateFile:
+    """Write a part of a state to a file, which appears as a whole.
+
+    Raises
+    ------
+    DiskFull
+        It could not be written.
+    """
+    data, slots = _bytes_of(part)
+    write_bytes(path, data)
+    return StateFile(path, len(data), sha256(data), slots)
 
 
-def _replica(slots: Sequence[dict[str, Any]], tensors: Mapping[str, torch.Tensor]) -> ReplicaState:
+def _bytes_of(part: Part) -> tuple[bytes, tuple[Slot, ...]]:
+    if isinstance(part, Parameters):
+        return _params_bytes(part), ()
+    if isinstance(part, ReplicaState):
+        return _replica_bytes(part), part.inner.slots
+    if isinstance(part, InnerState):
+        return _outer_bytes(part), part.slots
+    return _control_bytes(part), ()
+
+
+def read_params(file: StateFile, layout: Layout) -> Parameters:
+    """Read parameters.
+
+    Raises
+    ------
+    RunDamaged
+        The file is missing, or not what was written.
+    """
+    return from_tensors(_tensors(file), layout)
+
+
+def read_replica(file: StateFile) -> ReplicaState:
+    """Read what a replica keeps; errors as `read_params`."""
+    tensors = _tensors(file)
     residual, control = (tensors[name].numpy() if name in tensors else None for name in (RESIDUAL, CONTROL))
-    return ReplicaState(_inner_state(slots, tensors), residual, control)
+    return ReplicaState(_inner_state(file.slots, tensors), residual, control)
+
+
+def read_outer(pieces: Sequence[StateFile]) -> OuterState:
+    """Read a state of the outer optimizer; errors as `read_params`."""
+    return tuple(_inner_state(file.slots, _tensors(file)) for file in pieces)
+
+
+def read_control(file: StateFile) -> Flat:
+    """Read a control variate; errors as `read_params`."""
+    control: Flat = _tensors(file)[CONTROL].numpy()
+    return control
+
+
+def _tensors(file: StateFile) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = load_tensors(read_known(file.path, file.nbytes, file.sha256))
+    return tensors
 
 
 def _params_bytes(params: Parameters) -> bytes:
     data: bytes = save_tensors({name: tensor.clone() for name, tensor in tensors_of(params).items()})
+    return data
+
+
+def _replica_bytes(own: ReplicaState) -> bytes:
+    more = {RESIDUAL: own.residual, CONTROL: own.control}
+    kept = {name: torch.from_numpy(values.copy()) for name, values in more.items() if values is not None}
+    data: bytes = save_tensors({**_inner_tensors(own.inner), **kept})
+    return data
+
+
+def _outer_bytes(piece: InnerState) -> bytes:
+    data: bytes = save_tensors(_inner_tensors(piece))
+    return data
+
+
+def _control_bytes(control: Flat) -> bytes:
+    data: bytes = save_tensors({CONTROL: torch.from_numpy(control.copy())})
     return data
 
 
@@ -164,15 +358,21 @@ def _inner_tensors(inner: InnerState) -> dict[str, torch.Tensor]:
     }
 
 
-def _inner_state(described: Sequence[dict[str, Any]], tensors: Mapping[str, torch.Tensor]) -> InnerState:
-    slots = tuple(map(_slot, described))
+def _inner_state(slots: Sequence[Slot], tensors: Mapping[str, torch.Tensor]) -> InnerState:
     size = max((slot.offset + slot.size + (-slot.size % 8) for slot in slots), default=0)
     data = np.zeros(size, np.uint8)
     for slot in slots:
         if slot.dtype:
             raw = tensors[_tensor_name(slot)].contiguous().reshape(-1).view(torch.uint8).numpy()
             data[slot.offset : slot.offset + slot.size] = raw
-    return InnerState(slots, data)
+    return InnerState(tuple(slots), data)
+
+
+# What JSON keeps ------------------------------------------------------------------------------------------
+
+
+def _with_slots(file: StateFile, described: Sequence[dict[str, Any]]) -> StateFile:
+    return replace(file, slots=tuple(map(_slot, described)))
 
 
 def _layout(described: dict[str, Any]) -> Layout:

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,8 +17,8 @@ from distributed import Client
 from dtrain.algorithm.stop import end_reason, higher_is_better
 from dtrain.asking import has_anomalies
 from dtrain.calls import contradiction, is_given, python_job, with_trackers
-from dtrain.checkpoint import commit_round
-from dtrain.committed import committed_rounds, newest_state, prune, sweep
+from dtrain.checkpoint import commit_round, uncommitted
+from dtrain.committed import committed_rounds, newest_round, prune, sweep
 from dtrain.config.compare import without_secrets
 from dtrain.config.schema import RunConfig, TrainConfig
 from dtrain.config.values import flat_values
@@ -51,13 +52,15 @@ from dtrain.report.notebook import is_notebook, notebook_progress
 from dtrain.report.tracking import tracking
 from dtrain.resolve import filled
 from dtrain.resolved import Resolved
-from dtrain.rounds import initial_state, rounds
+from dtrain.rounds import Keeping, initial_state, rounds
 from dtrain.run import Run
+from dtrain.runfiles import round_directory
 from dtrain.runs import remember
 from dtrain.runtime.place import check_place
 from dtrain.runtime.runner import Held, Runner
 from dtrain.runtime.where import Where, client_of
-from dtrain.types import History, RoundResult, TrainState
+from dtrain.statefiles import moved
+from dtrain.types import History, RoundResult, StoredState, TrainState
 from dtrain.urls import redacted_url
 
 
@@ -122,7 +125,7 @@ def _train(
     job: Job,
     opened: Run,
     known: Resolved | None,
-    state: TrainState | None,
+    state: TrainState | StoredState | None,
     history: History,
     *,
     client: Client | None,
@@ -153,13 +156,27 @@ def _train(
         def is_over() -> bool:
             return deadline is not None and time.monotonic() > deadline
 
-        for result in rounds(
-            runner, state, job.config, note, history=history, look_ahead=runner.look_ahead, is_over=is_over
-        ):
-            _keep(opened, result, resolved.plan.fingerprint, plan, note)
-            if result.state is not None and result.stop is None and is_over():
-                tell(_finished(opened, "max_time"))
-                raise Stopped(f"--max-time is over after round {result.round}.", "Run it again to continue.")
+        with uncommitted(opened.directory) as directory:
+            keeping = Keeping(directory, partial(_in_place, opened.directory))
+            for result in rounds(
+                runner,
+                state,
+                job.config,
+                note,
+                history=history,
+                look_ahead=runner.look_ahead,
+                is_over=is_over,
+                keeping=keeping,
+            ):
+                _keep(opened, result, resolved.plan.fingerprint, plan, note)
+                if result.state is not None and result.stop is None and is_over():
+                    tell(_finished(opened, "max_time"))
+                    raise Stopped(f"--max-time is over after round {result.round}.", "Run it again to continue.")
+
+
+def _in_place(run: Path, state: TrainState | StoredState) -> TrainState | StoredState:
+    """Return a state that has been committed, with the files where they are now, also for workers elsewhere."""
+    return moved(state, round_directory(run, state.round).absolute()) if isinstance(state, StoredState) else state
 
 
 def _first_state(
@@ -174,11 +191,11 @@ def _first_state(
     return state, resolved, () if initial.loaded is None else (initial.loaded,)
 
 
-def _resume(run: Path, job: Job, note: Reporter) -> tuple[Resolved | None, TrainState | None]:
+def _resume(run: Path, job: Job, note: Reporter) -> tuple[Resolved | None, StoredState | None]:
     """Return the plan and the newest good state of a run that was started before; cut its history back to it."""
     known = read_plan(run, job)
     sweep(run)
-    state, fingerprint, damaged = newest_state(run)
+    state, fingerprint, damaged = newest_round(run)
     if known is not None and state is not None and fingerprint != known.plan.fingerprint:
         raise DataChanged(f"{run}: plan.json is not the plan that round {state.round} was trained with.")
     for number, reason in damaged:
@@ -197,7 +214,15 @@ def _keep(run: Run, result: RoundResult, fingerprint: str, plan: str, note: Repo
         started = time.monotonic()
         written = commit_round(run.directory, result.state, fingerprint, plan)
         prune(run.directory, run.config.run.keep, run.best_round)
-        note(RoundCommitted(round=result.round, bytes=written, seconds=time.monotonic() - started))
+        by_workers = isinstance(result.state, StoredState) and result.state.by_workers
+        note(
+            RoundCommitted(
+                round=result.round,
+                bytes=written,
+                seconds=time.monotonic() - started,
+                by="workers" if by_workers else "driver",
+            )
+        )
 
 
 def _page_of(runner: Runner[Held]) -> Reporter:
@@ -211,7 +236,11 @@ def _page_of(runner: Runner[Held]) -> Reporter:
 
 
 def _started(
-    run: Run | None, config: TrainConfig, state: TrainState, resolved: Resolved, runner: Runner[Held] | None = None
+    run: Run | None,
+    config: TrainConfig,
+    state: TrainState | StoredState,
+    resolved: Resolved,
+    runner: Runner[Held] | None = None,
 ) -> RunStarted:
     return RunStarted(
         run="" if run is None else str(run.directory),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -258,6 +259,48 @@ class TrainState:
         return self.position.round
 
 
+@dataclass(frozen=True, slots=True)
+class StateFile:
+    """A part of a state as a file."""
+
+    path: Path
+    nbytes: int
+    sha256: str
+    slots: tuple[Slot, ...] = ()
+    """Of the optimizer's state that it holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredState:
+    """A `TrainState` as files, of which nothing is held in memory.
+
+    Replicas that share a value share a file.
+    """
+
+    position: Position
+    layout: Layout
+    vectors: tuple[StateFile, ...]
+    """Distinct parameters, those of the model first."""
+    broadcast: tuple[int, ...]
+    """By replica: the number of the parameters that it starts the next round from."""
+    replicas: tuple[StateFile, ...]
+    """By replica: what it keeps."""
+    outers: tuple[tuple[StateFile, ...], ...]
+    """Distinct states of the outer optimizer; one without files, if there is no outer optimizer."""
+    outer: tuple[int, ...]
+    """By replica: the number of its outer optimizer's state."""
+    ema: StateFile | None = None
+    control: StateFile | None = None
+    """The mean of the replicas' control variates."""
+    by_workers: bool = False
+    """Whether workers have written all of them."""
+
+    @property
+    def round(self) -> int:
+        """Finished rounds."""
+        return self.position.round
+
+
 # What the driver learns -----------------------------------------------------------------------------------
 
 
@@ -354,8 +397,8 @@ class RoundResult:
     """The value of ``stop.metric``; NaN if it is not finite, None if no rule counts this round."""
     stop: StopReason | None = None
     """Why this round is the last: all rounds are done, or a rule of ``[stop]``; None if others follow."""
-    state: TrainState | None = None
-    """The state after the round, on the driver, in rounds that are to be committed."""
+    state: TrainState | StoredState | None = None
+    """The state after the round, in rounds that are to be committed: on the driver, or as files of the run."""
 
 
 History: TypeAlias = tuple[float | None, ...]

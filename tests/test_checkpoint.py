@@ -18,14 +18,15 @@ import torch
 from torch import nn
 
 import dtrain
-from dtrain import checkpoint
+from dtrain import runfiles
 from dtrain.algorithm.params import flatten, layout_of, load_into, params_sha256
 from dtrain.algorithm.plan import first_position
 from dtrain.algorithm.replica import carried, empty_inner_state, fresh_replica, pack_inner_state, unpack_inner_state
 from dtrain.checkpoint import commit_round, load_params, load_round
-from dtrain.committed import committed_rounds, find_round, newest_state, prune, sweep
+from dtrain.committed import committed_rounds, find_round, newest_round, prune, sweep
 from dtrain.errors import DiskFull, RoundNotFound, RunDamaged
-from dtrain.runfiles import read_file, round_directory
+from dtrain.runfiles import round_directory
+from dtrain.statefiles import held_state
 from dtrain.types import Broadcast, Cursor, InnerState, Position, ReplicaState, Slot, TrainState
 from tests.disks import CALLS, Disk, Killed
 
@@ -96,6 +97,11 @@ def inner_bits(inner):
 
 
 STATES = {number: state_of(number) for number in (1, 2, 3)}
+
+
+def newest_state(run):
+    state, fingerprint, damaged = newest_round(run)
+    return None if state is None else held_state(state), fingerprint, damaged
 
 
 PLAN_FILE = b"{}\n"
@@ -737,10 +743,8 @@ def test_the_check_itself_can_fail(text):
 
 
 def test_no_other_files_are_read_than_the_manifest_names(run, monkeypatch):
-    read = []
-    monkeypatch.setattr(
-        checkpoint, "read_file", lambda path, *most: (read.append(path.name), read_file(path, *most))[1]
-    )
+    read, real = [], runfiles.check_regular
+    monkeypatch.setattr(runfiles, "check_regular", lambda path, *hint: (read.append(path.name), real(path, *hint))[1])
     (round_directory(run, 2) / "extra.safetensors").write_bytes(b"x")
     load_round(round_directory(run, 2))
-    assert sorted(read) == sorted([*FILES, "plan.json"])
+    assert sorted(read) == sorted([*FILES, "plan.json", "history.jsonl"])

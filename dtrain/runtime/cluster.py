@@ -13,6 +13,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -40,8 +41,9 @@ from dtrain.runtime.remote import RESOURCE
 from dtrain.runtime.resident import Resident
 from dtrain.runtime.runner import Outcome
 from dtrain.runtime.spec import RunSpec
+from dtrain.runtime.storing import restored, stored
 from dtrain.runtime.trial import Initial
-from dtrain.types import InitFile, Parameters, Position, RoundPlan, TrainState
+from dtrain.types import InitFile, Parameters, Position, RoundPlan, StoredState, TrainState
 
 PRIORITY_LOCAL, PRIORITY_EVALUATE = 1, 2
 """A worker evaluates a round before it trains the next one: later would not be faster, and results come evenly."""
@@ -69,6 +71,7 @@ class ClusterRunner:
         self._client.guard.on_evicted = lambda event: self.on_evicted(event)
         self._resident = Resident(spec)  # on the driver for its arithmetic only
         self._places: dict[int, str] = {}
+        self._is_shared: bool | None = None  # whether workers see the run's directory; None: they have not tried
         self._progress: SimpleQueue[StepsTaken] = SimpleQueue()
         self._plugin = remote.RunPlugin(spec)
         self._client.register(self._plugin)
@@ -168,12 +171,18 @@ class ClusterRunner:
 
     # Rounds -------------------------------------------------------------------------------------------------
 
-    def place(self, state: TrainState, again: int = 0) -> ClusterRound:
-        """Scatter a state from the driver to the workers of its replicas."""
+    def place(self, state: TrainState | StoredState, again: int = 0) -> ClusterRound:
+        """Bring a state from the driver or from its files to the workers of its replicas.
+
+        Where workers write the files, they read them too, but for those of a state that was lost.
+        """
         self._client.begin(again)
-        at = self._placed(len(state.broadcast))
-        slices = reducer_slices(self.spec.config, state.model.layout, len(set(at.values())), len(at))
-        return scattered(self._client, state, at, slices)
+        at = self._placed(len(state.replicas))
+        layout = state.layout if isinstance(state, StoredState) else state.model.layout
+        slices = reducer_slices(self.spec.config, layout, len(set(at.values())), len(at))
+        if isinstance(state, TrainState):
+            return scattered(self._client, state, at, slices)
+        return restored(self._client, state, at, slices, by_workers=self._is_shared is True and not again)
 
     def submit(self, held: ClusterRound, plan: RoundPlan) -> ClusterRound:
         """Submit the local steps, the averages and the evaluation of a round."""
@@ -244,8 +253,23 @@ class ClusterRunner:
         summary, *sums = self._gather(handles)
         return Outcome(summary, *(sums or [None]))
 
-    def gather(self, held: ClusterRound, position: Position) -> TrainState:
-        """Bring the state after a round to the driver."""
+    def gather(
+        self, held: ClusterRound, position: Position, directory: Callable[[int], Path] | None = None
+    ) -> TrainState | StoredState:
+        """Write the state after a round to files in the directory that is made for it, or bring it to the driver."""
+        if directory is not None:
+            state = stored(
+                self._client,
+                held,
+                position,
+                directory(position.round),
+                self._places,
+                self.spec.config.average,
+                by_workers=self._is_shared is not False,
+                meanwhile=self._report_progress,
+            )
+            self._is_shared = state.by_workers
+            return state
         handles = handles_of(held)
         return gathered(held, position, dict(zip(handles, self._gather(list(handles.values())), strict=True)))
 

@@ -23,7 +23,7 @@ from dtrain.algorithm.slices import (
 from dtrain.runtime import remote
 from dtrain.runtime.client import TaskClient
 from dtrain.runtime.reducing import Before, Sliced
-from dtrain.types import Broadcast, Flat, OuterState, Parameters, Position, TrainState
+from dtrain.types import Broadcast, Flat, Layout, OuterState, Parameters, Position, TrainState
 
 T = TypeVar("T")
 SMALL_BYTES = 1 << 20
@@ -40,8 +40,9 @@ class ClusterRound:
     model: Sliced
     ema: Sliced | None
     """None without a moving average, and before its first round."""
-    frozen: Flat
-    """The frozen parameters, on the driver."""
+    layout: Layout
+    frozen: Flat | None
+    """The frozen parameters, on the driver; None if they are in a file."""
     frozen_sent: Future | None
     """The same on the workers, sent to each once; None without frozen parameters."""
     summary: Future | None = None
@@ -68,6 +69,7 @@ def scattered(client: TaskClient, state: TrainState, at: Mapping[int, str], slic
         replicas=tuple(client.scatter_each(state.replicas, [at[k] for k in range(len(state.replicas))])),
         model=broadcast[0] if _is_shared(state) else _scatter_model(client, state.model, slices, at[0]),
         ema=None if state.ema is None else _scatter_model(client, state.ema, slices, at[0]),
+        layout=state.model.layout,
         frozen=frozen,
         frozen_sent=client.scatter(frozen, list(at.values())) if len(frozen) else None,
     )

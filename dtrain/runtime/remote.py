@@ -24,7 +24,7 @@ from dtrain.algorithm.evaluate import Sums, Term
 from dtrain.algorithm.mix import Average
 from dtrain.algorithm.params import with_frozen
 from dtrain.algorithm.pattern import model_of, summarise
-from dtrain.algorithm.slices import Slice, cut_update, join_broadcast, join_params
+from dtrain.algorithm.slices import Slice, cut_update, join_broadcast, join_outer, join_params
 from dtrain.config.average import AverageConfig, CodecConfig
 from dtrain.data.load.climate import PlaceSums
 from dtrain.data.load.finite import Seen
@@ -36,7 +36,17 @@ from dtrain.runtime.resident import RunOver, install, is_over, remove, resident_
 from dtrain.runtime.spec import RunSpec
 from dtrain.runtime.trial import Initial, initialise
 from dtrain.runtime.watched import watching
-from dtrain.types import Broadcast, Flat, InitFile, LocalTask, OuterState, Parameters, ReplicaState, RoundSummary
+from dtrain.types import (
+    Broadcast,
+    Flat,
+    InitFile,
+    InnerState,
+    LocalTask,
+    OuterState,
+    Parameters,
+    ReplicaState,
+    RoundSummary,
+)
 
 Arguments = ParamSpec("Arguments")
 Value = TypeVar("Value")
@@ -141,6 +151,33 @@ def model_in(value: Combined | Broadcast | Parameters) -> Parameters:
 def whole_model(slices: Sequence[Combined | Broadcast | Parameters], frozen: Flat | None) -> Parameters:
     """Return the parameters that are evaluated, with the frozen ones."""
     return with_frozen(join_params([model_in(one) for one in slices]), frozen)
+
+
+def whole_replica(
+    trained: tuple[Update, ReplicaState] | ReplicaState, start: Sequence[Combined | Broadcast] | None
+) -> ReplicaState:
+    """Return what a replica keeps, with the averaged state of inner optimizers that it starts from, if it is given."""
+    own = state_of(trained)
+    inner = None if start is None else join_broadcast([broadcast_of(one) for one in start]).inner
+    return own if inner is None else replace(own, inner=inner)
+
+
+def whole_control(start: Sequence[Combined | Broadcast]) -> Flat:
+    """Return the mean of the control variates."""
+    control = join_broadcast([broadcast_of(one) for one in start]).control
+    assert control is not None, "a round has been averaged"
+    return control
+
+
+def whole_outer(outer: Sequence[Combined | OuterState], start: Sequence[Combined | Broadcast]) -> InnerState:
+    """Return the state of the outer optimizer that goes with what a replica starts from."""
+    (whole,) = join_outer([outer_of(one) for one in outer], [broadcast_of(one).params.num_params for one in start])
+    return whole
+
+
+def called(function: Callable[..., Value], *given: Any) -> Value:
+    """Call a function: of arguments that are values here, and futures for Dask's client."""
+    return function(*given)
 
 
 # Tasks ----------------------------------------------------------------------------------------------------

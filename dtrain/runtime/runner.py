@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -23,7 +24,7 @@ from dtrain.events import StepsTaken, WorkerEvicted
 from dtrain.runtime.spec import RunSpec
 from dtrain.runtime.trial import Initial
 from dtrain.runtime.worker_losses import MORE_MEMORY
-from dtrain.types import InitFile, Parameters, Position, RoundPlan, RoundSummary, TrainState
+from dtrain.types import InitFile, Parameters, Position, RoundPlan, RoundSummary, StoredState, TrainState
 
 Held = TypeVar("Held")
 """The state after a round, as a runner holds it."""
@@ -141,8 +142,8 @@ class Runner(Protocol[Held]):
         """The metrics that are computed batch by batch, to take the values of their states."""
         ...
 
-    def place(self, state: TrainState, again: int = 0) -> Held:
-        """Root a segment: turn a state held by the driver into handles; `again` counts the times it was lost."""
+    def place(self, state: TrainState | StoredState, again: int = 0) -> Held:
+        """Root a segment: turn a state into handles; `again` counts the times it was lost."""
         ...
 
     def submit(self, held: Held, plan: RoundPlan) -> Held:
@@ -161,8 +162,13 @@ class Runner(Protocol[Held]):
         """
         ...
 
-    def gather(self, held: Held, position: Position) -> TrainState:
-        """Bring the state after a submitted round to the driver; equal handles stay one object."""
+    def gather(
+        self, held: Held, position: Position, directory: Callable[[int], Path] | None = None
+    ) -> TrainState | StoredState:
+        """Bring the state after a submitted round to the driver; equal handles stay one object.
+
+        Where workers hold it, it becomes files instead, in the directory that is made for the round, if one may be.
+        """
         ...
 
     def close(self) -> None:

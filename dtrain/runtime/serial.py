@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,18 @@ from dtrain.runtime.resident import Resident
 from dtrain.runtime.runner import Outcome
 from dtrain.runtime.spec import RunSpec
 from dtrain.runtime.trial import Initial, initialise
-from dtrain.types import Broadcast, InitFile, OuterState, Parameters, Position, ReplicaState, RoundPlan, TrainState
+from dtrain.statefiles import held_state
+from dtrain.types import (
+    Broadcast,
+    InitFile,
+    OuterState,
+    Parameters,
+    Position,
+    ReplicaState,
+    RoundPlan,
+    StoredState,
+    TrainState,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +121,9 @@ class SerialRunner:
         """The metrics that are computed batch by batch, to take the values of their states."""
         return self._resident.metrics_here
 
-    def place(self, state: TrainState, again: int = 0) -> SerialRound:
+    def place(self, state: TrainState | StoredState, again: int = 0) -> SerialRound:
         """Return the state: its values are their own handles."""
+        state = held_state(state) if isinstance(state, StoredState) else state
         return SerialRound(state.model, apart(state.broadcast), state.replicas, state.outer, state.ema, None)
 
     def submit(self, held: SerialRound, plan: RoundPlan) -> SerialRound:
@@ -160,7 +173,9 @@ class SerialRunner:
         assert held.outcome is not None
         return held.outcome
 
-    def gather(self, held: SerialRound, position: Position) -> TrainState:
+    def gather(
+        self, held: SerialRound, position: Position, directory: Callable[[int], Path] | None = None
+    ) -> TrainState:
         """Return the state after a round."""
         broadcast, replicas = settled(held.broadcast, held.replicas)
         return TrainState(

@@ -33,8 +33,8 @@ Report: TypeAlias = Callable[[Fault], None]
 """Called with each fault as it is found."""
 
 
-def tell(report: Report, file: Path, check: Callable[[], object]) -> None:
-    """Call a check of a file, and tell the fault that it raises.
+def tell(report: Report, file: Path, check: Callable[[], object]) -> bool:
+    """Call a check of a file, and tell the fault that it raises; return whether there is none.
 
     Raises
     ------
@@ -51,6 +51,9 @@ def tell(report: Report, file: Path, check: Callable[[], object]) -> None:
         report(Fault("damaged", str(file), "it is larger than the memory"))
     except Exception as error:  # the file has its digest, and holds what no version of dtrain writes
         report(Fault("damaged", str(file), f"it cannot be read: {one_line(error)}"))
+    else:
+        return True
+    return False
 
 
 class Counting:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dtrain.checkpoint import (
     MANIFEST,
     check_round_history,
     check_round_plan,
     number_of,
-    read_listed,
     read_round_manifest,
+    stored_round,
 )
 from dtrain.errors import RunConflict, RunDamaged, one_line
-from dtrain.runfiles import HISTORY, PLAN
-from dtrain.statefiles import state_from
+from dtrain.runfiles import HISTORY, PLAN, check_known
+from dtrain.statefiles import check_parts
 from dtrain.verify.fault import Fault, Report, tell
 
 
@@ -58,7 +60,8 @@ def _look(run: Path, directory: Path, report: Report) -> RoundVerified:
     number, nothing = number_of(directory), RoundVerified(0, 0, 0)
     try:
         manifest = read_round_manifest(directory)
-        listed = {str(name): (int(facts["bytes"]), facts) for name, facts in manifest["files"].items()}
+        files = manifest["files"].items()
+        listed = {str(name): (int(facts["bytes"]), str(facts["sha256"])) for name, facts in files}
     except RunConflict:
         raise
     except RunDamaged as error:
@@ -71,19 +74,21 @@ def _look(run: Path, directory: Path, report: Report) -> RoundVerified:
         return nothing
     tell(report, run / PLAN, lambda: check_round_plan(directory, manifest))
     tell(report, run / HISTORY, lambda: check_round_history(directory, manifest))
-    files: dict[str, bytes] = {}
-    for name, (_, facts) in listed.items():
-        read = partial(read_listed, directory, name, facts)
-        tell(report, directory / name, lambda name=name, read=read: files.update({name: read()}))  # type: ignore[misc]
+    good: dict[str, int] = {}
+    for name, (nbytes, digest) in listed.items():
+        path = directory / Path(name).name
+        if tell(report, path, partial(check_known, path, nbytes, digest)):
+            good[name] = nbytes
     for name in sorted(os.listdir(directory)) if os.path.isdir(directory) else ():
         if name not in listed and name != MANIFEST:
             report(Fault("unlisted", str(directory / name), f"{MANIFEST} does not list it: it was put there later"))
-    if len(files) == len(listed):
-        tell(report, directory, lambda: _check_state(directory, number, files))
-    return RoundVerified(number, len(files) + 1, sum(map(len, files.values())))
+    if len(good) == len(listed):
+        tell(report, directory, lambda: _check_state(directory, number, manifest))
+    return RoundVerified(number, len(good) + 1, sum(good.values()))
 
 
-def _check_state(directory: Path, number: int, files: dict[str, bytes]) -> None:
-    state, _ = state_from(files)
+def _check_state(directory: Path, number: int, manifest: Mapping[str, Any]) -> None:
+    state, _ = stored_round(directory, manifest)
+    check_parts(state)
     if state.round != number:
         raise RunDamaged(f"{directory} holds the state of round {state.round}.")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dtrain import checkpoint
+from dtrain import committed, runfiles
 from dtrain.files import remove_directory
 from dtrain.lock import locked
 from dtrain.runfiles import sealed
@@ -201,14 +201,14 @@ def test_leftovers_do_no_harm(cli, job):
 
 def test_a_run_that_is_being_trained(cli, job, monkeypatch):
     """Its lock is held, and a round is pruned while it is read."""
-    run, read = job.run, checkpoint.read_listed
+    run, check = job.run, runfiles.check_known
 
-    def prune(directory, name, facts):
-        if directory.name == "round-000002" and directory.exists():
-            remove_directory(directory)
-        return read(directory, name, facts)
+    def prune(path, *facts):
+        if path.parent.name == "round-000002" and path.parent.exists():
+            remove_directory(path.parent)
+        return check(path, *facts)
 
-    monkeypatch.setattr("dtrain.verify.rounds.read_listed", prune)
+    monkeypatch.setattr("dtrain.verify.rounds.check_known", prune)
     with locked(run):
         outcome = cli("verify", run, "--json")
     assert outcome.code == 0, outcome
@@ -217,9 +217,9 @@ def test_a_run_that_is_being_trained(cli, job, monkeypatch):
 
 
 def test_a_round_that_was_pruned_after_it_was_listed_is_no_fault(job, monkeypatch):
-    monkeypatch.setattr(checkpoint, "committed_rounds", lambda run: [1, 2, 3, 4, 5])
-    checkpoint.check_plan(job.run)
-    checkpoint.check_history(job.run)
+    monkeypatch.setattr(committed, "committed_rounds", lambda run: [1, 2, 3, 4, 5])
+    committed.check_plan(job.run)
+    committed.check_history(job.run)
 
 
 @pytest.mark.alone

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import dtrain
-from dtrain.committed import newest_state
+from dtrain.committed import newest_round
 from dtrain.data.samples import Samples
 from dtrain.errors import DtrainError
 from dtrain.lock import holder
@@ -44,7 +44,7 @@ def whole(samples: Samples, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(run: Path) -> dict[str, Any]:
     """Return what the files of a run say, as the commands read them."""
     own = load_run(run, model=models.small)
-    state, fingerprint, _ = newest_state(run)
+    state, fingerprint, _ = newest_round(run)
     read_events(run)
     holder(run)
     return {

@@ -1,0 +1,175 @@
+"""The state of a round as files: of workers where they share the run's directory, else of the driver."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import Client
+
+import dtrain
+from dtrain.algorithm.params import params_sha256
+from dtrain.checkpoint import load_round
+from dtrain.data.samples import Samples
+from dtrain.errors import DiskFull
+from dtrain.runfiles import round_directory
+from dtrain.runtime import client as task_client
+from dtrain.runtime import storing
+from tests.runtime import models
+from tests.training import bits
+
+ROUNDS = 4
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "averaged states": {"inner_state": "average"},
+    "ring": {"mix": {"topology": "ring"}},
+    "hierarchical": {"mix": {"topology": "hierarchical", "groups": 2, "period": 3}},
+    "outer": {"outer": {"optimizer": "sgd", "args": {"lr": 0.7, "momentum": 0.9, "nesterov": True}}},
+    "ring, outer": {
+        "mix": {"topology": "ring"},
+        "outer": {"optimizer": "sgd", "args": {"lr": 0.7, "momentum": 0.9, "nesterov": True}},
+    },
+    "codec": {"codec": {"name": "int8"}},
+    "control": {"control": True, "optimizer": "sgd"},
+    "ema": {"ema": 0.9},
+    "slices": {"outer": {"optimizer": "adamw", "args": {"lr": 0.1}}, "slices": 3},
+    "frozen": {"freeze": ["0.*"], "outer": {"optimizer": "sgd", "args": {"lr": 0.7, "momentum": 0.9}}},
+}
+"""What a state may hold: changes to ``[average]``, ``train.freeze`` and ``cluster.slices``."""
+
+
+@pytest.fixture
+def train(tmp_path: Path, samples: Samples, train_table: dict[str, Any]) -> Callable[..., dtrain.Run]:
+    def start(cluster: Any = "serial", run: str | None = None, **changes: Any) -> dtrain.Run:
+        average = dict(changes)
+        optimizer = average.pop("optimizer", "adamw")
+        table = {"rounds": average.pop("rounds", ROUNDS), "optimizer": optimizer, "optimizer_args": {"lr": 0.01}}
+        frozen = {"freeze": average.pop("freeze")} if "freeze" in average else {}
+        slices = {"slices": average.pop("slices")} if "slices" in average else {}
+        config = dtrain.TrainConfig(
+            train={**train_table, **table, **frozen},
+            average={"replicas": 4, **average},
+            cluster=slices,
+            run={"commit_every": 1, "keep": ROUNDS},
+        )
+        return dtrain.train(
+            models.small, samples, config=config, cluster=cluster, run=run, run_dir=tmp_path / "runs", progress=False
+        )
+
+    return start
+
+
+def files(run: dtrain.Run) -> dict[str, str]:
+    """Return the digest of each file of all rounds."""
+    rounds = run.directory / "rounds"
+    return {
+        str(path.relative_to(rounds)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(rounds.rglob("*"))
+        if path.is_file() and path.name not in ("manifest.json", "state.json")
+    }
+
+
+def events(run: dtrain.Run, name: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run.directory / "events.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == name]
+
+
+def written_by(run: dtrain.Run) -> list[str]:
+    return [event["by"] for event in events(run, "RoundCommitted")]
+
+
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_workers_write_the_files_that_the_driver_would(
+    train: Callable[..., dtrain.Run], client: Client, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    expected = train(**VARIANTS[name])
+    run = train(client, **VARIANTS[name])
+    assert bits(run.rows) == bits(expected.rows)
+    assert files(run) == files(expected)
+    assert written_by(run) == ["workers"] * ROUNDS
+    monkeypatch.setattr(storing, "write_file", lambda *given: None)  # as a worker that does not see the directory
+    other = train(client, **VARIANTS[name])
+    assert bits(other.rows) == bits(expected.rows)
+    assert files(other) == files(expected)
+    assert written_by(other) == ["driver"] * ROUNDS
+    for one in (run, other):
+        assert not [path for path in (one.directory / "rounds").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_run_goes_on_from_files(train: Callable[..., dtrain.Run], client: Client, name: str) -> None:
+    expected = train(**VARIANTS[name])
+    train(client, run="halves", rounds=2, **VARIANTS[name])
+    run = train(client, run="halves", **VARIANTS[name])
+    assert bits(run.rows) == bits(expected.rows)
+    assert written_by(run) == ["workers"] * ROUNDS
+
+
+def test_a_worker_that_does_not_see_a_file_is_sent_the_value(
+    train: Callable[..., dtrain.Run], client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = train()
+
+    def unreadable(*given: Any) -> None:
+        raise OSError("there is no such file here")
+
+    monkeypatch.setattr(storing, "read_file", unreadable)
+    run = train(client)
+    assert bits(run.rows) == bits(expected.rows)
+    assert {event["reason"] for event in events(run, "SegmentReplayed")} == {"there is no such file here"}
+
+
+def test_a_file_that_is_not_on_the_drivers_disk_is_written_by_the_driver(
+    train: Callable[..., dtrain.Run], client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker of another machine may find a directory of that name on a disk of its own."""
+    monkeypatch.setattr(storing, "_is_there", lambda file: False)
+    run = train(client)
+    assert written_by(run) == ["driver"] * ROUNDS
+    assert files(run) == files(train())
+
+
+def test_a_full_disk_is_named_once_the_driver_has_tried(
+    train: Callable[..., dtrain.Run], client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any) -> None:
+        raise DiskFull("inner-0000 could not be written", "Free some space")
+
+    monkeypatch.setattr(storing, "write_file", lambda *given: None)
+    monkeypatch.setattr(storing, "write_part", full)
+    with pytest.raises(DiskFull, match="inner-0000"):
+        train(client, run="full")
+    rounds = load_runs_rounds(train, "full")
+    assert list(rounds.iterdir()) == []
+
+
+def load_runs_rounds(train: Callable[..., dtrain.Run], name: str) -> Path:
+    directory: Path = dtrain.last_run().directory.parent / name / "rounds"
+    return directory
+
+
+def test_the_driver_holds_a_few_parts_at_once(
+    train: Callable[..., dtrain.Run], client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storing, "write_file", lambda *given: None)
+    monkeypatch.setattr(storing, "AT_ONCE_BYTES", 1)
+    held: list[int] = []
+    gather = task_client.TaskClient.gather
+
+    def counted(self: Any, futures: Any, meanwhile: Any) -> Any:
+        values = gather(self, futures, meanwhile)
+        if any(future.key.startswith("dtrain-part-") for future in futures):
+            held.append(len(values))
+        return values
+
+    monkeypatch.setattr(task_client.TaskClient, "gather", counted)
+    run = train(client, rounds=1)
+    assert held == [1] * 5  # the parameters, and what each of four replicas keeps
+    state, _ = load_round(round_directory(run.directory, 1))
+    assert params_sha256(state.model) == run.rows[-1]["params_sha256"]
