@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import uuid
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from distributed import Client
 
 from dtrain.algorithm.cadence import Costs
 from dtrain.algorithm.plan import pass_size, samples_a_round, steps_a_round
-from dtrain.algorithm.traffic import Traffic, traffic
+from dtrain.algorithm.traffic import CommitBytes, Traffic, commit_bytes, traffic
 from dtrain.config.values import value_of
 from dtrain.data.balance import Balance
 from dtrain.data.climatology import ClimatePlan
@@ -92,8 +93,10 @@ class RunPlan:
     """That train: the workers, or one where replicas are trained in turn in this process."""
     traffic: Traffic
     """Bytes of a round."""
-    commit_bytes: int
-    """Bytes of the parameters of a committed round; the inner optimizers' states come on top."""
+    commit: CommitBytes
+    """Bytes of a committed round."""
+    shared: bool | None
+    """Whether workers see ``run.dir``, so that they write what they hold; None: this process does."""
     checksums: dict[str, bool]
     choices: dict[str, Choice]
     """By key that was "auto"."""
@@ -194,6 +197,7 @@ def plan_job(job: Job, *, full: bool = False, client: Client | None = None) -> R
     with opened as (runner, resolved):
         initial = runner.initialise(None if init is None else read_init(init))
         workers, sources, held_out = runner.num_workers, runner.spec.sources, runner.spec.held_out
+        shared = runner.sees(Path(job.base, job.config.run.dir).expanduser())
         climatology, processes = runner.spec.climate_plan, num_processes(runner)
     train, plan = job.config.train, resolved.plan
     sizes = [pass_size(size, train) for size in plan.sizes]
@@ -223,7 +227,8 @@ def plan_job(job: Job, *, full: bool = False, client: Client | None = None) -> R
         workers=workers,
         processes=processes,
         traffic=_traffic(job, initial, plan.replicas, workers),
-        commit_bytes=initial.params.nbytes,
+        commit=commit_bytes(initial.params.layout, initial.inner_bytes, job.config.average, plan.replicas),
+        shared=shared,
         checksums=_checksums(sources[0].samples),
         choices=_choices(job, stores, resolved, workers),
         eval_every=resolved.eval_every,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dtrain.algorithm.plan import pass_size
 from dtrain.data.plan.footprint import format_bytes
 from dtrain.data.plan.missing import absence_of, stands_for
-from dtrain.display import clock, duration, number
+from dtrain.display import clock, duration, number, shown
 from dtrain.job import Job, plain
 from dtrain.planning import RunPlan, StorePlan
 from dtrain.prepare import ESTIMATE_UNITS
@@ -50,6 +51,7 @@ def plan_rows(job: Job, plan: RunPlan) -> list[tuple[str, str]]:
         ),
         *_metric_rows(plan),
         ("traffic", _traffic(plan)),
+        ("commit", _commit(job, plan)),
         ("time", _time(plan)),
         ("worker memory", _worker_memory(plan)),
         *_averaging_rows(job, plan),
@@ -92,10 +94,20 @@ def _checksum_name(plan: RunPlan) -> str:
 def _traffic(plan: RunPlan) -> str:
     replicas = plan.data.replicas
     by = "1 replica" if replicas == 1 else f"{replicas:,} replicas"
-    return (
-        f"{format_bytes(plan.traffic.sent)} sent a round by {by}, {format_bytes(plan.traffic.received)} back to each "
-        f"worker, {format_bytes(plan.commit_bytes)} a commit"
-    )
+    back = format_bytes(plan.traffic.received)
+    return f"{format_bytes(plan.traffic.sent)} sent a round by {by}, {back} back to each worker"
+
+
+def _commit(job: Job, plan: RunPlan) -> str:
+    """Return the bytes of a commit, and who writes them."""
+    size = f"{format_bytes(plan.commit.total)}: parameters {format_bytes(plan.commit.parameters)}"
+    size += f", states of optimizers and replicas {format_bytes(plan.commit.states)}"
+    if plan.shared is None:
+        return size
+    directory = shown(Path(job.base, job.config.run.dir).expanduser())
+    if plan.shared:
+        return f"{size}; the workers write them, for they see {directory}"
+    return f"{size}; the driver writes them, a few at a time, for not all workers see {directory} as it does"
 
 
 def _averaging_rows(job: Job, plan: RunPlan) -> Iterator[tuple[str, str]]:

@@ -113,7 +113,7 @@ class Script:
             raise SegmentLost("worker gone")
         return self._sums(int(params.flat[0]))
 
-    def gather(self, held: int, position: Position) -> TrainState:
+    def gather(self, held: int, position: Position, directory: object = None) -> TrainState:
         assert position.round == held
         self.log.append(f"gather {held}")
         return state_after(position)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from dtrain.algorithm.optimizers import make_optimizer, optimizer_named
-from dtrain.algorithm.replica import carried, pack_inner_state, unpack_inner_state
+from dtrain.algorithm.replica import carried, empty_inner_state, pack_inner_state, unpack_inner_state
 from dtrain.config.average import OuterConfig
 from dtrain.errors import InvalidConfig
 from dtrain.types import Flat, InnerState
@@ -95,3 +95,10 @@ def outer_step(
         group["lr"] = group["lr"] * factor
     optimizer.step()
     return parameter.detach().numpy(), pack_inner_state(optimizer, [parameter], fresh)
+
+
+def outer_state_bytes(config: OuterConfig, params: int) -> int:
+    """Return the bytes of the state of the outer optimizer for so many parameters, after a step."""
+    one = np.zeros(1, np.float32)
+    _, state = outer_step(one, one, empty_inner_state(), config, factor=1.0, norm=0.0)
+    return sum(slot.size * (params if slot.shape == (1,) else 1) for slot in state.slots if slot.dtype)

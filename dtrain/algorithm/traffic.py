@@ -19,6 +19,7 @@ from typing import TypeAlias
 
 from dtrain.algorithm.codec import encoded_bytes
 from dtrain.algorithm.mix import Average, averages, neighbourhoods
+from dtrain.algorithm.outer import outer_state_bytes
 from dtrain.algorithm.pattern import by_replica
 from dtrain.config.average import AverageConfig
 from dtrain.types import Layout
@@ -79,6 +80,44 @@ def traffic(
         received=received,
         busiest=round(sum(links) / len(cycle)),
         all_reduce=round(Fraction(2 * 4 * layout.num_params * (used - 1), used)),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitBytes:
+    """Bytes of the arrays of a committed round."""
+
+    parameters: int
+    """Of the model, of replicas that start from others, and of the moving average of models."""
+    states: int
+    """What the replicas keep, and the states of the outer optimizer."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.parameters + self.states
+
+
+def commit_bytes(layout: Layout, inner_bytes: int, config: AverageConfig, replicas: int) -> CommitBytes:
+    """Return the bytes of a committed round, of the one with the most means.
+
+    Parameters
+    ----------
+    layout : Layout
+    inner_bytes : int
+        Of the state of an inner optimizer that has taken a step.
+    config : AverageConfig
+    replicas : int
+    """
+    params = sum(entry.size * (1 if entry.kind == "extra" else 4) for entry in layout.entries)  # tied ones each
+    means = max(len(means) for means in means_of_cycle(config, replicas))
+    vectors = means + (means > 1 or config.recalibrate_batchnorm)  # and the model that is evaluated
+    control = 4 * layout.num_params if config.control else 0
+    averaged = inner_bytes if config.inner_state == "average" else 0  # lies with each replica
+    outer = 0 if config.outer is None else outer_state_bytes(config.outer, layout.num_params)
+    return CommitBytes(
+        parameters=params * (vectors + (1 if config.ema else 0)),
+        states=replicas * (_kept_bytes(layout, inner_bytes, config) + averaged) + means * outer + control,
     )
 
 

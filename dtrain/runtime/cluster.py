@@ -31,7 +31,7 @@ from dtrain.data.load.statistics import merge_moments
 from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken, WorkerEvicted
 from dtrain.runtime import remote
-from dtrain.runtime.client import GONE, TaskClient
+from dtrain.runtime.client import GONE, HOLDERS, TaskClient
 from dtrain.runtime.connect import Connection
 from dtrain.runtime.dashboard import Messages, open_page
 from dtrain.runtime.handles import ClusterRound, gathered, handles_of, scattered
@@ -41,7 +41,7 @@ from dtrain.runtime.remote import RESOURCE
 from dtrain.runtime.resident import Resident
 from dtrain.runtime.runner import Outcome
 from dtrain.runtime.spec import RunSpec
-from dtrain.runtime.storing import restored, stored
+from dtrain.runtime.storing import look_at, restored, stored
 from dtrain.runtime.trial import Initial
 from dtrain.types import InitFile, Parameters, Position, RoundPlan, StoredState, TrainState
 
@@ -272,6 +272,17 @@ class ClusterRunner:
             return state
         handles = handles_of(held)
         return gathered(held, position, dict(zip(handles, self._gather(list(handles.values())), strict=True)))
+
+    def sees(self, directory: Path) -> bool:
+        """Return whether workers seem to see a directory of the driver: some of them are asked."""
+        here = look_at(directory.absolute())
+
+        def submit() -> list[Future]:
+            workers = self._client.workers()[:HOLDERS]
+            tasks = {f"look-w{number}": (directory.absolute(),) for number in range(len(workers))}
+            return self._client.submit_each(look_at, tasks, at=workers)
+
+        return all(there == here for there in self._done("The look at run.dir", submit))
 
     def close(self) -> None:
         """Cancel what is not done, and take the run's residents away from the workers."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, TypeVar
@@ -103,9 +103,14 @@ def _is_small(state: TrainState) -> bool:
     do not show the size that they will have.
     """
     if state.round == 0:
-        return all(own.nbytes <= SMALL_BYTES for own in state.broadcast)
+        return are_small(own.nbytes for own in state.broadcast)
     outer = [piece.nbytes for states in state.outer for piece in states]
-    return all(nbytes <= SMALL_BYTES for nbytes in [*(own.nbytes for own in state.replicas), *outer])
+    return are_small([*(own.nbytes for own in state.replicas), *outer])
+
+
+def are_small(sizes: Iterable[int]) -> bool:
+    """Whether results of these sizes are sent whole."""
+    return all(nbytes <= SMALL_BYTES for nbytes in sizes)
 
 
 # And back -------------------------------------------------------------------------------------------------

@@ -171,6 +171,10 @@ class Runner(Protocol[Held]):
         """
         ...
 
+    def sees(self, directory: Path) -> bool | None:
+        """Return whether workers seem to see a directory of the driver; None: this process is the worker."""
+        ...
+
     def close(self) -> None:
         """Release all that the run holds."""
         ...

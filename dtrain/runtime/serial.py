@@ -187,6 +187,9 @@ class SerialRunner:
             ema=held.ema,
         )
 
+    def sees(self, directory: Path) -> None:
+        """Return None: this process is the worker."""
+
     def close(self) -> None:
         """Close the loaders."""
         self._resident.close()

@@ -28,7 +28,7 @@ from dtrain.config.average import AverageConfig
 from dtrain.errors import DiskFull, RunDamaged
 from dtrain.runtime import remote
 from dtrain.runtime.client import SCATTERED_AT_ONCE, TaskClient
-from dtrain.runtime.handles import SMALL_BYTES, ClusterRound
+from dtrain.runtime.handles import ClusterRound, are_small
 from dtrain.runtime.reducing import Before, Sliced
 from dtrain.runtime.remote import RESOURCE
 from dtrain.statefiles import (
@@ -49,6 +49,18 @@ from dtrain.types import Broadcast, Flat, Layout, Parameters, Position, StateFil
 
 AT_ONCE_BYTES = 64 << 20
 """What the driver holds of a state, where it writes and reads the files: at least one part."""
+
+
+def look_at(directory: Path) -> tuple[str, int, tuple[str, ...]]:
+    """Return what tells a directory from one of the same name on another machine; the nearest one that exists.
+
+    Nothing is written. Two machines with equal disks look alike: what a run does shows when it commits.
+    """
+    there = next((path for path in (directory, *directory.parents) if path.is_dir()), Path("/"))
+    try:
+        return str(there), there.stat().st_ino, tuple(sorted(os.listdir(there)))
+    except OSError as error:
+        return str(there), 0, (str(error),)
 
 
 # To files -------------------------------------------------------------------------------------------------
@@ -271,7 +283,7 @@ def restored(
             tuple(starts[number] for number in state.broadcast),
             tuple(outers[number] for number in state.outer),
             slices,
-            len(slices) == 1 and max(sizes) <= SMALL_BYTES,
+            len(slices) == 1 and are_small(sizes),
         ),
         replicas=back.each(read_replica, state.replicas, "replica", [at[k] for k in replicas]),
         model=starts[0],

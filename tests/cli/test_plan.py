@@ -36,6 +36,7 @@ KEYS = {
     "reduced_bytes",
     "received_bytes",
     "commit_bytes",
+    "commit_by",
     "round_seconds",
     "worker_bytes",
     "checksums",
@@ -79,7 +80,8 @@ def test_the_numbers_as_an_object(cli, project):
         "resident_bytes": found["memory"]["total"],
         "reduced_bytes": params * 4 * 2,
         "received_bytes": params * 4,
-        "commit_bytes": params * 4,
+        "commit_bytes": params * 4 + 2 * (params * 4 + 8),  # two replicas keep a momentum, of which one array is padded
+        "commit_by": "driver",
         "checksums": {"x": False, "label": False},
         "probe": None,
         "cadence": None,

@@ -111,7 +111,7 @@ def test_large_results_are_taken_apart_to_the_same_bits(
     monkeypatch.setattr(Client, "submit", watched)
     monkeypatch.setattr(Client, "get", watched_get)
     assert rows(start(samples, tmp_path, client, run={"commit_every": 5})) == calm
-    assert keys == {"initialise", "train", "reduce", "summary", "eval", "merge"}
+    assert keys == {"initialise", "train", "reduce", "summary", "eval", "merge", "write", "read"}
     monkeypatch.setattr(handles, "SMALL_BYTES", -1)
     assert rows(start(samples, tmp_path, client, run={"commit_every": 5})) == calm
     assert keys >= {"parameters", "replica", "mixed", "outer"}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from distributed import Client
+from safetensors.numpy import load_file
 
 import dtrain
 from dtrain.algorithm.params import params_sha256
@@ -42,22 +44,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """What a state may hold: changes to ``[average]``, ``train.freeze`` and ``cluster.slices``."""
 
 
+def configured(table: dict[str, Any], **changes: Any) -> dtrain.TrainConfig:
+    average = dict(changes)
+    own = {"rounds": average.pop("rounds", ROUNDS), "optimizer": average.pop("optimizer", "adamw")}
+    frozen = {"freeze": average.pop("freeze")} if "freeze" in average else {}
+    slices = {"slices": average.pop("slices")} if "slices" in average else {}
+    return dtrain.TrainConfig(
+        train={**table, **own, "optimizer_args": {"lr": 0.01}, **frozen},
+        average={"replicas": 4, **average},
+        cluster=slices,
+        run={"commit_every": 1, "keep": ROUNDS},
+    )
+
+
 @pytest.fixture
 def train(tmp_path: Path, samples: Samples, train_table: dict[str, Any]) -> Callable[..., dtrain.Run]:
     def start(cluster: Any = "serial", run: str | None = None, **changes: Any) -> dtrain.Run:
-        average = dict(changes)
-        optimizer = average.pop("optimizer", "adamw")
-        table = {"rounds": average.pop("rounds", ROUNDS), "optimizer": optimizer, "optimizer_args": {"lr": 0.01}}
-        frozen = {"freeze": average.pop("freeze")} if "freeze" in average else {}
-        slices = {"slices": average.pop("slices")} if "slices" in average else {}
-        config = dtrain.TrainConfig(
-            train={**train_table, **table, **frozen},
-            average={"replicas": 4, **average},
-            cluster=slices,
-            run={"commit_every": 1, "keep": ROUNDS},
-        )
+        config = configured(train_table, **changes)
+        where = tmp_path / "runs"
         return dtrain.train(
-            models.small, samples, config=config, cluster=cluster, run=run, run_dir=tmp_path / "runs", progress=False
+            models.small, samples, config=config, cluster=cluster, run=run, run_dir=where, progress=False
         )
 
     return start
@@ -136,7 +142,7 @@ def test_a_file_that_is_not_on_the_drivers_disk_is_written_by_the_driver(
 
 
 def test_a_full_disk_is_named_once_the_driver_has_tried(
-    train: Callable[..., dtrain.Run], client: Client, monkeypatch: pytest.MonkeyPatch
+    train: Callable[..., dtrain.Run], client: Client, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def full(*given: Any) -> None:
         raise DiskFull("inner-0000 could not be written", "Free some space")
@@ -145,13 +151,7 @@ def test_a_full_disk_is_named_once_the_driver_has_tried(
     monkeypatch.setattr(storing, "write_part", full)
     with pytest.raises(DiskFull, match="inner-0000"):
         train(client, run="full")
-    rounds = load_runs_rounds(train, "full")
-    assert list(rounds.iterdir()) == []
-
-
-def load_runs_rounds(train: Callable[..., dtrain.Run], name: str) -> Path:
-    directory: Path = dtrain.last_run().directory.parent / name / "rounds"
-    return directory
+    assert list((tmp_path / "runs" / "full" / "rounds").iterdir()) == []
 
 
 def test_the_driver_holds_a_few_parts_at_once(
@@ -173,3 +173,36 @@ def test_the_driver_holds_a_few_parts_at_once(
     assert held == [1] * 5  # the parameters, and what each of four replicas keeps
     state, _ = load_round(round_directory(run.directory, 1))
     assert params_sha256(state.model) == run.rows[-1]["params_sha256"]
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_plan_knows_the_bytes_of_a_commit(
+    train: Callable[..., dtrain.Run], samples: Samples, train_table: dict[str, Any], name: str
+) -> None:
+    plan = dtrain.plan(models.small, samples, config=configured(train_table, **VARIANTS[name]), cluster="serial")
+    largest = 0
+    for directory in (train(**VARIANTS[name]).directory / "rounds").iterdir():
+        parts = [load_file(path).values() for path in directory.glob("*.safetensors")]
+        largest = max(largest, sum(tensor.nbytes for part in parts for tensor in part))
+    assert plan.commit.total == pytest.approx(largest, rel=0.02)
+
+
+def test_plan_says_who_writes(
+    samples: Samples, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dtrain.TrainConfig(train={"loss": "cross_entropy"}, average={"replicas": 2}, run={"dir": str(tmp_path)})
+
+    def said(cluster: Any) -> tuple[str, bool | None]:
+        plan = dtrain.plan(models.small, samples, config=config, cluster=cluster)
+        return dict(plan.rows)["commit"], plan.shared
+
+    text, shared = said(client)
+    assert (text.partition("; ")[2], shared) == (f"the workers write them, for they see {tmp_path}", True)
+    text, shared = said("serial")
+    assert ("; " in text, shared) == (False, None)
+    monkeypatch.setattr("dtrain.runtime.cluster.look_at", lambda path: (str(path), os.getpid(), ()))
+    text, shared = said(client)
+    assert "the driver writes them, a few at a time" in text
+    assert shared is False
+    assert list(tmp_path.iterdir()) == []  # nothing is written to find out
