@@ -39,9 +39,9 @@ from dtrain.runtime.placement import place_replicas
 from dtrain.runtime.reducing import PRIORITY_REDUCE, Reduction, Sliced, reducer_slices
 from dtrain.runtime.remote import RESOURCE
 from dtrain.runtime.resident import Resident
-from dtrain.runtime.runner import Outcome
+from dtrain.runtime.runner import Outcome, SegmentLost
 from dtrain.runtime.spec import RunSpec
-from dtrain.runtime.storing import look_at, restored, stored
+from dtrain.runtime.storing import NotSeen, look_at, restored, stored
 from dtrain.runtime.trial import Initial
 from dtrain.types import InitFile, Parameters, Position, RoundPlan, StoredState, TrainState
 
@@ -174,7 +174,7 @@ class ClusterRunner:
     def place(self, state: TrainState | StoredState, again: int = 0) -> ClusterRound:
         """Bring a state from the driver or from its files to the workers of its replicas.
 
-        Where workers write the files, they read them too, but for those of a state that was lost.
+        Where workers wrote the files, they read them too; once one could not, the driver reads the state.
         """
         self._client.begin(again)
         at = self._placed(len(state.replicas))
@@ -182,7 +182,7 @@ class ClusterRunner:
         slices = reducer_slices(self.spec.config, layout, len(set(at.values())), len(at))
         if isinstance(state, TrainState):
             return scattered(self._client, state, at, slices)
-        return restored(self._client, state, at, slices, by_workers=self._is_shared is True and not again)
+        return restored(self._client, state, at, slices, by_workers=self._is_shared is True)
 
     def submit(self, held: ClusterRound, plan: RoundPlan) -> ClusterRound:
         """Submit the local steps, the averages and the evaluation of a round."""
@@ -363,7 +363,12 @@ class ClusterRunner:
         return self._client.done(doing, submit, self._report_progress, watched=watched)
 
     def _gather(self, futures: Sequence[Future]) -> list[Any]:
-        return self._client.gather(futures, self._report_progress)
+        try:
+            return self._client.gather(futures, self._report_progress)
+        except SegmentLost as lost:
+            if isinstance(lost.__cause__, NotSeen):
+                self._is_shared = None  # the driver reads the state; with the next one they may try again
+            raise
 
     def _report_progress(self) -> None:
         while not self._progress.empty():

@@ -342,18 +342,21 @@ class _Back:
         return self.client.scatter(read(file), [place])
 
 
+class NotSeen(OSError):
+    """A worker does not see a file as it was written; the driver may."""
+
+
 def read_file(read: Callable[..., Any], *given: Any) -> Any:
     """Read a part of a state on a worker.
 
     Raises
     ------
-    OSError
-        The worker does not see the file as it was written; the driver may.
+    NotSeen
     """
     try:
         return read(*given)
     except RunDamaged as error:
-        raise OSError(error.message) from error
+        raise NotSeen(error.message) from error
 
 
 def read_start(file: StateFile, control: StateFile | None, layout: Layout) -> Broadcast:

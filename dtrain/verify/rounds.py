@@ -30,6 +30,8 @@ class RoundVerified:
     number: int
     files: int
     nbytes: int
+    is_of_plan: bool = True
+    """Whether it was trained with the plan.json of the run."""
 
 
 def verify_round(run: Path, directory: Path, report: Report) -> RoundVerified | None:
@@ -72,7 +74,7 @@ def _look(run: Path, directory: Path, report: Report) -> RoundVerified:
     except Exception as error:  # it has its digest, and says what no version of dtrain writes
         report(Fault("damaged", str(directory / MANIFEST), f"it cannot be read: {one_line(error)}"))
         return nothing
-    tell(report, run / PLAN, lambda: check_round_plan(directory, manifest))
+    is_of_plan = tell(lambda fault: None, run / PLAN, lambda: check_round_plan(directory, manifest))
     tell(report, run / HISTORY, lambda: check_round_history(directory, manifest))
     good: dict[str, int] = {}
     for name, (nbytes, digest) in listed.items():
@@ -84,7 +86,7 @@ def _look(run: Path, directory: Path, report: Report) -> RoundVerified:
             report(Fault("unlisted", str(directory / name), f"{MANIFEST} does not list it: it was put there later"))
     if len(good) == len(listed):
         tell(report, directory, lambda: _check_state(directory, number, manifest))
-    return RoundVerified(number, len(good) + 1, sum(good.values()))
+    return RoundVerified(number, len(good) + 1, sum(good.values()), is_of_plan)
 
 
 def _check_state(directory: Path, number: int, manifest: Mapping[str, Any]) -> None:

@@ -11,9 +11,21 @@ from pathlib import Path
 from dtrain.climatefile import CLIMATE, read_climate
 from dtrain.committed import TEMPORARY, committed_rounds
 from dtrain.description import read_config_of, read_env, read_resolved, read_tables_of
-from dtrain.errors import RunDamaged, RunNotFound
+from dtrain.errors import RunDamaged, RunNotFound, listed
 from dtrain.lock import holder
-from dtrain.runfiles import CONFIG, ENV, EVENTS, HISTORY, LOCK, PLAN, ROUND, ROUNDS, read_if_there, round_directory
+from dtrain.runfiles import (
+    CONFIG,
+    ENV,
+    EVENTS,
+    HISTORY,
+    LOCK,
+    PLAN,
+    ROUND,
+    ROUNDS,
+    read_file,
+    read_if_there,
+    round_directory,
+)
 from dtrain.verify.fault import Counting, Fault, Report, tell
 from dtrain.verify.rounds import RoundVerified, verify_round
 
@@ -56,11 +68,15 @@ def verify_run(run: Path, report: Report) -> RunVerified:
     tell(told, run / CONFIG, lambda: read_tables_of(run))
     tell(told, run / CONFIG, lambda: read_config_of(run))
     tell(told, run / ENV, lambda: read_env(run))
-    tell(told, run / PLAN, lambda: _check_plan_and_climate(run))
+    is_plan_good = tell(told, run / PLAN, lambda: read_resolved(run))
+    if is_plan_good:
+        tell(told, run / CLIMATE, lambda: _check_climate(run))
     notes = [note for name in (HISTORY, EVENTS) for note in _check_lines(run / name, told)]
     tell(told, run / LOCK, lambda: notes.extend(_training(run)))
     notes += _others(run)
     verified = [one for number in numbers if (one := verify_round(run, round_directory(run, number), told))]
+    if is_plan_good:
+        _check_plan_of(run, verified, told)
     own = [path for name in OWN if (path := run / name).is_file() and not path.is_symlink()]
     return _summary(run, verified, own, told, notes)
 
@@ -81,7 +97,17 @@ def verify_round_of(directory: Path, report: Report) -> RunVerified:
         raise RunNotFound(
             f"{directory} is not there any more.", "A run prunes its rounds while it is trained (run.keep)."
         )
+    run = directory.parents[1]
+    if tell(told, run / PLAN, lambda: read_file(run / PLAN)):
+        _check_plan_of(run, [verified], told)
     return _summary(directory, [verified], [], told, [])
+
+
+def _check_plan_of(run: Path, verified: list[RoundVerified], report: Report) -> None:
+    """Tell which rounds were trained with another plan.json, in one fault."""
+    if others := [str(one.number) for one in verified if not one.is_of_plan]:
+        rounds = f"round {others[0]} was" if len(others) == 1 else f"rounds {listed(others, 5)} were"
+        report(Fault("damaged", "", f"{run / PLAN} is not the one that {rounds} trained with."))
 
 
 def _summary(path: Path, verified: list[RoundVerified], own: list[Path], told: _Once, notes: list[str]) -> RunVerified:
@@ -109,7 +135,7 @@ class _Once(Counting):
             super().__call__(fault)
 
 
-def _check_plan_and_climate(run: Path) -> None:
+def _check_climate(run: Path) -> None:
     resolved = read_resolved(run)
     if not resolved.climatology_sha256:
         read_climate(run, resolved.plan.fingerprint)

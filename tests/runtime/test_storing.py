@@ -123,12 +123,14 @@ def test_a_worker_that_does_not_see_a_file_is_sent_the_value(
     expected = train()
 
     def unreadable(*given: Any) -> None:
-        raise OSError("there is no such file here")
+        raise storing.NotSeen("there is no such file here")
 
     monkeypatch.setattr(storing, "read_file", unreadable)
     run = train(client)
     assert bits(run.rows) == bits(expected.rows)
-    assert {event["reason"] for event in events(run, "SegmentReplayed")} == {"there is no such file here"}
+    replayed = events(run, "SegmentReplayed")
+    assert {event["reason"] for event in replayed} == {"there is no such file here"}
+    assert [event["round"] for event in replayed] == [1, 2, 3]  # once each: then the driver sends it
 
 
 def test_a_file_that_is_not_on_the_drivers_disk_is_written_by_the_driver(

@@ -6,6 +6,7 @@ import os
 import statistics
 import time
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from dtrain.errors import DiskFull, DtrainError, OutOfMemory, UserCodeFailed
 from dtrain.runtime import client as client_module
 from dtrain.runtime import serial
 from dtrain.runtime.client import TaskClient
-from dtrain.types import Broadcast, InnerState, LocalTask, Parameters, ReplicaState
+from dtrain.types import Broadcast, InnerState, Layout, LocalTask, Parameters, ReplicaState, StateFile
 from tests.runtime import models
 
 
@@ -98,6 +99,7 @@ def test_parameters_never_pass_through_the_scheduler_or_a_graph(
     submit, get, scatter, gather = Client.submit, Client.get, Client.scatter, Client.gather
     submitted, moved = [], []
     known = Future | Alias | str | int | float | LocalTask | AverageConfig | None
+    known |= Path | FunctionType | StateFile | Layout  # to write and to read the files of a state
 
     def check(arguments: Any) -> None:
         for argument in arguments:
@@ -274,16 +276,12 @@ def test_tasks_in_the_scheduler_are_bounded_over_rounds(samples: Samples, tmp_pa
         if hasattr(event, "result"):
             counts.append(client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)))
 
-    dtrain.train(
-        models.small,
-        samples,
+    config = dtrain.TrainConfig(
         train={"loss": "cross_entropy", "rounds": 60, "local_steps": 1},
         average={"replicas": 3},
-        cluster=client,
-        run_dir=tmp_path / "runs",
-        progress=False,
-        report=count,
+        run={"commit_every": 2, "dir": str(tmp_path / "runs")},  # a segment keeps what its values are made of
     )
+    dtrain.train(models.small, samples, config=config, cluster=client, progress=False, report=count)
     # one task that stays a round makes 30 more in the middle of the second half; how many rounds fly differs by a round
     assert statistics.median(counts[30:]) <= statistics.median(counts[:30]) + 9
 
