@@ -66,17 +66,15 @@ def verify_run(run: Path, report: Report) -> RunVerified:
     numbers: list[int] = []
     tell(told, run / ROUNDS, lambda: numbers.extend(committed_rounds(run)))
     tell(told, run / CONFIG, lambda: read_tables_of(run))
-    tell(told, run / CONFIG, lambda: read_config_of(run))
     tell(told, run / ENV, lambda: read_env(run))
     is_plan_good = tell(told, run / PLAN, lambda: read_resolved(run))
-    if is_plan_good:
-        tell(told, run / CLIMATE, lambda: _check_climate(run))
     notes = [note for name in (HISTORY, EVENTS) for note in _check_lines(run / name, told)]
     tell(told, run / LOCK, lambda: notes.extend(_training(run)))
     notes += _others(run)
     verified = [one for number in numbers if (one := verify_round(run, round_directory(run, number), told))]
-    if is_plan_good:
-        _check_plan_of(run, verified, told)
+    if is_plan_good and _check_plan_of(run, verified, told):
+        tell(told, run / CONFIG, lambda: read_config_of(run))
+        tell(told, run / CLIMATE, lambda: _check_climate(run))
     own = [path for name in OWN if (path := run / name).is_file() and not path.is_symlink()]
     return _summary(run, verified, own, told, notes)
 
@@ -103,11 +101,12 @@ def verify_round_of(directory: Path, report: Report) -> RunVerified:
     return _summary(directory, [verified], [], told, [])
 
 
-def _check_plan_of(run: Path, verified: list[RoundVerified], report: Report) -> None:
-    """Tell which rounds were trained with another plan.json, in one fault."""
+def _check_plan_of(run: Path, verified: list[RoundVerified], report: Report) -> bool:
+    """Tell which rounds were trained with another plan.json, in one fault; return whether there are none."""
     if others := [str(one.number) for one in verified if not one.is_of_plan]:
         rounds = f"round {others[0]} was" if len(others) == 1 else f"rounds {listed(others, 5)} were"
         report(Fault("damaged", "", f"{run / PLAN} is not the one that {rounds} trained with."))
+    return not others
 
 
 def _summary(path: Path, verified: list[RoundVerified], own: list[Path], told: _Once, notes: list[str]) -> RunVerified:
