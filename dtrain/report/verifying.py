@@ -23,8 +23,8 @@ def verifying_progress(*, quiet: bool = False, color: bool = True) -> Iterator[C
         yield lambda done, of, nbytes: None
         return
     with live_bar("objects", color=color) as (console, progress):
-        task = None if progress.disable else progress.add_task("verify", total=1, note="")
-        began = told = time.monotonic()
+        task = None if progress.disable else progress.add_task("verify", total=0, note="", visible=False)
+        began, told = time.monotonic(), time.monotonic() if task is None else 0.0  # the line appears with the count
 
         def tell(done: int, of: int, nbytes: int) -> None:
             nonlocal told
@@ -37,6 +37,6 @@ def verifying_progress(*, quiet: bool = False, color: bool = True) -> Iterator[C
                     f"{done:,} of {of:,} objects, {bytes_text(nbytes)}, {speed}/s", markup=False, soft_wrap=True
                 )
             else:
-                progress.update(task, completed=done, total=of, note=f"{speed}/s")
+                progress.update(task, completed=done, total=of, note=f"{speed}/s", visible=True)
 
         yield tell
