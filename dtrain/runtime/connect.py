@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import walk_tb
 from urllib.parse import urlsplit
 
 import cloudpickle
@@ -126,10 +127,18 @@ def _lost_cluster() -> Iterator[None]:
     except DtrainError:
         raise
     except (CommClosedError, ClosedClientError, TimeoutError, asyncio.CancelledError, FuturesCancelled) as error:
+        if isinstance(error, TimeoutError) and not _is_of_dask(error):
+            raise
         raise ClusterLost(
             f"Lost the cluster: {one_line(error)}. Committed rounds are safe.",
             "Run the same command again to continue.",
         ) from error
+
+
+def _is_of_dask(error: BaseException) -> bool:
+    """Whether an exception comes from Dask: a function of the user's, such as ``report``, may raise a TimeoutError."""
+    modules = (str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__))
+    return any(module.partition(".")[0] == "distributed" for module in modules)
 
 
 @contextmanager

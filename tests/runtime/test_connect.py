@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -133,10 +134,17 @@ def test_what_keeps_local_workers_from_being_started(
         pass
 
 
-@pytest.mark.parametrize("error", [CommClosedError("gone"), ClosedClientError("gone"), TimeoutError("gone")])
+@pytest.mark.parametrize("error", [CommClosedError("gone"), ClosedClientError("gone")])
 def test_a_cluster_that_goes_away_while_it_is_used(client: Client, tmp_path: Path, error: Exception) -> None:
     with (
         pytest.raises(ClusterLost, match=r"Lost the cluster: gone\. Committed rounds are safe"),
         open_cluster(ClusterConfig(), tmp_path, client),
     ):
         raise error
+
+
+def test_a_timeout_of_dask_and_one_of_the_user(client: Client, tmp_path: Path) -> None:
+    with pytest.raises(ClusterLost, match="Lost the cluster"), open_cluster(ClusterConfig(), tmp_path, client):
+        client.submit(time.sleep, 1.0, pure=False).result(timeout=0.01)
+    with pytest.raises(TimeoutError, match="of a callback"), open_cluster(ClusterConfig(), tmp_path, client):
+        raise TimeoutError("of a callback")
