@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from dtrain.errors import DiskFull
 from dtrain.runfiles import round_directory
 from dtrain.runtime import client as task_client
 from dtrain.runtime import storing
+from tests.clusters import new_cluster
 from tests.runtime import models
 from tests.training import bits
 
@@ -208,3 +213,46 @@ def test_plan_says_who_writes(
     assert "the driver writes them, a few at a time" in text
     assert shared is False
     assert list(tmp_path.iterdir()) == []  # nothing is written to find out
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Callable[[int, int], Client]]:
+    """A function that starts workers that see the directory of runs, and others that see an empty one."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    with ExitStack() as stack:
+
+        def start(sharing: int, others: int) -> Client:
+            cluster = stack.enter_context(new_cluster(0))
+            worker = f"exec {sys.executable} -m distributed.cli.dask_worker {cluster.scheduler_address}"
+            worker += " --no-nanny --nthreads 2 --host 127.0.0.1"
+            commands = [["sh", "-c", worker]] * sharing
+            commands += [["unshare", "-m", "sh", "-c", f"mount -t tmpfs none {runs} && {worker}"]] * others
+            for command in commands:
+                quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+                process = stack.enter_context(subprocess.Popen(command, cwd=tmp_path, **quiet))  # type: ignore[call-overload]
+                stack.callback(process.terminate)
+            client = stack.enter_context(Client(cluster))
+            client.wait_for_workers(sharing + others, timeout=60)
+            return client
+
+        yield start
+
+
+def can_unshare() -> bool:
+    done = subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"], check=False, capture_output=True)
+    return done.returncode == 0
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None or not can_unshare(), reason="mounts are not allowed here")
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize(("sharing", "others"), [(1, 1), (0, 2)])
+def test_workers_with_another_file_system(
+    train: Callable[..., dtrain.Run], elsewhere: Callable[[int, int], Client], sharing: int, others: int
+) -> None:
+    client = elsewhere(sharing, others)
+    expected, run = train(), train(client)
+    assert bits(run.rows) == bits(expected.rows)
+    assert files(run) == files(expected)
+    assert written_by(run) == ["driver"] * ROUNDS
+    assert events(run, "SegmentReplayed") == []
