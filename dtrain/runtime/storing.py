@@ -203,15 +203,20 @@ def _by_driver(
     meanwhile: Callable[[], None],
 ) -> Iterator[tuple[str, StateFile]]:
     """Write parts on the driver, some at a time, and yield their files."""
-    names, count = list(writings), 1
-    while names:
-        some, names = names[:count], names[count:]
+
+    def write(some: Sequence[str]) -> list[StateFile]:
         tasks = {f"part-r{number:05d}-{_stem(name)}": (writings[name].make, *writings[name].given) for name in some}
         at = [writings[name].at for name in some]
         parts = client.gather(client.submit_each(remote.called, tasks, at=at, resources=RESOURCE), meanwhile)
-        files = [write_part(directory / name, part) for name, part in zip(some, parts, strict=True)]
+        return [write_part(directory / name, part) for name, part in zip(some, parts, strict=True)]
+
+    names, sizes = list(writings), list[int]()
+    while names:
+        count = at_once(max(sizes, default=AT_ONCE_BYTES))
+        some, names = names[:count], names[count:]
+        files = write(some)
         yield from zip(some, files, strict=True)
-        count = at_once(max(file.nbytes for file in files))
+        sizes += [file.nbytes for file in files]
 
 
 def at_once(nbytes: int) -> int:
