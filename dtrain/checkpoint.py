@@ -54,7 +54,7 @@ def commit_round(run: Path, state: TrainState | StoredState, fingerprint: str, p
     run : path
         The run's directory. Its history.jsonl holds the line of the round.
     state : TrainState or StoredState
-        Held by the driver, or files that are written and synced already: they are moved.
+        Held by the driver, or files of `uncommitted` that are written and synced already: they are moved.
     fingerprint : str
         Of the data plan; the cursors are only valid together with it.
     plan_sha256 : str
@@ -76,6 +76,8 @@ def commit_round(run: Path, state: TrainState | StoredState, fingerprint: str, p
     described = {"format": FORMAT, "round": state.round, "plan": plan_sha256, "history": digest}
     contents = _with_manifest(described, state_files(state, fingerprint, FORMAT), listed)
     write_directory(round_directory(run, state.round), contents, f"round {state.round}")
+    if isinstance(state, StoredState):
+        remove(state.vectors[0].path.parent)  # the directory that the files have left
     return sum(int(facts["bytes"]) for facts in listed.values())
 
 

@@ -69,8 +69,9 @@ def verify_run(run: Path, report: Report) -> RunVerified:
     tell(told, run / ENV, lambda: read_env(run))
     is_plan_good = tell(told, run / PLAN, lambda: read_resolved(run))
     notes = [note for name in (HISTORY, EVENTS) for note in _check_lines(run / name, told)]
-    tell(told, run / LOCK, lambda: notes.extend(_training(run)))
-    notes += _others(run)
+    training: list[str] = []
+    tell(told, run / LOCK, lambda: training.extend(_training(run)))
+    notes += [*training, *_others(run, is_trained=bool(training))]
     verified = [one for number in numbers if (one := verify_round(run, round_directory(run, number), told))]
     if is_plan_good and _check_plan_of(run, verified, told):
         tell(told, run / CONFIG, lambda: read_config_of(run))
@@ -169,14 +170,15 @@ def _training(run: Path) -> Iterator[str]:
         yield f"The run is being trained by process {process['pid']} on {process['host']}: it writes meanwhile."
 
 
-def _others(run: Path) -> Iterator[str]:
-    """Yield what else lies in a run's directory."""
+def _others(run: Path, *, is_trained: bool) -> Iterator[str]:
+    """Yield what else lies in a run's directory; while it is trained, files are being written."""
     names = {run: OWN, run / ROUNDS: frozenset[str]()}
     for folder, own in names.items():
         for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
             if name in own or (folder != run and ROUND.fullmatch(name)):
                 continue
             if TEMPORARY.fullmatch(name) or (folder != run and name.startswith(".round-")):
-                yield f"{name} is left of a process that was killed while it wrote; training removes it."
+                if not is_trained:
+                    yield f"{name} is left of a process that was killed while it wrote; training removes it."
             else:
                 yield f"{folder / name} is no file of dtrain."
