@@ -466,5 +466,5 @@ def test_plan_counts_frozen_parameters_and_their_traffic(labelled: Path) -> None
     )
     job = job_from_python(two_layers, samples, {}, with_scheduler(config, "serial"))
     plan = plan_job(job)
-    assert (plan.reduced_bytes, plan.commit_bytes) == (2 * 4 * 63, 4 * (140 + 63))
+    assert (plan.reduced_bytes, plan.commit.parameters) == (2 * 4 * 63, 4 * (140 + 63))
     assert "203 parameters, of which 140 are frozen" in dict(plan_rows(job, plan))["model"]
