@@ -126,7 +126,8 @@ def _replayed(
             if replays > MAX_REPLAYS and not _may_recover(lost, time.monotonic() - first_lost):
                 kept = "Committed rounds are safe."
                 raise given_up(lost, f"Round {state.round + 1}", replays, kept) from lost
-            time.sleep(min(replays - 1, MAX_PAUSE_SECONDS) if lost.gone else 0)
+            time.sleep(_pause(lost, replays))
+            every = first_cadence(config.run.commit_every)  # where workers are lost, short segments get done
             continue
         if done[-1].stop is not None:
             return
@@ -314,6 +315,12 @@ def _check_finite(number: int, summary: RoundSummary, allowed: float) -> None:
         )
     if not summary.finite:
         raise Diverged(f"Round {number}: the averaged parameters are not finite.", cure)
+
+
+def _pause(lost: SegmentLost, replays: int) -> float:
+    """Return the seconds to wait for workers to come back; at first none, if others are left."""
+    waits = lost.gone and (not lost.left or replays > MAX_REPLAYS)
+    return min(replays - 1, MAX_PAUSE_SECONDS) if waits else 0.0
 
 
 def _may_recover(lost: SegmentLost, seconds: float) -> bool:

@@ -270,6 +270,25 @@ def test_as_long_as_workers_go_and_come_a_segment_is_begun_again(monkeypatch: py
         go(Script(lose=(3,) * 99, lost={"gone": True}), config(run={"commit_every": 2}))
 
 
+def test_while_other_workers_are_left_the_first_replays_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    for left, expected in ((False, [0, 1, 2, 3, 4]), (True, [0, 0, 0, 3, 4])):
+        slept.clear()
+        go(Script(lose=(3,) * 5, lost={"gone": True, "left": left}), config(run={"commit_every": 2}))
+        assert slept == expected
+
+
+def test_with_auto_a_loss_makes_the_next_segment_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "commit_cadence", lambda *given: 100)
+    runner = Script(lose=(4,))
+    go(runner, config(run={"commit_every": "auto"}))
+    assert [entry for entry in runner.log if entry.startswith("gather")] == ["gather 1", "gather 2", "gather 6"]
+    runner = Script(lose=(4,))
+    go(runner, config(run={"commit_every": 3}))
+    assert [entry for entry in runner.log if entry.startswith("gather")] == ["gather 3", "gather 6"]
+
+
 @pytest.mark.parametrize(
     ("runner", "match"),
     [

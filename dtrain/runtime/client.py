@@ -397,7 +397,7 @@ class TaskClient:
         self.guard.look(live)  # it may know better
         gone = self.guard.gone(live)
         killed = str(error.task) if isinstance(error, KilledWorker) else ""
-        return SegmentLost(gone or one_line(error), killed, full=self.guard.is_full, gone=bool(gone))
+        return SegmentLost(gone or one_line(error), killed, full=self.guard.is_full, gone=bool(gone), left=bool(live))
 
 
 async def _awaited(call: Callable[[], Coroutine[Any, Any, Any]]) -> Any:

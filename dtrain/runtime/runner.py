@@ -45,14 +45,19 @@ class SegmentLost(Exception):
         Whether workers ended for want of memory.
     gone : bool
         Whether workers are gone: others may come.
+    left : bool
+        Whether workers are left.
     """
 
-    def __init__(self, reason: str, killed: str = "", *, full: bool = False, gone: bool = False) -> None:
+    def __init__(
+        self, reason: str, killed: str = "", *, full: bool = False, gone: bool = False, left: bool = False
+    ) -> None:
         super().__init__(reason, killed)
         self.reason = reason
         self.killed = killed
         self.full = full
         self.gone = gone
+        self.left = left
 
 
 def given_up(lost: SegmentLost, doing: str, times: int, kept: str) -> DtrainError:

@@ -154,7 +154,9 @@ def _codes(function: Any) -> Iterator[CodeType]:
         return
     kind = function if isinstance(function, type) else type(function)
     for name in CALLED:
-        if isinstance(code := getattr(getattr(kind, name, None), "__code__", None), CodeType):
+        method = getattr(kind, name, None)
+        is_of_torch = method is getattr(nn.Module, name, None)  # all modules share it: each layer would report itself
+        if not is_of_torch and isinstance(code := getattr(method, "__code__", None), CodeType):
             yield code
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from dtrain.errors import OutOfMemory, UserCodeFailed
+from dtrain.runtime import watched
 from dtrain.runtime.worker_losses import MemoryExceeded, TaskPlace, WorkerLoss, WorkerLosses, described, task_place
 
 GB = 1 << 30
@@ -166,3 +170,32 @@ def test_places_in_words(key: str, batch: int, function: str, text: str) -> None
 def test_what_a_task_says_comes_as_a_message() -> None:
     message = {name: getattr(PLACE, name) for name in TaskPlace.__slots__}
     assert task_place({**message, "more": 1}) == PLACE
+
+
+def test_a_forward_pass_is_reported_once_not_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watched, "_memory", lambda: (0, 0))
+    sent: list[dict[str, Any]] = []
+    watch = watched.Watch(sent.append, "train-r1-k0")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(*(nn.Linear(2, 2) for _ in range(5)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = self.layers(x)
+            return output
+
+    class Loss(nn.Module):
+        def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return outputs - targets
+
+    model = Model()
+    watch.know({"train.loss": Loss()})  # its __call__ is that of all modules
+    watch.know_module(model, "models:build")
+    sys.setprofile(watch.on_call)
+    try:
+        model(torch.zeros(1, 2))
+    finally:
+        sys.setprofile(None)
+    assert [message["function"] for message in sent] == ["model (models:build)", ""]
