@@ -52,6 +52,8 @@ class Keeping:
 
     directory: Callable[[int], Path]
     """Makes a new directory for the files of a round, until it is committed."""
+    commit: Callable[[RoundResult], None]
+    """Commits a round that was yielded without its state before: then its segment was to be longer."""
     committed: Callable[[TrainState | StoredState], TrainState | StoredState]
     """Returns a state that has been committed since, with the files where they are now."""
 
@@ -91,15 +93,20 @@ def rounds(
         Where states may be files. They must have been committed when the next round is asked for.
     """
     ahead = LOOK_AHEAD if look_ahead is None else look_ahead
-    yielded = state.round
+    yielded, is_auto = state.round, config.run.commit_every == "auto"
 
     def ends_with(number: int) -> bool:
-        return number > yielded and is_over()
+        if number > yielded and is_over():
+            return True
+        # the sooner there is a commit, the less the next loss costs
+        return is_auto and is_evaluated(number, runner.spec.eval_every, config.train) and runner.has_lost_workers
 
     for result in _replayed(runner, state, config, report, history, ahead, ends_with, keeping):
         if result.round > yielded:
             yielded = result.round
             yield result
+        elif result.state is not None and keeping is not None:
+            keeping.commit(result)
 
 
 def _replayed(

@@ -157,7 +157,12 @@ def _train(
             return deadline is not None and time.monotonic() > deadline
 
         with uncommitted(opened.directory) as directory:
-            keeping = Keeping(directory, partial(_in_place, opened.directory))
+            fingerprint = resolved.plan.fingerprint
+
+            def commit(result: RoundResult) -> None:
+                _commit(opened, result, fingerprint, plan, note)
+
+            keeping = Keeping(directory, commit, partial(_in_place, opened.directory))
             for result in rounds(
                 runner,
                 state,
@@ -168,7 +173,7 @@ def _train(
                 is_over=is_over,
                 keeping=keeping,
             ):
-                _keep(opened, result, resolved.plan.fingerprint, plan, note)
+                _keep(opened, result, fingerprint, plan, note)
                 if result.state is not None and result.stop is None and is_over():
                     tell(_finished(opened, "max_time"))
                     raise Stopped(f"--max-time is over after round {result.round}.", "Run it again to continue.")
@@ -211,18 +216,24 @@ def _keep(run: Run, result: RoundResult, fingerprint: str, plan: str, note: Repo
             note(ReplicaRejected(round=result.round, replica=contribution.replica))
     note(RoundFinished(result))
     if result.state is not None:
-        started = time.monotonic()
-        written = commit_round(run.directory, result.state, fingerprint, plan)
-        prune(run.directory, run.config.run.keep, run.best_round)
-        by_workers = isinstance(result.state, StoredState) and result.state.by_workers
-        note(
-            RoundCommitted(
-                round=result.round,
-                bytes=written,
-                seconds=time.monotonic() - started,
-                by="workers" if by_workers else "driver",
-            )
+        _commit(run, result, fingerprint, plan, note)
+
+
+def _commit(run: Run, result: RoundResult, fingerprint: str, plan: str, note: Reporter) -> None:
+    """Write the state after a round as a committed round."""
+    assert result.state is not None
+    started = time.monotonic()
+    written = commit_round(run.directory, result.state, fingerprint, plan)
+    prune(run.directory, run.config.run.keep, run.best_round)
+    by_workers = isinstance(result.state, StoredState) and result.state.by_workers
+    note(
+        RoundCommitted(
+            round=result.round,
+            bytes=written,
+            seconds=time.monotonic() - started,
+            by="workers" if by_workers else "driver",
         )
+    )
 
 
 def _page_of(runner: Runner[Held]) -> Reporter:

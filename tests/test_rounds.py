@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
@@ -60,6 +61,7 @@ class Script:
     finite: bool = True
     validated: bool = True
     eval_every: int = 1
+    workers_lost: bool = False
     lose_evaluations: int = 0
     """Evaluations outside of the cadence that are lost."""
 
@@ -74,6 +76,10 @@ class Script:
         self.again.append(again)
         self.log.append(f"place {state.round}")
         return state.round
+
+    @property
+    def has_lost_workers(self) -> bool:
+        return self.workers_lost
 
     def submit(self, held: int, plan: RoundPlan) -> int:
         assert plan.round == held + 1
@@ -277,6 +283,33 @@ def test_while_other_workers_are_left_the_first_replays_do_not_wait(monkeypatch:
         slept.clear()
         go(Script(lose=(3,) * 5, lost={"gone": True, "left": left}), config(run={"commit_every": 2}))
         assert slept == expected
+
+
+def test_with_auto_a_segment_ends_once_workers_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Dask computes again is what was lost since the last commit."""
+    monkeypatch.setattr(module, "commit_cadence", lambda *given: 100)
+    for is_lost, gathered in ((True, [1, 2, 3, 4, 5, 6]), (False, [1, 6])):
+        runner = Script(workers_lost=is_lost)
+        go(runner, config(run={"commit_every": "auto"}))
+        assert [entry for entry in runner.log if entry.startswith("gather")] == [f"gather {n}" for n in gathered]
+    runner = Script(workers_lost=True, eval_every=2)  # commits fall on evaluated rounds
+    go(runner, config(run={"commit_every": "auto"}))
+    assert [entry for entry in runner.log if entry.startswith("gather")] == ["gather 2", "gather 4", "gather 6"]
+    runner = Script(workers_lost=True)
+    go(runner, config(run={"commit_every": 3}))
+    assert [entry for entry in runner.log if entry.startswith("gather")] == ["gather 3", "gather 6"]
+
+
+def test_a_round_that_was_yielded_without_its_state_is_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A segment that is replayed may end with a round that the lost one passed over."""
+    monkeypatch.setattr(module, "commit_cadence", lambda *given: 100)
+    committed: list[int] = []
+    keeping = module.Keeping(lambda number: Path(), lambda result: committed.append(result.round), lambda state: state)
+    runner = Script(lose=(4,))
+    results = go(runner, config(run={"commit_every": "auto"}), keeping=keeping)[0]
+    assert [result.round for result in results] == [1, 2, 3, 4, 5, 6]
+    assert [result.round for result in results if result.state is not None] == [1, 6]
+    assert committed == [2]
 
 
 def test_with_auto_a_loss_makes_the_next_segment_short(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -371,6 +371,11 @@ class TaskClient:
             return []
 
     @property
+    def has_lost_workers(self) -> bool:
+        """Whether workers have been lost since the work was begun."""
+        return bool(self.guard.gone(self.live()))
+
+    @property
     def connected(self) -> bool:
         """Whether the scheduler is there."""
         return self.dask.status == "running" and self.dask.scheduler is not None

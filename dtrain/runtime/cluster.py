@@ -171,6 +171,11 @@ class ClusterRunner:
 
     # Rounds -------------------------------------------------------------------------------------------------
 
+    @property
+    def has_lost_workers(self) -> bool:
+        """Whether workers have been lost since the segment was placed."""
+        return self._client.has_lost_workers
+
     def place(self, state: TrainState | StoredState, again: int = 0) -> ClusterRound:
         """Bring a state from the driver or from its files to the workers of its replicas.
 

@@ -147,6 +147,11 @@ class Runner(Protocol[Held]):
         """The metrics that are computed batch by batch, to take the values of their states."""
         ...
 
+    @property
+    def has_lost_workers(self) -> bool:
+        """Whether workers have been lost since the segment was placed."""
+        ...
+
     def place(self, state: TrainState | StoredState, again: int = 0) -> Held:
         """Root a segment: turn a state into handles; `again` counts the times it was lost."""
         ...

@@ -121,6 +121,11 @@ class SerialRunner:
         """The metrics that are computed batch by batch, to take the values of their states."""
         return self._resident.metrics_here
 
+    @property
+    def has_lost_workers(self) -> bool:
+        """Whether workers have been lost: there are none."""
+        return False
+
     def place(self, state: TrainState | StoredState, again: int = 0) -> SerialRound:
         """Return the state: its values are their own handles."""
         state = held_state(state) if isinstance(state, StoredState) else state

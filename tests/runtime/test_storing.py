@@ -18,6 +18,7 @@ from distributed import Client
 from safetensors.numpy import load_file
 
 import dtrain
+from dtrain import rounds
 from dtrain.algorithm.params import params_sha256
 from dtrain.checkpoint import load_round
 from dtrain.data.samples import Samples
@@ -25,6 +26,8 @@ from dtrain.errors import DiskFull
 from dtrain.runfiles import round_directory
 from dtrain.runtime import client as task_client
 from dtrain.runtime import storing
+from dtrain.runtime.cluster import ClusterRunner
+from dtrain.runtime.runner import SegmentLost
 from tests.clusters import new_cluster
 from tests.runtime import models
 from tests.training import bits
@@ -51,6 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def configured(table: dict[str, Any], **changes: Any) -> dtrain.TrainConfig:
     average = dict(changes)
+    every = average.pop("commit_every", 1)
     own = {"rounds": average.pop("rounds", ROUNDS), "optimizer": average.pop("optimizer", "adamw")}
     frozen = {"freeze": average.pop("freeze")} if "freeze" in average else {}
     slices = {"slices": average.pop("slices")} if "slices" in average else {}
@@ -58,7 +62,7 @@ def configured(table: dict[str, Any], **changes: Any) -> dtrain.TrainConfig:
         train={**table, **own, "optimizer_args": {"lr": 0.01}, **frozen},
         average={"replicas": 4, **average},
         cluster=slices,
-        run={"commit_every": 1, "keep": ROUNDS},
+        run={"commit_every": every, "keep": ROUNDS},
     )
 
 
@@ -136,6 +140,28 @@ def test_a_worker_that_does_not_see_a_file_is_sent_the_value(
     replayed = events(run, "SegmentReplayed")
     assert {event["reason"] for event in replayed} == {"there is no such file here"}
     assert [event["round"] for event in replayed] == [1, 2, 3]  # once each: then the driver sends it
+
+
+def test_a_replay_that_ends_sooner_commits_a_round_that_was_yielded(
+    train: Callable[..., dtrain.Run], client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Segments of 1 and 3 rounds; the second is lost at its end, and replayed as three."""
+    expected = train()
+    monkeypatch.setattr(rounds, "commit_cadence", lambda *given: 3)
+    collect, lost = ClusterRunner.collect, [ROUNDS]
+
+    def losing(self: ClusterRunner, held: Any) -> Any:
+        outcome = collect(self, held)
+        if f"-r{ROUNDS:05d}-" in held.summary.key and lost:
+            lost.clear()
+            raise SegmentLost("worker gone", gone=True)
+        return outcome
+
+    monkeypatch.setattr(ClusterRunner, "collect", losing)
+    run = train(client, commit_every="auto")
+    assert [event["round"] for event in events(run, "RoundCommitted")] == [1, 2, 4]
+    assert [row["round"] for row in run.rows] == [1, 2, 3, 4]
+    assert bits(run.rows) == bits(expected.rows)
 
 
 def test_a_file_that_is_not_on_the_drivers_disk_is_written_by_the_driver(
