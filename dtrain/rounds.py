@@ -143,7 +143,9 @@ def _replayed(
         assert reached is not None, "a segment ends with a state"
         state = reached if keeping is None else keeping.committed(reached)
         seconds = sum(result.seconds for result in done)
-        if config.run.commit_every == "auto":
+        if config.run.commit_every == "auto" and runner.has_lost_workers:
+            every = first_cadence("auto")
+        elif config.run.commit_every == "auto":
             every = commit_cadence(time.monotonic() - began - seconds, seconds / len(done), len(done))
 
 
