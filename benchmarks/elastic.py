@@ -280,8 +280,10 @@ def kill_times(cell: Cell, began: float) -> Iterator[tuple[float, int]]:
         yield began + (number + phase) * cell.every, (first + number) % WORKERS
 
 
-def run(cell: Cell, folder: Path, rounds: int, steps: int, limit: float) -> dict[str, Any]:
-    """Train once, for so many seconds at most, and return what came of it."""
+def run(
+    cell: Cell, folder: Path, rounds: int, steps: int, limit: float, quiet: float = np.inf
+) -> dict[str, Any] | None:
+    """Train once, for `limit` seconds at most; return what came of it, or None if others use more cores than `quiet`."""
     write_job(folder, rounds, steps, 1 if cell.system == "restart" else "auto")
     others, kills = Others(), list[Kill]()
     stage = Stage(folder, cell.system)
@@ -293,6 +295,8 @@ def run(cell: Cell, folder: Path, rounds: int, steps: int, limit: float) -> dict
             if time.monotonic() >= due:
                 kills.append(stage.kill(slot))
                 due, slot = next(times)
+            if others.exceed(quiet):
+                return None
             time.sleep(TICK)
         ended, lives = time.monotonic(), stage.read_logs()
     finally:
@@ -315,20 +319,34 @@ def run(cell: Cell, folder: Path, rounds: int, steps: int, limit: float) -> dict
 
 
 class Others:
-    """Measures the cores that other programs use, from now on; processes of this one count once they have ended."""
+    """Measures the cores that other programs use, from now on."""
 
     def __init__(self) -> None:
-        self._began, self._busy, self._own = time.monotonic(), _busy(), _own()
+        self._began = self._looked = time.monotonic()
+        self._busy, self._own = _busy(), _own()
 
     def cores(self) -> float:
         used = _busy() - self._busy - (_own() - self._own)
         return max(0.0, used / (time.monotonic() - self._began))
 
+    def exceed(self, cores: float) -> bool:
+        """Whether they have used more, looked at now and then."""
+        now = time.monotonic()
+        if now - self._looked < 2 * LOOK_SECONDS:
+            return False
+        self._looked = now
+        return self.cores() > cores
+
 
 def _own() -> float:
-    """Return the CPU seconds of this process and of those that it has started and that have ended."""
+    """Return the CPU seconds of this process and of all that it has started."""
     spent = os.times()
-    return spent.user + spent.system + spent.children_user + spent.children_system
+    total = spent.user + spent.system + spent.children_user + spent.children_system
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            own = child.cpu_times()
+            total += own.user + own.system
+    return total
 
 
 def _busy() -> float:
@@ -354,7 +372,7 @@ def losses(
 
 def shares(lives: Mapping[int, Life], began: float, ended: float) -> dict[str, Any]:
     """Return where the time of the workers went, in worker-seconds, and how many tasks were begun again."""
-    finished: dict[tuple[int, int], list[float]] = {}
+    finished: dict[tuple[int, int], list[tuple[float, float]]] = {}
     begun, cut, present = 0, 0.0, 0.0
     for life in lives.values():
         died = min(life.died or ended, ended)
@@ -365,10 +383,10 @@ def shares(lives: Mapping[int, Life], began: float, ended: float) -> dict[str, A
             if until is None:
                 cut += died - since
             else:
-                finished.setdefault(key, []).append(until - since)
-    useful, total = sum(each[-1] for each in finished.values()), WORKERS * (ended - began)
-    again = sum(sum(each[:-1]) for each in finished.values())
-    tasks = [seconds for each in finished.values() for seconds in each]
+                finished.setdefault(key, []).append((until, until - since))
+    seconds = [[own for _, own in sorted(each)] for each in finished.values()]
+    useful, again = sum(each[-1] for each in seconds), sum(sum(each[:-1]) for each in seconds)
+    total = WORKERS * (ended - began)
     return {
         "useful": useful,
         "cut": cut,
@@ -376,7 +394,7 @@ def shares(lives: Mapping[int, Life], began: float, ended: float) -> dict[str, A
         "absent": total - present,
         "idle": present - useful - cut - again,
         "begun_again": begun - len(finished),
-        "task": statistics.median(tasks),
+        "task": statistics.median(itertools.chain.from_iterable(seconds)),
     }
 
 
@@ -472,15 +490,15 @@ def main() -> None:
     done = {(one["system"], one["every"], one["seed"]) for one in found}
     cells = itertools.product(options.seeds, [0.0, *options.every], options.systems)
     for cell in [Cell(system, every, seed) for seed, every, system in cells if (system, every, seed) not in done]:
-        while True:
+        one = None
+        while one is None or one["others"] > options.others:
             wait_until_quiet(options.others)
             with tempfile.TemporaryDirectory() as name:
                 folder = (options.keep or Path(name)) / f"{cell.system}-{cell.every:g}-{cell.seed}"
                 shutil.rmtree(folder, ignore_errors=True)
-                one = run(cell, folder, options.rounds, options.steps, 60 * options.minutes)
-            print(f"{cell}: {one['seconds']:.1f} s, others {one['others']:.2f} cores", file=sys.stderr, flush=True)
-            if one["others"] <= options.others:
-                break
+                one = run(cell, folder, options.rounds, options.steps, 60 * options.minutes, options.others)
+            if one is not None:
+                print(f"{cell}: {one['seconds']:.1f} s, others {one['others']:.2f} cores", file=sys.stderr, flush=True)
         found.append(one)
         if options.json:
             options.json.write_text(json.dumps(found, indent=1) + "\n")
