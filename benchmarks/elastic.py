@@ -283,7 +283,7 @@ def kill_times(cell: Cell, began: float) -> Iterator[tuple[float, int]]:
 def run(
     cell: Cell, folder: Path, rounds: int, steps: int, limit: float, quiet: float = np.inf
 ) -> dict[str, Any] | None:
-    """Train once, for `limit` seconds at most; return what came of it, or None if others use more cores than `quiet`."""
+    """Train once, for `limit` seconds at most; return what came of it, or None if others use more than `quiet`."""
     write_job(folder, rounds, steps, 1 if cell.system == "restart" else "auto")
     others, kills = Others(), list[Kill]()
     stage = Stage(folder, cell.system)
