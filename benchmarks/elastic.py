@@ -233,14 +233,16 @@ class Stage:
         if code == 75:  # as its text says: run it again
             self.driver = self._start_driver()
         elif code:
-            raise RuntimeError(f"{self.system}: exit code {code}\n{(self.folder / 'driver.err').read_text()[-3000:]}")
-        return code == 0
+            print(
+                f"{self.system}: exit code {code}\n{(self.folder / 'driver.err').read_text()[-1000:]}", file=sys.stderr
+            )
+        return code not in (None, 75)
 
-    def result(self) -> dict[str, Any]:
-        """Return the last line of the driver."""
-        result: dict[str, Any] = json.loads((self.folder / "driver.out").read_text().splitlines()[-1])
-        assert result["event"] == "done", result
-        return result
+    def result(self) -> dict[str, Any] | None:
+        """Return the last line of the driver, if it says that the training is done."""
+        lines = (self.folder / "driver.out").read_text().splitlines()
+        result: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+        return result if result.get("event") == "done" else None
 
     def close(self) -> None:
         self.client.close()
@@ -291,7 +293,7 @@ def run(
         began = first_task(stage)
         times = kill_times(cell, began)
         due, slot = next(times) if cell.every else (np.inf, 0)
-        while not (done := stage.check()) and time.monotonic() - began < limit:
+        while not stage.check() and time.monotonic() - began < limit:
             if time.monotonic() >= due:
                 kills.append(stage.kill(slot))
                 due, slot = next(times)
@@ -310,7 +312,8 @@ def run(
         "kills": len(kills),
         "drivers": stage.drivers,
         "others": others.cores(),
-        "result": stage.result() if done else None,
+        "result": stage.result(),
+        "code": stage.driver.returncode,
         "finished": len(history.read_text().splitlines()) if history.exists() else None,
         "losses": losses(kills, lives, began, ended),
         **shares(lives, began, ended),
@@ -373,13 +376,13 @@ def losses(
 def shares(lives: Mapping[int, Life], began: float, ended: float) -> dict[str, Any]:
     """Return where the time of the workers went, in worker-seconds, and how many tasks were begun again."""
     finished: dict[tuple[int, int], list[tuple[float, float]]] = {}
-    begun, cut, present = 0, 0.0, 0.0
+    begun, cut, present = list[tuple[int, int]](), 0.0, 0.0
     for life in lives.values():
         died = min(life.died or ended, ended)
         if life.ready is not None:
             present += max(0.0, died - max(life.ready, began))
         for key, since, until in life.tasks:
-            begun += 1
+            begun.append(key)
             if until is None:
                 cut += died - since
             else:
@@ -393,7 +396,7 @@ def shares(lives: Mapping[int, Life], began: float, ended: float) -> dict[str, A
         "repeated": again,
         "absent": total - present,
         "idle": present - useful - cut - again,
-        "begun_again": begun - len(finished),
+        "begun_again": len(begun) - len(set(begun)),
         "task": statistics.median(itertools.chain.from_iterable(seconds)),
     }
 
@@ -436,8 +439,9 @@ def row(one: Mapping[str, Any], own: Mapping[str, Any], dtrain: Mapping[str, Any
     least = share * bound(dtrain["seconds"], each) / one["seconds"] if one["system"] in ("dtrain", "restart") else None
     same = result.get("params_sha256") == dtrain["result"]["params_sha256"]
     minutes = f"{one['seconds'] / 60:.2f}"
+    end = "not in" if one["code"] == -signal.SIGKILL else f"exit code {one['code']} after"
     return [
-        minutes if result else f"not in {minutes}: {one['finished']} of {one['rounds']} rounds",
+        minutes if result else f"{end} {minutes}: {one['finished']} of {one['rounds']} rounds",
         str(one["kills"]),
         f"{share * own['seconds'] / one['seconds']:.2f}",
         f"{share * dtrain['seconds'] / one['seconds']:.2f}",
