@@ -137,8 +137,12 @@ class Stage:
         self.logs.mkdir()
         self.lives: dict[int, Life] = {}
         self.drivers = 0
+        self.started: list[subprocess.Popen[bytes]] = []
         self.workers: list[subprocess.Popen[bytes]] = []
         self.file = folder / "scheduler.json"
+
+    def open(self) -> None:
+        """Start all processes; `close` ends them, however far they are."""
         where = ("--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(self.file))
         self.scheduler = self._start("distributed.cli.dask_scheduler", *where, out="scheduler")
         while not self.file.exists() or not self.file.read_text().endswith("}"):
@@ -153,7 +157,7 @@ class Stage:
         path = os.pathsep.join([str(HERE.parent), str(HERE.parent / "cli"), str(HERE)])
         own = {"PYTHONPATH": path, "ELASTIC_LOGS": str(self.logs), "OMP_NUM_THREADS": "1"}
         with (self.folder / f"{out}.out").open("ab") as stdout, (self.folder / f"{out}.err").open("ab") as stderr:
-            return subprocess.Popen(
+            started = subprocess.Popen(
                 [sys.executable, "-c", f"from {module} import main; main()", *arguments],
                 cwd=self.folder,
                 env={**os.environ, **own},
@@ -161,6 +165,8 @@ class Stage:
                 stdout=stdout,
                 stderr=stderr,
             )
+        self.started.append(started)
+        return started
 
     def _start_worker(self, slot: int) -> subprocess.Popen[bytes]:
         options = ("--scheduler-file", str(self.file), "--no-nanny", "--nthreads", "2", "--host", "127.0.0.1")
@@ -245,9 +251,11 @@ class Stage:
         return result if result.get("event") == "done" else None
 
     def close(self) -> None:
-        self.client.close()
-        for process in (self.driver, *self.workers, self.scheduler):
-            self._end(process)
+        if hasattr(self, "client"):
+            self.client.close()
+        for process in self.started:
+            if process.poll() is None:
+                self._end(process)
 
 
 def _task(key: str) -> tuple[int, int]:
@@ -290,6 +298,7 @@ def run(
     others, kills = Others(), list[Kill]()
     stage = Stage(folder, cell.system)
     try:
+        stage.open()
         began = first_task(stage)
         times = kill_times(cell, began)
         due, slot = next(times) if cell.every else (np.inf, 0)

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch._dynamo  # noqa: F401  torch.optim imports it with its first optimizer: two seconds of the first task
 from distributed import Client, Future, Worker, WorkerPlugin
 
 from dtrain.algorithm.params import params_sha256

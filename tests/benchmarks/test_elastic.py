@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # as the script finds the modules beside it
-
-from benchmarks import elastic
-from benchmarks.elastic import Kill, Life
+with pytest.MonkeyPatch.context() as patch:  # as the script finds the modules beside it
+    patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    from benchmarks import elastic
+    from benchmarks.elastic import Kill, Life
 
 BEGAN, ENDED = 100.0, 120.0
 LIVES = {

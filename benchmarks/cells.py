@@ -1,7 +1,7 @@
 """Shuffled cells a second out of a sparse matrix (CSR, as AnnData writes it): dtrain beside loaders written by hand.
 
-    python benchmarks/sparse.py                     200,000 cells x 2,000 genes, 5 % filled, chunks of 1,000,000 values
-    python benchmarks/sparse.py --cells 20000 --chunk 100000 --repeats 1       smaller
+    python benchmarks/cells.py                     200,000 cells x 2,000 genes, 5 % filled, chunks of 1,000,000 values
+    python benchmarks/cells.py --cells 20000 --chunk 100000 --repeats 1       smaller
 
 Both deliver batches of dense float32 as torch tensors, each cell once a pass, and keep nothing from one pass to the
 next. Each measurement is a process of its own: one pass for each setting, then five with the best; medians count.
