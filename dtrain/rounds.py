@@ -121,6 +121,7 @@ def _replayed(
 ) -> Iterator[RoundResult]:
     """Yield the rounds of one segment after the other; those of a segment that is lost are yielded again."""
     every, replays, first_lost = first_cadence(config.run.commit_every), 0, 0.0
+    started, losses = time.monotonic(), 0
     while state.round < config.train.rounds:
         began = time.monotonic()
         end = next_commit(state.round, every, config.run.commit_every, runner.spec.eval_every)
@@ -128,7 +129,7 @@ def _replayed(
             last = min(end, config.train.rounds)
             done = yield from _segment(runner, state, last, config, history, ahead, replays, ends_with, keeping)
         except SegmentLost as lost:
-            replays, first_lost = replays + 1, first_lost if replays else began
+            replays, first_lost, losses = replays + 1, first_lost if replays else began, losses + 1
             report(SegmentReplayed(round=state.round, reason=lost.reason))
             if replays > MAX_REPLAYS and not _may_recover(lost, time.monotonic() - first_lost):
                 kept = "Committed rounds are safe."
@@ -142,11 +143,12 @@ def _replayed(
         reached = done[-1].state
         assert reached is not None, "a segment ends with a state"
         state = reached if keeping is None else keeping.committed(reached)
-        seconds = sum(result.seconds for result in done)
         if config.run.commit_every == "auto" and runner.has_lost_workers:
-            every = first_cadence("auto")
+            every, losses = first_cadence("auto"), losses + 1
         elif config.run.commit_every == "auto":
-            every = commit_cadence(time.monotonic() - began - seconds, seconds / len(done), len(done))
+            now, seconds = time.monotonic(), sum(result.seconds for result in done)
+            between = (now - started) / losses if losses else math.inf
+            every = commit_cadence(now - began - seconds, seconds / len(done), len(done), between)
 
 
 def _segment(
@@ -168,6 +170,7 @@ def _segment(
     held, position = runner.place(state, replays), state.position
     pending: deque[tuple[Position, Held]] = deque()
     done: list[RoundResult] = []
+    sooner = next_commit(state.round, 1, "auto", runner.spec.eval_every) if config.run.commit_every == "auto" else end
     finished = time.monotonic()
     while not done or done[-1].state is None:
         while position.round < end and len(pending) <= ahead and not (pending and ends_with(pending[0][0].round)):
@@ -175,7 +178,8 @@ def _segment(
             held, position = runner.submit(held, plan), position_after(plan, sizes)
             pending.append((position, held))
         reached, handles = pending.popleft()
-        outcome = runner.collect(handles)
+        is_committable = bool(done) and done[-1].round >= sooner
+        outcome = runner.collect(handles, done[-1].round if is_committable else None)
         seconds, finished = time.monotonic() - finished, time.monotonic()
         metrics = _metrics(outcome.sums, outcome.ema_sums, config, runner.metrics)
         result = _result(reached.round, outcome, metrics, config, history)
@@ -288,8 +292,11 @@ def next_commit(finished: int, every: int, commit_every: int | str, eval_every: 
     return (finished // period + 1) * period
 
 
-def commit_cadence(overhead_seconds: float, round_seconds: float, every: int) -> int:
+def commit_cadence(overhead_seconds: float, round_seconds: float, every: int, loss_seconds: float = math.inf) -> int:
     """Return after how many rounds to commit so that commits take `COMMIT_SHARE` of the time.
+
+    Where work is often lost, commits come more often: sqrt(2 * overhead * time between two losses) apart, where
+    commits and what losses repeat cost the least together (Young, 1974, doi:10.1145/361147.361115).
 
     Parameters
     ----------
@@ -299,12 +306,20 @@ def commit_cadence(overhead_seconds: float, round_seconds: float, every: int) ->
         Mean of its rounds.
     every : int
         Rounds of the last segment; the next one has at most 4 times as many.
+    loss_seconds : float
+        Mean time between two losses so far.
 
     >>> commit_cadence(0.1, 1.0, 4), commit_cadence(1.0, 0.01, 1), commit_cadence(0.0, 1.0, 8)
     (5, 4, 1)
+    >>> commit_cadence(0.5, 0.1, 80, 100.0)
+    100
+    >>> commit_cadence(0.5, 0.1, 80, 4.0)
+    20
     """
-    wanted = math.ceil(overhead_seconds / (COMMIT_SHARE * max(round_seconds, 1e-6)))
-    return max(1, min(wanted, 4 * every, MAX_COMMIT_EVERY))
+    apart = max(overhead_seconds, 0.0) / COMMIT_SHARE
+    if math.isfinite(loss_seconds):
+        apart = min(apart, math.sqrt(2 * max(overhead_seconds, 0.0) * loss_seconds))
+    return max(1, min(math.ceil(apart / max(round_seconds, 1e-6)), 4 * every, MAX_COMMIT_EVERY))
 
 
 # Failures -------------------------------------------------------------------------------------------------

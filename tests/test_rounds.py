@@ -64,11 +64,15 @@ class Script:
     workers_lost: bool = False
     lose_evaluations: int = 0
     """Evaluations outside of the cadence that are lost."""
+    repeat: tuple[int, ...] = ()
+    """Rounds during which workers do an earlier round again, each once."""
 
     def __post_init__(self) -> None:
         self.log: list[str] = []
         self.again: list[int] = []
         self.left = list(self.lose)
+        self.repeating = list(self.repeat)
+        self.finished: dict[int, int | None] = {}
         self.evaluates: dict[int, bool] = {}
         self.spec = SimpleNamespace(plan=SimpleNamespace(sizes=SIZES, replicas=2), eval_every=self.eval_every)
 
@@ -87,7 +91,11 @@ class Script:
         self.log.append(f"submit {plan.round}")
         return plan.round
 
-    def collect(self, held: int) -> Outcome:
+    def collect(self, held: int, finished: int | None = None) -> Outcome:
+        self.finished[held] = finished
+        if held in self.repeating and finished is not None:
+            self.repeating.remove(held)
+            raise SegmentLost("round again", gone=True, left=True)
         if held in self.left:
             self.left.remove(held)
             raise SegmentLost("worker gone", **self.lost)
@@ -310,6 +318,51 @@ def test_a_round_that_was_yielded_without_its_state_is_committed(monkeypatch: py
     assert [result.round for result in results] == [1, 2, 3, 4, 5, 6]
     assert [result.round for result in results if result.state is not None] == [1, 6]
     assert committed == [2]
+
+
+def test_with_auto_a_segment_that_repeats_a_finished_round_begins_again_and_commits_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Kills that come sooner than a long segment takes would let it be repeated for ever."""
+    monkeypatch.setattr(module, "commit_cadence", lambda *given: 100)
+    runner = Script(repeat=(2, 4, 5))
+    results, events = go(runner, config(run={"commit_every": "auto"}))
+    assert [result.round for result in results] == [1, 2, 3, 4, 5, 6]
+    assert [entry for entry in runner.log if entry.startswith("gather")] == [
+        "gather 1",
+        "gather 2",
+        "gather 3",
+        "gather 6",
+    ]
+    assert events == [SegmentReplayed(round=1, reason="round again"), SegmentReplayed(round=2, reason="round again")]
+
+
+def test_a_segment_begins_again_only_if_that_commits_a_round_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "commit_cadence", lambda *given: 100)
+    runner = Script(eval_every=2)
+    go(runner, config(run={"commit_every": "auto"}))
+    assert runner.finished == {1: None, 2: None, 3: None, 4: None, 5: 4, 6: 5}
+    runner = Script(repeat=(2, 3, 4, 5, 6))
+    go(runner, config(run={"commit_every": 3}))  # the user's own choice
+    assert set(runner.finished.values()) == {None}
+
+
+def test_commits_come_more_often_where_work_is_lost_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, given = [0.0], list[float]()
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def cadence(overhead: float, seconds: float, every: int, between: float) -> int:
+        given.append(between)
+        return 1
+
+    class Slow(Script):
+        def collect(self, held: int, finished: int | None = None) -> Outcome:
+            clock[0] += 10.0
+            return super().collect(held, finished)
+
+    monkeypatch.setattr(module, "commit_cadence", cadence)
+    go(Slow(lose=(3, 5)), config(run={"commit_every": "auto"}))
+    assert given == [math.inf, math.inf, 40.0, 50.0, 35.0]
 
 
 def test_with_auto_a_loss_makes_the_next_segment_short(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from threading import Semaphore
 from typing import Any, TypeAlias
 from weakref import WeakSet
@@ -92,6 +93,8 @@ class TaskClient:
     def begin(self, again: int = 0, *, watched: bool = False) -> None:
         """Begin work: its keys differ from those of earlier attempts, and the workers are looked up anew.
 
+        Tasks of the attempt before end here if it was lost: its futures may live until the garbage collector comes.
+
         Parameters
         ----------
         again : int
@@ -99,6 +102,9 @@ class TaskClient:
         watched : bool
             Whether its tasks report their place; without it they do once the work was lost `WATCHED_FROM` times.
         """
+        if again:
+            for future in list(self._submitted):  # those that are done too: Dask would do them again for who holds them
+                future.release()
         self._attempt += 1
         self._known = []
         self._watched = watched or again >= WATCHED_FROM
@@ -155,7 +161,10 @@ class TaskClient:
         return futures
 
     def _key(self, name: str) -> str:
-        return f"dtrain-{name}-{self._suffix}-a{self._attempt}{SUFFIX if self._watched else ''}"
+        return f"dtrain-{name}{self._key_end()}"
+
+    def _key_end(self) -> str:
+        return f"-{self._suffix}-a{self._attempt}{SUFFIX if self._watched else ''}"
 
     def scatter_each(self, values: Sequence[object], places: Sequence[str]) -> list[Future]:
         """Send each value to its worker, several at a time: each takes three messages, and the waiting for answers."""
@@ -230,10 +239,25 @@ class TaskClient:
                 future.cancel()
                 raise SegmentLost(f"worker {min(gone)} does not answer", gone=True)
 
-    def gather(self, futures: Sequence[Future], meanwhile: Callable[[], None]) -> list[Any]:
-        """Wait for futures and return their values; call `meanwhile` now and then."""
+    def gather(
+        self,
+        futures: Sequence[Future],
+        meanwhile: Callable[[], None],
+        undone: Callable[[str], bool] | None = None,
+    ) -> list[Any]:
+        """Wait for futures and return their values.
+
+        Parameters
+        ----------
+        futures : sequence of Future
+        meanwhile : callable
+            Called now and then.
+        undone : callable, optional
+            Takes the key of a task that has been done; the work is lost once workers are gone and such a task is done
+            again.
+        """
         with self._losses():
-            self._wait(futures, meanwhile)
+            self._wait(futures, meanwhile, undone=undone)
             return self._values(futures)
 
     @contextmanager
@@ -288,7 +312,13 @@ class TaskClient:
             done = [future for future in futures if future.done()][:GATHERED_AT_ONCE]
             return list(zip(done, self._values(done), strict=True))
 
-    def _wait(self, futures: Sequence[Future], meanwhile: Callable[[], None], count: int | None = None) -> None:
+    def _wait(
+        self,
+        futures: Sequence[Future],
+        meanwhile: Callable[[], None],
+        count: int | None = None,
+        undone: Callable[[str], bool] | None = None,
+    ) -> None:
         """Wait until all futures are done, or so many of them.
 
         Not by `distributed.wait` with a timeout: its errors and their frames refer to each other, so that futures stay
@@ -309,7 +339,15 @@ class TaskClient:
                 self._check_alive(deadline)
                 self.guard.look(live)
                 pauses.check(PAUSES_SECONDS)
+                if undone is not None and (gone := self.guard.gone(live)) and self._does(undone):
+                    raise SegmentLost(gone, full=self.guard.is_full, gone=True, left=bool(live))
             meanwhile()
+
+    def _does(self, wanted: Callable[[str], bool]) -> bool:
+        """Whether a task of this attempt is at a worker whose key is wanted."""
+        own = self._key_end()
+        keys = chain.from_iterable(self.dask.processing().values())
+        return any(key.endswith(own) and wanted(key) for key in map(str, keys))
 
     def register(self, plugin: WorkerPlugin) -> None:
         """Give each worker a plugin, also those that come later.

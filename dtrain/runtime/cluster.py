@@ -10,9 +10,11 @@ Parameters go from worker to worker. The driver sees futures and scalars, and a 
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -47,6 +49,8 @@ from dtrain.types import InitFile, Parameters, Position, RoundPlan, StoredState,
 
 PRIORITY_LOCAL, PRIORITY_EVALUATE = 1, 2
 """A worker evaluates a round before it trains the next one: later would not be faster, and results come evenly."""
+FROM_THE_ROOT = re.compile(r"dtrain-(?:train-r0*(\d+)-|read-)")
+"""Keys of the tasks that train a round, and that read what the segment starts from."""
 
 
 class ClusterRunner:
@@ -252,10 +256,10 @@ class ClusterRunner:
         last = self._client.submit(remote.recalibrated, f"recalibrated-{name}", model[-1], statistics, at=at)
         return (*model[:-1], last)
 
-    def collect(self, held: ClusterRound) -> Outcome:
-        """Wait for the scalars of a round."""
+    def collect(self, held: ClusterRound, finished: int | None = None) -> Outcome:
+        """Wait for the scalars of a round, or until a finished one is done again."""
         handles = [handle for handle in (held.summary, held.sums, held.ema_sums) if handle is not None]
-        summary, *sums = self._gather(handles)
+        summary, *sums = self._gather(handles, None if finished is None else partial(_is_of, finished))
         return Outcome(summary, *(sums or [None]))
 
     def gather(
@@ -367,9 +371,9 @@ class ClusterRunner:
     def _done(self, doing: str, submit: Callable[[], Sequence[Future]], *, watched: bool = False) -> list[Any]:
         return self._client.done(doing, submit, self._report_progress, watched=watched)
 
-    def _gather(self, futures: Sequence[Future]) -> list[Any]:
+    def _gather(self, futures: Sequence[Future], undone: Callable[[str], bool] | None = None) -> list[Any]:
         try:
-            return self._client.gather(futures, self._report_progress)
+            return self._client.gather(futures, self._report_progress, undone)
         except SegmentLost as lost:
             if isinstance(lost.__cause__, NotSeen):
                 self._is_shared = None  # the driver reads the state; with the next one they may try again
@@ -393,3 +397,9 @@ class ClusterRunner:
             if allowed := self._allowed(replica):
                 self._places[replica] = next((worker for worker in allowed if worker in live), allowed[0])
         return self._places
+
+
+def _is_of(finished: int, key: str) -> bool:
+    """Whether a task belongs to a round, to an earlier one, or to the root of the segment."""
+    found = FROM_THE_ROOT.match(key)
+    return found is not None and int(found[1] or 0) <= finished

@@ -160,8 +160,15 @@ class Runner(Protocol[Held]):
         """Submit a round and the evaluation of its model; return the handles after it."""
         ...
 
-    def collect(self, held: Held) -> Outcome:
+    def collect(self, held: Held, finished: int | None = None) -> Outcome:
         """Wait for the scalars of a submitted round.
+
+        Parameters
+        ----------
+        held : handles
+        finished : int, optional
+            A round of the segment that has been collected, and that a replay would commit sooner. Given, the segment
+            is lost once workers do this round or an earlier one again.
 
         Raises
         ------

@@ -173,7 +173,7 @@ class SerialRunner:
         replicas = range(len(plan.tasks))
         return with_statistics(params, [tasks.recalibrate(self._resident, params, k) for k in replicas])
 
-    def collect(self, held: SerialRound) -> Outcome:
+    def collect(self, held: SerialRound, finished: int | None = None) -> Outcome:
         """Return the scalars of a round."""
         assert held.outcome is not None
         return held.outcome

@@ -19,6 +19,7 @@ from distributed import Client
 from distributed.client import ClosedClientError
 
 import dtrain
+from dtrain import rounds as rounds_module
 from dtrain.data.plan.partition import plan_data, train_partitions
 from dtrain.data.plan.units import cell_bounds
 from dtrain.data.samples import Samples
@@ -81,12 +82,30 @@ def test_a_worker_killed_in_a_task(
     assert [row["params_sha256"] for row in run.rows] == calm
 
 
+def test_a_worker_killed_late_in_a_long_segment(
+    samples: Samples,
+    tmp_path: Path,
+    own_client: Client,
+    kill_worker_in: Callable[[Client, str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All rounds since the commit must be trained again; the first of them is committed now."""
+    monkeypatch.setattr(rounds_module, "commit_cadence", lambda *given: 100)
+    calm = start(samples, tmp_path / "calm", "serial", model_calm, rounds=6)
+    kill_worker_in(own_client, "train-r00005")
+    run = start(samples, tmp_path / "killed", own_client, rounds=6)
+    assert [row["params_sha256"] for row in run.rows] == [row["params_sha256"] for row in calm.rows]
+    logged = [json.loads(line) for line in (run.directory / "events.jsonl").read_text().splitlines()]
+    assert [one["round"] for one in logged if one["event"] == "SegmentReplayed"] == [1]
+    assert [one["round"] for one in logged if one["event"] == "RoundCommitted"] == [1, 2, 6]
+
+
 def test_a_lost_segment_is_replayed_from_its_root(
     samples: Samples, tmp_path: Path, client: Client, calm: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, lost = ClusterRunner.collect, []
 
-    def losing(self: ClusterRunner, held: Any) -> Any:
+    def losing(self: ClusterRunner, held: Any, finished: int | None = None) -> Any:
         outcome = original(self, held)
         if len(lost) < 2:
             lost.append(1)

@@ -184,7 +184,7 @@ def test_the_next_round_is_submitted_before_the_last_one_is_evaluated(
         seen.append(("submit", plan.round))
         return submit(self, held, plan)
 
-    def watched_collect(self: ClusterRunner, held: Any) -> Any:
+    def watched_collect(self: ClusterRunner, held: Any, finished: int | None = None) -> Any:
         seen.append(("collect", sum(kind == "collect" for kind, _ in seen) + 1))
         return collect(self, held)
 

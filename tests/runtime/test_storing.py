@@ -150,7 +150,7 @@ def test_a_replay_that_ends_sooner_commits_a_round_that_was_yielded(
     monkeypatch.setattr(rounds, "commit_cadence", lambda *given: 3)
     collect, lost = ClusterRunner.collect, [ROUNDS]
 
-    def losing(self: ClusterRunner, held: Any) -> Any:
+    def losing(self: ClusterRunner, held: Any, finished: int | None = None) -> Any:
         outcome = collect(self, held)
         if f"-r{ROUNDS:05d}-" in held.summary.key and lost:
             lost.clear()
@@ -195,8 +195,8 @@ def test_the_driver_holds_a_few_parts_at_once(
     held: list[int] = []
     gather = task_client.TaskClient.gather
 
-    def counted(self: Any, futures: Any, meanwhile: Any) -> Any:
-        values = gather(self, futures, meanwhile)
+    def counted(self: Any, futures: Any, meanwhile: Any, undone: Any = None) -> Any:
+        values = gather(self, futures, meanwhile, undone)
         if any(future.key.startswith("dtrain-part-") for future in futures):
             held.append(len(values))
         return values

@@ -191,6 +191,25 @@ def test_tasks_in_one_message_keep_place_resources_and_priority(client: Client) 
     tasks.cancel()
 
 
+def test_lost_work_ends_when_it_begins_again_though_somebody_refers_to_it(client: Client) -> None:
+    tasks = TaskClient(client, "x")
+
+    def known(dask_scheduler: Any) -> list[str]:
+        return [key for key in dask_scheduler.tasks if key.startswith("dtrain-") and "later" not in key]
+
+    for again, left in ((0, 3), (1, 0)):
+        tasks.begin(again)
+        done = tasks.submit(int, "done")
+        never = tasks.submit(int, "never", resources={"nowhere": 1})
+        held = [done, never, tasks.submit(str, "late", done, never)]
+        assert done.result() == 0
+        tasks.begin(again)
+        tasks.submit(int, "later").result()  # the scheduler has read all messages before
+        assert len(client.run_on_scheduler(known)) == left
+        for future in held:
+            future.release()
+
+
 def test_tasks_that_many_replicas_meet_in_have_a_place(
     samples: Samples, tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
