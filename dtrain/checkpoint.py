@@ -29,10 +29,10 @@ from dtrain.runfiles import (
     check_rounds,
     check_seal,
     history_sha256,
+    lines_of,
     other_version,
     parse_json,
     read_file,
-    read_if_there,
     read_known,
     round_directory,
     sealed,
@@ -68,8 +68,8 @@ def commit_round(run: Path, state: TrainState | StoredState, fingerprint: str, p
         The history lacks the round.
     """
     check_rounds(run)
-    with disk_errors(f"round {state.round}", run):
-        digest = history_sha256((run / HISTORY).read_bytes(), state.round)
+    with disk_errors(f"round {state.round}", run), (run / HISTORY).open("rb") as lines:
+        digest = history_sha256(lines, state.round)
     if not digest:
         raise RunDamaged(f"{run / HISTORY} does not hold the {state.round} rounds that are trained.", RESTORE)
     listed: dict[str, dict[str, int | str]] = {}
@@ -245,7 +245,7 @@ def check_round_history(directory: Path, manifest: Mapping[str, Any]) -> None:
         Lines are missing or modified.
     """
     history, number = directory.parents[1] / HISTORY, number_of(directory)
-    if history_sha256(read_if_there(history) or b"", number) != manifest.get("history"):
+    if history_sha256(lines_of(history), number) != manifest.get("history"):
         raise RunDamaged(f"{history} does not hold the rounds up to {number} as they were committed.", RESTORE)
 
 

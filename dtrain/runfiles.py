@@ -13,7 +13,8 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,22 @@ def read_if_there(path: Path, most: int = MOST_BYTES) -> bytes | None:
         It is no regular file, larger than `most` bytes, or cannot be read.
     """
     with _opened(path) as file:
-        if file is None:
-            return None
-        size = os.fstat(file.fileno()).st_size
-        if size > most:
-            raise RunDamaged(f"{path} has {size:,} bytes; at most {most:,} are read.", RESTORE)
-        return file.read(size)
+        return None if file is None else file.read(_size_of(file, path, most))
+
+
+def lines_of(path: Path, most: int = MOST_BYTES) -> Iterator[bytes]:
+    """Yield the lines of a regular file with their ends, one at a time; none if there is no file. Raises likewise."""
+    with _opened(path) as file:
+        if file is not None:
+            _size_of(file, path, most)
+            yield from file
+
+
+def _size_of(file: io.BufferedReader, path: Path, most: int) -> int:
+    size = os.fstat(file.fileno()).st_size
+    if size > most:
+        raise RunDamaged(f"{path} has {size:,} bytes; at most {most:,} are read.", RESTORE)
+    return size
 
 
 @contextlib.contextmanager
@@ -211,18 +222,17 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def history_sha256(history: bytes, rounds: int) -> str:
+def history_sha256(lines: Iterable[bytes], rounds: int) -> str:
     r"""Return the SHA-256 of the lines of a history up to a round; empty if it has fewer.
 
-    >>> history_sha256(b"{}\n{}\n", 1) == sha256(b"{}\n"), history_sha256(b"{}\n{", 2)
+    >>> history_sha256([b"{}\n", b"{}\n"], 1) == sha256(b"{}\n"), history_sha256([b"{}\n", b"{"], 2)
     (True, '')
     """
-    end = 0
-    for _ in range(rounds):
-        end = history.find(b"\n", end) + 1
-        if end == 0:
-            return ""
-    return sha256(history[:end])
+    digest, whole = hashlib.sha256(), 0
+    for line in islice(lines, rounds):
+        digest.update(line)
+        whole += line.endswith(b"\n")
+    return digest.hexdigest() if whole == rounds else ""
 
 
 def other_version(run: Path, why: str) -> RunConflict:

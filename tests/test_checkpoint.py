@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import stat
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +24,9 @@ from dtrain.algorithm.params import flatten, layout_of, load_into, params_sha256
 from dtrain.algorithm.plan import first_position
 from dtrain.algorithm.replica import carried, empty_inner_state, fresh_replica, pack_inner_state, unpack_inner_state
 from dtrain.checkpoint import commit_round, load_params, load_round
-from dtrain.committed import committed_rounds, find_round, newest_round, prune, sweep
+from dtrain.committed import check_history, committed_rounds, find_round, newest_round, prune, sweep
 from dtrain.errors import DiskFull, RoundNotFound, RunDamaged
+from dtrain.report.history import read_rows_of
 from dtrain.runfiles import round_directory
 from dtrain.statefiles import held_state
 from dtrain.types import Broadcast, Cursor, InnerState, Position, ReplicaState, Slot, TrainState
@@ -130,6 +132,17 @@ def run(tmp_path):
     commit(tmp_path, STATES[1], "plan")
     commit(tmp_path, STATES[2], "plan")
     return tmp_path
+
+
+def test_a_commit_does_not_hold_the_history(run):
+    (run / "history.jsonl").write_bytes((b"{" + b" " * 999_998 + b"}\n") * 40)
+    tracemalloc.start()
+    commit(run, STATES[3])
+    read_rows_of(run, (2, 3))
+    check_history(run)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 8e6  # of 40 MB
 
 
 def left_over(run):

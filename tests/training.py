@@ -9,7 +9,7 @@ from typing import Any
 
 import dtrain
 from dtrain.asking import Question
-from dtrain.runfiles import history_sha256, sealed, sha256
+from dtrain.runfiles import history_sha256, lines_of, sealed, sha256
 
 
 def shas(run: dtrain.Run) -> list[str]:
@@ -58,7 +58,7 @@ def rewrite(run: Path, rows: Iterable[Mapping[str, Any]] | None = None, plan: Ma
         del manifest["sha256"]
         digests = {
             "plan": sha256(planned.read_bytes()),
-            "history": history_sha256(history.read_bytes(), manifest["round"]),
+            "history": history_sha256(lines_of(history), manifest["round"]),
         }
         path.write_text(json.dumps(sealed({**manifest, **digests})))
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dtrain.runfiles import HISTORY, read_if_there
+from dtrain.runfiles import HISTORY, lines_of
 from dtrain.stages import Limit, StageSeconds, limiting_stage
 from dtrain.types import Contribution, RoundResult
 
@@ -98,8 +98,8 @@ def read_rows_of(run: Path, numbers: Collection[int]) -> list[Row]:
     RunDamaged
         The file cannot be read.
     """
-    history, rows = read_if_there(run / HISTORY) or b"", []
-    for number, line in enumerate(history.split(b"\n"), start=1):
+    rows: list[Row] = []
+    for number, line in enumerate(lines_of(run / HISTORY), start=1):
         if number in numbers and (row := _parsed(line)) is not None and _is_row(row, number):
             rows.append(row)
     return rows
@@ -113,7 +113,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     RunDamaged
         The file cannot be read.
     """
-    for line in (read_if_there(path) or b"").split(b"\n"):
+    for line in lines_of(path):
         if (value := _parsed(line)) is None:
             return
         yield value
