@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from threading import Semaphore
 from typing import Any, TypeAlias
@@ -370,6 +370,15 @@ class TaskClient:
                         SegmentLost(one_line(error), full=self.guard.is_full), "The start", again, ""
                     ) from error
                 time.sleep(POLL_SECONDS)
+
+    def close(self, plugin: str) -> None:
+        """Give up the tasks that are left, and take a plugin, and the topic of its name, away from the workers."""
+        if self.connected:
+            # ValueError: the plugin is gone already; KeyError: a worker that joins at this moment lacks it
+            with suppress(*GONE, ValueError, KeyError):
+                self.cancel()
+                self.dask.unsubscribe_topic(plugin)
+                self.dask.unregister_worker_plugin(plugin)
 
     def cancel(self) -> None:
         """Give up the tasks that somebody still refers to: the run is over, and nobody waits for them.

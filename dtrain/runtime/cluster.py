@@ -33,7 +33,7 @@ from dtrain.data.load.statistics import merge_moments
 from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken, WorkerEvicted
 from dtrain.runtime import remote
-from dtrain.runtime.client import GONE, HOLDERS, TaskClient
+from dtrain.runtime.client import HOLDERS, TaskClient
 from dtrain.runtime.connect import Connection
 from dtrain.runtime.dashboard import Messages, open_page
 from dtrain.runtime.handles import ClusterRound, gathered, handles_of, scattered
@@ -296,13 +296,7 @@ class ClusterRunner:
     def close(self) -> None:
         """Cancel what is not done, and take the run's residents away from the workers."""
         self._messages.close()
-        if self._client.connected:
-            try:
-                self._client.cancel()
-                self._client.dask.unsubscribe_topic(self._plugin.name)
-                self._client.dask.unregister_worker_plugin(self._plugin.name)
-            except (*GONE, ValueError):
-                pass  # they are gone already
+        self._client.close(self._plugin.name)
 
     # Tasks of a round ---------------------------------------------------------------------------------------
 

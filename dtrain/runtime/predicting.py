@@ -23,7 +23,7 @@ from dtrain.data.plan.prediction import Unit
 from dtrain.data.write.documents import ArraySpec, Objects, encode
 from dtrain.data.write.sink import Writer
 from dtrain.errors import ClusterLost
-from dtrain.runtime.client import GONE, TaskClient
+from dtrain.runtime.client import TaskClient
 from dtrain.runtime.connect import Connection
 from dtrain.runtime.predictor import PredictionSpec, Predictor, Values, Work, forget, predict_units, predictor_of
 from dtrain.runtime.remote import RESOURCE, SlotPlugin, places_topic, topic
@@ -299,13 +299,7 @@ class ClusterExecutor:
 
     def close(self) -> None:
         """Cancel what is not done, and take the predictors away from the workers."""
-        if self._client.connected:
-            try:
-                self._client.cancel()
-                self._client.dask.unsubscribe_topic(self._plugin.name)
-                self._client.dask.unregister_worker_plugin(self._plugin.name)
-            except (*GONE, ValueError):
-                pass  # they are gone already
+        self._client.close(self._plugin.name)
 
 
 def _tried(both: tuple[PredictionSpec, Parameters]) -> tuple[OutputFacts, ...]:

@@ -112,6 +112,20 @@ def in_this_process() -> Iterator[Client]:
         yield connected
 
 
+def test_a_worker_that_joins_at_the_end_may_lack_the_plugin(
+    start: Callable[..., dtrain.Run], in_this_process: Client
+) -> None:
+    async def forget(dask_worker: Any) -> None:
+        for name in [name for name in dask_worker.plugins if name.startswith("dtrain-")]:
+            await dask_worker.plugin_remove(name=name)
+
+    def report(event: Event) -> None:
+        if isinstance(event, RoundFinished) and event.result.round == 2:
+            in_this_process.run(forget, workers=[min(in_this_process.nthreads())])
+
+    assert len(start(in_this_process, rounds=2, model=models.small, report=report).rows) == 2
+
+
 def test_workers_of_one_process_share_a_resident(
     start: Callable[..., dtrain.Run], in_this_process: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
