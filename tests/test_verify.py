@@ -772,7 +772,7 @@ def test_a_manifest_of_another_version_and_of_another_store(write, write_store, 
     assert found.faults == []
     assert found.summary.notes == (f"The manifest was written for {store}.",)
     file.write_text(json.dumps(sealed(json.loads(content_of(file, format=7)))))
-    with pytest.raises(ManifestConflict) as caught:
+    with pytest.raises(ManifestConflict, match="format 7") as caught:
         verified(store, file)
     assert caught.value.code == 4
 

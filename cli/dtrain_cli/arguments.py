@@ -97,6 +97,8 @@ def _scheduler_of(config: Path, settings: list[str]) -> str:
         key, _, value = setting.partition("=")
         if key.strip() == "cluster.scheduler":
             return value.strip().strip("\"'")
+    if not config.is_file():  # a pipe can be read once, or never ends
+        return ""
     try:
         with config.open("rb") as file:
             cluster = tomllib.loads(file.read(GLANCE_BYTES).decode()).get("cluster", {})

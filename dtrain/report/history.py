@@ -16,6 +16,8 @@ Row = dict[str, Any]
 DATA_STAGES = ("fetch", "decode", "gather")
 STAGES = (*DATA_STAGES, "model", "reduce", "evaluate")
 COUNTS = ("round", "samples", "steps", "bytes_reduced", "rejected", "retried")
+LISTS = ("replica_loss", "update_norm")
+"""By replica."""
 
 
 def row_of(result: RoundResult) -> Row:
@@ -84,7 +86,8 @@ def read_rows(run: Path) -> list[Row]:
     """
     rows: list[Row] = []
     for row in read_lines(run / HISTORY):
-        if not _is_row(row, len(rows) + 1):
+        first = rows[0] if rows else row
+        if not _is_row(row, len(rows) + 1) or any(len(row[name]) != len(first[name]) for name in LISTS):
             break
         rows.append(row)
     return rows
@@ -130,18 +133,23 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 def _is_row(row: Row, number: int) -> bool:
     """Whether an object is the row of a round, as `row_of` makes it."""
-    counts = all(type(row.get(name)) is int for name in COUNTS)
-    seconds = all(type(value) in (int, float) for name, value in row.items() if name.startswith("seconds"))
+    counts = all(type(row.get(name)) is int and _is_number(row[name]) for name in COUNTS)
+    seconds = all(_is_number(value) for name, value in row.items() if name.startswith("seconds"))
     values = [value for name, value in row.items() if name.startswith("val_")]
     values += [row.get("train_loss"), row.get("update_cosine")]
-    for name in ("replica_loss", "update_norm"):
+    for name in LISTS:
         each = row.get(name)
         if not isinstance(each, list):
             return False
         values += each
-    numbers = all(value is None or type(value) in (int, float) for value in values)
+    numbers = all(value is None or _is_number(value) for value in values)
     is_named = row.get("event") == "round" and isinstance(row.get("params_sha256"), str) and "seconds" in row
     return counts and seconds and numbers and is_named and row["round"] == number
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value of JSON is a number that fits into 64 bits."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def best_round(rows: Sequence[Mapping[str, Any]], metric: str = "val_loss", higher: bool = False) -> int | None:

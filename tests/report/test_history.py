@@ -231,6 +231,22 @@ def test_nothing_is_read_behind_a_broken_line(tmp_path):
     assert [row["round"] for row in read_rows(tmp_path)] == [1]
 
 
+@pytest.mark.parametrize("name", ["replica_loss", "update_norm"])
+def test_a_row_of_another_number_of_replicas_ends_the_history(tmp_path, name):
+    lines = write_rows(tmp_path, 1, 2)
+    other = {**json.loads(lines[1]), "round": 3, name: [0.5]}
+    append_line(tmp_path / "history.jsonl", json.dumps(other))
+    assert [row["round"] for row in read_rows(tmp_path)] == [1, 2]
+    assert dataset_of(read_rows(tmp_path)).sizes["round"] == 2
+
+
+@pytest.mark.parametrize("name", ["samples", "seconds", "val_loss", "train_loss", "seconds_steps"])
+def test_a_number_that_nothing_can_hold_ends_the_history(tmp_path, name):
+    lines = write_rows(tmp_path, 1, 2)
+    append_line(tmp_path / "history.jsonl", json.dumps({**json.loads(lines[1]), "round": 3, name: 10**400}))
+    assert [row["round"] for row in read_rows(tmp_path)] == [1, 2]
+
+
 def test_bytes_that_are_no_text_end_the_history(tmp_path):
     write_rows(tmp_path, 1)
     with (tmp_path / "history.jsonl").open("ab") as file:
