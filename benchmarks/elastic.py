@@ -1,6 +1,6 @@
 """A training whose workers are killed on a wall clock: dtrain, restart from a checkpoint, and dropping the round.
 
-Run: python benchmarks/elastic.py [--every 10 30 60] [--seeds 0] [--json FILE]        (about an hour a seed)
+Run: python benchmarks/elastic.py [--every 10 30 60] [--seeds 0] [--json FILE]        (about 100 minutes a seed)
 
 One job, the same for all: a transformer of 112,448 parameters, four replicas on two workers, rounds of 60 steps,
 without an evaluation. A supervisor sends SIGKILL to one of the two worker processes every so many seconds, in turn; a

@@ -170,7 +170,8 @@ def _segment(
     held, position = runner.place(state, replays), state.position
     pending: deque[tuple[Position, Held]] = deque()
     done: list[RoundResult] = []
-    sooner = next_commit(state.round, 1, "auto", runner.spec.eval_every) if config.run.commit_every == "auto" else end
+    is_auto = config.run.commit_every == "auto"
+    first_commit = next_commit(state.round, 1, "auto", runner.spec.eval_every) if is_auto else end
     finished = time.monotonic()
     while not done or done[-1].state is None:
         while position.round < end and len(pending) <= ahead and not (pending and ends_with(pending[0][0].round)):
@@ -178,8 +179,8 @@ def _segment(
             held, position = runner.submit(held, plan), position_after(plan, sizes)
             pending.append((position, held))
         reached, handles = pending.popleft()
-        is_committable = bool(done) and done[-1].round >= sooner
-        outcome = runner.collect(handles, done[-1].round if is_committable else None)
+        would_be_committed = bool(done) and done[-1].round >= first_commit
+        outcome = runner.collect(handles, done[-1].round if would_be_committed else None)
         seconds, finished = time.monotonic() - finished, time.monotonic()
         metrics = _metrics(outcome.sums, outcome.ema_sums, config, runner.metrics)
         result = _result(reached.round, outcome, metrics, config, history)

@@ -59,7 +59,7 @@ def read_if_there(path: Path, most: int = MOST_BYTES) -> bytes | None:
 
 
 def lines_of(path: Path, most: int = MOST_BYTES) -> Iterator[bytes]:
-    """Yield the lines of a regular file with their ends, one at a time; none if there is no file. Raises likewise."""
+    """Yield the lines of a regular file with their ends; none if there is no file. Raises as `read_if_there` does."""
     with _opened(path) as file:
         if file is not None:
             _size_of(file, path, most)

@@ -93,7 +93,7 @@ class TaskClient:
     def begin(self, again: int = 0, *, watched: bool = False) -> None:
         """Begin work: its keys differ from those of earlier attempts, and the workers are looked up anew.
 
-        Tasks of the attempt before end here if it was lost: its futures may live until the garbage collector comes.
+        If the attempt before was lost, its tasks are released: futures in reference cycles would keep them running.
 
         Parameters
         ----------
@@ -103,7 +103,7 @@ class TaskClient:
             Whether its tasks report their place; without it they do once the work was lost `WATCHED_FROM` times.
         """
         if again:
-            for future in list(self._submitted):  # those that are done too: Dask would do them again for who holds them
+            for future in list(self._submitted):  # finished ones too: Dask computes lost results of futures again
                 future.release()
         self._attempt += 1
         self._known = []
@@ -253,8 +253,8 @@ class TaskClient:
         meanwhile : callable
             Called now and then.
         undone : callable, optional
-            Takes the key of a task that has been done; the work is lost once workers are gone and such a task is done
-            again.
+            Takes the key of a task, and returns whether the task had been finished. The work is lost once workers are
+            gone and such a task is at a worker again.
         """
         with self._losses():
             self._wait(futures, meanwhile, undone=undone)
@@ -344,9 +344,12 @@ class TaskClient:
             meanwhile()
 
     def _does(self, wanted: Callable[[str], bool]) -> bool:
-        """Whether a task of this attempt is at a worker whose key is wanted."""
+        """Whether a worker has a task of this attempt whose key is wanted."""
         own = self._key_end()
-        keys = chain.from_iterable(self.dask.processing().values())
+        try:
+            keys = chain.from_iterable(self.dask.processing().values())
+        except (*GONE, AttributeError, RuntimeError):  # as in `live`; the next look finds the scheduler gone
+            return False
         return any(key.endswith(own) and wanted(key) for key in map(str, keys))
 
     def register(self, plugin: WorkerPlugin) -> None:

@@ -259,7 +259,7 @@ class ClusterRunner:
     def collect(self, held: ClusterRound, finished: int | None = None) -> Outcome:
         """Wait for the scalars of a round, or until a finished one is done again."""
         handles = [handle for handle in (held.summary, held.sums, held.ema_sums) if handle is not None]
-        summary, *sums = self._gather(handles, None if finished is None else partial(_is_of, finished))
+        summary, *sums = self._gather(handles, None if finished is None else partial(_is_repeated, finished))
         return Outcome(summary, *(sums or [None]))
 
     def gather(
@@ -393,7 +393,7 @@ class ClusterRunner:
         return self._places
 
 
-def _is_of(finished: int, key: str) -> bool:
-    """Whether a task belongs to a round, to an earlier one, or to the root of the segment."""
+def _is_repeated(finished: int, key: str) -> bool:
+    """Whether a task that is at a worker repeats a finished round, an earlier one, or the reading of the root."""
     found = FROM_THE_ROOT.match(key)
     return found is not None and int(found[1] or 0) <= finished
