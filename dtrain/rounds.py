@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -120,14 +120,15 @@ def _replayed(
     keeping: Keeping | None,
 ) -> Iterator[RoundResult]:
     """Yield the rounds of one segment after the other; those of a segment that is lost are yielded again."""
-    every, replays, first_lost = first_cadence(config.run.commit_every), 0, 0.0
-    started, losses = time.monotonic(), 0
+    wanted = config.run.commit_every
+    every, replays, first_lost = first_cadence(wanted), 0, 0.0
+    started, losses, begun = time.monotonic(), 0, Counter[int]()
     while state.round < config.train.rounds:
         began = time.monotonic()
-        end = next_commit(state.round, every, config.run.commit_every, runner.spec.eval_every)
+        end = next_commit(state.round, every, wanted, runner.spec.eval_every)
         try:
             last = min(end, config.train.rounds)
-            done = yield from _segment(runner, state, last, config, history, ahead, replays, ends_with, keeping)
+            done = yield from _segment(runner, state, last, config, history, ahead, replays, begun, ends_with, keeping)
         except SegmentLost as lost:
             replays, first_lost, losses = replays + 1, first_lost if replays else began, losses + 1
             report(SegmentReplayed(round=state.round, reason=lost.reason))
@@ -135,7 +136,7 @@ def _replayed(
                 kept = "Committed rounds are safe."
                 raise given_up(lost, f"Round {state.round + 1}", replays, kept) from lost
             time.sleep(_pause(lost, replays))
-            every = first_cadence(config.run.commit_every)  # where workers are lost, short segments get done
+            every = 1  # where workers are lost, short segments get done
             continue
         if done[-1].stop is not None:
             return
@@ -143,9 +144,11 @@ def _replayed(
         reached = done[-1].state
         assert reached is not None, "a segment ends with a state"
         state = reached if keeping is None else keeping.committed(reached)
-        if config.run.commit_every == "auto" and runner.has_lost_workers:
-            every, losses = first_cadence("auto"), losses + 1
-        elif config.run.commit_every == "auto":
+        if not isinstance(wanted, str):
+            every = min(4 * every, wanted)
+        elif runner.has_lost_workers:
+            every, losses = 1, losses + 1
+        else:
             now, seconds = time.monotonic(), sum(result.seconds for result in done)
             between = (now - started) / losses if losses else math.inf
             every = commit_cadence(now - began - seconds, seconds / len(done), len(done), between)
@@ -159,32 +162,34 @@ def _segment(
     history: History,
     ahead: int,
     replays: int,
+    begun: Counter[int],
     ends_with: Callable[[int], bool],
     keeping: Keeping | None,
 ) -> Generator[RoundResult, None, list[RoundResult]]:
     """Yield the rounds from `state` to `end`; round r + 1 is submitted against the handles of round r.
 
-    The segment ends earlier with a round for which `ends_with` is true.
+    The segment ends earlier with a round for which `ends_with` is true. `begun` counts how often each round was
+    submitted.
     """
     sizes = [pass_size(size, config.train) for size in runner.spec.plan.sizes]
     held, position = runner.place(state, replays), state.position
     pending: deque[tuple[Position, Held]] = deque()
     done: list[RoundResult] = []
-    is_auto = config.run.commit_every == "auto"
-    first_commit = next_commit(state.round, 1, "auto", runner.spec.eval_every) if is_auto else end
+    first_commit = next_commit(state.round, 1, config.run.commit_every, runner.spec.eval_every)
     finished = time.monotonic()
     while not done or done[-1].state is None:
         while position.round < end and len(pending) <= ahead and not (pending and ends_with(pending[0][0].round)):
             plan = plan_round(position, sizes, config.train, runner.spec.eval_every)
             held, position = runner.submit(held, plan), position_after(plan, sizes)
             pending.append((position, held))
+            begun[position.round] += 1
         reached, handles = pending.popleft()
         would_be_committed = bool(done) and done[-1].round >= first_commit
         outcome = runner.collect(handles, done[-1].round if would_be_committed else None)
         seconds, finished = time.monotonic() - finished, time.monotonic()
         metrics = _metrics(outcome.sums, outcome.ema_sums, config, runner.metrics)
         result = _result(reached.round, outcome, metrics, config, history)
-        result = replace(result, seconds=seconds, retried=replays)
+        result = replace(result, seconds=seconds, retried=begun[reached.round] - 1)
         if result.stop is not None or reached.round == end or ends_with(reached.round):
             directory = None if keeping is None else keeping.directory
             result = _ended(result, runner.gather(handles, reached, directory), runner, config)
@@ -281,16 +286,17 @@ def first_cadence(commit_every: int | str) -> int:
 def next_commit(finished: int, every: int, commit_every: int | str, eval_every: int) -> int:
     """Return the round of the next commit, which is an evaluated one.
 
-    With "auto" it is the first such round after `every` rounds or more. A fixed ``commit_every`` is rounded up to a
-    multiple of `eval_every`, and commits fall on its multiples, wherever a run was interrupted.
+    It is the first such round after `every` rounds or more. A fixed ``commit_every`` is rounded up to a multiple of
+    `eval_every`, and no multiple of it is passed over, wherever a run was interrupted.
 
-    >>> next_commit(7, 4, "auto", 3), next_commit(7, 4, 4, 1), next_commit(7, 4, 4, 3)
-    (12, 8, 12)
+    >>> next_commit(7, 4, "auto", 3), next_commit(7, 4, 4, 1), next_commit(7, 4, 4, 3), next_commit(4, 1, 4, 1)
+    (12, 8, 12, 5)
     """
+    soonest = math.ceil((finished + every) / eval_every) * eval_every
     if isinstance(commit_every, str):
-        return math.ceil((finished + every) / eval_every) * eval_every
+        return soonest
     period = math.ceil(commit_every / eval_every) * eval_every
-    return (finished // period + 1) * period
+    return min(soonest, (finished // period + 1) * period)
 
 
 def commit_cadence(overhead_seconds: float, round_seconds: float, every: int, loss_seconds: float = math.inf) -> int:

@@ -242,8 +242,9 @@ def test_a_lost_segment_is_replayed_and_its_rounds_are_yielded_once() -> None:
     results, events = go(runner, config(run={"commit_every": 4}))
     assert [result.round for result in results] == [1, 2, 3, 4, 5, 6]
     assert [result.retried for result in results] == [0, 0, 2, 2, 0, 0]
-    assert events == [SegmentReplayed(round=0, reason="worker gone")] * 2
-    assert runner.log.count("submit 1") == 3
+    assert events == [SegmentReplayed(round=committed, reason="worker gone") for committed in (0, 1)]
+    assert runner.log.count("submit 1") == 2
+    assert runner.log.count("submit 4") == 3
     assert runner.log.count("submit 5") == 1
 
 
@@ -320,21 +321,20 @@ def test_a_round_that_was_yielded_without_its_state_is_committed(monkeypatch: py
     assert committed == [2]
 
 
-def test_with_auto_a_segment_that_repeats_a_finished_round_begins_again_and_commits_it(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("commit_every", "commits", "replayed"),
+    [("auto", [1, 2, 3, 6], [1, 2]), (50, [1, 2, 3, 6], [0, 1, 2]), (3, [1, 3, 4, 6], [0, 3])],
+)
+def test_a_segment_that_repeats_a_finished_round_begins_again_and_commits_it(
+    commit_every: int | str, commits: list[int], replayed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kills that come sooner than a long segment takes would let it be repeated for ever."""
     monkeypatch.setattr(module, "commit_cadence", lambda *given: 100)
     runner = Script(repeat=(2, 4, 5))
-    results, events = go(runner, config(run={"commit_every": "auto"}))
+    results, events = go(runner, config(run={"commit_every": commit_every}))
     assert [result.round for result in results] == [1, 2, 3, 4, 5, 6]
-    assert [entry for entry in runner.log if entry.startswith("gather")] == [
-        "gather 1",
-        "gather 2",
-        "gather 3",
-        "gather 6",
-    ]
-    assert events == [SegmentReplayed(round=1, reason="round again"), SegmentReplayed(round=2, reason="round again")]
+    assert [entry for entry in runner.log if entry.startswith("gather")] == [f"gather {n}" for n in commits]
+    assert events == [SegmentReplayed(round=round, reason="round again") for round in replayed]
 
 
 def test_a_segment_begins_again_only_if_that_commits_a_round_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,8 +342,8 @@ def test_a_segment_begins_again_only_if_that_commits_a_round_sooner(monkeypatch:
     runner = Script(eval_every=2)
     go(runner, config(run={"commit_every": "auto"}))
     assert runner.finished == {1: None, 2: None, 3: None, 4: None, 5: 4, 6: 5}
-    runner = Script(repeat=(2, 3, 4, 5, 6))
-    go(runner, config(run={"commit_every": 3}))  # the user's own choice
+    runner = Script()
+    go(runner, config(run={"commit_every": 1}))
     assert set(runner.finished.values()) == {None}
 
 
@@ -365,14 +365,18 @@ def test_commits_come_more_often_where_work_is_lost_often(monkeypatch: pytest.Mo
     assert given == [math.inf, math.inf, 40.0, 50.0, 35.0]
 
 
-def test_with_auto_a_loss_makes_the_next_segment_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_makes_the_next_segment_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "commit_cadence", lambda *given: 100)
     runner = Script(lose=(4,))
     go(runner, config(run={"commit_every": "auto"}))
     assert [entry for entry in runner.log if entry.startswith("gather")] == ["gather 1", "gather 2", "gather 6"]
     runner = Script(lose=(4,))
     go(runner, config(run={"commit_every": 3}))
-    assert [entry for entry in runner.log if entry.startswith("gather")] == ["gather 3", "gather 6"]
+    assert [entry for entry in runner.log if entry.startswith("gather")] == ["gather 3", "gather 4", "gather 6"]
+    runner = Script(lose=(4,))
+    go(runner, config(train={"rounds": 40}, run={"commit_every": 20}))
+    commits = [1, 5, 20, 40]  # 1, 4, 16 rounds after the loss
+    assert [entry for entry in runner.log if entry.startswith("gather")] == [f"gather {n}" for n in commits]
 
 
 @pytest.mark.parametrize(

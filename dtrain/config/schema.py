@@ -165,7 +165,8 @@ class RunConfig(Table):
     dir: str = "runs"
     """The directory that holds runs, relative to this file."""
     commit_every: Positive | Literal["auto"] = "auto"
-    """Rounds between commits, which fall on evaluated rounds; "auto": commits take about 2 % of the time."""
+    """Rounds between commits, which fall on evaluated rounds; "auto": commits take about 2 % of the time. After rounds
+    that were lost, they come sooner for a while."""
     keep: Positive = 3
     """Committed rounds that are kept, besides the best one."""
     trackers: tuple[str, ...] = ()

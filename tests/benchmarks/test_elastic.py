@@ -9,8 +9,8 @@ import pytest
 
 with pytest.MonkeyPatch.context() as patch:  # as the script finds the modules beside it
     patch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    from benchmarks import elastic
-    from benchmarks.elastic import Kill, Life
+    from benchmarks import elastic, elastic_report
+    from benchmarks.elastic_report import Kill, Life
 
 BEGAN, ENDED = 100.0, 120.0
 LIVES = {
@@ -22,24 +22,24 @@ LIVES = {
 
 
 def test_each_kill_has_its_cut_and_its_absence() -> None:
-    assert elastic.losses([Kill(111.0, 1, 3)], LIVES, BEGAN, ENDED) == [(11.0, 2.0, 4.0)]
+    assert elastic_report.losses([Kill(111.0, 1, 3)], LIVES, BEGAN, ENDED) == [(11.0, 2.0, 4.0)]
 
 
 def test_a_successor_that_is_not_ready_is_absent_up_to_the_end() -> None:
     lives = {**LIVES, 3: Life(0, 111.0)}
-    assert elastic.losses([Kill(111.0, 1, 3)], lives, BEGAN, ENDED) == [(11.0, 2.0, 9.0)]
+    assert elastic_report.losses([Kill(111.0, 1, 3)], lives, BEGAN, ENDED) == [(11.0, 2.0, 9.0)]
 
 
 def test_the_time_of_the_workers_is_shared_out() -> None:
-    found = elastic.shares(LIVES, BEGAN, ENDED)
+    found = elastic_report.shares(LIVES, BEGAN, ENDED)
     parts = {name: found[name] for name in ("useful", "cut", "repeated", "absent", "idle")}
     assert parts == {"useful": 12.0, "cut": 2.0, "repeated": 5.0, "absent": 4.0, "idle": 17.0}
-    assert sum(parts.values()) == elastic.WORKERS * (ENDED - BEGAN)
+    assert sum(parts.values()) == elastic_report.WORKERS * (ENDED - BEGAN)
     assert found["begun_again"] == 2
 
 
 def test_the_bound_counts_kills_before_it() -> None:
-    assert elastic.bound(10.0, [(4.0, 1.0, 3.0), (11.5, 1.0, 1.0), (20.0, 9.0, 9.0)]) == 13.0
+    assert elastic_report.bound(10.0, [(4.0, 1.0, 3.0), (11.5, 1.0, 1.0), (20.0, 9.0, 9.0)]) == 13.0
 
 
 def test_kills_take_turns_at_equal_distances() -> None:
@@ -60,6 +60,6 @@ def test_all_systems_train_and_a_restart_keeps_the_bits(tmp_path: Path) -> None:
     subprocess.run([sys.executable, elastic.__file__, *options], check=True, cwd=tmp_path)
     runs = {(one["system"], one["every"]): one for one in json.loads(file.read_text())}
     hashes = {key: one["result"]["params_sha256"] for key, one in runs.items()}
-    calm = {hashes[system, 0.0] for system in elastic.SYSTEMS}
+    calm = {hashes[system, 0.0] for system in elastic_report.SYSTEMS}
     assert len(calm) == 1
     assert {hashes["dtrain", 20.0], hashes["restart", 20.0]} == calm

@@ -32,13 +32,12 @@ from tests.runtime import models
 
 def start(samples: Samples, tmp_path: Path, cluster: Any, model: Any = models.slow, **more: Any) -> dtrain.Run:
     report, model_args = more.pop("report", None), more.pop("model_args", None)
-    average = {"replicas": 3, **more.pop("average", {})}
+    average, kept = {"replicas": 3, **more.pop("average", {})}, more.pop("kept", {})
     table = {"loss": "cross_entropy", "rounds": 3, "batch_size": 16, **more}
     return dtrain.train(
         model,
         samples,
-        train=table,
-        average=average,
+        config=dtrain.TrainConfig(train=table, average=average, run=kept),
         model_args=model_args,
         cluster=cluster,
         run_dir=tmp_path,
@@ -82,22 +81,38 @@ def test_a_worker_killed_in_a_task(
     assert [row["params_sha256"] for row in run.rows] == calm
 
 
+@pytest.mark.parametrize(
+    ("tables", "killed", "replayed", "commits"),
+    [
+        ({}, 5, 1, [1, 2, 6]),
+        pytest.param({"kept": {"commit_every": 50}}, 5, 0, [1, 5, 6], marks=SLOW),
+        pytest.param({"rounds": 8, "eval_every": 2}, 7, 2, [2, 4, 8], marks=SLOW),
+        pytest.param({"average": {"mix": {"topology": "ring"}}}, 5, 1, [1, 2, 6], marks=SLOW),
+        pytest.param({"average": {"codec": {"name": "int8"}, "ema": 0.9}}, 5, 1, [1, 2, 6], marks=SLOW),
+    ],
+    ids=["auto", "fixed", "seldom evaluated", "ring", "codec"],
+)
 def test_a_worker_killed_late_in_a_long_segment(
     samples: Samples,
     tmp_path: Path,
     own_client: Client,
     kill_worker_in: Callable[[Client, str], Any],
     monkeypatch: pytest.MonkeyPatch,
+    tables: dict[str, Any],
+    killed: int,
+    replayed: int,
+    commits: list[int],
 ) -> None:
-    """All rounds since the commit must be trained again; the first of them is committed now."""
+    """All rounds since the commit must be trained again; the first that can be is committed now."""
     monkeypatch.setattr(rounds_module, "commit_cadence", lambda *given: 100)
-    calm = start(samples, tmp_path / "calm", "serial", model_calm, rounds=6)
-    kill_worker_in(own_client, "train-r00005")
-    run = start(samples, tmp_path / "killed", own_client, rounds=6)
+    tables = {"rounds": 6, **tables}
+    calm = start(samples, tmp_path / "calm", "serial", model_calm, **tables)
+    kill_worker_in(own_client, f"train-r{killed:05d}")
+    run = start(samples, tmp_path / "killed", own_client, **tables)
     assert [row["params_sha256"] for row in run.rows] == [row["params_sha256"] for row in calm.rows]
     logged = [json.loads(line) for line in (run.directory / "events.jsonl").read_text().splitlines()]
-    assert [one["round"] for one in logged if one["event"] == "SegmentReplayed"] == [1]
-    assert [one["round"] for one in logged if one["event"] == "RoundCommitted"] == [1, 2, 6]
+    assert [one["round"] for one in logged if one["event"] == "SegmentReplayed"] == [replayed]
+    assert [one["round"] for one in logged if one["event"] == "RoundCommitted"] == commits
 
 
 def test_a_lost_segment_is_replayed_from_its_root(

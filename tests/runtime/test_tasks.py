@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from dask._task_spec import Alias, List
-from distributed import Client, Future
+from distributed import Client, Event, Future
+from distributed.comm.core import CommClosedError
 
 import dtrain
 from dtrain.algorithm.average import Update
@@ -208,6 +209,28 @@ def test_lost_work_ends_when_it_begins_again_though_somebody_refers_to_it(client
         assert len(client.run_on_scheduler(known)) == left
         for future in held:
             future.release()
+
+
+@pytest.mark.parametrize("error", [CommClosedError("closed"), OSError("refused"), RuntimeError("loop is closed")])
+def test_tasks_at_workers_are_found_and_a_scheduler_that_ends_has_none(
+    client: Client, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    tasks, gate = TaskClient(client, "x"), Event(f"gate-{type(error).__name__}", client)
+    tasks.begin()
+    held = tasks.submit(Event.wait, "train-r00003-k0", gate)
+    while not tasks._does(lambda key: key.startswith("dtrain-train-r00003")):
+        time.sleep(0.01)
+    assert not tasks._does(lambda key: key.startswith("dtrain-train-r00002"))
+    tasks.begin()
+    assert not tasks._does(lambda key: True)  # those of another attempt do not count
+
+    def ending() -> Any:
+        raise error
+
+    monkeypatch.setattr(client, "processing", ending)
+    assert not tasks._does(lambda key: True)
+    gate.set()
+    assert held.result()
 
 
 def test_tasks_that_many_replicas_meet_in_have_a_place(
