@@ -16,10 +16,10 @@ worker that is killed while it starts.)
                 are never trained
     drop-lost   the same, but those who are left are averaged
 
-All times count from the first training task to the end of the driver. Goodput is a calm run's time divided by the time
-with kills. "Lost" are samples that were passed over and never trained; "again" are samples of tasks that were begun
-more than once. The hash is that of the parameters after the last round. elastic_report.py has the bound and the other
-columns.
+All times count from the first training task to the end of the driver. Goodput is a calm run's time at the same speed
+of the machine (elastic_report.py), divided by the time with kills. "Lost" are samples that were passed over and never
+trained; "again" are samples of tasks that were begun more than once. The hash is that of the parameters after the last
+round. The report has the bound and the other columns.
 """
 
 from __future__ import annotations

@@ -6,8 +6,11 @@ share all that is left take
 
     bound  =  calm  +  sum over the kills before the bound of (w_i + a_i) / 2
 
-with w_i and a_i as the workers logged them, and calm of the run beside it. It lets a task be cut between workers at any
-place, and no worker ever waits for the end of a round.
+with w_i and a_i as the workers logged them. It lets a task be cut between workers at any place, and no worker ever
+waits for the end of a round.
+
+The speed of a machine that others share changes by the hour. So calm is the time of a calm run at the speed of the run
+it is compared with: multiplied by the ratio of the median seconds of a training task in the two.
 
 Where the workers' time went: "useful" tasks (the last execution of each), tasks "cut" by a kill, tasks "repeated"
 though they had been finished, "absent" workers, and "idle" ones (ready, without a task), as a share of the time.
@@ -99,6 +102,11 @@ def bound(calm: float, each: Sequence[tuple[float, float, float]]) -> float:
     return seconds
 
 
+def calm_seconds(calm: Mapping[str, Any], one: Mapping[str, Any]) -> float:
+    """Return the seconds that a calm run takes where a task takes as long as in another run."""
+    return float(calm["seconds"] * one["task"] / calm["task"])
+
+
 # The table -----------------------------------------------------------------------------------------------------------
 
 
@@ -123,17 +131,18 @@ def report(found: Sequence[Mapping[str, Any]]) -> str:
 
 def row(one: Mapping[str, Any], own: Mapping[str, Any], dtrain: Mapping[str, Any]) -> list[str]:
     total, each = WORKERS * one["seconds"], one["losses"]
+    calm = calm_seconds(dtrain, one)
     result = one["result"] or {}
     share = 1.0 if result else (one["finished"] or 0) / one["rounds"]
-    least = share * bound(dtrain["seconds"], each) / one["seconds"] if one["system"] in ("dtrain", "restart") else None
+    least = share * bound(calm, each) / one["seconds"] if one["system"] in ("dtrain", "restart") else None
     same = result.get("params_sha256") == dtrain["result"]["params_sha256"]
     minutes = f"{one['seconds'] / 60:.2f}"
     end = "not in" if one["code"] == -signal.SIGKILL else f"exit code {one['code']} after"
     return [
         minutes if result else f"{end} {minutes}: {one['finished']} of {one['rounds']} rounds",
         str(one["kills"]),
-        f"{share * own['seconds'] / one['seconds']:.2f}",
-        f"{share * dtrain['seconds'] / one['seconds']:.2f}",
+        f"{share * calm_seconds(own, one) / one['seconds']:.2f}",
+        f"{share * calm / one['seconds']:.2f}",
         "" if least is None else f"{least:.2f}",
         f"{result.get('lost', 0):,}",
         f"{one['begun_again'] * one['steps'] * BATCH:,}",

@@ -42,6 +42,12 @@ def test_the_bound_counts_kills_before_it() -> None:
     assert elastic_report.bound(10.0, [(4.0, 1.0, 3.0), (11.5, 1.0, 1.0), (20.0, 9.0, 9.0)]) == 13.0
 
 
+def test_a_calm_run_is_taken_at_the_speed_of_the_run_beside_it() -> None:
+    calm, slower = {"seconds": 200.0, "task": 1.5}, {"seconds": 300.0, "task": 1.8}
+    assert elastic_report.calm_seconds(calm, calm) == 200.0
+    assert elastic_report.calm_seconds(calm, slower) == pytest.approx(240.0)
+
+
 def test_kills_take_turns_at_equal_distances() -> None:
     times = elastic.kill_times(elastic.Cell("dtrain", 10.0, 3), 0.0)
     (first, one), (second, other), (third, again) = (next(times) for _ in range(3))
