@@ -173,6 +173,19 @@ def test_a_window_larger_than_memory(cli, project):
     fails(cli, ("train", job.config), 8, ["(3 open, 1 ahead) of 400 B", "data.memory is 1.0 kB"])
 
 
+def test_workers_whose_memory_is_full_before_there_are_data(cli, project):
+    job = project({"cluster": {"scheduler": "local", "workers": 1, "memory": "150MB"}})
+    words = ["A worker may use 143.05 MiB (cluster.memory)", "its process alone", "Set cluster.memory to"]
+    fails(cli, ("train", job.config), 8, words)
+
+
+@pytest.mark.slow
+def test_a_model_that_workers_have_no_memory_for(cli, project):
+    wide = BUILD.format("nn.Sequential(nn.Linear(3, 4_000_000), nn.Linear(4_000_000, 4))")
+    job = project({"cluster": {"scheduler": "local", "workers": 2, "memory": "400MB"}}, model=wide)
+    fails(cli, ("train", job.config), 8, ["ran out of memory", "model:build", "cluster.memory"])
+
+
 def test_fewer_samples_than_replicas(cli, project):
     job = project({"average": {"replicas": 50}})
     fails(cli, ("train", job.config), 3, ["48 training samples", "average.replicas = 50"])
