@@ -22,6 +22,8 @@ driver keeps the state of every inner optimizer. It ends once as many samples ar
 from __future__ import annotations
 
 import argparse
+import asyncio
+import concurrent.futures
 import json
 import os
 import time
@@ -113,6 +115,26 @@ def wait(client: Client, futures: dict[int, Future], homes: dict[int, str]) -> s
     return set()
 
 
+def gather(client: Client, futures: dict[int, Future], homes: dict[int, str]) -> dict[int, Any]:
+    """Return the results of some replicas, or nothing if a worker is lost with them: Dask itself would wait for it."""
+
+    async def gathered() -> list[Any]:
+        values: list[Any] = await client.gather(list(futures.values()), direct=True)  # from the workers
+        return values
+
+    got = asyncio.run_coroutine_threadsafe(gathered(), client.loop.asyncio_loop)
+    try:
+        while not concurrent.futures.wait([got], timeout=POLL_SECONDS).done:
+            if any(homes[k] not in client.nthreads() for k in futures):
+                return {}
+        return dict(zip(futures, got.result(), strict=True))
+    except Exception:  # the next look at the workers tells which is lost
+        time.sleep(POLL_SECONDS)
+        return {}
+    finally:
+        got.cancel()
+
+
 def train_round(client: Client, job: Job, run_id: str, training: Training, tasks: list[LocalTask], rule: str) -> None:
     """Train one round of the replicas that have a task."""
     name = f"{run_id}-{uuid.uuid4().hex[:8]}"
@@ -140,11 +162,7 @@ def train_round(client: Client, job: Job, run_id: str, training: Training, tasks
                 break
             lost |= gone
             continue
-        try:  # direct: from the workers
-            got = client.gather(list(waited.values()), direct=True)
-            values |= dict(zip(waited, got, strict=True))
-        except Exception:  # a worker was lost with its results; the next look at the workers tells which
-            time.sleep(POLL_SECONDS)
+        values |= gather(client, waited, training.homes)
     for future in futures.values():
         future.release()
     training.lost += sum(samples[k] for k in lost)
