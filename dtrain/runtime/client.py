@@ -22,6 +22,7 @@ from distributed.comm.core import CommClosedError
 
 from dtrain.config.functions import Function
 from dtrain.errors import ClusterLost, DtrainError, one_line
+from dtrain.runtime.frozen import answer, call_in_loop
 from dtrain.runtime.guard import Guard
 from dtrain.runtime.runner import SegmentLost, given_up
 from dtrain.runtime.watched import SUFFIX
@@ -32,6 +33,8 @@ WORKERS_SECONDS = 1.0
 """How long the list of workers is cached; tasks pinned to a worker that is gone run elsewhere."""
 NO_WORKERS_SECONDS = 120.0
 """How long a cluster may be without any worker before the run gives up."""
+CLOSE_SECONDS = 3.0
+"""How long the end of a run waits for the workers."""
 MAX_AGAIN = 3
 """Times that work outside of rounds is submitted again."""
 WATCHED_FROM = 1
@@ -201,43 +204,15 @@ class TaskClient:
         scattered: Future = future
         return scattered
 
-    def _values(self, futures: Sequence[Future]) -> list[Any]:
-        return list(self._sent(lambda: self.dask.gather(list(futures), direct=self._direct, asynchronous=True), ()))
+    def _sent(self, call: Callable[[], Coroutine[Any, Any, Any]], addresses: Collection[str] = ()) -> Any:
+        """Send something to workers, and look at them meanwhile (`answer`)."""
+        return answer(self.dask, call, self._look_at_workers(), before=self.guard.evicted, addresses=addresses)
 
-    def _sent(self, call: Callable[[], Coroutine[Any, Any, Any]], addresses: Collection[str]) -> Any:
-        """Send values to workers, or get them, and look at the workers meanwhile: a frozen one would never answer.
-
-        Parameters
-        ----------
-        call : callable
-            Returns what Dask's loop runs.
-        addresses : collection of str
-            The workers; empty: it is not known which.
-
-        Raises
-        ------
-        SegmentLost
-            One of them is given up meanwhile.
-        """
-        future = asyncio.run_coroutine_threadsafe(_awaited(call), self.dask.loop.asyncio_loop)
-        before = self.guard.evicted
+    def on_all(self, call: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        """Return what a call gives that all workers answer, except those that do not answer any more."""
         while True:
-            try:
-                return future.result(timeout=POLL_SECONDS)
-            except concurrent.futures.TimeoutError:
-                if future.done():  # it was its own
-                    raise
-            except BaseException:
-                future.cancel()
-                raise
-            try:
-                self.guard.look(self.live())
-            except DtrainError:
-                future.cancel()
-                raise
-            if gone := (self.guard.evicted - before) & set(addresses or self.guard.evicted):
-                future.cancel()
-                raise SegmentLost(f"worker {min(gone)} does not answer", gone=True)
+            with suppress(SegmentLost):  # then one is given up, and the call is made for the others
+                return self._sent(call)
 
     def gather(
         self,
@@ -256,9 +231,16 @@ class TaskClient:
             Takes the key of a task, and returns whether the task had been finished. The work is lost once workers are
             gone and such a task is at a worker again.
         """
+        look = self._look_at_workers(undone)
         with self._losses():
-            self._wait(futures, meanwhile, undone=undone)
-            return self._values(futures)
+            self._wait(futures, meanwhile, look)
+            return self._values(futures, look)
+
+    def _values(self, futures: Sequence[Future], look: Callable[[], Collection[str]]) -> list[Any]:
+        """Return the values of futures that are done; where one is lost meanwhile, Dask computes it again."""
+        options = {"direct": self._direct, "asynchronous": True}
+        found = answer(self.dask, lambda: self.dask.gather(list(futures), **options), look, before=self.guard.evicted)
+        return list(found)
 
     @contextmanager
     def _losses(self) -> Iterator[None]:
@@ -307,17 +289,18 @@ class TaskClient:
 
     def first_done(self, futures: Sequence[Future], meanwhile: Callable[[], None]) -> list[tuple[Future, Any]]:
         """Wait until one of some futures is done at least; return some that are, with their values."""
+        look = self._look_at_workers()
         with self._losses():
-            self._wait(futures, meanwhile, 1)
+            self._wait(futures, meanwhile, look, 1)
             done = [future for future in futures if future.done()][:GATHERED_AT_ONCE]
-            return list(zip(done, self._values(done), strict=True))
+            return list(zip(done, self._values(done, look), strict=True))
 
     def _wait(
         self,
         futures: Sequence[Future],
         meanwhile: Callable[[], None],
+        look: Callable[[], object],
         count: int | None = None,
-        undone: Callable[[str], bool] | None = None,
     ) -> None:
         """Wait until all futures are done, or so many of them.
 
@@ -327,21 +310,35 @@ class TaskClient:
         done = Semaphore(0)
         for future in futures:
             future.add_done_callback(lambda _: done.release())
-        left, deadline = len(futures) if count is None else count, time.monotonic() + NO_WORKERS_SECONDS
-        pauses, looked = Pauses(self.dask, NO_WORKERS_SECONDS), time.monotonic()
+        left, looked = len(futures) if count is None else count, time.monotonic()
         while left > 0:
             if done.acquire(timeout=POLL_SECONDS):
                 left -= 1
             if time.monotonic() - looked >= POLL_SECONDS:
-                looked, live = time.monotonic(), self.live()
-                if live:
-                    deadline = time.monotonic() + NO_WORKERS_SECONDS
-                self._check_alive(deadline)
-                self.guard.look(live)
-                pauses.check(PAUSES_SECONDS)
-                if undone is not None and (gone := self.guard.gone(live)) and self._does(undone):
-                    raise SegmentLost(gone, full=self.guard.is_full, gone=True, left=bool(live))
+                looked = time.monotonic()
+                look()
             meanwhile()
+
+    def _look_at_workers(self, undone: Callable[[str], bool] | None = None) -> Callable[[], Collection[str]]:
+        """Return a function to call now and then while something is waited for: it returns the workers given up so far.
+
+        It raises what `gather` raises while it waits.
+        """
+        deadline, pauses = time.monotonic() + NO_WORKERS_SECONDS, Pauses(self.dask, NO_WORKERS_SECONDS)
+
+        def look() -> Collection[str]:
+            nonlocal deadline
+            live = self.live()
+            if live:
+                deadline = time.monotonic() + NO_WORKERS_SECONDS
+            self._check_alive(deadline)
+            self.guard.look(live)
+            pauses.check(PAUSES_SECONDS)
+            if undone is not None and (gone := self.guard.gone(live)) and self._does(undone):
+                raise SegmentLost(gone, full=self.guard.is_full, gone=True, left=bool(live))
+            return self.guard.evicted
+
+        return look
 
     def _does(self, wanted: Callable[[str], bool]) -> bool:
         """Whether a worker has a task of this attempt whose key is wanted."""
@@ -363,7 +360,7 @@ class TaskClient:
         again = 0
         while True:
             try:
-                self.dask.register_plugin(plugin)
+                self.on_all(lambda: self.dask.register_plugin(plugin))
                 return
             except GONE as error:
                 again += 1
@@ -381,7 +378,8 @@ class TaskClient:
             with suppress(*GONE, ValueError, KeyError):
                 self.cancel()
                 self.dask.unsubscribe_topic(plugin)
-                self.dask.unregister_worker_plugin(plugin)
+                removed = call_in_loop(self.dask, lambda: self.dask.unregister_worker_plugin(plugin))
+                removed.result(timeout=CLOSE_SECONDS)  # the scheduler goes on without a worker that is frozen
 
     def cancel(self) -> None:
         """Give up the tasks that somebody still refers to: the run is over, and nobody waits for them.
@@ -453,10 +451,6 @@ class TaskClient:
         gone = self.guard.gone(live)
         killed = str(error.task) if isinstance(error, KilledWorker) else ""
         return SegmentLost(gone or one_line(error), killed, full=self.guard.is_full, gone=bool(gone), left=bool(live))
-
-
-async def _awaited(call: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    return await call()
 
 
 def _where(at: At) -> dict[str, Any]:

@@ -250,7 +250,7 @@ class ClusterExecutor:
 
     def is_reached(self, writer: Writer) -> bool:
         """Return True if all workers reach what the driver writes to."""
-        return all(self._client.dask.run(_reaches, writer).values())
+        return all(self._client.on_all(lambda: self._client.dask.run(_reaches, writer)).values())
 
     def run(
         self,

@@ -6,15 +6,17 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from dask.utils import format_bytes
 from distributed import Client, Future
 
 from dtrain.errors import ClusterUnreachable, OutOfMemory, listed
+from dtrain.runtime.frozen import FrozenWorkers, answer, known_workers, warn_of_frozen
+from dtrain.runtime.runner import SegmentLost
 
 REQUESTED_TIMEOUT = 600.0
 """Seconds to wait for it while the cluster says that it is starting workers."""
@@ -45,10 +47,6 @@ class WorkerState:
 
 def worker_states(client: Client) -> tuple[WorkerState, ...]:
     """Return the workers that the scheduler knows now."""
-    try:
-        info: Mapping[str, Any] = client.scheduler_info(n_workers=-1)
-    except TypeError:  # an older Dask always gives all of them
-        info = client.scheduler_info()
     return tuple(
         WorkerState(
             address=address,
@@ -56,7 +54,7 @@ def worker_states(client: Client) -> tuple[WorkerState, ...]:
             memory=int(worker.get("metrics", {}).get("memory", 0)),
             limit=int(worker.get("memory_limit") or 0),
         )
-        for address, worker in sorted(info["workers"].items())
+        for address, worker in sorted(known_workers(client).items())
     )
 
 
@@ -96,6 +94,7 @@ def ask_workers(client: Client, function: Callable[[], Value], timeout: float = 
     """Call a function in every worker, and return the answers by address: at least one.
 
     Workers may leave meanwhile, as those of an adaptive cluster do while nothing is to do: then others are waited for.
+    Frozen ones are given up.
 
     Raises
     ------
@@ -104,10 +103,20 @@ def ask_workers(client: Client, function: Callable[[], Value], timeout: float = 
     OutOfMemory
         All workers are paused.
     """
-    started = time.monotonic()
+    started, frozen, given_up = time.monotonic(), FrozenWorkers(client), dict[str, float]()
+
+    def look() -> Collection[str]:
+        for worker, seconds in frozen.give_up().items():
+            warn_of_frozen(worker, seconds)
+            given_up[worker] = seconds
+        return given_up
+
     while True:
         first_workers(client, timeout)
-        answers = client.run(function, on_error="return")
+        try:
+            answers = answer(client, lambda: client.run(function, on_error="return"), look, before=[*given_up])
+        except SegmentLost:  # others are asked
+            continue
         found = {address: answer for address, answer in answers.items() if not isinstance(answer, OSError)}
         if faults := [answer for answer in found.values() if isinstance(answer, Exception)]:
             raise faults[0]

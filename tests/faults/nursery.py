@@ -94,9 +94,9 @@ def main() -> None:
     os.environ["DASK_LOGGING"] = repr(DASK_LOGGING)  # as the command sets it before Dask is imported
     for module in ("torch", "dtrain.trainer", "dtrain.runtime.remote", "distributed.nanny", *MODULES.values()):
         importlib.import_module(module)
-    from dtrain.runtime import guard
+    from dtrain.runtime import frozen
 
-    guard.Heartbeats.__init__.__defaults__ = (FROZEN_SECONDS, time.monotonic)
+    frozen.Heartbeats.__init__.__defaults__ = (FROZEN_SECONDS, time.monotonic)
     answer = os.fdopen(os.dup(1), "w")
     print(json.dumps({"ready": True}), file=answer, flush=True)
     codes: dict[int, int | None] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import time
@@ -16,9 +17,9 @@ from distributed import Client
 import dtrain
 from dtrain.data.samples import Samples
 from dtrain.errors import OutOfMemory, UserCodeFailed
-from dtrain.events import Event, WorkerEvicted
+from dtrain.events import Event, RoundFinished, WorkerEvicted
 from dtrain.runtime import client as clients
-from dtrain.runtime import guard
+from dtrain.runtime import frozen as frozen_module
 from tests.clusters import new_cluster
 from tests.faults import models
 from tests.runtime import models as calm_models
@@ -109,7 +110,7 @@ def test_a_model_that_fills_the_memory_is_named_with_it(samples: Samples, tmp_pa
 def test_a_model_that_freezes_its_process_is_named(
     samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard.Heartbeats.__init__, "__defaults__", (4.0, time.monotonic))
+    monkeypatch.setattr(frozen_module.Heartbeats.__init__, "__defaults__", (4.0, time.monotonic))
     monkeypatch.setattr(clients, "WATCHED_FROM", 1)
     with (
         new_cluster(3) as cluster,
@@ -122,7 +123,7 @@ def test_a_model_that_freezes_its_process_is_named(
 def test_a_frozen_worker_is_given_up_and_its_tasks_run_elsewhere(
     samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard.Heartbeats.__init__, "__defaults__", (4.0, time.monotonic))
+    monkeypatch.setattr(frozen_module.Heartbeats.__init__, "__defaults__", (4.0, time.monotonic))
     calm = start(samples, tmp_path / "calm", "serial", calm_models.slow, model_args={"seconds": 0.0})
     with new_cluster(2) as cluster, Client(cluster) as client:
         pids = client.run(os.getpid)
@@ -148,6 +149,33 @@ def test_a_frozen_worker_is_given_up_and_its_tasks_run_elsewhere(
     assert [event["worker"] for event in logged if event["event"] == "WorkerEvicted"] == [frozen]
 
 
+def test_workers_that_are_frozen_before_a_run_and_at_its_end(
+    samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Dask's own calls of all workers wait for a frozen one for five minutes."""
+    monkeypatch.setattr(frozen_module.Heartbeats.__init__, "__defaults__", (4.0, time.monotonic))
+    calm = start(samples, tmp_path / "calm", "serial", calm_models.slow, model_args={"seconds": 0.0})
+    with new_cluster(3) as cluster, Client(cluster) as client:
+        pids = dict(sorted(client.run(os.getpid).items()))
+        (frozen, first), (_, last), _ = pids.items()
+        caplog.handler.setLevel(logging.NOTSET)  # the cluster has raised it
+
+        def report(event: Event) -> None:
+            if isinstance(event, RoundFinished) and event.result.stop is not None:
+                os.kill(last, signal.SIGSTOP)
+
+        os.kill(first, signal.SIGSTOP)
+        began = time.monotonic()
+        try:
+            run = start(samples, tmp_path, client, calm_models.slow, report, model_args={"seconds": 0.0})
+        finally:
+            for pid in (first, last):
+                os.kill(pid, signal.SIGCONT)
+        assert time.monotonic() - began < 100
+    assert [row["params_sha256"] for row in run.rows] == [row["params_sha256"] for row in calm.rows]
+    assert [text for text in caplog.messages if f"{frozen} has not answered for" in text]
+
+
 @pytest.mark.slow
 def test_hand_started_workers_that_go_and_come(
     samples: Samples, tmp_path: Path, restarted_workers: Callable[..., Any]
@@ -161,7 +189,7 @@ def test_hand_started_workers_that_go_and_come(
 
 def test_heartbeats_by_hand() -> None:
     clock = [0.0]
-    beats = guard.Heartbeats(30.0, lambda: clock[0])
+    beats = frozen_module.Heartbeats(30.0, lambda: clock[0])
     assert not beats.is_due(1)
     seen = {"a": 1.0, "b": 1.0}
     for second in range(1, 31):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import statistics
 import time
@@ -20,10 +21,11 @@ import dtrain
 from dtrain.algorithm.average import Update
 from dtrain.config.average import AverageConfig
 from dtrain.data.samples import Samples
-from dtrain.errors import DiskFull, DtrainError, OutOfMemory, UserCodeFailed
+from dtrain.errors import ClusterLost, DiskFull, DtrainError, OutOfMemory, UserCodeFailed
 from dtrain.runtime import client as client_module
 from dtrain.runtime import serial
 from dtrain.runtime.client import TaskClient
+from dtrain.runtime.runner import SegmentLost
 from dtrain.types import Broadcast, InnerState, Layout, LocalTask, Parameters, ReplicaState, StateFile
 from tests.runtime import models
 
@@ -229,6 +231,31 @@ def test_tasks_at_workers_are_found_and_a_scheduler_that_ends_has_none(
 
     monkeypatch.setattr(client, "processing", ending)
     assert not tasks._does(lambda key: True)
+    gate.set()
+    assert held.result()
+
+
+def test_values_that_are_lost_when_they_are_fetched_are_watched_too(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dask computes them again while it gathers them, however long that takes."""
+
+    async def never(*given: Any, **options: Any) -> None:
+        await asyncio.Event().wait()
+
+    tasks, gate = TaskClient(client, "x"), Event("gate-values", client)
+    tasks.begin()
+    done, held = tasks.submit(int, "done"), tasks.submit(Event.wait, "train-r00001-k0", gate)
+    monkeypatch.setattr(client, "gather", never)
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks.guard, "gone", lambda live: "worker x ended")
+        with pytest.raises(SegmentLost, match="worker x ended"):
+            tasks.gather([done], lambda: None, lambda key: "r00001" in key)
+    with monkeypatch.context() as patch:
+        patch.setattr(client_module, "NO_WORKERS_SECONDS", 1.0)
+        patch.setattr(client, "nthreads", dict)
+        with pytest.raises(ClusterLost, match="no worker"):
+            tasks.gather([done], lambda: None)
     gate.set()
     assert held.result()
 

@@ -33,6 +33,8 @@ class Client:
 @pytest.fixture
 def there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "first_workers", lambda client, timeout: ())
+    monkeypatch.setattr(workers, "FrozenWorkers", lambda client: None)
+    monkeypatch.setattr(workers, "answer", lambda client, call, look, before: call())
 
 
 @pytest.mark.usefixtures("there")
