@@ -144,6 +144,7 @@ def _replayed(
         reached = done[-1].state
         assert reached is not None, "a segment ends with a state"
         state = reached if keeping is None else keeping.committed(reached)
+        begun = Counter({number: times for number, times in begun.items() if number > state.round})
         if not isinstance(wanted, str):
             every = min(4 * every, wanted)
         elif runner.has_lost_workers:
