@@ -185,6 +185,16 @@ def _fails() -> float:
     raise ModuleNotFoundError("No module named 'torch'")
 
 
+def test_workers_that_do_not_answer_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {"tcp://a:1": {"last_seen": 100.0}, "tcp://b:1": {"last_seen": 39.0}, "tcp://c:1": {"last_seen": 99.0}}
+    monkeypatch.setattr(there, "known_workers", lambda client: seen)
+    client: Any = None
+    check = there.unanswered(client, TimeOver("no answer within 60 s"))
+    assert (check.status, check.code) == ("error", 6)
+    assert check.text == "no answer within 60 s; tcp://b:1 has sent nothing for 61 s"
+    assert "frozen or overloaded" in check.cure
+
+
 def test_a_port_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     import socket
 

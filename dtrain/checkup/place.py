@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,13 @@ from dtrain.config.schema import ClusterConfig
 from dtrain.errors import DtrainError, listed
 from dtrain.runtime import machine
 from dtrain.runtime.connect import is_loopback, open_client
+from dtrain.runtime.frozen import known_workers
 from dtrain.runtime.workers import first_workers
 
 CLUSTER_SECONDS, WORKER_SECONDS = 60.0, 30.0
 """Time limits: to start or reach a cluster, and of a question to all workers."""
+SILENT_SECONDS = 10.0
+"""A worker that the scheduler has not heard of for so long, while it heard of others, is named."""
 LOCAL_WORKERS = 2
 """Of the cluster that is started to see that one starts."""
 SAME_VERSIONS = "Install the same versions on client, scheduler and workers (constraints.txt); the bits depend on them."
@@ -86,6 +89,9 @@ def _check_processes(client: Client) -> Iterator[Check]:
     try:
         scheduler = limited(lambda: client.run_on_scheduler(machine.machine_facts, torch=False), WORKER_SECONDS)
         workers = limited(lambda: client.run(machine.machine_facts), 2 * WORKER_SECONDS)
+    except TimeOver as error:
+        yield unanswered(client, error)
+        return
     except Exception as error:  # of a scheduler or worker that cannot run it
         yield failed("workers", error, CLUSTER_FAILED, SAME_VERSIONS)
         return
@@ -102,6 +108,27 @@ def _check_processes(client: Client) -> Iterator[Check]:
         )
     yield _check_kinds(workers)
     yield _check_steps(client, list(workers))
+
+
+def unanswered(client: Client, error: TimeOver) -> Check:
+    """Name the workers that the scheduler has not heard of for long, where it answers."""
+    seen: dict[str, float] = {}
+    with suppress(TimeOver, OSError, RuntimeError):
+        workers = limited(lambda: known_workers(client), WORKER_SECONDS)
+        seen = {address: float(known["last_seen"]) for address, known in workers.items()}
+    newest = max(seen.values(), default=0.0)
+    silent = [
+        f"{address} has sent nothing for {newest - at:.0f} s"
+        for address, at in sorted(seen.items())
+        if newest - at > SILENT_SECONDS
+    ]
+    return Check(
+        name="workers",
+        status="error",
+        text=f"{error}; {listed(silent, most=4)}" if silent else str(error),
+        cure="A worker is frozen or overloaded: look at its log, or end its process. A run gives it up after 30 s.",
+        code=CLUSTER_FAILED,
+    )
 
 
 def compared(
