@@ -192,7 +192,10 @@ def test_workers_that_do_not_answer_are_named(monkeypatch: pytest.MonkeyPatch) -
     check = there.unanswered(client, TimeOver("no answer within 60 s"))
     assert (check.status, check.code) == ("error", 6)
     assert check.text == "no answer within 60 s; tcp://b:1 has sent nothing for 61 s"
-    assert "frozen or overloaded" in check.cure
+    assert "A worker is frozen or overloaded" in check.cure
+    monkeypatch.setattr(there, "known_workers", lambda client: {})
+    check = there.unanswered(client, TimeOver("no answer within 30 s"))
+    assert (check.name, check.status, check.text) == ("scheduler", "error", "no answer within 30 s")
 
 
 def test_a_port_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

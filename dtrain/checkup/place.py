@@ -111,12 +111,16 @@ def _check_processes(client: Client) -> Iterator[Check]:
 
 
 def unanswered(client: Client, error: TimeOver) -> Check:
-    """Name the workers that the scheduler has not heard of for long, where it answers."""
+    """Name the workers that the scheduler has not heard of for long, or the scheduler itself."""
     seen: dict[str, float] = {}
     with suppress(TimeOver, OSError, RuntimeError):
         workers = limited(lambda: known_workers(client), WORKER_SECONDS)
         seen = {address: float(known["last_seen"]) for address, known in workers.items()}
-    newest = max(seen.values(), default=0.0)
+    if not seen:
+        return failed(
+            "scheduler", error, CLUSTER_FAILED, "It is frozen or overloaded: look at its log, or start another."
+        )
+    newest = max(seen.values())
     silent = [
         f"{address} has sent nothing for {newest - at:.0f} s"
         for address, at in sorted(seen.items())
