@@ -170,9 +170,10 @@ def _segment(
     """Yield the rounds from `state` to `end`; round r + 1 is submitted against the handles of round r.
 
     The segment ends earlier with a round for which `ends_with` is true. `begun` counts how often each round was
-    submitted.
+    begun.
     """
     sizes = [pass_size(size, config.train) for size in runner.spec.plan.sizes]
+    begun[state.round + 1] += 1  # its start may be lost, too
     held, position = runner.place(state, replays), state.position
     pending: deque[tuple[Position, Held]] = deque()
     done: list[RoundResult] = []
@@ -181,9 +182,10 @@ def _segment(
     while not done or done[-1].state is None:
         while position.round < end and len(pending) <= ahead and not (pending and ends_with(pending[0][0].round)):
             plan = plan_round(position, sizes, config.train, runner.spec.eval_every)
+            if plan.round > state.round + 1:
+                begun[plan.round] += 1
             held, position = runner.submit(held, plan), position_after(plan, sizes)
             pending.append((position, held))
-            begun[position.round] += 1
         reached, handles = pending.popleft()
         would_be_committed = bool(done) and done[-1].round >= first_commit
         outcome = runner.collect(handles, done[-1].round if would_be_committed else None)

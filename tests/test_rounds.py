@@ -64,6 +64,8 @@ class Script:
     workers_lost: bool = False
     lose_evaluations: int = 0
     """Evaluations outside of the cadence that are lost."""
+    lose_early: tuple[str, ...] = ()
+    """Steps, such as "submit 3" or "place 2", that lose their segment at once, each once."""
     repeat: tuple[int, ...] = ()
     """Rounds during which workers do an earlier round again, each once."""
 
@@ -71,6 +73,7 @@ class Script:
         self.log: list[str] = []
         self.again: list[int] = []
         self.left = list(self.lose)
+        self.early = list(self.lose_early)
         self.repeating = list(self.repeat)
         self.finished: dict[int, int | None] = {}
         self.evaluates: dict[int, bool] = {}
@@ -78,8 +81,14 @@ class Script:
 
     def place(self, state: TrainState, again: int = 0) -> int:
         self.again.append(again)
-        self.log.append(f"place {state.round}")
+        self._do(f"place {state.round}")
         return state.round
+
+    def _do(self, step: str) -> None:
+        self.log.append(step)
+        if step in self.early:
+            self.early.remove(step)
+            raise SegmentLost("worker gone")
 
     @property
     def has_lost_workers(self) -> bool:
@@ -88,7 +97,7 @@ class Script:
     def submit(self, held: int, plan: RoundPlan) -> int:
         assert plan.round == held + 1
         self.evaluates[plan.round] = plan.evaluates
-        self.log.append(f"submit {plan.round}")
+        self._do(f"submit {plan.round}")
         return plan.round
 
     def collect(self, held: int, finished: int | None = None) -> Outcome:
@@ -246,6 +255,16 @@ def test_a_lost_segment_is_replayed_and_its_rounds_are_yielded_once() -> None:
     assert runner.log.count("submit 1") == 2
     assert runner.log.count("submit 4") == 3
     assert runner.log.count("submit 5") == 1
+
+
+@pytest.mark.parametrize(
+    ("step", "retried"),
+    [("place 0", [1, 0, 0]), ("place 2", [0, 0, 1]), ("submit 1", [1, 0, 0]), ("submit 3", [0, 0, 1])],
+)
+def test_a_round_that_is_lost_before_it_is_trained_was_begun_again(step: str, retried: list[int]) -> None:
+    results, events = go(Script(lose_early=(step,)), config(train={"rounds": 3}, run={"commit_every": 2}), look_ahead=0)
+    assert [result.retried for result in results] == retried
+    assert len(events) == 1
 
 
 @pytest.mark.parametrize(
