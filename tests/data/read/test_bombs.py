@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import lzma
 import os
-import tracemalloc
 import warnings
 import zipfile
 
@@ -30,6 +29,7 @@ from dtrain.data.read.zarr import ZarrReader
 from dtrain.errors import ChunkMissing, ChunkUndecodable, NonFiniteData, OutOfMemory
 from tests.data.helpers import open_all, vector
 from tests.data.read.helpers import KINDS, numbers
+from tests.tracing import traced
 
 BOMB = 1 << 22
 """Values in a chunk: 16 MB."""
@@ -100,13 +100,10 @@ def bomb_of(tmp_path_factory):
 
 def peak_of(function):
     """Return the bytes that were allocated meanwhile, at most, and what was raised."""
-    tracemalloc.start()
-    try:
+    with traced() as peak:
         with pytest.raises(Undecodable) as caught:
             function()
-        return tracemalloc.get_traced_memory()[1], caught.value
-    finally:
-        tracemalloc.stop()
+        return peak(), caught.value
 
 
 WHOLE = next(chunks_of((3, 2), ((0, 3, 1), (0, 2, 1))))
@@ -239,12 +236,10 @@ def test_a_frame_that_lies_is_refused_by_every_reader(write_store, tmp_path, nam
     (path / "v0" / "c" / "1" / "0").write_bytes(frame)
     for reader in ("numcodecs", "zarrs", "zarr"):
         for rows in ((0, 9), (4, 5)):
-            tracemalloc.start()
-            with pytest.raises(ChunkUndecodable, match=r"chunk v0/c/1/0 of v0 cannot be decoded: .{4}") as caught:
-                UnitReader(open_all(path, ["v0"]), reader).read(Box(*rows))
-            peak = tracemalloc.get_traced_memory()[1]
-            tracemalloc.stop()
-            assert peak < NEAR
+            with traced() as peak:
+                with pytest.raises(ChunkUndecodable, match=r"chunk v0/c/1/0 of v0 cannot be decoded: .{4}") as caught:
+                    UnitReader(open_all(path, ["v0"]), reader).read(Box(*rows))
+                assert peak() < NEAR
             assert caught.value.code == 5
 
 
@@ -292,12 +287,10 @@ def test_a_bomb_in_a_store_is_named_by_every_reader(write_store, tmp_path, bomb_
     (path / key).write_bytes(bomb)
     samples = open_all(path, ["v0"])
     for rows in ((0, 9), (4, 5)):
-        tracemalloc.start()
-        with pytest.raises(ChunkUndecodable, match=rf"chunk {key} of v0 cannot be decoded: it (holds|has) ") as caught:
-            UnitReader(samples, reader).read(Box(*rows))
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < NEAR
+        with traced() as peak:
+            with pytest.raises(ChunkUndecodable, match=rf"{key} of v0 cannot be decoded: it (holds|has) ") as caught:
+                UnitReader(samples, reader).read(Box(*rows))
+            assert peak() < NEAR
         assert caught.value.code == 5
 
 
@@ -322,11 +315,10 @@ def test_a_member_of_an_archive_that_claims_far_too_much_is_not_read(write_store
                 name = str(file.relative_to(path))
                 content = file.read_bytes() if name != "v0/c/1/0" else bytes(1 << 24)
                 archive.writestr(name, content)
-    tracemalloc.start()
-    with pytest.raises(ChunkUndecodable, match=r"chunk v0/c/1/0 of v0 cannot be decoded: it has 16,777,216 bytes; at"):
-        UnitReader(open_all(packed, ["v0"]), reader).read(Box(0, 9))
-    assert tracemalloc.get_traced_memory()[1] < NEAR
-    tracemalloc.stop()
+    with traced() as peak:
+        with pytest.raises(ChunkUndecodable, match=r"v0/c/1/0 of v0 cannot be decoded: it has 16,777,216 bytes; at"):
+            UnitReader(open_all(packed, ["v0"]), reader).read(Box(0, 9))
+        assert peak() < NEAR
 
 
 def test_the_most_bytes_of_a_stored_object(create):
