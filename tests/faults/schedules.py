@@ -83,6 +83,6 @@ def drawn(seed: int) -> Schedule:
         seed=seed,
         workers=int(rng.integers(1, 4)),
         way=WAYS[int(rng.integers(len(WAYS)))],
-        commit_every=[1, 2, 3, "auto"][int(rng.integers(4))],
+        commit_every=[1, 2, 3, 50, "auto"][int(rng.integers(5))],
         faults=faults,
     )
