@@ -63,7 +63,6 @@ class ClusterRunner:
     look_ahead: int | None = None
 
     def __init__(self, connection: Connection, spec: RunSpec) -> None:
-        self.num_workers = connection.num_workers
         self._dashboard = connection.dashboard
         self._messages = Messages(connection.client, spec.run_id)
         self.spec = spec
@@ -79,6 +78,7 @@ class ClusterRunner:
         self._progress: SimpleQueue[StepsTaken] = SimpleQueue()
         self._plugin = remote.RunPlugin(spec)
         self._client.register(self._plugin)
+        self.num_workers = len(self._client.workers())  # without those that did not answer
         connection.client.subscribe_topic(
             self._plugin.name, lambda event: self._progress.put(StepsTaken(**event[1]["steps"]))
         )

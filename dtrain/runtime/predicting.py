@@ -228,11 +228,12 @@ class ClusterExecutor:
     """
 
     def __init__(self, connection: Connection, run_id: str) -> None:
-        self.num_workers, self.dashboard = connection.num_workers, connection.dashboard
+        self.dashboard = connection.dashboard
         self._client = TaskClient(connection.client, run_id, places_topic(run_id), started=connection.started)
         self._plugin = PredictionPlugin(run_id)
         self._progress: SimpleQueue[tuple[int, int]] = SimpleQueue()
         self._client.register(self._plugin)
+        self.num_workers = len(self._client.workers())  # without those that did not answer
         connection.client.subscribe_topic(
             self._plugin.name,
             lambda event: self._progress.put((event[1]["predicted"]["span"], event[1]["predicted"]["samples"])),

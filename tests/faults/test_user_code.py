@@ -18,7 +18,7 @@ from distributed import Client
 import dtrain
 from dtrain.data.samples import Samples
 from dtrain.errors import OutOfMemory, UserCodeFailed
-from dtrain.events import Event, RoundFinished, WorkerEvicted
+from dtrain.events import Event, RoundFinished, RunStarted, WorkerEvicted
 from dtrain.runtime import client as clients
 from dtrain.runtime import frozen as frozen_module
 from tests.clusters import new_cluster
@@ -160,8 +160,11 @@ def test_workers_that_are_frozen_before_a_run_and_at_its_end(
         pids = dict(sorted(client.run(os.getpid).items()))
         (frozen, first), (_, last), _ = pids.items()
         caplog.handler.setLevel(logging.NOTSET)  # the cluster has raised it
+        started: list[tuple[int, int]] = []
 
         def report(event: Event) -> None:
+            if isinstance(event, RunStarted):
+                started.append((event.workers, len(client.nthreads())))
             if isinstance(event, RoundFinished) and event.result.stop is not None:
                 with suppress(ProcessLookupError):  # on a busy machine its nanny may have started another
                     os.kill(last, signal.SIGSTOP)
@@ -177,6 +180,8 @@ def test_workers_that_are_frozen_before_a_run_and_at_its_end(
         assert time.monotonic() - began < 100
     assert [row["params_sha256"] for row in run.rows] == [row["params_sha256"] for row in calm.rows]
     assert [text for text in caplog.messages if f"{frozen} has not answered for" in text]
+    [(told, alive)] = started
+    assert told == alive
 
 
 @pytest.mark.slow
