@@ -88,7 +88,7 @@ def _check_processes(client: Client) -> Iterator[Check]:
     here = facts_here()
     try:
         scheduler = limited(lambda: client.run_on_scheduler(machine.machine_facts, torch=False), WORKER_SECONDS)
-        workers = limited(lambda: client.run(machine.machine_facts), 2 * WORKER_SECONDS)
+        workers = limited(lambda: client.run(machine.machine_facts_in_thread), 2 * WORKER_SECONDS)
     except TimeOver as error:
         yield unanswered(client, error)
         return

@@ -394,14 +394,17 @@ class TaskClient:
     # Workers ------------------------------------------------------------------------------------------------
 
     def workers(self) -> list[str]:
-        """Return the addresses of the live workers, as of a second ago; ask for the first, and wait a while for it."""
+        """Return the addresses of the workers, as of a second ago; ask for the first, and wait a while for it.
+
+        Those that join, and are not prepared for the run yet, are left out.
+        """
         deadline = time.monotonic() + NO_WORKERS_SECONDS
         with request_of_worker(self.dask) as ask:
             while True:
                 self._check_alive(deadline)
                 if self._known and time.monotonic() - self._known_at < WORKERS_SECONDS:
                     return self._known
-                if addresses := self.live():
+                if addresses := sorted({*self.live()} - self._starting()):
                     self._known, self._known_at = addresses, time.monotonic()
                     self.guard.saw(addresses)
                     return addresses
@@ -417,6 +420,18 @@ class TaskClient:
             return sorted(self.dask.nthreads())
         except (*GONE, AttributeError, RuntimeError):  # a client without a scheduler has no attribute of it
             return []
+
+    def _starting(self) -> set[str]:
+        """Return the addresses of the workers that do not take tasks yet."""
+        try:  # a lambda is sent as bytes: the scheduler imports nothing for it
+            found: list[str] = self.dask.run_on_scheduler(
+                lambda dask_scheduler: [
+                    address for address, worker in dask_scheduler.workers.items() if worker.status.name == "init"
+                ]
+            )
+        except (*GONE, AttributeError, RuntimeError):  # as above
+            return set()
+        return set(found)
 
     @property
     def has_lost_workers(self) -> bool:

@@ -38,9 +38,9 @@ from dtrain.runtime.connect import Connection
 from dtrain.runtime.dashboard import Messages, open_page
 from dtrain.runtime.handles import ClusterRound, gathered, handles_of, scattered
 from dtrain.runtime.placement import place_replicas
+from dtrain.runtime.plugins import RESOURCE, RunPlugin
 from dtrain.runtime.reducing import PRIORITY_REDUCE, Reduction, Sliced, reducer_slices
-from dtrain.runtime.remote import RESOURCE
-from dtrain.runtime.resident import Resident
+from dtrain.runtime.resident import Resident, install
 from dtrain.runtime.runner import Outcome, SegmentLost
 from dtrain.runtime.spec import RunSpec
 from dtrain.runtime.storing import NotSeen, look_at, restored, stored
@@ -76,7 +76,7 @@ class ClusterRunner:
         self._places: dict[int, str] = {}
         self._is_shared: bool | None = None  # whether workers see the run's directory; None: they have not tried
         self._progress: SimpleQueue[StepsTaken] = SimpleQueue()
-        self._plugin = remote.RunPlugin(spec)
+        self._plugin = RunPlugin(remote.topic(spec.run_id), partial(install, spec), partial(remote.forget, spec.run_id))
         self._client.register(self._plugin)
         self.num_workers = len(self._client.workers())  # without those that did not answer
         connection.client.subscribe_topic(

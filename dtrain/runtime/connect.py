@@ -23,6 +23,7 @@ from distributed import Client, LocalCluster, Security
 from distributed.client import ClosedClientError
 from distributed.comm import connect
 from distributed.comm.core import CommClosedError
+from distributed.protocol.pickle import dumps
 from distributed.system import MEMORY_LIMIT
 
 from dtrain.config.schema import ClusterConfig
@@ -38,6 +39,7 @@ from dtrain.errors import (
 )
 from dtrain.runtime import forkserver, versions
 from dtrain.runtime.dashboard import dashboard_link
+from dtrain.runtime.plugins import call_in_thread, import_error
 from dtrain.runtime.tls import security_for, tls_fault, try_tls
 from dtrain.runtime.where import check_local_start, no_such_place, scheduler_text, with_protocol
 from dtrain.runtime.workers import ask_workers, check_base_memory, first_workers, most_workers
@@ -313,6 +315,7 @@ def _connection(client: Client, *, started: bool) -> Connection:
         else:
             check_scheduler(address, client.run_on_scheduler(versions.versions))
             check_versions(ask_workers(client, versions.versions))
+            _check_imports(client)
     except (OSError, TimeoutError, RuntimeError, AttributeError, asyncio.CancelledError) as error:
         if isinstance(error, DtrainError):
             raise
@@ -356,6 +359,19 @@ def check_versions(by_worker: dict[str, dict[str, str]]) -> None:
         for package, version in here.items():
             if there.get(package, "") != version:
                 raise _other_version(f"Worker {address}", package, there.get(package, ""), version)
+
+
+def _check_imports(client: Client) -> None:
+    """Import PyTorch on scheduler and workers: later it would be imported where they answer heartbeats."""
+    imports = dumps(import_error)
+    scheduler = f"The scheduler {client.scheduler.address}"
+    failed = {scheduler: client.run_on_scheduler(call_in_thread, imports)}
+    failed |= {f"Worker {at}": text for at, text in sorted(ask_workers(client, call_in_thread, imports).items())}
+    for process, text in failed.items():
+        if text:
+            raise ClusterUnsuitable(
+                f"{process} cannot import dtrain or PyTorch: {text}", "Repair its environment, and start it again."
+            )
 
 
 def _other_version(process: str, package: str, has: str, needed: str) -> ClusterUnsuitable:

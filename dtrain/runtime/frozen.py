@@ -18,6 +18,8 @@ from dtrain.runtime.runner import SegmentLost
 
 FROZEN_SECONDS = 30.0
 """A worker without a heartbeat for so long is given up."""
+ALL_FROZEN_SECONDS = 120.0
+"""If all workers are silent, nobody could take their tasks over: the scheduler may be busy, or all import something."""
 LOOK_SECONDS = 1.0
 """How often heartbeats are looked at, and `WORKERS_A_SECOND` longer on large clusters."""
 WORKERS_A_SECOND = 200
@@ -93,7 +95,10 @@ class FrozenWorkers:
         with suppress(OSError, TimeoutError, RuntimeError, AttributeError):  # the scheduler is gone or busy
             workers = known_workers(self._client)
             self._workers = len(workers)
-            for worker, seconds in self._beats.silent({at: own["last_seen"] for at, own in workers.items()}).items():
+            silent = self._beats.silent({at: own["last_seen"] for at, own in workers.items()})
+            if len(silent) == len(workers) and not self._end:
+                silent = {worker: seconds for worker, seconds in silent.items() if seconds > ALL_FROZEN_SECONDS}
+            for worker, seconds in silent.items():
                 self._client.sync(self._unregister, worker, str(workers[worker].get("nanny") or ""))
                 given_up[worker] = seconds
         return given_up

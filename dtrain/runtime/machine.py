@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import os
 import platform
@@ -45,6 +46,11 @@ def machine_facts(*, torch: bool = True) -> dict[str, Any]:
         "free": free,
         **(_of_torch() if torch else {}),
     }
+
+
+async def machine_facts_in_thread() -> dict[str, Any]:
+    """Return the same from a worker, which goes on to answer while torch is imported."""
+    return await asyncio.to_thread(machine_facts)
 
 
 def _of_torch() -> dict[str, Any]:

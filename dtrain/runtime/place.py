@@ -10,12 +10,14 @@ from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import torch
 from distributed import Client
+from distributed.protocol.pickle import dumps
 from distributed.system import MEMORY_LIMIT
 
 from dtrain.config.schema import ClusterConfig
 from dtrain.errors import ClusterUnsuitable
 from dtrain.runtime.cluster import ClusterRunner
 from dtrain.runtime.connect import Connection, check_cluster, open_cluster
+from dtrain.runtime.plugins import call_in_thread
 from dtrain.runtime.runner import Runner
 from dtrain.runtime.serial import SerialRunner
 from dtrain.runtime.spec import RunSpec, Source
@@ -115,7 +117,8 @@ class ClusterPlace:
     @property
     def device(self) -> Device:
         """``cuda`` if every worker has it, else ``cpu``."""
-        return "cuda" if all(ask_workers(self.connection.client, torch.cuda.is_available).values()) else "cpu"
+        answers = ask_workers(self.connection.client, call_in_thread, dumps(torch.cuda.is_available))
+        return "cuda" if all(answers.values()) else "cpu"
 
     @contextmanager
     def runner(self, spec: RunSpec) -> Iterator[Runner[Any]]:

@@ -15,6 +15,7 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from distributed import Future, get_worker
+from distributed.protocol.pickle import dumps
 
 from dtrain.algorithm.outputs import OutputFacts
 from dtrain.config.functions import Function
@@ -25,8 +26,9 @@ from dtrain.data.write.sink import Writer
 from dtrain.errors import ClusterLost
 from dtrain.runtime.client import TaskClient
 from dtrain.runtime.connect import Connection
+from dtrain.runtime.plugins import RESOURCE, RunPlugin, call_in_thread
 from dtrain.runtime.predictor import PredictionSpec, Predictor, Values, Work, forget, predict_units, predictor_of
-from dtrain.runtime.remote import RESOURCE, SlotPlugin, places_topic, topic
+from dtrain.runtime.remote import places_topic, topic
 from dtrain.runtime.resident import RunOver
 from dtrain.runtime.runner import SegmentLost, given_up
 from dtrain.runtime.watched import watching
@@ -170,13 +172,14 @@ _OVER: deque[str] = deque(maxlen=1000)
 """Executions that have ended in this process."""
 
 
-class PredictionPlugin(SlotPlugin):
-    """Gives each worker the resource `dtrain`, and frees its predictor at the end."""
+def _import() -> None:
+    """Do nothing: this module and PyTorch are imported for it."""
 
-    async def teardown(self, worker: Any) -> None:
-        """Forget the execution: a task that still runs ends with its unit."""
-        _OVER.append(self.run_id)
-        forget(self.run_id)
+
+def _forget(run_id: str) -> None:
+    """Forget an execution, and free its predictor: a task that still runs ends with its unit."""
+    _OVER.append(run_id)
+    forget(run_id)
 
 
 def _predict_span(payload: Payload, span: int, numbers: Sequence[int]) -> SpanDone | None:
@@ -230,7 +233,7 @@ class ClusterExecutor:
     def __init__(self, connection: Connection, run_id: str) -> None:
         self.dashboard = connection.dashboard
         self._client = TaskClient(connection.client, run_id, places_topic(run_id), started=connection.started)
-        self._plugin = PredictionPlugin(run_id)
+        self._plugin = RunPlugin(topic(run_id), _import, partial(_forget, run_id))
         self._progress: SimpleQueue[tuple[int, int]] = SimpleQueue()
         self._client.register(self._plugin)
         self.num_workers = len(self._client.workers())  # without those that did not answer
@@ -251,7 +254,8 @@ class ClusterExecutor:
 
     def is_reached(self, writer: Writer) -> bool:
         """Return True if all workers reach what the driver writes to."""
-        return all(self._client.on_all(lambda: self._client.dask.run(_reaches, writer)).values())
+        pickled = dumps(partial(_reaches, writer))
+        return all(self._client.on_all(lambda: self._client.dask.run(call_in_thread, pickled)).values())
 
     def run(
         self,

@@ -6,7 +6,6 @@ small one is sent whole, and taken apart here, where it is used.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial, wraps
@@ -14,8 +13,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
-from distributed import WorkerPlugin, get_worker
-from distributed.core import Status
+from distributed import get_worker
 
 from dtrain.algorithm.average import AverageFacts, Combined, Mean, Update
 from dtrain.algorithm.batchnorm import Statistics, with_statistics
@@ -32,8 +30,7 @@ from dtrain.data.load.moments import Moments
 from dtrain.data.plan.splits import SplitName
 from dtrain.events import StepsTaken
 from dtrain.runtime import tasks
-from dtrain.runtime.resident import RunOver, install, is_over, remove, resident_of
-from dtrain.runtime.spec import RunSpec
+from dtrain.runtime.resident import RunOver, is_over, remove, resident_of
 from dtrain.runtime.trial import Initial, initialise
 from dtrain.runtime.watched import watching
 from dtrain.types import (
@@ -53,49 +50,13 @@ Value = TypeVar("Value")
 
 CLOSE_SECONDS = 5.0
 """How long the end of a run waits for a worker's reads under way."""
-RESOURCE = {"dtrain": 1}
-"""Asked for by every task that runs the user's code, so that one runs at a time in a process."""
 
 
-class SlotPlugin(WorkerPlugin):  # type: ignore[misc]
-    """Gives each worker, also those that join late, the resource `dtrain`.
-
-    Parameters
-    ----------
-    run_id : str
-    """
-
-    def __init__(self, run_id: str) -> None:
-        self.name = topic(run_id)
-        self.run_id = run_id
-
-    async def setup(self, worker: Any) -> None:
-        """Prepare a worker."""
-        is_new = not RESOURCE.keys() <= worker.state.total_resources.keys()
-        await worker.set_resources(**RESOURCE)
-        if is_new and worker.status == Status.running:
-            # the scheduler gives tasks that found no worker to one that begins to run, not to one that gets resources
-            worker.status = Status.paused
-            worker.status = Status.running
-
-
-class RunPlugin(SlotPlugin):
-    """Gives each worker the resident of a run too."""
-
-    def __init__(self, spec: RunSpec) -> None:
-        super().__init__(spec.run_id)
-        self.spec = spec
-
-    async def setup(self, worker: Any) -> None:
-        """Prepare a worker."""
-        install(self.spec)
-        await super().setup(worker)
-
-    async def teardown(self, worker: Any) -> None:
-        """Forget the run, and wait a while for its loaders to be closed."""
-        closing = remove(self.spec.run_id)
-        if closing is not None:
-            await asyncio.to_thread(closing.join, CLOSE_SECONDS)
+def forget(run_id: str) -> None:
+    """Forget a run in this process, and wait a while for its loaders to be closed."""
+    closing = remove(run_id)
+    if closing is not None:
+        closing.join(CLOSE_SECONDS)
 
 
 def topic(run_id: str) -> str:

@@ -29,8 +29,8 @@ from dtrain.errors import DiskFull, RunDamaged
 from dtrain.runtime import remote
 from dtrain.runtime.client import SCATTERED_AT_ONCE, TaskClient
 from dtrain.runtime.handles import ClusterRound, are_small
+from dtrain.runtime.plugins import RESOURCE
 from dtrain.runtime.reducing import Before, Sliced
-from dtrain.runtime.remote import RESOURCE
 from dtrain.statefiles import (
     CONTROLS,
     EMA,

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -25,6 +25,7 @@ FULL_AT_START = 0.85
 """A worker that uses this share of its limit before it holds data has not enough left to train."""
 SAY_SECONDS = 10.0
 """After so long it is said that no worker runs yet, and each time that it has become twice as long."""
+RUNNING, PAUSED = "running", "paused"
 LOG = logging.getLogger("dtrain")
 Value = TypeVar("Value")
 
@@ -34,7 +35,8 @@ class WorkerState:
     """What the scheduler knows of a worker."""
 
     address: str
-    running: bool
+    status: str
+    """"running", "paused", "init" (it starts, or is being prepared for a run), ..."""
     memory: int
     """Bytes of the process."""
     limit: int
@@ -50,7 +52,7 @@ def worker_states(client: Client) -> tuple[WorkerState, ...]:
     return tuple(
         WorkerState(
             address=address,
-            running=worker.get("status", "running") == "running",
+            status=str(worker.get("status", RUNNING)),
             memory=int(worker.get("metrics", {}).get("memory", 0)),
             limit=int(worker.get("memory_limit") or 0),
         )
@@ -76,7 +78,7 @@ def first_workers(client: Client, timeout: float) -> tuple[WorkerState, ...]:
     """
     started, states, next_words = time.monotonic(), worker_states(client), SAY_SECONDS
     with request_of_worker(client) as ask:
-        while not any(worker.running for worker in states):
+        while not any(worker.status == RUNNING for worker in states):
             if not states:
                 ask()
             waited = time.monotonic() - started
@@ -90,8 +92,12 @@ def first_workers(client: Client, timeout: float) -> tuple[WorkerState, ...]:
     return states
 
 
-def ask_workers(client: Client, function: Callable[[], Value], timeout: float = 60.0) -> dict[str, Value]:
+def ask_workers(
+    client: Client, function: Callable[..., Value | Awaitable[Value]], *arguments: object, timeout: float = 60.0
+) -> dict[str, Value]:
     """Call a function in every worker, and return the answers by address: at least one.
+
+    Where its module or the call takes long, `dtrain.runtime.plugins.call_in_thread` is the function.
 
     Workers may leave meanwhile, as those of an adaptive cluster do while nothing is to do: then others are waited for.
     Frozen ones are given up.
@@ -114,7 +120,9 @@ def ask_workers(client: Client, function: Callable[[], Value], timeout: float = 
     while True:
         first_workers(client, timeout)
         try:
-            answers = answer(client, lambda: client.run(function, on_error="return"), look, before=[*given_up])
+            answers = answer(
+                client, lambda: client.run(function, *arguments, on_error="return"), look, before=[*given_up]
+            )
         except SegmentLost:  # others are asked
             continue
         found = {address: answer for address, answer in answers.items() if not isinstance(answer, OSError)}
@@ -165,8 +173,13 @@ def _has_requested(client: Client) -> bool:
 
 def _no_worker(client: Client, states: tuple[WorkerState, ...], waited: float) -> Exception:
     address = client.scheduler.address
+    if paused := tuple(worker for worker in states if worker.status == PAUSED):
+        return paused_error(paused)
     if states:
-        return paused_error(states)
+        return ClusterUnreachable(
+            f"The scheduler at {address} has no worker that runs after {waited:.0f} s: {listed(states, most=3)}.",
+            "They are starting, or ending: look at their logs, and try again.",
+        )
     return ClusterUnreachable(
         f"The scheduler at {address} has no worker after {waited:.0f} s.",
         "Start one with `dask worker ADDRESS`, or grow the cluster: cluster.scale(2).",
@@ -191,7 +204,7 @@ def check_running(client: Client) -> None:
         They are.
     """
     states = worker_states(client)
-    if states and not any(worker.running for worker in states):
+    if states and all(worker.status == PAUSED for worker in states):
         raise paused_error(states)
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -193,6 +194,31 @@ def test_hand_started_workers_that_go_and_come(
     with restarted_workers(kills=6) as address:
         run = start(samples, tmp_path, address, calm_models.slow, model_args={"seconds": 0.02}, train={"rounds": 3})
     assert [row["params_sha256"] for row in run.rows] == [row["params_sha256"] for row in calm.rows]
+
+
+@pytest.mark.parametrize(
+    ("end", "silent_for", "others", "given_up"),
+    [
+        (False, 31.0, True, ["a"]),
+        (False, 31.0, False, []),  # nobody could take its tasks over
+        (False, 121.0, False, ["a"]),
+        (True, 31.0, False, ["a"]),  # its nanny starts another
+    ],
+)
+def test_the_last_worker_is_given_up_later(
+    monkeypatch: pytest.MonkeyPatch, end: bool, silent_for: float, others: bool, given_up: list[str]
+) -> None:
+    clock = [0.0]
+    seen = {"a": 0.0, **({"b": 0.0} if others else {})}
+    monkeypatch.setattr(frozen_module.Heartbeats.__init__, "__defaults__", (30.0, lambda: clock[0]))
+    monkeypatch.setattr(frozen_module, "known_workers", lambda _: {at: {"last_seen": s} for at, s in seen.items()})
+    client: Any = SimpleNamespace(sync=lambda *_: None)
+    frozen, found = frozen_module.FrozenWorkers(client, end=end), list[str]()
+    while clock[0] < silent_for + 3:
+        clock[0] += 1.5
+        seen |= {"b": clock[0]} if others else {}
+        found += frozen.give_up()
+    assert sorted(set(found)) == given_up
 
 
 def test_heartbeats_by_hand() -> None:

@@ -280,7 +280,7 @@ def test_pauses_count_from_the_last_time_that_a_worker_ran(own: LocalCluster) ->
         for clock.now in (5.0, 9.0):
             pauses.check(1.0)
         pause(own)
-        while any(worker.running for worker in worker_states(connected)):
+        while any(worker.status == "running" for worker in worker_states(connected)):
             pass
         for clock.now in (9.5, 18.0, 19.0):
             pauses.check(1.0)

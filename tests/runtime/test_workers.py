@@ -67,7 +67,7 @@ def test_a_long_wait_for_the_first_worker_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.handler.setLevel(logging.NOTSET)  # a cluster of another test may have raised it
-    now, running = iter(range(100)), WorkerState("tcp://127.0.0.1:1", True, 0, 0)
+    now, running = iter(range(100)), WorkerState("tcp://127.0.0.1:1", "running", 0, 0)
     found = iter([(), *[()] * 45, (running,)])
     monkeypatch.setattr(workers, "worker_states", lambda client: next(found))
     monkeypatch.setattr(workers, "request_of_worker", lambda client: nullcontext(lambda: None))
