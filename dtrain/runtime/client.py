@@ -21,7 +21,7 @@ from distributed.client import ClosedClientError
 from distributed.comm.core import CommClosedError
 
 from dtrain.config.functions import Function
-from dtrain.errors import ClusterLost, DtrainError, one_line
+from dtrain.errors import ClusterLost, DtrainError, listed, one_line
 from dtrain.runtime.frozen import answer, call_in_loop
 from dtrain.runtime.guard import Guard
 from dtrain.runtime.runner import SegmentLost, given_up
@@ -61,6 +61,7 @@ GONE = (
 """Dask's ways to say that a value cannot be had any more."""
 CLOSING = "ConnectionPool is closed"
 """And what its RuntimeError says in a client that is being closed."""
+NO_WORKER = "The cluster has had no worker"
 AGAIN = "Run the same command again to continue."
 At: TypeAlias = str | tuple[str, ...] | None
 """Where a task runs: preferably on a worker, or only on the workers of a tuple."""
@@ -78,11 +79,24 @@ class TaskClient:
         Of the reports of watched tasks.
     started : int
         Workers of a cluster that dtrain has started.
+    needed : sequence of (str, tuple of str)
+        The path of a store, and the only workers that may read it.
     """
 
-    def __init__(self, client: Client, suffix: str, topic: str = "", *, started: int = 0) -> None:
+    def __init__(
+        self,
+        client: Client,
+        suffix: str,
+        topic: str = "",
+        *,
+        started: int = 0,
+        needed: Sequence[tuple[str, tuple[str, ...]]] = (),
+    ) -> None:
         self.dask = client
-        self.guard = Guard(client, topic or f"dtrain-{suffix}-places", started=started)
+        self.guard = Guard(
+            client, topic or f"dtrain-{suffix}-places", started=started, needed=[only for _, only in needed]
+        )
+        self._needed = needed
         if client.scheduler_comm is not None:
             client.scheduler_comm.recent_message_log = deque(maxlen=KEPT_MESSAGES)
         self._suffix = suffix
@@ -329,9 +343,9 @@ class TaskClient:
         def look() -> Collection[str]:
             nonlocal deadline
             live = self.live()
-            if live:
+            if not (lacking := self._lacking(live)):
                 deadline = time.monotonic() + NO_WORKERS_SECONDS
-            self._check_alive(deadline)
+            self._check_alive(deadline, lacking)
             self.guard.look(live)
             pauses.check(PAUSES_SECONDS)
             if undone is not None and (gone := self.guard.gone(live)) and self._does(undone):
@@ -396,15 +410,16 @@ class TaskClient:
     def workers(self) -> list[str]:
         """Return the addresses of the workers, as of a second ago; ask for the first, and wait a while for it.
 
-        Those that join, and are not prepared for the run yet, are left out.
+        Those that join, and are not prepared for the run yet, are left out. Each store has one of its own workers.
         """
-        deadline = time.monotonic() + NO_WORKERS_SECONDS
+        deadline, lacking = time.monotonic() + NO_WORKERS_SECONDS, NO_WORKER
         with request_of_worker(self.dask) as ask:
             while True:
-                self._check_alive(deadline)
+                self._check_alive(deadline, lacking)
                 if self._known and time.monotonic() - self._known_at < WORKERS_SECONDS:
                     return self._known
-                if addresses := sorted({*self.live()} - self._starting()):
+                addresses = sorted({*self.live()} - self._starting())
+                if not (lacking := self._lacking(addresses)):
                     self._known, self._known_at = addresses, time.monotonic()
                     self.guard.saw(addresses)
                     return addresses
@@ -443,12 +458,22 @@ class TaskClient:
         """Whether the scheduler is there."""
         return self.dask.status == "running" and self.dask.scheduler is not None
 
-    def _check_alive(self, deadline: float) -> None:
+    def _lacking(self, workers: Collection[str]) -> str:
+        """Return what the cluster lacks, as the beginning of a sentence; empty if all tasks can run."""
+        if not workers:
+            return NO_WORKER
+        for store, only in self._needed:
+            if not set(only) & set(workers):
+                return f"data.path {store}: none of its workers ({listed(only, most=3)}) has been in the cluster"
+        return ""
+
+    def _check_alive(self, deadline: float, lacking: str = NO_WORKER) -> None:
         if not self.connected:
             raise _scheduler_lost()
         if time.monotonic() > deadline:
+            start = "" if lacking == NO_WORKER else "Start one of them at its address (dask worker --worker-port). "
             raise ClusterLost(
-                f"The cluster has had no worker for {NO_WORKERS_SECONDS:.0f} s. Committed rounds are safe.", AGAIN
+                f"{lacking} for {NO_WORKERS_SECONDS:.0f} s. Committed rounds are safe.", f"{start}{AGAIN}"
             )
 
     def lost(self, error: BaseException) -> Exception:

@@ -69,7 +69,11 @@ class ClusterRunner:
         self.on_progress: Callable[[StepsTaken], None] = lambda event: None
         self.on_evicted: Callable[[WorkerEvicted], None] = lambda event: None
         self._client = TaskClient(
-            connection.client, spec.run_id, remote.places_topic(spec.run_id), started=connection.started
+            connection.client,
+            spec.run_id,
+            remote.places_topic(spec.run_id),
+            started=connection.started,
+            needed=[(str(one.source.config.path), one.workers) for one in spec.sources if one.workers],
         )
         self._client.guard.on_evicted = lambda event: self.on_evicted(event)
         self._resident = Resident(spec)  # on the driver for its arithmetic only

@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import logging
 import time
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from dtrain.runtime.runner import SegmentLost
 FROZEN_SECONDS = 30.0
 """A worker without a heartbeat for so long is given up."""
 ALL_FROZEN_SECONDS = 120.0
-"""If all workers are silent, nobody could take their tasks over: the scheduler may be busy, or all import something."""
+"""Where nobody could take its tasks over: all workers are silent, or all that may read a store."""
 LOOK_SECONDS = 1.0
 """How often heartbeats are looked at, and `WORKERS_A_SECOND` longer on large clusters."""
 WORKERS_A_SECOND = 200
@@ -79,11 +79,14 @@ class FrozenWorkers:
     client : Client
     end : bool
         Whether to end their processes: dtrain started them.
+    needed : iterable of collection of str
+        Workers that alone do some of the tasks.
     """
 
-    def __init__(self, client: Client, *, end: bool = False) -> None:
+    def __init__(self, client: Client, *, end: bool = False, needed: Iterable[Collection[str]] = ()) -> None:
         self._client = client
         self._end = end
+        self._needed = tuple(needed)
         self._beats = Heartbeats()
         self._workers = 0
 
@@ -96,8 +99,9 @@ class FrozenWorkers:
             workers = known_workers(self._client)
             self._workers = len(workers)
             silent = self._beats.silent({at: own["last_seen"] for at, own in workers.items()})
-            if len(silent) == len(workers) and not self._end:
-                silent = {worker: seconds for worker, seconds in silent.items() if seconds > ALL_FROZEN_SECONDS}
+            for alone in () if self._end else (workers, *self._needed):
+                if workers.keys() & set(alone) <= silent.keys():
+                    silent = {at: s for at, s in silent.items() if at not in alone or s > ALL_FROZEN_SECONDS}
             for worker, seconds in silent.items():
                 self._client.sync(self._unregister, worker, str(workers[worker].get("nanny") or ""))
                 given_up[worker] = seconds

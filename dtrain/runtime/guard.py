@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from queue import SimpleQueue
 from threading import Lock
@@ -32,9 +32,11 @@ class Guard:
     started : int
         Workers of a cluster that dtrain has started: frozen ones are ended, and those that do not come back are
         started again. 0 for other clusters.
+    needed : iterable of collection of str
+        Workers that alone do some of the tasks.
     """
 
-    def __init__(self, client: Client, topic: str, *, started: int = 0) -> None:
+    def __init__(self, client: Client, topic: str, *, started: int = 0, needed: Iterable[Collection[str]] = ()) -> None:
         self.on_evicted: Callable[[WorkerEvicted], None] = lambda event: warn_of_frozen(event.worker, event.seconds)
         self._client = client
         self._topic = topic
@@ -42,7 +44,7 @@ class Guard:
         self._complete = time.monotonic()
         self._heard: SimpleQueue[TaskPlace | MemoryExceeded] = SimpleQueue()
         self._losses = WorkerLosses()
-        self._frozen = FrozenWorkers(client, end=started > 0)
+        self._frozen = FrozenWorkers(client, end=started > 0, needed=needed)
         self._there: set[str] = set()
         self._again = 0
         self._looking = Lock()

@@ -197,23 +197,31 @@ def test_hand_started_workers_that_go_and_come(
 
 
 @pytest.mark.parametrize(
-    ("end", "silent_for", "others", "given_up"),
+    ("end", "needed", "silent_for", "others", "given_up"),
     [
-        (False, 31.0, True, ["a"]),
-        (False, 31.0, False, []),  # nobody could take its tasks over
-        (False, 121.0, False, ["a"]),
-        (True, 31.0, False, ["a"]),  # its nanny starts another
+        (False, [], 31.0, True, ["a"]),
+        (False, [], 31.0, False, []),  # nobody could take its tasks over
+        (False, [], 121.0, False, ["a"]),
+        (False, [["a"]], 31.0, True, []),
+        (False, [["a", "b"], ["b"]], 31.0, True, ["a"]),
+        (False, [["a"]], 121.0, True, ["a"]),
+        (True, [], 31.0, False, ["a"]),  # its nanny starts another
     ],
 )
-def test_the_last_worker_is_given_up_later(
-    monkeypatch: pytest.MonkeyPatch, end: bool, silent_for: float, others: bool, given_up: list[str]
+def test_a_worker_whose_tasks_nobody_can_take_over_is_given_up_later(
+    monkeypatch: pytest.MonkeyPatch,
+    end: bool,
+    needed: list[list[str]],
+    silent_for: float,
+    others: bool,
+    given_up: list[str],
 ) -> None:
     clock = [0.0]
     seen = {"a": 0.0, **({"b": 0.0} if others else {})}
     monkeypatch.setattr(frozen_module.Heartbeats.__init__, "__defaults__", (30.0, lambda: clock[0]))
     monkeypatch.setattr(frozen_module, "known_workers", lambda _: {at: {"last_seen": s} for at, s in seen.items()})
     client: Any = SimpleNamespace(sync=lambda *_: None)
-    frozen, found = frozen_module.FrozenWorkers(client, end=end), list[str]()
+    frozen, found = frozen_module.FrozenWorkers(client, end=end, needed=needed), list[str]()
     while clock[0] < silent_for + 3:
         clock[0] += 1.5
         seen |= {"b": clock[0]} if others else {}

@@ -260,6 +260,21 @@ def test_values_that_are_lost_when_they_are_fetched_are_watched_too(
     assert held.result()
 
 
+def test_the_workers_of_a_store_are_waited_for(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others are there; they may not read it."""
+    monkeypatch.setattr(client_module, "NO_WORKERS_SECONDS", 1.0)
+    there, gone = next(iter(client.nthreads())), "tcp://127.0.0.1:1"
+    stores = [("data.zarr", (there,)), ("data.zarr", (gone,))]  # of two places, each with its own
+    tasks, named = TaskClient(client, "x", needed=stores), rf"^data.path data.zarr: none of its workers \({gone}\) has"
+    with pytest.raises(ClusterLost, match=named) as caught:
+        tasks.workers()
+    assert "--worker-port" in str(caught.value)
+    tasks.begin()
+    with pytest.raises(ClusterLost, match=named):
+        tasks.gather([tasks.submit(int, "there", at=(gone,))], lambda: None)
+    assert there in TaskClient(client, "x", needed=[("data.zarr", (gone, there))]).workers()
+
+
 def test_tasks_that_many_replicas_meet_in_have_a_place(
     samples: Samples, tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
