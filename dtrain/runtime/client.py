@@ -26,7 +26,7 @@ from dtrain.runtime.frozen import answer, call_in_loop
 from dtrain.runtime.guard import Guard
 from dtrain.runtime.runner import SegmentLost, given_up
 from dtrain.runtime.watched import SUFFIX
-from dtrain.runtime.workers import Pauses, check_running, request_of_worker
+from dtrain.runtime.workers import STARTING, Pauses, check_running, request_of_worker, worker_states
 
 POLL_SECONDS = 0.5
 WORKERS_SECONDS = 1.0
@@ -105,6 +105,7 @@ class TaskClient:
         self._watched = False
         self._known: list[str] = []
         self._known_at = 0.0
+        self._ready: set[str] = set()
         self._submitted: WeakSet[Future] = WeakSet()
 
     def begin(self, again: int = 0, *, watched: bool = False) -> None:
@@ -418,7 +419,7 @@ class TaskClient:
                 self._check_alive(deadline, lacking)
                 if self._known and time.monotonic() - self._known_at < WORKERS_SECONDS:
                     return self._known
-                addresses = sorted({*self.live()} - self._starting())
+                addresses = self._prepared(self.live())
                 if not (lacking := self._lacking(addresses)):
                     self._known, self._known_at = addresses, time.monotonic()
                     self.guard.saw(addresses)
@@ -436,17 +437,14 @@ class TaskClient:
         except (*GONE, AttributeError, RuntimeError):  # a client without a scheduler has no attribute of it
             return []
 
-    def _starting(self) -> set[str]:
-        """Return the addresses of the workers that do not take tasks yet."""
-        try:  # a lambda is sent as bytes: the scheduler imports nothing for it
-            found: list[str] = self.dask.run_on_scheduler(
-                lambda dask_scheduler: [
-                    address for address, worker in dask_scheduler.workers.items() if worker.status.name == "init"
-                ]
-            )
-        except (*GONE, AttributeError, RuntimeError):  # as above
-            return set()
-        return set(found)
+    def _prepared(self, live: Collection[str]) -> list[str]:
+        """Return the workers that take tasks, or have taken some; the scheduler is asked where there are new ones."""
+        if not self._ready >= set(live):
+            with suppress(*GONE, AttributeError, RuntimeError):  # as above
+                starting = {worker.address for worker in worker_states(self.dask) if worker.status == STARTING}
+                self._ready = set(live) - starting
+        self._ready &= set(live)
+        return sorted(self._ready)
 
     @property
     def has_lost_workers(self) -> bool:

@@ -25,7 +25,7 @@ FULL_AT_START = 0.85
 """A worker that uses this share of its limit before it holds data has not enough left to train."""
 SAY_SECONDS = 10.0
 """After so long it is said that no worker runs yet, and each time that it has become twice as long."""
-RUNNING, PAUSED = "running", "paused"
+STARTING, RUNNING, PAUSED = "init", "running", "paused"
 LOG = logging.getLogger("dtrain")
 Value = TypeVar("Value")
 
@@ -36,7 +36,7 @@ class WorkerState:
 
     address: str
     status: str
-    """"running", "paused", "init" (it starts, or is being prepared for a run), ..."""
+    """`STARTING` until it is prepared for a run, `RUNNING`, `PAUSED`, or another."""
     memory: int
     """Bytes of the process."""
     limit: int
