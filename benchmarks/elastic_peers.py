@@ -40,7 +40,7 @@ from dtrain.algorithm.plan import cursor_after, pass_size, plan_round
 from dtrain.job import Job
 from dtrain.prepare import open_runner
 from dtrain.rounds import initial_state
-from dtrain.runtime import remote
+from dtrain.runtime import plugins, remote
 from dtrain.types import Broadcast, LocalTask, Position, ReplicaState
 
 POLL_SECONDS = 0.05
@@ -148,7 +148,7 @@ def train_round(client: Client, job: Job, run_id: str, training: Training, tasks
             None,
             key=f"dtrain-train-r{task.round:05d}-k{task.replica}-{name}",
             workers=[training.homes[task.replica]],
-            resources=remote.RESOURCE,
+            resources=plugins.RESOURCE,
         )
         for task in tasks
     }

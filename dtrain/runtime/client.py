@@ -35,6 +35,9 @@ NO_WORKERS_SECONDS = 120.0
 """How long a cluster may be without any worker before the run gives up."""
 CLOSE_SECONDS = 3.0
 """How long the end of a run waits for the workers."""
+STUCK_SECONDS = 5.0
+"""How long after a loss no task may be at any worker. Dask never starts a task for which no worker ran at the moment
+when its own ended, however loosely it is pinned."""
 MAX_AGAIN = 3
 """Times that work outside of rounds is submitted again."""
 WATCHED_FROM = 1
@@ -340,16 +343,20 @@ class TaskClient:
         It raises what `gather` raises while it waits.
         """
         deadline, pauses = time.monotonic() + NO_WORKERS_SECONDS, Pauses(self.dask, NO_WORKERS_SECONDS)
+        moved = time.monotonic()
 
         def look() -> Collection[str]:
-            nonlocal deadline
+            nonlocal deadline, moved
             live = self.live()
             if not (lacking := self._lacking(live)):
                 deadline = time.monotonic() + NO_WORKERS_SECONDS
             self._check_alive(deadline, lacking)
             self.guard.look(live)
             pauses.check(PAUSES_SECONDS)
-            if undone is not None and (gone := self.guard.gone(live)) and self._does(undone):
+            gone = self.guard.gone(live)
+            if not (gone and live) or self._does(lambda key: True):
+                moved = time.monotonic()
+            if time.monotonic() - moved > STUCK_SECONDS or (undone is not None and gone and self._does(undone)):
                 raise SegmentLost(gone, full=self.guard.is_full, gone=True, left=bool(live))
             return self.guard.evicted
 

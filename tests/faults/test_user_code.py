@@ -73,17 +73,16 @@ def test_a_model_that_ends_its_process_when_it_is_built(samples: Samples, tmp_pa
 def test_a_model_that_ends_its_process_is_named_with_its_place(
     samples: Samples, tmp_path: Path, act: str, trains: bool
 ) -> None:
-    at = 20 if trains else 12
+    at, train = (30, {"local_steps": 40}) if trains else (12, {"batch_size": 2})  # before a process finishes a task
     where = r"replica \d" if trains else "evaluation"
     named = rf"Round \d, {where}, batch \d+, model \(.*acting\): [234] workers that ran it"
+    arguments = {"act": act, "token": "", "at": at, "trains": trains}
     with (
         new_cluster(2) as cluster,
         Client(cluster) as client,
         pytest.raises(UserCodeFailed, match=named),
     ):
-        start(
-            samples, tmp_path, client, models.acting, model_args={"act": act, "token": "", "at": at, "trains": trains}
-        )
+        start(samples, tmp_path, client, models.acting, model_args=arguments, train=train)
 
 
 def test_a_model_that_ends_its_process_while_it_is_evaluated_or_predicts(

@@ -24,7 +24,7 @@ from dtrain.data.plan.partition import plan_data, train_partitions
 from dtrain.data.plan.units import cell_bounds
 from dtrain.data.samples import Samples
 from dtrain.errors import ClusterLost, Diverged, OutOfMemory, UserCodeFailed
-from dtrain.events import Event, ReplicaRejected, SegmentReplayed
+from dtrain.events import Event, ReplicaRejected, RoundFinished, SegmentReplayed
 from dtrain.runtime.cluster import ClusterRunner
 from dtrain.runtime.runner import SegmentLost
 from tests.runtime import models
@@ -78,6 +78,21 @@ def test_a_worker_killed_in_a_task(
 ) -> None:
     kill_worker_in(own_client, task)
     run = start(samples, tmp_path, own_client)
+    assert [row["params_sha256"] for row in run.rows] == calm
+
+
+def test_all_workers_are_killed_at_once(samples: Samples, tmp_path: Path, own_client: Client, calm: list[str]) -> None:
+    """No worker runs when their tasks are released: Dask does not start these again on others."""
+    killed: list[int] = []
+
+    def report(event: Event) -> None:
+        if isinstance(event, RoundFinished) and event.result.round == 2 and not killed:
+            killed.extend(own_client.run(os.getpid).values())
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    run = start(samples, tmp_path, own_client, report=report)
+    assert len(killed) == 2
     assert [row["params_sha256"] for row in run.rows] == calm
 
 
