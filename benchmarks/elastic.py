@@ -361,6 +361,8 @@ def main() -> None:
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that all processes are ended
     found = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
+    if "dtrain" not in {*options.systems, *(one["system"] for one in found)}:
+        parser.error("--systems needs dtrain, beside which the others are put; or --json with its runs")
     done = {(one["system"], one["every"], one["seed"]) for one in found}
     cells = itertools.product(options.seeds, [0.0, *options.every], options.systems)
     for cell in [Cell(system, every, seed) for seed, every, system in cells if (system, every, seed) not in done]:
