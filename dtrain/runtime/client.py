@@ -36,8 +36,8 @@ NO_WORKERS_SECONDS = 120.0
 CLOSE_SECONDS = 3.0
 """How long the end of a run waits for the workers."""
 STUCK_SECONDS = 5.0
-"""How long after a loss no task may be at any worker. Dask never starts a task for which no worker ran at the moment
-when its own ended, however loosely it is pinned."""
+"""How long a task may find no worker after a loss, while there are some. Dask never starts a task again for which no
+worker ran at the moment when its own ended, however loosely it is pinned to that one."""
 MAX_AGAIN = 3
 """Times that work outside of rounds is submitted again."""
 WATCHED_FROM = 1
@@ -354,7 +354,7 @@ class TaskClient:
             self.guard.look(live)
             pauses.check(PAUSES_SECONDS)
             gone = self.guard.gone(live)
-            if not (gone and live) or self._does(lambda key: True):
+            if not (gone and live and self._is_stuck()):
                 moved = time.monotonic()
             if time.monotonic() - moved > STUCK_SECONDS or (undone is not None and gone and self._does(undone)):
                 raise SegmentLost(gone, full=self.guard.is_full, gone=True, left=bool(live))
@@ -370,6 +370,17 @@ class TaskClient:
         except (*GONE, AttributeError, RuntimeError):  # as in `live`; the next look finds the scheduler gone
             return False
         return any(key.endswith(own) and wanted(key) for key in map(str, keys))
+
+    def _is_stuck(self) -> bool:
+        """Whether the scheduler has found no worker for a task of this attempt."""
+        own = self._key_end()
+        try:  # a lambda is sent as bytes: the scheduler imports nothing for it
+            found: bool = self.dask.run_on_scheduler(
+                lambda dask_scheduler: any(str(task.key).endswith(own) for task in dask_scheduler.unrunnable)
+            )
+        except (*GONE, AttributeError, RuntimeError):  # as above
+            return False
+        return found
 
     def register(self, plugin: WorkerPlugin) -> None:
         """Give each worker a plugin, also those that come later.

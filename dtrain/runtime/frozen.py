@@ -19,7 +19,7 @@ from dtrain.runtime.runner import SegmentLost
 FROZEN_SECONDS = 30.0
 """A worker without a heartbeat for so long is given up."""
 ALL_FROZEN_SECONDS = 120.0
-"""Where nobody could take its tasks over: all workers are silent, or all that may read a store."""
+"""The same, where no other worker could take its tasks over: all are silent, or all that may read a store."""
 LOOK_SECONDS = 1.0
 """How often heartbeats are looked at, and `WORKERS_A_SECOND` longer on large clusters."""
 WORKERS_A_SECOND = 200

@@ -260,6 +260,24 @@ def test_values_that_are_lost_when_they_are_fetched_are_watched_too(
     assert held.result()
 
 
+def test_work_is_lost_once_a_task_finds_no_worker_after_a_loss(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    gather = client.gather
+
+    async def slowly(*given: Any, **options: Any) -> Any:
+        await asyncio.sleep(2.0)
+        return await gather(*given, **options)
+
+    monkeypatch.setattr(client_module, "STUCK_SECONDS", 0.5)
+    monkeypatch.setattr(client, "gather", slowly)
+    tasks = TaskClient(client, "x")
+    tasks.begin()
+    monkeypatch.setattr(tasks.guard, "gone", lambda live: "worker x ended")
+    assert tasks.gather([tasks.submit(int, "done")], lambda: None) == [0]  # nothing runs while values are fetched
+    assert tasks.gather([tasks.submit(time.sleep, "runs", 2.0)], lambda: None) == [None]
+    with pytest.raises(SegmentLost, match="worker x ended"):
+        tasks.gather([tasks.submit(int, "never", resources={"nowhere": 1})], lambda: None)
+
+
 def test_the_workers_of_a_store_are_waited_for(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others are there; they may not read it."""
     monkeypatch.setattr(client_module, "NO_WORKERS_SECONDS", 1.0)
